@@ -1,0 +1,51 @@
+# Two commands do all the set-up: `make quickstart` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+ifdef PIP_FIND_LINKS
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+endif
+
+.PHONY: help install quickstart check test test-all test-gpu bench docs lock clean
+
+help:            ## list the targets
+	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
+install: .venv/.installed  ## .venv from the lock
+.venv/.installed: infra/locks/main.txt pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -q --disable-pip-version-check uv==0.13.9
+	@echo "installing from infra/locks/main.txt"
+	@$(BIN)/uv pip install -q --python $(BIN)/python -r infra/locks/main.txt
+	@$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -e .
+	@touch $@
+
+quickstart: install  ## the main job, offline, on the embedded defaults
+	@$(BIN)/quench run recipes/quickstart/recipe.yaml
+
+check: install   ## linters, types, import rules, recipes, generated docs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --warnings
+	$(BIN)/lint-imports
+	@for recipe in recipes/*.yaml recipes/quickstart/recipe.yaml; do $(BIN)/quench check $$recipe --data || exit 1; done
+	$(BIN)/python -m flows.docs --check
+
+test: install    ## the tests that fit two cores and six minutes
+	$(BIN)/python -m pytest -n 2 -m "not slow and not system and not gpu"
+
+test-all: install  ## everything that needs no GPU; installs Debian's Chromium
+	@command -v chromium >/dev/null || (apt-get update -qq && apt-get install -y -qq chromium)
+	$(BIN)/python -m pytest -n 2 -m "not gpu"
+
+test-gpu: install  ## what needs an NVIDIA GPU
+	$(BIN)/python -m pytest -m gpu
+
+docs: install    ## write the generated pages again
+	$(BIN)/python -m flows.docs
+
+lock: install    ## resolve pyproject.toml again
+	$(BIN)/uv pip compile -q pyproject.toml --extra dev --extra system --no-annotate --no-header \
+	  | sed 's/+cpu$$//' > infra/locks/main.new && mv infra/locks/main.new infra/locks/main.txt
+
+clean:           ## remove what was installed; .quench/ stays
+	rm -rf .venv .ruff_cache .pytest_cache *.egg-info

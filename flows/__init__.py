@@ -1,0 +1,1 @@
+"""In which order: the Prefect flow, MLflow tracking, preflight, report and the command line."""

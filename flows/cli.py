@@ -1,0 +1,230 @@
+"""The `quench` command. Exit codes: 0 done, 1 a stage or arm failed, 2 bad input, 130 interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from recipes.problem import Problem, RecipeError
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, run one command, turn errors into exit codes."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.body(args)
+    except RecipeError as error:
+        _refuse(error.problems, as_json=getattr(args, "json", False))
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("stopped; what had finished is kept: the same command resumes", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _refuse(problems: Sequence[Problem], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"ok": False, "problems": [one.as_dict() for one in problems]}, indent=2))
+        return
+    for one in problems:
+        print(f"error: {one}\n", file=sys.stderr)
+    print(f"{len(problems)} problem{'s' if len(problems) > 1 else ''}; nothing was started", file=sys.stderr)
+
+
+def _print(value: dict[str, Any] | list[Any], text: str, *, as_json: bool) -> None:
+    print(json.dumps(value, indent=2, default=str) if as_json else text)
+
+
+def _init(args: argparse.Namespace) -> int:
+    from flows.init import init
+
+    made = init(args.model, args.data, out=args.out, chat_template=args.chat_template, force=args.force)
+    _print(made.as_dict(), made.text, as_json=args.json)
+    return DONE
+
+
+def _check(args: argparse.Namespace) -> int:
+    from recipes.check import check, check_data
+
+    from recipes.load import load
+
+    loaded = load(args.recipe, sets=args.set)
+    problems = check(loaded)
+    summary: dict[str, Any] = {}
+    if args.data:
+        rows = check_data(loaded)
+        problems += rows.problems
+        summary = rows.summary
+    if problems:
+        raise RecipeError(problems)
+    lines = [f"{args.recipe}: no problem found"] + [f"  {name}: {value}" for name, value in summary.items()]
+    _print({"ok": True, "problems": [], "rows": summary}, "\n".join(lines), as_json=args.json)
+    return DONE
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from flows.vet import vet
+    from tasks.runtime.store import find_home
+
+    planned = vet(args.recipe, sets=args.set, home=find_home()).plan
+    hits = sum(one.hit for one in planned)
+    lines = [*(str(one) for one in planned), f"{hits} of {len(planned)} steps are in the store"]
+    _print([vars(one) for one in planned], "\n".join(lines), as_json=args.json)
+    return DONE
+
+
+def _run(args: argparse.Namespace) -> int:
+    from flows.server import OwnServer, prefect_settings
+    from flows.vet import vet
+    from tasks.runtime.launch import Launcher
+    from tasks.runtime.store import find_home
+
+    signal.signal(signal.SIGTERM, _terminated)
+    clock = time.monotonic()
+    home = find_home()
+    home.mkdir(parents=True, exist_ok=True)
+    os.environ["QUENCH_HOME"] = str(home)
+    os.environ.update(prefect_settings(home))
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    vet(args.recipe, sets=args.set, home=home)  # refuse before a server is started
+    with Launcher() as launcher:
+        server = OwnServer(home, launcher)
+        server.start()
+        os.environ["PREFECT_API_URL"] = server.api
+        from flows.pipeline import RunFailed, finetune_and_quantize  # 8 s of imports while the server starts
+
+        server.wait()
+        try:
+            folder = Path(finetune_and_quantize(recipe=str(args.recipe), sets=list(args.set)))
+            code = DONE
+        except RunFailed as error:
+            print(f"error: {error}", file=sys.stderr)
+            folder = (home / "runs" / "latest").resolve()
+            code = FAILED
+    _show(folder, home, as_json=args.json)
+    if not args.json:
+        print(f"\n{time.monotonic() - clock:.0f} s. What to look at:")
+        print(f"  {folder / 'report.html'}")
+        print(f"  .venv/bin/mlflow ui --backend-store-uri sqlite:///{home / 'mlflow.db'}")
+        print(f"  PREFECT_HOME={home / 'prefect'} .venv/bin/prefect server start")
+    return code
+
+
+def _terminated(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _show(folder: Path, home: Path, *, as_json: bool) -> None:
+    from rich.console import Console
+
+    from flows.report import print_report
+
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        print_report(report, Console())
+
+
+def _report(args: argparse.Namespace) -> int:
+    from flows.report import render
+    from flows.runs import find_run
+    from tasks.runtime.store import find_home
+
+    home = find_home()
+    folder = find_run(home, args.run)
+    render(folder, home)
+    _show(folder, home, as_json=args.json)
+    if not args.json:
+        print(f"  {folder / 'report.html'}")
+    return DONE
+
+
+def _store_ls(args: argparse.Namespace) -> int:
+    from tasks.runtime.store import Store, find_home, read_json
+
+    rows = []
+    for path in Store(find_home()).manifests():
+        manifest = read_json(path)
+        size = sum(one["size"] for one in manifest["files"].values())
+        rows.append(
+            {
+                "artifact": f"{path.parent.parent.name}/{path.parent.name}",
+                "bytes": size,
+                "finished_at": manifest["finished_at"],
+                "digest": manifest["digest"],
+            }
+        )
+    lines = [f"{one['artifact']:<60} {one['bytes'] / 1e6:10.1f} MB  {one['finished_at']}" for one in rows]
+    _print(rows, "\n".join(lines) or "the store is empty", as_json=args.json)
+    return DONE
+
+
+def _store_verify(args: argparse.Namespace) -> int:
+    from tasks.runtime.store import Store, find_home, read_json
+
+    store = Store(find_home())
+    damage = {}
+    for path in store.manifests():
+        if found := store.damage(path.parent, read_json(path), digests=True):
+            damage[f"{path.parent.parent.name}/{path.parent.name}"] = found
+    count = len(list(store.manifests()))
+    lines = [f"damaged  {name}: {what}" for name, what in damage.items()]
+    lines.append(f"{count} artifacts, {len(damage)} damaged" + ("; the next run makes them again" if damage else ""))
+    _print({"artifacts": count, "damaged": damage}, "\n".join(lines), as_json=args.json)
+    return FAILED if damage else DONE
+
+
+def _schemes(args: argparse.Namespace) -> int:
+    from recipes.schemes import known_schemes
+
+    rows = [scheme.as_dict() for scheme in known_schemes()]
+    lines = [f"{one['slug']:<14} {one['backend']:<12} {one['bits']} bits  group {one['group_size']}" for one in rows]
+    _print(rows, "\n".join(lines), as_json=args.json)
+    return DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    root = argparse.ArgumentParser(prog="quench", description="One recipe in, a 4-bit model with the proof out.")
+    commands = root.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, body: Any, text: str, *, recipe: bool = False, under: Any = commands) -> Any:
+        parser = under.add_parser(name, help=text, description=text)
+        parser.set_defaults(body=body)
+        parser.add_argument("--json", action="store_true", help="print JSON")
+        if recipe:
+            parser.add_argument("recipe", type=Path, help="recipe file")
+            parser.add_argument(
+                "--set", action="append", default=[], metavar="A.B=C", help="override one field; may be repeated"
+            )
+        return parser
+
+    start = command("init", _init, "Write a commented recipe for a model and a data file.")
+    start.add_argument("--model", required=True, help="local folder or hub id")
+    start.add_argument("--data", required=True, help="JSONL file")
+    start.add_argument("--out", type=Path, default=Path("recipe.yaml"), help="recipe to write")
+    start.add_argument("--chat-template", help="chatml or a Jinja file, for a base that has none")
+    start.add_argument("--force", action="store_true", help="overwrite")
+    checked = command("check", _check, "Check a recipe from config and headers alone.", recipe=True)
+    checked.add_argument("--data", action="store_true", help="read all rows too")
+    command("plan", _plan, "Show each step as hit or make, and which field differs.", recipe=True)
+    command("run", _run, "Run a recipe; running it again resumes.", recipe=True)
+    shown = command("report", _report, "Print the report of a run.")
+    shown.add_argument("run", nargs="?", help="run id or its beginning; default: the latest")
+    command("schemes", _schemes, "List the quantization schemes.")
+    store = commands.add_parser("store", help="look into the store").add_subparsers(required=True, metavar="COMMAND")
+    command("ls", _store_ls, "List artifacts.", under=store)
+    command("verify", _store_verify, "Verify every file's sha256.", under=store)
+    return root
+
+
+if __name__ == "__main__":
+    sys.exit(main())

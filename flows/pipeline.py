@@ -1,0 +1,233 @@
+"""The finetune-and-quantize flow, and the one Prefect task, which wraps run_step.
+
+Resume is re-running: what is in the store is a hit. A failed arm fails its own cells of the report, not the
+matrix; the exit code still says so.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import (
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+from prefect.cache_policies import NO_CACHE
+from prefect.context import TaskRunContext
+from prefect.futures import PrefectFuture, wait
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows.compose import compose, limits
+from flows.plan import known_inputs
+from flows.progress import Display
+from flows.report import render
+from flows.runs import RunRecord
+from flows.track import Tracker
+from flows.vet import Vetted, vet
+from tasks.runtime.errors import StepFailed
+from tasks.runtime.launch import Launcher
+from tasks.runtime.leases import Leases
+from tasks.runtime.step import Kitchen, Made, Step, lookup, run_step
+from tasks.runtime.store import Artifact, Store, find_home, write_json
+
+# A task only waits for its child; what runs at once is decided by leases.
+WAITING_TASKS = 32
+PROGRESS_S = 2.0
+
+
+class RunFailed(Exception):
+    """At least one step failed; the report says which and why."""
+
+
+class Session:
+    """One run of the flow: submits steps, keeps their artifacts and tells everyone."""
+
+    def __init__(self, vetted: Vetted, store: Store, launcher: Launcher, record: RunRecord) -> None:
+        self.record = record
+        self.store = store
+        self.display = Display()
+        self.tracker = Tracker(store.home, experiment=vetted.recipe.name, run=record.id)
+        self.kitchen = Kitchen(
+            store=store,
+            launcher=launcher,
+            leases=Leases(store.home),
+            limits=limits(vetted.recipe),
+            on_event=self.on_event,
+            on_line=self.on_line,
+        )
+        self.steps: dict[str, Step] = {}
+        self.artifacts: dict[str, Artifact] = {}
+        self.futures: dict[str, PrefectFuture[str]] = {}
+        self._progress: dict[str, tuple[UUID, float]] = {}
+
+    def do(self, step: Step) -> None:
+        """Take a hit at once; submit everything else as a task that waits for the tasks it needs."""
+        self.steps[step.key] = step
+        inputs = known_inputs(step, self.artifacts)
+        if inputs is not None and (found := lookup(step, inputs, self.store).artifact):
+            self._done(step, Made(artifact=found, hit=True), seconds=0.0)
+            return
+        needs = [one.key for one in step.inputs.values() if isinstance(one, Step)]
+        if step.whole_machine:  # it would hold the gate while others wait: let them finish first
+            wait(list(self.futures.values()))
+        self.futures[step.key] = make.submit(
+            self.record.id, step.key, wait_for=[self.futures[key] for key in needs if key in self.futures]
+        )
+
+    def make(self, key: str) -> str:
+        """Body of the task: run_step, then tell."""
+        step = self.steps[key]
+        inputs = known_inputs(step, self.artifacts)
+        if inputs is None:  # unreachable while wait_for holds
+            raise RuntimeError(f"{key}: an input was not made")
+        self.display.started(key)
+        clock = time.monotonic()
+        try:
+            made = run_step(step, inputs, self.kitchen)
+        except StepFailed as error:
+            self.record.add(step, "failed", problem=error.problem.as_dict(), log=error.log)
+            self.display.ended(key, f"fail  {key:<36} {error.problem.what}\n      log: {error.log}", style="red")
+            raise
+        self._done(step, made, seconds=time.monotonic() - clock)
+        return str(made.artifact.folder)
+
+    def _done(self, step: Step, made: Made, *, seconds: float) -> None:
+        self.artifacts[step.key] = made.artifact
+        folder = made.artifact.folder
+        path = str(folder.relative_to(self.store.home)) if folder else None
+        status = "hit" if made.hit else "made"
+        record = self.record.add(step, status, path=path, seconds=round(seconds, 3))
+        took = "" if made.hit else f"{seconds:6.1f} s"
+        self.display.ended(step.key, f"{status:<5} {step.key:<36} {took}", style="dim" if made.hit else None)
+        self.tracker.step(vars(record))
+
+    def collect(self) -> bool:
+        """Wait for every task; record what never ran. True where all steps have their artifact."""
+        wait(list(self.futures.values()))
+        for key in self.steps:
+            if key not in self.record.records:
+                state = self.futures[key].state
+                if state.name == "NotReady":
+                    self.record.add(self.steps[key], "skipped", problem=self._skipped(key))
+                else:
+                    state.result(raise_on_failure=True)
+        return all(one.status in ("hit", "made") for one in self.record.records.values())
+
+    def _skipped(self, key: str) -> dict[str, str]:
+        needs = [one.key for one in self.steps[key].inputs.values() if isinstance(one, Step)]
+        missing = [one for one in needs if one not in self.artifacts]
+        return {
+            "what": "not run",
+            "where": key,
+            "why": f"{', '.join(missing) or 'an input'} was not made",
+            "next": "mend that and run again",
+        }
+
+    def on_event(self, step: Step, event: dict[str, Any]) -> None:
+        """A child's event: terminal bar, MLflow curve, Prefect progress artifact."""
+        self.display.event(step.key, event)
+        self.tracker.live(step.key, event)
+        if event["kind"] == "progress" and TaskRunContext.get():
+            self._prefect_progress(step.key, 100.0 * event["done"] / max(event["total"], 1))
+
+    def _prefect_progress(self, key: str, percent: float) -> None:
+        now = time.monotonic()
+        if key not in self._progress:
+            made = create_progress_artifact(0.0, key=artifact_key("progress", key), description=key)
+            self._progress[key] = (made, now)
+            return
+        name, before = self._progress[key]
+        if now - before > PROGRESS_S or percent >= 100.0:
+            update_progress_artifact(name, progress=percent)
+            self._progress[key] = (name, now)
+
+    def on_line(self, step: Step, line: str) -> None:
+        """A line of a child's log: into the Prefect run's log."""
+        if TaskRunContext.get():
+            get_run_logger().info("%s | %s", step.key, line)
+
+
+_SESSIONS: dict[str, Session] = {}
+
+
+def artifact_key(*parts: str) -> str:
+    """A Prefect artifact key: small letters, digits and dashes."""
+    return "".join(char if char.isalnum() else "-" for char in "-".join(parts).lower())
+
+
+@task(task_run_name="{key}", cache_policy=NO_CACHE, persist_result=False)
+def make(run: str, key: str) -> str:
+    """Make one step of a live run; returns the committed folder."""
+    return _SESSIONS[run].make(key)
+
+
+@flow(
+    name="finetune-and-quantize",
+    flow_run_name="{recipe}",
+    task_runner=ThreadPoolTaskRunner(max_workers=WAITING_TASKS),
+    persist_result=False,
+)
+def finetune_and_quantize(recipe: str, sets: list[str] | None = None) -> str:
+    """One recipe in; evaluated 4-bit models and a report out.
+
+    Args:
+        recipe: Path of the recipe file.
+        sets: Overrides of single fields, as `train.rank=32`.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        RecipeError: Bad input, all of it at once, before anything is spent.
+        RunFailed: A step failed; everything that finished is in the store and in the report.
+    """
+    home = find_home()
+    vetted = vet(Path(recipe), sets=sets or [], home=home)
+    record = RunRecord(home, vetted.loaded)
+    status = "stopped"
+    with Launcher() as launcher:
+        session = Session(vetted, Store(home), launcher, record)
+        _SESSIONS[record.id] = session
+        try:
+            with session.display:
+                whole = _work(session, vetted)
+            status = "completed" if whole else "failed"
+        finally:
+            _SESSIONS.pop(record.id)
+            record.finish(status)
+            session.tracker.end(status)
+    if status == "failed":
+        failed = [one.key for one in record.records.values() if one.status == "failed"]
+        raise RunFailed(f"{', '.join(failed)} failed; see {record.folder / 'report.md'}")
+    return str(record.folder)
+
+
+def _work(session: Session, vetted: Vetted) -> bool:
+    """Plan, make, report. True where nothing failed."""
+    record = session.record
+    record.pinned(vetted.pins)
+    write_json(record.folder / "preflight.json", vetted.preflight)
+    (record.folder / "plan.txt").write_text("\n".join(str(line) for line in vetted.plan) + "\n", encoding="utf-8")
+    session.tracker.start(vetted.recipe.model_dump(mode="json"), tags={"quench.recipe": str(vetted.loaded.path)})
+    create_markdown_artifact(_plan_markdown(vetted), key="plan", description="hit or make, before the run")
+    matrix = compose(vetted.recipe, vetted.pins, session.do)
+    record.composed(matrix)
+    whole = session.collect()
+    record.composed(matrix)
+    record.publish()
+    report = render(record.folder, session.store.home)
+    create_markdown_artifact(report.markdown, key="report", description="the comparison of all arms")
+    create_table_artifact(report.table, key="arms", description="published metrics, test")
+    session.tracker.report(report.json, record.folder)
+    return whole
+
+
+def _plan_markdown(vetted: Vetted) -> str:
+    rows = [f"| {'hit' if one.hit else 'make'} | `{one.key}` | {one.why} |" for one in vetted.plan]
+    return "\n".join(["| | step | why |", "| --- | --- | --- |", *rows])

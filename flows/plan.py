@@ -1,0 +1,60 @@
+"""plan: every step of a recipe as hit or make, with the reason, before anything runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flows.compose import Pins, compose
+from recipes.schema import Recipe
+from tasks.runtime.step import External, Step, lookup
+from tasks.runtime.store import Artifact, Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """One line of the plan; `fields` names what differs from the nearest artifact of the same step."""
+
+    key: str
+    fingerprint: str
+    hit: bool
+    why: str
+    fields: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        line = f"{'hit ' if self.hit else 'make'}  {self.key:<34} {self.fingerprint[:12]}"
+        return line if self.hit else f"{line}  {self.why}" + "".join(f"\n{'':>6}{one}" for one in self.fields)
+
+
+def known_inputs(step: Step, artifacts: dict[str, Artifact]) -> dict[str, Artifact] | None:
+    """The step's inputs as artifacts, or None while one of them has not been made."""
+    found: dict[str, Artifact] = {}
+    for name, one in step.inputs.items():
+        artifact = one.artifact if isinstance(one, External) else artifacts.get(one.key)
+        if artifact is None:
+            return None
+        found[name] = artifact
+    return found
+
+
+def plan(recipe: Recipe, pins: Pins, store: Store) -> list[Planned]:
+    """Dry run of `compose`: the same lookups as a run, nothing is started."""
+    artifacts: dict[str, Artifact] = {}
+    lines: list[Planned] = []
+
+    def look(step: Step) -> None:
+        inputs = known_inputs(step, artifacts)
+        if inputs is None:
+            waits = [one.key for one in step.inputs.values() if isinstance(one, Step) and one.key not in artifacts]
+            why = f"after {', '.join(waits)}"
+        else:
+            found = lookup(step, inputs, store)
+            if found.artifact:
+                artifacts[step.key] = found.artifact
+                lines.append(Planned(key=step.key, fingerprint=step.fingerprint, hit=True, why="hit"))
+                return
+            why = found.why
+        fields = tuple(store.nearest(step.stage, step.slug, step.identity))
+        lines.append(Planned(key=step.key, fingerprint=step.fingerprint, hit=False, why=why, fields=fields))
+
+    compose(recipe, pins, look)
+    return lines

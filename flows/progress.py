@@ -1,0 +1,68 @@
+"""Progress in a terminal: a bar a live step; one line a step where the output is not a terminal."""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+PLAIN_EVERY_S = 10.0
+
+
+class Display:
+    """What `quench run` shows while it works."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self._bars = Progress(
+            TextColumn("  {task.description:<36}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self._ids: dict[str, TaskID] = {}
+        self._last: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Display:
+        self._bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self._bars.stop()
+
+    def line(self, text: str, *, style: str | None = None) -> None:
+        """A line above the bars."""
+        self.console.print(text, style=style, highlight=False, soft_wrap=True)
+
+    def started(self, key: str) -> None:
+        """A step began."""
+        with self._lock:
+            self._ids[key] = self._bars.add_task(key, total=None, note="")
+            self._last[key] = time.monotonic()
+
+    def event(self, key: str, event: dict[str, Any]) -> None:
+        """Move the bar of a live step; without a terminal, print a line now and then."""
+        if event["kind"] != "progress" or key not in self._ids:
+            return
+        note = event["note"] or event["unit"]
+        self._bars.update(self._ids[key], completed=event["done"], total=event["total"], note=note)
+        now = time.monotonic()
+        if not self.console.is_terminal and now - self._last[key] > PLAIN_EVERY_S:
+            self._last[key] = now
+            self.line(f"  ...   {key:<36} {event['done']}/{event['total']} {note}")
+
+    def ended(self, key: str, text: str, *, style: str | None = None) -> None:
+        """A step ended: its line stays."""
+        with self._lock:
+            if key in self._ids:
+                self._bars.remove_task(self._ids.pop(key))
+        self.line(text, style=style)

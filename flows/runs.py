@@ -1,0 +1,151 @@
+"""A run's folder: runs/<id>/{recipe.yaml, recipe.resolved.json, plan.txt, preflight.json, steps.json, report.*}."""
+
+from __future__ import annotations
+
+import datetime as dt
+import secrets
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from flows.compose import ArmSteps, Matrix, Pins
+from recipes.load import Loaded
+from recipes.problem import Problem, RecipeError
+from tasks.runtime.step import Step, hardware, locked_versions
+from tasks.runtime.store import read_json, write_json
+
+SHOWN_VERSIONS = ("torch", "transformers", "peft", "trl", "bitsandbytes", "gptqmodel", "prefect", "mlflow")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """What became of one step in this run. Status: hit, made, failed, or skipped (an input failed)."""
+
+    key: str
+    stage: str
+    slug: str
+    fingerprint: str
+    status: str
+    path: str | None = None
+    problem: dict[str, str] | None = None
+    log: str | None = None
+    seconds: float = 0.0
+
+
+class RunRecord:
+    """Writes steps.json after every step, so that a killed run has its record too."""
+
+    def __init__(self, home: Path, loaded: Loaded) -> None:
+        stamp = dt.datetime.now(dt.UTC).strftime("%Y%m%d-%H%M%S")
+        self.home = home
+        self.id = f"{stamp}-{loaded.recipe.name}-{secrets.token_hex(2)}"
+        self.folder = home / "runs" / self.id
+        self.folder.mkdir(parents=True)
+        self._lock = threading.Lock()
+        self._clock = time.monotonic()
+        self._steps: dict[str, StepRecord] = {}
+        self._raw: dict[str, Any] = {
+            "schema": 1,
+            "id": self.id,
+            "name": loaded.recipe.name,
+            "recipe": str(loaded.path),
+            "started_at": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+            "status": "running",
+            "hardware": hardware(),
+            "versions": {name: locked_versions()[name] for name in SHOWN_VERSIONS},
+            "arms": [],
+        }
+        (self.folder / "recipe.yaml").write_text(loaded.text, encoding="utf-8")
+        write_json(self.folder / "recipe.resolved.json", loaded.recipe.model_dump(mode="json"))
+
+    def pinned(self, pins: Pins) -> None:
+        """Note where base and data came from."""
+        for one in (pins.base, pins.data):
+            self._raw[one.name] = {"path": str(one.path), "digest": one.digest, "source": one.source}
+        self._write()
+
+    def add(self, step: Step, status: str, **more: Any) -> StepRecord:
+        """Record what became of a step."""
+        record = StepRecord(
+            key=step.key, stage=step.stage, slug=step.slug, fingerprint=step.fingerprint, status=status, **more
+        )
+        with self._lock:
+            self._steps[step.key] = record
+        self._write()
+        return record
+
+    def composed(self, matrix: Matrix) -> None:
+        """Record the arms, and put the steps into the order of the composition."""
+        self._raw["arms"] = [_arm(one) for one in matrix.arms]
+        with self._lock:
+            self._steps = {step.key: self._steps[step.key] for step in matrix.steps if step.key in self._steps}
+        self._write()
+
+    def finish(self, status: str) -> None:
+        """completed, failed or stopped."""
+        self._raw["status"] = status
+        self._raw["finished_at"] = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
+        self._write()
+
+    @property
+    def records(self) -> Mapping[str, StepRecord]:
+        """Steps by key, as recorded so far."""
+        return self._steps
+
+    def publish(self) -> None:
+        """Let runs/latest name this run."""
+        link = self.folder.parent / f".latest-{self.id}"
+        link.symlink_to(self.id)
+        link.replace(self.folder.parent / "latest")
+
+    def _write(self) -> None:
+        with self._lock:
+            steps = [asdict(record) for record in self._steps.values()]
+            seconds = round(time.monotonic() - self._clock, 3)
+            write_json(self.folder / "steps.json", {**self._raw, "seconds": seconds, "steps": steps})
+
+
+def _arm(one: ArmSteps) -> dict[str, Any]:
+    return {
+        "slug": one.arm.slug,
+        "kind": one.arm.kind,
+        "merge_base": one.arm.merge_base,
+        "scheme": one.arm.scheme,
+        "on_base": one.arm.on_base,
+        "model": one.model.key if one.model else None,
+        "adapter": one.adapter.key if one.adapter else None,
+        "evaluate": one.evaluate.key,
+        "measure": one.measure.key if one.measure else None,
+    }
+
+
+def find_run(home: Path, name: str | None) -> Path:
+    """Folder of a run by id or unambiguous beginning; None is the latest.
+
+    Raises:
+        RecipeError: There is no such run, or more than one.
+    """
+    root = home / "runs"
+    found = [root / "latest"] if name is None else sorted(root.glob(f"{name}*"))
+    found = [folder for folder in found if (folder / "steps.json").exists()]
+    if len(found) == 1:
+        return found[0].resolve()
+    names = sorted(folder.name for folder in root.glob("*/") if folder.name != "latest")
+    raise RecipeError(
+        [
+            Problem(
+                what=f"{len(found)} runs are called {name!r}" if name else "there is no run yet",
+                where=str(root),
+                why="a report belongs to one run",
+                next=f"name one of: {', '.join(names[-5:])}" if names else "quench run RECIPE",
+            )
+        ]
+    )
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """steps.json of a run."""
+    return read_json(folder / "steps.json")

@@ -1,0 +1,102 @@
+"""The Prefect server of a run: the one that QUENCH_HOME/up.json names if it answers, else an own child on SQLite.
+
+Never Prefect's ephemeral mode: such a server can outlive a flow that is ended by a signal.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from recipes.problem import Problem, RecipeError
+from tasks.runtime.launch import Child, Launcher, child_env
+from tasks.runtime.store import read_json
+
+START_S = 120  # 10 to 15 s on a new database on two cores; much more only when something is wrong
+
+
+def answers(api: str, *, timeout_s: float = 2.0) -> bool:
+    """True where a Prefect API answers its health check."""
+    try:
+        with urllib.request.urlopen(f"{api}/health", timeout=timeout_s) as answer:
+            return answer.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def free_port() -> int:
+    """A TCP port on loopback that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def prefect_settings(home: Path) -> dict[str, str]:
+    """Environment that keeps Prefect below QUENCH_HOME and quiet on the network."""
+    return {
+        "PREFECT_HOME": str(home / "prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
+        "DO_NOT_TRACK": "1",
+    }
+
+
+class OwnServer:
+    """A Prefect server that lives as long as the launcher that started it."""
+
+    def __init__(self, home: Path, launcher: Launcher) -> None:
+        self._home = home
+        self._launcher = launcher
+        self._child: Child | None = None
+        self.api = ""
+
+    def start(self) -> None:
+        """Use the server of up.json or PREFECT_API_URL where one answers; else start one. Does not wait."""
+        up = self._home / "up.json"
+        named = [os.environ.get("PREFECT_API_URL", ""), read_json(up).get("prefect", "") if up.exists() else ""]
+        for api in filter(None, named):
+            if answers(api):
+                self.api = api
+                return
+        port = free_port()
+        self.api = f"http://127.0.0.1:{port}/api"
+        (self._home / "prefect").mkdir(parents=True, exist_ok=True)
+        program = Path(sys.executable).with_name("prefect")
+        self._child = self._launcher.start(
+            ["exec", "--", str(program), "server", "start", "--host", "127.0.0.1", "--port", str(port)],
+            env=child_env(secrets=True) | prefect_settings(self._home) | {"PREFECT_SERVER_LOGGING_LEVEL": "WARNING"},
+            cwd=self._home,
+            log=self._log,
+        )
+
+    def wait(self) -> None:
+        """Return when the server answers.
+
+        Raises:
+            RecipeError: It ended or did not answer in time; with the end of its log.
+        """
+        deadline = time.monotonic() + START_S
+        while not answers(self.api):
+            ended = self._child is not None and self._child.ended.done()
+            if ended or time.monotonic() > deadline:
+                tail = self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
+                raise RecipeError(
+                    [
+                        Problem(
+                            what="the Prefect server ended" if ended else f"no answer within {START_S} s",
+                            where=self.api,
+                            why=" | ".join(tail) or "its log is empty",
+                            next=f"read {self._log}; or start `prefect server start` and set PREFECT_API_URL",
+                        )
+                    ]
+                )
+            time.sleep(0.1)
+
+    @property
+    def _log(self) -> Path:
+        return self._home / "prefect" / "server.log"

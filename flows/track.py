@@ -1,0 +1,225 @@
+"""MLflow, only here. A view: every MLflow run is a function of steps.json, manifests and events.
+
+Parent run = flow run; nested runs for the steps that people open (prepare ... quantize) and one an arm, all arms
+with the same metric names. Weights are hard-linked where store and MLflow share a file system.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from mlflow.utils.file_utils import local_file_uri_to_path
+
+from recipes.problem import Problem, RecipeError
+from tasks.runtime.events import read_events
+from tasks.runtime.store import read_json
+
+LIVE_S = 2.0
+BATCH = 500  # MLflow's limit for one log_batch is 1,000 metrics
+PARAM_CHARS = 6000
+STAGES = ("prepare", "train", "merge", "reference", "calibrate", "quantize")
+HEADLINE = ("task", "ppl_test", "ppl_general", "kl_mean", "top1_agreement", "size_bytes")
+
+
+def tracking_uri(home: Path) -> str:
+    """MLFLOW_TRACKING_URI, else SQLite below QUENCH_HOME."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
+
+
+class Tracker:
+    """One parent run and its nested runs. All calls are synchronous: asynchronous logging loses points in silence."""
+
+    def __init__(self, home: Path, *, experiment: str, run: str) -> None:
+        """Connect, or refuse before anything is spent.
+
+        Raises:
+            RecipeError: The tracking server does not answer.
+        """
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
+        self.home, self.run = home, run
+        self.uri = tracking_uri(home)
+        self._lock = threading.Lock()
+        self._nested: dict[str, str] = {}
+        self._sent: dict[str, int] = {}
+        self._waiting: dict[str, list[Metric]] = {}
+        self._flushed = 0.0
+        self.parent = ""
+        try:
+            mlflow.set_tracking_uri(self.uri)
+            self._client = MlflowClient(self.uri)
+            found = self._client.get_experiment_by_name(experiment)
+            self.experiment = found.experiment_id if found else self._create(experiment)
+        except MlflowException as error:
+            raise RecipeError(
+                [
+                    Problem(
+                        what="MLflow does not answer",
+                        where=self.uri,
+                        why=str(error).splitlines()[0],
+                        next="start that server, or unset MLFLOW_TRACKING_URI to use SQLite below QUENCH_HOME",
+                    )
+                ]
+            ) from error
+
+    def _create(self, experiment: str) -> str:
+        local = self.uri.startswith("sqlite:")
+        place = (self.home / "mlartifacts" / experiment).as_uri() if local else None
+        return self._client.create_experiment(experiment, artifact_location=place)
+
+    def start(self, recipe: Mapping[str, Any], *, tags: Mapping[str, str]) -> None:
+        """Create the parent run with the recipe as parameters."""
+        made = self._client.create_run(
+            self.experiment, run_name=self.run, tags={"quench.run": self.run, "quench.kind": "run", **tags}
+        )
+        self.parent = made.info.run_id
+        self._params(self.parent, _flat(recipe))
+
+    def live(self, key: str, event: Mapping[str, Any]) -> None:
+        """Pass one event of a live step on; points go out in batches every two seconds."""
+        if event["kind"] != "metric" or key.split("/")[0] not in STAGES:
+            return
+        with self._lock:
+            self._waiting.setdefault(key, []).append(_point(event))
+            if time.monotonic() - self._flushed > LIVE_S:
+                self._flush()
+
+    def _flush(self) -> None:
+        for key, points in self._waiting.items():
+            run = self._nested_run(key, kind="step")
+            self._metrics(run, points)
+            self._sent[key] = self._sent.get(key, 0) + len(points)
+        self._waiting.clear()
+        self._flushed = time.monotonic()
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """Write the nested run of one recorded step: curve, result, files. A hit shows the curve of its making."""
+        if record["stage"] not in STAGES:
+            return
+        with self._lock:
+            self._flush()
+            run = self._nested_run(record["key"], kind="step")
+            self._tag(run, {"quench.status": record["status"], "quench.fingerprint": record["fingerprint"]})
+            if record["path"] is None:
+                self._client.set_terminated(run, "FAILED" if record["status"] == "failed" else "KILLED")
+                return
+            folder = self.home / record["path"]
+            manifest = read_json(folder / "manifest.json")
+            events = (event for event, _ in read_events(folder / "files" / "events.jsonl"))
+            points = [_point(event) for event in events if event["kind"] == "metric"]
+            self._metrics(run, points[self._sent.get(record["key"], 0) :])
+            self._numbers(run, {**manifest["result"], "seconds": manifest["seconds"]})
+            self._numbers(run, {name: manifest[name] for name in ("peak_rss_gib", "peak_gpu_gib")})
+            self._params(run, _flat(manifest["identity"]["params"]))
+            self._tag(run, {"quench.digest": manifest["digest"], "quench.path": record["path"]})
+            self._files(run, folder, record["stage"])
+            self._client.set_terminated(run, "FINISHED")
+
+    def report(self, report: Mapping[str, Any], folder: Path) -> None:
+        """One nested run an arm, all with the same metric names; headline metrics and the report on the parent."""
+        with self._lock:
+            for slug, arm in report["arms"].items():
+                run = self._nested_run(f"arm/{slug}", kind="arm")
+                metrics = {name: one["value"] for name, one in arm["metrics"].items()}
+                self._numbers(run, metrics)
+                intervals = {name: one["ci95"] for name, one in arm["metrics"].items() if one["ci95"]}
+                for name, (low, high) in intervals.items():
+                    self._numbers(run, {f"{name}.low": low, f"{name}.high": high})
+                self._tag(run, {"quench.status": arm["status"], "quench.merge_base": str(arm["merge_base"])})
+                self._client.set_terminated(run, "FINISHED" if arm["status"] == "ok" else "FAILED")
+                self._numbers(self.parent, {f"{name}/{slug}": metrics.get(name) for name in HEADLINE})
+            for path in sorted(folder.iterdir()):
+                if path.is_file() and not path.name.startswith("."):
+                    self._client.log_artifact(self.parent, str(path))
+            note = (folder / "report.md").read_text(encoding="utf-8")
+            self._client.set_tag(self.parent, "mlflow.note.content", note[:8000])
+
+    def end(self, status: str) -> None:
+        """Close the parent run: completed, failed or stopped."""
+        if self.parent:
+            mapped = {"completed": "FINISHED", "failed": "FAILED"}.get(status, "KILLED")
+            for run in self._nested.values():
+                if self._client.get_run(run).info.status == "RUNNING":
+                    self._client.set_terminated(run, "KILLED")
+            self._client.set_terminated(self.parent, mapped)
+
+    def _nested_run(self, key: str, *, kind: str) -> str:
+        if key not in self._nested:
+            tags = {"mlflow.parentRunId": self.parent, "quench.run": self.run, "quench.kind": kind, "quench.key": key}
+            name = key.removeprefix("arm/")
+            self._nested[key] = self._client.create_run(self.experiment, run_name=name, tags=tags).info.run_id
+        return self._nested[key]
+
+    def _metrics(self, run: str, points: list[Metric]) -> None:
+        for start in range(0, len(points), BATCH):
+            self._client.log_batch(run, metrics=points[start : start + BATCH])
+
+    def _numbers(self, run: str, values: Mapping[str, Any]) -> None:
+        """Numbers become metrics, nested dicts of numbers too (`a/b`); everything else stays in the manifest."""
+        now = int(time.time() * 1000)
+        points = [
+            Metric(key=_name(key), value=float(value), timestamp=now, step=0)
+            for key, value in _flat(values, separator="/").items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        ]
+        self._metrics(run, points)
+
+    def _params(self, run: str, values: Mapping[str, Any]) -> None:
+        self._client.log_batch(run, params=[Param(key, str(value)[:PARAM_CHARS]) for key, value in values.items()])
+
+    def _tag(self, run: str, tags: Mapping[str, str]) -> None:
+        self._client.log_batch(run, tags=[RunTag(key, value) for key, value in tags.items()])
+
+    def _files(self, run: str, folder: Path, name: str) -> None:
+        """The artifact's manifest and files in the MLflow run, as hard links where that is possible."""
+        uri = self._client.get_run(run).info.artifact_uri
+        if not uri.startswith("file:"):
+            self._client.log_artifacts(run, str(folder / "files"), name)
+            self._client.log_artifact(run, str(folder / "manifest.json"))
+            return
+        root = Path(local_file_uri_to_path(uri))
+        link_tree(folder / "files", root / name)
+        link_tree(folder, root, names=("manifest.json",))
+
+
+def link_tree(source: Path, target: Path, *, names: Iterable[str] | None = None) -> None:
+    """Hard-link the files of `source` below `target`; across file systems they are copied."""
+    files = [source / name for name in names] if names is not None else [one for one in source.rglob("*")]
+    for path in files:
+        if path.is_file():
+            place = target / path.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.unlink(missing_ok=True)
+            try:
+                os.link(path, place)
+            except OSError:  # another file system
+                place.write_bytes(path.read_bytes())
+
+
+def _point(event: Mapping[str, Any]) -> Metric:
+    return Metric(key=event["name"], value=event["value"], timestamp=int(event["t"] * 1000), step=event["step"])
+
+
+def _name(text: str) -> str:
+    """MLflow takes letters, digits and `_ - . space : /` in a metric's name."""
+    return "".join(char if char.isalnum() or char in "_-. :/" else "_" for char in text)
+
+
+def _flat(values: Mapping[str, Any], *, separator: str = ".", before: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{before}{key}"
+        if isinstance(value, Mapping):
+            flat |= _flat(value, separator=separator, before=f"{name}{separator}")
+        else:
+            flat[name] = value
+    return flat

@@ -1,0 +1,38 @@
+"""What every refusal is made of. Standard library only: everything else may import this."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One thing that is wrong, in the four parts that let a reader act on it.
+
+    Attributes:
+        what: What is wrong, one sentence.
+        where: File and line, recipe field, layer or row: `recipe.yaml:12 train.rank`.
+        why: Why Quench cannot go on with it.
+        next: What to type or change next.
+    """
+
+    what: str
+    where: str
+    why: str
+    next: str
+
+    def __str__(self) -> str:
+        return f"{self.what}\n  where: {self.where}\n  why:   {self.why}\n  next:  {self.next}"
+
+    def as_dict(self) -> dict[str, str]:
+        """The four parts as JSON-able strings."""
+        return asdict(self)
+
+
+class RecipeError(Exception):
+    """Bad input, found before anything was spent: carries every problem at once (exit code 2)."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))

@@ -1,0 +1,231 @@
+"""The recipe: one frozen model a stage. The string under a field is its documentation.
+
+Everything but `run:` is identity: changing it changes fingerprints. `run:` is execution: where and how.
+Validators check, they never edit. docs/recipe.md is generated from this file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(gt=0, lt=0.5)]
+
+
+class Section(BaseModel):
+    """Closed and frozen: unknown keys are refused, nothing is changed after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class Model(Section):
+    base: str
+    """Base model: a local folder or a hub id (`org/name`)."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit); pinned to a commit when the run starts."""
+    chat_template: str | None = None
+    """`chatml` or the path of a Jinja file. Only for a base that has no chat template; saved into every artifact."""
+
+
+class Data(Section):
+    path: str
+    """Training domain: a JSONL file or a hub data set id. Rows are `messages` or `prompt` + `completion`."""
+    revision: str | None = None
+    """Hub revision of the data set; pinned to a commit when the run starts."""
+    general: str | None = None
+    """JSONL file with rows `{"text": ...}` outside the domain: measures forgetting (ppl_general). None leaves it out."""
+    format: Literal["auto", "messages", "prompt-completion"] = "auto"
+    """`auto` detects it from the first row and says so."""
+    domain: str | None = None
+    """Column that names a row's sub-domain; calibration is stratified over it, metrics are shown per value."""
+    group: str | None = None
+    """Column that keeps rows together on one side of the split. Default: the row's content hash."""
+    dev: Fraction = 0.1
+    """Share of groups for dev: whatever chooses reads only these."""
+    test: Fraction = 0.15
+    """Share of groups for test: published figures and the gate."""
+    salt: str = ""
+    """Another salt draws another split. Membership does not change when the data grows."""
+    max_length: Annotated[int, Field(ge=16)] = 1024
+    """Tokens a row. Longer rows lose whole leading turns, never a part of a completion; what is lost is counted."""
+
+
+class Train(Section):
+    rank: Annotated[int, Field(ge=1, le=1024)] = 16
+    """LoRA rank r."""
+    alpha: Annotated[float, Field(gt=0)] = 32
+    """LoRA alpha; the update is scaled by alpha / r."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """LoRA dropout."""
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    """Modules that get an adapter, by the last part of their names."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    """Peak learning rate of AdamW."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Learning rate after warm-up."""
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    """Share of the steps with rising learning rate."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW weight decay."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradient norm is clipped to this."""
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    """Rows an optimizer step, over all devices. Accumulation follows from `run.micro_batch`."""
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over train; ignored where max_steps is set."""
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps; overrides epochs."""
+    checkpoint_steps: Annotated[int, Field(ge=1)] = 100
+    """Optimizer steps between checkpoints; a killed training resumes from the last one."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    seed: int = 0
+    """Initialisation, data order, dropout."""
+
+
+class Merge(Section):
+    base: Literal["dequantized", "original"] = "dequantized"
+    """Merge that the schemes quantize: into the NF4 weights that were trained, dequantized, or the original ones."""
+
+
+class Calibrate(Section):
+    rows: int = 256
+    """Source rows from train, 128 to 512: fewer starve the Hessian, more only cost time."""
+    seq_len: Annotated[int, Field(ge=32)] = 512
+    """Rows are packed up to so many tokens a sequence, never cut inside a completion."""
+    stratify: Literal["proportional", "equal"] = "proportional"
+    """How rows are shared out over the domain column."""
+    seed: int = 0
+    """Draws the rows."""
+
+    @model_validator(mode="after")
+    def _rows_in_range(self) -> Calibrate:
+        if not 128 <= self.rows <= 512:
+            raise ValueError(
+                f"calibrate.rows is {self.rows}; it has to be 128 to 512: below 128 the Hessian of a wide layer is "
+                "not of full rank and scales follow single rows; above 512 figures no longer change, only time does"
+            )
+        return self
+
+
+class Quantize(Section):
+    schemes: list[str] = ["awq-w4-g128", "gptq-w4-g128"]
+    """Scheme slugs, METHOD-wBITS-gGROUP: methods rtn, gptq, awq. `quench schemes` lists them."""
+    damp: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """GPTQ: share of the mean Hessian diagonal that is added to the diagonal."""
+    seed: int = 0
+    """Seed of the quantizer."""
+
+
+class ExactMatch(Section):
+    kind: Literal["exact-match"] = "exact-match"
+    """Answer and reference are equal after stripping white space."""
+
+
+class SqlExecution(Section):
+    kind: Literal["sql-execution"]
+    """Answer and reference return the same rows from sqlite3 (order counts only where the reference orders)."""
+    databases: str
+    """Folder with one SCHEMA.sql a database: tables and rows."""
+    schema_column: str = "schema"
+    """Column of the data that names the row's database."""
+
+
+Scorer = Annotated[ExactMatch | SqlExecution, Field(discriminator="kind")]
+
+
+class Evaluate(Section):
+    scorer: Scorer = ExactMatch()
+    """How the last turn's answer, decoded greedily from its true history, is scored (metric `task`)."""
+    on_base: list[str] = []
+    """Schemes that are also applied to the base, with the adapter on top (arms `SLUG.on-base`)."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 256
+    """Longest answer that is decoded."""
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    """Rows a forward pass, equal for all arms: sums in bf16 depend on it a little."""
+    reference_gib: Annotated[float, Field(gt=0)] = 4.0
+    """Size limit of the stored reference logits; a seeded sample of whole rows where not all rows fit."""
+    seed: int = 0
+    """Draws the sample of rows for KL."""
+
+
+class Measure(Section):
+    enabled: bool = True
+    """Measure load time and tokens/s of every arm, alone on the machine."""
+    batch: Annotated[int, Field(ge=1)] = 1
+    """Sequences at once."""
+    prompt_tokens: Annotated[int, Field(ge=1)] = 128
+    """Context of the prefill."""
+    new_tokens: Annotated[int, Field(ge=2)] = 32
+    """Tokens decoded after it."""
+    repeats: Annotated[int, Field(ge=5)] = 5
+    """Timed repeats, after one that is not timed."""
+
+
+class Run(Section):
+    """Execution only: nothing here changes a fingerprint."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes CUDA where a GPU is visible."""
+    workers: Annotated[int, Field(ge=1)] | None = None
+    """Steps at once; default: one a GPU, or one a CPU slot."""
+    threads: Annotated[int, Field(ge=1)] | None = None
+    """CPU threads a step that may run beside others; default 1 on CPU, 4 on CUDA."""
+    micro_batch: Annotated[int, Field(ge=1)] | None = None
+    """Rows a forward pass in training; has to divide train.batch_size."""
+    time_limit_s: Annotated[int, Field(ge=1)] | None = None
+    """A step that takes longer is ended and fails."""
+    log_level: Literal["DEBUG", "INFO", "WARNING"] = "INFO"
+    """Level of the children's logs."""
+
+
+class Recipe(Section):
+    """One recipe: what is wanted, from base model and data to the evaluated 4-bit models."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")]
+    """Names the runs and the MLflow experiment: small letters, digits, dashes."""
+    model: Model
+    """Where the base model comes from."""
+    data: Data
+    """Rows of the training domain and how they are split."""
+    train: Train = Train()
+    """NF4 QLoRA fine-tune."""
+    merge: Merge = Merge()
+    """Which merged model is quantized."""
+    calibrate: Calibrate = Calibrate()
+    """Calibration set, sampled from train."""
+    quantize: Quantize = Quantize()
+    """Schemes."""
+    evaluate: Evaluate = Evaluate()
+    """Arms, metrics and scorer."""
+    measure: Measure = Measure()
+    """Speed."""
+    run: Run = Run()
+    """Where it runs."""
+
+    @property
+    def micro_batch(self) -> int:
+        """Rows a forward pass in training."""
+        return self.run.micro_batch or self.train.batch_size
+
+    @model_validator(mode="after")
+    def _micro_batch_divides(self) -> Recipe:
+        if self.train.batch_size % self.micro_batch:
+            raise ValueError(
+                f"run.micro_batch {self.micro_batch} does not divide train.batch_size {self.train.batch_size}: "
+                "accumulation needs a whole number of micro-batches a step"
+            )
+        return self
+
+
+def is_hub_id(name: str, *, folder: Path) -> bool:
+    """True where `name` looks like `org/name` and no such path exists below `folder`."""
+    plain = not name.startswith((".", "/", "~")) and name.count("/") == 1
+    return plain and not (folder / name).exists()
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a recipe, for editors and for docs/recipe.md."""
+    return Recipe.model_json_schema()

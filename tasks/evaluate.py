@@ -1,0 +1,26 @@
+"""evaluate: one arm, loaded from its stored artifact in a fresh process -> scores, a row a row and metric."""
+
+from __future__ import annotations
+
+from recipes.schema import Recipe
+from tasks.runtime.step import External, Step
+
+
+def step(recipe: Recipe, arm: str, *, kind: str, inputs: dict[str, Step | External]) -> Step:
+    """Scores of an arm. `inputs` has model, dataset, reference and, where there are, adapter and databases."""
+    asked = recipe.evaluate
+    scorer = asked.scorer.model_dump(exclude={"databases"})  # its content is an input
+    return Step(
+        stage="evaluate",
+        slug=arm,
+        entry="tasks.jobs.evaluate:run",
+        version=1,
+        params={
+            "kind": kind,
+            "scorer": scorer,
+            **asked.model_dump(include={"max_new_tokens", "batch_size", "seed"}),
+        },
+        inputs=inputs,
+        tools=("torch", "transformers", "peft", "bitsandbytes", "gptqmodel"),
+        gpus=1,
+    )

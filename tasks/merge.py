@@ -1,0 +1,19 @@
+"""merge: base + adapter -> model, bf16. Into the dequantized NF4 weights that were trained, or the original ones."""
+
+from __future__ import annotations
+
+from recipes.schema import Recipe
+from tasks.runtime.step import External, Step
+
+
+def step(recipe: Recipe, *, base: External, adapter: Step, onto: str) -> Step:
+    """One merged model. `onto` is `dequantized` or `original`."""
+    return Step(
+        stage="merge",
+        slug=f"{recipe.name}-{onto}",
+        entry="tasks.jobs.merge:run",
+        version=1,
+        params={"onto": onto},
+        inputs={"base": base, "adapter": adapter},
+        tools=("torch", "transformers", "peft", "bitsandbytes"),
+    )

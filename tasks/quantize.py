@@ -1,0 +1,25 @@
+"""quantize: model + calibset -> 4-bit model, one a scheme."""
+
+from __future__ import annotations
+
+from recipes.schema import Recipe
+from recipes.schemes import Scheme
+from tasks.runtime.step import External, Step
+
+
+def step(recipe: Recipe, scheme: Scheme, *, model: Step | External, calibset: Step, arm: str) -> Step:
+    """One quantized model. RTN reads no calibration set, so none is an input."""
+    inputs: dict[str, Step | External] = {"model": model}
+    if scheme.needs_calibration:
+        inputs["calibset"] = calibset
+    own = {"damp": recipe.quantize.damp} if scheme.method == "gptq" else {}
+    return Step(
+        stage="quantize",
+        slug=arm,
+        entry="tasks.jobs.quantize:run",
+        version=1,
+        params={**scheme.params(), **own, "seed": recipe.quantize.seed},
+        inputs=inputs,
+        tools=("torch", "transformers", "gptqmodel"),
+        gpus=1,
+    )

@@ -1,0 +1,117 @@
+"""Entry of every child process.
+
+`run JOB.json` imports the job's body and runs it; result.json beside job.json is what the parent reads:
+{"ok": true, "result", "peak_rss_gib", "peak_gpu_gib"} or {"ok": false, "problem", "type"}.
+`exec -- PROGRAM ARGS` turns into a program that is not ours.
+Both die with the parent, also when it is killed by SIGKILL (Linux: PR_SET_PDEATHSIG).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import os
+import resource
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from recipes.problem import Problem
+from tasks.runtime.errors import StageError
+from tasks.runtime.job import Job
+
+PR_SET_PDEATHSIG = 1
+GIB = 1 << 30
+
+
+def die_with_parent() -> None:
+    """Ask the kernel for SIGKILL when the spawning thread ends; leave at once if the parent is gone already."""
+    parent = os.environ.pop("QUENCH_PARENT", None)
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent is not None and os.getppid() != int(parent):
+        os._exit(1)
+
+
+def verify_checkout() -> None:
+    """Refuse to run when flows, tasks and recipes do not come from this checkout.
+
+    Raises:
+        SystemExit: A user's own module of the same name stands in for ours.
+    """
+    checkout = Path(__file__).resolve().parents[2]
+    for name in ("tasks", "recipes"):
+        origin = Path(importlib.import_module(name).__file__ or "").resolve()
+        if checkout not in origin.parents:
+            raise SystemExit(f"{name} comes from {origin}, not from {checkout}: rename that module or run elsewhere")
+
+
+def _peak_gpu_gib() -> float | None:
+    torch: Any = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return None
+    return torch.cuda.max_memory_allocated() / GIB
+
+
+def run_job(path: Path) -> int:
+    """Run one job; write result.json; return the exit code (0 done, 1 failed)."""
+    job = Job.load(path)
+    module, _, function = job.entry.partition(":")
+    try:
+        body = getattr(importlib.import_module(module), function)
+        answer: dict[str, Any] = {"ok": True, "result": body(job)}
+    except StageError as error:
+        print(error, file=sys.stderr)
+        answer = {"ok": False, "type": "StageError", "problem": error.problem.as_dict()}
+    except Exception as error:  # the child's top: whatever it was, the parent gets it in four parts
+        traceback.print_exc()
+        answer = {"ok": False, "type": type(error).__name__, "problem": _as_problem(job, error).as_dict()}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)  # KiB on Linux
+    answer |= {"peak_rss_gib": peak, "peak_gpu_gib": _peak_gpu_gib()}
+    draft = path.with_name("result.draft.json")
+    draft.write_text(json.dumps(answer, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    draft.replace(path.with_name("result.json"))
+    return 0 if answer["ok"] else 1
+
+
+def _as_problem(job: Job, error: Exception) -> Problem:
+    where = f"{job.stage}/{job.slug}"
+    if type(error).__name__ == "OutOfMemoryError":
+        return Problem(
+            what=f"out of GPU memory: {str(error).splitlines()[0]}",
+            where=where,
+            why="batch and length of this stage do not fit the GPU",
+            next="lower run.micro_batch (training) or evaluate.batch_size, then data.max_length; run again to resume",
+        )
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return Problem(
+        what=f"{type(error).__name__}: {error}",
+        where=f"{where}, {Path(last.filename).name}:{last.lineno} in {last.name}",
+        why="the job ended with an exception that it does not expect",
+        next="read the log named below; running the same command again resumes from what is finished",
+    )
+
+
+def main(argv: list[str]) -> int:
+    """Command line of a child."""
+    die_with_parent()
+    match argv:
+        case ["run", path]:
+            verify_checkout()
+            return run_job(Path(path))
+        case ["exec", "--", program, *rest]:
+            os.execvp(program, [program, *rest])
+        case _:
+            print("usage: python -P -m tasks.runtime.child run JOB.json | exec -- PROGRAM ARGS", file=sys.stderr)
+            return 2
+
+
+if __name__ == "__main__":
+    # os._exit: interpreter shutdown with torch loaded costs seconds and has nothing left to do
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

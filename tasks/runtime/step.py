@@ -1,0 +1,319 @@
+"""Step: one planned unit. run_step: the only executor, from lookup to commit."""
+
+from __future__ import annotations
+
+import datetime as dt
+import functools
+import os
+import platform
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recipes.problem import Problem
+from tasks.runtime.errors import StepFailed
+from tasks.runtime.events import read_events
+from tasks.runtime.fingerprint import canonical, fingerprint
+from tasks.runtime.job import Execution, Input, Job
+from tasks.runtime.launch import CHECKOUT, Child, Launcher, child_env
+from tasks.runtime.leases import Lease, Leases, cpu_slots, visible_gpus
+from tasks.runtime.store import Artifact, Attempt, Found, LostRaceError, Store, read_json
+
+FOLLOW_S = 0.2
+LOCK = CHECKOUT / "infra" / "locks" / "main.txt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class External:
+    """Something from outside the store: a digest and no history. Its fingerprint is its digest."""
+
+    name: str
+    path: Path
+    digest: str
+    source: str
+
+    @property
+    def fingerprint(self) -> str:
+        """The digest: the same bytes are the same input, wherever they lie."""
+        return self.digest
+
+    @property
+    def artifact(self) -> Artifact:
+        """As an input of a job."""
+        return Artifact(fingerprint=self.digest, digest=self.digest, path=self.path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """Identity {stage, version, params, input fingerprints, tool versions} + execution.
+
+    Attributes:
+        version: Raised when the job's code changes what it writes.
+        tools: Distributions that shape the bytes; their versions are read from the lock.
+        lineage: Replaces `inputs` in the identity. Only a choice uses it: what comes after depends on what was
+            chosen (its digest), not on how.
+        whole_machine: Runs alone (speed is measured, or nothing can run beside it).
+        gpus: GPUs wanted where the device is cuda.
+    """
+
+    stage: str
+    slug: str
+    entry: str
+    version: int
+    params: Mapping[str, Any]
+    inputs: Mapping[str, Step | External]
+    tools: tuple[str, ...] = ()
+    lineage: Mapping[str, Step | External] | None = None
+    whole_machine: bool = False
+    gpus: int = 0
+
+    @property
+    def key(self) -> str:
+        """`stage/slug`: names the step within a run."""
+        return f"{self.stage}/{self.slug}"
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """What the fingerprint is made of."""
+        origins = self.inputs if self.lineage is None else self.lineage
+        return canonical(
+            {
+                "stage": self.stage,
+                "version": self.version,
+                "params": dict(self.params),
+                "inputs": {name: one.fingerprint for name, one in origins.items()},
+                "tools": {name: locked_versions()[name] for name in self.tools},
+            }
+        )
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the identity, 64 hex digits."""
+        return fingerprint(self.identity)
+
+
+@functools.cache
+def locked_versions() -> dict[str, str]:
+    """Distribution -> version, from infra/locks/main.txt."""
+    pins = re.findall(r"^([A-Za-z0-9_.-]+)==([^\s;]+)", LOCK.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return dict(pins)
+
+
+@functools.cache
+def hardware() -> dict[str, Any]:
+    """CPU model, cores, memory and GPUs of this machine; no CUDA library is loaded."""
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists() and (named := re.search(r"^model name\s*:\s*(.+)$", info.read_text(), flags=re.MULTILINE)):
+        model = named[1]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)
+    gpus = []
+    for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        if named := re.search(r"^Model:\s*(.+)$", path.read_text(), flags=re.MULTILINE):
+            gpus.append(named[1])
+    return {"cpu": model, "cores": cpu_slots(), "memory_gib": round(memory, 1), "gpus": gpus}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Execution settings of a run (the recipe's `run:` section, resolved)."""
+
+    device: str = "cpu"
+    threads: int = 1
+    micro_batch: int | None = None
+    time_limit_s: int | None = None
+    log_level: str = "INFO"
+
+
+def resolve_device(wanted: str) -> str:
+    """`auto` -> `cuda` where a GPU is visible, else `cpu`."""
+    if wanted != "auto":
+        return wanted
+    return "cuda" if visible_gpus() else "cpu"
+
+
+@dataclass(kw_only=True)
+class Kitchen:
+    """Everything run_step works with: store, children, leases, limits, and who is told."""
+
+    store: Store
+    launcher: Launcher
+    leases: Leases
+    limits: Limits = field(default_factory=Limits)
+    on_event: Callable[[Step, dict[str, Any]], None] = lambda step, event: None
+    on_line: Callable[[Step, str], None] = lambda step, line: None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """What run_step returns: the artifact and whether it was there already."""
+
+    artifact: Artifact
+    hit: bool
+
+
+def lookup(step: Step, inputs: Mapping[str, Artifact], store: Store) -> Found:
+    """Find a step's artifact for its inputs as they are now."""
+    return store.find(step.stage, step.fingerprint, {name: one.digest for name, one in inputs.items()})
+
+
+def run_step(step: Step, inputs: Mapping[str, Artifact], kitchen: Kitchen) -> Made:
+    """Return the step's artifact; make it when it is not there. Commits before it reports to anyone.
+
+    Raises:
+        StepFailed: The child ended without a result; nothing was stored, its attempt folder stays.
+        InterruptedError: The run was stopped.
+    """
+    if found := lookup(step, inputs, kitchen.store).artifact:
+        return Made(artifact=found, hit=True)
+    stop = kitchen.launcher.stop
+    with kitchen.store.lock(step.stage, step.fingerprint, stop=stop):
+        if found := lookup(step, inputs, kitchen.store).artifact:
+            return Made(artifact=found, hit=True)
+        digests = {name: one.digest for name, one in inputs.items()}
+        if finished := kitchen.store.take_up(step.stage, step.slug, step.fingerprint, inputs=digests):
+            return Made(artifact=finished, hit=True)
+        say = functools.partial(kitchen.on_line, step)
+        gpus = step.gpus if kitchen.limits.device == "cuda" else 0
+        cpus = 0 if step.whole_machine else kitchen.limits.threads
+        with kitchen.leases.take(cpus, gpus, stop=stop, say=say) as lease:
+            return _make(step, inputs, kitchen, lease)
+
+
+def _make(step: Step, inputs: Mapping[str, Artifact], kitchen: Kitchen, lease: Lease) -> Made:
+    digests = {name: one.digest for name, one in inputs.items()}
+    attempt = kitchen.store.begin(step.stage, step.slug, step.fingerprint, inputs=digests)
+    threads = len(lease.cpus) if not step.whole_machine else kitchen.limits.threads
+    execution = Execution(
+        device="cuda" if lease.gpus else "cpu",
+        threads=threads,
+        micro_batch=kitchen.limits.micro_batch,
+        log_level=kitchen.limits.log_level,
+    )
+    job = Job(
+        stage=step.stage,
+        slug=step.slug,
+        fingerprint=step.fingerprint,
+        entry=step.entry,
+        params=canonical(dict(step.params)),
+        inputs={
+            name: Input(path=one.path, digest=one.digest, fingerprint=one.fingerprint) for name, one in inputs.items()
+        },
+        out=attempt.files,
+        checkpoint=attempt.checkpoint,
+        execution=execution,
+    )
+    job.dump(attempt.own / "job.json")
+    started, clock = dt.datetime.now(dt.UTC), time.monotonic()
+    log = attempt.own / "log.txt"
+    child = kitchen.launcher.start(
+        ["run", str(attempt.own / "job.json")],
+        env=child_env(threads=threads, gpus=lease.gpus),
+        cwd=attempt.own,
+        log=log,
+    )
+    code = _follow(step, kitchen, child, attempt)
+    answer = _answer(step, kitchen, attempt, code)
+    manifest = {
+        "stage": step.stage,
+        "slug": step.slug,
+        "fingerprint": step.fingerprint,
+        "identity": step.identity,
+        "inputs": {
+            name: {
+                "fingerprint": one.fingerprint,
+                "digest": one.digest,
+                "path": _relative(one.path, kitchen.store.home),
+            }
+            for name, one in inputs.items()
+        },
+        "result": answer["result"],
+        "seconds": round(time.monotonic() - clock, 3),
+        "peak_rss_gib": answer["peak_rss_gib"],
+        "peak_gpu_gib": answer["peak_gpu_gib"],
+        "started_at": started.isoformat(timespec="seconds"),
+        "finished_at": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        "hardware": hardware(),
+        "execution": {"device": execution.device, "threads": threads, "micro_batch": execution.micro_batch},
+    }
+    try:
+        return Made(artifact=kitchen.store.commit(attempt, manifest), hit=False)
+    except LostRaceError:
+        shutil.rmtree(attempt.folder, ignore_errors=True)
+        won = lookup(step, inputs, kitchen.store)
+        if won.artifact is None:
+            raise
+        return Made(artifact=won.artifact, hit=True)
+
+
+def _relative(path: Path, home: Path) -> str:
+    """Relative to QUENCH_HOME inside it, absolute outside."""
+    return str(path.relative_to(home)) if path.is_relative_to(home) else str(path)
+
+
+def _follow(step: Step, kitchen: Kitchen, child: Child, attempt: Attempt) -> int:
+    """Pass the child's events and log lines on while it runs; end it at the time limit."""
+    events = attempt.files / "events.jsonl"
+    log = attempt.own / "log.txt"
+    limit = kitchen.limits.time_limit_s
+    deadline = time.monotonic() + limit if limit else None
+    seen_events = seen_log = 0
+    code: int | None = None
+    while code is None:
+        try:
+            code = child.wait(FOLLOW_S)
+        except TimeoutError:
+            if deadline is not None and time.monotonic() > deadline:
+                kitchen.launcher.end(child)
+        for event, after in read_events(events, offset=seen_events):
+            seen_events = after
+            kitchen.on_event(step, event)
+        seen_log = _pass_lines(step, kitchen, log, seen_log)
+    return code
+
+
+def _pass_lines(step: Step, kitchen: Kitchen, log: Path, offset: int) -> int:
+    with log.open("rb") as file:
+        file.seek(offset)
+        chunk = file.read()
+    whole = chunk.rfind(b"\n") + 1
+    for line in chunk[:whole].decode("utf-8", errors="replace").splitlines():
+        kitchen.on_line(step, line)
+    return offset + whole
+
+
+def _answer(step: Step, kitchen: Kitchen, attempt: Attempt, code: int) -> dict[str, Any]:
+    """The child's result.json. Raises StepFailed with the four parts."""
+    if kitchen.launcher.stop.is_set():
+        raise InterruptedError(f"{step.key}: the run was stopped")
+    log = attempt.own / "log.txt"
+    path = attempt.own / "result.json"
+    if path.exists():
+        answer = read_json(path)
+        if answer["ok"]:
+            return answer
+        problem = Problem(**answer["problem"])
+    else:
+        problem = _no_result(step, kitchen, code, log)
+    raise StepFailed(step.key, problem, log=str(log), returncode=code)
+
+
+def _no_result(step: Step, kitchen: Kitchen, code: int, log: Path) -> Problem:
+    tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-3:]
+    limit = kitchen.limits.time_limit_s
+    if code == -15 and limit:
+        what = f"the child was ended at run.time_limit_s = {limit}"
+    elif code == -9:
+        what = "the child was killed (SIGKILL): by somebody, or by the kernel because memory ran out"
+    else:
+        what = f"the child ended with exit code {code} and left no result"
+    return Problem(
+        what=what,
+        where=step.key,
+        why=" | ".join(tail) or "its log is empty",
+        next="read the log named below; running the same command again resumes from what is finished",
+    )

@@ -1,0 +1,287 @@
+"""The store: find / begin / commit / fetch / lock. Addressed by what was asked, verified by what came out.
+
+`store/<stage>/<slug>-<fp12>/` holds manifest.json, files/ and the attempts' job.json and log.txt. Work happens in
+`partial/<stage>/<slug>-<fp12>/`; the manifest is created exclusively and last, then the folder is renamed.
+When an input was remade with other bytes, the same request is made again beside the old one (`-2`, `-3` ...),
+so nothing that was finished is lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tasks.runtime.fingerprint import difference, file_digest, fingerprint
+
+MANIFEST = "manifest.json"
+SCHEMA = 1
+
+
+def find_home(start: Path | None = None) -> Path:
+    """QUENCH_HOME, else the nearest `.quench` from the current folder upwards, else `.quench` here."""
+    if named := os.environ.get("QUENCH_HOME"):
+        return Path(named).expanduser().resolve()
+    here = (start or Path.cwd()).resolve()
+    for folder in (here, *here.parents):
+        if (folder / ".quench").is_dir():
+            return folder / ".quench"
+    return here / ".quench"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """A committed artifact, or an external one (a digest and no history).
+
+    Attributes:
+        path: What a job reads: the artifact's files/ folder, or the external file or folder.
+        folder: The committed folder with the manifest; None for an external one.
+    """
+
+    fingerprint: str
+    digest: str
+    path: Path
+    folder: Path | None = None
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The manifest, read from disk. Raises FileNotFoundError for an external artifact."""
+        if self.folder is None:
+            raise FileNotFoundError(f"{self.path} is external: it has no manifest")
+        return read_json(self.folder / MANIFEST)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """Answer of `find`: the artifact, or why there is none."""
+
+    artifact: Artifact | None
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One try at making a step, in its partial folder."""
+
+    number: int
+    folder: Path
+
+    @property
+    def own(self) -> Path:
+        """attempt-N/: job.json, log.txt, result.json."""
+        return self.folder / f"attempt-{self.number}"
+
+    @property
+    def files(self) -> Path:
+        """What the job writes; empty at the start."""
+        return self.folder / "files"
+
+    @property
+    def checkpoint(self) -> Path:
+        """Kept over attempts of the same inputs; gone at commit."""
+        return self.folder / "checkpoint"
+
+
+class LostRaceError(Exception):
+    """Somebody else committed the same step first; take theirs."""
+
+
+class Store:
+    """Artifacts on a local file system."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.root = home / "store"
+        self.partial = home / "partial"
+
+    def address(self, stage: str, name: str, print_: str) -> str:
+        """Folder name of a step: `<slug>-<first 12 hex digits of the fingerprint>`."""
+        return f"{stage}/{name}-{print_[:12]}"
+
+    def manifests(self, stage: str | None = None) -> Iterator[Path]:
+        """Every committed manifest, oldest name first."""
+        yield from sorted(self.root.glob(f"{stage or '*'}/*/{MANIFEST}"))
+
+    def find(self, stage: str, print_: str, inputs: Mapping[str, str]) -> Found:
+        """Look a step up by fingerprint and by the digests of its inputs as they are in the store now.
+
+        Sizes of all files are checked. A hit needs both keys; otherwise `why` says what is missing.
+        """
+        why = "not made yet"
+        for manifest_path in sorted(self.root.glob(f"{stage}/*-{print_[:12]}*/{MANIFEST}")):
+            manifest = read_json(manifest_path)
+            if manifest["fingerprint"] != print_:
+                continue
+            there = {name: one["digest"] for name, one in manifest["inputs"].items()}
+            if there != dict(inputs):
+                changed = [name for name in inputs if there.get(name) != inputs[name]]
+                why = f"input was remade: {', '.join(changed) or 'fewer inputs'}"
+                continue
+            if damage := self.damage(manifest_path.parent, manifest):
+                why = f"damaged: {damage}"
+                continue
+            return Found(artifact=self.fetch(manifest_path.parent), why="hit")
+        return Found(artifact=None, why=why)
+
+    def fetch(self, folder: Path) -> Artifact:
+        """The artifact in a committed folder. A choice stands for the artifact that it names."""
+        manifest = read_json(folder / MANIFEST)
+        path, digest = folder / "files", manifest["digest"]
+        if manifest["stage"] == "choose":
+            chosen = manifest["inputs"][read_json(path / "choice.json")["candidate"]]
+            path, digest = self.home / chosen["path"], chosen["digest"]
+        return Artifact(fingerprint=manifest["fingerprint"], digest=digest, path=path, folder=folder)
+
+    def damage(self, folder: Path, manifest: Mapping[str, Any], *, digests: bool = False) -> str | None:
+        """What is wrong with a committed folder's files, or None. Sizes always, sha256 on request."""
+        for name, one in manifest["files"].items():
+            path = folder / "files" / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != one["size"]:
+                return f"{name} has {path.stat().st_size} bytes, the manifest says {one['size']}"
+            if digests and file_digest(path) != one["sha256"]:
+                return f"{name} has another sha256 than the manifest says"
+        return None
+
+    def nearest(self, stage: str, name: str, identity: Mapping[str, Any]) -> list[str]:
+        """Where a step's identity differs from the closest artifact of the same stage and slug, for the plan."""
+        best: list[str] = []
+        for manifest_path in self.root.glob(f"{stage}/{name}-*/{MANIFEST}"):
+            fields = difference(read_json(manifest_path)["identity"], identity)
+            if fields and (not best or len(fields) < len(best)):
+                best = fields
+        return best
+
+    @contextlib.contextmanager
+    def lock(self, stage: str, print_: str, *, stop: threading.Event | None = None) -> Iterator[None]:
+        """Hold the step's lock: it saves double work. A dead owner's lock is free.
+
+        Raises:
+            InterruptedError: `stop` was set while waiting.
+        """
+        folder = self.home / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        with flocked(folder / f"{stage}-{print_[:12]}.lock", stop=stop):
+            yield
+
+    def begin(self, stage: str, name: str, print_: str, *, inputs: Mapping[str, str]) -> Attempt:
+        """Open the next attempt in the step's partial folder (under its lock).
+
+        files/ is emptied; checkpoint/ is kept unless it was written for other inputs.
+        """
+        folder = self.partial / self.address(stage, name, print_)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MANIFEST).unlink(missing_ok=True)
+        made_for = folder / "inputs.json"
+        if not made_for.exists() or read_json(made_for) != dict(inputs):
+            shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+            made_for.write_text(json.dumps(dict(inputs), sort_keys=True), encoding="utf-8")
+        numbers = [int(old.name.removeprefix("attempt-")) for old in folder.glob("attempt-*")]
+        attempt = Attempt(number=max(numbers, default=0) + 1, folder=folder)
+        shutil.rmtree(attempt.files, ignore_errors=True)
+        for made in (attempt.own, attempt.files, attempt.checkpoint):
+            made.mkdir(exist_ok=True)
+        return attempt
+
+    def commit(self, attempt: Attempt, manifest: dict[str, Any]) -> Artifact:
+        """Digest the files, write the manifest last and exclusively, rename into the store, make files read-only.
+
+        Raises:
+            LostRaceError: Another process committed the same request with the same inputs first.
+        """
+        files = {
+            str(path.relative_to(attempt.files)): {"sha256": file_digest(path), "size": path.stat().st_size}
+            for path in sorted(attempt.files.rglob("*"))
+            if path.is_file()
+        }
+        # The event file has times in it: it is kept and verified, but it does not shape what comes after.
+        content = {name: one["sha256"] for name, one in files.items() if name != "events.jsonl"}
+        manifest = {"schema": SCHEMA, **manifest, "attempts": attempt.number, "files": files}
+        manifest["digest"] = fingerprint({"files": content})
+        inputs = {name: one["digest"] for name, one in manifest["inputs"].items()}
+        if self.find(manifest["stage"], manifest["fingerprint"], inputs).artifact is not None:
+            raise LostRaceError(manifest["fingerprint"])
+        for path in attempt.files.rglob("*"):
+            if path.is_file():
+                path.chmod(0o444)
+        draft = attempt.own / "manifest.draft.json"
+        write_json(draft, manifest)
+        try:
+            os.link(draft, attempt.folder / MANIFEST)  # atomic and exclusive: the first wins
+        except FileExistsError:
+            raise LostRaceError(manifest["fingerprint"]) from None
+        draft.unlink()
+        return self._publish(attempt.folder, manifest)
+
+    def take_up(self, stage: str, name: str, print_: str, *, inputs: Mapping[str, str]) -> Artifact | None:
+        """Publish what a killed process had finished but not renamed (under the step's lock)."""
+        folder = self.partial / self.address(stage, name, print_)
+        if not (folder / MANIFEST).exists():
+            return None
+        manifest = read_json(folder / MANIFEST)
+        there = {name: one["digest"] for name, one in manifest["inputs"].items()}
+        if there != dict(inputs) or self.damage(folder, manifest):
+            return None
+        return self._publish(folder, manifest)
+
+    def _publish(self, folder: Path, manifest: Mapping[str, Any]) -> Artifact:
+        shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+        (folder / "inputs.json").unlink(missing_ok=True)
+        target = self._free(self.root / self.address(manifest["stage"], manifest["slug"], manifest["fingerprint"]))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(target)
+        return self.fetch(target)
+
+    def _free(self, wanted: Path) -> Path:
+        """`wanted`, or the next of its numbered neighbours that nothing valid occupies; damage is moved aside."""
+        number = 1
+        target = wanted
+        while target.exists():
+            if self.damage(target, read_json(target / MANIFEST)):
+                aside = self.home / "damaged" / f"{target.parent.name}-{target.name}-{int(time.time())}"
+                aside.parent.mkdir(parents=True, exist_ok=True)
+                target.rename(aside)
+                break
+            number += 1
+            target = wanted.with_name(f"{wanted.name}-{number}")
+        return target
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON with sorted keys so that it is on disk, whole or not at all, when this returns."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
+    with draft.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, sort_keys=True, default=str)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+@contextlib.contextmanager
+def flocked(path: Path, *, stop: threading.Event | None = None) -> Iterator[None]:
+    """Hold an exclusive flock on `path`, waiting in steps of 50 ms so that a stop gets through."""
+    with path.open("a") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if stop is not None and stop.is_set():
+                    raise InterruptedError(f"stopped while waiting for {path.name}") from None
+                time.sleep(0.05)
+        yield

@@ -1,0 +1,20 @@
+"""train: dataset + base -> adapter, by NF4 QLoRA (Dettmers et al. 2023, arXiv:2305.14314)."""
+
+from __future__ import annotations
+
+from recipes.schema import Recipe
+from tasks.runtime.step import External, Step
+
+
+def step(recipe: Recipe, *, dataset: Step, base: External) -> Step:
+    """The adapter of a recipe."""
+    return Step(
+        stage="train",
+        slug=recipe.name,
+        entry="tasks.jobs.train:run",
+        version=1,
+        params=recipe.train.model_dump(),
+        inputs={"dataset": dataset, "base": base},
+        tools=("torch", "transformers", "peft", "trl", "bitsandbytes"),
+        gpus=1,
+    )
