@@ -35,7 +35,7 @@ class Data(Section):
     revision: str | None = None
     """Hub revision of the data set; pinned to a commit when the run starts."""
     general: str | None = None
-    """JSONL file with rows `{"text": ...}` outside the domain: measures forgetting (ppl_general). None leaves it out."""
+    """JSONL file with rows `{"text": ...}` outside the domain: measures forgetting (ppl_general)."""
     format: Literal["auto", "messages", "prompt-completion"] = "auto"
     """`auto` detects it from the first row and says so."""
     domain: str | None = None

@@ -1,0 +1,235 @@
+"""Everything about a recipe that can be refused before anything is spent, all of it at once.
+
+`check` reads config.json, safetensors headers and the first row; `check_data` reads every row. No torch, < 1 s.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+from recipes.arms import arms
+from recipes.check_rows import RowCheck, check_data, general_problems
+from recipes.headers import Headers, read_headers
+from recipes.load import InvalidRecipe, Loaded, load, shown
+from recipes.problem import Problem, RecipeError
+from recipes.rows import read_rows
+from recipes.schema import SqlExecution
+from recipes.schemes import Scheme, parse_scheme
+
+__all__ = ["RowCheck", "check", "check_base", "check_data", "load_and_check"]
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+OURS = ("flows", "tasks", "recipes")
+
+
+def load_and_check(path: Path, *, sets: Sequence[str] = (), data: bool = False) -> Loaded:
+    """Load and check in one go: a misspelled key does not hide a missing file.
+
+    Args:
+        path: Recipe file.
+        sets: Overrides `a.b=c`.
+        data: Read every row, too.
+
+    Raises:
+        RecipeError: With everything that is wrong.
+    """
+    problems: list[Problem] = []
+    try:
+        loaded: Loaded | None = load(path, sets=sets)
+    except InvalidRecipe as error:
+        problems, loaded = list(error.problems), error.rest
+    if loaded is not None:
+        problems += [*check(loaded), *(check_data(loaded).problems if data else [])]
+    if problems or loaded is None:
+        raise RecipeError(problems)
+    return loaded
+
+
+def check(loaded: Loaded) -> list[Problem]:
+    """All problems that the recipe, config.json, the safetensors headers and the first row show.
+
+    A base or data set that is a hub id is not local and says nothing here: `check_base` looks at it when it is pinned.
+    """
+    problems = [*_shadows(), *_schemes(loaded), *_data(loaded), *_scorer(loaded), *_template(loaded)]
+    base = loaded.base
+    if base is not None:
+        problems += check_base(loaded, base) if base.is_dir() else [_missing(base, field="model.base", kind="folder")]
+    return [loaded.placed(problem) for problem in problems]
+
+
+def check_base(loaded: Loaded, folder: Path) -> list[Problem]:
+    """Problems of a base model's folder with this recipe; for a hub id, of the folder that it was pinned to."""
+    try:
+        headers = read_headers(folder)
+    except RecipeError as error:
+        return list(error.problems)
+    found = [*_chat_template(loaded, headers), *_shapes(loaded, headers), *_lengths(loaded, headers)]
+    return [loaded.placed(problem) for problem in (*found, *_targets(loaded, headers))]
+
+
+def _missing(path: Path, *, field: str, kind: str) -> Problem:
+    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = get_close_matches(path.name, siblings, n=1)
+    return Problem(
+        what=f"{field} names a {kind} that is not there: {shown(path)}.",
+        where=field,
+        why="Relative paths count from the folder of the file in which they are written.",
+        next=f"Did you mean {shown(path.parent / near[0])}?" if near else "Correct the path.",
+    )
+
+
+# ---- the checkout
+
+
+def _shadows() -> Iterator[Problem]:
+    """A module of the user's that is imported in place of ours."""
+    for name in OURS:
+        spec = importlib.util.find_spec(name)
+        origin = Path(spec.origin).resolve() if spec and spec.origin else None
+        if origin is None or origin != CHECKOUT / name / "__init__.py":
+            found = list(spec.submodule_search_locations or []) if spec else []
+            yield Problem(
+                what=f"Another `{name}` is imported in place of Quench's.",
+                where=str(origin or (found[0] if found else CHECKOUT / name)),
+                why=f"Code of two places would be mixed; ours is {CHECKOUT / name}.",
+                next=f"Rename {origin.name if origin else name}, or start `quench` from another folder.",
+            )
+
+
+# ---- schemes and the base
+
+
+def _schemes(loaded: Loaded) -> Iterator[Problem]:
+    """Slugs that name no scheme, and arms that would share a name."""
+    for field, slugs in _slugs(loaded).items():
+        for index, slug in enumerate(slugs):
+            try:
+                parse_scheme(slug)
+            except RecipeError as error:
+                yield from (_at(problem, f"{field}.{index}") for problem in error.problems)
+    try:
+        arms(loaded.recipe)
+    except RecipeError as error:
+        yield from error.problems
+
+
+def _slugs(loaded: Loaded) -> dict[str, list[str]]:
+    return {"quantize.schemes": loaded.recipe.quantize.schemes, "evaluate.on_base": loaded.recipe.evaluate.on_base}
+
+
+def _at(problem: Problem, where: str) -> Problem:
+    return Problem(what=problem.what, where=where, why=problem.why, next=problem.next)
+
+
+def _shapes(loaded: Loaded, headers: Headers) -> Iterator[Problem]:
+    """Schemes that the base's layers do not allow."""
+    for field, slugs in _slugs(loaded).items():
+        for index, slug in enumerate(slugs):
+            scheme = _parsed(slug)
+            if scheme is not None:
+                yield from (_at(problem, f"{field}.{index}") for problem in scheme.check(headers.linears))
+
+
+def _parsed(slug: str) -> Scheme | None:
+    try:
+        return parse_scheme(slug)
+    except RecipeError:
+        return None  # _schemes says so
+
+
+def _chat_template(loaded: Loaded, headers: Headers) -> Iterator[Problem]:
+    chosen = loaded.recipe.model.chat_template
+    if chosen is None and not headers.has_chat_template:
+        yield Problem(
+            what="The base has no chat template.",
+            where="model.base",
+            why="Without one, turns cannot be rendered the same way in training, calibration and serving.",
+            next="Write `chat_template: chatml` under `model:` (or the path of a Jinja file); `quench init` takes "
+            "--chat-template chatml. It is saved into every artifact.",
+        )
+    if chosen is not None and headers.has_chat_template:
+        yield Problem(
+            what=f"The base has a chat template of its own, and the recipe names another one: {chosen}.",
+            where="model.chat_template",
+            why="The base was trained with its own; a second one would undo that.",
+            next="Remove model.chat_template.",
+        )
+
+
+def _lengths(loaded: Loaded, headers: Headers) -> Iterator[Problem]:
+    recipe, limit = loaded.recipe, headers.max_positions
+    lengths = {
+        "data.max_length": recipe.data.max_length,
+        "calibrate.seq_len": recipe.calibrate.seq_len,
+        "measure.prompt_tokens": recipe.measure.prompt_tokens + recipe.measure.new_tokens,
+    }
+    for field, length in lengths.items():
+        if limit is not None and length > limit:
+            extra = " with measure.new_tokens" if field == "measure.prompt_tokens" else ""
+            yield Problem(
+                what=f"{field}{extra} is {length} tokens; the base ends at {limit}.",
+                where=field,
+                why="config.json names the longest context; positions behind it were never trained.",
+                next=f"Set {field} to {limit - (length - recipe.measure.prompt_tokens if extra else 0)} or less.",
+            )
+
+
+def _targets(loaded: Loaded, headers: Headers) -> Iterator[Problem]:
+    targets = loaded.recipe.train.targets
+    known = sorted({layer.name.rpartition(".")[2] for layer in headers.linears})
+    for index, name in enumerate([] if isinstance(targets, str) else targets):
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            yield Problem(
+                what=f"No linear layer of the base is called {name}.",
+                where=f"train.targets.{index}",
+                why=f"Its layers are called {', '.join(known)}.",
+                next=f"Did you mean {near[0]}?" if near else "Name one of these, or write all-linear.",
+            )
+
+
+# ---- data, scorer, template
+
+
+def _data(loaded: Loaded) -> Iterator[Problem]:
+    path = loaded.data
+    if path is not None:
+        if not path.is_file():
+            yield _missing(path, field="data.path", kind="file")
+        else:
+            yield from _first_row(loaded, path)
+    if loaded.recipe.data.general is not None:
+        general = loaded.resolve(loaded.recipe.data.general)
+        if not general.is_file():
+            yield _missing(general, field="data.general", kind="file")
+        else:
+            yield from general_problems(general, max_rows=1)
+
+
+def _first_row(loaded: Loaded, path: Path) -> list[Problem]:
+    return read_rows(path, format=loaded.recipe.data.format, columns=loaded.columns, max_rows=1).problems
+
+
+def _scorer(loaded: Loaded) -> Iterator[Problem]:
+    scorer = loaded.recipe.evaluate.scorer
+    if not isinstance(scorer, SqlExecution):
+        return
+    folder = loaded.resolve(scorer.databases)
+    if not folder.is_dir():
+        yield _missing(folder, field="evaluate.scorer.databases", kind="folder")
+    elif not any(folder.glob("*.sql")):
+        yield Problem(
+            what=f"There is no *.sql file in {shown(folder)}.",
+            where="evaluate.scorer.databases",
+            why="The scorer builds one sqlite3 database from each, to run answers on.",
+            next=f"Put a SCHEMA.sql with tables and rows there for each value of `{scorer.schema_column}`.",
+        )
+
+
+def _template(loaded: Loaded) -> Iterator[Problem]:
+    chosen = loaded.recipe.model.chat_template
+    if chosen is not None and chosen != "chatml" and not loaded.resolve(chosen).is_file():
+        yield _missing(loaded.resolve(chosen), field="model.chat_template", kind="file")

@@ -1,0 +1,214 @@
+"""What only reading every row shows: malformed rows, equal rows in two groups, empty sides, too little to calibrate."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from recipes.headers import read_headers
+from recipes.load import Loaded, shown
+from recipes.plain import is_mapping
+from recipes.problem import Problem, RecipeError
+from recipes.rows import SHOWN, Message, Row, Side, content_hash, malformed, read_rows, side
+from recipes.schema import Data, SqlExecution
+
+LEAST_ROWS = 128  # see recipes.schema.Calibrate
+TOKENS_PER_INPUT = 4  # of the calibration set, for the widest layer; see tasks/calibrate.py
+
+
+class RowCheck(NamedTuple):
+    """Problems of the rows, and what they amount to (JSON-able)."""
+
+    problems: list[Problem]
+    summary: dict[str, Any]
+
+
+@dataclass(kw_only=True)
+class Sides:
+    """Distinct rows on the sides of the split.
+
+    Attributes:
+        rows: By side.
+        duplicates: Rows that equal an earlier one.
+        torn: Equal rows of two groups, by line.
+    """
+
+    rows: dict[Side, list[Row]]
+    duplicates: int
+    torn: list[str]
+
+
+def check_data(loaded: Loaded) -> RowCheck:
+    """Read every row: malformed ones, equal ones in two groups, empty sides, too little to calibrate on.
+
+    A first row that is malformed, a file that is missing or empty: `check` says so, and it is not said twice.
+    """
+    path, recipe = loaded.data, loaded.recipe
+    if path is None:
+        return RowCheck([], {"data": f"{recipe.data.path} is not local: its rows are read when it is pinned"})
+    if not path.is_file():
+        return RowCheck([], {})
+    read = read_rows(path, format=recipe.data.format, columns=loaded.columns)
+    said = set(read_rows(path, format=recipe.data.format, columns=loaded.columns, max_rows=1).wrong)
+    wrong = [row for row in read.wrong if row not in said]
+    problems = [malformed(path, wrong)] if wrong else []
+    sides = split_rows(read.rows, recipe.data)
+    problems += [*_torn(loaded, sides), *_general_rows(loaded), *_databases(loaded, read.rows)]
+    if not read.wrong and read.rows:  # what the sides hold is known only then
+        problems += [*_empty_sides(loaded, sides), *_calibration(loaded, sides)]
+    summary = _summary(loaded, sides) | {"format": f"{read.format}, detected from {read.detected_from}"}
+    return RowCheck([loaded.placed(problem) for problem in problems], summary)
+
+
+def split_rows(rows: Sequence[Row], asked: Data) -> Sides:
+    """The split that prepare will make, less rows that turn out too long."""
+    seen: dict[str, tuple[str, Row]] = {}
+    sides: dict[Side, list[Row]] = {"train": [], "dev": [], "test": []}
+    torn: list[str] = []
+    for row in rows:
+        name = content_hash(row.messages)[:16]
+        group = str(row.columns[asked.group]) if asked.group else name
+        if name in seen:
+            before, first = seen[name]
+            if before != group:
+                torn.append(f"{first.where} ({before}) and {row.where} ({group})")
+            continue
+        seen[name] = (group, row)
+        sides[side(group, salt=asked.salt, dev=asked.dev, test=asked.test)].append(row)
+    return Sides(rows=sides, duplicates=len(rows) - len(seen), torn=torn)
+
+
+def _torn(loaded: Loaded, sides: Sides) -> Iterator[Problem]:
+    if sides.torn:
+        more = f"\n    and {len(sides.torn) - SHOWN} more" if len(sides.torn) > SHOWN else ""
+        yield Problem(
+            what=f"{len(sides.torn)} rows equal an earlier row of another group: a test row could equal a train row.",
+            where="data.group",
+            why=f"Groups keep related rows on one side; these say two things (group):\n    "
+            f"{(chr(10) + '    ').join(sides.torn[:SHOWN])}{more}",
+            next=f"Give equal rows one value of `{loaded.recipe.data.group}`, or remove one of each pair.",
+        )
+
+
+def _general_rows(loaded: Loaded) -> list[Problem]:
+    """Lines of the general hold-out behind the first, which `check` reads."""
+    if loaded.recipe.data.general is None:
+        return []
+    path = loaded.resolve(loaded.recipe.data.general)
+    return [] if not path.is_file() or general_problems(path, max_rows=1) else general_problems(path)
+
+
+def general_problems(path: Path, *, max_rows: int | None = None) -> list[Problem]:
+    """Lines of the general hold-out that are not `{"text": ...}`; the first 20 by number."""
+    wrong: list[int] = []
+    count = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(islice(file, max_rows), start=1):
+            count += 1
+            try:
+                row: object = json.loads(line) if line.strip() else {"text": ""}
+            except (json.JSONDecodeError, UnicodeDecodeError):
+                row = None
+            if not is_mapping(row) or not isinstance(row.get("text"), str):
+                wrong.append(number)
+    if count and not wrong:
+        return []
+    named = ", ".join(map(str, wrong[:20])) + (f" and {len(wrong) - 20} more" if len(wrong) > 20 else "")
+    return [
+        Problem(
+            what=f"{len(wrong)} malformed rows in the general hold-out." if wrong else "The general hold-out is empty.",
+            where=f"{shown(path)}:{wrong[0]}" if wrong else shown(path),
+            why=f"Lines {named} are not {{'text': '...'}}." if wrong else "Forgetting is measured on its text.",
+            next='Write one object with `text` a line: {"text": "..."}, or leave data.general out.',
+        )
+    ]
+
+
+def _databases(loaded: Loaded, rows: Sequence[Row]) -> Iterator[Problem]:
+    scorer = loaded.recipe.evaluate.scorer
+    if not isinstance(scorer, SqlExecution):
+        return
+    folder = loaded.resolve(scorer.databases)
+    first: dict[str, str] = {}
+    for row in rows:
+        first.setdefault(str(row.columns[scorer.schema_column]), row.where)
+    missing = [name for name in first if not (folder / f"{name}.sql").is_file()]
+    if missing and folder.is_dir():
+        yield Problem(
+            what=f"{len(missing)} databases are missing: {', '.join(f'{name}.sql' for name in missing[:SHOWN])}.",
+            where=first[missing[0]],
+            why=f"Rows name them in `{scorer.schema_column}`, and their answers are run on them.",
+            next=f"Put them into {shown(folder)}.",
+        )
+
+
+def _empty_sides(loaded: Loaded, sides: Sides) -> Iterator[Problem]:
+    asked = loaded.recipe.data
+    for name in ("dev", "test"):
+        if not sides.rows[name]:
+            yield Problem(
+                what=f"{name} would have no rows.",
+                where=f"data.{name}",
+                why=f"Groups fall on a side by their hash; shares are dev {asked.dev:g} and test {asked.test:g}.",
+                next=f"Give more rows or finer groups, raise data.{name}, or draw again by another data.salt.",
+            )
+
+
+def _calibration(loaded: Loaded, sides: Sides) -> Iterator[Problem]:
+    recipe, train = loaded.recipe, sides.rows["train"]
+    if len(train) < recipe.calibrate.rows:
+        enough = len(train) >= LEAST_ROWS
+        yield Problem(
+            what=f"train has {len(train)} rows; calibration asks for {recipe.calibrate.rows}.",
+            where="calibrate.rows",
+            why=f"Calibration rows come from train only, and fewer than {LEAST_ROWS} starve the Hessian.",
+            next=f"Set calibrate.rows to {len(train)}."
+            if enough
+            else f"Give at least {least_rows(recipe.data.dev, recipe.data.test)} rows in all.",
+        )
+        return
+    needed = TOKENS_PER_INPUT * _widest(loaded)
+    largest = sorted((token_bound(row.messages) for row in train), reverse=True)[: recipe.calibrate.rows]
+    if sum(largest) < needed:
+        yield Problem(
+            what=f"Calibration needs {needed} tokens; {recipe.calibrate.rows} rows have {sum(largest)} at most.",
+            where="calibrate.rows",
+            why=f"With fewer than {TOKENS_PER_INPUT} tokens an input, the widest layer's Hessian is badly estimated.",
+            next="Raise calibrate.rows (512 at most), or give longer rows.",
+        )
+
+
+def least_rows(dev: float, test: float) -> int:
+    """Rows of which about 128 fall on train."""
+    return math.ceil(LEAST_ROWS / (1 - dev - test))
+
+
+def token_bound(messages: Sequence[Message]) -> int:
+    """No fewer tokens than the turns can have: a token a byte, and 32 for the template around each turn."""
+    return sum(len(turn["content"].encode()) + 32 for turn in messages)
+
+
+def _widest(loaded: Loaded) -> int:
+    """Inputs of the base's widest quantized layer; 0 where the base cannot be read here."""
+    base = loaded.base
+    try:
+        return read_headers(base).largest_in_features if base and base.is_dir() else 0
+    except RecipeError:
+        return 0
+
+
+def _summary(loaded: Loaded, sides: Sides) -> dict[str, Any]:
+    column = loaded.recipe.data.domain
+    counts: dict[str, Any] = {"rows": sum(map(len, sides.rows.values())), "duplicates": sides.duplicates}
+    for name, rows in sides.rows.items():
+        counts[name] = {"rows": len(rows)}
+        if column:
+            domains = Counter(str(row.columns[column]) for row in rows)
+            counts[name]["domains"] = dict(sorted(domains.items()))
+    return counts

@@ -1,0 +1,91 @@
+"""Schemes: legal slugs, and what a model's shapes allow."""
+
+import pytest
+
+from recipes.problem import RecipeError
+from recipes.schemes import (
+    METHODS,
+    Linear,
+    collapsed,
+    known_schemes,
+    legal_group_sizes,
+    legal_schemes,
+    parse_scheme,
+)
+
+SHAPES = [
+    Linear(f"model.layers.{number}.{name}", inputs, outputs)
+    for number in range(3)
+    for name, inputs, outputs in (("mlp.down_proj", 352, 128), ("mlp.up_proj", 128, 352), ("self_attn.k_proj", 128, 64))
+]
+
+
+def test_every_known_slug_parses_to_itself():
+    schemes = known_schemes()
+    assert len(schemes) == 3 * sum(map(len, METHODS.values()))
+    assert all(parse_scheme(scheme.slug) == scheme for scheme in schemes)
+
+
+def test_what_a_scheme_is():
+    scheme = parse_scheme("awq-w4-g64")
+    assert scheme.params() == {
+        "method": "awq",
+        "bits": 4,
+        "group_size": 64,
+        "symmetric": False,
+        "desc_act": False,
+    }
+    assert parse_scheme("gptq-w3-g128").symmetric and parse_scheme("gptq-w3-g128").needs_calibration
+    assert not parse_scheme("rtn-w2-g32").needs_calibration
+
+
+@pytest.mark.parametrize(
+    ("slug", "says", "near"),
+    [
+        ("gptq-w5-g128", "2, 3, 4 and 8 bits", "gptq-w4-g128"),
+        ("awq-w3-g128", "awq can do 4 bits", "awq-w4-g128"),
+        ("gptq-w4-g100", "32, 64 and 128", "gptq-w4-g128"),
+        ("gtpq-w4-g128", "METHOD-wBITS-gGROUP", "gptq-w4-g128"),
+        ("gptq-w4", "METHOD-wBITS-gGROUP", "gptq-w4-g"),
+        ("", "METHOD-wBITS-gGROUP", "rtn"),
+    ],
+)
+def test_bits_groups_and_forms_that_cannot_be(slug: str, says: str, near: str):
+    with pytest.raises(RecipeError) as caught:
+        parse_scheme(slug)
+    (problem,) = caught.value.problems
+    assert says in problem.why and f"Write {near}" in problem.next and "awq-w4" in problem.next
+
+
+def test_a_group_that_divides_no_layer_names_all_and_proposes_the_largest_legal_one():
+    (problem,) = parse_scheme("gptq-w4-g128").check([*SHAPES, Linear("model.layers.0.mlp.x", 96, 64)])
+    assert "model.layers.*.mlp.down_proj (in_features 352, 3 layers)" in problem.what
+    assert "model.layers.*.mlp.x (in_features 96, 1 layer)" in problem.what
+    assert "up_proj" not in problem.what
+    assert "Write gptq-w4-g32" in problem.next
+
+
+def test_no_legal_group_at_all():
+    (problem,) = parse_scheme("rtn-w8-g32").check([Linear("h.0.x", 40, 64)])
+    assert "another" in problem.next or "choose a base" in problem.next
+    assert legal_group_sizes([Linear("h.0.x", 40, 64)]) == ()
+
+
+def test_outputs_that_cannot_be_packed():
+    narrow = [Linear("h.0.k_proj", 128, 16)]
+    assert parse_scheme("gptq-w4-g128").check(narrow) == []
+    (problem,) = parse_scheme("gptq-w3-g128").check(narrow)
+    assert "out_features 16" in problem.what and "gptq-w4-g128" in problem.next
+    assert [scheme.slug for scheme in legal_schemes(narrow) if scheme.method == "awq"] == []
+
+
+def test_collapsed_keeps_sizes_apart():
+    text = collapsed([Linear("a.0.x", 8, 8), Linear("a.1.x", 8, 8), Linear("a.2.x", 16, 8)])
+    assert text == "a.*.x (in_features 8, 2 layers), a.*.x (in_features 16, 1 layer)"
+
+
+def test_predicted_bytes_by_hand():
+    layer = Linear("h.0.x", 256, 512)
+    codes, groups = 256 * 512 // 2, 2 * 512
+    assert parse_scheme("gptq-w4-g128").predicted_bytes([layer]) == codes + groups * 2 + groups // 2 + 4 * 256
+    assert parse_scheme("awq-w4-g128").predicted_bytes([layer]) == codes + groups * 2 + groups // 2
