@@ -1,0 +1,36 @@
+"""Who loads and who quantizes: one module a backend."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRecord:
+    """What a backend says about one linear layer.
+
+    Attributes:
+        name: Module name.
+        loss: What rounding costs the layer's output, as the backend defines it; None where it says nothing.
+        tokens: Calibration tokens that entered its statistics.
+        damp: Damping that was used (GPTQ), or None.
+    """
+
+    name: str
+    loss: float | None = None
+    tokens: int | None = None
+    damp: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantized:
+    """What a backend did. Holds no times: equal inputs give an equal quantize.json."""
+
+    backend: str
+    packer: str
+    layers: list[LayerRecord]
+
+    def as_dict(self) -> dict[str, Any]:
+        """As quantize.json has it."""
+        return asdict(self)

@@ -1,0 +1,190 @@
+"""GPTQ and AWQ through GPTQModel 7.6, on CPU and CUDA, with its silent habits made loud.
+
+What it does without saying so: it drops rows of up to 10 tokens, cuts rows at max_position_embeddings, raises the
+damping where a Hessian does not factor, rounds a layer to nearest where hardly any token reached it, and searches AWQ's
+scales on the last batch alone where batches differ in length.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from recipes.headers import read_headers
+from tasks.jobs.backends import LayerRecord, Quantized
+from tasks.jobs.backends.environment import tame_gptqmodel
+from tasks.runtime.events import Events
+
+# Warnings that say nothing about the result: the GIL, the disk, and "256 samples" that counts sequences, not rows.
+HARMLESS = ("Python GIL", "Disk subsystem", "Calibration dataset size", "average length of input_ids")
+
+
+def quantize(
+    model: Path, out: Path, *, rows: Sequence[Sequence[int]], params: dict[str, Any], device: str, events: Events
+) -> Quantized:
+    """Quantize and save.
+
+    Args:
+        model: bf16 model folder.
+        out: Gets model*.safetensors, config.json, quantize_config.json, and files that the caller replaces.
+        rows: Token ids of the calibration sequences, without padding.
+        params: method, bits, group_size, symmetric, desc_act, damp (GPTQ).
+        device: `cpu` or `cuda`.
+        events: Gets progress by layer, and a note for every silent habit that showed.
+    """
+    model, out, events = model.resolve(), out.resolve(), Events(events.path.resolve())  # the current folder changes
+    tame_gptqmodel()
+    from gptqmodel import BACKEND, GPTQModel, __version__
+
+    backend = BACKEND.AUTO
+    if params["method"] == "awq":
+        backend = BACKEND.AWQ_TORCH  # the only packer of AWQ's gemm layout that needs no CUDA
+        rows = equal_lengths(rows, events=events)
+    with _scratch(), _warnings(events):
+        loaded: Any = GPTQModel.load(str(model), _config(params), device=device, trust_remote_code=False)
+        total = loaded.model.config.get_text_config().num_hidden_layers
+
+        def layer_done(*, layer_idx: int, submodule_finalized: bool) -> None:
+            if not submodule_finalized:
+                events.progress(layer_idx + 1, total, unit="layer")
+
+        loaded.layer_callback = layer_done
+        # One row a batch: no padding exists that could enter a statistic, and it costs nothing (9.9 s against 10.6 s).
+        samples = [{"input_ids": list(row), "attention_mask": [1] * len(row)} for row in rows]
+        log = loaded.quantize(samples, batch_size=1, backend=backend)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints both configs
+            loaded.save(str(out))
+    prefix = loaded.extract_layers_node()[0]
+    layers = [_record(entry, prefix) for entry in log[params["method"]]]
+    names = [layer.name for layer in read_headers(model).linears]
+    _note_habits(layers, log[params["method"]], names, params=params, tokens=sum(map(len, rows)), events=events)
+    packer = getattr(loaded.qlinear_kernel, "__name__", str(loaded.qlinear_kernel))
+    return Quantized(backend=f"gptqmodel:{__version__}", packer=packer, layers=layers)
+
+
+def equal_lengths(rows: Sequence[Sequence[int]], *, events: Events) -> list[list[int]]:
+    """The same tokens in as many rows of one length; fewer tokens than there are rows are left over.
+
+    Where lengths differ, GPTQModel searches AWQ's scales and clipping on the last batch alone, and logs the tokens of
+    all: of the quickstart's 30 sequences it would look at one.
+    """
+    if len({len(row) for row in rows}) == 1:
+        return [list(row) for row in rows]
+    stream = [token for row in rows for token in row]
+    length = len(stream) // len(rows)
+    events.note(
+        "equal lengths",
+        f"{len(rows)} sequences joined and cut anew into as many of {length} tokens, {len(stream) % len(rows)} tokens "
+        "left out: with unequal ones GPTQModel's AWQ looks at the last sequence only",
+    )
+    return [stream[i * length : (i + 1) * length] for i in range(len(rows))]
+
+
+def _config(params: dict[str, Any]) -> Any:
+    """The scheme in GPTQModel's words; the model stays in memory (its default spools layers through /tmp)."""
+    from gptqmodel.quantization import AWQConfig, GPTQConfig
+
+    common = {
+        "bits": params["bits"],
+        "group_size": params["group_size"],
+        "sym": params["symmetric"],
+        "offload_to_disk": False,
+    }
+    if params["method"] == "awq":
+        return AWQConfig(**common)
+    return GPTQConfig(
+        **common,
+        desc_act=params["desc_act"],
+        damp_percent=params["damp"],
+        act_group_aware=not params["desc_act"],  # orders columns within the groups: the file stays in plain order
+    )
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[None]:
+    """A current folder to throw away: it makes logs/ wherever it runs."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        yield
+
+
+@contextlib.contextmanager
+def _warnings(events: Events) -> Iterator[None]:
+    """Every distinct warning and error line that it prints becomes a note."""
+    tee = _Tee()
+    try:
+        with contextlib.redirect_stdout(tee):
+            yield
+    finally:
+        lines = [line.strip() for line in tee.text.replace("\r", "\n").splitlines()]
+        for line in dict.fromkeys(line for line in lines if line.startswith(("WARN", "ERROR"))):
+            if not any(words in line for words in HARMLESS):
+                events.note("gptqmodel", line.split(maxsplit=1)[-1])
+
+
+class _Tee(io.TextIOBase):
+    """Passes text on to the stdout that was there, and keeps it."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self._below = sys.stdout
+
+    def write(self, text: str) -> int:
+        self.text += text
+        return self._below.write(text)
+
+    def flush(self) -> None:
+        self._below.flush()
+
+
+def _record(entry: dict[str, Any], prefix: str) -> LayerRecord:
+    """A line of its log; a loss in words becomes None here and a note in _note_habits."""
+    try:
+        loss = float(entry["loss"])
+    except ValueError:
+        loss = None
+    return LayerRecord(
+        name=f"{prefix}.{entry['layer']}.{entry['module']}",
+        loss=loss,
+        tokens=int(entry.get("activation_retained_tokens", entry["samples"])),
+        damp=float(entry["damp"]) if "damp" in entry else None,
+    )
+
+
+def _note_habits(
+    layers: list[LayerRecord],
+    log: list[dict[str, Any]],
+    names: list[str],
+    *,
+    params: dict[str, Any],
+    tokens: int,
+    events: Events,
+) -> None:
+    skipped = sorted(set(names) - {layer.name for layer in layers})
+    if skipped:
+        events.note("skipped layers", f"{len(skipped)} linear layers stay in bf16: {', '.join(skipped)}")
+    fewer = {layer.name: layer.tokens for layer in layers if layer.tokens != tokens}
+    if fewer:
+        events.note("tokens", f"of {tokens} calibration tokens these layers saw other numbers: {fewer}")
+    raised = {layer.name: layer.damp for layer in layers if layer.damp is not None and layer.damp > params["damp"]}
+    if raised:
+        events.note("damping", f"raised from {params['damp']} where the Hessian did not factor: {raised}")
+    for words, without in _losses_in_words(layers, log).items():
+        events.note("layers without a loss", f"{len(without)}, in GPTQModel's words {words}: {', '.join(without)}")
+
+
+def _losses_in_words(layers: list[LayerRecord], log: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Layers by what stands where a loss should, without its numbers.
+
+    `fallback(rtn)`: rounded to nearest, because hardly any token reached it. `not applicable`: AWQ quantized it
+    without scaling (o_proj under grouped-query attention).
+    """
+    found: dict[str, list[str]] = {}
+    for layer, entry in zip(layers, log, strict=True):
+        if layer.loss is None:
+            found.setdefault(f"`{entry['loss'].split(':')[0]}`", []).append(layer.name)
+    return found

@@ -1,0 +1,170 @@
+"""Loads every kind of arm into transformers: bf16, NF4 as in training, or a quantized checkpoint.
+
+Local folders and safetensors only; no code from a checkpoint is ever run.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from recipes.problem import Problem
+from tasks.jobs.backends.environment import tame_gptqmodel
+from tasks.runtime.errors import StageError
+from tasks.runtime.job import Job
+
+if TYPE_CHECKING:  # PEFT and bitsandbytes add about a quarter to the import time: arms that need neither don't pay
+    from bitsandbytes.nn.modules import Linear4bit
+    from peft import PeftModel
+
+Kind = Literal["bf16", "nf4", "quantized"]
+
+
+def setup(job: Job) -> None:
+    """Threads of the lease, seeds, quiet loggers. Every job that imports torch calls it first."""
+    torch.set_num_threads(job.execution.threads)
+    seed = int(job.params.get("seed", 0))
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    if job.execution.log_level != "DEBUG":
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def load_bf16(folder: Path, *, device: str) -> PreTrainedModel:
+    """An unquantized checkpoint in bf16, eval mode.
+
+    Raises:
+        StageError: No safetensors in the folder.
+    """
+    return _load(folder, device=device)
+
+
+def load_nf4(folder: Path, *, device: str) -> PreTrainedModel:
+    """The base as QLoRA trains it: NF4 with double quantization, bf16 compute; embeddings and lm_head stay bf16.
+
+    bitsandbytes repacks a layer for an AVX512-BF16 kernel in the first eval-mode forward. That kernel has no
+    backward and rounds the nested absmax to bf16 (25 % of the weights change), so it is switched off: weights and
+    gradients stay the same before and after an evaluation.
+
+    Raises:
+        StageError: No safetensors in the folder.
+    """
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = _load(folder, device=device, quantization_config=config)
+    for layer in linear4bit(model).values():
+        layer.support_avx512bf16_for_cpu = False
+    return model
+
+
+def linear4bit(model: nn.Module) -> dict[str, Linear4bit]:
+    """The bitsandbytes 4-bit layers by name, without PEFT's wrappers around them."""
+    from bitsandbytes.nn.modules import Linear4bit
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+
+
+def attach(model: PreTrainedModel, adapter: Path) -> PeftModel:
+    """The adapter on top of `model`, frozen, eval mode.
+
+    Raises:
+        StageError: No adapter_model.safetensors in the folder.
+    """
+    from peft import PeftModel
+
+    if not (adapter / "adapter_model.safetensors").exists():
+        raise StageError(
+            Problem(
+                what="no adapter_model.safetensors in the adapter folder",
+                where=str(adapter),
+                why="adapters are read from safetensors only; a pickle can run code when it is opened",
+                next="save the adapter again with PEFT's save_pretrained (safetensors is its default)",
+            )
+        )
+    return PeftModel.from_pretrained(model, str(adapter), is_trainable=False).eval()
+
+
+def load_arm(kind: Kind, folder: Path, *, device: str, adapter: Path | None = None) -> PreTrainedModel | PeftModel:
+    """An arm as it is shipped: bf16, NF4 or quantized checkpoint, with the adapter on top if there is one.
+
+    Args:
+        kind: `bf16`, `nf4` (quantized while loading) or `quantized` (the checkpoint's own quantization_config;
+            transformers picks the kernel, see `kernel_of`).
+        folder: Model folder.
+        device: `cpu` or `cuda`.
+        adapter: PEFT folder or None.
+
+    Raises:
+        StageError: No safetensors in a folder, or kind and checkpoint contradict each other.
+    """
+    if kind == "quantized":
+        tame_gptqmodel()
+    model = load_nf4(folder, device=device) if kind == "nf4" else _load(folder, device=device)
+    if (kind != "bf16") != bool(getattr(model, "is_quantized", False)):
+        raise StageError(
+            Problem(
+                what=f"{folder.name} was to be loaded as {kind}",
+                where=str(folder / "config.json"),
+                why="its quantization_config says otherwise, and the figures would stand under the wrong name",
+                next="name an unquantized model for bf16 and nf4, a quantized one for quantized",
+            )
+        )
+    return attach(model, adapter) if adapter else model
+
+
+def kernel_of(model: nn.Module) -> str:
+    """Class names of the quantized linear layers in use, joined by `+`; `Linear` for an unquantized model."""
+    names = {type(module).__name__ for module in model.modules() if _is_quantized_layer(module)}
+    return "+".join(sorted(names)) or "Linear"
+
+
+def _is_quantized_layer(module: nn.Module) -> bool:
+    """By the base class's name, because importing gptqmodel to ask costs 8-21 s."""
+    return any(
+        (base.__name__, base.__module__.partition(".")[0])
+        in {
+            ("Linear4bit", "bitsandbytes"),
+            ("BaseQuantLinear", "gptqmodel"),
+            ("CompressedLinear", "compressed_tensors"),
+        }
+        for base in type(module).__mro__
+    )
+
+
+def _load(folder: Path, *, device: str, quantization_config: BitsAndBytesConfig | None = None) -> PreTrainedModel:
+    """from_pretrained with what holds for every arm."""
+    if not any(folder.glob("*.safetensors")):
+        raise StageError(
+            Problem(
+                what="no *.safetensors in the model folder",
+                where=str(folder),
+                why="weights are read from safetensors only; a pickle (*.bin, *.pt) can run code when it is opened",
+                next="convert it once where you trust it: model.save_pretrained(folder) writes safetensors",
+            )
+        )
+    extra: dict[str, Any] = {} if quantization_config is None else {"quantization_config": quantization_config}
+    model = AutoModelForCausalLM.from_pretrained(
+        str(folder),
+        dtype=torch.bfloat16,
+        device_map={"": 0 if device == "cuda" else device},
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        **extra,
+    )
+    return model.eval()

@@ -1,0 +1,157 @@
+"""Round-to-nearest in plain torch, symmetric, one scale a group: what the other schemes are compared with.
+
+Written in GPTQ's v1 packing, so that whatever loads GPTQ loads it. Reads and writes one shard at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from recipes.headers import read_headers
+from recipes.schemes import Linear
+from tasks.jobs.backends import LayerRecord, Quantized
+from tasks.runtime.events import Events
+
+VERSION = 1
+
+
+class Rounded(NamedTuple):
+    """A weight on its grid: w = (code - zero) * scale.
+
+    Attributes:
+        codes: [out, in] uint8, 0 to 2^bits - 1.
+        scales: [out, groups] fp16, as stored.
+        zero: The code of 0: 2^(bits - 1).
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zero: int
+
+    def dequantized(self) -> Tensor:
+        """[out, in] fp32."""
+        rows, groups = self.scales.shape
+        codes = self.codes.view(rows, groups, -1).float() - self.zero
+        return (codes * self.scales.float().unsqueeze(-1)).view(rows, -1)
+
+
+def round_to_nearest(weight: Tensor, *, bits: int, group_size: int) -> Rounded:
+    """Round to nearest on the grid that GPTQ's symmetric quantizer uses: scale = 2 max|w| / (2^bits - 1).
+
+    The scale is rounded to fp16 first, and weights are rounded on the grid that the file will hold.
+
+    Args:
+        weight: [out, in]; group_size divides in.
+        bits: 2 to 8.
+        group_size: Inputs a scale.
+    """
+    groups = weight.float().view(len(weight), -1, group_size)
+    top = 2**bits - 1
+    zero = 2 ** (bits - 1)
+    scales = (2 * groups.abs().amax(-1) / top).half()
+    scales[scales == 0] = 1  # a group of zeros (or below 6e-8, fp16's smallest): any scale gives zeros
+    codes = (groups / scales.float().unsqueeze(-1)).round() + zero
+    return Rounded(codes.clamp(0, top).to(torch.uint8).view(weight.shape), scales, zero)
+
+
+def pack(codes: Tensor, *, bits: int) -> Tensor:
+    """Codes as a stream of bits, low bits first, cut into int32: GPTQ's packing for 2, 3, 4 and 8 bits.
+
+    Args:
+        codes: [rows, n] uint8; n * bits is a multiple of 32.
+        bits: Bits a code.
+
+    Returns:
+        [rows, n * bits / 32] int32.
+    """
+    stream = np.unpackbits(codes.numpy()[..., None], axis=-1, count=bits, bitorder="little")
+    return torch.from_numpy(np.packbits(stream.reshape(len(codes), -1), axis=1, bitorder="little").view("<i4"))
+
+
+def packed(weight: Tensor, *, bits: int, group_size: int) -> dict[str, Tensor]:
+    """A weight [out, in] as the four tensors of a GPTQ v1 layer; v1 stores zero points less one."""
+    rounded = round_to_nearest(weight, bits=bits, group_size=group_size)
+    rows, groups = rounded.scales.shape
+    zeros = torch.full((groups, rows), rounded.zero - 1, dtype=torch.uint8)
+    return {
+        "qweight": pack(rounded.codes, bits=bits).t().contiguous(),  # [in * bits / 32, out]
+        "qzeros": pack(zeros, bits=bits),  # [groups, out * bits / 32]
+        "scales": rounded.scales.t().contiguous(),  # [groups, out]
+        "g_idx": torch.arange(weight.shape[1], dtype=torch.int32) // group_size,
+    }
+
+
+def quantize(model: Path, out: Path, *, params: dict[str, Any], events: Events) -> Quantized:
+    """Quantize every linear layer inside the decoder layers; everything else is copied.
+
+    Args:
+        model: bf16 model folder.
+        out: Gets model*.safetensors, config.json and quantize_config.json.
+        params: bits, group_size.
+        events: Gets progress.
+    """
+    layers = {f"{layer.name}.weight": layer for layer in read_headers(model).linears}
+    weight_map: dict[str, str] = {}
+    total_bytes = done = 0
+    for shard in _shards(model):
+        tensors = {}
+        with safe_open(shard, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+                tensors |= _tensor(name, file.get_tensor(name), layers.get(name), params=params)
+                if name in layers:
+                    done += 1
+                    events.progress(done, len(layers), unit="layer")
+        save_file(tensors, out / shard.name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, shard.name)
+        total_bytes += sum(tensor.nbytes for tensor in tensors.values())
+    if len(set(weight_map.values())) > 1:
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        _write_json(out / "model.safetensors.index.json", index)
+    _write_configs(model, out, params=params)
+    records = [LayerRecord(name=layer.name) for layer in layers.values()]
+    return Quantized(backend=f"quench-rtn:{VERSION}", packer="numpy", layers=records)
+
+
+def _shards(model: Path) -> list[Path]:
+    """The files that the index names; without an index, the one file."""
+    index = model / "model.safetensors.index.json"
+    if not index.exists():
+        return sorted(model.glob("*.safetensors"))
+    return [model / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
+
+
+def _tensor(name: str, tensor: Tensor, layer: Linear | None, *, params: dict[str, Any]) -> dict[str, Tensor]:
+    if layer is None:
+        return {name: tensor}
+    parts = packed(tensor, bits=params["bits"], group_size=params["group_size"])
+    return {f"{layer.name}.{part}": value for part, value in parts.items()}
+
+
+def _write_configs(model: Path, out: Path, *, params: dict[str, Any]) -> None:
+    """config.json with a quantization_config that transformers, AutoGPTQ and vLLM read."""
+    quantization = {
+        "bits": params["bits"],
+        "group_size": params["group_size"],
+        "sym": True,
+        "desc_act": False,
+        "lm_head": False,
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "pack_dtype": "int32",
+        "meta": {"quantizer": [f"quench-rtn:{VERSION}"]},
+    }
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    _write_json(out / "config.json", config | {"quantization_config": quantization})
+    _write_json(out / "quantize_config.json", quantization)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

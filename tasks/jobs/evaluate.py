@@ -1,0 +1,212 @@
+"""One arm, loaded from what was stored, over dev, test and the general hold-out: a score a row and metric."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from recipes.problem import Problem
+from tasks.jobs.backends.load import kernel_of, load_arm, setup
+from tasks.jobs.scorers import Scorer, make_scorer
+from tasks.jobs.scoring import Model, Row, answers, batches, forced, greedy_config, read_general, read_rows
+from tasks.runtime.errors import StageError
+from tasks.runtime.job import Job
+
+SCORES = pa.schema(
+    [(name, pa.string()) for name in ("row", "group", "split", "domain", "metric")]
+    + [("sum", pa.float64()), ("n", pa.int64())]
+)
+TOKENS = pa.schema([(name, pa.string()) for name in ("row", "group", "split")] + [("kl", pa.float32())])
+ANSWERS = pa.schema(
+    [(name, pa.string()) for name in ("row", "split", "domain", "prompt", "reference", "answer")]
+    + [("score", pa.float64()), ("error", pa.string())]
+)
+SHOWN = 20
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Score an arm.
+
+    Reads:
+        model: folder. adapter: PEFT folder (optional). dataset, reference. databases: folder (sql-execution).
+    Writes:
+        scores.parquet: row, group, split, domain, metric, sum, n. Metrics: nll and nll_general (nats, n tokens),
+        kl (KL(reference || arm) in nats, n tokens), agree (top-1 agreements, n tokens), task (score, n = 1).
+        kl.parquet: KL a token. answers.parquet: what was asked, expected and answered.
+    Metrics:
+        The mean of each, by split.
+
+    Raises:
+        StageError: Logits are inf or NaN; the scorer rejects a reference answer.
+    """
+    setup(job)
+    if job.execution.device == "cpu":
+        os.environ["GPTQ_TORCH_CACHE_WEIGHTS"] = "1"  # 2- and 3-bit layers dequantize once, not in every forward
+    params, dataset = job.params, job.inputs["dataset"].path
+    rows, general = read_rows(dataset, "dev", "test"), read_general(dataset)
+    databases = job.inputs["databases"].path if "databases" in job.inputs else None
+    score = make_scorer(params["scorer"], databases)
+    _refuse_references(rows, score)
+    adapter = job.inputs["adapter"].path if "adapter" in job.inputs else None
+    model = load_arm(params["kind"], job.inputs["model"].path, adapter=adapter, device=job.execution.device)
+    job.events.note("kernel", f"{kernel_of(model)} on {job.execution.device}")
+    progress = _Progress(job, [rows, rows, general])
+    scores, tokens = _forced_scores(model, rows, job, progress)
+    scores += _general_scores(model, general, job, progress)
+    answered = _task(model, rows, job, score, progress)
+    scores += [_score(row, "task", one["score"], 1) for row, one in zip(rows, answered, strict=True)]
+    for name, lines, schema in (("scores", scores, SCORES), ("kl", tokens, TOKENS), ("answers", answered, ANSWERS)):
+        pq.write_table(pa.Table.from_pylist(lines, schema=schema), job.out / f"{name}.parquet")
+    return {"kernel": kernel_of(model), **_means(scores, job)}
+
+
+class _Progress:
+    def __init__(self, job: Job, passes: Sequence[Sequence[Row]]) -> None:
+        self._events, self._done = job.events, 0
+        self._total = sum(-(-len(rows) // job.params["batch_size"]) for rows in passes)
+
+    def step(self, note: str) -> None:
+        self._done += 1
+        self._events.progress(self._done, self._total, unit="batch", note=note)
+
+
+def _score(row: Row, metric: str, value: float, n: int) -> dict[str, Any]:
+    return {
+        "row": row.row,
+        "group": row.group,
+        "split": row.split,
+        "domain": row.domain,
+        "metric": metric,
+        "sum": value,
+        "n": n,
+    }
+
+
+def _nll(logits: Tensor, targets: Tensor) -> float:
+    """Sum of -log p over tokens, in nats. logits [n, vocabulary], targets [n]."""
+    chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1).double()
+    return (logits.float().logsumexp(-1).double() - chosen).sum().item()
+
+
+class _Forced(NamedTuple):
+    """Lines of scores.parquet and of kl.parquet."""
+
+    scores: list[dict[str, Any]]
+    tokens: list[dict[str, Any]]
+
+
+def _forced_scores(model: Model, rows: list[Row], job: Job, progress: _Progress) -> _Forced:
+    """Loss of every row; KL and agreement of the rows that the reference holds."""
+    reference = _Reference(job.inputs["reference"].path)
+    found = _Forced([], [])
+    for group in batches(rows, job.params["batch_size"], key=lambda row: len(row.ids)):
+        for row, logits, targets in forced(model, group):
+            found.scores.append(_score(row, "nll", _nll(logits, targets), row.n))
+            wanted = reference.logits(row)
+            if wanted is None:
+                continue
+            wanted = wanted.to(logits.device)
+            kl = divergence(wanted, logits)
+            agree = (wanted.argmax(-1) == logits.argmax(-1)).sum().item()
+            found.scores.append(_score(row, "kl", kl.sum().item(), row.n))
+            found.scores.append(_score(row, "agree", agree, row.n))
+            place = {"row": row.row, "group": row.group, "split": row.split}
+            found.tokens.extend({**place, "kl": value} for value in kl.tolist())
+        progress.step("completions")
+    return found
+
+
+def divergence(reference: Tensor, logits: Tensor) -> Tensor:
+    """KL(reference || arm) a token in nats, sum_v p_v (log p_v - log q_v). Both [n, vocabulary] -> [n].
+
+    In fp64: fp32 is off by up to 1e-6 nats a token, and a faithful merge costs 1e-5.
+    """
+    log_p, log_q = reference.double().log_softmax(-1), logits.double().log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+class _Reference:
+    """Stored logits of the reference by row."""
+
+    def __init__(self, folder: Path) -> None:
+        places = pq.read_table(folder / "reference.parquet").to_pylist()
+        self._places = {one["row"]: (one["start"], one["start"] + one["n"]) for one in places}
+        self._logits = safe_open(folder / "reference.safetensors", framework="pt").get_slice("logits")
+
+    def logits(self, row: Row) -> Tensor | None:
+        """[n, vocabulary] of a row's completion tokens, or None where the row was not sampled."""
+        if row.row not in self._places:
+            return None
+        start, end = self._places[row.row]
+        return self._logits[start:end]
+
+
+def _general_scores(model: Model, rows: list[Row], job: Job, progress: _Progress) -> list[dict[str, Any]]:
+    scores = []
+    for group in batches(rows, job.params["batch_size"], key=lambda row: len(row.ids)):
+        for row, logits, targets in forced(model, group):
+            scores.append(_score(row, "nll_general", _nll(logits, targets), row.n))
+        progress.step("general text")
+    return scores
+
+
+def _task(model: Model, rows: list[Row], job: Job, score: Scorer, progress: _Progress) -> list[dict[str, Any]]:
+    """Greedy answers and their scores, in the order of `rows`.
+
+    Rows with answers of like length share a batch: it decodes until its last answer has ended.
+    """
+    words = job.inputs["dataset"].path / "tokenizer"
+    tokenizer = AutoTokenizer.from_pretrained(str(words), local_files_only=True, trust_remote_code=False)
+    config = greedy_config(words, max_new_tokens=job.params["max_new_tokens"])
+    found: dict[str, dict[str, Any]] = {}
+    for group in batches(rows, job.params["batch_size"], key=lambda row: row.answer_tokens):
+        for row, tokens in zip(group, answers(model, group, config), strict=True):
+            text = tokenizer.decode(tokens, skip_special_tokens=True)
+            verdict = score(text, row.answer, row.columns)
+            found[row.row] = {
+                "row": row.row,
+                "split": row.split,
+                "domain": row.domain,
+                "prompt": tokenizer.decode(row.prompt_ids),
+                "reference": row.answer,
+                "answer": text,
+                "score": verdict.score,
+                "error": verdict.error,
+            }
+        progress.step("answers")
+    return [found[row.row] for row in rows]
+
+
+def _refuse_references(rows: list[Row], score: Scorer) -> None:
+    """Raise StageError where the data's own answer would score less than 1: then no arm's score means anything."""
+    wrong = [row.row for row in rows if score(row.answer, row.answer, row.columns).score < 1]
+    if wrong:
+        raise StageError(
+            Problem(
+                what=f"the scorer rejects the reference answers of {len(wrong)} row(s)",
+                where=f"rows {', '.join(wrong[:SHOWN])}",
+                why="an arm that answers as the data says would be counted as wrong",
+                next="correct these rows, or choose another evaluate.scorer",
+            )
+        )
+
+
+def _means(scores: list[dict[str, Any]], job: Job) -> dict[str, float]:
+    """Mean of each metric by split, as `metric/split`; also written as metric events."""
+    sums: dict[str, list[float]] = {}
+    for one in scores:
+        both = sums.setdefault(f"{one['metric']}/{one['split']}", [0.0, 0.0])
+        both[0] += one["sum"]
+        both[1] += one["n"]
+    means = {name: total / n for name, (total, n) in sums.items() if n}
+    for name, value in means.items():
+        job.events.metric(name, value)
+    return means

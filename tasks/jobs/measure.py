@@ -1,0 +1,135 @@
+"""Load time, memory and tokens/s of one arm, alone on the machine."""
+
+from __future__ import annotations
+
+import gc
+import json
+import resource
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from tasks.jobs.backends.load import kernel_of, load_arm, setup
+from tasks.jobs.scoring import Model
+from tasks.runtime.job import Job
+
+BIG_BYTES = 2 << 30  # above this a load takes long: it is timed once
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Time loading, prefill and greedy decoding with a KV cache: the model alone, no server.
+
+    Reads:
+        model: folder. adapter: PEFT folder (optional). dataset: real tokens for the prompt.
+    Writes:
+        speed.json: load_s, prefill_tokens_per_s, decode_tokens_per_s (one value a repeat), resident_bytes,
+        peak_rss_gib (peak_gpu_gib on CUDA), kernel, serving_kernel, device, threads, batch, context, new_tokens.
+    Metrics:
+        The medians.
+
+    Raises:
+        StageError: The arm does not load.
+    """
+    setup(job)
+    params, device = job.params, job.execution.device
+    model, loads = _load(job)
+    ids = _prompt(job.inputs["dataset"].path, params["batch"], params["prompt_tokens"]).to(device)
+    once = []
+    for repeat in range(params["repeats"] + 1):  # the first is not counted
+        once.append(_once(model, ids, params["new_tokens"], device=device))
+        job.events.progress(repeat, params["repeats"], unit="repeat")
+    kernel = kernel_of(model)
+    serving = device == "cuda" and "Torch" not in kernel  # GPTQModel's Torch* layers dequantize, then multiply
+    job.events.note("kernel", f"{kernel} on {device}{'' if serving else ': not a serving kernel'}")
+    speed = {
+        "load_s": loads,
+        "prefill_tokens_per_s": [ids.numel() / one.prefill_s for one in once[1:]],
+        "decode_tokens_per_s": [params["batch"] * (params["new_tokens"] - 1) / one.decode_s for one in once[1:]],
+        **_memory(model, device),
+        "kernel": kernel,
+        "serving_kernel": serving,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "batch": params["batch"],
+        "context": params["prompt_tokens"],
+        "new_tokens": params["new_tokens"],
+    }
+    (job.out / "speed.json").write_text(json.dumps(speed, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    medians = {name: median(speed[name]) for name in ("load_s", "prefill_tokens_per_s", "decode_tokens_per_s")}
+    for name, value in medians.items():
+        job.events.metric(name, value)
+    return {"kernel": kernel, "repeats": params["repeats"], **medians}
+
+
+class _Loaded(NamedTuple):
+    model: Model
+    seconds: list[float]
+
+
+def _load(job: Job) -> _Loaded:
+    """The arm, and the seconds of every load after the first, which imports the backend and fills the file cache."""
+    folder, device = job.inputs["model"].path, job.execution.device
+    adapter = job.inputs["adapter"].path if "adapter" in job.inputs else None
+    repeats = job.params["repeats"]
+    if sum(path.stat().st_size for path in folder.glob("*.safetensors")) > BIG_BYTES:
+        repeats = 1
+        job.events.note("load_s", f"timed once: the model is larger than {BIG_BYTES >> 30} GiB")
+    model = load_arm(job.params["kind"], folder, adapter=adapter, device=device)
+    gc.freeze()  # GPTQModel collects garbage at the end of a load: 0.6 s over imported modules, no part of loading
+    seconds = []
+    for _ in range(repeats):
+        del model
+        gc.collect()
+        clock = _now(device)
+        model = load_arm(job.params["kind"], folder, adapter=adapter, device=device)
+        seconds.append(_now(device) - clock)
+    return _Loaded(model, seconds)
+
+
+def _prompt(dataset: Path, batch: int, length: int) -> Tensor:
+    """[batch, length] token ids: rows of the dataset, one after the other, from the start again where they end."""
+    column = pq.read_table(dataset / "rows.parquet", columns=["input_ids"])["input_ids"]
+    stream = torch.tensor(column.combine_chunks().values.to_pylist()[: batch * length])
+    return stream.repeat(-(-batch * length // len(stream)))[: batch * length].view(batch, length)
+
+
+class _Once(NamedTuple):
+    prefill_s: float
+    decode_s: float
+
+
+@torch.inference_mode()
+def _once(model: Model, ids: Tensor, new_tokens: int, *, device: str) -> _Once:
+    """Seconds of the prefill, which gives the first token, and of the new_tokens - 1 steps after it; ends ignored."""
+    start = _now(device)
+    out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    token = out.logits[:, -1:].argmax(-1)
+    middle = _now(device)
+    for _ in range(new_tokens - 1):
+        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        token = out.logits[:, -1:].argmax(-1)
+    return _Once(middle - start, _now(device) - middle)
+
+
+def _now(device: str) -> float:
+    """The clock, after the GPU has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _memory(model: Model, device: str) -> dict[str, float]:
+    """Peak memory of the process, and bytes of the loaded weights: NF4 keeps its scales outside its buffers."""
+    tensors = (*model.parameters(), *model.buffers(), *model.state_dict().values())
+    found: dict[str, float] = {
+        "resident_bytes": sum({one.data_ptr(): one.nbytes for one in tensors}.values()),
+        "peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20),
+    }
+    if device == "cuda":
+        found["peak_gpu_gib"] = torch.cuda.max_memory_allocated() / (1 << 30)
+    return found

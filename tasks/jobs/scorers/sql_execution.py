@@ -1,0 +1,118 @@
+"""Answer and reference return the same rows from sqlite3 (execution accuracy, as in Spider: Yu et al. 2018)."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from recipes.problem import Problem
+from tasks.jobs.scorers import Verdict
+from tasks.runtime.errors import StageError
+
+ALLOWED = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
+STEPS = 5_000_000  # virtual machine instructions a query, about 0.2 s; counted, so that a busy machine scores alike
+BYTES = 1_000_000  # longest string or blob
+QUOTED = re.compile(r"'(?:[^']|'')*'|\"[^\"]*\"|`[^`]*`|\[[^\]]*\]")
+INNERMOST = re.compile(r"\([^()]*\)")
+REFUSALS = (sqlite3.Error, sqlite3.Warning, ValueError)  # Warning: two statements; ValueError: a zero byte, no query
+
+
+class Result(NamedTuple):
+    """What a query returned."""
+
+    columns: int
+    rows: list[tuple[Any, ...]]
+
+
+class SqlExecution:
+    """Scores SQL against the databases of a folder, one SCHEMA.sql each, read-only and in memory."""
+
+    def __init__(self, folder: Path, *, column: str) -> None:
+        self._scripts = {path.stem: path for path in folder.glob("*.sql")}
+        self._column = column
+        self._open: dict[str, sqlite3.Connection] = {}
+        self._expected: dict[tuple[str, str], Result] = {}
+
+    def __call__(self, answer: str, reference: str, columns: Mapping[str, Any]) -> Verdict:
+        """1 where both return the same rows; order counts only where the reference's outermost query orders.
+
+        Raises:
+            StageError: No such database; the reference itself does not run.
+        """
+        schema = str(columns.get(self._column))
+        database = self._database(schema)
+        if (schema, reference) not in self._expected:
+            try:
+                self._expected[schema, reference] = execute(database, reference)
+            except REFUSALS as error:
+                raise _bad_reference(reference, schema, error) from None
+        expected = self._expected[schema, reference]
+        try:
+            got = execute(database, answer)
+        except REFUSALS as error:
+            return Verdict(0.0, str(error))
+        if got.columns != expected.columns:
+            return Verdict(0.0)
+        if orders(reference):
+            return Verdict(float(got.rows == expected.rows))
+        return Verdict(float(Counter(got.rows) == Counter(expected.rows)))
+
+    def _database(self, schema: str) -> sqlite3.Connection:
+        if schema not in self._open:
+            if schema not in self._scripts:
+                raise _no_database(schema, self._column, sorted(self._scripts))
+            database = sqlite3.connect(":memory:")
+            database.executescript(self._scripts[schema].read_text(encoding="utf-8"))
+            database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, BYTES)
+            database.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in ALLOWED else sqlite3.SQLITE_DENY)
+            self._open[schema] = database
+        return self._open[schema]
+
+
+def orders(query: str) -> bool:
+    """True where the outermost query has an ORDER BY: outside quotes and parentheses."""
+    text, removed = QUOTED.sub(" ", query), 1
+    while removed:
+        text, removed = INNERMOST.subn(" ", text)
+    return re.search(r"\border\s+by\b", text, re.IGNORECASE) is not None
+
+
+def execute(database: sqlite3.Connection, query: str) -> Result:
+    """Rows of one query, floats rounded to 6 places: AVG and SUM / COUNT differ behind them.
+
+    Raises:
+        sqlite3.Error, sqlite3.Warning, ValueError: It does not run, writes, is no query, or takes over STEPS.
+    """
+    ticks = iter(range(STEPS // 1000))
+    database.set_progress_handler(lambda: next(ticks, None) is None, 1000)
+    cursor = database.execute(query)
+    if cursor.description is None:
+        raise ValueError("not a query")
+    rows = [tuple(round(one, 6) if isinstance(one, float) else one for one in row) for row in cursor]
+    return Result(len(cursor.description), rows)
+
+
+def _bad_reference(reference: str, schema: str, error: BaseException) -> StageError:
+    return StageError(
+        Problem(
+            what="a reference answer does not run",
+            where=f"database {schema}: {reference}",
+            why=f"sqlite3 says: {error}",
+            next="correct that row of the data, or its database",
+        )
+    )
+
+
+def _no_database(schema: str, column: str, there: list[str]) -> StageError:
+    return StageError(
+        Problem(
+            what=f"no database for `{column}` {schema}",
+            where="evaluate.scorer.databases",
+            why=f"the folder has {', '.join(there) or 'no .sql file'}",
+            next=f"add {schema}.sql, or correct column `{column}` of the data",
+        )
+    )

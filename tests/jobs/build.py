@@ -1,0 +1,54 @@
+"""Builds a Job by hand, as tasks.runtime would, for running a job body in the test's process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tasks.runtime.events import read_events
+from tasks.runtime.job import Execution, Input, Job
+
+
+def make_job(
+    stage: str,
+    out: Path,
+    *,
+    params: Mapping[str, Any],
+    checkpoint: Path | None = None,
+    micro_batch: int | None = None,
+    **inputs: Path,
+) -> Job:
+    """A job whose out folder exists; `inputs` are its input paths by name."""
+    out.mkdir(parents=True, exist_ok=True)
+    return Job(
+        stage=stage,
+        slug="test",
+        fingerprint="f" * 64,
+        entry=f"tasks.jobs.{stage}:run",
+        params=dict(params),
+        inputs={name: Input(path=path, digest=f"digest-{name}", fingerprint="f" * 64) for name, path in inputs.items()},
+        out=out,
+        checkpoint=checkpoint or out.parent / f"{out.name}-checkpoint",
+        execution=Execution(device="cpu", threads=1, micro_batch=micro_batch),
+    )
+
+
+def notes(job: Job) -> dict[str, str]:
+    """The job's notes by what they are about; the last one of each."""
+    return {
+        event["about"]: event["text"] for event, _ in read_events(job.out / "events.jsonl") if event["kind"] == "note"
+    }
+
+
+def curve(job: Job, name: str) -> dict[int, float]:
+    """A metric's points by step."""
+    events = [event for event, _ in read_events(job.out / "events.jsonl")]
+    return {event["step"]: event["value"] for event in events if event["kind"] == "metric" and event["name"] == name}
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> Path:
+    """One JSON value a line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
