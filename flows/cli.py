@@ -53,7 +53,6 @@ def _init(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> int:
     from recipes.check import check, check_data
-
     from recipes.load import load
 
     loaded = load(args.recipe, sets=args.set)
@@ -184,9 +183,11 @@ def _store_verify(args: argparse.Namespace) -> int:
 
 
 def _schemes(args: argparse.Namespace) -> int:
-    from recipes.schemes import known_schemes
+    from dataclasses import asdict
 
-    rows = [scheme.as_dict() for scheme in known_schemes()]
+    from recipes.schemes import all_schemes
+
+    rows = [asdict(scheme) for scheme in all_schemes()]
     lines = [f"{one['slug']:<14} {one['backend']:<12} {one['bits']} bits  group {one['group_size']}" for one in rows]
     _print(rows, "\n".join(lines), as_json=args.json)
     return DONE

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from recipes.arms import Arm, arms
 from recipes.headers import read_headers
-
 from recipes.load import Loaded
-from recipes.schema import Recipe, SqlExecution, is_hub_id
+from recipes.schema import Recipe, SqlExecution
 from recipes.schemes import parse_scheme
 from tasks import calibrate, choose, evaluate, measure, merge, prepare, quantize, reference, train
 from tasks.runtime.leases import cpu_slots
@@ -66,11 +65,12 @@ def pin(loaded: Loaded, home: Path) -> Pins:
         source=model.source,
     )
     asked = recipe.data
-    if is_hub_id(asked.path, folder=loaded.folder):
+    file = loaded.data
+    if file is None:
         rows = snapshot(asked.path, revision=asked.revision, kind="dataset", where=loaded.where("data.path"))
         data = external_folder("data", rows.folder, patterns=("**/*.jsonl",), digests=digests, source=rows.source)
     else:
-        data = external_file("data", loaded.resolve(asked.path), digests=digests)
+        data = external_file("data", file, digests=digests, source=asked.path)
     general = asked.general and external_file("general", loaded.resolve(asked.general), digests=digests)
     named = recipe.model.chat_template
     template = (
@@ -89,9 +89,10 @@ def pin(loaded: Loaded, home: Path) -> Pins:
 def fetch_model(loaded: Loaded) -> Snapshot:
     """Folder of the base model and where it came from (`org/name@commit`, or the path as written)."""
     model = loaded.recipe.model
-    if is_hub_id(model.base, folder=loaded.folder):
+    folder = loaded.base
+    if folder is None:
         return snapshot(model.base, revision=model.revision, kind="model", where=loaded.where("model.base"))
-    return Snapshot(folder=loaded.resolve(model.base), source=model.base)
+    return Snapshot(folder=folder, source=model.base)
 
 
 def limits(recipe: Recipe) -> Limits:

@@ -190,26 +190,25 @@ def finetune_and_quantize(recipe: str, sets: list[str] | None = None) -> str:
     home = find_home()
     vetted = vet(Path(recipe), sets=sets or [], home=home)
     record = RunRecord(home, vetted.loaded)
-    status = "stopped"
     with Launcher() as launcher:
         session = Session(vetted, Store(home), launcher, record)
         _SESSIONS[record.id] = session
         try:
             with session.display:
-                whole = _work(session, vetted)
-            status = "completed" if whole else "failed"
+                _work(session, vetted)
         finally:
             _SESSIONS.pop(record.id)
-            record.finish(status)
-            session.tracker.end(status)
-    if status == "failed":
+            if record.status == "running":
+                record.finish("stopped")
+            session.tracker.end(record.status)
+    if record.status == "failed":
         failed = [one.key for one in record.records.values() if one.status == "failed"]
         raise RunFailed(f"{', '.join(failed)} failed; see {record.folder / 'report.md'}")
     return str(record.folder)
 
 
-def _work(session: Session, vetted: Vetted) -> bool:
-    """Plan, make, report. True where nothing failed."""
+def _work(session: Session, vetted: Vetted) -> None:
+    """Plan, make, report."""
     record = session.record
     record.pinned(vetted.pins)
     write_json(record.folder / "preflight.json", vetted.preflight)
@@ -220,12 +219,12 @@ def _work(session: Session, vetted: Vetted) -> bool:
     record.composed(matrix)
     whole = session.collect()
     record.composed(matrix)
-    record.publish()
+    record.finish("completed" if whole else "failed")
     report = render(record.folder, session.store.home)
     create_markdown_artifact(report.markdown, key="report", description="the comparison of all arms")
     create_table_artifact(report.table, key="arms", description="published metrics, test")
+    record.publish()
     session.tracker.report(report.json, record.folder)
-    return whole
 
 
 def _plan_markdown(vetted: Vetted) -> str:

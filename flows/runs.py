@@ -91,6 +91,11 @@ class RunRecord:
         self._write()
 
     @property
+    def status(self) -> str:
+        """running, completed, failed or stopped."""
+        return self._raw["status"]
+
+    @property
     def records(self) -> Mapping[str, StepRecord]:
         """Steps by key, as recorded so far."""
         return self._steps

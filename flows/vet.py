@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes.check import check, check_data
-
 from flows.compose import Pins, limits, pin
 from flows.plan import Planned, plan
 from flows.preflight import preflight
+from recipes.check import check, check_data
 from recipes.load import Loaded, load
 from recipes.problem import RecipeError
 from recipes.schema import Recipe

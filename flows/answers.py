@@ -1,0 +1,221 @@
+"""The report's answers in words. Every figure stands with its interval, every word follows from ci95_adjusted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flows.cells import Cell
+from flows.comparisons import FAMILIES, REFERENCE, Comparison
+from flows.evidence import Arm
+from flows.metrics import difference_text, interval_text, significant, size, value_text
+
+UNKNOWN = "No difference that this much data can show"
+_NOUN = {"task": "task score", "ppl_test": "perplexity", "ppl_general": "general perplexity", "kl_mean": "KL"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One question of the report.
+
+    Attributes:
+        question: As its family asks it.
+        short: One sentence for the top of the page.
+        text: All of it, sentences.
+    """
+
+    question: str
+    short: str
+    text: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """What the answers are made from."""
+
+    arms: Mapping[str, Arm]
+    cells: Mapping[str, Mapping[str, Cell]]
+    ranked: frozenset[str]
+    comparisons: Sequence[Comparison]
+
+    def pair(self, a: str, b: str, metric: str) -> Comparison | None:
+        """The comparison of a with b, whichever of the two came first."""
+        for one in self.comparisons:
+            if one.metric == metric and {one.a, one.b} == {a, b}:
+                return one if one.a == a else swapped(one)
+        return None
+
+    def shown(self, slug: str, metric: str) -> str:
+        """`90.7 % [86.1, 93.8]`."""
+        cell = self.cells[slug][metric]
+        ci95 = None if cell.ci95 is None else list(cell.ci95)
+        text = value_text(metric, cell.value, ci95, unit=True)
+        return f"{text} {interval_text(metric, cell.value, ci95)}".rstrip()
+
+    def bytes_of(self, slug: str) -> float:
+        """size_bytes of a ranked arm."""
+        return self.cells[slug]["size_bytes"].value or 0.0
+
+
+def swapped(one: Comparison) -> Comparison:
+    """The same comparison told from b's side."""
+    flip = {"better": "worse", "worse": "better"}.get(one.verdict, one.verdict)
+    more: dict[str, Any] = {
+        **vars(one),
+        "a": one.b,
+        "b": one.a,
+        "difference": -one.difference,
+        "ci95": type(one.ci95)(-one.ci95.high, -one.ci95.low),
+        "ci95_adjusted": type(one.ci95)(-one.ci95_adjusted.high, -one.ci95_adjusted.low),
+        "verdict": flip,
+    }
+    return Comparison(**more)
+
+
+def _difference(one: Comparison) -> str:
+    return difference_text(one.metric, one.difference, list(one.ci95_adjusted))
+
+
+def _sentence(one: Comparison) -> str:
+    """`task score +1.2 [-0.3, +2.7] points: no difference shown`."""
+    return f"{_NOUN[one.metric]} {_difference(one)}: {one.verdict}"
+
+
+def answers(found: Findings) -> tuple[Answer, ...]:
+    """The four questions of the issue, in the order of the families."""
+    question = {family.name: family.question for family in FAMILIES}
+    return (
+        _fine_tuning(found, question["fine-tuning"]),
+        _merge(found, question["merge"]),
+        _scheme(found, question["schemes"]),
+        _merge_first(found, question["merge-first"]),
+    )
+
+
+def _cannot(question: str, why: str) -> Answer:
+    text = f"This run cannot say: {why}."
+    return Answer(question=question, short=text, text=(text,))
+
+
+def _fine_tuning(found: Findings, question: str) -> Answer:
+    task = found.pair(REFERENCE, "base", "task")
+    if task is None:
+        return _cannot(question, "base or nf4-adapter has no task scores")
+    if task.verdict == "no difference shown":
+        short = f"{UNKNOWN}: fine-tuning moved the task score by {_difference(task)}."
+    else:
+        way = "lifted" if task.difference > 0 else "lowered"
+        before, after = (value_text("task", found.cells[slug]["task"].value, unit=True) for slug in ("base", REFERENCE))
+        short = f"Fine-tuning {way} the task score from {before} to {after}: {_difference(task)}."
+    text = [f"base answers {found.shown('base', 'task')}, nf4-adapter {found.shown(REFERENCE, 'task')}."]
+    text.append(f"nf4-adapter against base: {_sentence(task)}.")
+    for metric, where in (("ppl_test", "On completions"), ("ppl_general", "On text outside the domain (forgetting)")):
+        if one := found.pair(REFERENCE, "base", metric):
+            text.append(
+                f"{where}: perplexity {found.shown('base', metric)} before, {found.shown(REFERENCE, metric)} after, "
+                f"{_difference(one)}: {one.verdict}."
+            )
+    return Answer(question=question, short=short, text=tuple(text))
+
+
+def _merge(found: Findings, question: str) -> Answer:
+    between = found.pair("merged-dequantized", "merged-original", "kl_mean")
+    text: list[str] = []
+    for slug in ("merged-dequantized", "merged-original"):
+        parts = [_sentence(one) for metric in ("task", "ppl_test") if (one := found.pair(slug, REFERENCE, metric))]
+        if slug in found.ranked:
+            told = "; ".join([f"KL {found.shown(slug, 'kl_mean')} to the model as it was trained", *parts])
+            text.append(f"{slug}: {told}.")
+    if between is None:
+        return (
+            _cannot(question, "one of the merged models has no scores")
+            if not text
+            else Answer(question=question, short=text[0], text=tuple(text))
+        )
+    text.append(f"merged-dequantized against merged-original: {_sentence(between)}.")
+    short = {
+        "better": f"Merging into the dequantized base stays closer to what was trained (KL {_difference(between)}).",
+        "worse": f"Merging into the original base stays closer to what was trained (KL {_difference(between)}).",
+    }.get(between.verdict, f"{UNKNOWN} between the two merge bases (KL {_difference(between)}).")
+    return Answer(question=question, short=short, text=tuple(text))
+
+
+def _schemes(found: Findings) -> list[str]:
+    """Ranked schemes on the merged model, smallest KL first."""
+    merged = [slug for slug in found.ranked if found.arms[slug].scheme and not found.arms[slug].on_base]
+    return sorted(merged, key=lambda slug: (found.cells[slug]["kl_mean"].value or 0.0, slug))
+
+
+def _beaten(slug: str, rivals: Sequence[str], found: Findings) -> str | None:
+    """A rival of no more bytes whose KL is shown to be lower."""
+    for rival in rivals:
+        one = found.pair(rival, slug, "kl_mean")
+        if one and one.verdict == "better" and found.bytes_of(rival) <= found.bytes_of(slug) * 1.001:
+            return rival
+    return None
+
+
+def _scheme(found: Findings, question: str) -> Answer:
+    schemes = _schemes(found)
+    if not schemes:
+        return _cannot(question, "no scheme on the merged model has all its figures")
+    beaten = {slug: rival for slug in schemes if (rival := _beaten(slug, schemes, found))}
+    front = [slug for slug in schemes if slug not in beaten]
+    best = front[0]
+    merged = f"merged-{found.arms[best].merge_base}"
+    share = found.bytes_of(best) / found.bytes_of(merged) if merged in found.ranked else None
+    of_merge = f", {share:.0%} of {merged}".replace("%", " %") if share else ""
+    text = [f"{best} loses least: KL {found.shown(best, 'kl_mean')}, {size(found.bytes_of(best))}{of_merge}."]
+    cost = found.pair(best, merged, "task")
+    if cost:
+        text.append(f"Against {merged}: {_sentence(cost)}.")
+    text += [_smaller(slug, best, found) for slug in front[1:]]
+    if beaten:
+        lost = ", ".join(f"{slug} (by {rival})" for slug, rival in beaten.items())
+        text.append(f"Beaten on KL by a scheme of no more bytes: {lost}.")
+    equal = [
+        slug for slug in front[1:] if _no_difference(slug, best, found) and found.bytes_of(slug) < found.bytes_of(best)
+    ]
+    keeps = f"{best} keeps most: {size(found.bytes_of(best))}{of_merge}, KL {found.shown(best, 'kl_mean')}"
+    costs = f", task score {_difference(cost)} against it ({cost.verdict})" if cost else ""
+    beside = f"; {equal[0]} is smaller and not shown to be worse" if equal else ""
+    return Answer(question=question, short=f"{keeps}{costs}{beside}.", text=tuple(text))
+
+
+def _no_difference(a: str, b: str, found: Findings) -> bool:
+    one = found.pair(a, b, "kl_mean")
+    return one is not None and one.verdict == "no difference shown"
+
+
+def _smaller(slug: str, best: str, found: Findings) -> str:
+    """What another scheme on the front saves and costs against the best one."""
+    saved = 1 - found.bytes_of(slug) / found.bytes_of(best)
+    if abs(saved) < 0.0005:
+        bytes_ = "as large"
+    else:
+        bytes_ = f"{significant(abs(saved) * 100, 2)} % {'smaller' if saved > 0 else 'larger'}"
+    parts = [_sentence(one) for metric in ("kl_mean", "task") if (one := found.pair(slug, best, metric))]
+    return f"{slug} is {bytes_}, KL {found.shown(slug, 'kl_mean')}; against {best}: {'; '.join(parts)}."
+
+
+def _merge_first(found: Findings, question: str) -> Answer:
+    pairs = [(slug, f"{slug}.on-base") for slug in _schemes(found) if found.pair(slug, f"{slug}.on-base", "kl_mean")]
+    if not pairs:
+        return _cannot(question, "no scheme was scored both ways")
+    text: list[str] = []
+    words: dict[str, list[str]] = {}
+    for merged, on_base in pairs:
+        made = [one for metric in ("kl_mean", "task") if (one := found.pair(merged, on_base, metric))]
+        words.setdefault(made[0].verdict, []).append(f"{_difference(made[0])} for {merged}")
+        sizes = (
+            f"{size(found.bytes_of(merged))} against {size(found.bytes_of(on_base))}" if on_base in found.ranked else ""
+        )
+        text.append(f"{merged} against {on_base}: {'; '.join(_sentence(one) for one in made)}; {sizes}.")
+    told = {
+        "better": "stays closer to the trained model than quantized base + adapter",
+        "worse": "is further from the trained model than quantized base + adapter",
+        "no difference shown": "shows no difference from quantized base + adapter",
+    }
+    short = "; it ".join(f"{told[word]}: KL {', '.join(which)}" for word, which in words.items())
+    return Answer(question=question, short=f"Merged-then-quantized {short}.", text=tuple(text))

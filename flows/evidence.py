@@ -1,0 +1,276 @@
+"""What a run left behind: steps.json, manifests and the files of its artifacts, read once and typed.
+
+The report is a function of this and of nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from flows.stats import Floats, Sums
+
+_SCHEME = re.compile(r"^(?P<method>[a-z-]+?)-w(?P<bits>\d+)-g(?P<group>\d+)")
+
+
+class SchemeParts(NamedTuple):
+    """What a scheme's slug says."""
+
+    method: str
+    bits: int
+    group_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step of the run, with the manifest of the artifact that it found or made.
+
+    Attributes:
+        status: hit, made, failed or skipped.
+        path: The committed folder relative to QUENCH_HOME, or None.
+        files: The artifact's files, absolute, or None.
+        manifest: None where there is no artifact, or none any more.
+    """
+
+    key: str
+    stage: str
+    slug: str
+    fingerprint: str
+    status: str
+    path: str | None
+    files: Path | None
+    problem: Mapping[str, str] | None
+    log: str | None
+    manifest: Mapping[str, Any] | None
+
+    @property
+    def ok(self) -> bool:
+        """There is an artifact, and its manifest is still in the store."""
+        return self.status in ("hit", "made") and self.manifest is not None
+
+    @property
+    def trouble(self) -> str:
+        """Why there is no artifact, in one sentence."""
+        if self.problem:
+            return f"{self.key}: {self.problem['what'].rstrip('.')} ({self.problem['why'].rstrip('.')})"
+        if self.status in ("hit", "made"):
+            return f"{self.key} is not in the store any more"
+        return f"{self.key} {self.status}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way to ship, and the keys of the steps behind it (flows/runs.py writes them)."""
+
+    slug: str
+    kind: str
+    merge_base: str | None
+    scheme: str | None
+    on_base: bool
+    model: str | None
+    adapter: str | None
+    evaluate: str
+    measure: str | None
+
+    @property
+    def parts(self) -> SchemeParts:
+        """Method, bits and group size of the scheme; zeros where the slug does not follow the pattern."""
+        match = _SCHEME.match(self.scheme or "")
+        return SchemeParts(match["method"], int(match["bits"]), int(match["group"])) if match else SchemeParts("", 0, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run's folder, read."""
+
+    folder: Path
+    home: Path
+    raw: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+    predicted: Mapping[str, Mapping[str, float | None]]
+    steps: Mapping[str, Step]
+    arms: tuple[Arm, ...]
+
+    @property
+    def base(self) -> Path | None:
+        """The untouched base model's folder, or None where it has gone."""
+        named = (self.raw.get("base") or {}).get("path")
+        return Path(named) if named and Path(named).is_dir() else None
+
+    def step(self, key: str | None) -> Step | None:
+        """A step by key; None where the run never came to it."""
+        return self.steps.get(key) if key else None
+
+
+def read_run(folder: Path, home: Path) -> Run:
+    """Read a run's folder and the manifests of all its steps."""
+    raw = _json(folder / "steps.json")
+    preflight = folder / "preflight.json"
+    recipe = folder / "recipe.resolved.json"
+    return Run(
+        folder=folder,
+        home=home,
+        raw=raw,
+        recipe=_json(recipe) if recipe.exists() else {},
+        predicted=_json(preflight).get("steps", {}) if preflight.exists() else {},
+        steps={one["key"]: _step(one, home) for one in raw["steps"]},
+        arms=tuple(Arm(**{name: one[name] for name in Arm.__dataclass_fields__}) for one in raw["arms"]),
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _step(raw: Mapping[str, Any], home: Path) -> Step:
+    folder = home / raw["path"] if raw["path"] else None
+    there = folder is not None and (folder / "manifest.json").is_file()
+    return Step(
+        **{name: raw[name] for name in ("key", "stage", "slug", "fingerprint", "status", "path")},
+        files=folder / "files" if folder is not None and there else None,
+        problem=raw.get("problem"),
+        log=raw.get("log"),
+        manifest=_json(folder / "manifest.json") if folder is not None and there else None,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class RowScores:
+    """One metric of one arm on one split, a row a row, sorted by row.
+
+    Attributes:
+        rows: [rows] names; a name that appears twice makes the arms incomparable.
+        group: [rows] name of each row's group.
+        domain: [rows].
+        total: [rows] sum of scores.
+        count: [rows] tokens (1 for task).
+    """
+
+    rows: NDArray[np.str_]
+    group: NDArray[np.str_]
+    domain: NDArray[np.str_]
+    total: Floats
+    count: Floats
+
+    @cached_property
+    def groups(self) -> tuple[str, ...]:
+        """Names of the groups, sorted."""
+        return tuple(str(name) for name in np.unique(self.group))
+
+    @cached_property
+    def sums(self) -> Sums:
+        """Summed within groups, in the order of `groups`."""
+        index = np.searchsorted(np.asarray(self.groups), self.group)
+        size = len(self.groups)
+        total, count = (np.bincount(index, weights, size).astype(np.float64) for weights in (self.total, self.count))
+        return Sums(total, count)
+
+    @property
+    def finite(self) -> bool:
+        """No NaN and no infinity anywhere."""
+        return bool(np.isfinite(self.total).all())
+
+    @property
+    def n(self) -> int:
+        """Tokens, or rows where each counts once."""
+        return int(self.count.sum())
+
+    def same_rows(self, other: RowScores) -> bool:
+        """Same rows, groups and tokens: what a paired comparison needs."""
+        return (
+            np.array_equal(self.rows, other.rows)
+            and np.array_equal(self.group, other.group)
+            and np.array_equal(self.count, other.count)
+        )
+
+    def of_domain(self, domain: str) -> RowScores:
+        """Only the rows of a domain."""
+        keep = self.domain == domain
+        return RowScores(self.rows[keep], self.group[keep], self.domain[keep], self.total[keep], self.count[keep])
+
+    def zeros(self) -> RowScores:
+        """The same rows with a score of zero: the reference's KL to itself."""
+        return RowScores(self.rows, self.group, self.domain, np.zeros_like(self.total), self.count)
+
+
+_SPLIT = {"nll_general": "general"}  # every other metric is published on test
+
+
+def read_scores(files: Path) -> dict[str, RowScores]:
+    """Metric -> rows of scores.parquet; dev is for what chooses, so the report never looks at it."""
+    table = pq.read_table(files / "scores.parquet").sort_by("row")
+    row, group, domain, metric, split = (_names(table, name) for name in ("row", "group", "domain", "metric", "split"))
+    total, count = _numbers(table, "sum"), _numbers(table, "n")
+    found: dict[str, RowScores] = {}
+    for name in np.unique(metric):
+        keep = (metric == name) & (split == _SPLIT.get(str(name), "test"))
+        if keep.any():
+            found[str(name)] = RowScores(row[keep], group[keep], domain[keep], total[keep], count[keep])
+    return found
+
+
+def _names(table: pa.Table, column: str) -> NDArray[np.str_]:
+    return np.asarray(table[column].to_pylist(), dtype=np.str_)
+
+
+def _numbers(table: pa.Table, column: str) -> Floats:
+    return np.asarray(table[column].to_numpy(), dtype=np.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenKL:
+    """KL of every completion token of test.
+
+    Attributes:
+        kl: [tokens] nats.
+        group: [tokens] index into the sorted groups.
+    """
+
+    kl: Floats
+    group: NDArray[np.int64]
+    groups: tuple[str, ...]
+
+
+def read_kl(files: Path) -> TokenKL | None:
+    """kl.parquet, test only; None where it has no such row."""
+    path = files / "kl.parquet"
+    if not path.exists():
+        return None
+    table = pq.read_table(path, columns=["group", "kl"], filters=[("split", "==", "test")])
+    if not table.num_rows:
+        return None
+    groups, index = np.unique(_names(table, "group"), return_inverse=True)
+    return TokenKL(_numbers(table, "kl"), index.astype(np.int64), tuple(str(name) for name in groups))
+
+
+class Note(NamedTuple):
+    """A decision or fallback that a job recorded."""
+
+    step: str
+    about: str
+    text: str
+
+
+def notes(steps: Sequence[Step]) -> Iterator[Note]:
+    """Notes of all artifacts of the run, in the order of the steps; equal ones of one stage once."""
+    seen: set[tuple[str, str, str]] = set()
+    for step in steps:
+        path = step.files / "events.jsonl" if step.files else None
+        if path is None or not path.exists():
+            continue
+        for line in path.read_text(encoding="utf-8").splitlines():
+            event = json.loads(line) if line.endswith("}") else {}
+            mark = (step.stage, str(event.get("about")), str(event.get("text")))
+            if event.get("kind") == "note" and mark not in seen:
+                seen.add(mark)
+                yield Note(step.key, event["about"], event["text"])

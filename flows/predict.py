@@ -1,0 +1,280 @@
+"""Predicts peak memory and output of every step from the recipe and the base's headers: arithmetic, no torch.
+
+Constants with a figure were measured on CPU (torch 2.13.0, transformers 5.23.0) on two models: 6 M parameters with a
+vocabulary of 4,096, and 110 M with 32,000. CUDA_HOST is an estimate. Every row counts as long as the longest and every
+byte of text as a token, so what is predicted is seldom reached; the report shows predicted against measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from recipes.arms import Arm, arms
+from recipes.check_rows import token_bound
+from recipes.headers import Headers
+from recipes.rows import Row
+from recipes.schema import Recipe
+from recipes.schemes import parse_scheme
+
+GIB = 1 << 30
+# Resident GiB of a child before it has a model.
+STACK = {
+    "prepare": 0.55,  # transformers' tokenizer
+    "train": 0.65,  # 0.53 after import of TRL, PEFT, bitsandbytes; the rest comes with the first step
+    "calibrate": 0.10,  # pyarrow
+    "quantize": 0.90,  # 0.64 after import of gptqmodel
+}
+MODEL_STACK = 0.50  # torch, transformers, PEFT, bitsandbytes: merge, reference, evaluate, measure
+CUDA_HOST = 3.0  # with the CUDA libraries
+CUDA_CONTEXT = 0.6  # GPU memory that no allocator counts
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight: code, 8-bit absmax of 64, fp32 absmax of 256 of those
+ADAM_BYTES = {"cpu": 4 + 4 + 8, "cuda": 4 + 4 + 2}  # a LoRA parameter: fp32, gradient, two moments (8-bit on CUDA)
+TRAIN_LOGIT_BYTES = 32  # a logit at the peak of the backward pass: bf16, fp32 copies, log-softmax, gradients
+EVAL_LOGIT_BYTES = 14  # bf16, fp32 copy, log-softmax, one temporary
+ACTIVATION_FACTOR = 1.6  # kept for the backward pass, over the bf16 inputs and outputs of the linear layers
+DATA_FACTOR = 20  # bytes of Python objects a byte of JSONL
+
+
+class RowSizes(NamedTuple):
+    """What the rows of the data cost.
+
+    Attributes:
+        rows: How many there are.
+        longest: Tokens of the longest, at most.
+        completion_tokens: Of an average row, at most.
+        data_bytes: Size of the file.
+    """
+
+    rows: int
+    longest: int
+    completion_tokens: float
+    data_bytes: int
+
+
+def row_sizes(rows: Sequence[Row], *, data_bytes: int) -> RowSizes | None:
+    """From the first rows of a file and its size, scaled up; None without rows."""
+    if not rows:
+        return None
+    turns = [row.messages for row in rows]
+    answers = [[turn for turn in row if turn["role"] == "assistant"] for row in turns]
+    seen_bytes = sum(len(str(row.messages).encode()) + len(str(row.columns).encode()) for row in rows)
+    return RowSizes(
+        rows=max(len(rows), round(len(rows) * data_bytes / seen_bytes)),
+        longest=max(token_bound(row) for row in turns),
+        completion_tokens=sum(len(turn["content"].encode()) + 2 for row in answers for turn in row) / len(rows),
+        data_bytes=data_bytes,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predicted:
+    """Peak memory and output of one step.
+
+    Attributes:
+        key: `stage/slug`, as in the plan.
+        host_gib: Resident memory of its process.
+        gpu_gib: GPU memory; 0 on CPU.
+        disk_gib: What it leaves in the store, and checkpoints while it runs.
+        parts: What the peak is made of, GiB by name.
+    """
+
+    key: str
+    host_gib: float
+    gpu_gib: float
+    disk_gib: float
+    parts: Mapping[str, float]
+
+    @property
+    def stage(self) -> str:
+        """The stage's name."""
+        return self.key.split("/")[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sizes:
+    """Bytes that the formulas share."""
+
+    recipe: Recipe
+    headers: Headers
+    device: str
+    rows: RowSizes | None
+
+    @property
+    def data_bytes(self) -> int:
+        return self.rows.data_bytes if self.rows else 0
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest row."""
+        limit = self.recipe.data.max_length
+        return min(limit, self.rows.longest) if self.rows else limit
+
+    @property
+    def bf16(self) -> float:
+        return 2 * self.headers.parameters
+
+    @property
+    def nf4(self) -> float:
+        linear = self.headers.linear_parameters
+        return NF4_BYTES * linear + 2 * (self.headers.parameters - linear)
+
+    @property
+    def lora_parameters(self) -> int:
+        targets = self.recipe.train.targets
+        adapted = [
+            layer
+            for layer in self.headers.linears
+            if targets == "all-linear" or layer.name.rpartition(".")[2] in targets
+        ]
+        return self.recipe.train.rank * sum(layer.in_features + layer.out_features for layer in adapted)
+
+    @property
+    def hessians(self) -> float:
+        """fp32 Hessians of one decoder layer, and of its widest linear layer the inverse and a Cholesky factor."""
+        inputs = [layer.in_features for layer in self.headers.decoder_layer]
+        return 4 * (sum(size**2 for size in inputs) + 2 * max(inputs) ** 2)
+
+    def quantized(self, scheme: str) -> float:
+        """A quantized model: the scheme's layers, everything else in bf16."""
+        rest = 2 * (self.headers.parameters - self.headers.linear_parameters)
+        return parse_scheme(scheme).predicted_bytes(self.headers.linears) + rest
+
+    def kv_cache(self, *, batch: int, tokens: int) -> float:
+        return 2 * 2 * self.headers.layers * self.headers.kv_features * batch * tokens
+
+    def forward(self, *, batch: int, tokens: int) -> dict[str, float]:
+        """What an evaluation forward holds beside the weights."""
+        widest = max(layer.in_features + layer.out_features for layer in self.headers.linears)
+        return {
+            "logits": EVAL_LOGIT_BYTES * batch * tokens * self.headers.vocabulary,
+            "activations": 2 * 4 * widest * batch * tokens,
+            "kv cache": self.kv_cache(batch=batch, tokens=tokens),
+        }
+
+
+def predict(recipe: Recipe, headers: Headers, *, device: str = "cpu", rows: RowSizes | None = None) -> list[Predicted]:
+    """Peak memory and output of every step, in the order of the pipeline.
+
+    Args:
+        recipe: The recipe.
+        headers: Of the base.
+        device: `cpu` or `cuda`.
+        rows: Sizes of the data's rows; None counts every row as data.max_length tokens.
+    """
+    sizes = _Sizes(recipe=recipe, headers=headers, device=device, rows=rows)
+    steps = [_prepare(sizes), _train(sizes)]
+    steps += [_merge(sizes, onto) for onto in ("dequantized", "original")]
+    steps += [_reference(sizes), _calibrate(sizes)]
+    every = arms(recipe)
+    steps += [_quantize(sizes, arm.slug, arm.scheme) for arm in every if arm.scheme]
+    steps += [_evaluate(sizes, arm) for arm in every]
+    steps += [_measure(sizes, arm) for arm in every if recipe.measure.enabled]
+    return steps
+
+
+def _step(sizes: _Sizes, key: str, parts: Mapping[str, float], *, disk: float = 0.0, on_gpu: bool = True) -> Predicted:
+    """Bytes by part -> Predicted. On CUDA the parts are on the GPU, and the host holds the libraries and the file."""
+    in_gib = {name: value / GIB for name, value in parts.items() if value}
+    stack = STACK.get(key.split("/")[0], MODEL_STACK)
+    gpu = sizes.device == "cuda" and on_gpu
+    return Predicted(
+        key=key,
+        host_gib=CUDA_HOST + sizes.bf16 / GIB if gpu else stack + sum(in_gib.values()),
+        gpu_gib=sum(in_gib.values()) if gpu else 0.0,
+        disk_gib=disk / GIB,
+        parts={"process": CUDA_CONTEXT if gpu else stack, **in_gib},
+    )
+
+
+def _prepare(sizes: _Sizes) -> Predicted:
+    rows = DATA_FACTOR * sizes.data_bytes
+    return _step(sizes, f"prepare/{sizes.recipe.name}", {"rows": rows}, disk=3 * sizes.data_bytes, on_gpu=False)
+
+
+def _calibrate(sizes: _Sizes) -> Predicted:
+    rows = DATA_FACTOR * sizes.data_bytes
+    return _step(sizes, f"calibrate/{sizes.recipe.name}", {"rows": rows}, disk=sizes.data_bytes, on_gpu=False)
+
+
+def _train(sizes: _Sizes) -> Predicted:
+    asked, headers = sizes.recipe.train, sizes.headers
+    tokens = sizes.recipe.micro_batch * sizes.length
+    a_layer = sum(layer.in_features + layer.out_features for layer in headers.decoder_layer)
+    of_all = sum(layer.in_features + layer.out_features for layer in headers.linears)
+    kept = 2 * headers.hidden * headers.layers + ACTIVATION_FACTOR * 2 * a_layer
+    if not asked.gradient_checkpointing:
+        kept = ACTIVATION_FACTOR * 2 * of_all
+    adapter = 4 * sizes.lora_parameters
+    parts = {
+        "weights nf4": sizes.nf4,
+        "lora and optimizer": ADAM_BYTES[sizes.device] * sizes.lora_parameters,
+        "activations": kept * tokens,
+        "logits": TRAIN_LOGIT_BYTES * headers.vocabulary * tokens,
+    }
+    if sizes.device == "cpu":
+        parts["weights being read"] = sizes.bf16
+    # Two checkpoints (adapter and two moments each) while it runs, the adapter after.
+    return _step(sizes, f"train/{sizes.recipe.name}", parts, disk=(1 + 2 * 3) * adapter)
+
+
+def _merge(sizes: _Sizes, onto: str) -> Predicted:
+    parts = {"weights bf16": sizes.bf16, "weights being read": sizes.bf16 if sizes.device == "cpu" else 0.0}
+    return _step(sizes, f"merge/{sizes.recipe.name}-{onto}", parts, disk=sizes.bf16)
+
+
+def _reference_bytes(sizes: _Sizes) -> float:
+    """bf16 logits over the completions of dev and test; the draw may give them a quarter more than their share."""
+    limit = sizes.recipe.evaluate.reference_gib * GIB
+    if sizes.rows is None:
+        return limit
+    share = 1.25 * (sizes.recipe.data.dev + sizes.recipe.data.test)
+    tokens = share * sizes.rows.rows * sizes.rows.completion_tokens
+    return min(limit, 2 * tokens * sizes.headers.vocabulary)
+
+
+def _reference(sizes: _Sizes) -> Predicted:
+    asked = sizes.recipe.evaluate
+    stored = _reference_bytes(sizes)
+    parts = {
+        "weights nf4": sizes.nf4,
+        **sizes.forward(batch=asked.batch_size, tokens=sizes.length),
+    }
+    if sizes.device == "cpu":
+        parts |= {"weights being read": sizes.bf16, "stored logits": stored}
+    return _step(sizes, f"reference/{sizes.recipe.name}", parts, disk=stored)
+
+
+def _quantize(sizes: _Sizes, slug: str, scheme: str) -> Predicted:
+    asked = sizes.recipe.calibrate
+    parts = {"weights bf16": sizes.bf16}
+    if parse_scheme(scheme).needs_calibration:
+        tokens = asked.rows * min(asked.seq_len, sizes.length)
+        # Inputs and outputs of the decoder layer that is worked on, bf16.
+        parts |= {"hessians": sizes.hessians, "activations": 2 * 2 * tokens * sizes.headers.hidden}
+    if sizes.device == "cpu":
+        parts["weights being read"] = sizes.bf16
+    return _step(sizes, f"quantize/{slug}", parts, disk=sizes.quantized(scheme))
+
+
+def _weights(sizes: _Sizes, arm: Arm) -> dict[str, float]:
+    """An arm's weights as they are resident; an NF4 base is read as bf16 first."""
+    size = {"bf16": sizes.bf16, "nf4": sizes.nf4}.get(arm.kind) or sizes.quantized(arm.scheme or "")
+    read = sizes.bf16 if arm.kind == "nf4" else size
+    parts = {f"weights {arm.kind}": size, "adapter": 4 * sizes.lora_parameters if arm.adapter else 0.0}
+    return parts | ({"weights being read": read} if sizes.device == "cpu" else {})
+
+
+def _evaluate(sizes: _Sizes, arm: Arm) -> Predicted:
+    asked = sizes.recipe.evaluate
+    parts = _weights(sizes, arm) | sizes.forward(batch=asked.batch_size, tokens=sizes.length)
+    parts["kv cache"] = sizes.kv_cache(batch=asked.batch_size, tokens=sizes.length + asked.max_new_tokens)
+    return _step(sizes, f"evaluate/{arm.slug}", parts, disk=sizes.data_bytes)
+
+
+def _measure(sizes: _Sizes, arm: Arm) -> Predicted:
+    asked = sizes.recipe.measure
+    tokens = asked.prompt_tokens + asked.new_tokens
+    parts = _weights(sizes, arm) | sizes.forward(batch=asked.batch, tokens=tokens)
+    return _step(sizes, f"measure/{arm.slug}", parts)

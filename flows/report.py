@@ -1,0 +1,215 @@
+"""The report of a run: report.json, report.md and report.html, a pure function of steps.json, manifests and files.
+
+docs/report.md documents report.json. Rendering twice gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from flows.answers import Answer, Findings, answers
+from flows.cells import ArmEvidence, Cell, Draws, cells_of, domain_cells, gather, not_ranked, speed_record
+from flows.comparisons import FAMILIES, compare
+from flows.evidence import Arm, Run, Step, notes, read_run
+from flows.metrics import METRICS
+from flows.report_html import page
+from flows.report_text import arm_rows, markdown, print_report
+from flows.stats import QUANTILE_RESAMPLES, RESAMPLES, SEED
+
+SCHEMA_VERSION = 1
+STAGES = ("prepare", "train", "merge", "reference", "calibrate", "choose", "quantize", "evaluate", "measure")
+NOT_SERVING = "not a serving kernel"
+METHOD = {
+    "bootstrap": f"paired, over groups of rows, {RESAMPLES:,} resamples, seed {SEED}; all arms see the same draws",
+    "differences": "symmetric studentized bootstrap; ci95_adjusted holds together over the family "
+    "(max-|t| of the bootstrap, each comparison on its own scale); the verdict follows from ci95_adjusted alone",
+    "means": "ppl and kl_mean: equal-tailed studentized bootstrap (perplexity: of the loss, then the exponential)",
+    "proportions": "task and top1_agreement: Wilson's interval with the effective sample size between groups",
+    "quantiles": f"kl_p99: percentile bootstrap over groups, {QUANTILE_RESAMPLES:,} resamples",
+    "repeats": "load_s and tokens/s: geometric mean of the repeats, t interval of the logarithms",
+    "counted": "size_bytes has no interval; resident_bytes is counted, so its interval is the value",
+}
+
+__all__ = ["METHOD", "SCHEMA_VERSION", "Report", "print_report", "render"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """A rendered report.
+
+    Attributes:
+        folder: The run's folder, where report.json, report.md and report.html now stand.
+        json: What report.json holds.
+        markdown: What report.md holds.
+        table: One row an arm, written out: for a table artifact.
+    """
+
+    folder: Path
+    json: dict[str, Any]
+    markdown: str
+    table: list[dict[str, str]]
+
+
+def render(run_folder: Path, home: Path) -> Report:
+    """Compute and write the report of a run.
+
+    Args:
+        run_folder: runs/<id>/ with steps.json, recipe.resolved.json and preflight.json.
+        home: QUENCH_HOME, which the store's paths are relative to.
+    """
+    data = evaluate(read_run(run_folder, home))
+    text = markdown(data)
+    written = {
+        "report.json": json.dumps(data, indent=2, allow_nan=False) + "\n",
+        "report.md": text,
+        "report.html": page(data),
+    }
+    for name, content in written.items():
+        (run_folder / name).write_text(content, encoding="utf-8")
+    return Report(folder=run_folder, json=data, markdown=text, table=arm_rows(data))
+
+
+def evaluate(run: Run) -> dict[str, Any]:
+    """Everything that report.json says."""
+    draws = Draws()
+    evidence = gather(run)
+    cells = {slug: cells_of(one, run, draws) for slug, one in evidence.items()}
+    unranked = {slug: why for slug, one in evidence.items() if (why := not_ranked(one, cells[slug]))}
+    comparisons, left_out = compare(run.arms, {slug: one.scores for slug, one in evidence.items()}, draws)
+    found = Findings(
+        arms={arm.slug: arm for arm in run.arms},
+        cells=cells,
+        ranked=frozenset(cells) - frozenset(unranked),
+        comparisons=comparisons,
+    )
+    answered = answers(found)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        **{name: run.raw.get(name) for name in ("id", "name", "status", "started_at", "finished_at")},
+        "verdict": [answered[index].short for index in (0, 2, 3)],
+        "answers": [_answer(one) for one in answered],
+        "arms": {slug: _arm(one, run, cells[slug], ranked=slug not in unranked) for slug, one in evidence.items()},
+        "not_ranked": unranked,
+        "domains": {slug: _cells(domain_cells(one, draws)) for slug, one in evidence.items()},
+        "comparisons": [one.as_dict() for one in comparisons],
+        "comparisons_left_out": [asdict(one) for one in left_out],
+        "families": [
+            {
+                "name": family.name,
+                "question": family.question,
+                "size": sum(one.family == family.name for one in comparisons),
+            }
+            for family in FAMILIES
+        ],
+        "directions": {metric.name: metric.better for metric in METRICS.values()},
+        "meanings": {metric.name: metric.meaning for metric in METRICS.values()},
+        "method": METHOD,
+        "data": _data(evidence),
+        "scorer": ((run.recipe.get("evaluate") or {}).get("scorer") or {}).get("kind"),
+        "speed": {arm.slug: _speed(arm, run) for arm in run.arms if speed_record(arm, run)},
+        "seconds": _stage_seconds(run),
+        "wall_seconds": run.raw.get("seconds"),
+        "memory": [_memory(step, run.predicted[step.key]) for step in run.steps.values() if step.key in run.predicted],
+        "hardware": run.raw["hardware"],
+        "versions": run.raw["versions"],
+        "sources": {name: _source(run.raw[name]) for name in ("base", "data") if run.raw.get(name)},
+        "steps": [_step(step) for step in run.steps.values()],
+        "failures": [_trouble(step, run) for step in run.steps.values() if not step.ok],
+        "notes": [one._asdict() for one in notes(list(run.steps.values()))],
+    }
+
+
+def _answer(one: Answer) -> dict[str, Any]:
+    return {"question": one.question, "short": one.short, "text": list(one.text)}
+
+
+def _cells(cells: Mapping[str, Cell]) -> dict[str, Any]:
+    return {name: cell.as_dict() for name, cell in cells.items()}
+
+
+def _arm(one: ArmEvidence, run: Run, cells: Mapping[str, Cell], *, ranked: bool) -> dict[str, Any]:
+    return {
+        "status": "failed" if one.failure else "ok",
+        "ranked": ranked,
+        "merge_base": one.arm.merge_base,
+        "path": _files(one.arm.model, run),
+        "adapter_path": _files(one.arm.adapter, run),
+        "metrics": _cells(cells),
+    }
+
+
+def _files(key: str | None, run: Run) -> str | None:
+    """The folder that is loaded, relative to QUENCH_HOME."""
+    step = run.step(key)
+    return f"{step.path}/files" if step is not None and step.ok else None
+
+
+def _data(evidence: Mapping[str, ArmEvidence]) -> dict[str, dict[str, int]]:
+    """Rows, groups and tokens behind the published metrics, of the first arm that has them."""
+    found: dict[str, dict[str, int]] = {}
+    for split, metric in (("test", "nll"), ("general", "nll_general")):
+        rows = next((one.scores[metric] for one in evidence.values() if metric in one.scores), None)
+        if rows is not None:
+            found[split] = {"rows": len(rows.rows), "groups": len(rows.groups), "tokens": rows.n}
+    return found
+
+
+def _speed(arm: Arm, run: Run) -> dict[str, Any]:
+    """Kernel, device and threads beside the figures, and whether they say anything about serving."""
+    record = speed_record(arm, run)
+    named = {name: record.get(name) for name in ("kernel", "serving_kernel", "device", "threads", "batch", "context")}
+    return {**named, "label": None if record.get("serving_kernel") else NOT_SERVING}
+
+
+def _stage_seconds(run: Run) -> dict[str, float]:
+    """Seconds that the making of this run's artifacts took, by stage; a hit counts with what it took when made."""
+    found: dict[str, list[float]] = {stage: [] for stage in STAGES}
+    for step in run.steps.values():
+        if step.manifest is not None:
+            found.setdefault(step.stage, []).append(step.manifest["seconds"])
+    return {stage: round(sum(seconds), 3) for stage, seconds in found.items() if seconds}
+
+
+def _memory(step: Step, predicted: Mapping[str, float | None]) -> dict[str, Any]:
+    measured = step.manifest or {}
+    return {
+        "step": step.key,
+        "predicted_host_gib": predicted.get("host_gib"),
+        "measured_host_gib": measured.get("peak_rss_gib"),
+        "predicted_gpu_gib": predicted.get("gpu_gib"),
+        "measured_gpu_gib": measured.get("peak_gpu_gib"),
+    }
+
+
+def _source(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Where an input came from; its path on this machine is nobody else's business."""
+    return {"source": raw.get("source"), "digest": raw.get("digest")}
+
+
+def _step(step: Step) -> dict[str, Any]:
+    manifest = step.manifest or {}
+    return {
+        "key": step.key,
+        "status": step.status,
+        "path": step.path,
+        "fingerprint": step.fingerprint,
+        **{name: manifest.get(name) for name in ("digest", "seconds", "attempts", "finished_at", "execution")},
+    }
+
+
+def _trouble(step: Step, run: Run) -> dict[str, Any]:
+    touched: Sequence[str] = [
+        arm.slug for arm in run.arms if step.key in (arm.model, arm.adapter, arm.evaluate, arm.measure)
+    ]
+    return {
+        "step": step.key,
+        "status": step.status,
+        "problem": dict(step.problem) if step.problem else None,
+        "why": step.trouble,
+        "log": step.log,
+        "arms": touched,
+    }

@@ -1,0 +1,199 @@
+"""The report as text: Markdown that reads well unrendered, and the table that `quench report` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from flows.metrics import METRICS, difference_text, interval_text, value_text
+
+COLUMNS = ("size_bytes", "task", "kl_mean", "ppl_test", "top1_agreement", "ppl_general")
+SPEEDS = ("load_s", "prefill_tokens_per_s", "decode_tokens_per_s")
+MARKS = {"better": "+", "worse": "−", "no difference shown": "="}
+
+
+def _cell(metric: str, cell: Mapping[str, Any], *, joint: str = " ") -> str:
+    text = value_text(metric, cell["value"], cell["ci95"])
+    interval = interval_text(metric, cell["value"], cell["ci95"])
+    return f"{text}{joint}{interval}" if interval else text
+
+
+def heading(metric: str, directions: Mapping[str, str]) -> str:
+    """`KL ↓`: label and the better direction."""
+    unit = {"task": " %", "top1_agreement": " %", "load_s": " s"}.get(metric, "")
+    unit = " tok/s" if metric.endswith("per_s") else unit
+    return f"{METRICS[metric].label}{unit} {'↓' if directions[metric] == 'lower' else '↑'}"
+
+
+def arm_rows(report: Mapping[str, Any]) -> list[dict[str, str]]:
+    """One row an arm, every figure with its interval."""
+    return [
+        {"arm": slug, **{METRICS[name].label: _cell(name, arm["metrics"][name]) for name in COLUMNS}}
+        for slug, arm in report["arms"].items()
+    ]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """A Markdown table with padded columns, so that it can be read as it is."""
+    widths = [max(len(row[index]) for row in (head, *rows)) for index in range(len(head))]
+    right = [name.endswith(("↓", "↑")) or name in ("difference", "seconds") for name in head]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [
+            cell.rjust(width) if number else cell.ljust(width)
+            for cell, width, number in zip(cells, widths, right, strict=True)
+        ]
+        return f"| {' | '.join(padded)} |"
+
+    yield line(head)
+    yield line(["-" * (width - 1) + (":" if number else "-") for width, number in zip(widths, right, strict=True)])
+    yield from (line(row) for row in rows)
+
+
+def data_line(report: Mapping[str, Any]) -> str:
+    """What the figures rest on."""
+    parts = [
+        f"{split}: {found['rows']:,} rows in {found['groups']:,} groups, {found['tokens']:,} tokens"
+        for split, found in report["data"].items()
+    ]
+    return "; ".join(parts) if parts else "no arm was evaluated"
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """report.md."""
+    lines = [f"# Quench: {report['name']}", "", f"Run `{report['id']}`. {data_line(report)}.", ""]
+    lines += [*report["verdict"], ""]
+    lines += _failures(report)
+    lines += ["## Arms", "", "95 % intervals in brackets; arrows point to better.", ""]
+    head = ["arm", *(heading(name, report["directions"]) for name in COLUMNS)]
+    arms = report["arms"]
+    lines += _table(
+        head, [[slug, *(_cell(name, arm["metrics"][name]) for name in COLUMNS)] for slug, arm in arms.items()]
+    )
+    lines += [f"\nNot ranked: {slug}: {why}." for slug, why in report["not_ranked"].items()]
+    for one in report["answers"]:
+        lines += ["", f"## {one['question']}", "", *(f"- {sentence}" for sentence in one["text"])]
+    lines += ["", *_comparisons(report), *_speed(report), *_machine(report)]
+    return "\n".join(lines) + "\n"
+
+
+def _failures(report: Mapping[str, Any]) -> list[str]:
+    lines: list[str] = []
+    for one in report["failures"]:
+        if one["status"] != "skipped":
+            log = f" Log: `{one['log']}`." if one["log"] else ""
+            remedy = f" Next: {one['problem']['next']}." if one["problem"] else ""
+            lines.append(f"- **{one['status']}** {one['why']}.{remedy}{log}")
+    return ["## What failed", "", *lines, ""] if lines else []
+
+
+def _comparisons(report: Mapping[str, Any]) -> Iterator[str]:
+    yield "## Comparisons"
+    yield ""
+    yield "Difference = a - b with the interval that holds for its whole family; the verdict is about a."
+    for family in report["families"]:
+        rows = [
+            [f"{one['a']} / {one['b']}", METRICS[one["metric"]].label, _difference(one), one["verdict"]]
+            for one in report["comparisons"]
+            if one["family"] == family["name"]
+        ]
+        if rows:
+            yield ""
+            yield f"**{family['question']}** ({family['size']} comparisons)"
+            yield ""
+            yield from _table(["a / b", "metric", "difference", "verdict"], rows)
+    for reason, pairs in left_out(report).items():
+        yield f"\nLeft out, {reason}: {', '.join(pairs)}."
+    yield ""
+
+
+def left_out(report: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Reason -> comparisons that could not be made for it."""
+    found: dict[str, list[str]] = {}
+    for one in report["comparisons_left_out"]:
+        pair = f"{one['a']} / {one['b']} ({METRICS[one['metric']].label})"
+        pairs = found.setdefault(one["reason"], [])
+        if pair not in pairs:
+            pairs.append(pair)
+    return found
+
+
+def _difference(one: Mapping[str, Any]) -> str:
+    return difference_text(one["metric"], one["difference"], one["ci95_adjusted"])
+
+
+def _speed(report: Mapping[str, Any]) -> Iterator[str]:
+    if not report["speed"]:
+        return
+    yield "## Speed"
+    yield ""
+    first = next(iter(report["speed"].values()))
+    yield f"Batch {first['batch']}, context {first['context']} tokens. It ranks nothing."
+    yield ""
+    rows = [
+        [
+            slug,
+            *(_cell(name, report["arms"][slug]["metrics"][name]) for name in SPEEDS),
+            f"{one['kernel']}, {one['device']}, {one['threads']} threads",
+            one["label"] or "",
+        ]
+        for slug, one in report["speed"].items()
+    ]
+    head = ["arm", *(heading(name, report["directions"]) for name in SPEEDS), "kernel", "label"]
+    yield from _table(head, rows)
+    yield ""
+
+
+def _machine(report: Mapping[str, Any]) -> Iterator[str]:
+    yield "## Time, machine, versions"
+    yield ""
+    yield from _table(["stage", "seconds"], [[stage, f"{spent:.1f}"] for stage, spent in report["seconds"].items()])
+    yield ""
+    yield (
+        f"{hardware_line(report['hardware'])}. "
+        + ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+        + "."
+    )
+
+
+def hardware_line(hardware: Mapping[str, Any]) -> str:
+    """`AMD EPYC, 2 cores, 23.5 GiB, no GPU`."""
+    gpus = ", ".join(hardware["gpus"]) or "no GPU"
+    return f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['memory_gib']:g} GiB, {gpus}"
+
+
+def print_report(report: Mapping[str, Any], console: Console) -> None:
+    """Print the comparison of all arms, as many columns as fit, and the answers."""
+    cells = {name: [_rich_cell(name, arm["metrics"][name]) for arm in report["arms"].values()] for name in COLUMNS}
+    table = Table(title=f"{report['name']}: {data_line(report)}", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("arm", no_wrap=True)
+    room = console.width - max(map(len, report["arms"]), default=0) - 6  # margins of the table and of the first column
+    shown: list[str] = []
+    for name, column in cells.items():
+        head = heading(name, report["directions"])
+        room -= 2 + max([len(head), *(len(line) for cell in column for line in cell.plain.splitlines())])
+        if room < 0:
+            break
+        shown.append(name)
+        table.add_column(head, justify="right", no_wrap=True)
+    for row, (slug, arm) in enumerate(report["arms"].items()):
+        table.add_row(Text(slug, style="" if arm["ranked"] else "dim"), *(cells[name][row] for name in shown))
+    console.print(table)
+    for slug, why in report["not_ranked"].items():
+        console.print(Text(f"not ranked: {slug}: {why}", style="yellow"))
+    console.print()
+    for one in report["answers"]:
+        console.print(Text(one["question"], style="bold"))
+        console.print(Text(one["short"]))
+        console.print()
+
+
+def _rich_cell(metric: str, cell: Mapping[str, Any]) -> Text:
+    text = Text(value_text(metric, cell["value"], cell["ci95"]), style="" if cell["value"] is not None else "dim")
+    interval = interval_text(metric, cell["value"], cell["ci95"])
+    return text.append(f"\n{interval}", style="dim") if interval else text

@@ -1,0 +1,282 @@
+"""A run's folder and store as the flow and the jobs leave them, with scores that were drawn instead of measured.
+
+Twelve arms, rows of about 25 tokens, groups of one to three rows; figures follow the trial of the real chain.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+BASE = Path(__file__).parents[2] / "recipes" / "quickstart" / "base"
+DOMAINS = ("filter", "aggregate", "join", "grouping", "ordering", "sub-query", "distinct")
+TOKENIZER = {"tokenizer.json": 264_546, "tokenizer_config.json": 202, "chat_template.jinja": 381}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What an arm's scores look like: mean KL, excess loss, share of right answers, bytes of its weights."""
+
+    kind: str
+    kl: float
+    loss: float
+    task: float
+    weights: int | None
+    merge_base: str | None = None
+    scheme: str | None = None
+    on_base: bool = False
+
+
+SHAPES: dict[str, Shape] = {
+    "base": Shape("bf16", 6.8, 6.5, 0.002, None),
+    "nf4-adapter": Shape("nf4", 0.0, 0.0, 0.907, None),
+    "merged-dequantized": Shape("bf16", 3e-5, 1e-5, 0.907, 11_547_040, "dequantized"),
+    "merged-original": Shape("bf16", 1e-3, 1e-3, 0.893, 11_547_040, "original"),
+    "awq-w4-g128": Shape("quantized", 1.45e-3, 2e-3, 0.900, 4_716_000, "dequantized", "awq-w4-g128"),
+    "gptq-w4-g128": Shape("quantized", 5.4e-4, 7e-4, 0.895, 4_716_000, "dequantized", "gptq-w4-g128"),
+    "gptq-w4-g32": Shape("quantized", 3.1e-4, 4e-4, 0.903, 4_951_000, "dequantized", "gptq-w4-g32"),
+    "gptq-w3-g128": Shape("quantized", 3.5e-3, 5e-3, 0.890, 4_126_000, "dequantized", "gptq-w3-g128"),
+    "rtn-w4-g128": Shape("quantized", 2.35e-3, 3e-3, 0.880, 4_716_000, "dequantized", "rtn-w4-g128"),
+    "rtn-w3-g128": Shape("quantized", 2.7e-2, 3.5e-2, 0.790, 4_126_000, "dequantized", "rtn-w3-g128"),
+    "awq-w4-g128.on-base": Shape("quantized", 2.7e-3, 3e-3, 0.875, 4_716_000, None, "awq-w4-g128", True),
+    "gptq-w4-g128.on-base": Shape("quantized", 2.35e-3, 3e-3, 0.887, 4_716_000, None, "gptq-w4-g128", True),
+}
+
+
+@dataclass
+class SyntheticRun:
+    """Writes one run below `home`; change `broken`, `shapes` or the rows before `write`.
+
+    Attributes:
+        broken: Step key -> problem of a step that failed; what needs it is skipped.
+        drop_rows: Arms that are scored on one test row less.
+        nan_rows: Arms with NaN in one loss.
+    """
+
+    home: Path
+    shapes: dict[str, Shape] = field(default_factory=lambda: dict(SHAPES))
+    test: int = 400
+    general: int = 120
+    seed: int = 0
+    measured: bool = True
+    broken: dict[str, dict[str, str]] = field(default_factory=dict)
+    drop_rows: frozenset[str] = frozenset()
+    nan_rows: frozenset[str] = frozenset()
+    steps: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        rng = np.random.default_rng(self.seed)
+        self.rows = [hashlib.sha256(f"row {i}".encode()).hexdigest()[:16] for i in range(self.test)]
+        self.groups = np.repeat(np.arange(self.test), rng.integers(1, 4, self.test))[: self.test]
+        self.domains = [DOMAINS[group % len(DOMAINS)] for group in self.groups]
+        self.tokens = rng.integers(12, 40, self.test)
+        self.luck = rng.random(self.test)  # how hard a row is, the same for every arm
+        self.hardness = rng.lognormal(0, 1.2, self.test)
+        self.loss = rng.gamma(0.5, 0.17, self.test)
+
+    def write(self) -> Path:
+        """Write store and run; returns the run's folder."""
+        self.steps = []
+        folder = self.home / "runs" / "20261124-120000-quickstart-ab12"
+        folder.mkdir(parents=True)
+        self._common()
+        arms = [self._arm(slug, shape, index) for index, (slug, shape) in enumerate(self.shapes.items())]
+        record = {
+            "schema": 1,
+            "id": folder.name,
+            "name": "quickstart",
+            "status": "completed",
+            "started_at": "2026-11-24T12:00:00+00:00",
+            "finished_at": "2026-11-24T12:09:31+00:00",
+            "seconds": 571.2,
+            "hardware": {"cpu": "AMD EPYC 9R14", "cores": 2, "memory_gib": 23.5, "gpus": []},
+            "versions": {"torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2", "gptqmodel": "7.6.0"},
+            "base": {"path": str(BASE), "digest": "5e1f" * 16, "source": "base"},
+            "data": {"path": "data/domain.jsonl", "digest": "77aa" * 16, "source": "domain.jsonl"},
+            "steps": self.steps,
+            "arms": arms,
+        }
+        dump(folder / "steps.json", record)
+        dump(
+            folder / "recipe.resolved.json",
+            {
+                "name": "quickstart",
+                "model": {"base": "base"},
+                "data": {"path": "domain.jsonl", "general": "general.jsonl" if self.general else None},
+                "evaluate": {"scorer": {"kind": "sql-execution"}},
+                "measure": {"enabled": self.measured, "batch": 1, "prompt_tokens": 128, "new_tokens": 32},
+            },
+        )
+        predicted = {step["key"]: {"host_gib": 0.9, "gpu_gib": None} for step in self.steps}
+        dump(folder / "preflight.json", {"steps": predicted})
+        return folder
+
+    def _common(self) -> None:
+        adapter = {"adapter_model.safetensors": 3_744_000, "adapter_config.json": 900}
+        adapter |= {f"tokenizer/{name}": size for name, size in TOKENIZER.items()}
+        self._step("prepare/quickstart", {"rows.parquet": 400_000}, seconds=6.1, notes=[("format", "messages")])
+        self._step("train/quickstart", adapter, seconds=151.0, notes=[("seed", "0, batch 32 = 32 x 1")])
+        for onto in ("dequantized", "original"):
+            self._step(f"merge/{onto}", model_files(11_547_040), seconds=9.4)
+        self._step("reference/quickstart", {"reference.safetensors": 81_920_000}, seconds=12.0)
+        self._step("calibrate/quickstart", {"calibset.parquet": 61_000}, seconds=2.2)
+
+    def _arm(self, slug: str, shape: Shape, index: int) -> dict[str, Any]:
+        model = None
+        if shape.scheme:
+            model = f"quantize/{slug}"
+            note = [("kernel", "TorchLinear: no AVX512 kernel for 3 bits")] if "w3" in slug else []
+            self._step(model, model_files(shape.weights or 0), seconds=20.0 + index, notes=note)
+        elif shape.merge_base:
+            model = f"merge/{shape.merge_base}"
+        evaluate, measure = f"evaluate/{slug}", f"measure/{slug}"
+        if files := self._step(evaluate, {}, seconds=14.0 + index / 3, needs=model):
+            self._scores(files, slug, shape, np.random.default_rng([self.seed, index]))
+        if self.measured and (files := self._step(measure, {}, seconds=8.0, needs=model)):
+            dump(files / "speed.json", speed(shape, np.random.default_rng([self.seed, index, 1])))
+        return {
+            "slug": slug,
+            "kind": shape.kind,
+            "merge_base": shape.merge_base,
+            "scheme": shape.scheme,
+            "on_base": shape.on_base,
+            "model": model,
+            "adapter": "train/quickstart" if shape.kind == "nf4" or shape.on_base else None,
+            "evaluate": evaluate,
+            "measure": measure if self.measured else None,
+        }
+
+    def _step(
+        self,
+        key: str,
+        files: dict[str, int],
+        *,
+        seconds: float,
+        needs: str | None = None,
+        notes: list[tuple[str, str]] | None = None,
+    ) -> Path | None:
+        """Record a step; returns its files/ folder where it was made."""
+        stage, slug = key.split("/")
+        mark = hashlib.sha256(key.encode()).hexdigest()
+        record = {"key": key, "stage": stage, "slug": slug, "fingerprint": mark, "log": None, "problem": None}
+        self.steps.append(record)
+        if problem := self.broken.get(key):
+            record |= {"status": "failed", "path": None, "problem": problem, "log": f"partial/{key}/attempt-1/log.txt"}
+            return None
+        if needs in self.broken:
+            why = {"what": "not run", "where": key, "why": f"{needs} was not made", "next": "mend that and run again"}
+            record |= {"status": "skipped", "path": None, "problem": why}
+            return None
+        path = f"store/{stage}/{slug}-{mark[:12]}"
+        record |= {"status": "made", "path": path, "seconds": seconds}
+        folder = self.home / path / "files"
+        folder.mkdir(parents=True)
+        events = [{"t": 0, "kind": "note", "about": about, "text": text} for about, text in notes or []]
+        (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
+        dump(
+            folder.parent / "manifest.json",
+            {
+                "schema": 1,
+                "stage": stage,
+                "slug": slug,
+                "fingerprint": mark,
+                "digest": hashlib.sha256(f"{key} bytes".encode()).hexdigest(),
+                "identity": {"stage": stage, "version": 1, "params": {}},
+                "inputs": {},
+                "files": {name: {"sha256": "0" * 64, "size": size} for name, size in files.items()}
+                | {"events.jsonl": {"sha256": "0" * 64, "size": 99}, "quantize.json": {"sha256": "0" * 64, "size": 7}},
+                "attempts": 1,
+                "result": {},
+                "seconds": seconds,
+                "peak_rss_gib": 0.7 + seconds / 400,
+                "peak_gpu_gib": None,
+                "started_at": "2026-11-24T12:00:00+00:00",
+                "finished_at": "2026-11-24T12:00:10+00:00",
+                "hardware": {"cpu": "AMD EPYC 9R14", "cores": 2, "memory_gib": 23.5, "gpus": []},
+                "execution": {"device": "cpu", "threads": 1, "micro_batch": None},
+            },
+        )
+        return folder
+
+    def _scores(self, files: Path, slug: str, shape: Shape, rng: np.random.Generator) -> None:
+        table: dict[str, list[Any]] = {name: [] for name in ("row", "group", "split", "domain", "metric", "sum", "n")}
+
+        def add(split: str, metric: str, sums: np.ndarray, counts: np.ndarray, rows: list[int]) -> None:
+            names = self.rows if split != "general" else [f"g{index}" for index in range(self.general)]
+            groups = self.groups if split != "general" else np.arange(self.general)
+            table["row"] += [names[index] for index in rows]
+            table["group"] += [f"{split}-group-{groups[index]}" for index in rows]
+            table["split"] += [split] * len(rows)
+            table["domain"] += [self.domains[index] if split != "general" else "" for index in rows]
+            table["metric"] += [metric] * len(rows)
+            table["sum"] += [float(sums[index]) for index in rows]
+            table["n"] += [int(counts[index]) for index in rows]
+
+        rows = list(range(self.test - (1 if slug in self.drop_rows else 0)))
+        kl = shape.kl * np.repeat(self.hardness, self.tokens) * rng.lognormal(-0.9, 1.4, self.tokens.sum())
+        start = np.concatenate([[0], np.cumsum(self.tokens)])
+        kl_sum = np.add.reduceat(kl, start[:-1])
+        harder = self.hardness if shape.loss < 1 else self.hardness**0.15
+        nll = self.tokens * (
+            self.loss + shape.loss * harder * rng.lognormal(-0.1, 0.5 if shape.loss < 1 else 0.1, self.test)
+        )
+        if slug in self.nan_rows:
+            nll[3] = np.nan
+        agree = rng.binomial(self.tokens, float(np.exp(-0.6 * shape.kl**0.5 * 0.3)))
+        right = (self.luck < shape.task) ^ (rng.random(self.test) < min(0.02, shape.kl))
+        ones = np.ones(self.test)
+        for split in ("dev", "test"):
+            add(split, "nll", nll, self.tokens, rows)
+            add(split, "kl", kl_sum, self.tokens, rows)
+            add(split, "agree", agree if shape.kl else self.tokens, self.tokens, rows)
+            add(split, "task", right, ones, rows)
+        if self.general:
+            far = 2.55 + (0.6 + shape.loss / 40 if slug != "base" else 0.0)
+            count = np.full(self.general, 200)
+            add(
+                "general", "nll_general", far * count + rng.normal(0, 9, self.general), count, list(range(self.general))
+            )
+        pq.write_table(pa.table(table), files / "scores.parquet")
+        owner = np.repeat(self.groups, self.tokens)
+        tokens = {
+            "row": np.repeat(self.rows, self.tokens),
+            "group": [f"test-group-{group}" for group in owner],
+            "split": ["test"] * len(kl),
+            "kl": kl.astype(np.float32),
+        }
+        pq.write_table(pa.table(tokens), files / "kl.parquet")
+
+
+def model_files(weights: int) -> dict[str, int]:
+    """Files of a Hugging Face folder with so many bytes of weights."""
+    return {"model.safetensors": weights, "config.json": 1_100, "generation_config.json": 98, **TOKENIZER}
+
+
+def speed(shape: Shape, rng: np.random.Generator) -> dict[str, Any]:
+    """speed.json of an arm."""
+    slow = 0.3 if shape.kind == "quantized" else 1.0
+    return {
+        "load_s": [float(one) for one in rng.lognormal(-1.5, 0.1, 5)],
+        "prefill_tokens_per_s": [float(one) for one in 9000 * slow * rng.lognormal(0, 0.05, 5)],
+        "decode_tokens_per_s": [float(one) for one in 90 * slow * rng.lognormal(0, 0.05, 5)],
+        "peak_rss_gib": 0.8,
+        "resident_bytes": 12_000_000,
+        "kernel": "TorchLinear" if shape.kind == "quantized" else "Linear",
+        "serving_kernel": shape.kind == "bf16",
+        "device": "cpu",
+        "threads": 2,
+        "batch": 1,
+        "context": 128,
+    }
+
+
+def dump(path: Path, value: object) -> None:
+    """Write JSON."""
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,140 @@
+"""The main job end to end, by the command that people type."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import World
+
+ARMS = ["base", "nf4-adapter", "merged-dequantized", "merged-original", "gptq-w4-g128", "rtn-w4-g128"]
+METRICS = [
+    "ppl_test",
+    "ppl_general",
+    "kl_mean",
+    "kl_p99",
+    "top1_agreement",
+    "task",
+    "size_bytes",
+    "resident_bytes",
+    "load_s",
+    "prefill_tokens_per_s",
+    "decode_tokens_per_s",
+]
+
+
+def fingerprints(home: Path) -> dict[str, tuple[int, str]]:
+    """Every file of the store with its time of change and its bytes' digest."""
+    import hashlib
+
+    return {
+        str(path.relative_to(home)): (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest())
+        for path in sorted((home / "store").rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_report_has_every_arm_with_value_interval_and_n(small: World):
+    report = small.report()
+    assert list(report["arms"]) == ARMS
+    checked = 0
+    for slug, arm in report["arms"].items():
+        assert arm["status"] == "ok" and list(arm["metrics"]) == METRICS, slug
+        for name, metric in arm["metrics"].items():
+            assert set(metric) == {"value", "ci95", "n", "split", "reason"}
+            assert metric["value"] is not None and math.isfinite(metric["value"]), (slug, name, metric["reason"])
+            if name == "size_bytes" or (slug == "nf4-adapter" and name in ("kl_mean", "kl_p99", "top1_agreement")):
+                assert metric["ci95"] is None
+            else:
+                low, high = metric["ci95"]
+                assert low <= metric["value"] <= high, (slug, name)
+            checked += 1
+    assert checked == len(ARMS) * len(METRICS)
+
+
+def test_paths_of_the_report_load_where_they_say(small: World):
+    for slug, arm in small.report()["arms"].items():
+        if arm["path"] is not None:
+            assert (small.home / arm["path"] / "config.json").is_file(), slug
+        assert (arm["path"] is None) == (slug in ("base", "nf4-adapter"))
+        assert (arm["adapter_path"] is not None) == (slug == "nf4-adapter")
+
+
+def test_the_reference_agrees_with_itself(small: World):
+    own = small.report()["arms"]["nf4-adapter"]["metrics"]
+    assert own["kl_mean"]["value"] == 0 and own["top1_agreement"]["value"] == 1
+
+
+def test_run_folder_is_complete(small: World):
+    there = {path.name for path in (small.home / "runs" / "latest").iterdir()}
+    assert there >= {
+        "recipe.yaml",
+        "recipe.resolved.json",
+        "plan.txt",
+        "preflight.json",
+        "steps.json",
+        "report.json",
+        "report.md",
+        "report.html",
+    }
+    raw = json.loads((small.home / "runs" / "latest" / "steps.json").read_text())
+    assert raw["status"] == "completed" and all(one["status"] == "made" for one in raw["steps"])
+
+
+def test_second_run_is_all_hits_and_touches_nothing(world: World):
+    before = fingerprints(world.home)
+    planned = world.plan()
+    assert planned and all(planned.values())
+    world.quench("run", str(world.recipe))
+    assert {one["status"] for one in world.steps().values()} == {"hit"}
+    assert fingerprints(world.home) == before
+
+
+def test_another_group_size_makes_that_scheme_only(world: World):
+    change = "quantize.schemes.1=rtn-w4-g64"
+    planned = world.plan("--set", change)
+    wanted = {key for key, hit in planned.items() if not hit}
+    assert wanted == {"quantize/rtn-w4-g64", "evaluate/rtn-w4-g64", "measure/rtn-w4-g64"}
+    world.quench("run", str(world.recipe), "--set", change)
+    assert {key for key, one in world.steps().items() if one["status"] == "made"} == wanted
+
+
+def test_plan_names_the_field_that_differs(world: World):
+    said = world.quench("plan", str(world.recipe), "--set", "train.rank=4").stdout
+    assert "params.rank: 8 -> 4" in said
+    assert "make  merge/small-dequantized" in said and "after train/small" in said
+
+
+def test_a_failed_arm_fails_its_own_cells_only(world: World):
+    # The scorer's databases do not know this schema: the row's score is an error of the stage, not of the run.
+    folder = world.home.parent / "other"
+    shutil.copytree(world.recipe.parent, folder)
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("gptq-w4-g128, rtn-w4-g128", "rtn-w4-g128"))
+    done = world.quench(
+        "run", str(recipe), "--set", "quantize.schemes=[rtn-w4-g32]", "--set", "run.time_limit_s=1", check=1
+    )
+    report = world.report()
+    assert report["arms"]["rtn-w4-g32"]["status"] == "failed"
+    cell = report["arms"]["rtn-w4-g32"]["metrics"]["task"]
+    assert cell["value"] is None and "time_limit_s" in cell["reason"]
+    assert report["arms"]["base"]["status"] == "ok" and report["arms"]["base"]["ranked"]
+    assert not report["arms"]["rtn-w4-g32"]["ranked"]
+    assert "quantize/rtn-w4-g32" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_remade_adapter_with_other_bytes_makes_everything_below_again(world: World):
+    world.drop("train")
+    planned = world.plan()
+    above = {"prepare/small", "calibrate/small", "measure/base"}
+    assert {key for key, hit in planned.items() if hit} == above
+    world.quench("run", str(world.recipe), "--set", "measure.enabled=false")
+    steps = world.steps()
+    adapters = list((world.home / "store" / "train").iterdir())
+    assert len(adapters) == 1
+    # Equal bytes keep what is below, other bytes make it again: both are right, half of each is not.
+    below = {one["status"] for key, one in steps.items() if key.split("/")[0] in ("merge", "reference", "evaluate")}
+    assert below in ({"made"}, {"hit"})

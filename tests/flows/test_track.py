@@ -1,0 +1,74 @@
+"""MLflow as a view of the store: same names on every arm, curves, links instead of copies."""
+
+from pathlib import Path
+
+import pytest
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
+from mlflow.utils.file_utils import local_file_uri_to_path
+
+from tests.conftest import World
+from tests.flows.test_run import ARMS, METRICS
+
+
+@pytest.fixture(scope="module")
+def runs(small: World) -> dict[str, Run]:
+    """All MLflow runs of the small run by name; the parent under `parent`."""
+    client = MlflowClient(f"sqlite:///{small.home / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("small")
+    found = client.search_runs([experiment.experiment_id], max_results=1000)
+    names = {(run.info.run_name if "mlflow.parentRunId" in run.data.tags else "parent"): run for run in found}
+    assert len(names) == len(found)
+    return names
+
+
+def test_a_run_a_stage_and_an_arm(runs: dict[str, Run]):
+    stages = {
+        "prepare/small",
+        "train/small",
+        "merge/small-dequantized",
+        "merge/small-original",
+        "reference/small",
+        "calibrate/small",
+        "quantize/gptq-w4-g128",
+        "quantize/rtn-w4-g128",
+    }
+    assert set(runs) == {"parent", *stages, *ARMS}
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    assert {run.data.tags.get("mlflow.parentRunId") for name, run in runs.items() if name != "parent"} == {
+        runs["parent"].info.run_id
+    }
+
+
+def test_arms_have_the_same_metric_names_as_the_report(runs: dict[str, Run], small: World):
+    report = small.report()
+    for slug in ARMS:
+        for name in METRICS:
+            expected = report["arms"][slug]["metrics"][name]["value"]
+            assert runs[slug].data.metrics[name] == pytest.approx(expected), (slug, name)
+    assert runs["parent"].data.metrics["task/base"] == pytest.approx(runs["base"].data.metrics["task"])
+
+
+def test_the_loss_curve_is_there_once(runs: dict[str, Run], small: World):
+    client = MlflowClient(f"sqlite:///{small.home / 'mlflow.db'}")
+    curve = client.get_metric_history(runs["train/small"].info.run_id, "train/loss")
+    assert [point.step for point in curve] == list(range(1, 9))
+
+
+def test_files_are_links_into_the_store_and_not_copies(runs: dict[str, Run], small: World):
+    wanted = {
+        "train/small": ("train", "adapter_model.safetensors"),
+        "calibrate/small": ("calibrate", "calibset.parquet"),
+        "quantize/gptq-w4-g128": ("quantize", "model.safetensors"),
+    }
+    for name, (stage, file) in wanted.items():
+        linked = Path(local_file_uri_to_path(runs[name].info.artifact_uri)) / stage / file
+        (stored,) = (small.home / "store" / stage).glob(f"{name.split('/')[1]}-*/files/{file}")
+        assert linked.samefile(stored), name
+
+
+def test_the_report_is_on_the_parent(runs: dict[str, Run], small: World):
+    client = MlflowClient(f"sqlite:///{small.home / 'mlflow.db'}")
+    files = {one.path for one in client.list_artifacts(runs["parent"].info.run_id)}
+    assert files >= {"report.html", "report.json", "report.md", "recipe.yaml", "steps.json"}
+    assert runs["parent"].data.params["train.rank"] == "8"
