@@ -112,10 +112,8 @@ class Launcher:
 
     def _loop(self) -> None:
         while True:
-            try:
+            with contextlib.suppress(queue.Empty):
                 self._spawn(self._requests.get(timeout=POLL_S))
-            except queue.Empty:
-                pass
             for child in list(self._live):
                 code = child.process.poll()
                 if code is not None:
