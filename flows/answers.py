@@ -208,10 +208,10 @@ def _merge_first(found: Findings, question: str) -> Answer:
     for merged, on_base in pairs:
         made = [one for metric in ("kl_mean", "task") if (one := found.pair(merged, on_base, metric))]
         words.setdefault(made[0].verdict, []).append(f"{_difference(made[0])} for {merged}")
-        sizes = (
-            f"{size(found.bytes_of(merged))} against {size(found.bytes_of(on_base))}" if on_base in found.ranked else ""
-        )
-        text.append(f"{merged} against {on_base}: {'; '.join(_sentence(one) for one in made)}; {sizes}.")
+        parts = [_sentence(one) for one in made]
+        if on_base in found.ranked:
+            parts.append(f"{size(found.bytes_of(merged))} against {size(found.bytes_of(on_base))}")
+        text.append(f"{merged} against {on_base}: {'; '.join(parts)}.")
     told = {
         "better": "stays closer to the trained model than quantized base + adapter",
         "worse": "is further from the trained model than quantized base + adapter",

@@ -52,18 +52,10 @@ def _init(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from recipes.check import check, check_data
-    from recipes.load import load
+    from recipes.check import check_data, load_and_check
 
-    loaded = load(args.recipe, sets=args.set)
-    problems = check(loaded)
-    summary: dict[str, Any] = {}
-    if args.data:
-        rows = check_data(loaded)
-        problems += rows.problems
-        summary = rows.summary
-    if problems:
-        raise RecipeError(problems)
+    loaded = load_and_check(args.recipe, sets=args.set, data=args.data)
+    summary = check_data(loaded).summary if args.data else {}
     lines = [f"{args.recipe}: no problem found"] + [f"  {name}: {value}" for name, value in summary.items()]
     _print({"ok": True, "problems": [], "rows": summary}, "\n".join(lines), as_json=args.json)
     return DONE
@@ -185,9 +177,9 @@ def _store_verify(args: argparse.Namespace) -> int:
 def _schemes(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from recipes.schemes import all_schemes
+    from recipes.schemes import known_schemes
 
-    rows = [asdict(scheme) for scheme in all_schemes()]
+    rows = [asdict(scheme) for scheme in known_schemes()]
     lines = [f"{one['slug']:<14} {one['backend']:<12} {one['bits']} bits  group {one['group_size']}" for one in rows]
     _print(rows, "\n".join(lines), as_json=args.json)
     return DONE

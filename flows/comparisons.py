@@ -226,7 +226,7 @@ def _family(
             ci95_adjusted=adjusted,
             family=name,
             family_size=len(pairs),
-            verdict=verdict(pair.metric, difference_intervals([one])[0]),
+            verdict=verdict(pair.metric, adjusted),
         )
         for pair, one, adjusted in zip(pairs, ordered, together, strict=True)
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -139,13 +139,13 @@ def _row(scheme: Scheme) -> str:
 PAGES = {"recipe.md": recipe_page, "schemes.md": schemes_page}
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Write the pages, or with --check say which ones are not current (exit code 1)."""
     parser = argparse.ArgumentParser(
         prog="python -m flows.docs", description="Generate docs/recipe.md, docs/schemes.md."
     )
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a page is not current")
-    check: bool = parser.parse_args().check
+    check: bool = parser.parse_args(argv).check
     stale = 0
     for name, page in PAGES.items():
         path, text = DOCS / name, page()

@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.predict import Predicted, predict, row_sizes
+from flows.predict import Predicted, predict, row_sizes, row_tokens, tokens_per_byte
 from flows.preflight import SETTINGS, Memory, available, largest_fitting, refuse
 from flows.recipe_text import Fitted, Found, notes, render
-from recipes.check import check, check_data
+from recipes.check import load_and_check
 from recipes.check_rows import LEAST_ROWS, TOKENS_PER_INPUT, Sides, least_rows, split_rows
 from recipes.headers import Headers, read_headers
-from recipes.load import load, shown
+from recipes.load import shown
 from recipes.problem import Problem, RecipeError
 from recipes.rows import Row, Rows, read_rows
 from recipes.schema import Data, Recipe, is_hub_id
@@ -55,7 +55,13 @@ class InitResult:
 
 
 def init(
-    model: str, data: str | Path, *, out: Path, chat_template: str | None = None, force: bool = False
+    model: str,
+    data: str | Path,
+    *,
+    out: Path,
+    chat_template: str | None = None,
+    force: bool = False,
+    memory: Memory | None = None,
 ) -> InitResult:
     """Write a recipe for a model and a data file.
 
@@ -65,19 +71,17 @@ def init(
         out: Recipe to write; its folder must exist.
         chat_template: `chatml` or a Jinja file, for a base that has none.
         force: Overwrite `out`.
+        memory: Free memory to fit to; default: that of this machine.
 
     Raises:
         RecipeError: Everything that keeps model or data from being used, or `out` exists.
     """
     found = _look(model, Path(data), out=out, chat_template=chat_template, force=force)
-    fitted = _fitted(_chosen(found), found)
+    fitted = _fitted(_chosen(found), found, memory or available())
     before = out.read_text(encoding="utf-8") if out.exists() else None
     out.write_text(render(fitted, found, out=out), encoding="utf-8")
     try:
-        loaded = load(out)
-        problems = [*check(loaded), *check_data(loaded).problems]
-        if problems:
-            raise RecipeError(problems)
+        load_and_check(out, data=True)
     except RecipeError:
         if before is None:
             out.unlink()
@@ -207,8 +211,8 @@ def _chosen(found: Found) -> Recipe:
     """Values for this model and these rows, before memory is looked at."""
     headers, train = found.headers, len(found.sides.rows["train"])
     limit = (headers.max_positions if headers else None) or 1 << 20
-    per_byte = _tokens_per_byte(headers)
-    length = _length([_tokens(row, per_byte) for row in found.read.rows], limit=limit)
+    per_byte = tokens_per_byte(headers)
+    length = _length([row_tokens(row, per_byte) for row in found.read.rows], limit=limit)
     answers = [len(row.messages[-1]["content"].encode()) for row in found.read.rows]
     batch = 16 if train >= 500 else 8
     prompt = min(128, limit // 2)
@@ -226,18 +230,6 @@ def _chosen(found: Found) -> Recipe:
             "measure": {"prompt_tokens": prompt, "new_tokens": min(32, limit - prompt)},
         }
     )
-
-
-def _tokens_per_byte(headers: Headers | None) -> float:
-    """At most: three bytes a token with a large vocabulary, fewer with a small one."""
-    if headers is None or headers.vocabulary >= 8192:
-        return 1 / 3
-    return 1 / 2 if headers.vocabulary >= 1024 else 1.0
-
-
-def _tokens(row: Row, per_byte: float) -> int:
-    """Of a row, with 32 for the template around each turn."""
-    return sum(math.ceil(per_byte * len(turn["content"].encode())) + 32 for turn in row.messages)
 
 
 def _length(tokens: list[int], *, limit: int) -> int:
@@ -285,18 +277,19 @@ def _schemes(headers: Headers | None) -> list[str]:
 # ---- fitting
 
 
-def _fitted(recipe: Recipe, found: Found) -> Fitted:
-    """The recipe with the largest batch and length that fit this machine; as it is where the base is not local.
+def _fitted(recipe: Recipe, found: Found, memory: Memory) -> Fitted:
+    """The recipe with the largest batch and length that fit; as it is where the base is not local.
 
     Raises:
         RecipeError: No batch or length fits.
     """
     if found.headers is None:
         return Fitted(recipe=recipe, predicted=[], memory=None)
-    headers, memory = found.headers, available()
+    headers = found.headers
     device = resolve_device(recipe.run.device)
     spared = Memory(SPARE * memory.host_gib, None if memory.gpu_gib is None else SPARE * memory.gpu_gib)
-    rows = row_sizes(found.read.rows, data_bytes=found.data.stat().st_size)
+    per_byte = tokens_per_byte(headers)
+    rows = row_sizes(found.read.rows, data_bytes=found.data.stat().st_size, per_byte=per_byte)
 
     def steps(asked: Recipe) -> list[Predicted]:
         return predict(asked, headers, device=device, rows=rows)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 from prefect import flow, get_run_logger, task
@@ -20,7 +20,7 @@ from prefect.artifacts import (
 )
 from prefect.cache_policies import NO_CACHE
 from prefect.context import TaskRunContext
-from prefect.futures import PrefectFuture, wait
+from prefect.futures import PrefectConcurrentFuture, wait
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.compose import compose, limits
@@ -63,7 +63,7 @@ class Session:
         )
         self.steps: dict[str, Step] = {}
         self.artifacts: dict[str, Artifact] = {}
-        self.futures: dict[str, PrefectFuture[str]] = {}
+        self.futures: dict[str, PrefectConcurrentFuture[str]] = {}
         self._progress: dict[str, tuple[UUID, float]] = {}
 
     def do(self, step: Step) -> None:
@@ -71,12 +71,12 @@ class Session:
         self.steps[step.key] = step
         inputs = known_inputs(step, self.artifacts)
         if inputs is not None and (found := lookup(step, inputs, self.store).artifact):
-            self._done(step, Made(artifact=found, hit=True), seconds=0.0)
+            self._done(step, Made(artifact=found, hit=True))
             return
         needs = [one.key for one in step.inputs.values() if isinstance(one, Step)]
         if step.whole_machine:  # it would hold the gate while others wait: let them finish first
             wait(list(self.futures.values()))
-        self.futures[step.key] = make.submit(
+        self.futures[step.key] = make.submit(  # pyright: ignore[reportCallIssue]
             self.record.id, step.key, wait_for=[self.futures[key] for key in needs if key in self.futures]
         )
 
@@ -87,22 +87,22 @@ class Session:
         if inputs is None:  # unreachable while wait_for holds
             raise RuntimeError(f"{key}: an input was not made")
         self.display.started(key)
-        clock = time.monotonic()
         try:
             made = run_step(step, inputs, self.kitchen)
         except StepFailed as error:
             self.record.add(step, "failed", problem=error.problem.as_dict(), log=error.log)
             self.display.ended(key, f"fail  {key:<36} {error.problem.what}\n      log: {error.log}", style="red")
             raise
-        self._done(step, made, seconds=time.monotonic() - clock)
+        self._done(step, made)
         return str(made.artifact.folder)
 
-    def _done(self, step: Step, made: Made, *, seconds: float) -> None:
+    def _done(self, step: Step, made: Made) -> None:
         self.artifacts[step.key] = made.artifact
         folder = made.artifact.folder
         path = str(folder.relative_to(self.store.home)) if folder else None
         status = "hit" if made.hit else "made"
-        record = self.record.add(step, status, path=path, seconds=round(seconds, 3))
+        seconds = made.artifact.manifest["seconds"]
+        record = self.record.add(step, status, path=path, seconds=0.0 if made.hit else seconds)
         took = "" if made.hit else f"{seconds:6.1f} s"
         self.display.ended(step.key, f"{status:<5} {step.key:<36} {took}", style="dim" if made.hit else None)
         self.tracker.step(vars(record))
@@ -140,7 +140,7 @@ class Session:
         now = time.monotonic()
         if key not in self._progress:
             made = create_progress_artifact(0.0, key=artifact_key("progress", key), description=key)
-            self._progress[key] = (made, now)
+            self._progress[key] = (cast("UUID", made), now)
             return
         name, before = self._progress[key]
         if now - before > PROGRESS_S or percent >= 100.0:
@@ -167,10 +167,10 @@ def make(run: str, key: str) -> str:
     return _SESSIONS[run].make(key)
 
 
-@flow(
+@flow(  # pyright: ignore[reportCallIssue]
     name="finetune-and-quantize",
     flow_run_name="{recipe}",
-    task_runner=ThreadPoolTaskRunner(max_workers=WAITING_TASKS),
+    task_runner=ThreadPoolTaskRunner(max_workers=WAITING_TASKS),  # pyright: ignore[reportArgumentType]
     persist_result=False,
 )
 def finetune_and_quantize(recipe: str, sets: list[str] | None = None) -> str:

@@ -1,18 +1,19 @@
 """Predicts peak memory and output of every step from the recipe and the base's headers: arithmetic, no torch.
 
 Constants with a figure were measured on CPU (torch 2.13.0, transformers 5.23.0) on two models: 6 M parameters with a
-vocabulary of 4,096, and 110 M with 32,000. CUDA_HOST is an estimate. Every row counts as long as the longest and every
-byte of text as a token, so what is predicted is seldom reached; the report shows predicted against measured.
+vocabulary of 4,096, and 110 M with 32,000. CUDA_HOST is an estimate. Every row counts as long as the longest, so what
+is predicted is seldom reached; the report shows predicted against measured.
 """
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from recipes.arms import Arm, arms
-from recipes.check_rows import token_bound
 from recipes.headers import Headers
 from recipes.rows import Row
 from recipes.schema import Recipe
@@ -42,8 +43,8 @@ class RowSizes(NamedTuple):
 
     Attributes:
         rows: How many there are.
-        longest: Tokens of the longest, at most.
-        completion_tokens: Of an average row, at most.
+        longest: Tokens of the longest.
+        completion_tokens: Of an average row.
         data_bytes: Size of the file.
     """
 
@@ -53,19 +54,36 @@ class RowSizes(NamedTuple):
     data_bytes: int
 
 
-def row_sizes(rows: Sequence[Row], *, data_bytes: int) -> RowSizes | None:
-    """From the first rows of a file and its size, scaled up; None without rows."""
+def row_sizes(rows: Sequence[Row], *, data_bytes: int, per_byte: float) -> RowSizes | None:
+    """Estimate from the first rows of a file, scaled up to its size; None without rows.
+
+    Args:
+        rows: The first rows.
+        data_bytes: Size of the whole file.
+        per_byte: Tokens a byte of text, see `tokens_per_byte`.
+    """
     if not rows:
         return None
-    turns = [row.messages for row in rows]
-    answers = [[turn for turn in row if turn["role"] == "assistant"] for row in turns]
-    seen_bytes = sum(len(str(row.messages).encode()) + len(str(row.columns).encode()) for row in rows)
+    answers = [turn for row in rows for turn in row.messages if turn["role"] == "assistant"]
+    seen = (json.dumps({"messages": row.messages, **row.columns}, ensure_ascii=False) for row in rows)
     return RowSizes(
-        rows=max(len(rows), round(len(rows) * data_bytes / seen_bytes)),
-        longest=max(token_bound(row) for row in turns),
-        completion_tokens=sum(len(turn["content"].encode()) + 2 for row in answers for turn in row) / len(rows),
+        rows=max(len(rows), round(len(rows) * data_bytes / sum(len(line.encode()) + 1 for line in seen))),
+        longest=max(row_tokens(row, per_byte) for row in rows),
+        completion_tokens=sum(per_byte * len(turn["content"].encode()) + 2 for turn in answers) / len(rows),
         data_bytes=data_bytes,
     )
+
+
+def tokens_per_byte(headers: Headers | None) -> float:
+    """Three bytes a token with a large vocabulary, fewer with a small one; real text has fewer tokens than this."""
+    if headers is None or headers.vocabulary >= 8192:
+        return 1 / 3
+    return 1 / 2 if headers.vocabulary >= 1024 else 1.0
+
+
+def row_tokens(row: Row, per_byte: float) -> int:
+    """Tokens of a row, with 16 for the template around each turn."""
+    return sum(math.ceil(per_byte * len(turn["content"].encode())) + 16 for turn in row.messages)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from flows.plan import Planned
-from flows.predict import CUDA_CONTEXT, GIB, Predicted, RowSizes, predict, row_sizes
+from flows.predict import CUDA_CONTEXT, GIB, Predicted, RowSizes, predict, row_sizes, tokens_per_byte
 from recipes.headers import Headers, read_headers
 from recipes.load import Loaded
 from recipes.problem import Problem, RecipeError
@@ -239,7 +239,8 @@ def preflight(loaded: Loaded, planned: Sequence[Planned], *, home: Path, base: P
     Raises:
         RecipeError: Steps to make fit neither memory nor disk.
     """
-    recipe, headers, rows = loaded.recipe, read_headers(base), sampled(loaded)
+    recipe, headers = loaded.recipe, read_headers(base)
+    rows = sampled(loaded, headers)
     memory, make = available(), frozenset(line.key for line in planned if not line.hit)
     steps = predict(recipe, headers, device=limits.device, rows=rows)
     slots = 1 if limits.device == "cuda" else max(1, cpu_slots() // limits.threads)
@@ -254,10 +255,10 @@ def preflight(loaded: Loaded, planned: Sequence[Planned], *, home: Path, base: P
     }
 
 
-def sampled(loaded: Loaded) -> RowSizes | None:
+def sampled(loaded: Loaded, headers: Headers) -> RowSizes | None:
     """Sizes of the rows, from the first 2,000 of a local data file."""
     path = loaded.data
     if path is None or not path.is_file():
         return None
     read = read_rows(path, format=loaded.recipe.data.format, max_rows=SAMPLE_ROWS)
-    return row_sizes(read.rows, data_bytes=path.stat().st_size)
+    return row_sizes(read.rows, data_bytes=path.stat().st_size, per_byte=tokens_per_byte(headers))

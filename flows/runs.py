@@ -32,7 +32,7 @@ class StepRecord:
     path: str | None = None
     problem: dict[str, str] | None = None
     log: str | None = None
-    seconds: float = 0.0
+    seconds: float = 0.0  # of the child in this run; a hit took none
 
 
 class RunRecord:

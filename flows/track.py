@@ -6,6 +6,7 @@ with the same metric names. Weights are hard-linked where store and MLflow share
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -44,6 +45,7 @@ class Tracker:
         Raises:
             RecipeError: The tracking server does not answer.
         """
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # two lines on every new database
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
         self.home, self.run = home, run
@@ -182,7 +184,7 @@ class Tracker:
     def _files(self, run: str, folder: Path, name: str) -> None:
         """The artifact's manifest and files in the MLflow run, as hard links where that is possible."""
         uri = self._client.get_run(run).info.artifact_uri
-        if not uri.startswith("file:"):
+        if uri is None or not uri.startswith("file:"):
             self._client.log_artifacts(run, str(folder / "files"), name)
             self._client.log_artifact(run, str(folder / "manifest.json"))
             return

@@ -10,8 +10,8 @@ from typing import Any
 from flows.compose import Pins, limits, pin
 from flows.plan import Planned, plan
 from flows.preflight import preflight
-from recipes.check import check, check_data
-from recipes.load import Loaded, load
+from recipes.check import check_base, load_and_check
+from recipes.load import Loaded
 from recipes.problem import RecipeError
 from recipes.schema import Recipe
 from tasks.runtime.store import Store
@@ -36,12 +36,12 @@ def vet(path: Path, *, sets: Sequence[str], home: Path) -> Vetted:
     """Load, check, pin, plan and predict.
 
     Raises:
-        RecipeError: Everything that is wrong, found by whichever check is the first to find anything.
+        RecipeError: Everything that is wrong with recipe, base and rows; else with what they need of this machine.
     """
-    loaded = load(path, sets=sets)
-    if problems := [*check(loaded), *check_data(loaded).problems]:
-        raise RecipeError(problems)
+    loaded = load_and_check(path, sets=sets, data=True)
     pins = pin(loaded, home)
+    if loaded.base is None and (problems := check_base(loaded, pins.base.path)):  # a hub id: it is here only now
+        raise RecipeError([loaded.placed(one) for one in problems])
     planned = plan(loaded.recipe, pins, Store(home))
     predicted = preflight(loaded, planned, home=home, base=pins.base.path, limits=limits(loaded.recipe))
     return Vetted(loaded=loaded, pins=pins, plan=planned, preflight=predicted)

@@ -19,7 +19,7 @@ from recipes.rows import read_rows
 from recipes.schema import SqlExecution
 from recipes.schemes import Scheme, parse_scheme
 
-__all__ = ["RowCheck", "check", "check_base", "check_data", "load_and_check"]
+__all__ = ["RowCheck", "check", "check_base", "check_data", "load_and_check", "unchecked"]
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 OURS = ("flows", "tasks", "recipes")
@@ -68,6 +68,12 @@ def check_base(loaded: Loaded, folder: Path) -> list[Problem]:
         return list(error.problems)
     found = [*_chat_template(loaded, headers), *_shapes(loaded, headers), *_lengths(loaded, headers)]
     return [loaded.placed(problem) for problem in (*found, *_targets(loaded, headers))]
+
+
+def unchecked(loaded: Loaded) -> list[str]:
+    """What is not here yet and was not looked at: `model.base org/name: checked when it is pinned`."""
+    named = {"model.base": (loaded.recipe.model.base, loaded.base), "data.path": (loaded.recipe.data.path, loaded.data)}
+    return [f"{field} {name}: checked when it is pinned" for field, (name, here) in named.items() if here is None]
 
 
 def _missing(path: Path, *, field: str, kind: str) -> Problem:

@@ -15,8 +15,8 @@ from recipes.headers import read_headers
 from recipes.load import Loaded, shown
 from recipes.plain import is_mapping
 from recipes.problem import Problem, RecipeError
-from recipes.rows import SHOWN, Message, Row, Side, content_hash, malformed, read_rows, side
-from recipes.schema import Data, SqlExecution
+from recipes.rows import SHOWN, Message, Row, Rows, Side, content_hash, malformed, read_rows, side
+from recipes.schema import Data, Recipe, SqlExecution
 
 LEAST_ROWS = 128  # see recipes.schema.Calibrate
 TOKENS_PER_INPUT = 4  # of the calibration set, for the widest layer; see tasks/calibrate.py
@@ -62,8 +62,12 @@ def check_data(loaded: Loaded) -> RowCheck:
     problems += [*_torn(loaded, sides), *_general_rows(loaded), *_databases(loaded, read.rows)]
     if not read.wrong and read.rows:  # what the sides hold is known only then
         problems += [*_empty_sides(loaded, sides), *_calibration(loaded, sides)]
-    summary = _summary(loaded, sides) | {"format": f"{read.format}, detected from {read.detected_from}"}
+    summary = _summary(loaded, sides) | {"format": f"{read.format}, {_origin(recipe, read)}"}
     return RowCheck([loaded.placed(problem) for problem in problems], summary)
+
+
+def _origin(recipe: Recipe, read: Rows) -> str:
+    return f"detected from {read.detected_from}" if recipe.data.format == "auto" else "named in the recipe"
 
 
 def split_rows(rows: Sequence[Row], asked: Data) -> Sides:

@@ -190,11 +190,12 @@ def _refused(slug: str, what: str, why: str) -> RecipeError:
 
 
 def _nearest(slug: str) -> Scheme:
-    """By numbers where the method is known, else by spelling."""
+    """By numbers where there are any, else by how it begins, else by spelling."""
     match = _SLUG.match(slug)
     if match is None or match["method"] not in METHODS:
         by_slug = {scheme.slug: scheme for scheme in known_schemes()}
-        return by_slug[get_close_matches(slug, by_slug, n=1, cutoff=0.0)[0]]
+        begun = [known for known in by_slug if slug and known.startswith(slug)]
+        return by_slug[(begun[-1:] or get_close_matches(slug, by_slug, n=1, cutoff=0.0))[0]]
     bits, group = int(match["bits"]), int(match["group"])
     same = [scheme for scheme in known_schemes() if scheme.method == match["method"]]
     return min(same, key=lambda scheme: (abs(scheme.bits - bits), abs(scheme.group_size - group)))

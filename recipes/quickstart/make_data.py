@@ -21,15 +21,15 @@ import yaml
 
 HERE = Path(__file__).parent
 SEED = 11
-QUERIES = 66  # of each family, in each schema
+QUERIES = 100  # of each family, in each schema
 PHRASINGS = 2  # of each query
 ROWS = (240, 240, 600)  # of each table
 YEARS = range(2019, 2025)
-# For each slot that stands for a word of SQL: the words, and the ways to say each.
+# For each slot that stands for a word of SQL: the words, and how a question says them.
 WORDS = {
-    "sign": {">": ("above", "higher than"), "<": ("below", "lower than")},
-    "order": {"desc": ("highest", "largest"), "asc": ("lowest", "smallest")},
-    "function": {"avg": ("average", "mean"), "sum": ("total", "summed"), "max": ("highest", "largest")},
+    "sign": {">": "above", "<": "below"},
+    "order": {"desc": "highest", "asc": "lowest"},
+    "function": {"avg": "average", "sum": "total", "max": "maximum"},
 }
 ANY = ("label", "category", "number", "date")
 
@@ -118,8 +118,8 @@ class Draw:
             return Piece(f"{column.name} = '{value}'", sayings)
         margin = len(column.values) // 8  # so that neither side of the value is nearly empty
         value = self.rng.choice(column.values[margin:-margin])
-        sign, words = self.piece("sign", table)
-        sayings = tuple(f"with {column.phrase} {word} {value}" for word in words)
+        sign, (word,) = self.piece("sign", table)
+        sayings = (f"with {column.phrase} {word} {value}", f"whose {column.phrase} is {word} {value}")
         return Piece(f"{column.name} {sign} {value}", sayings)
 
     def piece(self, slot: str, over: Table) -> Piece:
@@ -136,7 +136,8 @@ class Draw:
         if slot in plain:
             return Piece(str(plain[slot]), (str(plain[slot]),))
         if slot in WORDS:
-            return Piece(*self.rng.choice(list(WORDS[slot].items())))
+            sql, word = self.rng.choice(list(WORDS[slot].items()))
+            return Piece(sql, (word,))
         if slot.startswith("event_"):
             return self.piece(slot.removeprefix("event_"), self.event)
         if slot.startswith("where"):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel
 
@@ -37,12 +37,13 @@ def canonical(value: Any, *, path: str = "identity") -> Any:
     if isinstance(value, BaseModel):
         return canonical(value.model_dump(mode="python"), path=path)
     if isinstance(value, Mapping):
-        for key in value:
+        mapping = cast("Mapping[Any, Any]", value)
+        for key in mapping:
             if not isinstance(key, str):
                 raise UnstableValue(f"{path}: key {key!r} is not a string")
-        return {key: canonical(value[key], path=f"{path}.{key}") for key in sorted(value)}
+        return {key: canonical(mapping[key], path=f"{path}.{key}") for key in sorted(mapping)}
     if isinstance(value, list | tuple):
-        return [canonical(one, path=f"{path}[{i}]") for i, one in enumerate(value)]
+        return [canonical(one, path=f"{path}[{i}]") for i, one in enumerate(cast("Sequence[Any]", value))]
     raise UnstableValue(f"{path}: a {type(value).__name__} has no stable form")
 
 
@@ -64,9 +65,10 @@ def file_digest(path: Path) -> str:
 def difference(old: Any, new: Any, *, path: str = "") -> list[str]:
     """Paths at which two identities differ, as `path: old -> new`, for the plan."""
     if isinstance(old, dict) and isinstance(new, dict):
+        before, after = cast("dict[str, Any]", old), cast("dict[str, Any]", new)
         found: list[str] = []
-        for key in sorted(old.keys() | new.keys()):
-            found += difference(old.get(key), new.get(key), path=f"{path}.{key}" if path else key)
+        for key in sorted(before.keys() | after.keys()):
+            found += difference(before.get(key), after.get(key), path=f"{path}.{key}" if path else key)
         return found
     return [] if old == new else [f"{path}: {_short(old)} -> {_short(new)}"]
 

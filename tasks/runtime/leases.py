@@ -11,7 +11,7 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -57,7 +57,7 @@ class Leases:
         *,
         stop: threading.Event | None = None,
         say: Callable[[str], None] = lambda text: None,
-    ) -> Iterator[Lease]:
+    ) -> Generator[Lease]:
         """Hold `cpus` slots (0: the whole machine) and `gpus` GPUs while the body runs.
 
         Raises:

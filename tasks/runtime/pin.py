@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from recipes.problem import Problem, RecipeError
 from tasks.runtime.fingerprint import file_digest, fingerprint
@@ -32,12 +32,12 @@ class Digests:
 
     def __init__(self, home: Path) -> None:
         self.path = home / "digests.json"
-        self._known: dict[str, Any] = read_json(self.path) if self.path.exists() else {}
+        self._known: dict[str, dict[str, str]] = read_json(self.path) if self.path.exists() else {}
 
     def of(self, path: Path) -> str:
         """Digest of one file."""
         stat = path.stat()
-        mark = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        mark = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ino}"
         known = self._known.get(str(path))
         if known is None or known["mark"] != mark:
             known = {"mark": mark, "sha256": file_digest(path)}
@@ -82,7 +82,7 @@ def snapshot(repository: str, *, revision: str | None, kind: str, where: str) ->
     Raises:
         RecipeError: Gated, missing, wrong revision, or no network and not in the cache.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:

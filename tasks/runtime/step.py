@@ -111,7 +111,7 @@ def hardware() -> dict[str, Any]:
     if info.exists() and (named := re.search(r"^model name\s*:\s*(.+)$", info.read_text(), flags=re.MULTILINE)):
         model = named[1]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)
-    gpus = []
+    gpus: list[str] = []
     for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
         if named := re.search(r"^Model:\s*(.+)$", path.read_text(), flags=re.MULTILINE):
             gpus.append(named[1])

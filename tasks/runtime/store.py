@@ -15,7 +15,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,7 +162,7 @@ class Store:
         return best
 
     @contextlib.contextmanager
-    def lock(self, stage: str, print_: str, *, stop: threading.Event | None = None) -> Iterator[None]:
+    def lock(self, stage: str, print_: str, *, stop: threading.Event | None = None) -> Generator[None]:
         """Hold the step's lock: it saves double work. A dead owner's lock is free.
 
         Raises:
@@ -273,7 +273,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def flocked(path: Path, *, stop: threading.Event | None = None) -> Iterator[None]:
+def flocked(path: Path, *, stop: threading.Event | None = None) -> Generator[None]:
     """Hold an exclusive flock on `path`, waiting in steps of 50 ms so that a stop gets through."""
     with path.open("a") as file:
         while True:

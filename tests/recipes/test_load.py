@@ -173,8 +173,8 @@ def test_circles_missing_files_and_lists_in_extends(tmp_path: Path):
     write(tmp_path, "extends: a.yaml\n", "b.yaml")
     circle = next(problem for problem in refused(tmp_path / "a.yaml") if "circle" in problem.what)
     assert circle.where.endswith("b.yaml:1 extends") and "a.yaml -> " in circle.why
-    missing = refused(write(tmp_path, "extends: c.yaml\n" + MINIMAL))
-    assert [problem.where for problem in missing][0].endswith("recipe.yaml:1 extends")
+    (missing,) = refused(write(tmp_path, "extends: c.yaml\n" + MINIMAL))
+    assert missing.where.endswith("recipe.yaml:1 extends") and "c.yaml" in missing.what
     assert any("path of one file" in problem.what for problem in refused(write(tmp_path, "extends: [a]\n" + MINIMAL)))
 
 

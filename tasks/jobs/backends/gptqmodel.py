@@ -60,9 +60,11 @@ def quantize(
         with contextlib.redirect_stdout(io.StringIO()):  # it prints both configs
             loaded.save(str(out))
     prefix = loaded.extract_layers_node()[0]
-    layers = [_record(entry, prefix) for entry in log[params["method"]]]
     names = [layer.name for layer in read_headers(model).linears]
-    _note_habits(layers, log[params["method"]], names, params=params, tokens=sum(map(len, rows)), events=events)
+    entries = {f"{prefix}.{entry['layer']}.{entry['module']}": entry for entry in log[params["method"]]}
+    # Its log has the order in which threads ended; ours has the checkpoint's, so that equal inputs give equal files.
+    layers = [_record(name, entries[name]) for name in sorted(entries, key=names.index)]
+    _note_habits(layers, entries, names, params=params, tokens=sum(map(len, rows)), events=events)
     packer = getattr(loaded.qlinear_kernel, "__name__", str(loaded.qlinear_kernel))
     return Quantized(backend=f"gptqmodel:{__version__}", packer=packer, layers=layers)
 
@@ -141,14 +143,14 @@ class _Tee(io.TextIOBase):
         self._below.flush()
 
 
-def _record(entry: dict[str, Any], prefix: str) -> LayerRecord:
+def _record(name: str, entry: dict[str, Any]) -> LayerRecord:
     """A line of its log; a loss in words becomes None here and a note in _note_habits."""
     try:
         loss = float(entry["loss"])
     except ValueError:
         loss = None
     return LayerRecord(
-        name=f"{prefix}.{entry['layer']}.{entry['module']}",
+        name=name,
         loss=loss,
         tokens=int(entry.get("activation_retained_tokens", entry["samples"])),
         damp=float(entry["damp"]) if "damp" in entry else None,
@@ -157,7 +159,7 @@ def _record(entry: dict[str, Any], prefix: str) -> LayerRecord:
 
 def _note_habits(
     layers: list[LayerRecord],
-    log: list[dict[str, Any]],
+    entries: dict[str, dict[str, Any]],
     names: list[str],
     *,
     params: dict[str, Any],
@@ -173,18 +175,18 @@ def _note_habits(
     raised = {layer.name: layer.damp for layer in layers if layer.damp is not None and layer.damp > params["damp"]}
     if raised:
         events.note("damping", f"raised from {params['damp']} where the Hessian did not factor: {raised}")
-    for words, without in _losses_in_words(layers, log).items():
+    for words, without in _losses_in_words(layers, entries).items():
         events.note("layers without a loss", f"{len(without)}, in GPTQModel's words {words}: {', '.join(without)}")
 
 
-def _losses_in_words(layers: list[LayerRecord], log: list[dict[str, Any]]) -> dict[str, list[str]]:
+def _losses_in_words(layers: list[LayerRecord], entries: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
     """Layers by what stands where a loss should, without its numbers.
 
     `fallback(rtn)`: rounded to nearest, because hardly any token reached it. `not applicable`: AWQ quantized it
     without scaling (o_proj under grouped-query attention).
     """
     found: dict[str, list[str]] = {}
-    for layer, entry in zip(layers, log, strict=True):
+    for layer in layers:
         if layer.loss is None:
-            found.setdefault(f"`{entry['loss'].split(':')[0]}`", []).append(layer.name)
+            found.setdefault(f"`{entries[layer.name]['loss'].split(':')[0]}`", []).append(layer.name)
     return found

@@ -1,0 +1,211 @@
+"""Reference and evaluate: KL of the reference to itself is 0, sums are what a plain loop gives, answers end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from tasks.jobs import evaluate, prepare, reference
+from tasks.jobs.backends.load import load_bf16
+from tasks.jobs.evaluate import divergence
+from tasks.runtime.errors import StageError
+from tests.jobs.build import curve, make_job, notes, write_jsonl
+from tests.jobs.test_merge import plant_adapter
+from tests.jobs.test_prepare import PARAMS as PREPARE
+from tests.tiny import write_base
+
+PARAMS = {"kind": "bf16", "scorer": {"kind": "exact-match"}, "max_new_tokens": 12, "batch_size": 4, "seed": 0}
+SCORED = ("nll", "kl", "agree", "task")
+ANSWERS = ("blue", "the sky is blue", "SELECT name FROM books")  # of different lengths
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """base/, dataset/, adapter/ and reference/ of a tiny model; some 20 rows in dev and test."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    base = write_base(folder / "base")
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"what {'is ' * (i % 5)}{i % 3} ?" + " the" * (i // 3)},
+                {"role": "assistant", "content": ANSWERS[i % 3]},
+            ]
+        }
+        for i in range(60)
+    ]
+    data = write_jsonl(folder / "rows.jsonl", rows)
+    general = write_jsonl(folder / "general.jsonl", [{"text": f"the sky is blue {i} " * 3} for i in range(6)])
+    prepare.run(make_job("prepare", folder / "dataset", params=PREPARE, data=data, general=general, tokenizer=base))
+    plant_adapter(base, folder / "adapter")
+    refer(folder, folder / "reference")
+    return folder
+
+
+def refer(world: Path, out: Path, *, gib: float = 4.0) -> dict[str, Any]:
+    params = {"batch_size": 4, "reference_gib": gib, "seed": 0}
+    inputs = {name: world / name for name in ("dataset", "base", "adapter")}
+    return reference.run(make_job("reference", out, params=params, **inputs))
+
+
+def score(world: Path, out: Path, *, model: Path | None = None, **changed: Any) -> dict[str, Any]:
+    inputs = {name: world / name for name in ("dataset", "reference")} | {"model": model or world / "base"}
+    inputs |= {name: changed.pop(name) for name in ("adapter", "reference", "dataset") if name in changed}
+    return evaluate.run(make_job("evaluate", out, params=PARAMS | changed, **inputs))
+
+
+def lines(out: Path, name: str = "scores") -> list[dict[str, Any]]:
+    return pq.read_table(out / f"{name}.parquet").to_pylist()
+
+
+def held_out(world: Path) -> list[dict[str, Any]]:
+    return [row for row in pq.read_table(world / "dataset" / "rows.parquet").to_pylist() if row["split"] != "train"]
+
+
+def test_the_reference_scored_against_itself_is_exactly_0(world: Path, tmp_path: Path) -> None:
+    means = score(world, tmp_path / "out", kind="nf4", adapter=world / "adapter")
+    for split in ("dev", "test"):
+        assert means[f"kl/{split}"] == 0
+        assert means[f"agree/{split}"] == 1
+    assert all(line["kl"] == 0 for line in lines(tmp_path / "out", "kl"))
+    assert means["kernel"] == "Linear4bit"
+
+
+def test_sums_are_those_of_a_loop_over_single_rows(world: Path, tmp_path: Path) -> None:
+    means = score(world, tmp_path / "out")
+    found = {(line["row"], line["metric"]): line for line in lines(tmp_path / "out")}
+    model = load_bf16(world / "base", device="cpu")
+    stored = safe_open(world / "reference" / "reference.safetensors", framework="pt").get_tensor("logits")
+    assert stored.dtype == torch.bfloat16
+    places = {one["row"]: one for one in pq.read_table(world / "reference" / "reference.parquet").to_pylist()}
+    rows = held_out(world)
+    for row in rows:
+        ids = torch.tensor(row["input_ids"])
+        with torch.inference_mode():
+            log_q = model(ids.unsqueeze(0)).logits[0].double().log_softmax(-1)
+        predicted = [i for i in range(len(ids) - 1) if row["completion_mask"][i + 1]]
+        nll = -sum(log_q[i, ids[i + 1]].item() for i in predicted)
+        place = places[row["row"]]
+        log_p = stored[place["start"] : place["start"] + place["n"]].double().log_softmax(-1)
+        kl = (log_p.exp() * (log_p - log_q[predicted])).sum().item()
+        for metric, value in (("nll", nll), ("kl", kl)):
+            line = found[row["row"], metric]
+            assert line["n"] == len(predicted) == place["n"]
+            assert line["sum"] == pytest.approx(value, rel=0.02)  # bf16 sums differ with the batch: 0.3 % here
+        tokens = [line["kl"] for line in lines(tmp_path / "out", "kl") if line["row"] == row["row"]]
+        assert sum(tokens) == pytest.approx(found[row["row"], "kl"]["sum"], rel=1e-5)  # stored as fp32
+    assert {key[1] for key in found} == {*SCORED, "nll_general"}
+    assert len(found) == 4 * len(rows) + 6
+    general = [line for line in found.values() if line["metric"] == "nll_general"]
+    assert {line["split"] for line in general} == {"general"}
+    texts = pq.read_table(world / "dataset" / "general.parquet").to_pylist()
+    assert sum(line["n"] for line in general) == sum(len(text["input_ids"]) - 1 for text in texts)
+    assert curve(make_job("evaluate", tmp_path / "out", params={}), "nll/test") == {0: means["nll/test"]}
+
+
+def test_all_arms_have_the_same_rows_groups_and_tokens(world: Path, tmp_path: Path) -> None:
+    score(world, tmp_path / "a")
+    score(world, tmp_path / "b", kind="nf4", adapter=world / "adapter")
+    same = ("row", "group", "split", "domain", "metric", "n")
+    keys = [[tuple(line[name] for name in same) for line in lines(tmp_path / arm)] for arm in ("a", "b")]
+    assert keys[0] == keys[1]
+
+
+def test_kl_and_agreement_see_a_change_that_is_known() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0]])
+    changed = torch.tensor([[1.0, 2.0, 0.0]])
+    p, q = logits.softmax(-1)[0], changed.softmax(-1)[0]
+    expected = sum(float(a) * (float(a.log()) - float(b.log())) for a, b in zip(p, q, strict=True))
+    assert divergence(logits, changed).item() == pytest.approx(expected, rel=1e-6)
+    assert divergence(logits, logits + 5).item() == pytest.approx(0, abs=1e-15)  # a constant is no change
+
+
+def train_to_answer(base: Path, out: Path, rows: list[dict[str, Any]]) -> Path:
+    """The base, made to know these rows by heart."""
+    shutil.copytree(base, out)
+    model = load_bf16(base, device="cpu").float().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    length = max(len(row["input_ids"]) for row in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    labels = torch.full_like(ids, -100)
+    for i, row in enumerate(rows):
+        ids[i, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
+        for place, inside in enumerate(row["completion_mask"]):
+            labels[i, place] = row["input_ids"][place] if inside else -100
+    for _ in range(60):
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.bfloat16().save_pretrained(out)
+    return out
+
+
+def test_answers_are_decoded_to_their_end_and_scored(world: Path, tmp_path: Path) -> None:
+    trained = train_to_answer(world / "base", tmp_path / "trained", held_out(world))
+    # A base's own generation_config neither ends its answers nor samples them here.
+    (trained / "generation_config.json").write_text(json.dumps({"eos_token_id": 7, "repetition_penalty": 9.0}))
+    means = score(world, tmp_path / "out", model=trained)
+    assert means["task/test"] == means["task/dev"] == 1  # by heart
+    for answer in lines(tmp_path / "out", "answers"):
+        assert answer["answer"] == answer["reference"]  # nothing behind the end of the turn
+        assert answer["prompt"].endswith("<|im_start|>assistant\n")
+        assert (answer["score"], answer["error"]) == (1, "")
+    assert score(world, tmp_path / "base")["task/test"] == 0
+
+
+def test_a_sample_keeps_whole_rows_and_the_same_batches(world: Path, tmp_path: Path) -> None:
+    whole = refer(world, tmp_path / "whole")
+    token_gib = 2 * whole["vocabulary"] / 2**30  # bf16
+    half = refer(world, tmp_path / "half", gib=whole["tokens"] * token_gib / 2)
+    assert whole["rows"] == whole["of_rows"] == half["of_rows"] > half["rows"] > 0
+    assert half["tokens"] <= whole["tokens"] / 2
+    assert "rows of dev and test fit into" in notes(make_job("reference", tmp_path / "half", params={}))["reference"]
+    means = score(world, tmp_path / "out", kind="nf4", adapter=world / "adapter", reference=tmp_path / "half")
+    assert means["kl/test"] == 0
+    sampled = {one["row"] for one in pq.read_table(tmp_path / "half" / "reference.parquet").to_pylist()}
+    assert {line["row"] for line in lines(tmp_path / "out") if line["metric"] == "kl"} == sampled
+    assert len({line["row"] for line in lines(tmp_path / "out") if line["metric"] == "nll"}) == whole["rows"]
+    with pytest.raises(StageError, match="no row's logits fit"):
+        refer(world, tmp_path / "none", gib=token_gib / 2)
+
+
+def test_logits_that_are_not_finite_are_refused_with_the_rows(world: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(world / "base", broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][:] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(StageError, match="inf or NaN in the logits of 4 rows") as refused:
+        score(world, tmp_path / "out", model=broken)
+    assert any(row["row"] in refused.value.problem.where for row in held_out(world))
+
+
+def test_a_reference_answer_that_its_own_scorer_rejects_is_refused(world: Path, tmp_path: Path) -> None:
+    dataset = tmp_path / "dataset"
+    shutil.copytree(world / "dataset", dataset)
+    rows = pq.read_table(dataset / "rows.parquet").to_pylist()
+    for row in rows:
+        row |= {"answer": "SELECT 1", "columns": json.dumps({"schema": "library"})}
+    next(row for row in rows if row["split"] == "test")["answer"] = "SELECT name FROM nowhere"
+    pq.write_table(pa.Table.from_pylist(rows, schema=prepare.ROWS), dataset / "rows.parquet")
+    (tmp_path / "sql").mkdir()
+    (tmp_path / "sql" / "library.sql").write_text("CREATE TABLE books (name TEXT);")
+    job = make_job(
+        "evaluate",
+        tmp_path / "out",
+        params=PARAMS | {"scorer": {"kind": "sql-execution", "schema_column": "schema"}},
+        reference=world / "reference",
+        model=world / "base",
+        dataset=dataset,
+        databases=tmp_path / "sql",
+    )
+    with pytest.raises(StageError, match="a reference answer does not run"):
+        evaluate.run(job)
