@@ -15,7 +15,7 @@ install: .venv/.installed  ## .venv from the lock
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install -q --disable-pip-version-check uv==0.13.9
 	@echo "installing from infra/locks/main.txt"
-	@$(BIN)/uv pip install -q --python $(BIN)/python -r infra/locks/main.txt
+	@$(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python -r infra/locks/main.txt
 	@$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -e .
 	@touch $@
 

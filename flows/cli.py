@@ -90,7 +90,7 @@ def _run(args: argparse.Namespace) -> int:
         server = OwnServer(home, launcher)
         server.start()
         os.environ["PREFECT_API_URL"] = server.api
-        from flows.pipeline import RunFailed, finetune_and_quantize  # 8 s of imports while the server starts
+        from flows.pipeline import RunFailed, drain, finetune_and_quantize  # 8 s of imports while the server starts
 
         server.wait()
         try:
@@ -100,6 +100,8 @@ def _run(args: argparse.Namespace) -> int:
             print(f"error: {error}", file=sys.stderr)
             folder = (home / "runs" / "latest").resolve()
             code = FAILED
+        finally:
+            drain()
     _show(folder, home, as_json=args.json)
     if not args.json:
         print(f"\n{time.monotonic() - clock:.0f} s. What to look at:")

@@ -6,6 +6,7 @@ matrix; the exit code still says so.
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +21,7 @@ from prefect.artifacts import (
 )
 from prefect.cache_policies import NO_CACHE
 from prefect.context import TaskRunContext
+from prefect.events.worker import EventsWorker
 from prefect.futures import PrefectConcurrentFuture, wait
 from prefect.task_runners import ThreadPoolTaskRunner
 
@@ -110,13 +112,12 @@ class Session:
     def collect(self) -> bool:
         """Wait for every task; record what never ran. True where all steps have their artifact."""
         wait(list(self.futures.values()))
-        for key in self.steps:
-            if key not in self.record.records:
-                state = self.futures[key].state
-                if state.name == "NotReady":
-                    self.record.add(self.steps[key], "skipped", problem=self._skipped(key))
-                else:
-                    state.result(raise_on_failure=True)
+        for key, future in self.futures.items():
+            record = self.record.records.get(key)
+            if future.state.name == "NotReady":
+                self.record.add(self.steps[key], "skipped", problem=self._skipped(key))
+            elif record is None or (record.status != "failed" and not future.state.is_completed()):
+                future.result()  # not a step's failure but ours: let it be seen
         return all(one.status in ("hit", "made") for one in self.record.records.values())
 
     def _skipped(self, key: str) -> dict[str, str]:
@@ -201,6 +202,8 @@ def finetune_and_quantize(recipe: str, sets: list[str] | None = None) -> str:
             if record.status == "running":
                 record.finish("stopped")
             session.tracker.end(record.status)
+            for line in session.tracker.trouble:
+                session.display.line(f"MLflow is behind: {line}", style="yellow")
     if record.status == "failed":
         failed = [one.key for one in record.records.values() if one.status == "failed"]
         raise RunFailed(f"{', '.join(failed)} failed; see {record.folder / 'report.md'}")
@@ -225,6 +228,13 @@ def _work(session: Session, vetted: Vetted) -> None:
     create_table_artifact(report.table, key="arms", description="published metrics, test")
     record.publish()
     session.tracker.report(report.json, record.folder)
+
+
+def drain() -> None:
+    """Send what Prefect's background workers still hold, before the server of this run ends."""
+    for handler in logging.getLogger("prefect.flow_runs").handlers:
+        handler.flush()
+    EventsWorker.drain_all(timeout=5)
 
 
 def _plan_markdown(vetted: Vetted) -> str:

@@ -6,13 +6,14 @@ with the same metric names. Weights are hard-linked where store and MLflow share
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import mlflow
 from mlflow.entities import Metric, Param, RunTag
@@ -28,6 +29,7 @@ LIVE_S = 2.0
 BATCH = 500  # MLflow's limit for one log_batch is 1,000 metrics
 PARAM_CHARS = 6000
 STAGES = ("prepare", "train", "merge", "reference", "calibrate", "quantize")
+P = ParamSpec("P")
 HEADLINE = ("task", "ppl_test", "ppl_general", "kl_mean", "top1_agreement", "size_bytes")
 
 
@@ -36,8 +38,25 @@ def tracking_uri(home: Path) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
 
 
+def told(body: Callable[Concatenate[Tracker, P], None]) -> Callable[Concatenate[Tracker, P], None]:
+    """MLflow is a view: what it refuses is remembered and said at the end, and costs the run nothing."""
+
+    @functools.wraps(body)
+    def guarded(self: Tracker, *args: P.args, **more: P.kwargs) -> None:
+        try:
+            body(self, *args, **more)
+        except (MlflowException, OSError) as error:
+            self.trouble.append(f"{body.__name__}: {str(error).splitlines()[0]}")
+
+    return guarded
+
+
 class Tracker:
-    """One parent run and its nested runs. All calls are synchronous: asynchronous logging loses points in silence."""
+    """One parent run and its nested runs. All calls are synchronous: asynchronous logging loses points in silence.
+
+    Attributes:
+        trouble: What MLflow refused after the start; the store has everything.
+    """
 
     def __init__(self, home: Path, *, experiment: str, run: str) -> None:
         """Connect, or refuse before anything is spent.
@@ -56,6 +75,7 @@ class Tracker:
         self._waiting: dict[str, list[Metric]] = {}
         self._flushed = 0.0
         self.parent = ""
+        self.trouble: list[str] = []
         try:
             mlflow.set_tracking_uri(self.uri)
             self._client = MlflowClient(self.uri)
@@ -86,6 +106,7 @@ class Tracker:
         self.parent = made.info.run_id
         self._params(self.parent, _flat(recipe))
 
+    @told
     def live(self, key: str, event: Mapping[str, Any]) -> None:
         """Pass one event of a live step on; points go out in batches every two seconds."""
         if event["kind"] != "metric" or key.split("/")[0] not in STAGES:
@@ -103,6 +124,7 @@ class Tracker:
         self._waiting.clear()
         self._flushed = time.monotonic()
 
+    @told
     def step(self, record: Mapping[str, Any]) -> None:
         """Write the nested run of one recorded step: curve, result, files. A hit shows the curve of its making."""
         if record["stage"] not in STAGES:
@@ -126,6 +148,7 @@ class Tracker:
             self._files(run, folder, record["stage"])
             self._client.set_terminated(run, "FINISHED")
 
+    @told
     def report(self, report: Mapping[str, Any], folder: Path) -> None:
         """One nested run an arm, all with the same metric names; headline metrics and the report on the parent."""
         with self._lock:
@@ -145,6 +168,7 @@ class Tracker:
             note = (folder / "report.md").read_text(encoding="utf-8")
             self._client.set_tag(self.parent, "mlflow.note.content", note[:8000])
 
+    @told
     def end(self, status: str) -> None:
         """Close the parent run: completed, failed or stopped."""
         if self.parent:
@@ -219,7 +243,7 @@ def _name(text: str) -> str:
 def _flat(values: Mapping[str, Any], *, separator: str = ".", before: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        name = f"{before}{key}"
+        name = f"{before}{key or 'none'}"
         if isinstance(value, Mapping):
             flat |= _flat(value, separator=separator, before=f"{name}{separator}")
         else:

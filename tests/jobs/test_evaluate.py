@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tasks.jobs import evaluate, prepare, reference
 from tasks.jobs.backends.load import load_bf16
 from tasks.jobs.evaluate import divergence
+from tasks.jobs.scoring import _before_end
 from tasks.runtime.errors import StageError
 from tests.jobs.build import curve, make_job, notes, write_jsonl
 from tests.jobs.test_merge import plant_adapter
@@ -209,3 +210,8 @@ def test_a_reference_answer_that_its_own_scorer_rejects_is_refused(world: Path, 
     )
     with pytest.raises(StageError, match="a reference answer does not run"):
         evaluate.run(job)
+
+
+def test_an_end_that_is_no_special_token_is_cut_off_too() -> None:
+    assert _before_end([9, 8, 7, 5, 9], [7, 5]) == [9, 8]
+    assert _before_end([9, 8], [7]) == [9, 8]

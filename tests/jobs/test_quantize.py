@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tasks.jobs import quantize
-from tasks.jobs.backends.gptqmodel import equal_lengths
+from tasks.jobs.backends.gptqmodel import _warnings, equal_lengths
 from tasks.jobs.backends.load import kernel_of, load_arm, load_bf16
 from tasks.jobs.calibrate import CALIBSET
 from tasks.runtime.errors import StageError
@@ -186,3 +186,11 @@ def test_a_weight_that_is_not_finite_is_refused(base: Path, tmp_path: Path) -> N
     job = make_job("quantize", tmp_path / "out", params=params("rtn-w4-g32"), model=broken)
     with pytest.raises(StageError, match=r"inf or NaN[\s\S]*model.layers.1.mlp.up_proj"):
         quantize.run(job)
+
+
+def test_its_warnings_become_notes(tmp_path: Path) -> None:
+    job = make_job("quantize", tmp_path / "out", params={})
+    with _warnings(job.events):
+        print("\rWARN  Module `a`: Hessian diagonal floor   \nINFO  fine\nWARN  Python GIL is enabled")
+    told = [event for event, _ in read_events(job.out / "events.jsonl")]
+    assert [(note["about"], note["text"]) for note in told] == [("gptqmodel", "Module `a`: Hessian diagonal floor")]
