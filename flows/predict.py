@@ -17,25 +17,28 @@ from recipes.arms import Arm, arms
 from recipes.headers import Headers
 from recipes.rows import Row
 from recipes.schema import Recipe
-from recipes.schemes import parse_scheme
+from recipes.schemes import Linear, Scheme, parse_scheme
 
 GIB = 1 << 30
-# Resident GiB of a child before it has a model.
-STACK = {
-    "prepare": 0.55,  # transformers' tokenizer
-    "train": 0.65,  # 0.53 after import of TRL, PEFT, bitsandbytes; the rest comes with the first step
-    "calibrate": 0.10,  # pyarrow
-    "quantize": 0.90,  # 0.64 after import of gptqmodel
-}
-MODEL_STACK = 0.50  # torch, transformers, PEFT, bitsandbytes: merge, reference, evaluate, measure
+# Resident GiB of a child on CPU before it has a model.
+PREPARE = 0.55  # transformers' tokenizer
+CALIBRATE = 0.10  # pyarrow
+TRAIN = 0.65  # 0.53 after import of TRL, PEFT, bitsandbytes; the rest comes with the first step
+MERGE = 0.46
+GPTQMODEL = 0.66
+AWQ = 0.85
+RTN = 0.45
+LOAD = {"bf16": 0.55, "nf4": 0.60, "quantized": 0.66}  # reference, evaluate, measure, by the arm's kind
 CUDA_HOST = 3.0  # with the CUDA libraries
 CUDA_CONTEXT = 0.6  # GPU memory that no allocator counts
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight: code, 8-bit absmax of 64, fp32 absmax of 256 of those
 ADAM_BYTES = {"cpu": 4 + 4 + 8, "cuda": 4 + 4 + 2}  # a LoRA parameter: fp32, gradient, two moments (8-bit on CUDA)
 TRAIN_LOGIT_BYTES = 32  # a logit at the peak of the backward pass: bf16, fp32 copies, log-softmax, gradients
-EVAL_LOGIT_BYTES = 14  # bf16, fp32 copy, log-softmax, one temporary
+EVAL_LOGIT_BYTES = 3  # bf16; what is computed from them is computed a row at a time
 ACTIVATION_FACTOR = 1.6  # kept for the backward pass, over the bf16 inputs and outputs of the linear layers
 DATA_FACTOR = 20  # bytes of Python objects a byte of JSONL
+# Parts that are files in memory: counted as resident, but given back when memory is short, so no step fails for them.
+FILES = ("file of weights", "file of logits")
 
 
 class RowSizes(NamedTuple):
@@ -105,6 +108,11 @@ class Predicted:
     parts: Mapping[str, float]
 
     @property
+    def needed_gib(self) -> float:
+        """Host memory without which it cannot run: what is resident, less files that the system can drop."""
+        return self.host_gib - sum(self.parts.get(name, 0.0) for name in FILES)
+
+    @property
     def stage(self) -> str:
         """The stage's name."""
         return self.key.split("/")[0]
@@ -128,6 +136,15 @@ class _Sizes:
         """Tokens of the longest row."""
         limit = self.recipe.data.max_length
         return min(limit, self.rows.longest) if self.rows else limit
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.device == "cpu"
+
+    @property
+    def file(self) -> dict[str, float]:
+        """The bf16 weights as they are read."""
+        return {"file of weights": self.bf16} if self.on_cpu else {}
 
     @property
     def bf16(self) -> float:
@@ -154,10 +171,10 @@ class _Sizes:
         inputs = [layer.in_features for layer in self.headers.decoder_layer]
         return 4 * (sum(size**2 for size in inputs) + 2 * max(inputs) ** 2)
 
-    def quantized(self, scheme: str) -> float:
+    def quantized(self, scheme: Scheme) -> float:
         """A quantized model: the scheme's layers, everything else in bf16."""
         rest = 2 * (self.headers.parameters - self.headers.linear_parameters)
-        return parse_scheme(scheme).predicted_bytes(self.headers.linears) + rest
+        return scheme.predicted_bytes(self.headers.linears) + rest
 
     def kv_cache(self, *, batch: int, tokens: int) -> float:
         return 2 * 2 * self.headers.layers * self.headers.kv_features * batch * tokens
@@ -186,60 +203,66 @@ def predict(recipe: Recipe, headers: Headers, *, device: str = "cpu", rows: RowS
     steps += [_merge(sizes, onto) for onto in ("dequantized", "original")]
     steps += [_reference(sizes), _calibrate(sizes)]
     every = arms(recipe)
-    steps += [_quantize(sizes, arm.slug, arm.scheme) for arm in every if arm.scheme]
+    steps += [_quantize(sizes, arm.slug, parse_scheme(arm.scheme)) for arm in every if arm.scheme]
     steps += [_evaluate(sizes, arm) for arm in every]
     steps += [_measure(sizes, arm) for arm in every if recipe.measure.enabled]
     return steps
 
 
-def _step(sizes: _Sizes, key: str, parts: Mapping[str, float], *, disk: float = 0.0, on_gpu: bool = True) -> Predicted:
+def _step(
+    sizes: _Sizes, key: str, parts: Mapping[str, float], *, process: float, disk: float = 0.0, on_gpu: bool = True
+) -> Predicted:
     """Bytes by part -> Predicted. On CUDA the parts are on the GPU, and the host holds the libraries and the file."""
     in_gib = {name: value / GIB for name, value in parts.items() if value}
-    stack = STACK.get(key.split("/")[0], MODEL_STACK)
-    gpu = sizes.device == "cuda" and on_gpu
+    gpu = on_gpu and not sizes.on_cpu
+    file = {"file of weights": sizes.bf16 / GIB} if gpu else {}
     return Predicted(
         key=key,
-        host_gib=CUDA_HOST + sizes.bf16 / GIB if gpu else stack + sum(in_gib.values()),
+        host_gib=CUDA_HOST + sum(file.values()) if gpu else process + sum(in_gib.values()),
         gpu_gib=sum(in_gib.values()) if gpu else 0.0,
         disk_gib=disk / GIB,
-        parts={"process": CUDA_CONTEXT if gpu else stack, **in_gib},
+        parts={"process": CUDA_CONTEXT if gpu else process, **in_gib, **file},
     )
 
 
 def _prepare(sizes: _Sizes) -> Predicted:
-    rows = DATA_FACTOR * sizes.data_bytes
-    return _step(sizes, f"prepare/{sizes.recipe.name}", {"rows": rows}, disk=3 * sizes.data_bytes, on_gpu=False)
+    parts, disk = {"rows": DATA_FACTOR * sizes.data_bytes}, 3 * sizes.data_bytes
+    return _step(sizes, f"prepare/{sizes.recipe.name}", parts, process=PREPARE, disk=disk, on_gpu=False)
 
 
 def _calibrate(sizes: _Sizes) -> Predicted:
-    rows = DATA_FACTOR * sizes.data_bytes
-    return _step(sizes, f"calibrate/{sizes.recipe.name}", {"rows": rows}, disk=sizes.data_bytes, on_gpu=False)
+    parts, disk = {"rows": DATA_FACTOR * sizes.data_bytes}, sizes.data_bytes
+    return _step(sizes, f"calibrate/{sizes.recipe.name}", parts, process=CALIBRATE, disk=disk, on_gpu=False)
 
 
 def _train(sizes: _Sizes) -> Predicted:
     asked, headers = sizes.recipe.train, sizes.headers
     tokens = sizes.recipe.micro_batch * sizes.length
-    a_layer = sum(layer.in_features + layer.out_features for layer in headers.decoder_layer)
-    of_all = sum(layer.in_features + layer.out_features for layer in headers.linears)
-    kept = 2 * headers.hidden * headers.layers + ACTIVATION_FACTOR * 2 * a_layer
-    if not asked.gradient_checkpointing:
-        kept = ACTIVATION_FACTOR * 2 * of_all
-    adapter = 4 * sizes.lora_parameters
+    kept = ACTIVATION_FACTOR * 2 * _features(headers.linears)
+    if asked.gradient_checkpointing:
+        kept = 2 * headers.hidden * headers.layers + ACTIVATION_FACTOR * 2 * _features(headers.decoder_layer)
     parts = {
         "weights nf4": sizes.nf4,
         "lora and optimizer": ADAM_BYTES[sizes.device] * sizes.lora_parameters,
         "activations": kept * tokens,
         "logits": TRAIN_LOGIT_BYTES * headers.vocabulary * tokens,
+        **sizes.file,
     }
-    if sizes.device == "cpu":
-        parts["weights being read"] = sizes.bf16
-    # Two checkpoints (adapter and two moments each) while it runs, the adapter after.
-    return _step(sizes, f"train/{sizes.recipe.name}", parts, disk=(1 + 2 * 3) * adapter)
+    # The adapter, and two checkpoints while it runs: fp32 adapter and two moments each.
+    disk = (1 + 2 * 3) * 4 * sizes.lora_parameters
+    return _step(sizes, f"train/{sizes.recipe.name}", parts, process=TRAIN, disk=disk)
+
+
+def _features(layers: Sequence[Linear]) -> int:
+    """Inputs and outputs of these layers, summed."""
+    return sum(layer.in_features + layer.out_features for layer in layers)
 
 
 def _merge(sizes: _Sizes, onto: str) -> Predicted:
-    parts = {"weights bf16": sizes.bf16, "weights being read": sizes.bf16 if sizes.device == "cpu" else 0.0}
-    return _step(sizes, f"merge/{sizes.recipe.name}-{onto}", parts, disk=sizes.bf16)
+    parts = {"weights bf16": sizes.bf16, **sizes.file}
+    if onto == "dequantized":
+        parts["weights read and quantized"] = sizes.bf16
+    return _step(sizes, f"merge/{sizes.recipe.name}-{onto}", parts, process=MERGE, disk=sizes.bf16)
 
 
 def _reference_bytes(sizes: _Sizes) -> float:
@@ -253,46 +276,64 @@ def _reference_bytes(sizes: _Sizes) -> float:
 
 
 def _reference(sizes: _Sizes) -> Predicted:
-    asked = sizes.recipe.evaluate
-    stored = _reference_bytes(sizes)
-    parts = {
-        "weights nf4": sizes.nf4,
-        **sizes.forward(batch=asked.batch_size, tokens=sizes.length),
-    }
-    if sizes.device == "cpu":
-        parts |= {"weights being read": sizes.bf16, "stored logits": stored}
-    return _step(sizes, f"reference/{sizes.recipe.name}", parts, disk=stored)
+    batch = sizes.recipe.evaluate.batch_size
+    parts = {"weights nf4": sizes.nf4, **sizes.file, **sizes.forward(batch=batch, tokens=sizes.length)}
+    disk = _reference_bytes(sizes)
+    return _step(sizes, f"reference/{sizes.recipe.name}", parts, process=LOAD["nf4"], disk=disk)
 
 
-def _quantize(sizes: _Sizes, slug: str, scheme: str) -> Predicted:
-    asked = sizes.recipe.calibrate
-    parts = {"weights bf16": sizes.bf16}
-    if parse_scheme(scheme).needs_calibration:
-        tokens = asked.rows * min(asked.seq_len, sizes.length)
-        # Inputs and outputs of the decoder layer that is worked on, bf16.
-        parts |= {"hessians": sizes.hessians, "activations": 2 * 2 * tokens * sizes.headers.hidden}
-    if sizes.device == "cpu":
-        parts["weights being read"] = sizes.bf16
-    return _step(sizes, f"quantize/{slug}", parts, disk=sizes.quantized(scheme))
+def _quantize(sizes: _Sizes, slug: str, scheme: Scheme) -> Predicted:
+    asked, headers = sizes.recipe.calibrate, sizes.headers
+    tokens = asked.rows * min(asked.seq_len, sizes.length)
+    disk = sizes.quantized(scheme)
+    parts = {"weights bf16": sizes.bf16, "weights quantized": disk}
+    if scheme.method == "gptq":
+        # Inputs and outputs of the decoder layer that is worked on, bf16, and its weights in fp32.
+        layer = sum(one.in_features * one.out_features for one in headers.decoder_layer)
+        parts |= {"hessians": sizes.hessians, "activations": 4 * tokens * headers.hidden, "layer": 8 * layer}
+    if scheme.method == "awq":
+        # Inputs and outputs of all its linear layers, fp32.
+        parts |= {"activations": 4 * tokens * _features(headers.decoder_layer)}
+    if scheme.needs_calibration:
+        parts |= sizes.file
+    process = {"gptq": GPTQMODEL, "awq": AWQ, "rtn": RTN}[scheme.method]
+    return _step(sizes, f"quantize/{slug}", parts, process=process, disk=disk)
 
 
 def _weights(sizes: _Sizes, arm: Arm) -> dict[str, float]:
-    """An arm's weights as they are resident; an NF4 base is read as bf16 first."""
-    size = {"bf16": sizes.bf16, "nf4": sizes.nf4}.get(arm.kind) or sizes.quantized(arm.scheme or "")
-    read = sizes.bf16 if arm.kind == "nf4" else size
-    parts = {f"weights {arm.kind}": size, "adapter": 4 * sizes.lora_parameters if arm.adapter else 0.0}
-    return parts | ({"weights being read": read} if sizes.device == "cpu" else {})
+    """An arm's weights as they are resident, and its adapter."""
+    parts = {"adapter": 4.0 * sizes.lora_parameters} if arm.adapter else {}
+    if arm.kind == "nf4":
+        return {"weights nf4": sizes.nf4, **parts, **sizes.file}
+    if arm.scheme is None:
+        return {"weights bf16": sizes.bf16, **parts}
+    scheme = parse_scheme(arm.scheme)
+    parts |= {"weights quantized": sizes.quantized(scheme)}
+    if sizes.on_cpu and scheme.bits == 4 and scheme.method != "awq":
+        # PyTorch's int4 kernel wants its own packing: 3 bytes a weight on the way, on small models.
+        parts |= {"repacking": min(3.0 * sizes.headers.linear_parameters, GIB / 2)}
+    return parts
 
 
 def _evaluate(sizes: _Sizes, arm: Arm) -> Predicted:
-    asked = sizes.recipe.evaluate
-    parts = _weights(sizes, arm) | sizes.forward(batch=asked.batch_size, tokens=sizes.length)
+    asked, headers = sizes.recipe.evaluate, sizes.headers
+    length = sizes.recipe.data.max_length if sizes.recipe.data.general else sizes.length
+    parts = _weights(sizes, arm) | sizes.forward(batch=asked.batch_size, tokens=length)
     parts["kv cache"] = sizes.kv_cache(batch=asked.batch_size, tokens=sizes.length + asked.max_new_tokens)
-    return _step(sizes, f"evaluate/{arm.slug}", parts, disk=sizes.data_bytes)
+    if sizes.on_cpu:
+        parts["file of logits"] = _reference_bytes(sizes)
+        if arm.adapter:
+            # Frozen weights on the strided last position: torch's matmul copies the output layer for every row.
+            parts["output layer"] = 2 * asked.batch_size * headers.vocabulary * headers.hidden
+        if arm.scheme and parse_scheme(arm.scheme).bits in (2, 3):
+            parts["dequantized layers"] = 2 * headers.linear_parameters  # kept, so that it is done once
+    return _step(sizes, f"evaluate/{arm.slug}", parts, process=LOAD[arm.kind], disk=sizes.data_bytes)
 
 
 def _measure(sizes: _Sizes, arm: Arm) -> Predicted:
     asked = sizes.recipe.measure
     tokens = asked.prompt_tokens + asked.new_tokens
     parts = _weights(sizes, arm) | sizes.forward(batch=asked.batch, tokens=tokens)
-    return _step(sizes, f"measure/{arm.slug}", parts)
+    if arm.kind == "nf4" and sizes.on_cpu:
+        parts["earlier loads"] = 2 * sizes.bf16  # it is loaded six times
+    return _step(sizes, f"measure/{arm.slug}", parts, process=LOAD[arm.kind])

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from flows.plan import Planned
-from flows.predict import CUDA_CONTEXT, GIB, Predicted, RowSizes, predict, row_sizes, tokens_per_byte
+from flows.predict import CUDA_CONTEXT, FILES, GIB, Predicted, RowSizes, predict, row_sizes, tokens_per_byte
 from recipes.headers import Headers, read_headers
 from recipes.load import Loaded
 from recipes.problem import Problem, RecipeError
@@ -162,15 +162,19 @@ def refuse(
     too_large: dict[str, Predicted] = {}
     for step in steps(recipe):
         worst = too_large.get(step.stage)
-        if not _fits(step, memory) and (worst is None or step.host_gib + step.gpu_gib > worst.host_gib + worst.gpu_gib):
+        if not _fits(step, memory) and (worst is None or _weight(step) > _weight(worst)):
             too_large[step.stage] = step
     problems = [_too_large(step, recipe, memory=memory, steps=steps) for step in too_large.values()]
     return problems or _together(steps(recipe), memory=memory, slots=slots)
 
 
+def _weight(step: Predicted) -> float:
+    return step.needed_gib + step.gpu_gib
+
+
 def _fits(step: Predicted, memory: Memory) -> bool:
     gpu = memory.gpu_gib or 0.0
-    return step.host_gib <= memory.host_gib and (not step.gpu_gib or step.gpu_gib + CUDA_CONTEXT <= gpu)
+    return step.needed_gib <= memory.host_gib and (not step.gpu_gib or step.gpu_gib + CUDA_CONTEXT <= gpu)
 
 
 def largest_fitting(
@@ -197,8 +201,9 @@ def _too_large(
     fitting = largest_fitting(step.stage, recipe, memory=memory, steps=steps)
     free_gpu = memory.gpu_gib or 0.0
     on_gpu = bool(step.gpu_gib) and step.gpu_gib + CUDA_CONTEXT > free_gpu
-    needs, free = (step.gpu_gib + CUDA_CONTEXT, free_gpu) if on_gpu else (step.host_gib, memory.host_gib)
-    largest = sorted(step.parts.items(), key=lambda part: -part[1])[:3]
+    needs, free = (step.gpu_gib + CUDA_CONTEXT, free_gpu) if on_gpu else (step.needed_gib, memory.host_gib)
+    counted = {name: size for name, size in step.parts.items() if name not in FILES}
+    largest = sorted(counted.items(), key=lambda part: -part[1])[:3]
     return Problem(
         what=f"{step.key} needs {needs:.1f} GiB of {'GPU' if on_gpu else 'host'} memory; {free:.1f} GiB are free.",
         where=step.key,
@@ -211,7 +216,7 @@ def _too_large(
 
 def _together(steps: Sequence[Predicted], *, memory: Memory, slots: int) -> list[Problem]:
     """Steps of one stage run side by side on CPU; measure runs alone."""
-    side_by_side = [step.host_gib for step in steps if step.stage in ("quantize", "evaluate")]
+    side_by_side = [step.needed_gib for step in steps if step.stage in ("quantize", "evaluate")]
     needed = sum(sorted(side_by_side, reverse=True)[:slots])
     if needed <= memory.host_gib:
         return []

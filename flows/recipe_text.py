@@ -62,7 +62,7 @@ class Fitted:
         if self.memory is None or not steps:
             return "not fitted to memory: the base is not local"
         on_gpu = any(step.gpu_gib for step in steps)
-        needed = max(step.gpu_gib if on_gpu else step.host_gib for step in steps)
+        needed = max(step.gpu_gib if on_gpu else step.needed_gib for step in steps)
         free = self.memory.gpu_gib if on_gpu else self.memory.host_gib
         return f"needs about {needed:.1f} of {free or 0:.1f} GiB free {'on the GPU' if on_gpu else 'here'}"
 

@@ -48,6 +48,7 @@ class Scheme:
         bits: Bits a weight.
         group_size: Inputs that share a scale.
         symmetric: No zero points: the grid is centred on 0. AWQ's kernels know zero points only.
+        backend: Who quantizes: GPTQModel, or the few lines of our own that round.
         desc_act: GPTQ's activation order; off, because its kernels are slower and few servers have them.
     """
 
@@ -56,17 +57,13 @@ class Scheme:
     bits: int
     group_size: int
     symmetric: bool
+    backend: str
     desc_act: bool = False
 
     @property
     def needs_calibration(self) -> bool:
         """Rounding to nearest looks at no data."""
         return self.method != "rtn"
-
-    @property
-    def backend(self) -> str:
-        """Who quantizes: GPTQModel, or the few lines of our own that round."""
-        return "gptqmodel" if self.needs_calibration else "quench-rtn"
 
     def params(self) -> dict[str, Any]:
         """What decides the bytes: the scheme's part of the step's identity."""
@@ -77,10 +74,6 @@ class Scheme:
             "symmetric": self.symmetric,
             "desc_act": self.desc_act,
         }
-
-    def as_dict(self) -> dict[str, Any]:
-        """As `quench schemes --json` prints it."""
-        return {"slug": self.slug, **self.params(), "backend": self.backend, "calibration": self.needs_calibration}
 
     def check(self, shapes: Sequence[Linear]) -> list[Problem]:
         """Problems of this scheme on a model with these layers; `where` is left to the caller as the slug."""
@@ -169,6 +162,7 @@ def _scheme(method: str, bits: int, group: int) -> Scheme:
         bits=bits,
         group_size=group,
         symmetric=method != "awq",
+        backend="quench-rtn" if method == "rtn" else "gptqmodel",
     )
 
 

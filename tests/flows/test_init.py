@@ -128,7 +128,7 @@ def test_batches_are_fitted_to_memory(tmp_path: Path):
     read = read_rows(tmp_path / "tickets.jsonl")
     rows = row_sizes(read.rows, data_bytes=(tmp_path / "tickets.jsonl").stat().st_size, per_byte=1 / 3)
     steps = predict(tight, read_headers(tmp_path / "base"), rows=rows)
-    assert max(step.host_gib for step in steps) <= 0.8 * 1.5
+    assert max(step.needed_gib for step in steps) <= 0.8 * 1.5
     assert "0.2 GiB are free" in refused(tmp_path, memory=Memory(0.3, None), force=True)[0].what
 
 

@@ -62,6 +62,82 @@ def test_every_step_but_choose_is_predicted(loaded: Loaded, recipe: Recipe, head
     assert set(by_key(recipe, headers)) == {key for key in composed if not key.startswith("choose/")}
 
 
+# Peak resident GiB as measured on CPU (torch 2.13.0, one thread), by step, for two bases.
+SMALL = {  # the quickstart's base and data: rows of up to 94 tokens, general text of up to 256
+    "merge/test-dequantized": 0.48,
+    "reference/test": 0.77,
+    "quantize/gptq-w4-g128": 0.66,
+    "quantize/awq-w4-g128": 0.93,
+    "quantize/gptq-w3-g128": 0.66,
+    "quantize/rtn-w4-g128": 0.45,
+    "evaluate/base": 0.98,
+    "evaluate/nf4-adapter": 1.06,
+    "evaluate/gptq-w4-g128": 1.03,
+    "evaluate/gptq-w3-g128": 1.04,
+    "evaluate/awq-w4-g128": 1.00,
+    "measure/base": 0.57,
+    "measure/nf4-adapter": 0.60,
+    "measure/gptq-w3-g128": 0.67,
+}
+MIDDLE = {  # 100 M parameters, vocabulary 32,000, rows of up to 179 tokens
+    "train/test": 3.21,
+    "merge/test-dequantized": 1.00,
+    "merge/test-original": 0.86,
+    "reference/test": 1.03,
+    "quantize/gptq-w4-g128": 1.38,
+    "quantize/awq-w4-g128": 2.05,
+    "quantize/gptq-w3-g128": 1.29,
+    "quantize/rtn-w4-g128": 0.81,
+    "evaluate/base": 1.06,
+    "evaluate/nf4-adapter": 1.92,
+    "evaluate/gptq-w4-g128": 1.29,
+    "evaluate/gptq-w3-g128": 1.16,
+    "evaluate/awq-w4-g128": 1.24,
+    "measure/base": 0.73,
+    "measure/nf4-adapter": 1.50,
+    "measure/gptq-w4-g128": 1.08,
+    "measure/gptq-w3-g128": 0.74,
+    "measure/awq-w4-g128": 0.76,
+}
+
+
+def as_measured(folder: Path, *, general: str | None, batch: int, evaluated: int, rank: int, **base: int) -> Recipe:
+    write_base(folder, **base)
+    return Recipe.model_validate(
+        {
+            "name": "test",
+            "model": {"base": "base"},
+            "data": {"path": "rows.jsonl", "general": general, "max_length": 256},
+            "train": {"rank": rank, "batch_size": batch},
+            "calibrate": {"rows": 128},
+            "quantize": {"schemes": ["gptq-w4-g128", "awq-w4-g128", "gptq-w3-g128", "rtn-w4-g128"]},
+            "evaluate": {"batch_size": evaluated, "max_new_tokens": 96},
+            "measure": {"new_tokens": 8},
+        }
+    )
+
+
+def assert_near(predicted: dict[str, Predicted], measured: dict[str, float]) -> None:
+    """Within 30 %: lengths within a batch differ, loaders keep what threads leave behind, the allocator keeps all."""
+    ratios = {key: round(predicted[key].host_gib / value, 2) for key, value in measured.items()}
+    assert all(0.7 < ratio < 1.3 for ratio in ratios.values()), ratios
+    assert 0.9 < sum(ratios.values()) / len(ratios) < 1.15, ratios
+
+
+def test_a_small_model_is_predicted_as_it_was_measured(tmp_path: Path):
+    shape = {"hidden": 256, "intermediate": 768, "kv": 128, "layers": 6, "vocabulary": 4096}
+    recipe = as_measured(tmp_path, general="general.jsonl", batch=32, evaluated=50, rank=32, **shape)
+    rows = RowSizes(rows=4000, longest=94, completion_tokens=25.5, data_bytes=1_200_000)
+    assert_near(by_key(recipe, read_headers(tmp_path), rows=rows), SMALL)
+
+
+def test_a_larger_model_is_predicted_as_it_was_measured(tmp_path: Path):
+    shape = {"hidden": 768, "intermediate": 2048, "kv": 256, "layers": 12, "vocabulary": 32000}
+    recipe = as_measured(tmp_path, general=None, batch=8, evaluated=16, rank=16, **shape)
+    rows = RowSizes(rows=300, longest=179, completion_tokens=24.0, data_bytes=130_000)
+    assert_near(by_key(recipe, read_headers(tmp_path), rows=rows), MIDDLE)
+
+
 @pytest.mark.parametrize(
     ("micro_batch", "tokens", "recompute", "measured_gib"),
     [
@@ -74,15 +150,14 @@ def test_every_step_but_choose_is_predicted(loaded: Loaded, recipe: Recipe, head
         (16, 660, True, 1.81),
     ],
 )
-def test_training_is_predicted_as_it_was_measured(
+def test_training_follows_batch_length_and_recomputing(
     recipe: Recipe, headers: Headers, micro_batch: int, tokens: int, recompute: bool, measured_gib: float
 ):
-    """Peak resident memory of two steps on the quickstart's base, CPU, rows of about so many tokens."""
+    """Two steps on the quickstart's base, CPU; 30 % as above."""
     asked = changed(recipe, "run", micro_batch=micro_batch)
     asked = changed(asked, "train", gradient_checkpointing=recompute)
-    predicted = by_key(changed(asked, "data", max_length=tokens), headers)["train/like-quickstart"].host_gib
-    # Within a quarter: lengths within a batch differ, and the allocator keeps what it once had.
-    assert predicted == pytest.approx(measured_gib, rel=0.25)
+    predicted = by_key(changed(asked, "data", max_length=tokens), headers)["train/like-quickstart"]
+    assert predicted.host_gib == pytest.approx(measured_gib, rel=0.3)
 
 
 def test_parts_by_hand(recipe: Recipe, headers: Headers):
@@ -112,6 +187,14 @@ def test_quantized_bytes_are_those_of_the_file(headers: Headers, recipe: Recipe)
         < sizes["gptq-w4-g32"]
         < steps["merge/like-quickstart-original"].disk_gib
     )
+
+
+def test_files_in_memory_are_no_reason_to_refuse(recipe: Recipe, headers: Headers):
+    step = by_key(recipe, headers)["evaluate/base"]
+    file = step.parts["file of logits"]
+    assert file == 4.0 and step.needed_gib == pytest.approx(step.host_gib - file)
+    assert not refuse(recipe, headers, memory=Memory(step.needed_gib, None), make=frozenset({step.key}))
+    assert refuse(recipe, headers, memory=Memory(0.99 * step.needed_gib, None), make=frozenset({step.key}))
 
 
 def test_on_cuda_the_model_is_on_the_gpu(recipe: Recipe, headers: Headers):

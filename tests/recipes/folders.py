@@ -34,7 +34,9 @@ def write_safetensors(path: Path, shapes: dict[str, list[int]]) -> None:
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
         end += size
     raw = json.dumps(header).encode()
-    path.write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(end))
+    with path.open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.truncate(file.tell() + end)  # sparse
 
 
 def write_base(
