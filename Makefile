@@ -27,7 +27,7 @@ check: install   ## linters, types, import rules, recipes, generated docs
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright --warnings
 	$(BIN)/lint-imports
-	@for recipe in recipes/*.yaml recipes/quickstart/recipe.yaml; do $(BIN)/quench check $$recipe --data || exit 1; done
+	@for recipe in $(wildcard recipes/*.yaml) recipes/quickstart/recipe.yaml; do $(BIN)/quench check $$recipe --data || exit 1; done
 	$(BIN)/python -m flows.docs --check
 
 test: install    ## the tests that fit two cores and six minutes
