@@ -40,6 +40,9 @@ test-all: install  ## everything that needs no GPU; installs Debian's Chromium
 test-gpu: install  ## what needs an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu
 
+bench: install   ## the quickstart timed in an empty home: docs/results/quickstart.md (with a picture where Chromium is)
+	$(BIN)/python -m tests.bench.quickstart
+
 docs: install    ## write the generated pages again
 	$(BIN)/python -m flows.docs
 

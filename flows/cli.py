@@ -93,6 +93,7 @@ def _run(args: argparse.Namespace) -> int:
         from flows.pipeline import RunFailed, drain, finetune_and_quantize  # 8 s of imports while the server starts
 
         server.wait()
+        print(f"Prefect, while this runs: {server.ui}", file=sys.stderr)
         try:
             folder = Path(finetune_and_quantize(recipe=str(args.recipe), sets=list(args.set)))
             code = DONE

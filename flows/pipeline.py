@@ -198,11 +198,12 @@ def finetune_and_quantize(recipe: str, sets: list[str] | None = None) -> str:
             with session.display:
                 _work(session, vetted)
         finally:
+            launcher.end_all()  # before anything that may have to wait
             _SESSIONS.pop(record.id)
             if record.status == "running":
                 record.finish("stopped")
             session.tracker.end(record.status)
-            for line in session.tracker.trouble:
+            for line in dict.fromkeys(session.tracker.trouble):
                 session.display.line(f"MLflow is behind: {line}", style="yellow")
     if record.status == "failed":
         failed = [one.key for one in record.records.values() if one.status == "failed"]
@@ -216,7 +217,10 @@ def _work(session: Session, vetted: Vetted) -> None:
     record.pinned(vetted.pins)
     write_json(record.folder / "preflight.json", vetted.preflight)
     (record.folder / "plan.txt").write_text("\n".join(str(line) for line in vetted.plan) + "\n", encoding="utf-8")
-    session.tracker.start(vetted.recipe.model_dump(mode="json"), tags={"quench.recipe": str(vetted.loaded.path)})
+    session.tracker.start(vetted.recipe.model_dump(mode="json"), tags={"mlflow.source.name": str(vetted.loaded.path)})
+    log = get_run_logger()
+    hits = sum(one.hit for one in vetted.plan)
+    log.info("run %s: %d of %d steps are in the store", record.id, hits, len(vetted.plan))
     create_markdown_artifact(_plan_markdown(vetted), key="plan", description="hit or make, before the run")
     matrix = compose(vetted.recipe, vetted.pins, session.do)
     record.composed(matrix)
@@ -228,6 +232,9 @@ def _work(session: Session, vetted: Vetted) -> None:
     create_table_artifact(report.table, key="arms", description="published metrics, test")
     record.publish()
     session.tracker.report(report.json, record.folder)
+    for sentence in report.json["verdict"]:
+        log.info(sentence)
+    log.info("report: %s", record.folder / "report.html")
 
 
 def drain() -> None:

@@ -17,7 +17,7 @@ class Display:
     """What `quench run` shows while it works."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console()
+        self.console = console or Console(stderr=True)  # stdout is for what was asked for
         self._bars = Progress(
             TextColumn("  {task.description:<36}"),
             BarColumn(bar_width=30),

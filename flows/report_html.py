@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 
 from flows.metrics import METRICS, difference_text, interval_text, significant, value_text
 from flows.plots import kl_against_size, task_by_arm
-from flows.report_text import COLUMNS, SPEEDS, data_line, hardware_line, heading, left_out
+from flows.report_text import COLUMNS, SPEEDS, data_line, hardware_line, heading, left_out, ran_on
 
 TEMPLATES = Path(__file__).parent / "templates"
 OPEN_UP_TO = 8  # comparisons of a family that is shown unfolded
@@ -43,6 +43,7 @@ def page(report: Mapping[str, Any]) -> str:
         difference=difference_text,
         significant=significant,
         quiet=quiet,
+        ran_on=ran_on,
         data_line=data_line(report),
         hardware_line=hardware_line(report["hardware"]),
         kl_plot=Markup(kl_against_size(arms)),
@@ -112,7 +113,7 @@ def memory(report: Mapping[str, Any]) -> list[MemoryLine]:
         stage = one["step"].split("/")[0]
         for device in ("host", "gpu"):
             predicted, measured = one[f"predicted_{device}_gib"], one[f"measured_{device}_gib"]
-            if predicted is None and measured is None:
+            if not predicted and measured is None:
                 continue
             line = MemoryLine(stage, one["step"], predicted, measured, device)
             before = largest.get((stage, device))

@@ -66,6 +66,15 @@ def data_line(report: Mapping[str, Any]) -> str:
 
 def markdown(report: Mapping[str, Any]) -> str:
     """report.md."""
+    lines = overview(report)
+    for one in report["answers"]:
+        lines += ["", f"## {one['question']}", "", *(f"- {sentence}" for sentence in one["text"])]
+    lines += ["", *_comparisons(report), *_speed(report), *_machine(report)]
+    return "\n".join(lines) + "\n"
+
+
+def overview(report: Mapping[str, Any]) -> list[str]:
+    """The first screen of report.md, line by line: verdict, failures, and the table of all arms."""
     lines = [f"# Quench: {report['name']}", "", f"Run `{report['id']}`. {data_line(report)}.", ""]
     lines += [*report["verdict"], ""]
     lines += _failures(report)
@@ -75,11 +84,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     lines += _table(
         head, [[slug, *(_cell(name, arm["metrics"][name]) for name in COLUMNS)] for slug, arm in arms.items()]
     )
-    lines += [f"\nNot ranked: {slug}: {why}." for slug, why in report["not_ranked"].items()]
-    for one in report["answers"]:
-        lines += ["", f"## {one['question']}", "", *(f"- {sentence}" for sentence in one["text"])]
-    lines += ["", *_comparisons(report), *_speed(report), *_machine(report)]
-    return "\n".join(lines) + "\n"
+    return [*lines, *(f"\nNot ranked: {slug}: {why}." for slug, why in report["not_ranked"].items())]
 
 
 def _failures(report: Mapping[str, Any]) -> list[str]:
@@ -139,7 +144,7 @@ def _speed(report: Mapping[str, Any]) -> Iterator[str]:
         [
             slug,
             *(_cell(name, report["arms"][slug]["metrics"][name]) for name in SPEEDS),
-            f"{one['kernel']}, {one['device']}, {one['threads']} threads",
+            ran_on(one),
             one["label"] or "",
         ]
         for slug, one in report["speed"].items()
@@ -147,6 +152,11 @@ def _speed(report: Mapping[str, Any]) -> Iterator[str]:
     head = ["arm", *(heading(name, report["directions"]) for name in SPEEDS), "kernel", "label"]
     yield from _table(head, rows)
     yield ""
+
+
+def ran_on(speed: Mapping[str, Any]) -> str:
+    """`TorchAtenLinear, cpu, 1 thread`."""
+    return f"{speed['kernel']}, {speed['device']}, {speed['threads']} thread{'' if speed['threads'] == 1 else 's'}"
 
 
 def _machine(report: Mapping[str, Any]) -> Iterator[str]:

@@ -42,6 +42,7 @@ def prefect_settings(home: Path) -> dict[str, str]:
         "PREFECT_HOME": str(home / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "DO_NOT_TRACK": "1",
     }
 
@@ -67,9 +68,10 @@ class OwnServer:
         self.api = f"http://127.0.0.1:{port}/api"
         (self._home / "prefect").mkdir(parents=True, exist_ok=True)
         program = Path(sys.executable).with_name("prefect")
+        own = {"PREFECT_SERVER_LOGGING_LEVEL": "WARNING", "PREFECT_SERVER_UI_API_URL": self.api}
         self._child = self._launcher.start(
             ["exec", "--", str(program), "server", "start", "--host", "127.0.0.1", "--port", str(port)],
-            env=child_env(secrets=True) | prefect_settings(self._home) | {"PREFECT_SERVER_LOGGING_LEVEL": "WARNING"},
+            env=child_env(secrets=True) | prefect_settings(self._home) | own,
             cwd=self._home,
             log=self._log,
         )
@@ -96,6 +98,11 @@ class OwnServer:
                     ]
                 )
             time.sleep(0.1)
+
+    @property
+    def ui(self) -> str:
+        """Address of its pages."""
+        return self.api.removesuffix("/api")
 
     @property
     def _log(self) -> Path:

@@ -7,13 +7,18 @@ with the same metric names. Weights are hard-linked where store and MLflow share
 from __future__ import annotations
 
 import functools
+import getpass
+import json
 import logging
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
+from urllib.parse import quote
 
 import mlflow
 from mlflow.entities import Metric, Param, RunTag
@@ -21,13 +26,16 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.file_utils import local_file_uri_to_path
 
+from flows.report_text import overview
 from recipes.problem import Problem, RecipeError
 from tasks.runtime.events import read_events
 from tasks.runtime.store import read_json
 
 LIVE_S = 2.0
+STOP_S = 5.0  # an interrupted run has to be gone within 10
 BATCH = 500  # MLflow's limit for one log_batch is 1,000 metrics
 PARAM_CHARS = 6000
+NOTE_CHARS = 8000  # a tag's
 STAGES = ("prepare", "train", "merge", "reference", "calibrate", "quantize")
 P = ParamSpec("P")
 HEADLINE = ("task", "ppl_test", "ppl_general", "kl_mean", "top1_agreement", "size_bytes")
@@ -39,22 +47,36 @@ def tracking_uri(home: Path) -> str:
 
 
 def told(body: Callable[Concatenate[Tracker, P], None]) -> Callable[Concatenate[Tracker, P], None]:
-    """MLflow is a view: what it refuses is remembered and said at the end, and costs the run nothing."""
+    """Have the tracker's thread do it, in the order of the calls, and go on.
 
-    @functools.wraps(body)
+    MLflow is a view: what it refuses is remembered and said at the end, and costs the run nothing.
+    """
+
     def guarded(self: Tracker, *args: P.args, **more: P.kwargs) -> None:
         try:
             body(self, *args, **more)
         except (MlflowException, OSError) as error:
             self.trouble.append(f"{body.__name__}: {str(error).splitlines()[0]}")
 
-    return guarded
+    @functools.wraps(body)
+    def submitted(self: Tracker, *args: P.args, **more: P.kwargs) -> None:
+        with self.lock:
+            while self.asked and self.asked[0].done():
+                self.asked.popleft().result()  # what is no trouble of MLflow's is a fault of ours: let it be seen
+            self.asked.append(self.thread.submit(guarded, self, *args, **more))
+
+    return submitted
 
 
 class Tracker:
-    """One parent run and its nested runs. All calls are synchronous: asynchronous logging loses points in silence.
+    """One parent run and its nested runs.
+
+    MLflow's own calls are synchronous (its asynchronous logging loses points in silence) and all made by one thread:
+    an interrupt is raised in the main thread, and inside SQLite it would leave the database locked.
 
     Attributes:
+        thread: Makes all calls after the connection.
+        asked: What the thread has not done yet, oldest first; under `lock`.
         trouble: What MLflow refused after the start; the store has everything.
     """
 
@@ -69,7 +91,9 @@ class Tracker:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
         self.home, self.run = home, run
         self.uri = tracking_uri(home)
-        self._lock = threading.Lock()
+        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="quench-mlflow")
+        self.asked: deque[Future[None]] = deque()
+        self.lock = threading.Lock()
         self._nested: dict[str, str] = {}
         self._sent: dict[str, int] = {}
         self._waiting: dict[str, list[Metric]] = {}
@@ -98,11 +122,11 @@ class Tracker:
         place = (self.home / "mlartifacts" / experiment).as_uri() if local else None
         return self._client.create_experiment(experiment, artifact_location=place)
 
+    @told
     def start(self, recipe: Mapping[str, Any], *, tags: Mapping[str, str]) -> None:
         """Create the parent run with the recipe as parameters."""
-        made = self._client.create_run(
-            self.experiment, run_name=self.run, tags={"quench.run": self.run, "quench.kind": "run", **tags}
-        )
+        own = {"quench.run": self.run, "quench.kind": "run", "mlflow.user": getpass.getuser()}
+        made = self._client.create_run(self.experiment, run_name=self.run, tags={**own, **tags})
         self.parent = made.info.run_id
         self._params(self.parent, _flat(recipe))
 
@@ -111,10 +135,9 @@ class Tracker:
         """Pass one event of a live step on; points go out in batches every two seconds."""
         if event["kind"] != "metric" or key.split("/")[0] not in STAGES:
             return
-        with self._lock:
-            self._waiting.setdefault(key, []).append(_point(event))
-            if time.monotonic() - self._flushed > LIVE_S:
-                self._flush()
+        self._waiting.setdefault(key, []).append(_point(event))
+        if time.monotonic() - self._flushed > LIVE_S:
+            self._flush()
 
     def _flush(self) -> None:
         for key, points in self._waiting.items():
@@ -129,48 +152,58 @@ class Tracker:
         """Write the nested run of one recorded step: curve, result, files. A hit shows the curve of its making."""
         if record["stage"] not in STAGES:
             return
-        with self._lock:
-            self._flush()
-            run = self._nested_run(record["key"], kind="step")
-            self._tag(run, {"quench.status": record["status"], "quench.fingerprint": record["fingerprint"]})
-            if record["path"] is None:
-                self._client.set_terminated(run, "FAILED" if record["status"] == "failed" else "KILLED")
-                return
-            folder = self.home / record["path"]
-            manifest = read_json(folder / "manifest.json")
-            events = (event for event, _ in read_events(folder / "files" / "events.jsonl"))
-            points = [_point(event) for event in events if event["kind"] == "metric"]
-            self._metrics(run, points[self._sent.get(record["key"], 0) :])
-            self._numbers(run, {**manifest["result"], "seconds": manifest["seconds"]})
-            self._numbers(run, {name: manifest[name] for name in ("peak_rss_gib", "peak_gpu_gib")})
-            self._params(run, _flat(manifest["identity"]["params"]))
-            self._tag(run, {"quench.digest": manifest["digest"], "quench.path": record["path"]})
-            self._files(run, folder, record["stage"])
-            self._client.set_terminated(run, "FINISHED")
+        self._flush()
+        run = self._nested_run(record["key"], kind="step")
+        self._tag(run, {"quench.status": record["status"], "quench.fingerprint": record["fingerprint"]})
+        if record["path"] is None:
+            self._client.set_terminated(run, "FAILED" if record["status"] == "failed" else "KILLED")
+            return
+        folder = self.home / record["path"]
+        manifest = read_json(folder / "manifest.json")
+        events = (event for event, _ in read_events(folder / "files" / "events.jsonl"))
+        points = [_point(event) for event in events if event["kind"] == "metric"]
+        self._metrics(run, points[self._sent.get(record["key"], 0) :])
+        self._numbers(run, {**manifest["result"], "seconds": manifest["seconds"]})
+        self._numbers(run, {name: manifest[name] for name in ("peak_rss_gib", "peak_gpu_gib")})
+        self._params(run, _flat(manifest["identity"]["params"]))
+        self._tag(run, {"quench.digest": manifest["digest"], "quench.path": record["path"]})
+        self._files(run, folder, record["stage"])
+        self._client.set_terminated(run, "FINISHED")
 
     @told
     def report(self, report: Mapping[str, Any], folder: Path) -> None:
         """One nested run an arm, all with the same metric names; headline metrics and the report on the parent."""
-        with self._lock:
-            for slug, arm in report["arms"].items():
-                run = self._nested_run(f"arm/{slug}", kind="arm")
-                metrics = {name: one["value"] for name, one in arm["metrics"].items()}
-                self._numbers(run, metrics)
-                intervals = {name: one["ci95"] for name, one in arm["metrics"].items() if one["ci95"]}
-                for name, (low, high) in intervals.items():
-                    self._numbers(run, {f"{name}.low": low, f"{name}.high": high})
-                self._tag(run, {"quench.status": arm["status"], "quench.merge_base": str(arm["merge_base"])})
-                self._client.set_terminated(run, "FINISHED" if arm["status"] == "ok" else "FAILED")
-                self._numbers(self.parent, {f"{name}/{slug}": metrics.get(name) for name in HEADLINE})
-            for path in sorted(folder.iterdir()):
-                if path.is_file() and not path.name.startswith("."):
-                    self._client.log_artifact(self.parent, str(path))
-            note = (folder / "report.md").read_text(encoding="utf-8")
-            self._client.set_tag(self.parent, "mlflow.note.content", note[:8000])
+        for slug, arm in report["arms"].items():
+            run = self._nested_run(f"arm/{slug}", kind="arm")
+            metrics = {name: one["value"] for name, one in arm["metrics"].items()}
+            self._numbers(run, metrics)
+            intervals = {name: one["ci95"] for name, one in arm["metrics"].items() if one["ci95"]}
+            for name, (low, high) in intervals.items():
+                self._numbers(run, {f"{name}.low": low, f"{name}.high": high})
+            self._params(run, {"arm": slug, "merge_base": arm["merge_base"], "ranked": arm["ranked"]})
+            self._tag(run, {"quench.status": arm["status"]})
+            self._client.set_terminated(run, "FINISHED" if arm["status"] == "ok" else "FAILED")
+            self._numbers(self.parent, {f"{name}/{slug}": metrics.get(name) for name in HEADLINE})
+        for path in sorted(folder.iterdir()):
+            if path.is_file() and not path.name.startswith("."):
+                self._client.log_artifact(self.parent, str(path))
+        arms = json.dumps([self._nested[f"arm/{slug}"] for slug in report["arms"]], separators=(",", ":"))
+        link = f"#/compare-runs?runs={quote(arms)}&experiments={quote(json.dumps([self.experiment]))}"
+        note = "\n".join([f"[Compare the arms]({link})", "", *overview(report)])
+        self._client.set_tag(self.parent, "mlflow.note.content", note[:NOTE_CHARS])
+
+    def end(self, status: str) -> None:
+        """Close the parent run (completed, failed or stopped) and wait; after a stop, for a short time only."""
+        self._close(status)
+        undone = wait(self.asked, timeout=STOP_S if status == "stopped" else None).not_done
+        self.thread.shutdown(wait=False, cancel_futures=True)
+        if undone:
+            self.trouble.append(f"{len(undone)} calls were not made within {STOP_S:g} s of the stop")
+        else:
+            self.asked[-1].result()
 
     @told
-    def end(self, status: str) -> None:
-        """Close the parent run: completed, failed or stopped."""
+    def _close(self, status: str) -> None:
         if self.parent:
             mapped = {"completed": "FINISHED", "failed": "FAILED"}.get(status, "KILLED")
             for run in self._nested.values():

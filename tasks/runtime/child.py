@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import json
+import logging
 import os
 import resource
 import signal
@@ -24,6 +25,8 @@ from tasks.runtime.errors import StageError
 from tasks.runtime.job import Job
 
 PR_SET_PDEATHSIG = 1
+# Loggers that warn at every import of torchao on a machine without the GPU that its kernels were built for.
+NOISY = ("torchao", "torch.utils._pytree")
 GIB = 1 << 30
 
 
@@ -60,6 +63,9 @@ def run_job(path: Path) -> int:
     """Run one job; write result.json; return the exit code (0 done, 1 failed)."""
     job = Job.load(path)
     module, _, function = job.entry.partition(":")
+    if job.execution.log_level != "DEBUG":
+        for name in NOISY:
+            logging.getLogger(name).setLevel(logging.ERROR)
     try:
         body = getattr(importlib.import_module(module), function)
         answer: dict[str, Any] = {"ok": True, "result": body(job)}

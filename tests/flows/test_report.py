@@ -22,6 +22,7 @@ from flows.evidence import read_run
 from flows.metrics import METRICS, difference_text, interval_text, value_text
 from flows.plots import Box, _best_place
 from flows.report import NOT_SERVING, evaluate, print_report, render
+from tests.chromium import chromium
 from tests.flows.synthetic_run import BASE, SHAPES, SyntheticRun
 
 NAMES = {
@@ -406,9 +407,7 @@ def test_numbers_are_written_with_the_digits_that_their_intervals_support() -> N
 @pytest.mark.system
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
 def test_the_page_fits_the_screen(folder: Path, report: dict[str, Any], width: int, scheme: str) -> None:
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
+    with chromium() as browser:
         page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
         complaints: list[str] = []
         page.on("console", lambda message: complaints.append(message.text))
@@ -420,4 +419,3 @@ def test_the_page_fits_the_screen(folder: Path, report: dict[str, Any], width: i
         )
         assert smallest >= 9  # px; below that labels of the plots cannot be read on a phone
         assert complaints == []
-        browser.close()

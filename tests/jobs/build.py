@@ -18,6 +18,7 @@ def make_job(
     params: Mapping[str, Any],
     checkpoint: Path | None = None,
     micro_batch: int | None = None,
+    device: str = "cpu",
     **inputs: Path,
 ) -> Job:
     """A job whose out folder exists; `inputs` are its input paths by name."""
@@ -31,7 +32,7 @@ def make_job(
         inputs={name: Input(path=path, digest=f"digest-{name}", fingerprint="f" * 64) for name, path in inputs.items()},
         out=out,
         checkpoint=checkpoint or out.parent / f"{out.name}-checkpoint",
-        execution=Execution(device="cpu", threads=1, micro_batch=micro_batch),
+        execution=Execution(device=device, threads=1, micro_batch=micro_batch),
     )
 
 
