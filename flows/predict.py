@@ -20,15 +20,15 @@ from recipes.schema import Recipe
 from recipes.schemes import Linear, Scheme, parse_scheme
 
 GIB = 1 << 30
-# Resident GiB of a child on CPU before it has a model, and what its allocator and oneDNN's kernels keep on the way.
-PREPARE = 0.58  # transformers' tokenizer
+# Resident GiB of a child on CPU before it has a model.
+PREPARE = 0.55  # transformers' tokenizer
 CALIBRATE = 0.28  # pyarrow
-TRAIN = 1.2  # 0.53 after import of TRL, PEFT, bitsandbytes; 0.6 more by step 440, since every batch has another shape
-MERGE = 0.52
-GPTQMODEL = 0.72
+TRAIN = 0.85  # 0.53 after import of TRL, PEFT, bitsandbytes; the rest grows over the steps: batches differ in shape
+MERGE = 0.46
+GPTQMODEL = 0.66
 AWQ = 0.85
-RTN = 0.50
-LOAD = {"bf16": 0.65, "nf4": 0.68, "quantized": 0.72}  # reference, evaluate, measure, by the arm's kind
+RTN = 0.45
+LOAD = {"bf16": 0.55, "nf4": 0.60, "quantized": 0.66}  # reference, evaluate, measure, by the arm's kind
 CUDA_HOST = 3.0  # with the CUDA libraries
 CUDA_CONTEXT = 0.6  # GPU memory that no allocator counts
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight: code, 8-bit absmax of 64, fp32 absmax of 256 of those
