@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -30,7 +30,6 @@ class World:
     home: Path
     recipe: Path
     api: str
-    slots: int = 1
 
     @property
     def env(self) -> dict[str, str]:
@@ -39,7 +38,7 @@ class World:
             **os.environ,
             "QUENCH_HOME": str(self.home),
             "PREFECT_API_URL": self.api,
-            "QUENCH_CPU_SLOTS": str(self.slots),
+            "QUENCH_CPU_SLOTS": "1",
             "COLUMNS": "160",
         }
 
@@ -133,7 +132,7 @@ def small(shared: Path, prefect_api: str) -> World:
         if not (world.home / "runs" / "latest").exists():
             write_small_recipe(world.recipe.parent)
             world.home.mkdir(parents=True)
-            replace(world, slots=2).quench("run", str(world.recipe))  # the other worker waits for it as a rule
+            world.quench("run", str(world.recipe))
     return world
 
 

@@ -4,12 +4,19 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
+from uuid import UUID
 
 import pytest
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.objects import StateType
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Cancelling
 
+from tasks.runtime.launch import CHECKOUT
 from tests.conftest import World
 from tests.flows.test_run import fingerprints
 
@@ -18,6 +25,11 @@ GONE_S = 10.0
 # Each case drops one stage from a finished home, so that the run starts there.
 FAST = ["train", "quantize"]
 STAGES = ["prepare", "merge", "reference", "calibrate", "choose", "evaluate", "measure"]
+
+
+def quick(stage: str) -> tuple[str, ...]:
+    """Leave out what comes after everything, unless that is the stage in question."""
+    return () if stage == "measure" else ("--set", "measure.enabled=false")
 
 
 def processes_of(home: Path) -> dict[int, str]:
@@ -72,10 +84,10 @@ def start(world: World, *words: str) -> subprocess.Popen[str]:
     )
 
 
-def finish(world: World, before: dict[str, tuple[int, str]]) -> None:
+def finish(world: World, before: dict[str, tuple[int, str]], *words: str) -> None:
     """Run again: the plan's hits are the run's hits, nothing committed was touched, one commit a fingerprint."""
-    planned = world.plan()
-    world.quench("run", str(world.recipe))
+    planned = world.plan(*words)
+    world.quench("run", str(world.recipe), *words)
     steps = world.steps()
     assert {key for key, hit in planned.items() if hit} <= {k for k, one in steps.items() if one["status"] == "hit"}
     after = fingerprints(world.home)
@@ -89,25 +101,27 @@ def finish(world: World, before: dict[str, tuple[int, str]]) -> None:
 def test_parent_killed_in_a_stage(world: World, stage: str):
     world.drop(stage)
     before = fingerprints(world.home)
-    run = start(world)
+    words = quick(stage)
+    run = start(world, *words)
     wait_child(world, stage, run)
     run.send_signal(signal.SIGKILL)
     run.wait()
     wait_gone(world.home)
     assert fingerprints(world.home) == before
-    finish(world, before)
+    finish(world, before, *words)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [*FAST, *STAGES])
 def test_child_killed_in_a_stage(world: World, stage: str):
     world.drop(stage)
-    run = start(world)
+    words = quick(stage)
+    run = start(world, *words)
     os.kill(wait_child(world, stage, run), signal.SIGKILL)
     out, _ = run.communicate(timeout=300)
     assert run.returncode == 1 and "SIGKILL" in out
     wait_gone(world.home)
-    finish(world, fingerprints(world.home))
+    finish(world, fingerprints(world.home), *words)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -127,6 +141,43 @@ def test_interrupt_leaves_no_child_and_no_server(world: World, number: signal.Si
     assert run.returncode == 130
     runs = sorted(path for path in (world.home / "runs").iterdir() if path.name != "latest")
     assert json.loads((runs[-1] / "steps.json").read_text())["status"] == "stopped"
+
+
+SERVE = "from flows.pipeline import finetune_and_quantize; finetune_and_quantize.serve('default')"
+
+
+@pytest.mark.slow
+def test_prefects_cancel_leaves_no_child(world: World, monkeypatch: pytest.MonkeyPatch):
+    world.drop("train")
+    monkeypatch.setenv("PREFECT_API_URL", world.api)
+    with (
+        subprocess.Popen([sys.executable, "-P", "-c", SERVE], env=world.env, cwd=CHECKOUT) as serve,
+        get_client(sync_client=True) as client,
+    ):
+        try:
+            deployment = wait_deployment(client)
+            run = client.create_flow_run_from_deployment(deployment, parameters={"recipe": str(world.recipe)})
+            wait_child(world, "train", serve)
+            client.set_flow_run_state(run.id, Cancelling())
+            clock = time.monotonic()
+            while any("tasks.runtime.child run" in words for words in processes_of(world.home).values()):
+                assert time.monotonic() - clock < GONE_S
+                time.sleep(0.1)
+            while client.read_flow_run(run.id).state.type != StateType.CANCELLED:
+                assert time.monotonic() - clock < 60  # Prefect's own affair: 4 to 7 s
+                time.sleep(0.2)
+        finally:
+            serve.terminate()
+
+
+def wait_deployment(client: SyncPrefectClient) -> UUID:
+    """Id of finetune-and-quantize/default, once it is served."""
+    for _ in range(240):
+        try:
+            return client.read_deployment_by_name("finetune-and-quantize/default").id
+        except ObjectNotFound:
+            time.sleep(0.25)
+    raise AssertionError("the deployment did not appear within a minute")
 
 
 def test_killed_between_the_rename_and_the_report(world: World):
