@@ -94,7 +94,7 @@ def main() -> None:
         report = (latest / "report.md").read_text(encoding="utf-8")
         seed = json.loads((latest / "recipe.resolved.json").read_text())["train"]["seed"]
         RESULTS.mkdir(exist_ok=True)
-        screenshot((latest / "report.html").as_uri(), RESULTS / "quickstart.png", width=1200, height=1010)
+        screenshot((latest / "report.html").as_uri(), RESULTS / "quickstart.png", width=1200, height=1030)
         rows = [spread("as it is", latest_report(home))]
         second = timed(home, "run", RECIPE)
         changed = timed(home, "run", RECIPE, "--set", CHANGE)
