@@ -107,7 +107,7 @@ def main() -> None:
     page = f"""<!-- Written by `make bench`. -->
 # The quickstart, measured
 
-`{RECIPE}`, training seed {seed}, in an empty QUENCH_HOME, nothing else on the machine.
+`{RECIPE}`, training seed {seed}, in an empty QUENCH_HOME. Wall times are of that day's machine: read them as ratios.
 Hardware and versions at the end.
 
 | command | seconds | of the first run | steps made | hits |
