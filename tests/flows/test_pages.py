@@ -65,6 +65,7 @@ def test_prefect_shows_the_flow_with_its_artifacts(world: World, prefect_api: st
     for name in ("report", "arms", "plan"):
         expect(page.get_by_text(name, exact=True).first).to_be_visible()
     page.goto(f"{url}/artifacts/key/report")
+    page.locator("a[href^='/artifacts/artifact/']").first.click()
     expect(page.get_by_text("What did each merge base cost?").first).to_be_visible()
     page.goto(f"{url}/flows")
     page.get_by_text("finetune-and-quantize").first.click()
