@@ -39,13 +39,14 @@ class Seen(NamedTuple):
 
 @dataclass(kw_only=True)
 class Repository:
-    """Commits, branches and tags of one repository, and who may read its files."""
+    """Commits, branches and tags of one repository, who may read its files, and sizes that its listing claims."""
 
     gated: bool = False
     private: bool = False
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
 
     def commit(self, files: Mapping[str, bytes], *, branch: str = "main") -> str:
         """Add a commit and let a branch name it; returns its 40 hex digits."""
@@ -217,12 +218,12 @@ class _Handler(BaseHTTPRequestHandler):
         commit = self._commit(repository, rest[1] if rest else "main")
         files = repository.commits[commit]
         if rest[:1] == ["tree"]:
-            return self._tree(files, int(query.get("cursor", 0)))
+            return self._tree(repository, files, int(query.get("cursor", 0)))
         named = [{"rfilename": one} for one in files]
         return self._json({"id": name, "sha": commit, "private": repository.private, "siblings": named, "tags": []})
 
-    def _tree(self, files: dict[str, bytes], start: int) -> None:
-        entries = [_entry(name, data) for name, data in files.items()]
+    def _tree(self, repository: Repository, files: dict[str, bytes], start: int) -> None:
+        entries = [_entry(name, data) | _claimed(repository, name) for name, data in files.items()]
         more = {}
         if start + PAGE < len(entries):
             following = f"{self.hub.url()}{urlsplit(self.path).path}?recursive=true&cursor={start + PAGE}"
@@ -297,6 +298,10 @@ def _entry(name: str, data: bytes) -> dict[str, Any]:
     return entry | (
         {"lfs": {"oid": _sha256(data), "size": len(data), "pointerSize": 134}} if name.endswith(LFS) else {}
     )
+
+
+def _claimed(repository: Repository, name: str) -> dict[str, int]:
+    return {"size": repository.sizes[name]} if name in repository.sizes else {}
 
 
 def _ref(name: str, commit: str, kind: str) -> dict[str, str]:

@@ -6,6 +6,7 @@ Measured with huggingface_hub 2.4: a dropped connection is resumed inside one ca
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -54,6 +55,7 @@ NEEDED: dict[Kind, tuple[str, ...]] = {
     "dataset": (" ".join(DATA_FILES),),
 }
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+GIB = 1 << 30
 SHOWN = 8  # files or revisions that an error lists
 
 
@@ -105,7 +107,7 @@ def _look(hub: HubId) -> _Seen:
         except (TransportError, OfflineModeIsEnabled) as error:  # a cache of an older huggingface_hub has no listing
             return _Seen(commit=commit, files=None, unlisted=_unreached(error))
         files = [name for name in sizes if _is_asked(hub.kind, name)]
-        if problem := _unusable(hub, commit, files, sizes):
+        if problem := _unusable(hub, commit, files, sizes) or _no_room(hub, commit, {one: sizes[one] for one in files}):
             raise RecipeError([problem])
         hf_hub_download(hub.name, min(files, key=sizes.__getitem__), repo_type=hub.repo_type, revision=commit)
         return _Seen(commit=commit, files=files)
@@ -158,6 +160,25 @@ def _unusable(hub: HubId, commit: str, files: Sequence[str], sizes: Mapping[str,
         why=why,
         next=f"check the id and the revision on {_page(hub)}",
     )
+
+
+def _no_room(hub: HubId, commit: str, sizes: Mapping[str, int]) -> Problem | None:
+    """The files that are not in the cache yet against its disk's free bytes."""
+    needed = sum(size for name, size in sizes.items() if not _is_cached(hub, commit, name))
+    cache = Path(HF_HUB_CACHE)
+    free = shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.exists())).free
+    if needed <= free:
+        return None
+    return _said(
+        hub,
+        "does not fit the disk of the cache",
+        why=f"{needed / GIB:.1f} GiB are to be downloaded, {free / GIB:.1f} GiB are free at {cache}",
+        next="make room, or set HF_HOME to a folder on a larger disk",
+    )
+
+
+def _is_cached(hub: HubId, commit: str, name: str) -> bool:
+    return isinstance(try_to_load_from_cache(hub.name, name, revision=commit, repo_type=hub.repo_type), str)
 
 
 # ---- fetching
@@ -285,13 +306,8 @@ def _absent(hub: HubId, why: str) -> Problem:
 
 def _broken_off(hub: HubId, seen: _Seen | None, error: BaseException | None) -> Problem:
     """The download began and did not end: the connection, or the disk."""
-    files = (seen and seen.files) or []
-    kept = [
-        name
-        for name in files
-        if seen
-        and isinstance(try_to_load_from_cache(hub.name, name, revision=seen.commit, repo_type=hub.repo_type), str)
-    ]
+    files = seen.files or [] if seen else []
+    kept = [name for name in files if seen and _is_cached(hub, seen.commit, name)]
     return _said(
         hub,
         "was not downloaded to its end",

@@ -1,0 +1,110 @@
+"""A recipe whose base and data lie on a hub: planned, refused, pinned, and run, by a hub on loopback."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import QUICKSTART, write_small_recipe
+from tests.hub import Hub, read_folder
+
+TOKEN = "hf_TheTokenThatNobodyElseMaySee"
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    with Hub() as made:
+        recipe = write_small_recipe(tmp_path / "project")
+        rows = recipe.with_name("rows.jsonl")
+        made.add("org/base", QUICKSTART / "base", gated=True)
+        made.add("org/rows", {"train.jsonl": rows.read_bytes(), "README.md": b"# rows"}, dataset=True)
+        made.tokens = {TOKEN: {"org/base"}}
+        rows.unlink()
+        text = recipe.read_text().replace(str(QUICKSTART / "base"), "org/base").replace("rows.jsonl", "org/rows")
+        recipe.write_text(text)
+        yield made
+
+
+def quench(hub: Hub, folder: Path, *words: str, check: int = 0, **client: object) -> subprocess.CompletedProcess[str]:
+    """`quench WORDS[0] RECIPE WORDS[1:]` with its own cache and home below `folder`."""
+    command, *rest = words
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.cli", command, "project/recipe.yaml", *rest],
+        env=hub.env(folder / "hf", **client) | {"QUENCH_HOME": str(folder / "home"), "QUENCH_CPU_SLOTS": "1"},  # pyright: ignore[reportArgumentType]
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == check, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def fingerprints(hub: Hub, folder: Path, **client: object) -> dict[str, str]:
+    """Key -> fingerprint, as `quench plan` says."""
+    lines = json.loads(quench(hub, folder, "plan", "--json", token=TOKEN, **client).stdout)
+    return {line["key"]: line["fingerprint"] for line in lines}
+
+
+def test_a_plan_is_pinned_and_the_same_offline(hub: Hub, tmp_path: Path):
+    said = quench(hub, tmp_path, "plan", token=TOKEN).stdout
+    base, rows = (hub.repositories[name].branches["main"] for name in ("org/base", "datasets/org/rows"))
+    pins = [line.split() for line in said.splitlines() if line.startswith("pin ")]
+    assert pins == [["pin", "base", f"org/base@{base}"], ["pin", "data", f"org/rows@{rows}"]]
+    online, before = fingerprints(hub, tmp_path), len(hub.seen)
+    assert fingerprints(hub, tmp_path, offline=True) == online
+    assert len(hub.seen) == before
+
+    # The branch moves: another commit. What reads the rows is another step, what reads the base alone is not.
+    data = hub.repositories["datasets/org/rows"]
+    lines = data.commits[rows]["train.jsonl"].splitlines(keepends=True)
+    data.commit({**data.commits[rows], "train.jsonl": b"".join(lines[:-1])})
+    moved = fingerprints(hub, tmp_path)
+    assert moved["prepare/small"] != online["prepare/small"] and moved["train/small"] != online["train/small"]
+    said = quench(hub, tmp_path, "plan", "--set", f"data.revision={rows}", "--json", token=TOKEN).stdout
+    assert {line["key"]: line["fingerprint"] for line in json.loads(said)} == online
+    # A commit with the same rows is the same input: other files of the repository are no part of it.
+    data.commit({**data.commits[rows], "README.md": b"# better"})
+    assert fingerprints(hub, tmp_path) == online
+
+
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_base_and_data_are_refused_at_once_before_anything_starts(hub: Hub, tmp_path: Path, command: str):
+    done = quench(hub, tmp_path, command, "--set", "data.path=org/rosw", "--json", check=2)
+    base, data = json.loads(done.stdout)["problems"]
+    assert "is gated, and no token is set" in base["what"] and "HF_TOKEN" in base["next"]
+    assert f"{hub.url()}/org/base" in base["next"] and base["where"] == "project/recipe.yaml:3 model.base"
+    assert "dataset org/rosw is not there" in data["what"] and data["where"] == "--set data.path=org/rosw data.path"
+    assert not any(one.server == "storage" for one in hub.seen)
+    assert not (tmp_path / "home" / "prefect").exists()
+
+
+def test_fetched_rows_and_base_are_checked_like_local_ones(hub: Hub, tmp_path: Path):
+    data = hub.repositories["datasets/org/rows"]
+    files = data.commits[data.branches["main"]]
+    data.commit({"train.jsonl": files["train.jsonl"] + b"not json\n"})
+    said = quench(hub, tmp_path, "plan", "--set", "train.targets=[q_prj]", token=TOKEN, check=2).stderr
+    assert "train.jsonl:701 is not JSON" in said and "q_prj" in said and "Did you mean q_proj?" in said
+
+
+def test_check_asks_no_hub(hub: Hub, tmp_path: Path):
+    quench(hub, tmp_path, "check", "--data")
+    assert hub.seen == []
+
+
+@pytest.mark.slow
+def test_a_run_from_the_hub_keeps_the_token_to_itself(hub: Hub, tmp_path: Path):
+    done = quench(hub, tmp_path, "run", "--set", "quantize.schemes=[rtn-w4-g128]", token=TOKEN)
+    home = tmp_path / "home"
+    steps = json.loads((home / "runs" / "latest" / "steps.json").read_text())
+    assert {one["status"] for one in steps["steps"]} == {"made"}
+    assert steps["base"]["source"] == f"org/base@{hub.repositories['org/base'].branches['main']}"
+    assert steps["data"]["source"] == f"org/rows@{hub.repositories['datasets/org/rows'].branches['main']}"
+    kept = read_folder(home)
+    logs = [name for name in kept if name.endswith("log.txt")]
+    assert {"home/mlflow.db", "home/prefect/prefect.db"} <= {f"home/{name}" for name in kept} and logs
+    assert [name for name, data in kept.items() if TOKEN.encode() in data] == []
+    assert TOKEN not in done.stdout + done.stderr
