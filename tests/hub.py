@@ -87,6 +87,7 @@ class Hub:
         self.tokens: dict[str, set[str]] = {}  # token -> gated or private repositories that it may read
         self.faults: list[Fault] = []
         self.seen: list[Seen] = []
+        self.down = False  # answers 503
         self._servers = {name: _server(self, name) for name in ("hub", "storage")}
 
     def __enter__(self) -> Hub:
@@ -161,6 +162,8 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         parts = [unquote(part) for part in url.path.strip("/").split("/")]
         try:
+            if self.hub.down:
+                raise Refused(503, None, "Service Unavailable")
             if self.name == "storage":
                 self._bytes(_stored(self.hub, parts[-1]), {}, name=parse_qs(url.query)["name"][0])
             elif parts[0] == "api" and parts[1] == "resolve-cache":

@@ -143,8 +143,10 @@ def _unusable(hub: HubId, commit: str, files: Sequence[str], sizes: Mapping[str,
     ]
     if not missing:
         return None
+    if hub.kind == "model" and "adapter_config.json" in sizes:
+        return _said(hub, "is an adapter, not a base model", why=why, next="name the base that it was trained on")
     pickles = sorted(name for name in sizes if name.endswith(PICKLES))
-    if pickles and hub.kind != "dataset":
+    if pickles and any(one.endswith(".safetensors") for one in missing):
         return _said(
             hub,
             f"has its weights as pickles only: {', '.join(pickles[:SHOWN])}",
@@ -152,8 +154,6 @@ def _unusable(hub: HubId, commit: str, files: Sequence[str], sizes: Mapping[str,
             next="name a repository with safetensors (some have them at another revision); or, if you trust it, "
             "convert it with transformers' or peft's save_pretrained and name that folder",
         )
-    if hub.kind == "model" and "adapter_config.json" in sizes:
-        return _said(hub, "is an adapter, not a base model", why=why, next="name the base that it was trained on")
     return _said(
         hub,
         f"has no {' and no '.join(one.replace(' ', ' or ') for one in missing)}",
@@ -185,7 +185,6 @@ def _is_cached(hub: HubId, commit: str, name: str) -> bool:
 
 
 def _fetch(hub: HubId, seen: _Seen) -> Snapshot:
-
     with _explained(hub, seen):
         folder = snapshot_download(
             hub.name,

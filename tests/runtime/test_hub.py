@@ -41,6 +41,7 @@ def hub() -> Iterator[Hub]:
         made.add("org/adapter", ADAPTER)
         made.add("org/old-adapter", {"adapter_config.json": b"{}", "adapter_model.bin": b"pickle"})
         made.add("org/pickled", {"config.json": b"{}", "pytorch_model.bin": b"pickle", "tokenizer.json": b"{}"})
+        made.add("org/no-config", {"model.safetensors": b"weights", "training_args.bin": b"pickle"})
         made.add("org/large", {"config.json": b"{}", "model.safetensors": LARGE, "onnx/model.safetensors": b"x"})
         made.add("org/rows", {"data/train.jsonl": b'{"x": 1}\n', "README.md": b"x", "a.png": b"x"}, dataset=True)
         made.add("org/pictures", {"README.md": b"x", "a.png": b"x"}, dataset=True)
@@ -133,6 +134,8 @@ def test_what_cannot_be_used_is_refused_before_a_byte_is_downloaded(hub: Hub, tm
         ("org/pickled", "model"): "has its weights as pickles only: pytorch_model.bin",
         ("org/old-adapter", "adapter"): "has its weights as pickles only: adapter_model.bin",
         ("org/adapter", "model"): "is an adapter, not a base model",
+        ("org/old-adapter", "model"): "is an adapter, not a base model",
+        ("org/no-config", "model"): "has no config.json",
         ("org/base", "adapter"): "has no adapter_config.json and no adapter_model.safetensors",
         ("org/pictures", "dataset"): "has no *.jsonl",
         ("org/huge", "model"): "does not fit the disk of the cache",
@@ -181,10 +184,13 @@ def test_offline_without_a_cache_names_the_variables(hub: Hub, tmp_path: Path):
         assert str(tmp_path) in problem and "HF_ENDPOINT" in problem and "HF_HOME" in problem
 
 
-def test_no_network_is_told_from_offline_mode(hub: Hub, tmp_path: Path):
+def test_no_network_and_a_hub_that_is_down(tmp_path: Path):
     with Hub() as gone:
         gone.add("org/base", QUICKSTART / "base")
         online = snapshot(gone, tmp_path / "full", "org/base").splitlines()[:2]
+        gone.down = True
+        said = snapshot(gone, tmp_path / "empty", "org/base", check=2)
+        assert "model org/base cannot be fetched" in said and "answered 503" in said
     said = snapshot(gone, tmp_path / "full", "org/base")
     assert said.splitlines()[:2] == online and "Could not reach the Hub" in said
     said = snapshot(gone, tmp_path / "empty", "org/base", check=2)
