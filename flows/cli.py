@@ -65,9 +65,11 @@ def _plan(args: argparse.Namespace) -> int:
     from flows.vet import vet
     from tasks.runtime.store import find_home
 
-    planned = vet(args.recipe, sets=args.set, home=find_home()).plan
+    vetted = vet(args.recipe, sets=args.set, home=find_home())
+    planned, pins = vetted.plan, vetted.pins
     hits = sum(one.hit for one in planned)
-    lines = [*(str(one) for one in planned), f"{hits} of {len(planned)} steps are in the store"]
+    commits = [f"pin   {one.name:<34} {one.source}" for one in (pins.base, pins.data) if "@" in one.source]
+    lines = [*commits, *(str(one) for one in planned), f"{hits} of {len(planned)} steps are in the store"]
     _print([vars(one) for one in planned], "\n".join(lines), as_json=args.json)
     return DONE
 

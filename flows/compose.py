@@ -9,11 +9,22 @@ from pathlib import Path
 from recipes.arms import Arm, arms
 from recipes.headers import read_headers
 from recipes.load import Loaded
+from recipes.problem import RecipeError
 from recipes.schema import Recipe, SqlExecution
 from recipes.schemes import parse_scheme
 from tasks import calibrate, choose, evaluate, measure, merge, prepare, quantize, reference, train
 from tasks.runtime.leases import cpu_slots
-from tasks.runtime.pin import MODEL_FILES, TOKENIZER_FILES, Digests, Snapshot, external_file, external_folder, snapshot
+from tasks.runtime.pin import (
+    DATA_FILES,
+    MODEL_FILES,
+    TOKENIZER_FILES,
+    Digests,
+    HubId,
+    Snapshot,
+    external_file,
+    external_folder,
+    snapshots,
+)
 from tasks.runtime.step import External, Limits, Step, resolve_device
 
 
@@ -52,10 +63,11 @@ def pin(loaded: Loaded, home: Path) -> Pins:
     """Resolve paths and hub ids; digest what they name.
 
     Raises:
-        RecipeError: A hub id cannot be fetched.
+        RecipeError: Hub ids cannot be fetched: base and data at once.
     """
     recipe, digests = loaded.recipe, Digests(home)
-    model = fetch_model(loaded)
+    fetched = fetch(loaded)
+    model = fetched.get("model.base") or Snapshot(folder=loaded.resolve(recipe.model.base), source=recipe.model.base)
     base = external_folder("base", model.folder, patterns=MODEL_FILES, digests=digests, source=model.source)
     tokens = external_folder(
         "tokenizer",
@@ -65,12 +77,12 @@ def pin(loaded: Loaded, home: Path) -> Pins:
         source=model.source,
     )
     asked = recipe.data
-    file = loaded.data
-    if file is None:
-        rows = snapshot(asked.path, revision=asked.revision, kind="dataset", where=loaded.where("data.path"))
-        data = external_folder("data", rows.folder, patterns=("**/*.jsonl",), digests=digests, source=rows.source)
+    rows = fetched.get("data.path") or Snapshot(folder=loaded.resolve(asked.path), source=asked.path)
+    if rows.folder.is_dir():
+        every = [f"**/{pattern}" for pattern in DATA_FILES]
+        data = external_folder("data", rows.folder, patterns=every, digests=digests, source=rows.source)
     else:
-        data = external_file("data", file, digests=digests, source=asked.path)
+        data = external_file("data", rows.folder, digests=digests, source=rows.source)
     general = asked.general and external_file("general", loaded.resolve(asked.general), digests=digests)
     named = recipe.model.chat_template
     template = (
@@ -86,13 +98,19 @@ def pin(loaded: Loaded, home: Path) -> Pins:
     return Pins(base=base, tokenizer=tokens, data=data, general=general or None, template=template, databases=databases)
 
 
-def fetch_model(loaded: Loaded) -> Snapshot:
-    """Folder of the base model and where it came from (`org/name@commit`, or the path as written)."""
-    model = loaded.recipe.model
-    folder = loaded.base
-    if folder is None:
-        return snapshot(model.base, revision=model.revision, kind="model", where=loaded.where("model.base"))
-    return Snapshot(folder=folder, source=model.base)
+def fetch(loaded: Loaded) -> dict[str, Snapshot]:
+    """What the recipe names by hub id, by field; fetched together, so that their problems come at once."""
+    model, data = loaded.recipe.model, loaded.recipe.data
+    asked: list[HubId] = []
+    if loaded.base is None:
+        asked.append(HubId(name=model.base, revision=model.revision, kind="model", field="model.base"))
+    if loaded.data is None:
+        asked.append(HubId(name=data.path, revision=data.revision, kind="dataset", field="data.path"))
+    try:
+        found = snapshots(asked)
+    except RecipeError as error:
+        raise RecipeError(loaded.placed(problem) for problem in error.problems) from None
+    return {hub.field: one for hub, one in zip(asked, found, strict=True)}
 
 
 def limits(recipe: Recipe) -> Limits:

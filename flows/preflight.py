@@ -16,7 +16,7 @@ from flows.predict import CUDA_CONTEXT, FILES, GIB, Predicted, RowSizes, predict
 from recipes.headers import Headers, read_headers
 from recipes.load import Loaded
 from recipes.problem import Problem, RecipeError
-from recipes.rows import read_rows
+from recipes.rows import jsonl_files, read_rows
 from recipes.schema import Recipe
 from tasks.runtime.leases import cpu_slots
 from tasks.runtime.step import Limits
@@ -261,9 +261,10 @@ def preflight(loaded: Loaded, planned: Sequence[Planned], *, home: Path, base: P
 
 
 def sampled(loaded: Loaded, headers: Headers) -> RowSizes | None:
-    """Sizes of the rows, from the first 2,000 of a local data file."""
+    """Sizes of the rows, from the first 2,000 of the data."""
     path = loaded.data
-    if path is None or not path.is_file():
+    if path is None or not path.exists():
         return None
     read = read_rows(path, format=loaded.recipe.data.format, max_rows=SAMPLE_ROWS)
-    return row_sizes(read.rows, data_bytes=path.stat().st_size, per_byte=tokens_per_byte(headers))
+    size = sum(file.stat().st_size for file in jsonl_files(path))
+    return row_sizes(read.rows, data_bytes=size, per_byte=tokens_per_byte(headers))

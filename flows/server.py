@@ -69,9 +69,11 @@ class OwnServer:
         (self._home / "prefect").mkdir(parents=True, exist_ok=True)
         program = Path(sys.executable).with_name("prefect")
         own = {"PREFECT_SERVER_LOGGING_LEVEL": "WARNING", "PREFECT_SERVER_UI_API_URL": self.api}
+        env = child_env(secrets=True) | prefect_settings(self._home) | own
+        env.pop("HF_TOKEN", None)  # this process alone asks a hub
         self._child = self._launcher.start(
             ["exec", "--", str(program), "server", "start", "--host", "127.0.0.1", "--port", str(port)],
-            env=child_env(secrets=True) | prefect_settings(self._home) | own,
+            env=env,
             cwd=self._home,
             log=self._log,
         )

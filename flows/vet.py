@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from flows.compose import Pins, limits, pin
 from flows.plan import Planned, plan
 from flows.preflight import preflight
-from recipes.check import check_base, load_and_check
+from recipes.check import check, check_data, load_and_check
 from recipes.load import Loaded
 from recipes.problem import RecipeError
 from recipes.schema import Recipe
@@ -40,8 +40,19 @@ def vet(path: Path, *, sets: Sequence[str], home: Path) -> Vetted:
     """
     loaded = load_and_check(path, sets=sets, data=True)
     pins = pin(loaded, home)
-    if loaded.base is None and (problems := check_base(loaded, pins.base.path)):  # a hub id: it is here only now
-        raise RecipeError([loaded.placed(one) for one in problems])
+    here = fetched(loaded, pins)
+    if problems := [*check(here), *check_data(here).problems] if here is not loaded else []:
+        raise RecipeError(problems)
     planned = plan(loaded.recipe, pins, Store(home))
-    predicted = preflight(loaded, planned, home=home, base=pins.base.path, limits=limits(loaded.recipe))
+    predicted = preflight(here, planned, home=home, base=pins.base.path, limits=limits(loaded.recipe))
     return Vetted(loaded=loaded, pins=pins, plan=planned, preflight=predicted)
+
+
+def fetched(loaded: Loaded, pins: Pins) -> Loaded:
+    """The recipe with folders in place of hub ids, for what reads headers and rows; itself where all is local."""
+    if loaded.base is not None and loaded.data is not None:
+        return loaded
+    recipe = loaded.recipe
+    model = recipe.model.model_copy(update={"base": str(pins.base.path)})
+    data = recipe.data.model_copy(update={"path": str(pins.data.path)})
+    return replace(loaded, recipe=recipe.model_copy(update={"model": model, "data": data}))

@@ -203,7 +203,7 @@ def _targets(loaded: Loaded, headers: Headers) -> Iterator[Problem]:
 def _data(loaded: Loaded) -> Iterator[Problem]:
     path = loaded.data
     if path is not None:
-        if not path.is_file():
+        if not path.exists():
             yield _missing(path, field="data.path", kind="file")
         else:
             yield from _first_row(loaded, path)

@@ -52,7 +52,7 @@ def check_data(loaded: Loaded) -> RowCheck:
     path, recipe = loaded.data, loaded.recipe
     if path is None:
         return RowCheck([], {"data": f"{recipe.data.path} is not local: its rows are read when it is pinned"})
-    if not path.is_file():
+    if not path.exists():
         return RowCheck([], {})
     read = read_rows(path, format=recipe.data.format, columns=loaded.columns)
     said = set(read_rows(path, format=recipe.data.format, columns=loaded.columns, max_rows=1).wrong)

@@ -1,16 +1,17 @@
-"""Pinning: from what a recipe names to bytes with a digest. The one place that talks to a hub."""
+"""Pinning: from what a recipe names to bytes with a digest. The one door to a hub."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from recipes.problem import Problem, RecipeError
 from tasks.runtime.fingerprint import file_digest, fingerprint
 from tasks.runtime.step import External
 from tasks.runtime.store import read_json, write_json
+
+Kind = Literal["model", "adapter", "dataset"]
 
 # What a model folder can hold besides weights that shapes any result.
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
@@ -22,9 +23,13 @@ TOKENIZER_FILES = (
     "vocab.*",
     "merges.txt",
     "tokenizer.model",
+    "spiece.model",
     "chat_template.jinja",
+    "chat_template.json",
     "chat_templates/*",
 )
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+DATA_FILES = ("*.jsonl",)
 
 
 class Digests:
@@ -70,41 +75,44 @@ class Snapshot(NamedTuple):
     source: str
 
 
-def snapshot(repository: str, *, revision: str | None, kind: str, where: str) -> Snapshot:
-    """Download `org/name` at a revision, pinned to the commit that it names now.
+@dataclass(frozen=True, kw_only=True)
+class HubId:
+    """What a recipe asks a hub for.
 
-    Args:
-        repository: Hub id.
+    Attributes:
+        name: `org/name`.
         revision: Branch, tag or commit; None is the default branch.
-        kind: `model` or `dataset`.
-        where: Recipe field, for the error.
+        kind: What is expected in it.
+        field: Recipe field, for errors: `model.base`.
+    """
+
+    name: str
+    revision: str | None
+    kind: Kind
+    field: str
+
+    @property
+    def repo_type(self) -> str:
+        """The hub's word: an adapter lies in a model repository."""
+        return "dataset" if self.kind == "dataset" else "model"
+
+
+def snapshot(repository: str, *, revision: str | None, kind: Kind, field: str) -> Snapshot:
+    """Download `org/name` at a revision, pinned to the commit that it names now; see `snapshots`."""
+    return snapshots([HubId(name=repository, revision=revision, kind=kind, field=field)])[0]
+
+
+def snapshots(asked: Sequence[HubId]) -> list[Snapshot]:
+    """Download repositories, each pinned to the commit that its revision names now.
+
+    All are looked at before the first weight is fetched: does it exist, may we read it, does it hold what is expected.
+    A hub that cannot be reached is no error where the cache has everything: then the commit is the one used last.
 
     Raises:
-        RecipeError: Gated, missing, wrong revision, or no network and not in the cache.
+        RecipeError: All that is wrong with any of them.
     """
-    from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    if not asked:
+        return []
+    from tasks.runtime import hub  # huggingface_hub takes 0.5 s; local folders do without it
 
-    try:
-        folder = Path(
-            snapshot_download(
-                repository,
-                revision=revision,
-                repo_type=kind,
-                allow_patterns=None if kind == "dataset" else [*MODEL_FILES, *TOKENIZER_FILES],
-            )
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        host = os.environ.get("HF_ENDPOINT", "the hub")
-        raise RecipeError(
-            [
-                Problem(
-                    what=f"{kind} {repository}{'@' + revision if revision else ''} cannot be fetched",
-                    where=where,
-                    why=f"{type(error).__name__} from {host}: {str(error).splitlines()[0]}",
-                    next="check the id and the revision; for a gated repository accept its terms on its page and set "
-                    "HF_TOKEN; offline, name a local folder instead",
-                )
-            ]
-        ) from error
-    return Snapshot(folder=folder, source=f"{repository}@{folder.name}")
+    return hub.snapshots(asked)
