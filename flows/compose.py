@@ -129,40 +129,41 @@ def compose(recipe: Recipe, pins: Pins, do: Callable[[Step], object]) -> Matrix:
         for onto in ("dequantized", "original")
     }
     scored_against = made(reference.step(recipe, dataset=dataset, base=pins.base, adapter=adapter))
-    widest = max(layer.in_features for layer in read_headers(pins.base.path).linears)
+    widest = read_headers(pins.base.path).largest_in_features
     calibset = made(calibrate.step(recipe, dataset=dataset, largest_in_features=widest))
+    models: dict[str, Step | None] = {}
+    scores: dict[str, Step] = {}
+
+    def loads(arm: Arm) -> dict[str, Step | External]:
+        return _there(model=models[arm.slug] or pins.base, dataset=dataset, adapter=adapter if arm.adapter else None)
+
+    def score(arm: Arm) -> None:
+        inputs = {**loads(arm), **_there(reference=scored_against, databases=pins.databases)}
+        scores[arm.slug] = made(evaluate.step(recipe, arm.slug, kind=arm.kind, inputs=inputs))
+
+    every = arms(recipe)
+    schemes = {arm: parse_scheme(arm.scheme) for arm in every if arm.scheme}
+    for arm in filter(
+        lambda one: one not in schemes, every
+    ):  # before the choice, which may read the scores of the merged models
+        models[arm.slug] = merged.get(arm.merge_base or "")
+        score(arm)
     chosen = made(
         choose.step(
             recipe,
-            candidates={recipe.merge.base: merged[recipe.merge.base]},
+            merged=merged,
+            scores={onto: scores[f"merged-{onto}"] for onto in merged},
             lineage={"base": pins.base, "adapter": adapter},
         )
     )
-
-    models: dict[str, Step | None] = {}
-    for arm in arms(recipe):
-        if arm.scheme is None:
-            models[arm.slug] = merged.get(arm.merge_base or "")
-        else:
-            origin = pins.base if arm.on_base else chosen
-            models[arm.slug] = made(
-                quantize.step(recipe, parse_scheme(arm.scheme), model=origin, calibset=calibset, arm=arm.slug)
-            )
-
+    for arm, scheme in schemes.items():
+        origin = pins.base if arm.on_base else chosen
+        models[arm.slug] = made(quantize.step(recipe, scheme, model=origin, calibset=calibset, arm=arm.slug))
+    for arm in schemes:
+        score(arm)
     rows: list[ArmSteps] = []
-    loads: dict[str, dict[str, Step | External]] = {}
-    for arm in arms(recipe):
-        loads[arm.slug] = {"model": models[arm.slug] or pins.base, "dataset": dataset}
-        if arm.adapter:
-            loads[arm.slug]["adapter"] = adapter
-    scores = {}
-    for arm in arms(recipe):
-        inputs = {**loads[arm.slug], "reference": scored_against}
-        if pins.databases is not None:
-            inputs["databases"] = pins.databases
-        scores[arm.slug] = made(evaluate.step(recipe, arm.slug, kind=arm.kind, inputs=inputs))
     there = limits(recipe)
-    for arm in arms(recipe):
+    for arm in every:
         speed = None
         if recipe.measure.enabled:
             speed = made(
@@ -172,7 +173,7 @@ def compose(recipe: Recipe, pins: Pins, do: Callable[[Step], object]) -> Matrix:
                     kind=arm.kind,
                     device=there.device,
                     threads=there.threads,
-                    inputs=loads[arm.slug],
+                    inputs=loads(arm),
                 )
             )
         rows.append(
@@ -185,3 +186,8 @@ def compose(recipe: Recipe, pins: Pins, do: Callable[[Step], object]) -> Matrix:
             )
         )
     return Matrix(steps=tuple(steps), arms=tuple(rows))
+
+
+def _there(**inputs: Step | External | None) -> dict[str, Step | External]:
+    """The inputs that there are."""
+    return {name: one for name, one in inputs.items() if one is not None}

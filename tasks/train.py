@@ -13,7 +13,7 @@ def step(recipe: Recipe, *, dataset: Step, base: External) -> Step:
         slug=recipe.name,
         entry="tasks.jobs.train:run",
         version=1,
-        params=recipe.train.model_dump(),
+        params=recipe.train.model_dump(exclude={"adapter"}),
         inputs={"dataset": dataset, "base": base},
         tools=("torch", "transformers", "peft", "trl", "bitsandbytes"),
         gpus=1,
