@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from recipes.adapters import CONFIG, RECORD, WEIGHTS
 from recipes.arms import Arm, arms
 from recipes.headers import read_headers
 from recipes.load import Loaded
@@ -15,6 +16,9 @@ from tasks import calibrate, choose, evaluate, measure, merge, prepare, quantize
 from tasks.runtime.leases import cpu_slots
 from tasks.runtime.pin import MODEL_FILES, TOKENIZER_FILES, Digests, Snapshot, external_file, external_folder, snapshot
 from tasks.runtime.step import External, Limits, Step, resolve_device
+
+# What shapes a result of an adapter, and what tells how it was trained (recipes/adapters.py reads it).
+ADAPTER_FILES = (CONFIG, WEIGHTS, RECORD, "config.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +31,7 @@ class Pins:
     general: External | None
     template: External | None
     databases: External | None
+    adapter: External | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +87,33 @@ def pin(loaded: Loaded, home: Path) -> Pins:
         if isinstance(scorer, SqlExecution)
         else None
     )
+    adapter = fetch_adapter(loaded)
+    trained = (
+        external_folder("adapter", adapter.folder, patterns=ADAPTER_FILES, digests=digests, source=adapter.source)
+        if adapter
+        else None
+    )
     digests.save()
-    return Pins(base=base, tokenizer=tokens, data=data, general=general or None, template=template, databases=databases)
+    return Pins(
+        base=base,
+        tokenizer=tokens,
+        data=data,
+        general=general or None,
+        template=template,
+        databases=databases,
+        adapter=trained,
+    )
+
+
+def fetch_adapter(loaded: Loaded) -> Snapshot | None:
+    """Folder of the adapter that stands in place of training, and where it came from; None where the recipe trains."""
+    named = loaded.recipe.train.adapter
+    if named is None:
+        return None
+    folder = loaded.adapter
+    if folder is None:
+        return snapshot(named, revision=None, kind="model", where=loaded.where("train.adapter"))
+    return Snapshot(folder=folder, source=named)
 
 
 def fetch_model(loaded: Loaded) -> Snapshot:
@@ -123,7 +153,7 @@ def compose(recipe: Recipe, pins: Pins, do: Callable[[Step], object]) -> Matrix:
     dataset = made(
         prepare.step(recipe, data=pins.data, tokenizer=pins.tokenizer, general=pins.general, template=pins.template)
     )
-    adapter = made(train.step(recipe, dataset=dataset, base=pins.base))
+    adapter = made(train.step(recipe, dataset=dataset, base=pins.base, adapter=pins.adapter))
     merged = {
         onto: made(merge.step(recipe, base=pins.base, adapter=adapter, onto=onto))
         for onto in ("dequantized", "original")

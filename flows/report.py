@@ -122,7 +122,7 @@ def evaluate(run: Run) -> dict[str, Any]:
         "memory": [_memory(step, run.predicted[step.key]) for step in run.steps.values() if step.key in run.predicted],
         "hardware": run.raw["hardware"],
         "versions": run.raw["versions"],
-        "sources": {name: _source(run.raw[name]) for name in ("base", "data") if run.raw.get(name)},
+        "sources": {name: _source(run.raw[name]) for name in ("base", "data", "adapter") if run.raw.get(name)},
         "steps": [_step(step) for step in run.steps.values()],
         "failures": [_trouble(step, run) for step in run.steps.values() if not step.ok],
         "notes": [one._asdict() for one in notes(list(run.steps.values()))],

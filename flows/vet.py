@@ -10,7 +10,7 @@ from typing import Any
 from flows.compose import Pins, limits, pin
 from flows.plan import Planned, plan
 from flows.preflight import preflight
-from recipes.check import check_base, load_and_check
+from recipes.check import check_adapter, check_base, load_and_check
 from recipes.load import Loaded
 from recipes.problem import RecipeError
 from recipes.schema import Recipe
@@ -42,6 +42,12 @@ def vet(path: Path, *, sets: Sequence[str], home: Path) -> Vetted:
     pins = pin(loaded, home)
     if loaded.base is None and (problems := check_base(loaded, pins.base.path)):  # a hub id: it is here only now
         raise RecipeError([loaded.placed(one) for one in problems])
+    if (
+        pins.adapter
+        and loaded.adapter is None
+        and (problems := check_adapter(loaded, pins.adapter.path, base=pins.base.path))
+    ):
+        raise RecipeError(problems)
     planned = plan(loaded.recipe, pins, Store(home))
     predicted = preflight(loaded, planned, home=home, base=pins.base.path, limits=limits(loaded.recipe))
     return Vetted(loaded=loaded, pins=pins, plan=planned, preflight=predicted)

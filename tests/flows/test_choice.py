@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-
 from flows.compose import Matrix, compose, pin
 from flows.plan import plan
 from flows.report import render
