@@ -132,6 +132,22 @@ def test_report_of_a_fixed_base_and_of_a_choice_that_was_never_made(tmp_path: Pa
     assert "quantize merged-dequantized: the recipe names it (merge.base)." in merge_answer(report)
 
 
+def test_arms_that_nobody_could_choose_for_name_the_evaluation_that_failed(tmp_path: Path):
+    _, folder = undecided(tmp_path)
+    raw = json.loads((folder / "steps.json").read_text())
+    why = {"what": "Logits are NaN.", "where": "dev", "why": "a layer overflows", "next": "look at it"}
+    for step in raw["steps"]:
+        if step["key"] == "evaluate/merged-original":
+            step |= {"status": "failed", "path": None, "problem": why}
+        elif step["stage"] in ("quantize", "evaluate") and step["slug"] == "gptq-w4-g128":
+            step |= {"status": "skipped", "path": None, "problem": {**why, "what": "not run"}}
+    (folder / "steps.json").write_text(json.dumps(raw))
+    report = render(folder, tmp_path).json
+    reason = report["arms"]["gptq-w4-g128"]["metrics"]["task"]["reason"]
+    assert reason.startswith("evaluate/merged-original: Logits are NaN")
+    assert report["arms"]["gptq-w4-g128.on-base"]["status"] == "ok"
+
+
 def test_report_shows_the_weights_error_and_an_adapter_from_elsewhere(tmp_path: Path):
     run, folder = undecided(tmp_path)
     decide(run, folder, DECIDED)
