@@ -9,7 +9,7 @@ from typing import Any
 from flows.cells import Cell
 from flows.comparisons import FAMILIES, REFERENCE, Comparison
 from flows.evidence import Arm
-from flows.metrics import difference_text, interval_text, significant, size, value_text
+from flows.metrics import decimals, difference_text, interval_text, significant, size, value_text
 
 UNKNOWN = "No difference that this much data can show"
 _NOUN = {"task": "task score", "ppl_test": "perplexity", "ppl_general": "general perplexity", "kl_mean": "KL"}
@@ -32,12 +32,21 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """What the answers are made from."""
+    """What the answers are made from.
+
+    Attributes:
+        choice: What the choose step said; None where it was not made.
+        error_over_delta: What the merge into the dequantized base said about it (tasks/jobs/weight_error.py).
+        adapter: What the train step said about the adapter's origin; None where it was trained in this pipeline.
+    """
 
     arms: Mapping[str, Arm]
     cells: Mapping[str, Mapping[str, Cell]]
     ranked: frozenset[str]
     comparisons: Sequence[Comparison]
+    choice: Mapping[str, Any] | None = None
+    error_over_delta: Mapping[str, Any] | None = None
+    adapter: Mapping[str, Any] | None = None
 
     def pair(self, a: str, b: str, metric: str) -> Comparison | None:
         """The comparison of a with b, whichever of the two came first."""
@@ -121,7 +130,8 @@ def _fine_tuning(found: Findings, question: str) -> Answer:
 
 def _merge(found: Findings, question: str) -> Answer:
     between = found.pair("merged-dequantized", "merged-original", "kl_mean")
-    text: list[str] = []
+    text = _decided(found)
+    named = len(text)
     for slug in ("merged-dequantized", "merged-original"):
         parts = [_sentence(one) for metric in ("task", "ppl_test") if (one := found.pair(slug, REFERENCE, metric))]
         if slug in found.ranked:
@@ -130,15 +140,55 @@ def _merge(found: Findings, question: str) -> Answer:
     if between is None:
         return (
             _cannot(question, "one of the merged models has no scores")
-            if not text
-            else Answer(question=question, short=text[0], text=tuple(text))
+            if len(text) == named
+            else Answer(question=question, short=text[named], text=tuple(text))
         )
     text.append(f"merged-dequantized against merged-original: {_sentence(between)}.")
+    text += _beside(found)
     short = {
         "better": f"Merging into the dequantized base stays closer to what was trained (KL {_difference(between)}).",
         "worse": f"Merging into the original base stays closer to what was trained (KL {_difference(between)}).",
     }.get(between.verdict, f"{UNKNOWN} between the two merge bases (KL {_difference(between)}).")
     return Answer(question=question, short=short, text=tuple(text))
+
+
+def _decided(found: Findings) -> list[str]:
+    """Which merge the schemes quantize, and who said so: the recipe, or these figures on dev."""
+    choice = found.choice
+    if choice is None:
+        return []
+    if "rule" not in choice:
+        return [f"The schemes quantize merged-{choice['candidate']}: the recipe names it (merge.base)."]
+    losses, ci95 = choice["loss"], choice["ci95"]
+    if ci95 is None:
+        told = "of one group only, so nothing can be told"
+    else:
+        places = decimals((ci95[1] - ci95[0]) / 2)
+        told = " against ".join(f"{losses[base]:.{places}f} ({base})" for base in ("dequantized", "original"))
+        told += f", difference {difference_text('kl_mean', choice['difference'], ci95)} a token"
+    return [
+        f"The schemes quantize merged-{choice['candidate']}, chosen by this run (merge.base: auto): loss on dev "
+        f"{told}; {choice['tokens']:,} tokens of {choice['rows']:,} rows in {choice['groups']:,} groups. "
+        f"Rule: {choice['rule']}."
+    ]
+
+
+def _beside(found: Findings) -> list[str]:
+    """What is shown beside the choice and decides nothing."""
+    text: list[str] = []
+    if ratio := found.error_over_delta:
+        kinds = ", ".join(f"{kind} {significant(one['median'], 2)}" for kind, one in ratio["by_kind"].items())
+        text.append(
+            f"What NF4 changed in a weight against what the adapter changes, ||W − NF4(W)|| / ||delta||: median "
+            f"{significant(ratio['median'], 2)} of {ratio['modules']} modules, largest {significant(ratio['max'], 2)} "
+            f"({ratio['max_module']}); medians by kind: {kinds}. It decides nothing."
+        )
+    if found.adapter:
+        text.append(
+            f"The adapter was trained elsewhere; the weights under it there: {found.adapter['provenance']}. KL is "
+            "measured against it on NF4 weights: where it was trained on others, KL favours the dequantized base."
+        )
+    return text
 
 
 def _schemes(found: Findings) -> list[str]:

@@ -27,6 +27,7 @@ from flows.stats import (
     upper_quantile,
 )
 
+MERGED = "evaluate/merged-"
 UPSTREAM = ("prepare", "train", "merge", "reference", "calibrate", "choose", "quantize")
 
 
@@ -100,6 +101,8 @@ def _failure(arm: Arm, run: Run) -> str | None:
         return None if scored.ok else scored.trouble
     behind = [step for key in (arm.model, arm.adapter) if (step := run.step(key)) and step.status == "failed"]
     behind += [step for step in run.steps.values() if step.status == "failed" and step.stage in UPSTREAM[:-1]]
+    if arm.merge_base == "auto":  # undecided: the choice needs the scores of both merged models
+        behind += [step for key, step in run.steps.items() if step.status == "failed" and key.startswith(MERGED)]
     if behind:
         return behind[0].trouble
     return scored.trouble if scored else f"the run ended before {arm.evaluate}"

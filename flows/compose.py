@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from recipes.adapters import CONFIG, RECORD, WEIGHTS
 from recipes.arms import Arm, arms
 from recipes.headers import read_headers
 from recipes.load import Loaded
@@ -27,6 +28,9 @@ from tasks.runtime.pin import (
 )
 from tasks.runtime.step import External, Limits, Step, resolve_device
 
+# What shapes a result of an adapter, and what tells how it was trained (recipes/adapters.py reads it).
+ADAPTER_FILES = (CONFIG, WEIGHTS, RECORD, "config.json")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pins:
@@ -38,6 +42,7 @@ class Pins:
     general: External | None
     template: External | None
     databases: External | None
+    adapter: External | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +72,7 @@ def pin(loaded: Loaded, home: Path) -> Pins:
     """
     recipe, digests = loaded.recipe, Digests(home)
     fetched = fetch(loaded)
-    model = fetched.get("model.base") or Snapshot(folder=loaded.resolve(recipe.model.base), source=recipe.model.base)
+    model = fetched.get("model.base") or _local(loaded, recipe.model.base)
     base = external_folder("base", model.folder, patterns=MODEL_FILES, digests=digests, source=model.source)
     tokens = external_folder(
         "tokenizer",
@@ -77,7 +82,7 @@ def pin(loaded: Loaded, home: Path) -> Pins:
         source=model.source,
     )
     asked = recipe.data
-    rows = fetched.get("data.path") or Snapshot(folder=loaded.resolve(asked.path), source=asked.path)
+    rows = fetched.get("data.path") or _local(loaded, asked.path)
     if rows.folder.is_dir():
         every = [f"**/{pattern}" for pattern in DATA_FILES]
         data = external_folder("data", rows.folder, patterns=every, digests=digests, source=rows.source)
@@ -94,18 +99,47 @@ def pin(loaded: Loaded, home: Path) -> Pins:
         if isinstance(scorer, SqlExecution)
         else None
     )
+    adapter = recipe.train.adapter and external_folder(
+        "adapter",
+        (there := fetched.get("train.adapter") or _local(loaded, recipe.train.adapter)).folder,
+        patterns=ADAPTER_FILES,
+        digests=digests,
+        source=there.source,
+    )
     digests.save()
-    return Pins(base=base, tokenizer=tokens, data=data, general=general or None, template=template, databases=databases)
+    return Pins(
+        base=base,
+        tokenizer=tokens,
+        data=data,
+        general=general or None,
+        template=template,
+        databases=databases,
+        adapter=adapter or None,
+    )
+
+
+def _local(loaded: Loaded, path: str) -> Snapshot:
+    return Snapshot(folder=loaded.resolve(path), source=path)
+
+
+def fetchable(loaded: Loaded) -> list[HubId]:
+    """What the recipe names by hub id."""
+    recipe = loaded.recipe
+    asked: list[HubId] = []
+    if loaded.base is None:
+        model = recipe.model
+        asked.append(HubId(name=model.base, revision=model.revision, kind="model", field="model.base"))
+    if loaded.data is None:
+        data = recipe.data
+        asked.append(HubId(name=data.path, revision=data.revision, kind="dataset", field="data.path"))
+    if recipe.train.adapter and loaded.adapter is None:
+        asked.append(HubId(name=recipe.train.adapter, revision=None, kind="adapter", field="train.adapter"))
+    return asked
 
 
 def fetch(loaded: Loaded) -> dict[str, Snapshot]:
     """What the recipe names by hub id, by field; fetched together, so that their problems come at once."""
-    model, data = loaded.recipe.model, loaded.recipe.data
-    asked: list[HubId] = []
-    if loaded.base is None:
-        asked.append(HubId(name=model.base, revision=model.revision, kind="model", field="model.base"))
-    if loaded.data is None:
-        asked.append(HubId(name=data.path, revision=data.revision, kind="dataset", field="data.path"))
+    asked = fetchable(loaded)
     try:
         found = snapshots(asked)
     except RecipeError as error:
@@ -141,46 +175,47 @@ def compose(recipe: Recipe, pins: Pins, do: Callable[[Step], object]) -> Matrix:
     dataset = made(
         prepare.step(recipe, data=pins.data, tokenizer=pins.tokenizer, general=pins.general, template=pins.template)
     )
-    adapter = made(train.step(recipe, dataset=dataset, base=pins.base))
+    adapter = made(train.step(recipe, dataset=dataset, base=pins.base, adapter=pins.adapter))
     merged = {
         onto: made(merge.step(recipe, base=pins.base, adapter=adapter, onto=onto))
         for onto in ("dequantized", "original")
     }
     scored_against = made(reference.step(recipe, dataset=dataset, base=pins.base, adapter=adapter))
-    widest = max(layer.in_features for layer in read_headers(pins.base.path).linears)
+    widest = read_headers(pins.base.path).largest_in_features
     calibset = made(calibrate.step(recipe, dataset=dataset, largest_in_features=widest))
+    models: dict[str, Step | None] = {}
+    scores: dict[str, Step] = {}
+
+    def loads(arm: Arm) -> dict[str, Step | External]:
+        return _there(model=models[arm.slug] or pins.base, dataset=dataset, adapter=adapter if arm.adapter else None)
+
+    def score(arm: Arm) -> None:
+        inputs = {**loads(arm), **_there(reference=scored_against, databases=pins.databases)}
+        scores[arm.slug] = made(evaluate.step(recipe, arm.slug, kind=arm.kind, inputs=inputs))
+
+    every = arms(recipe)
+    schemes = {arm: parse_scheme(arm.scheme) for arm in every if arm.scheme}
+    for arm in filter(
+        lambda one: one not in schemes, every
+    ):  # before the choice, which may read the scores of the merged models
+        models[arm.slug] = merged.get(arm.merge_base or "")
+        score(arm)
     chosen = made(
         choose.step(
             recipe,
-            candidates={recipe.merge.base: merged[recipe.merge.base]},
+            merged=merged,
+            scores={onto: scores[f"merged-{onto}"] for onto in merged},
             lineage={"base": pins.base, "adapter": adapter},
         )
     )
-
-    models: dict[str, Step | None] = {}
-    for arm in arms(recipe):
-        if arm.scheme is None:
-            models[arm.slug] = merged.get(arm.merge_base or "")
-        else:
-            origin = pins.base if arm.on_base else chosen
-            models[arm.slug] = made(
-                quantize.step(recipe, parse_scheme(arm.scheme), model=origin, calibset=calibset, arm=arm.slug)
-            )
-
+    for arm, scheme in schemes.items():
+        origin = pins.base if arm.on_base else chosen
+        models[arm.slug] = made(quantize.step(recipe, scheme, model=origin, calibset=calibset, arm=arm.slug))
+    for arm in schemes:
+        score(arm)
     rows: list[ArmSteps] = []
-    loads: dict[str, dict[str, Step | External]] = {}
-    for arm in arms(recipe):
-        loads[arm.slug] = {"model": models[arm.slug] or pins.base, "dataset": dataset}
-        if arm.adapter:
-            loads[arm.slug]["adapter"] = adapter
-    scores = {}
-    for arm in arms(recipe):
-        inputs = {**loads[arm.slug], "reference": scored_against}
-        if pins.databases is not None:
-            inputs["databases"] = pins.databases
-        scores[arm.slug] = made(evaluate.step(recipe, arm.slug, kind=arm.kind, inputs=inputs))
     there = limits(recipe)
-    for arm in arms(recipe):
+    for arm in every:
         speed = None
         if recipe.measure.enabled:
             speed = made(
@@ -190,7 +225,7 @@ def compose(recipe: Recipe, pins: Pins, do: Callable[[Step], object]) -> Matrix:
                     kind=arm.kind,
                     device=there.device,
                     threads=there.threads,
-                    inputs=loads[arm.slug],
+                    inputs=loads(arm),
                 )
             )
         rows.append(
@@ -203,3 +238,8 @@ def compose(recipe: Recipe, pins: Pins, do: Callable[[Step], object]) -> Matrix:
             )
         )
     return Matrix(steps=tuple(steps), arms=tuple(rows))
+
+
+def _there(**inputs: Step | External | None) -> dict[str, Step | External]:
+    """The inputs that there are."""
+    return {name: one for name, one in inputs.items() if one is not None}

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,7 +70,11 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One way to ship, and the keys of the steps behind it (flows/runs.py writes them)."""
+    """One way to ship, and the keys of the steps behind it (flows/runs.py writes them).
+
+    Attributes:
+        merge_base: `dequantized`, `original`, None where nothing is merged; `auto` where the run ended undecided.
+    """
 
     slug: str
     kind: str
@@ -111,21 +115,38 @@ class Run:
         """A step by key; None where the run never came to it."""
         return self.steps.get(key) if key else None
 
+    @property
+    def choice(self) -> Mapping[str, Any] | None:
+        """What the choose step said (tasks/jobs/choose.py); None where it was not made."""
+        return _choice(self.steps.values())
+
 
 def read_run(folder: Path, home: Path) -> Run:
     """Read a run's folder and the manifests of all its steps."""
     raw = _json(folder / "steps.json")
     preflight = folder / "preflight.json"
     recipe = folder / "recipe.resolved.json"
+    steps = {one["key"]: _step(one, home) for one in raw["steps"]}
+    decided = (_choice(steps.values()) or {}).get("candidate", "auto")
     return Run(
         folder=folder,
         home=home,
         raw=raw,
         recipe=_json(recipe) if recipe.exists() else {},
         predicted=_json(preflight).get("steps", {}) if preflight.exists() else {},
-        steps={one["key"]: _step(one, home) for one in raw["steps"]},
-        arms=tuple(Arm(**{name: one[name] for name in Arm.__dataclass_fields__}) for one in raw["arms"]),
+        steps=steps,
+        arms=tuple(_arm(one, decided) for one in raw["arms"]),
     )
+
+
+def _choice(steps: Iterable[Step]) -> Mapping[str, Any] | None:
+    return next((step.manifest["result"] for step in steps if step.stage == "choose" and step.manifest), None)
+
+
+def _arm(raw: Mapping[str, Any], decided: str) -> Arm:
+    """An arm; where the recipe left the merge base to the run, with the one that was chosen."""
+    arm = Arm(**{name: raw[name] for name in Arm.__dataclass_fields__})
+    return replace(arm, merge_base=decided) if arm.merge_base == "auto" else arm
 
 
 def _json(path: Path) -> dict[str, Any]:

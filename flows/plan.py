@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from flows.compose import Pins, compose
 from recipes.schema import Recipe
+from tasks.choose import candidates
 from tasks.runtime.step import External, Step, lookup
 from tasks.runtime.store import Artifact, Store
 
@@ -53,6 +54,8 @@ def plan(recipe: Recipe, pins: Pins, store: Store) -> list[Planned]:
                 lines.append(Planned(key=step.key, fingerprint=step.fingerprint, hit=True, why="hit"))
                 return
             why = found.why
+        if step.stage == "choose" and len(between := candidates(step)) > 1:
+            why = f"decided at run time: {' or '.join(between)}" + (f", {why}" if inputs is None else "")
         fields = tuple(store.nearest(step.stage, step.slug, step.identity))
         lines.append(Planned(key=step.key, fingerprint=step.fingerprint, hit=False, why=why, fields=fields))
 

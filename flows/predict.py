@@ -237,6 +237,10 @@ def _calibrate(sizes: _Sizes) -> Predicted:
 
 def _train(sizes: _Sizes) -> Predicted:
     asked, headers = sizes.recipe.train, sizes.headers
+    if asked.adapter is not None:  # copied; its rank is not known here and counts as the default
+        return _step(
+            sizes, f"train/{sizes.recipe.name}", {}, process=CALIBRATE, disk=4 * sizes.lora_parameters, on_gpu=False
+        )
     tokens = sizes.recipe.micro_batch * sizes.length
     kept = ACTIVATION_FACTOR * 2 * _features(headers.linears)
     if asked.gradient_checkpointing:

@@ -9,11 +9,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from flows.answers import Answer, Findings, answers
 from flows.cells import ArmEvidence, Cell, Draws, cells_of, domain_cells, gather, not_ranked, speed_record
-from flows.comparisons import FAMILIES, compare
+from flows.comparisons import FAMILIES, REFERENCE, compare
 from flows.evidence import Arm, Run, Step, notes, read_run
 from flows.metrics import METRICS
 from flows.report_html import page
@@ -85,6 +85,9 @@ def evaluate(run: Run) -> dict[str, Any]:
         cells=cells,
         ranked=frozenset(cells) - frozenset(unranked),
         comparisons=comparisons,
+        choice=run.choice,
+        error_over_delta=_result(run, "merged-dequantized", "model").get("error_over_delta"),
+        adapter=_origin(run),
     )
     answered = answers(found)
     return {
@@ -94,6 +97,9 @@ def evaluate(run: Run) -> dict[str, Any]:
         "answers": [_answer(one) for one in answered],
         "arms": {slug: _arm(one, run, cells[slug], ranked=slug not in unranked) for slug, one in evidence.items()},
         "not_ranked": unranked,
+        "choice": found.choice and dict(found.choice),
+        "error_over_delta": found.error_over_delta,
+        "adapter": found.adapter,
         "domains": {slug: _cells(domain_cells(one, draws)) for slug, one in evidence.items()},
         "comparisons": [one.as_dict() for one in comparisons],
         "comparisons_left_out": [asdict(one) for one in left_out],
@@ -116,11 +122,25 @@ def evaluate(run: Run) -> dict[str, Any]:
         "memory": [_memory(step, run.predicted[step.key]) for step in run.steps.values() if step.key in run.predicted],
         "hardware": run.raw["hardware"],
         "versions": run.raw["versions"],
-        "sources": {name: _source(run.raw[name]) for name in ("base", "data") if run.raw.get(name)},
+        "sources": {name: _source(run.raw[name]) for name in ("base", "data", "adapter") if run.raw.get(name)},
         "steps": [_step(step) for step in run.steps.values()],
         "failures": [_trouble(step, run) for step in run.steps.values() if not step.ok],
         "notes": [one._asdict() for one in notes(list(run.steps.values()))],
     }
+
+
+def _result(run: Run, slug: str, part: Literal["model", "adapter"]) -> Mapping[str, Any]:
+    """What the job said that made an arm's model or adapter; empty where there is none."""
+    arm = next((one for one in run.arms if one.slug == slug), None)
+    step = run.step(getattr(arm, part)) if arm else None
+    return step.manifest["result"] if step and step.manifest else {}
+
+
+def _origin(run: Run) -> dict[str, Any] | None:
+    """Where the adapter came from; None where this pipeline trained it."""
+    said = _result(run, REFERENCE, "adapter")
+    named = ("trained_here", "provenance")
+    return {name: said[name] for name in named} if said.get("trained_here") is False else None
 
 
 def _answer(one: Answer) -> dict[str, Any]:

@@ -184,6 +184,9 @@ class Tracker:
             self._tag(run, {"quench.status": arm["status"]})
             self._client.set_terminated(run, "FINISHED" if arm["status"] == "ok" else "FAILED")
             self._numbers(self.parent, {f"{name}/{slug}": metrics.get(name) for name in HEADLINE})
+        if choice := report["choice"]:
+            self._params(self.parent, {"merge.chosen": choice["candidate"]})
+            self._numbers(self.parent, {"choose": {name: choice.get(name) for name in ("loss", "difference")}})
         for path in sorted(folder.iterdir()):
             if path.is_file() and not path.name.startswith("."):
                 self._client.log_artifact(self.parent, str(path))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flows.compose import Pins, limits, pin
+from flows.compose import Pins, fetchable, limits, pin
 from flows.plan import Planned, plan
 from flows.preflight import preflight
 from recipes.check import check, check_data, load_and_check
@@ -50,9 +50,10 @@ def vet(path: Path, *, sets: Sequence[str], home: Path) -> Vetted:
 
 def fetched(loaded: Loaded, pins: Pins) -> Loaded:
     """The recipe with folders in place of hub ids, for what reads headers and rows; itself where all is local."""
-    if loaded.base is not None and loaded.data is not None:
+    if not fetchable(loaded):
         return loaded
     recipe = loaded.recipe
     model = recipe.model.model_copy(update={"base": str(pins.base.path)})
     data = recipe.data.model_copy(update={"path": str(pins.data.path)})
-    return replace(loaded, recipe=recipe.model_copy(update={"model": model, "data": data}))
+    train = recipe.train.model_copy(update={"adapter": str(pins.adapter.path)}) if pins.adapter else recipe.train
+    return replace(loaded, recipe=recipe.model_copy(update={"model": model, "data": data, "train": train}))

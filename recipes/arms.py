@@ -9,7 +9,7 @@ from recipes.problem import Problem, RecipeError
 from recipes.schema import Recipe
 
 Kind = Literal["bf16", "nf4", "quantized"]
-MergeBase = Literal["dequantized", "original"]
+MergeBase = Literal["dequantized", "original", "auto"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,8 @@ class Arm:
     Attributes:
         slug: Its name everywhere.
         kind: How the model folder is loaded.
-        merge_base: The weights that the adapter was merged into; None where nothing is merged.
+        merge_base: The weights that the adapter was merged into; `auto` where the run decides, None where nothing is
+            merged.
         scheme: Slug of the scheme; None where nothing is quantized but to NF4.
         on_base: The scheme is applied to the base, and the adapter stays on top.
         adapter: The adapter is loaded on top.

@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from recipes.arms import arms
+from recipes.check_adapter import beside, fit_problems, folder_problems
 from recipes.check_rows import RowCheck, check_data, general_problems
 from recipes.headers import Headers, read_headers
 from recipes.load import InvalidRecipe, Loaded, load, shown
@@ -19,7 +20,7 @@ from recipes.rows import read_rows
 from recipes.schema import SqlExecution
 from recipes.schemes import Scheme, parse_scheme
 
-__all__ = ["RowCheck", "check", "check_base", "check_data", "load_and_check", "unchecked"]
+__all__ = ["RowCheck", "check", "check_adapter", "check_base", "check_data", "load_and_check", "unchecked"]
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 OURS = ("flows", "tasks", "recipes")
@@ -54,6 +55,7 @@ def check(loaded: Loaded) -> list[Problem]:
     A base or data set that is a hub id is not local and says nothing here: `check_base` looks at it when it is pinned.
     """
     problems = [*_shadows(), *_schemes(loaded), *_data(loaded), *_scorer(loaded), *_template(loaded)]
+    problems += [*beside(loaded), *_adapter(loaded)]
     base = loaded.base
     if base is not None:
         problems += check_base(loaded, base) if base.is_dir() else [_missing(base, field="model.base", kind="folder")]
@@ -67,13 +69,24 @@ def check_base(loaded: Loaded, folder: Path) -> list[Problem]:
     except RecipeError as error:
         return list(error.problems)
     found = [*_chat_template(loaded, headers), *_shapes(loaded, headers), *_lengths(loaded, headers)]
-    return [loaded.placed(problem) for problem in (*found, *_targets(loaded, headers))]
+    found += [*_targets(loaded, headers), *(fit_problems(loaded.adapter, headers) if loaded.adapter else [])]
+    return [loaded.placed(problem) for problem in found]
+
+
+def check_adapter(loaded: Loaded, folder: Path, *, base: Path) -> list[Problem]:
+    """Problems of a hub's adapter in the folder that it was pinned to; the base has passed `check_base`."""
+    found = folder_problems(folder) or fit_problems(folder, read_headers(base))
+    return [loaded.placed(problem) for problem in found]
 
 
 def unchecked(loaded: Loaded) -> list[str]:
     """What is not here yet and was not looked at: `model.base org/name: checked when it is pinned`."""
-    named = {"model.base": (loaded.recipe.model.base, loaded.base), "data.path": (loaded.recipe.data.path, loaded.data)}
-    return [f"{field} {name}: checked when it is pinned" for field, (name, here) in named.items() if here is None]
+    named = {
+        "model.base": (loaded.recipe.model.base, loaded.base),
+        "data.path": (loaded.recipe.data.path, loaded.data),
+        "train.adapter": (loaded.recipe.train.adapter, loaded.adapter),
+    }
+    return [f"{field} {name}: checked when it is pinned" for field, (name, here) in named.items() if name and not here]
 
 
 def _missing(path: Path, *, field: str, kind: str) -> Problem:
@@ -195,6 +208,13 @@ def _targets(loaded: Loaded, headers: Headers) -> Iterator[Problem]:
                 why=f"Its layers are called {', '.join(known)}.",
                 next=f"Did you mean {near[0]}?" if near else "Name one of these, or write all-linear.",
             )
+
+
+def _adapter(loaded: Loaded) -> list[Problem]:
+    folder = loaded.adapter
+    if folder is None:
+        return []
+    return folder_problems(folder) if folder.is_dir() else [_missing(folder, field="train.adapter", kind="folder")]
 
 
 # ---- data, scorer, template

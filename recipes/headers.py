@@ -174,6 +174,19 @@ def read_headers(folder: Path) -> Headers:
     )
 
 
+def read_file(path: Path) -> dict[str, Tensor]:
+    """Every tensor of one safetensors file, by name.
+
+    Raises:
+        RecipeError: The file is truncated or broken.
+    """
+    problems: list[Problem] = []
+    tensors = _header(path, problems)
+    if problems:
+        raise RecipeError(problems)
+    return {tensor.name: tensor for tensor in tensors}
+
+
 def _json(path: Path) -> dict[str, Any] | None:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

@@ -19,7 +19,14 @@ from recipes.schema import Recipe, SqlExecution, is_hub_id
 from recipes.yamlfile import Document, parse, parse_value
 
 # A relative path counts from where it is written: the file that holds it, or the current folder for --set.
-PATH_FIELDS = ("model.base", "model.chat_template", "data.path", "data.general", "evaluate.scorer.databases")
+PATH_FIELDS = (
+    "model.base",
+    "model.chat_template",
+    "data.path",
+    "data.general",
+    "train.adapter",
+    "evaluate.scorer.databases",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +64,12 @@ class Loaded:
     def data(self) -> Path | None:
         """The data file; None for a hub id."""
         return self._local(self.recipe.data.path)
+
+    @property
+    def adapter(self) -> Path | None:
+        """Folder of the adapter that stands in place of training; None for a hub id and where the recipe trains."""
+        named = self.recipe.train.adapter
+        return None if named is None else self._local(named)
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -53,6 +53,9 @@ class Data(Section):
 
 
 class Train(Section):
+    adapter: str | None = None
+    """LoRA adapter that was trained before, by any PEFT-based tool: a local folder or a hub id. Nothing is trained
+    then, so no other field may stand beside it."""
     rank: Annotated[int, Field(ge=1, le=1024)] = 16
     """LoRA rank r."""
     alpha: Annotated[float, Field(gt=0)] = 32
@@ -86,8 +89,9 @@ class Train(Section):
 
 
 class Merge(Section):
-    base: Literal["dequantized", "original"] = "dequantized"
-    """Merge that the schemes quantize: into the NF4 weights that were trained, dequantized, or the original ones."""
+    base: Literal["dequantized", "original", "auto"] = "dequantized"
+    """Merge that the schemes quantize: into the NF4 weights that were trained, dequantized, or the original ones.
+    `auto` takes the one with the lower loss on dev, the dequantized one when the two cannot be told apart."""
 
 
 class Calibrate(Section):

@@ -6,14 +6,24 @@ from recipes.schema import Recipe
 from tasks.runtime.step import External, Step
 
 
-def step(recipe: Recipe, *, dataset: Step, base: External) -> Step:
-    """The adapter of a recipe."""
+def step(recipe: Recipe, *, dataset: Step, base: External, adapter: External | None = None) -> Step:
+    """The adapter of a recipe: trained, or taken from elsewhere (train.adapter)."""
+    if adapter is not None:
+        return Step(
+            stage="train",
+            slug=recipe.name,
+            entry="tasks.jobs.adopt:run",
+            version=1,
+            params={"trained_here": False},
+            inputs={"dataset": dataset, "adapter": adapter},
+            tools=("safetensors",),
+        )
     return Step(
         stage="train",
         slug=recipe.name,
         entry="tasks.jobs.train:run",
         version=1,
-        params=recipe.train.model_dump(),
+        params=recipe.train.model_dump(exclude={"adapter"}),
         inputs={"dataset": dataset, "base": base},
         tools=("torch", "transformers", "peft", "trl", "bitsandbytes"),
         gpus=1,
