@@ -6,12 +6,18 @@ matrix; the exit code still says so.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import signal
+import threading
 import time
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, cast
 from uuid import UUID
 
+import httpx
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import (
     create_markdown_artifact,
@@ -20,9 +26,11 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 from prefect.cache_policies import NO_CACHE
-from prefect.context import TaskRunContext
+from prefect.client.orchestration import get_client
+from prefect.context import FlowRunContext, TaskRunContext
 from prefect.events.worker import EventsWorker
 from prefect.futures import PrefectConcurrentFuture, wait
+from prefect.states import Cancelled
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.compose import compose, limits
@@ -41,6 +49,7 @@ from tasks.runtime.store import Artifact, Store, find_home, write_json
 # A task only waits for its child; what runs at once is decided by leases.
 WAITING_TASKS = 32
 PROGRESS_S = 2.0
+CANCEL_POLL_S = 2.0
 
 
 class RunFailed(Exception):
@@ -68,6 +77,13 @@ class Session:
         self.futures: dict[str, PrefectConcurrentFuture[str]] = {}
         self._progress: dict[str, tuple[UUID, float]] = {}
 
+        @task(task_run_name="{key}", cache_policy=NO_CACHE, persist_result=False)
+        def make(key: str) -> str:
+            """Make one step; returns the committed folder."""
+            return self.make(key)
+
+        self.task = make
+
     def do(self, step: Step) -> None:
         """Take a hit at once; submit everything else as a task that waits for the tasks it needs."""
         self.steps[step.key] = step
@@ -78,8 +94,8 @@ class Session:
         needs = [one.key for one in step.inputs.values() if isinstance(one, Step)]
         if step.whole_machine:  # it would hold the gate while others wait: let them finish first
             wait(list(self.futures.values()))
-        self.futures[step.key] = make.submit(  # pyright: ignore[reportCallIssue]
-            self.record.id, step.key, wait_for=[self.futures[key] for key in needs if key in self.futures]
+        self.futures[step.key] = self.task.submit(  # pyright: ignore[reportCallIssue]
+            step.key, wait_for=[self.futures[key] for key in needs if key in self.futures]
         )
 
     def make(self, key: str) -> str:
@@ -154,18 +170,9 @@ class Session:
             get_run_logger().info("%s | %s", step.key, line)
 
 
-_SESSIONS: dict[str, Session] = {}
-
-
 def artifact_key(*parts: str) -> str:
     """A Prefect artifact key: small letters, digits and dashes."""
     return "".join(char if char.isalnum() else "-" for char in "-".join(parts).lower())
-
-
-@task(task_run_name="{key}", cache_policy=NO_CACHE, persist_result=False)
-def make(run: str, key: str) -> str:
-    """Make one step of a live run; returns the committed folder."""
-    return _SESSIONS[run].make(key)
 
 
 @flow(  # pyright: ignore[reportCallIssue]
@@ -191,15 +198,13 @@ def finetune_and_quantize(recipe: str, sets: list[str] | None = None) -> str:
     home = find_home()
     vetted = vet(Path(recipe), sets=sets or [], home=home)
     record = RunRecord(home, vetted.loaded)
-    with Launcher() as launcher:
+    with Launcher() as launcher, watched(launcher):
         session = Session(vetted, Store(home), launcher, record)
-        _SESSIONS[record.id] = session
         try:
             with session.display:
                 _work(session, vetted)
         finally:
             launcher.end_all()  # before anything that may have to wait
-            _SESSIONS.pop(record.id)
             if record.status == "running":
                 record.finish("stopped")
             session.tracker.end(record.status)
@@ -209,6 +214,37 @@ def finetune_and_quantize(recipe: str, sets: list[str] | None = None) -> str:
         failed = [one.key for one in record.records.values() if one.status == "failed"]
         raise RunFailed(f"{', '.join(failed)} failed; see {record.folder / 'report.md'}")
     return str(record.folder)
+
+
+@contextlib.contextmanager
+def watched(launcher: Launcher) -> Generator[None]:
+    """Obey Prefect's cancel while the body runs: end the children, mark the run Cancelled, then end as by SIGTERM.
+
+    A runner or worker does the last part too, but nobody watches a flow that `quench run` started.
+    """
+    run = FlowRunContext.get()
+    if run is None or run.flow_run is None:
+        yield
+        return
+    done = threading.Event()
+    thread = threading.Thread(target=_obey_cancel, args=(run.flow_run.id, launcher, done), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def _obey_cancel(flow_run: UUID, launcher: Launcher, done: threading.Event) -> None:
+    with get_client(sync_client=True) as client:
+        while not done.wait(CANCEL_POLL_S):
+            with contextlib.suppress(httpx.HTTPError):  # the server may be away for a while: the run goes on
+                state = client.read_flow_run(flow_run).state
+                if state is not None and (state.is_cancelling() or state.is_cancelled()):
+                    launcher.end_all()
+                    client.set_flow_run_state(flow_run, Cancelled(message="as asked for in Prefect"), force=True)
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    return
 
 
 def _work(session: Session, vetted: Vetted) -> None:

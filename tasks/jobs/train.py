@@ -37,6 +37,7 @@ CURVES = {
     "grad_norm": "train/grad_norm",
     "eval_loss": "train/dev_loss",
 }
+OF_THE_ATTEMPT = ("tokens_per_s", "train_s", "total_s", "resumed_from_step")
 DEV_ROWS = 128  # of dev, for the dev loss: rows are in the order of their hashes, so the first ones are a fair sample
 DEV_POINTS = 4  # dev losses a training: each costs DEV_ROWS forward passes
 
@@ -105,7 +106,9 @@ def run(job: Job) -> dict[str, Any]:
         "gradient_cosine": alike.cosine,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
-    (job.out / "train.json").write_text(json.dumps(result, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    # Without what differs from one training to the next: equal weights are an equal adapter.
+    kept = {name: value for name, value in result.items() if name not in OF_THE_ATTEMPT}
+    (job.out / "train.json").write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return result
 
 

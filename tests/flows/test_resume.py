@@ -4,24 +4,22 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
-from uuid import UUID
 
 import pytest
-from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.objects import StateType
-from prefect.exceptions import ObjectNotFound
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter
 from prefect.states import Cancelling
 
-from tasks.runtime.launch import CHECKOUT
 from tests.conftest import World
 from tests.flows.test_run import fingerprints
 
 # From the signal to nothing left: the issue allows 10 s.
 GONE_S = 10.0
+RUNNING = FlowRunFilter.model_validate({"state": {"name": {"any_": ["Running"]}}})
 # Each case drops one stage from a finished home, so that the run starts there.
 FAST = ["train", "quantize"]
 STAGES = ["prepare", "merge", "reference", "calibrate", "choose", "evaluate", "measure"]
@@ -143,41 +141,21 @@ def test_interrupt_leaves_no_child_and_no_server(world: World, number: signal.Si
     assert json.loads((runs[-1] / "steps.json").read_text())["status"] == "stopped"
 
 
-SERVE = "from flows.pipeline import finetune_and_quantize; finetune_and_quantize.serve('default')"
-
-
 @pytest.mark.slow
-def test_prefects_cancel_leaves_no_child(world: World, monkeypatch: pytest.MonkeyPatch):
+def test_prefects_cancel_leaves_no_child(world: World, prefect_api: str, monkeypatch: pytest.MonkeyPatch):
     world.drop("train")
-    monkeypatch.setenv("PREFECT_API_URL", world.api)
-    with (
-        subprocess.Popen([sys.executable, "-P", "-c", SERVE], env=world.env, cwd=CHECKOUT) as serve,
-        get_client(sync_client=True) as client,
-    ):
-        try:
-            deployment = wait_deployment(client)
-            run = client.create_flow_run_from_deployment(deployment, parameters={"recipe": str(world.recipe)})
-            wait_child(world, "train", serve)
-            client.set_flow_run_state(run.id, Cancelling())
-            clock = time.monotonic()
-            while any("tasks.runtime.child run" in words for words in processes_of(world.home).values()):
-                assert time.monotonic() - clock < GONE_S
-                time.sleep(0.1)
-            while client.read_flow_run(run.id).state.type != StateType.CANCELLED:
-                assert time.monotonic() - clock < 60  # Prefect's own affair: 4 to 7 s
-                time.sleep(0.2)
-        finally:
-            serve.terminate()
-
-
-def wait_deployment(client: SyncPrefectClient) -> UUID:
-    """Id of finetune-and-quantize/default, once it is served."""
-    for _ in range(240):
-        try:
-            return client.read_deployment_by_name("finetune-and-quantize/default").id
-        except ObjectNotFound:
-            time.sleep(0.25)
-    raise AssertionError("the deployment did not appear within a minute")
+    monkeypatch.setenv("PREFECT_API_URL", prefect_api)
+    run = start(replace(world, api=prefect_api))
+    wait_child(world, "train", run)
+    with get_client(sync_client=True) as client:
+        (flow_run,) = client.read_flow_runs(flow_run_filter=RUNNING)
+        client.set_flow_run_state(flow_run.id, Cancelling())
+        clock = time.monotonic()
+        out, _ = run.communicate(timeout=60)
+        wait_gone(world.home)
+        assert time.monotonic() - clock < GONE_S
+        assert run.returncode == 130, out
+        assert client.read_flow_run(flow_run.id).state.name in ("Cancelled", "Crashed")
 
 
 def test_killed_between_the_rename_and_the_report(world: World):

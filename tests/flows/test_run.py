@@ -127,14 +127,30 @@ def test_a_failed_arm_fails_its_own_cells_only(world: World):
 
 @pytest.mark.slow
 def test_a_remade_adapter_with_other_bytes_makes_everything_below_again(world: World):
+    before = adapter_digest(world.home)
     world.drop("train")
     planned = world.plan()
     above = {"prepare/small", "calibrate/small", "measure/base"}
     assert {key for key, hit in planned.items() if hit} == above
+    # Four forward passes a step in place of one: execution, not identity, and another order of summation.
+    world.quench("run", str(world.recipe), "--set", "measure.enabled=false", "--set", "run.micro_batch=4")
+    assert adapter_digest(world.home) != before
+    below = {key: one["status"] for key, one in world.steps().items() if key not in above}
+    assert set(below.values()) == {"made"}, below
+
+
+@pytest.mark.slow
+def test_a_remade_adapter_with_the_same_bytes_keeps_everything_below(world: World):
+    before = adapter_digest(world.home)
+    world.drop("train")
     world.quench("run", str(world.recipe), "--set", "measure.enabled=false")
-    steps = world.steps()
-    adapters = list((world.home / "store" / "train").iterdir())
-    assert len(adapters) == 1
-    # Equal bytes keep what is below, other bytes make it again: both are right, half of each is not.
-    below = {one["status"] for key, one in steps.items() if key.split("/")[0] in ("merge", "reference", "evaluate")}
-    assert below in ({"made"}, {"hit"})
+    if adapter_digest(world.home) != before:
+        pytest.skip("training gave other bytes on this machine")
+    made = {key for key, one in world.steps().items() if one["status"] == "made"}
+    assert made == {"train/small"}
+
+
+def adapter_digest(home: Path) -> str:
+    """Digest of the one adapter in a home."""
+    (path,) = (home / "store" / "train").glob("*/manifest.json")
+    return json.loads(path.read_text())["digest"]
