@@ -19,8 +19,8 @@ class Conversation:
     """What a chat template gets.
 
     Attributes:
-        turns: In the row's order; arguments of tool calls are objects, which templates expect, also where the row has
-            JSON text (Qwen2.5's template would quote it twice).
+        turns: In the row's order. A turn with tool calls has text, empty if need be (Cohere's template reads it), and their
+            arguments are objects also where the row has JSON text (Qwen2.5's template would quote it twice).
         tools: JSON schemas of the row's `tools` column, None where it has none.
     """
 
@@ -90,7 +90,7 @@ def _with_arguments(turn: Message, number: int) -> Message:
             arguments = _from_json(arguments, f"turn {number}: the arguments of {function['name']} are")
         function = function | {"arguments": {} if arguments is None else arguments}
         read.append(call | {"function": function} if call.get("function") else function)
-    return turn | {"tool_calls": read}
+    return turn | {"content": turn.get("content") or "", "tool_calls": read}
 
 
 def _from_json(text: str, what: str) -> Any:

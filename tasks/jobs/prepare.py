@@ -184,12 +184,14 @@ def _record(row: Row, sample: Sample, renderer: Renderer) -> dict[str, Any]:
     if turn.get("tool_calls"):  # there is no text for a call but the template's
         answer = renderer.completion(rendered)
     return {
-        "messages": json.dumps(sample.turns, ensure_ascii=False, sort_keys=True),
+        "messages": json.dumps(
+            sample.turns, ensure_ascii=False
+        ),  # keys in their order: templates write calls as they are
         "input_ids": rendered.input_ids,
         "completion_mask": rendered.mask,
         "prompt_ids": rendered.prompt_ids if sample.last else [],
         "answer": answer if sample.last else "",
-        "columns": json.dumps(row.columns, ensure_ascii=False, sort_keys=True),
+        "columns": json.dumps(row.columns, ensure_ascii=False),
         "dropped_turns": sample.dropped,
         "turn": sample.turn,
     }

@@ -73,12 +73,14 @@ class Renderer:
     Attributes:
         tokenizer: A PreTrainedTokenizerBase with a chat template (its stubs do not know what a call returns).
         end_of_turn: Id of the special token that ends an assistant turn.
+        opening: Ids of the generation prompt.
         special: Ids of all special tokens: some templates end tool calls with another one.
         training: TRL's training template where it has one for exactly this template.
     """
 
     tokenizer: Any
     end_of_turn: int
+    opening: list[int]
     special: frozenset[int]
     training: str | None
 
@@ -114,9 +116,19 @@ class Renderer:
             )
         special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
         special |= {tokenizer.eos_token_id} - {None}
+        try:
+            end_of_turn, opening = _end_of_turn(tokenizer, folder, special=special), _opening(tokenizer)
+        except (TemplateError, TypeError, ValueError) as error:  # ValueError: the answer is not in the text
+            raise _refusal(
+                f"the chat template cannot render a question and its answer: {error}",
+                folder,
+                "rows cannot be told apart without it",
+                "correct the template (model.chat_template, or chat_template.jinja of the base)",
+            ) from None
         return cls(
             tokenizer=tokenizer,
-            end_of_turn=_end_of_turn(tokenizer, folder, special=special),
+            end_of_turn=end_of_turn,
+            opening=opening,
             special=frozenset(special),
             training=_training_template(tokenizer),
         )
@@ -211,9 +223,10 @@ class Renderer:
         return self._render(talk, return_dict=False, **options)
 
     def _by_markers(self, talk: Conversation, ids: list[int], template: str) -> list[bool] | None:
-        """Mask from a template's generation markers, each span cut behind the turn's end or led on to it.
+        """Mask from a template's generation markers, each span from the generation prompt to the turn's end.
 
-        None where it renders other ids than the model's own, or leaves out the end of a turn.
+        Markers may hold the line ends behind both (TRL's for Qwen2.5) or a whole header: a model never writes these.
+        None where the template renders other ids than the model's own, or leaves out the end of a turn.
         """
         if not self.tokenizer.is_fast:  # no map from characters to tokens
             return None
@@ -226,6 +239,8 @@ class Renderer:
         mask = [bool(inside) for inside in both["assistant_masks"]]
         ends = {place for place, token in enumerate(ids) if mask[place] and token == self.end_of_turn}
         for start, stop in _spans(mask):
+            begin = self._behind_opening(ids, start, stop)
+            mask[start:begin] = [False] * (begin - start)
             end = self._end(ids, start, stop)
             if end is None and stop < len(ids) and ids[stop] == self.end_of_turn:
                 end, mask[stop] = stop, True
@@ -255,6 +270,14 @@ class Renderer:
         if last == len(before):
             raise RowError(f"turn {number}: the template renders nothing of it")
         return range(len(before), stop)
+
+    def _behind_opening(self, ids: list[int], start: int, stop: int) -> int:
+        """Where the generation prompt, or as much of it as stands there, ends in ids[start:stop]; else `start`."""
+        for length in range(len(self.opening), 0, -1):
+            for end in range(start + 1, min(start + length, stop) + 1):
+                if ids[max(0, end - length) : end] == self.opening[:length]:
+                    return end
+        return start
 
     def _end(self, ids: list[int], start: int, stop: int) -> int | None:
         """Place of the token that ends a turn in ids[start:stop]; behind it only white space and special tokens.
@@ -332,6 +355,17 @@ def chatml(tokenizer: Any) -> str:
         + "{{- '\\n' -}}\n{%- endfor -%}\n"
         + "{%- if add_generation_prompt -%}\n{{- '<|im_start|>assistant\\n' -}}\n{%- endif -%}\n"
     )
+
+
+def _opening(tokenizer: Any) -> list[int]:
+    """What the generation prompt adds to a history (Phi-3's end of all text does not stand before it)."""
+    turns = [{"role": "user", "content": PROBE}]
+    history, prompt = (
+        tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False, add_generation_prompt=asked)
+        for asked in (False, True)
+    )
+    alike = [one == other for one, other in zip(history, prompt, strict=False)]
+    return prompt[alike.index(False) if False in alike else len(alike) :]
 
 
 def _end_of_turn(tokenizer: Any, folder: Path, *, special: set[int]) -> int:
