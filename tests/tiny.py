@@ -68,7 +68,13 @@ def write_base(
 
 
 def write_tokenizer(
-    folder: Path, template: str, *, special: tuple[str, ...] = (), bos: str | None = None, end: str = END, pad: str = PAD
+    folder: Path,
+    template: str,
+    *,
+    special: tuple[str, ...] = (),
+    bos: str | None = None,
+    end: str = END,
+    pad: str = PAD,
 ) -> Path:
     """Write a tokenizer alone, for tests of chat templates.
 

@@ -19,8 +19,8 @@ class Conversation:
     """What a chat template gets.
 
     Attributes:
-        turns: In the row's order. A turn with tool calls has text, empty if need be (Cohere's template reads it), and their
-            arguments are objects also where the row has JSON text (Qwen2.5's template would quote it twice).
+        turns: In the row's order. A turn with tool calls has text, empty if need be (Cohere's template reads it); their
+            arguments are objects, also where the row has JSON text (Qwen2.5's template would quote it twice).
         tools: JSON schemas of the row's `tools` column, None where it has none.
     """
 

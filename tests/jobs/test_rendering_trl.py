@@ -1,4 +1,4 @@
-"""Rendering by the templates that TRL ships, read from its installed files: real templates of some 35 model families."""
+"""Rendering by the templates that TRL ships, read from its installed files: those of some 35 real models."""
 
 from __future__ import annotations
 
