@@ -124,7 +124,7 @@ def _render(job: Job, rows: dict[str, Row], renderer: Renderer) -> _Made:
         except RowError as error:
             wrong.append(f"{row.where} {error}")
             continue
-        samples = [sample for sample in made if sample]
+        samples = [one for one in made if isinstance(one, Sample)]
         too_long += len(made) - len(samples)
         group = str(row.columns[params["group"]]) if params.get("group") else name
         domain = str(row.columns[params["domain"]]) if params.get("domain") else ""

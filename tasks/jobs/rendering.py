@@ -57,6 +57,7 @@ class Sample(NamedTuple):
         turn: Number in the row of the one turn that is trained; 0 where all are.
         dropped: Leading turns that were cut off.
         last: Ends with the row's last turn: an answer to it can be scored.
+        lost: Tokens that the cut turns had.
     """
 
     turns: list[Message]
@@ -64,6 +65,13 @@ class Sample(NamedTuple):
     turn: int
     dropped: int
     last: bool
+    lost: int
+
+
+class TooLong(NamedTuple):
+    """A sample whose last exchange alone is over the limit, and the tokens of all of it."""
+
+    tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,8 +141,8 @@ class Renderer:
             training=_training_template(tokenizer),
         )
 
-    def samples(self, talk: Conversation, *, max_length: int) -> list[Sample | None]:
-        """What a row is trained and judged by: one sample, or one an assistant turn; None for one that does not fit.
+    def samples(self, talk: Conversation, *, max_length: int) -> list[Sample | TooLong]:
+        """What a row is trained and judged by: one sample, or one an assistant turn, each cut to fit.
 
         Raises:
             RowError: The template refuses the turns, or no way gives a sound mask.
@@ -311,13 +319,17 @@ class Renderer:
 
 def _fitted(
     talk: Conversation, render: Callable[[Conversation], Rendered], *, max_length: int, turn: int, last: bool
-) -> Sample | None:
-    """The longest version within `max_length` tokens, leading exchanges dropped; None where the last one is over it."""
+) -> Sample | TooLong:
+    """The longest version within `max_length` tokens, leading exchanges dropped."""
+    tokens = 0
     for shorter in talk.shorter():
         rendered = render(shorter)
-        if len(rendered.input_ids) <= max_length:
-            return Sample(shorter.turns, rendered, turn, len(talk.turns) - len(shorter.turns), last)
-    return None
+        length = len(rendered.input_ids)
+        tokens = tokens or length
+        if length <= max_length:
+            dropped = len(talk.turns) - len(shorter.turns)
+            return Sample(shorter.turns, rendered, turn, dropped, last, lost=tokens - length)
+    return TooLong(tokens)
 
 
 def _spans(mask: list[bool]) -> list[tuple[int, int]]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tasks.jobs import calibrate, evaluate, prepare, reference, scoring, train
 from tasks.jobs.conversation import Conversation, RowError, behind_thinking
-from tasks.jobs.rendering import Rendered, Renderer, Sample
+from tasks.jobs.rendering import Rendered, Renderer, Sample, TooLong
 from tasks.runtime.errors import StageError
 from tests.jobs.build import make_job, notes, write_jsonl
 from tests.jobs.templates import CHATML, GEMMA, GEMMA3, LLAMA3, MISTRAL, PHI3, PROMPT, QWEN3, Family
@@ -41,7 +41,7 @@ def with_tools(arguments: object = None) -> list[dict[str, Any]]:
     """Two exchanges; in the first a tool is called, its result read and an answer given."""
     call = {"type": "function", "function": {"name": "add", "arguments": arguments or {"a": 1, "b": 2}}}
     asked = [{"role": "user", "content": "what is 1 + 2 ?"}, {"role": "assistant", "tool_calls": [call]}]
-    return [*asked, {"role": "tool", "name": "add", "content": "3"}, *chat("it is 3", "sure ?", "yes")[-2:]]
+    return [*asked, {"role": "tool", "name": "add", "content": "3"}, *chat("", "it is 3", "sure ?", "yes")[1:]]
 
 
 def spans(renderer: Renderer, sample: Rendered) -> list[str]:
@@ -59,7 +59,7 @@ def samples_of(
     renderer: Renderer, turns: list[dict[str, Any]], tools: object = None, *, max_length: int = 4096
 ) -> list[Sample]:
     made = renderer.samples(Conversation.of(turns, tools), max_length=max_length)
-    return [sample for sample in made if sample]
+    return [sample for sample in made if isinstance(sample, Sample)]
 
 
 def trained(renderer: Renderer, turns: list[dict[str, Any]], tools: object = None) -> list[list[str]]:
@@ -117,9 +117,7 @@ def test_a_turn_ends_before_the_token_that_is_behind_all(tmp_path: Path) -> None
 def test_tool_calls_are_trained_and_tools_are_in_the_prompt(name: str, expected: list[Any], tmp_path: Path) -> None:
     """Mistral's tools stand before the last question, so that earlier turns are rendered otherwise: samples."""
     renderer = FAMILIES[name].renderer(tmp_path)
-    turns = [{"role": "user", "content": "what is 1 + 2 ?"}, *with_tools()[1:3]]
-    turns += [{"role": "assistant", "content": "it is 3"}, {"role": "user", "content": "sure ?"}]
-    turns += [{"role": "assistant", "content": "yes"}]
+    turns = with_tools()
     assert trained(renderer, turns, TOOLS) == expected
     assert trained(renderer, turns, json.dumps(TOOLS)) == expected  # parquet has no place for schemas of many shapes
     for sample in samples_of(renderer, turns, TOOLS):
@@ -273,12 +271,7 @@ def test_the_mask_covers_each_text_exactly(name: str, renderers: dict[str, Rende
 
 def test_truncation_drops_whole_exchanges_with_their_tools(tmp_path: Path) -> None:
     renderer = CHATML.renderer(tmp_path)
-    turns = [
-        {"role": "system", "content": "short"},
-        *with_tools()[:3],
-        *chat("x", "it is 3")[1:],
-        *chat("sure ?", "yes"),
-    ]
+    turns = [{"role": "system", "content": "short"}, *with_tools()]
     (whole,) = samples_of(renderer, turns)
     length = len(whole.rendered.input_ids)
     (same,) = samples_of(renderer, turns, max_length=length)
@@ -287,7 +280,7 @@ def test_truncation_drops_whole_exchanges_with_their_tools(tmp_path: Path) -> No
     assert (cut.turns, cut.dropped) == ([turns[0], *turns[-2:]], 4)
     (bare,) = samples_of(renderer, turns, max_length=len(cut.rendered.input_ids) - 1)
     assert (bare.turns, bare.dropped) == (turns[-2:], 5)
-    assert renderer.samples(Conversation.of(turns), max_length=len(bare.rendered.input_ids) - 1) == [None]
+    assert renderer.samples(Conversation.of(turns), max_length=len(bare.rendered.input_ids) - 1) == [TooLong(length)]
 
 
 def test_each_sample_is_cut_on_its_own(tmp_path: Path) -> None:
@@ -295,8 +288,13 @@ def test_each_sample_is_cut_on_its_own(tmp_path: Path) -> None:
     turns = thinking("first ?", "one " * 9, "second ?", "two", "third ?", "three " * 30)
     lengths = [len(one.rendered.input_ids) for one in samples_of(renderer, turns)]
     made = renderer.samples(Conversation.of(turns), max_length=lengths[1] - 1)
-    assert [one and (one.turn, one.dropped) for one in made] == [(2, 0), (4, 2), None]
-    assert [one.turns for one in made if one] == [turns[:2], turns[2:4]]
+    first, second, third = made
+    assert isinstance(first, Sample)
+    assert isinstance(second, Sample)
+    assert (first.turn, first.dropped, first.lost, first.turns) == (2, 0, 0, turns[:2])
+    assert (second.turn, second.dropped, second.turns) == (4, 2, turns[2:4])
+    assert second.lost == lengths[1] - len(second.rendered.input_ids) > 0
+    assert third == TooLong(lengths[2])
 
 
 def test_thinking_is_no_part_of_a_scored_answer() -> None:
