@@ -195,7 +195,8 @@ def least_rows(dev: float, test: float) -> int:
 
 def token_bound(messages: Sequence[Message]) -> int:
     """No fewer tokens than the turns can have: a token a byte, and 32 for the template around each turn."""
-    return sum(len(turn["content"].encode()) + 32 for turn in messages)
+    called = (json.dumps(turn["tool_calls"]) for turn in messages if turn.get("tool_calls"))
+    return sum(len((turn.get("content") or "").encode()) + 32 for turn in messages) + sum(map(len, called))
 
 
 def _widest(loaded: Loaded) -> int:

@@ -180,11 +180,13 @@ def _check_messages(messages: object) -> None:
     for number, turn in enumerate(messages, start=1):
         if not is_mapping(turn) or turn.get("role") not in ROLES:
             raise _Malformed(f"turn {number} has no role out of {', '.join(ROLES)}")
-        if not isinstance(turn.get("content"), str):
+        calls = turn["role"] == "assistant" and bool(turn.get("tool_calls"))
+        content = "" if calls and turn.get("content") is None else turn.get("content")
+        if not isinstance(content, str):
             raise _Malformed(f"turn {number} has no text as content")
-        if turn["role"] == "assistant" and not turn["content"].strip():
+        if turn["role"] == "assistant" and not content.strip() and not calls:
             raise _Malformed(f"turn {number} is an empty assistant turn")
-        if not _is_unicode(turn["content"]):
+        if not _is_unicode(content):
             raise _Malformed(f"turn {number} holds half of a surrogate pair, which no tokenizer reads")
     if messages[-1]["role"] != "assistant":
         raise _Malformed("does not end with an assistant turn, so its last turn has no answer")

@@ -21,11 +21,11 @@ def step(
         stage="prepare",
         slug=recipe.name,
         entry="tasks.jobs.prepare:run",
-        version=1,
+        version=2,
         params={
             **asked.model_dump(include={"format", "domain", "group", "dev", "test", "salt", "max_length"}),
             "chat_template": recipe.model.chat_template if template is None else None,
         },
         inputs={name: one for name, one in inputs.items() if one is not None},
-        tools=("transformers", "tokenizers"),
+        tools=("transformers", "tokenizers", "trl"),
     )

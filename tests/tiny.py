@@ -67,7 +67,33 @@ def write_base(
     return folder
 
 
-def _tokenizer(*, bos: bool) -> PreTrainedTokenizerFast:
+def write_tokenizer(
+    folder: Path,
+    template: str,
+    *,
+    special: tuple[str, ...] = (),
+    bos: str | None = None,
+    end: str = END,
+    pad: str = PAD,
+) -> Path:
+    """Write a tokenizer alone, for tests of chat templates.
+
+    Args:
+        folder: Where to; made if it is missing.
+        template: The chat template.
+        special: More special tokens, behind the four that every tiny tokenizer has.
+        bos: Beginning-of-text token; must be special.
+        end: End-of-text token; must be special.
+        pad: Padding token; must be special.
+    """
+    tokenizer = _tokenizer(bos=False, special=special)
+    tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = bos, end, pad
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _tokenizer(*, bos: bool, special: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -75,7 +101,7 @@ def _tokenizer(*, bos: bool) -> PreTrainedTokenizerFast:
         [TEXT],
         trainers.BpeTrainer(
             vocab_size=300,
-            special_tokens=[PAD, START, END, BOS],
+            special_tokens=[PAD, START, END, BOS, *special],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         ),

@@ -195,5 +195,7 @@ def _preview(drawn: list[Candidate], params: dict[str, Any]) -> str:
     parts = [f"# Calibration set: {PREVIEW_ROWS} of {len(drawn)} rows (seed {params['seed']})\n"]
     for one in sorted(drawn, key=lambda candidate: candidate.row)[:PREVIEW_ROWS]:
         parts.append(f"## {one.row}, {len(one.input_ids)} tokens, domain {one.domain or '(none)'}\n")
-        parts += [f"**{turn['role']}**\n\n```\n{turn['content']}\n```\n" for turn in json.loads(one.messages)]
+        for turn in json.loads(one.messages):
+            said = turn.get("content") or json.dumps(turn.get("tool_calls"), ensure_ascii=False)
+            parts.append(f"**{turn['role']}**\n\n```\n{said}\n```\n")
     return "\n".join(parts)

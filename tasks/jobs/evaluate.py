@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from recipes.problem import Problem
 from tasks.jobs.backends.load import kernel_of, load_arm, setup
+from tasks.jobs.conversation import behind_thinking
 from tasks.jobs.scorers import Scorer, make_scorer
 from tasks.jobs.scoring import Model, Row, answers, batches, forced, greedy_config, read_general, read_rows
 from tasks.runtime.errors import StageError
@@ -54,15 +55,16 @@ def run(job: Job) -> dict[str, Any]:
     rows, general = read_rows(dataset, "dev", "test"), read_general(dataset)
     databases = job.inputs["databases"].path if "databases" in job.inputs else None
     score = make_scorer(params["scorer"], databases)
-    _refuse_references(rows, score)
+    asked = [row for row in rows if row.prompt_ids]  # one sample a conversation
+    _refuse_references(asked, score)
     adapter = job.inputs["adapter"].path if "adapter" in job.inputs else None
     model = load_arm(params["kind"], job.inputs["model"].path, adapter=adapter, device=job.execution.device)
     job.events.note("kernel", f"{kernel_of(model)} on {job.execution.device}")
-    progress = _Progress(job, [rows, rows, general])
+    progress = _Progress(job, [rows, asked, general])
     scores, tokens = _forced_scores(model, rows, job, progress)
     scores += _general_scores(model, general, job, progress)
-    answered = _task(model, rows, job, score, progress)
-    scores += [_score(row, "task", one["score"], 1) for row, one in zip(rows, answered, strict=True)]
+    answered = _task(model, asked, job, score, progress)
+    scores += [_score(row, "task", one["score"], 1) for row, one in zip(asked, answered, strict=True)]
     for name, lines, schema in (("scores", scores, SCORES), ("kl", tokens, TOKENS), ("answers", answered, ANSWERS)):
         pq.write_table(pa.Table.from_pylist(lines, schema=schema), job.out / f"{name}.parquet")
     return {"kernel": kernel_of(model), **_means(scores, job)}
@@ -170,7 +172,7 @@ def _task(model: Model, rows: list[Row], job: Job, score: Scorer, progress: _Pro
     for group in batches(rows, job.params["batch_size"], key=lambda row: row.answer_tokens):
         for row, tokens in zip(group, answers(model, group, config), strict=True):
             text = tokenizer.decode(tokens, skip_special_tokens=True)
-            verdict = score(text, row.answer, row.columns)
+            verdict = score(behind_thinking(text), row.answer, row.columns)
             found[row.row] = {
                 "row": row.row,
                 "split": row.split,

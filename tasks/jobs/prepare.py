@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recipes.problem import Problem
-from recipes.rows import SHOWN, Message, Row, content_hash, read_rows, side
+from recipes.rows import SHOWN, Row, content_hash, read_rows, side
 from tasks.jobs.backends.load import setup
-from tasks.jobs.rendering import Renderer, RowError
+from tasks.jobs.conversation import Conversation, RowError, behind_thinking
+from tasks.jobs.rendering import ONE_A_TURN, Renderer, Sample
 from tasks.runtime.errors import StageError
 from tasks.runtime.job import Job
 
@@ -44,6 +44,7 @@ ROWS = pa.schema(
         ("answer", pa.string()),
         ("columns", pa.string()),
         ("dropped_turns", pa.int32()),
+        ("turn", pa.int32()),  # number of the one turn that is trained; 0 where all assistant turns are
     ]
 )
 GENERAL = pa.schema([("row", pa.string()), ("input_ids", pa.list_(pa.int32())), ("n_chars", pa.int32())])
@@ -69,9 +70,6 @@ def run(job: Job) -> dict[str, Any]:
     if "template" in job.inputs:
         template = job.inputs["template"].path.read_text(encoding="utf-8")
     renderer = Renderer.open(job.inputs["tokenizer"].path, template=template)
-    how = "the template's generation markers" if renderer.markers else "the token difference of prefixes"
-    events.note("mask", f"completion tokens come from {how}; a turn ends with token {renderer.end_of_turn}")
-
     source = job.inputs["data"].path
     needed = [params.get("domain"), params.get("group"), *params.get("keep_columns", [])]
     read = read_rows(source, format=params["format"], columns=tuple(name for name in needed if name))
@@ -80,7 +78,7 @@ def run(job: Job) -> dict[str, Any]:
     events.note("format", f"{read.format}, detected from {read.detected_from}; {len(read.rows)} rows")
 
     unique = {content_hash(row.messages)[:16]: row for row in reversed(read.rows)}  # the first of equal rows stays
-    rendered, too_long = _render(job, unique, renderer)
+    rendered, too_long, mask_from = _render(job, unique, renderer)
     rows = _distinct(rendered)
     _check_splits(rows, job)
     general = _general(job, renderer)
@@ -89,7 +87,7 @@ def run(job: Job) -> dict[str, Any]:
     _write_tokenizer(job, renderer)
     duplicates = len(read.rows) - len(unique) + len(rendered) - len(rows)
     summary = _summary(rows, general, duplicates=duplicates, too_long=too_long)
-    summary |= {"format": read.format, "detected_from": read.detected_from, "mask_from": how}
+    summary |= {"format": read.format, "detected_from": read.detected_from, "mask_from": mask_from}
     (job.out / "summary.json").write_text(json.dumps(summary, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     events.note("rows", ", ".join(f"{name} {count}" for name, count in summary["rows"].items()))
     events.note(
@@ -100,33 +98,44 @@ def run(job: Job) -> dict[str, Any]:
     return summary
 
 
-def _render(job: Job, rows: dict[str, Row], renderer: Renderer) -> tuple[list[dict[str, Any]], int]:
-    """Every row as a record of rows.parquet, and how many were too long.
+class _Made(NamedTuple):
+    """Records of rows.parquet; samples that were too long; rows by the way their trained tokens were told."""
+
+    records: list[dict[str, Any]]
+    too_long: int
+    ways: dict[str, int]
+
+
+def _render(job: Job, rows: dict[str, Row], renderer: Renderer) -> _Made:
+    """Every row as one record of rows.parquet, or one an assistant turn; samples of a row share its group.
 
     Raises:
         StageError: Rows without a sound mask, the first 20 named.
     """
     params, events = job.params, job.events
     done: list[dict[str, Any]] = []
-    wrong, too_long = [], 0
+    wrong, too_long, ways, skewed = [], 0, Counter[str](), 0
     for number, (name, row) in enumerate(sorted(rows.items()), start=1):
         if number % 500 == 0:
             events.progress(number, len(rows), unit="row", note="tokenising")
         try:
-            record = _record(row, renderer, max_length=params["max_length"])
+            talk = Conversation.of(row.messages, row.columns.get("tools"))
+            made = renderer.samples(talk, max_length=params["max_length"])
         except RowError as error:
             wrong.append(f"{row.where} {error}")
             continue
-        if record is None:
-            too_long += 1
-            continue
+        samples = [one for one in made if isinstance(one, Sample)]
+        too_long += len(made) - len(samples)
         group = str(row.columns[params["group"]]) if params.get("group") else name
         domain = str(row.columns[params["domain"]]) if params.get("domain") else ""
         split = side(group, salt=params["salt"], dev=params["dev"], test=params["test"])
-        done.append({"row": name, "group": group, "split": split, "domain": domain, **record})
-        if len(done) == 1:
-            example = renderer.render(json.loads(record["messages"]))
-            events.note("example", f"{row.where}, trained tokens between ⟦ and ⟧:\n{renderer.marked_text(example)}")
+        place = {"group": group, "split": split, "domain": domain}
+        if samples and not done:
+            text = renderer.marked_text(samples[0].rendered)
+            events.note("example", f"{row.where}, trained tokens between ⟦ and ⟧:\n{text}")
+        done += [{"row": _sample_name(name, one), **place, **_record(row, one, renderer)} for one in samples]
+        ways.update({one.rendered.way for one in samples})
+        skewed += any(one.rendered.skewed for one in samples)
     if wrong:
         more = f"\n    and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         raise StageError(
@@ -137,44 +146,66 @@ def _render(job: Job, rows: dict[str, Row], renderer: Renderer) -> tuple[list[di
                 next="use a chat template with {% generation %} markers, or correct these rows",
             )
         )
-    return done, too_long
+    _note_masks(job, done, ways, skewed=skewed, renderer=renderer)
+    return _Made(done, too_long, dict(sorted(ways.items())))
 
 
-def _record(row: Row, renderer: Renderer, *, max_length: int) -> dict[str, Any] | None:
-    """Token ids and mask of a row, leading exchanges dropped until it fits; None where the last one does not fit."""
-    for messages in _shorter(row.messages):
-        rendered = renderer.render(messages)
-        if len(rendered.input_ids) <= max_length:
-            return {
-                "messages": json.dumps(messages, ensure_ascii=False, sort_keys=True),
-                "input_ids": rendered.input_ids,
-                "completion_mask": rendered.mask,
-                "prompt_ids": renderer.prompt(messages),
-                "answer": messages[-1]["content"],
-                "columns": json.dumps(row.columns, ensure_ascii=False, sort_keys=True),
-                "dropped_turns": len(row.messages) - len(messages),
-            }
-    return None
+def _note_masks(
+    job: Job, records: list[dict[str, Any]], ways: Counter[str], *, skewed: int, renderer: Renderer
+) -> None:
+    """Say how trained tokens were told, for how many rows, and what samples of single turns cost."""
+    how = ", ".join(f"{way} ({count} rows)" for way, count in ways.most_common())
+    job.events.note("mask", f"completion tokens come from {how}; a turn ends with token {renderer.end_of_turn}")
+    single = [len(one["input_ids"]) for one in records if one["turn"]]
+    if single:
+        once = sum(len(one["input_ids"]) for one in records if one["turn"] and one["prompt_ids"])
+        job.events.note(
+            "samples",
+            "the template renders earlier turns otherwise than the last, so that each assistant turn of "
+            f"{ways[ONE_A_TURN]} rows is a sample with its own history: {len(single)} samples of {sum(single)} tokens, "
+            f"where the last ones alone, which hold all turns, have {once}",
+        )
+    if skewed:
+        job.events.note(
+            "generation prompt",
+            f"{skewed} rows do not begin their last completion as the template's generation prompt does: answers are "
+            "decoded from another beginning than was trained",
+        )
 
 
-def _shorter(messages: list[Message]) -> Iterable[list[Message]]:
-    """The conversation, then without its first exchange, its first two ...; leading system turns go last of all."""
-    head = next(i for i, turn in enumerate(messages) if turn["role"] not in ("system", "developer"))
-    starts = [i for i, turn in enumerate(messages) if turn["role"] == "user" and i > head]
-    yield messages
-    for start in starts:
-        yield messages[:head] + messages[start:]
-    if head:
-        yield messages[starts[-1] if starts else head :]
+def _sample_name(row: str, sample: Sample) -> str:
+    return f"{row}.{sample.turn}" if sample.turn else row
+
+
+def _record(row: Row, sample: Sample, renderer: Renderer) -> dict[str, Any]:
+    """What rows.parquet holds of a sample. Only the one with the row's last turn has a prompt, to be answered."""
+    rendered, turn = sample.rendered, sample.turns[-1]
+    answer = behind_thinking(turn.get("content") or "")
+    if turn.get("tool_calls"):  # there is no text for a call but the template's
+        answer = renderer.completion(rendered)
+    return {
+        "messages": json.dumps(
+            sample.turns, ensure_ascii=False
+        ),  # keys in their order: templates write calls as they are
+        "input_ids": rendered.input_ids,
+        "completion_mask": rendered.mask,
+        "prompt_ids": rendered.prompt_ids if sample.last else [],
+        "answer": answer if sample.last else "",
+        "columns": json.dumps(row.columns, ensure_ascii=False),
+        "dropped_turns": sample.dropped,
+        "turn": sample.turn,
+    }
 
 
 def _distinct(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows whose text and token ids are unique over all splits, sorted by split and row.
 
     Rows that differed only in dropped turns are equal now; the copy in test stays, so that no test row is in train.
+    So do samples of conversations that begin alike: the one with an answer to score stays.
     """
+    order = ("test", "dev", "train")
     kept, seen = [], set[object]()
-    for record in sorted(rows, key=lambda one: (("test", "dev", "train").index(one["split"]), one["row"])):
+    for record in sorted(rows, key=lambda one: (order.index(one["split"]), not one["prompt_ids"], one["row"])):
         keys = {content_hash(json.loads(record["messages"])), tuple(record["input_ids"])}
         if not keys & seen:
             kept.append(record)

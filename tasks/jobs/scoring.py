@@ -31,7 +31,7 @@ class Row:
     Attributes:
         ids: Token ids, T of them.
         counted: T booleans: the token is predicted and counts (a completion token; never the first of the row).
-        prompt_ids: True history of the last assistant turn, for the task.
+        prompt_ids: True history of the last assistant turn, for the task; empty where this sample has none to answer.
     """
 
     row: str

@@ -12,10 +12,11 @@ from transformers import AutoTokenizer
 
 from recipes.rows import content_hash, read_rows, side
 from tasks.jobs import prepare
-from tasks.jobs.rendering import Renderer, RowError
+from tasks.jobs.conversation import Conversation, RowError
+from tasks.jobs.rendering import Renderer
 from tasks.runtime.errors import StageError
 from tests.jobs.build import make_job, notes, write_jsonl
-from tests.tiny import MARKED, write_base
+from tests.tiny import MARKED, PLAIN, write_base
 
 PARAMS = {
     "format": "auto",
@@ -35,14 +36,9 @@ HEADERS = (
     "{{- '<|im_start|>' + message['role'] + '\n\n' + message['content'] | trim + '<|im_end|>' -}}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n\n' -}}{%- endif -%}"
 )
-# Markers that leave the end of the turn outside, and one that renders earlier turns otherwise than the last.
+# Markers that leave the end of the turn outside, and a generation prompt that no turn begins with.
 OUTSIDE = MARKED.replace("+ '<|im_end|>' -}}{%- endgeneration -%}", "-}}{%- endgeneration -%}{{- '<|im_end|>' -}}")
-FORGETFUL = (
-    "{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + '\n' -}}"
-    "{%- if message['role'] == 'assistant' and loop.last -%}{{- 'think ' -}}{%- endif -%}"
-    "{{- message['content'] + '<|im_end|>\n' -}}{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
-)
+UNPROMPTED = PLAIN.replace("assistant\n' -}}{%- endif", "assistant\n\n' -}}{%- endif")
 
 
 def chat(*contents: str, system: str | None = None) -> list[dict[str, Any]]:
@@ -104,11 +100,11 @@ def test_markers_and_prefixes_give_the_same_mask(tmp_path: Path) -> None:
     assert "prefixes" in json.loads((plain / "summary.json").read_text())["mask_from"]
 
 
-def test_a_template_without_the_prefix_property_is_refused_by_row_and_turn(tmp_path: Path) -> None:
-    base = write_base(tmp_path / "base", chat_template=FORGETFUL)
-    with pytest.raises(StageError, match=r"out\.jsonl:61 turn 2") as refused:
-        run(tmp_path, [*questions(60), {"messages": chat("a", "b", "c", "d")}], base=base)
-    assert refused.value.problem.what.startswith("1 row(s)")
+def test_a_template_that_cannot_be_masked_is_refused_by_row_and_turn(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", chat_template=UNPROMPTED)
+    with pytest.raises(StageError, match=r"out\.jsonl:60 turn 3: .* generation prompt") as refused:
+        run(tmp_path, [*questions(59), {"messages": chat("a", "b", "c", "d", system="short")}], base=base)
+    assert refused.value.problem.what.startswith("60 row(s)")
 
 
 def test_one_row_is_logged_with_its_trained_tokens_marked(tmp_path: Path) -> None:
@@ -294,7 +290,7 @@ def test_a_base_without_a_template_is_refused_and_chatml_is_saved(tmp_path: Path
 
 def test_chatml_begins_with_bos_where_the_tokenizer_does(tmp_path: Path) -> None:
     renderer = Renderer.open(write_base(tmp_path / "base", chat_template=False, bos=True), template="chatml")
-    assert renderer.render(chat("what ?", "blue")).input_ids[:2] == [3, 1]
+    assert renderer.render(Conversation.of(chat("what ?", "blue"))).input_ids[:2] == [3, 1]
 
 
 def test_a_template_of_the_recipe_beside_the_bases_own_is_refused(tmp_path: Path) -> None:
@@ -313,7 +309,7 @@ def test_a_template_whose_turns_do_not_end_is_refused(tmp_path: Path) -> None:
 def test_two_beginning_of_text_tokens_are_refused(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", chat_template="{{ bos_token }}" + HEADERS, bos=True)
     with pytest.raises(RowError, match="two beginning-of-text"):
-        Renderer.open(base).render(chat("a", "b"))
+        Renderer.open(base).render(Conversation.of(chat("a", "b")))
 
 
 def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
