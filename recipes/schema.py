@@ -88,6 +88,8 @@ class Train(Section):
 class Merge(Section):
     base: Literal["dequantized", "original"] = "dequantized"
     """Merge that the schemes quantize: into the NF4 weights that were trained, dequantized, or the original ones."""
+    accept_other_base: bool = False
+    """Merge although the base's NF4 weights are not those of the training record (another base or arithmetic)."""
 
 
 class Calibrate(Section):

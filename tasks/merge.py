@@ -12,8 +12,8 @@ def step(recipe: Recipe, *, base: External, adapter: Step, onto: str) -> Step:
         stage="merge",
         slug=f"{recipe.name}-{onto}",
         entry="tasks.jobs.merge:run",
-        version=1,
-        params={"onto": onto},
+        version=2,
+        params={"onto": onto, "accept_other_base": recipe.merge.accept_other_base},
         inputs={"base": base, "adapter": adapter},
         tools=("torch", "transformers", "peft", "bitsandbytes"),
     )
