@@ -157,7 +157,11 @@ def read_changes(adapter: Adapter, skeleton: Skeleton) -> Changes:
         change = changes.setdefault(f"{module}.{leaf}", Change())
         _place(change, part, stored)
         change.scale = _scale(adapter.config, found["module"], rank=_rank(adapter, key))
-    if strange := _strange(changes, skeleton):
+    strange = _strange(changes, skeleton)
+    if adapter.config.get("use_dora"):
+        bare = [name for name, one in changes.items() if one.a is not None and one.magnitude is None]
+        strange += [f"{name} lacks DoRA's magnitudes" for name in bare]
+    if strange:
         raise StageError(
             Problem(
                 what=f"{len(strange)} part(s) of the adapter fit nothing in this base",

@@ -26,6 +26,17 @@ TOKENIZER_FILES = (
     "chat_templates/*",
 )
 
+# What an adapter folder can hold that shapes a merge.
+ADAPTER_FILES = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "nf4.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer/*",
+    *TOKENIZER_FILES,
+)
+
 
 class Digests:
     """sha256 of external files, remembered by path, size and time of change: a 16 GB base is read once."""
@@ -76,7 +87,7 @@ def snapshot(repository: str, *, revision: str | None, kind: str, where: str) ->
     Args:
         repository: Hub id.
         revision: Branch, tag or commit; None is the default branch.
-        kind: `model` or `dataset`.
+        kind: `model`, `adapter` or `dataset`.
         where: Recipe field, for the error.
 
     Raises:
@@ -85,13 +96,14 @@ def snapshot(repository: str, *, revision: str | None, kind: str, where: str) ->
     from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    patterns = {"model": [*MODEL_FILES, *TOKENIZER_FILES], "adapter": list(ADAPTER_FILES)}.get(kind)
     try:
         folder = Path(
             snapshot_download(
                 repository,
                 revision=revision,
-                repo_type=kind,
-                allow_patterns=None if kind == "dataset" else [*MODEL_FILES, *TOKENIZER_FILES],
+                repo_type="dataset" if kind == "dataset" else "model",
+                allow_patterns=patterns,
             )
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
