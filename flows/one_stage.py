@@ -74,7 +74,7 @@ def merge_into(
         raise RecipeError(problems)
     choices = (onto,) if onto else ONTO[described.base_type]
     if onto is None:
-        say(f"the base was {described.base_type} in training ({described.evidence}): merging onto {' and '.join(choices)}")
+        say(f"base in training: {described.base_type} ({described.evidence}); merging onto {' and '.join(choices)}")
     home = find_home()
     if not home.exists():
         home = work_folder(out)
@@ -88,9 +88,7 @@ def merge_into(
     }
     if home != work_folder(out):
         digests.save()
-    steps = {
-        name: merge.alone(name, **pinned, onto=name, accept_other_base=accept_other_base) for name in choices
-    }
+    steps = {name: merge.alone(name, **pinned, onto=name, accept_other_base=accept_other_base) for name in choices}
     with Launcher() as launcher:
         kitchen = Kitchen(
             store=Store(home),

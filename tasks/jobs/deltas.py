@@ -24,6 +24,7 @@ from tasks.jobs.streams import Reader
 from tasks.runtime.errors import StageError
 
 PREFIX = "base_model.model."  # PEFT's, before the base's own module names
+WRAPPERS = re.compile(r"\.(base_layer|modules_to_save)\.")
 PART = re.compile(
     r"^(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
     r"|lora_magnitude_vector(?:\.weight)?)$"
@@ -145,10 +146,12 @@ def read_changes(adapter: Adapter, skeleton: Skeleton) -> Changes:
     changes: dict[str, Change] = {}
     modules: dict[str, None] = {}
     for key, stored in adapter.tensors.items():
-        name = key.removeprefix(PREFIX)
+        name = WRAPPERS.sub(".", key.removeprefix(PREFIX))
+        if ".original_module." in name:  # the base's own weights, which PEFT saves beside a resized embedding
+            continue
         found = PART.match(name)
         if found is None:
-            parent, _, leaf = name.replace(".base_layer.", ".").rpartition(".")
+            parent, _, leaf = name.rpartition(".")
             changes.setdefault(f"{skeleton.module(parent)}.{leaf}", Change()).full = stored
             continue
         module, part = skeleton.module(found["module"]), found["part"]
@@ -199,7 +202,7 @@ def _rank(adapter: Adapter, key: str) -> int:
 
 
 def _scale(config: Mapping[str, Any], module: str, *, rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r) for rsLoRA, with the module's own alpha where a pattern names it."""
+    """Alpha / r, or alpha / sqrt(r) for rsLoRA, with the module's own alpha where a pattern names it."""
     patterns = config.get("alpha_pattern") or {}
     alpha = patterns.get(get_pattern_key(list(patterns), module), config["lora_alpha"])
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -310,26 +310,30 @@ def _merged(matrix: _Matrix, item: Item, delta: Delta | None, records: Records) 
     Raises:
         StageError: inf or NaN in the merged weights.
     """
-    read = matrix.read
-    if item.module:
-        weight = quantize(matrix.read(first, last) for first, last in matrix.spans)
-        places = torch.tensor(sample_positions(matrix.rows * matrix.columns))
-        samples: list[Tensor] = []
-        read = weight.rows
-    for first, last in matrix.spans:
-        rows = read(first, last)
-        if item.module:
-            begin, end = first * matrix.columns, last * matrix.columns
-            inside = places[(places >= begin) & (places < end)] - begin
-            samples.append(rows.flatten()[inside.to(rows.device)].cpu())
+    for first, rows in _nf4(matrix, item.module, records) if item.module else _plain(matrix):
         if delta is not None:
             summed = rows.float()
-            summed = delta.apply(summed.flatten() if matrix.is_bias else summed, first)
-            rows = summed.to(item.planned.dtype)
+            rows = delta.apply(summed.flatten() if matrix.is_bias else summed, first).to(item.planned.dtype)
             _check_finite(rows, item.planned.name)
         yield first, rows.cpu()
-    if item.module:
-        records.compare(item.module, weight, torch.cat(samples))
+
+
+def _plain(matrix: _Matrix) -> Iterator[tuple[int, Tensor]]:
+    for first, last in matrix.spans:
+        yield first, matrix.read(first, last)
+
+
+def _nf4(matrix: _Matrix, module: str, records: Records) -> Iterator[tuple[int, Tensor]]:
+    """The rows as NF4 makes them, compared with the record."""
+    weight = quantize(matrix.read(first, last) for first, last in matrix.spans)
+    places, samples = torch.tensor(sample_positions(matrix.rows * matrix.columns)), []
+    for first, last in matrix.spans:
+        rows = weight.rows(first, last)
+        begin, end = first * matrix.columns, last * matrix.columns
+        inside = places[(places >= begin) & (places < end)] - begin
+        samples.append(rows.flatten()[inside.to(rows.device)].cpu())
+        yield first, rows
+    records.compare(module, weight, torch.cat(samples))
 
 
 def _check_finite(rows: Tensor, name: str) -> None:

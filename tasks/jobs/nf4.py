@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from recipes.adapters import RECORD
 from tasks.jobs.backends.load import linear4bit
+from tasks.jobs.streams import raw_bytes
 
 BLOCK = 64  # weights a scale; QLoRA's and bitsandbytes' default
 NESTED = 256  # scales a second scale
@@ -96,7 +97,7 @@ def digests(codes: Tensor, scales: Tensor, nested: QuantState, offset: Tensor) -
 def _sha256(*tensors: Tensor) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+        digest.update(raw_bytes(tensor.detach().cpu()))
     return digest.hexdigest()
 
 
@@ -107,7 +108,7 @@ def write_record(model: nn.Module, folder: Path) -> None:
     """
     modules: dict[str, Any] = {}
     for name, layer in linear4bit(model).items():
-        state = layer.weight.quant_state
+        state: Any = layer.weight.quant_state  # pyright: ignore[reportAttributeAccessIssue]
         dequantized = functional.dequantize_4bit(layer.weight.data, state).flatten()
         places = torch.tensor(sample_positions(dequantized.numel()), device=dequantized.device)
         modules[module_name(name)] = {

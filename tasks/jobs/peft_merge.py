@@ -28,6 +28,7 @@ def merge_by_peft(job: Job, why: str) -> dict[str, Any]:
     dequantized = job.params["onto"] == "dequantized"
     model = load_dequantized(base, device=device) if dequantized else load_bf16(base, device=device)
     parameters = model.num_parameters()
+    dtypes = {name: one.dtype for name, one in model.named_parameters()}
     job.events.note("merge", f"by PEFT, with the whole model in memory, not as a stream: {why}")
     try:
         merged: Any = attach(model, adapter).merge_and_unload(safe_merge=True)  # pyright: ignore[reportCallIssue]
@@ -40,6 +41,8 @@ def merge_by_peft(job: Job, why: str) -> dict[str, Any]:
                 next="merge it into the base that it was trained on; if it is that one, serve it as an adapter",
             )
         ) from error
+    for name, parameter in merged.named_parameters():  # some kinds leave fp32 where the base had bf16
+        parameter.data = parameter.data.to(dtypes.get(name, torch.bfloat16))
     merged.save_pretrained(job.out, max_shard_size=SHARD)
     return {"parameters": parameters}
 
@@ -58,4 +61,5 @@ def load_dequantized(folder: Path, *, device: str) -> PreTrainedModel:
         layer.weight = nn.Parameter(linear.weight.data.T.contiguous(), requires_grad=False)
         layer.bias = nn.Parameter(linear.bias.data.to(torch.bfloat16), requires_grad=False)
         model.set_submodule(name, layer)
+    model.is_loaded_in_4bit = False  # PEFT asks it, and transformers leaves it
     return model.eval()

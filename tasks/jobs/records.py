@@ -91,11 +91,11 @@ class Records:
     def _refusal(self, job: Job) -> Problem:
         assert self.record is not None
         there, here = self.record["device"], job.execution.device
-        device = f"run it on {there}, where it was trained" if there != here else "merge it into the base it was trained on"
+        merge_it = f"run it on {there}, where it was trained" if there != here else "merge it into its own base"
         return Problem(
             what=f"{len(self.other)} of {len(self.modules)} NF4 modules are not those that the adapter was trained on",
             where=", ".join(sorted(self.other)),
             why=f"another base, or another arithmetic (trained on {there} with bitsandbytes "
             f"{self.record['bitsandbytes']}): the merge would not be the model that was trained",
-            next=f"{device}; or accept it: merge.accept_other_base: true",
+            next=f"{merge_it}; or accept it: merge.accept_other_base: true",
         )

@@ -68,9 +68,7 @@ def read_skeleton(folder: Path, tensors: Iterable[str]) -> Skeleton:
     """
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16, trust_remote_code=False
-        )
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
@@ -112,6 +110,6 @@ def _dtypes(model: PreTrainedModel, shapes: Iterable[str]) -> dict[str, torch.dt
 
 def _four_bit(model: PreTrainedModel) -> frozenset[str]:
     """What transformers' bitsandbytes quantizer replaces when it is given no list of its own."""
-    skip = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    skip = HfQuantizer.get_modules_to_not_convert(model, None, list(model._keep_in_fp32_modules or ()))
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     return frozenset(linear4bit(replace_with_bnb_linear(model, skip, settings)))

@@ -43,6 +43,11 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a CPU tensor, shared with it where it is contiguous."""
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
+
+
 class Reader:
     """Reads parts of stored tensors; safe to share between threads."""
 
@@ -67,7 +72,7 @@ class Reader:
         dtype = DTYPES[tensor.dtype]
         last = tensor.numel if last is None else last
         raw = torch.empty((last - first) * dtype.itemsize, dtype=torch.uint8)
-        view, done, begin = memoryview(raw.numpy()), 0, tensor.start + first * dtype.itemsize
+        view, done, begin = raw_bytes(raw), 0, tensor.start + first * dtype.itemsize
         while done < len(view):
             count = os.preadv(self._open[tensor.file], [view[done:]], begin + done)
             if not count:
@@ -122,8 +127,7 @@ class Writer:
     def write(self, name: str, values: Tensor, first: int = 0) -> None:
         """Write values of a planned tensor, in its type, from element `first` on; safe to call from several threads."""
         place = self._places[name]
-        raw = memoryview(values.contiguous().view(-1).view(torch.uint8).numpy())
-        _write(place.descriptor, raw, place.start + first * values.dtype.itemsize)
+        _write(place.descriptor, raw_bytes(values), place.start + first * values.dtype.itemsize)
 
     def _begin(self, path: Path, tensors: list[Planned]) -> None:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -158,7 +162,7 @@ def _write(descriptor: int, raw: memoryview, offset: int) -> None:
             raise StageError(
                 Problem(
                     what=f"the disk is full: {error.strerror}",
-                    where=os.readlink(f"/proc/self/fd/{descriptor}"),
+                    where=str(Path(f"/proc/self/fd/{descriptor}").readlink()),
                     why="the merged model does not fit; what was written of it is thrown away",
                     next="free space there (the model needs about 2 bytes a parameter), then run the same again",
                 )

@@ -96,14 +96,14 @@ def snapshot(repository: str, *, revision: str | None, kind: str, where: str) ->
     from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = {"model": [*MODEL_FILES, *TOKENIZER_FILES], "adapter": list(ADAPTER_FILES)}.get(kind)
+    patterns: dict[str, list[str]] = {"model": [*MODEL_FILES, *TOKENIZER_FILES], "adapter": [*ADAPTER_FILES]}
     try:
         folder = Path(
             snapshot_download(
                 repository,
                 revision=revision,
                 repo_type="dataset" if kind == "dataset" else "model",
-                allow_patterns=patterns,
+                allow_patterns=patterns.get(kind),
             )
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

@@ -51,7 +51,8 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_folder_with_a_manifest_and_nothing_else(base: Path, adapter: Path, tmp_path: Path) -> None:
     before = bytes_of(base), bytes_of(adapter)
-    said = json.loads(quench(base, adapter, tmp_path / "out", "--json", folder=tmp_path, check=0).partition("\nthe ")[0])
+    told = quench(base, adapter, tmp_path / "out", "--json", folder=tmp_path, check=0)
+    said = json.loads(told.partition("\nbase in training")[0])
     out = tmp_path / "out"
     manifest = json.loads((out / "manifest.json").read_text())
     assert said["merged"][0]["digest"] == manifest["digest"]
@@ -77,7 +78,7 @@ def test_unknown_training_makes_both_merges(base: Path, adapter: Path, tmp_path:
     foreign = shutil.copytree(adapter, tmp_path / "foreign", ignore=shutil.ignore_patterns("nf4.json", "tokenizer"))
     out = tmp_path / "out"
     said = quench(base, foreign, out, folder=tmp_path, check=0)
-    assert "unknown in training" in said and "no record" in said
+    assert "in training: unknown" in said and "no record" in said
     results = {path.name: json.loads((path / "manifest.json").read_text())["result"] for path in out.iterdir()}
     assert {name: (one["onto"], one["record"]) for name, one in results.items()} == {
         "dequantized": ("dequantized", "none"),

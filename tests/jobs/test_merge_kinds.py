@@ -102,13 +102,6 @@ def test_added_tokens_make_the_vocabulary_longer(tmp_path: Path, tied: bool) -> 
 
     lora = {"modules_to_save": None if tied else ["embed_tokens", "lm_head"]}
     adapter = train_adapter(base, tmp_path / "adapter", prepare=longer, **lora)
-    if tied:  # PEFT saves resized embeddings when it can see the base's config; they are given here as it does
-        model = load_nf4(base, device="cpu")
-        longer(model)
-        tensors = load_file(adapter / "adapter_model.safetensors")
-        table = model.get_input_embeddings().weight.data.clone()
-        tensors |= {f"base_model.model.{name}.weight": table.clone() for name in ("model.embed_tokens", "lm_head")}
-        save_file(tensors, adapter / "adapter_model.safetensors")
     job = job_for(tmp_path / "out", base, adapter)
     padded = -(-rows // 64) * 64
     assert merge.run(job)["vocabulary"] == padded
@@ -117,6 +110,7 @@ def test_added_tokens_make_the_vocabulary_longer(tmp_path: Path, tied: bool) -> 
     model = load_nf4(base, device="cpu")
     longer(model)
     assert kl(log_probs(attach(model, adapter)), log_probs(plain)) < FAITHFUL
+    assert json.loads((job.out / "config.json").read_text())["tie_word_embeddings"] is tied
 
 
 @pytest.mark.parametrize("kind", ["trainable tokens", "ia3"])
@@ -124,7 +118,7 @@ def test_what_the_stream_cannot_do_is_pefts_and_said(base: Path, tmp_path: Path,
     if kind == "ia3":
         model = get_peft_model(
             load_nf4(base, device="cpu"),
-            IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"),
+            IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"),
         )
         for name, parameter in model.named_parameters():
             if "ia3_" in name:
@@ -137,7 +131,9 @@ def test_what_the_stream_cannot_do_is_pefts_and_said(base: Path, tmp_path: Path,
     result = merge.run(job)
     assert result["by"] == "peft" and "by PEFT" in notes(job)["merge"]
     plain = AutoModelForCausalLM.from_pretrained(job.out).eval()
-    assert kl(log_probs(load_arm("nf4", base, adapter=adapter, device="cpu")), log_probs(plain)) < FAITHFUL
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # IA3's fp32 factors meet a bf16 output layer without
+        trained = log_probs(load_arm("nf4", base, adapter=adapter, device="cpu"))
+    assert kl(trained, log_probs(plain)) < FAITHFUL
 
 
 def test_training_left_where_it_trained_on_bf16(base: Path, tmp_path: Path) -> None:
@@ -258,5 +254,3 @@ def test_a_full_disk_is_said(base: Path, adapter: Path, tmp_path: Path) -> None:
             merge.run(job_for(tmp_path / "out", base, adapter))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
