@@ -21,7 +21,6 @@ from tasks.runtime.launch import CHECKOUT, child_env
 from tasks.runtime.leases import cpu_slots
 from tasks.runtime.step import hardware, locked_versions
 from tests.jobs.build import make_job
-from tests.jobs.synthetic import write_synthetic, write_synthetic_adapter
 
 RESULTS = CHECKOUT / "docs" / "results" / "merge.md"
 GIB = 1 << 30
@@ -133,6 +132,8 @@ def timed(arm: str, base: Path, adapter: Path, out: Path) -> Timed:
 
 def measure(size: Size, folder: Path) -> dict[str, list[Timed]]:
     """All arms of one size, taking turns."""
+    from tests.jobs.synthetic import write_synthetic, write_synthetic_adapter  # torch: no arm pays for it unasked
+
     base = write_synthetic(
         folder / "base",
         hidden=size.hidden,
