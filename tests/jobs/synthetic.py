@@ -1,4 +1,4 @@
-"""Checkpoints of any size with random weights and an adapter for them, written as a stream: seconds a GB."""
+"""Checkpoints of any size with random weights and an adapter for them, written as a stream."""
 
 from __future__ import annotations
 

@@ -60,7 +60,8 @@ def test_the_stream_is_pefts_merge_and_the_trained_model(name: str, tmp_path: Pa
     trained = log_probs(load_arm("nf4", base, adapter=adapter, device="cpu"))
     untrained = kl(trained, log_probs(load_arm("nf4", base, device="cpu")))
     cost = kl(trained, log_probs(plain.eval()))
-    assert cost < FAITHFUL < untrained / 10, (cost, untrained)  # measured: see FAITHFUL; the training moved it far
+    # Measured: 7e-6 (GPT-2) to 1.9e-5 (Qwen3-MoE); the untrained base is at 3e-2 to 9e-2.
+    assert cost < FAITHFUL < untrained / 10, (cost, untrained)
 
     stored = {key for path in base.glob("*.safetensors") for key in load_file(path)}
     assert {key for path in job.out.glob("*.safetensors") for key in load_file(path)} == stored

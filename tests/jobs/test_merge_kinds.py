@@ -23,8 +23,6 @@ from tests.jobs.build import make_job, notes
 from tests.jobs.test_merge import FAITHFUL, kl
 from tests.jobs.test_merge_architectures import log_probs
 
-# DoRA in training rounds row norms to bf16, the merge does not: 3e-3 nats measured on other tiny models, 2e-4 here.
-FAITHFUL_DORA = 3e-3
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KINDS: dict[str, dict[str, Any]] = {
     "rslora with patterns": {
@@ -66,10 +64,10 @@ def test_each_kind_is_the_trained_model(base: Path, tmp_path: Path, kind: str) -
     assert result["by"] == "stream" and result["record"] == "exact"
     trained = log_probs(load_arm("nf4", base, adapter=adapter, device="cpu"))
     untrained = kl(trained, log_probs(load_arm("nf4", base, device="cpu")))
-    limit = FAITHFUL_DORA if kind == "dora" else FAITHFUL
     plain = AutoModelForCausalLM.from_pretrained(job.out).eval()
     cost = kl(trained, log_probs(plain))
-    assert cost < limit < untrained / 10, (cost, untrained)
+    # Measured: 6e-6 to 1.5e-5 over the kinds, DoRA 9e-6; the untrained base is at 5e-2 to 3e-1.
+    assert cost < FAITHFUL < untrained / 10, (cost, untrained)
     config = json.loads((job.out / "config.json").read_text())
     assert config["tie_word_embeddings"] is (kind not in UNTIED)
     assert (plain.lm_head.weight is plain.model.embed_tokens.weight) is (kind not in UNTIED)
