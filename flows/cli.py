@@ -114,6 +114,38 @@ def _run(args: argparse.Namespace) -> int:
     return code
 
 
+def _merge(args: argparse.Namespace) -> int:
+    from flows.one_stage import merge_into
+    from tasks.runtime.errors import StepFailed
+
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        merged = merge_into(
+            args.base,
+            args.adapter,
+            args.out,
+            onto=args.onto,
+            device=args.device,
+            accept_other_base=args.accept_other_base,
+            say=lambda text: print(text, file=sys.stderr),
+        )
+    except StepFailed as error:
+        if args.json:
+            problem = error.problem.as_dict()
+            print(json.dumps({"ok": False, "problems": [problem], "log": error.log}, indent=2))
+        else:
+            print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    rows = [{"folder": str(one.folder), **one.manifest} for one in merged]
+    lines = [
+        f"{one['folder']}: {one['result']['parameters'] / 1e6:.1f} M parameters onto {one['result']['onto']}, "
+        f"{one['seconds']:.0f} s, peak {one['peak_rss_gib']:.2f} GiB"
+        for one in rows
+    ]
+    _print({"ok": True, "merged": rows}, "\n".join(lines), as_json=args.json)
+    return DONE
+
+
 def _terminated(number: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
@@ -215,6 +247,19 @@ def _parser() -> argparse.ArgumentParser:
     checked.add_argument("--data", action="store_true", help="read all rows too")
     command("plan", _plan, "Show each step as hit or make, and which field differs.", recipe=True)
     command("run", _run, "Run a recipe; running it again resumes.", recipe=True)
+    merged = command("merge", _merge, "Merge an adapter into its base; both are folders or hub ids.")
+    merged.add_argument("base", metavar="BASE", help="model folder or hub id")
+    merged.add_argument("adapter", metavar="ADAPTER", help="PEFT adapter: folder or hub id")
+    merged.add_argument("out", type=Path, metavar="OUT", help="folder to write; new or empty")
+    merged.add_argument(
+        "--onto",
+        choices=("dequantized", "original"),
+        help="the base's weights as NF4 training had them, or as they are; default: as in training, both if unknown",
+    )
+    merged.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu", help="default: cpu")
+    merged.add_argument(
+        "--accept-other-base", action="store_true", help="merge although the base is not the one of the record"
+    )
     shown = command("report", _report, "Print the report of a run.")
     shown.add_argument("run", nargs="?", help="run id or its beginning; default: the latest")
     command("schemes", _schemes, "List the quantization schemes.")

@@ -29,7 +29,6 @@ from tasks.runtime.pin import (
 from tasks.runtime.step import External, Limits, Step, resolve_device
 
 # What shapes a result of an adapter, and what tells how it was trained (recipes/adapters.py reads it).
-ADAPTER_FILES = (CONFIG, WEIGHTS, RECORD, "config.json")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,7 +93,7 @@ def _initialisation(folder: Path, config: Mapping[str, Any]) -> list[Problem]:
     named = str(config.get("init_lora_weights", True)).lower()
     if named == LOFTQ:
         remedy = (
-            "Name the base that LoftQ wrote (its quantization residual is in those weights) as the base, with a copy of "  # noqa: E501
+            "Name the folder that LoftQ wrote (its residual is in those weights) as the base, with a copy of "
             f'this adapter in which {CONFIG} says "init_lora_weights": true: sed -i \'s/"loftq"/true/\' COPY/{CONFIG}'
         )
     elif named.startswith(CONVERTIBLE):

@@ -27,12 +27,14 @@ _ROUTER = re.compile(r"(^|\.)(gate|router)$")  # routers of mixtures of experts 
 
 
 class Tensor(NamedTuple):
-    """One tensor of a checkpoint, by its header."""
+    """One tensor of a checkpoint, by its header: `n_bytes` bytes of `file` from byte `start` on."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     n_bytes: int
+    file: Path
+    start: int
 
     @property
     def numel(self) -> int:
@@ -174,6 +176,19 @@ def read_headers(folder: Path) -> Headers:
     )
 
 
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint by name, in the order of its files.
+
+    Raises:
+        RecipeError: With every problem of its index and headers.
+    """
+    problems: list[Problem] = []
+    tensors = _tensors(folder, problems)
+    if problems:
+        raise RecipeError(problems)
+    return tensors
+
+
 def read_file(path: Path) -> dict[str, Tensor]:
     """Every tensor of one safetensors file, by name.
 
@@ -230,8 +245,10 @@ def _tensors(folder: Path, problems: list[Problem]) -> dict[str, Tensor]:
     """Every tensor of the checkpoint; empty, with a problem, where it cannot be read."""
     index = folder / "model.safetensors.index.json"
     files = sorted(folder.glob("*.safetensors"))
+    placed: dict[str, str] = {}
     if index.exists():
-        wanted = _shards(index, problems)
+        placed = _weight_map(index, problems)
+        wanted = set(placed.values())
         missing = sorted(wanted - {file.name for file in files})
         if missing:
             problems.append(
@@ -245,14 +262,27 @@ def _tensors(folder: Path, problems: list[Problem]) -> dict[str, Tensor]:
         files = [file for file in files if file.name in wanted]
     elif not files:
         problems.append(_no_safetensors(folder))
-    found = [tensor for file in files for tensor in _header(file, problems)]
-    return {tensor.name: tensor for tensor in found}
+    found = {tensor.name: tensor for file in files for tensor in _header(file, problems)}
+    if not problems and (absent := [name for name, file in placed.items() if not _is_in(found.get(name), file)]):
+        problems.append(
+            Problem(
+                what=f"The index names {len(absent)} tensor(s) that are not in its files: {', '.join(absent)}.",
+                where=str(index),
+                why="Index and files belong to different checkpoints, so some weights would be missing.",
+                next="Download the index and the weight files of one revision again.",
+            )
+        )
+    return found
 
 
-def _shards(index: Path, problems: list[Problem]) -> set[str]:
+def _is_in(tensor: Tensor | None, file: str) -> bool:
+    return tensor is not None and tensor.file.name == file
+
+
+def _weight_map(index: Path, problems: list[Problem]) -> dict[str, str]:
     weight_map = (_json(index) or {}).get("weight_map")
     if is_mapping(weight_map):
-        return {str(name) for name in weight_map.values()}
+        return {name: str(file) for name, file in weight_map.items()}
     problems.append(
         Problem(
             what="The index of the weights is broken.",
@@ -261,7 +291,7 @@ def _shards(index: Path, problems: list[Problem]) -> set[str]:
             next="Download the base again.",
         )
     )
-    return set()
+    return {}
 
 
 def _no_safetensors(folder: Path) -> Problem:
@@ -301,15 +331,16 @@ def _header(path: Path, problems: list[Problem]) -> list[Tensor]:
         return _broken(path, "Its header is not a JSON object.", problems)
     try:
         tensors = [
-            Tensor(name, entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0])
+            Tensor(name, entry["dtype"], tuple(entry["shape"]), end - begin, path, 8 + length + begin)
             for name, entry in header.items()
             if name != "__metadata__"
+            for begin, end in [entry["data_offsets"]]
         ]
-        end = max((header[tensor.name]["data_offsets"][1] for tensor in tensors), default=0)
-    except (KeyError, TypeError, IndexError):
+        end = max((tensor.start + tensor.n_bytes for tensor in tensors), default=8 + length)
+    except (KeyError, TypeError, ValueError):
         return _broken(path, "Its header lacks a dtype, a shape or a byte range.", problems)
-    if 8 + length + end > size:
-        return _broken(path, f"Its tensors end at byte {8 + length + end}, the file at {size}.", problems)
+    if end > size:
+        return _broken(path, f"Its tensors end at byte {end}, the file at {size}.", problems)
     return tensors
 
 

@@ -92,6 +92,8 @@ class Merge(Section):
     base: Literal["dequantized", "original", "auto"] = "dequantized"
     """Merge that the schemes quantize: into the NF4 weights that were trained, dequantized, or the original ones.
     `auto` takes the one with the lower loss on dev, the dequantized one when the two cannot be told apart."""
+    accept_other_base: bool = False
+    """Merge although the base's NF4 weights are not those of the training record (another base or arithmetic)."""
 
 
 class Calibrate(Section):

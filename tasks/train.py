@@ -22,7 +22,7 @@ def step(recipe: Recipe, *, dataset: Step, base: External, adapter: External | N
         stage="train",
         slug=recipe.name,
         entry="tasks.jobs.train:run",
-        version=1,
+        version=2,
         params=recipe.train.model_dump(exclude={"adapter"}),
         inputs={"dataset": dataset, "base": base},
         tools=("torch", "transformers", "peft", "trl", "bitsandbytes"),

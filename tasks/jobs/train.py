@@ -27,6 +27,7 @@ from recipes.problem import Problem
 from tasks.jobs.backends.load import load_nf4, setup
 from tasks.jobs.checkpoints import last_checkpoint, mark_whole
 from tasks.jobs.gradients import check_gradients
+from tasks.jobs.nf4 import write_record
 from tasks.runtime.errors import StageError
 from tasks.runtime.job import Job
 
@@ -85,6 +86,7 @@ def run(job: Job) -> dict[str, Any]:
             )
         )
     _save_adapter(model, job)
+    write_record(model, job.out)
     shutil.copytree(dataset / "tokenizer", job.out / "tokenizer")
     state = trainer.state
     evaluating_s = sum(

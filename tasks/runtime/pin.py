@@ -28,8 +28,18 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "chat_templates/*",
 )
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+ADAPTER_NEEDED = ("adapter_config.json", "adapter_model.safetensors")
 DATA_FILES = ("*.jsonl",)
+
+# What an adapter folder can hold that shapes a merge.
+ADAPTER_FILES = (
+    *ADAPTER_NEEDED,
+    "nf4.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer/*",
+    *TOKENIZER_FILES,
+)
 
 
 class Digests:

@@ -112,8 +112,10 @@ def test_nan_in_the_adapter_is_refused(base: Path, adapter: Path, tmp_path: Path
     name = sorted(tensors)[0]
     tensors[name][0, 0] = torch.nan
     save_file(tensors, broken / "adapter_model.safetensors")
-    with pytest.raises(StageError, match="inf or NaN"):
+    with pytest.raises(StageError, match="inf or NaN") as refused:
         merge_onto("original", base, broken, tmp_path / "out")
+    assert name in refused.value.problem.where
+    assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
 def test_an_adapter_of_another_base_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
@@ -126,9 +128,10 @@ def test_an_adapter_of_another_base_is_refused(base: Path, adapter: Path, tmp_pa
     assert "model.layers.7.self_attn.q_proj" in refused.value.problem.where
 
 
-def test_more_than_plain_lora_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_dora_without_its_magnitudes_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
     dora = shutil.copytree(adapter, tmp_path / "dora")
     config = json.loads((dora / "adapter_config.json").read_text()) | {"use_dora": True}
     (dora / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(StageError, match="use_dora"):
+    with pytest.raises(StageError, match="fit nothing") as refused:
         merge_onto("original", base, dora, tmp_path / "out")
+    assert refused.value.problem.where.count("lacks DoRA's magnitudes") == 14

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.headers import read_headers
+from recipes.headers import read_headers, read_tensors
 from recipes.problem import Problem, RecipeError
 from tests.recipes.folders import llama_shapes, write_base, write_safetensors
 
@@ -121,3 +121,14 @@ def test_a_quantized_model_is_no_base(tmp_path: Path):
     write_base(tmp_path, config={"quantization_config": {"quant_method": "gptq"}})
     (problem,) = refused(tmp_path)
     assert "quantized already" in problem.what
+
+
+def test_an_index_that_names_absent_tensors(tmp_path: Path):
+    folder = tmp_path / "base"
+    folder.mkdir()
+    header = json.dumps({"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode()
+    (folder / "part.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
+    placed = {"a": "part.safetensors", "b": "part.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
+    with pytest.raises(RecipeError, match=r"1 tensor\(s\) that are not in its files: b"):
+        read_tensors(folder)

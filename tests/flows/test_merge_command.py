@@ -1,0 +1,118 @@
+"""`quench merge`: exit codes, a manifest beside the files, nothing half-written, inputs untouched."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tasks.runtime.fingerprint import file_digest
+from tasks.runtime.launch import CHECKOUT
+from tests.jobs.architectures import train_adapter, write_architecture
+
+TURNS = [{"role": "user", "content": "what colour ?"}]
+
+
+def quench(*words: object, folder: Path, check: int, limit: Callable[[], None] | None = None) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.cli", "merge", *map(str, words)],
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT), "QUENCH_HOME": str(folder / "home")},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        preexec_fn=limit,
+    )
+    assert done.returncode == check, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def bytes_of(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): file_digest(path) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_architecture(tmp_path_factory.mktemp("base"), "llama", shard="200KB")
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_adapter(base, tmp_path_factory.mktemp("adapter"))
+
+
+def test_a_folder_with_a_manifest_and_nothing_else(base: Path, adapter: Path, tmp_path: Path) -> None:
+    before = bytes_of(base), bytes_of(adapter)
+    told = quench(base, adapter, tmp_path / "out", "--json", folder=tmp_path, check=0)
+    said = json.loads(told.partition("\nbase in training")[0])
+    out = tmp_path / "out"
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert said["merged"][0]["digest"] == manifest["digest"]
+    assert manifest["result"]["onto"] == "dequantized" and manifest["result"]["base_type"] == "nf4"
+    assert manifest["result"]["record"] == "exact" and manifest["peak_rss_gib"] > 0
+    for name, one in manifest["files"].items():
+        assert file_digest(out / name) == one["sha256"]
+    assert set(manifest["files"]) | {"manifest.json"} == set(bytes_of(out))
+    assert before == (bytes_of(base), bytes_of(adapter))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]  # no home was there, and none is made
+    AutoModelForCausalLM.from_pretrained(out)
+    render = {"tokenize": False, "add_generation_prompt": True}
+    assert AutoTokenizer.from_pretrained(out).apply_chat_template(TURNS, **render) == (
+        AutoTokenizer.from_pretrained(base).apply_chat_template(TURNS, **render)
+    )
+    for path in (adapter / "tokenizer").iterdir():
+        assert (out / path.name).read_bytes() == path.read_bytes()
+    assert "not an empty folder" in quench(base, adapter, out, folder=tmp_path, check=2)
+
+
+@pytest.mark.slow
+def test_unknown_training_makes_both_merges(base: Path, adapter: Path, tmp_path: Path) -> None:
+    foreign = shutil.copytree(adapter, tmp_path / "foreign", ignore=shutil.ignore_patterns("nf4.json", "tokenizer"))
+    out = tmp_path / "out"
+    said = quench(base, foreign, out, folder=tmp_path, check=0)
+    assert "in training: unknown" in said and "no record" in said
+    results = {path.name: json.loads((path / "manifest.json").read_text())["result"] for path in out.iterdir()}
+    assert {name: (one["onto"], one["record"]) for name, one in results.items()} == {
+        "dequantized": ("dequantized", "none"),
+        "original": ("original", "not needed"),
+    }
+    assert {path.name for path in tmp_path.iterdir()} == {"foreign", "out"}
+
+
+def test_bad_input_is_refused_at_once_with_everything(base: Path, adapter: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(base, tmp_path / "broken")
+    shards = sorted(broken.glob("*.safetensors"))
+    shards[0].unlink()
+    shards[1].write_bytes(shards[1].read_bytes()[:-100])
+    pissa = shutil.copytree(adapter, tmp_path / "pissa")
+    config = json.loads((pissa / "adapter_config.json").read_text())
+    (pissa / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": "pissa_niter_4"}))
+    said = quench(broken, pissa, tmp_path / "out", folder=tmp_path, check=2)
+    for part in ("weight files are missing", "truncated", "pissa_niter_4", "path_initial_model_for_weight_conversion"):
+        assert part in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_nothing_visible(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """RLIMIT_FSIZE ends a write like a full disk does, with an errno; Python ignores its signal."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
+
+    before = bytes_of(adapter)
+    said = quench(base, adapter, tmp_path / "out", folder=tmp_path, check=1, limit=limit)
+    assert "the disk is full" in said and "what was written of it is thrown away" in said
+    assert not (tmp_path / "out").exists()
+    assert not [path for path in tmp_path.rglob("*") if path.suffix == ".safetensors"]
+    assert before == bytes_of(adapter)
+    quench(base, adapter, tmp_path / "out", folder=tmp_path, check=0)  # the same command, with room
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

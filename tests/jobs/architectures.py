@@ -1,0 +1,116 @@
+"""Tiny bases of the architectures that are merged, and adapters that are really trained on them for a few steps."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GenerationConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+from tasks.jobs.backends.load import load_bf16, load_nf4
+from tasks.jobs.nf4 import write_record
+from tests.tiny import TEMPLATES, _tokenizer
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.04,
+}
+CONFIGS: dict[str, Callable[..., PreTrainedConfig]] = {
+    "llama": LlamaConfig,
+    "qwen2": Qwen2Config,  # biases of q, k, v
+    "qwen3": Qwen3Config,  # norms of q and k
+    "mistral": MistralConfig,
+    "gemma2": Gemma2Config,
+    "gemma3": Gemma3TextConfig,
+    "phi3": Phi3Config,  # qkv and gate_up fused
+    "gpt2": GPT2Config,  # Conv1D
+    "qwen3-moe": Qwen3MoeConfig,  # experts are no linear layers: attention is trained
+}
+EXTRA: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.04},
+    "qwen3-moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+}
+MOE_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def write_architecture(folder: Path, name: str, *, shard: str = "5GB", tied: bool | None = None) -> Path:
+    """A base of one architecture as its own save_pretrained writes it, with a tokenizer."""
+    tokenizer = _tokenizer(bos=False)
+    tokenizer.chat_template = TEMPLATES["plain"]
+    tokenizer.save_pretrained(folder)
+    ids = {"vocab_size": len(tokenizer), "pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 3}
+    shape = {} if name == "gpt2" else SHAPE
+    ties = {} if tied is None else {"tie_word_embeddings": tied}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name](**shape, **EXTRA.get(name, {}), **ids, **ties))
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith("bias"):  # they start as zeros
+                parameter.normal_(std=0.02)
+    model.generation_config = GenerationConfig(eos_token_id=[2, 0], pad_token_id=0)
+    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size=shard)
+    return folder
+
+
+def tokens(rows: int = 4, *, seed: int = 1) -> torch.Tensor:
+    """Random token ids [rows, 48]."""
+    return torch.randint(4, 300, (rows, 48), generator=torch.Generator().manual_seed(seed))
+
+
+def train_adapter(
+    base: Path, folder: Path, *, on: str = "nf4", steps: int = 3, record: bool = True, prepare: Any = None, **lora: Any
+) -> Path:
+    """Train a LoRA for a few steps at a high rate and save it as PEFT does, with a record of the NF4 base."""
+    settings = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | lora
+    model = (load_nf4 if on == "nf4" else load_bf16)(base, device="cpu")
+    if prepare is not None:
+        prepare(model)
+    torch.manual_seed(0)
+    peft = get_peft_model(model, LoraConfig(**settings)).train()
+    trained = [one for one in peft.parameters() if one.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    batch = tokens(seed=2)
+    for _ in range(steps):
+        loss = peft(batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.isfinite(loss)
+    save(peft, folder, base)
+    if record:
+        write_record(peft, folder)
+    return folder
+
+
+def save(peft: PeftModel, folder: Path, base: Path) -> None:
+    """As training leaves it: tokenizer files in tokenizer/, the base named by no path."""
+    peft.save_pretrained(folder)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "base"}))
+    (folder / "tokenizer").mkdir(exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        shutil.copyfile(base / name, folder / "tokenizer" / name)
