@@ -103,6 +103,8 @@ def limits(recipe: Recipe) -> Limits:
         device=device,
         threads=min(threads, cpu_slots()),
         micro_batch=recipe.run.micro_batch,
+        processes=recipe.run.processes,
+        launcher=recipe.run.launcher,
         time_limit_s=recipe.run.time_limit_s,
         log_level=recipe.run.log_level,
     )

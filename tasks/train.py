@@ -12,9 +12,10 @@ def step(recipe: Recipe, *, dataset: Step, base: External) -> Step:
         stage="train",
         slug=recipe.name,
         entry="tasks.jobs.train:run",
-        version=1,
+        version=2,
         params=recipe.train.model_dump(),
         inputs={"dataset": dataset, "base": base},
-        tools=("torch", "transformers", "peft", "trl", "bitsandbytes"),
+        tools=("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes"),
         gpus=1,
+        distributed=True,
     )
