@@ -105,6 +105,11 @@ class Train(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     accept_unquantized: bool = False
     """Train although more than 5 % of the linear weights stay bf16 (experts of mixture models): they take memory."""
+
+    def adapts(self, name: str) -> bool:
+        """True where the linear layer of this full name gets an adapter."""
+        return self.targets == "all-linear" or name.rpartition(".")[2] in self.targets
+
     seed: int = 0
     """Initialisation, data order, dropout."""
 

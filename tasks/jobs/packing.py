@@ -37,8 +37,9 @@ def packing_error(
         }
         del batch["labels"]
         with torch.no_grad(), torch.autocast(model.device.type, dtype=torch.bfloat16):
-            return model.get_base_model().base_model(**batch, use_cache=False).last_hidden_state[0].float()
+            return backbone(**batch, use_cache=False).last_hidden_state[0].float()
 
+    backbone: Any = model.get_base_model().base_model
     was_training = model.training
     model.eval()
     packed, alone = hidden(rows), torch.cat([hidden([row]) for row in rows])

@@ -17,7 +17,7 @@ from tasks.jobs.backends.load import load_nf4, setup
 from tasks.jobs.checkpoints import last_checkpoint, restore_best
 from tasks.jobs.gradients import check_gradients
 from tasks.jobs.packing import check_packing
-from tasks.jobs.trainer import Trainer, make_trainer
+from tasks.jobs.trainer import Trainer, make_trainer, rows_of
 from tasks.jobs.unquantized import check_unquantized
 from tasks.runtime.errors import StageError
 from tasks.runtime.job import Job
@@ -43,7 +43,7 @@ def run(job: Job) -> dict[str, Any]:
     started = time.monotonic()
     model = _model(job)
     trainer = make_trainer(job, model)
-    _check(job, trainer)
+    _check(job, trainer, model)
     [resume] = broadcast_object_list([last_checkpoint(job) if job.rank == 0 else None])
     first_step = int(resume.name.rpartition("-")[2]) if resume else 0
     if job.rank == 0:
@@ -106,18 +106,17 @@ def _model(job: Job) -> PeftModel:
     return add_adapter(base, job.params)
 
 
-def _check(job: Job, trainer: Trainer) -> None:
+def _check(job: Job, trainer: Trainer, model: PeftModel) -> None:
     """Everything that is checked on real rows before step 1.
 
     Raises:
         StageError: Gradients differ after an evaluation; packed rows see each other.
     """
-    rows = [trainer.train_dataset[place] for place in range(min(2, len(trainer.train_dataset)))]
-    collate = trainer.data_collator
+    rows, collate = rows_of(job.inputs["dataset"].path, "train")[:2], trainer.data_collator
     if job.params["packing"]:
-        error = check_packing(trainer.model, rows, collate=collate)
+        error = check_packing(model, rows, collate=collate)
         job.events.note("packing", f"packed rows give what they give alone: hidden states differ by {error:.2%} (bf16)")
-    alike = check_gradients(trainer.model, collate(rows))
+    alike = check_gradients(model, collate(rows))
     trainer.gradient_cosine = alike.cosine
     job.events.note(
         "gradients", f"before and after an evaluation: cosine {alike.cosine:.6f}, norm x {alike.norm_ratio:.4f}"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pyarrow.parquet as pq
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
 from transformers import (
@@ -48,13 +49,14 @@ class Trainer(SFTTrainer):
     """SFTTrainer with a dev loss that depends on nothing but the weights: not on batches, packing or processes."""
 
     job: Job
+    dev: list[dict[str, Any]]
     gradient_cosine: float = math.nan
     _places = 0
 
     @property
     def dev_losses(self) -> list[DevLoss]:
         """So far, with those of earlier attempts: checkpoints carry the history."""
-        return [DevLoss(one["step"], one["eval_loss"]) for one in self.state.log_history if "eval_loss" in one]
+        return [DevLoss(int(one["step"]), one["eval_loss"]) for one in self.state.log_history if "eval_loss" in one]
 
     @property
     def best(self) -> DevLoss:
@@ -68,8 +70,8 @@ class Trainer(SFTTrainer):
 
     def padding_share(self) -> float:
         """Share of this attempt's places in training batches that were padding, over all ranks."""
-        places = self.accelerator.gather(torch.tensor([self._places], device=self.args.device)).sum().item()
-        return 1 - self.tokens_here / places
+        places: Any = self.accelerator.reduce(torch.tensor(self._places, device=self.args.device))
+        return 1 - self.tokens_here / places.item()
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any) -> torch.Tensor:
         """Forward and backward of one micro-batch; counts its places."""
@@ -78,15 +80,16 @@ class Trainer(SFTTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Dev loss, the sum of nats over the sum of tokens; then keep a new best, or stop where none has come."""
-        clock = time.monotonic()
-        self.model.eval()
+        clock, model = time.monotonic(), cast("torch.nn.Module", self.model)
+        model.eval()
         # Not through compute_loss: it gathers metrics once a batch, and ranks may have different numbers of them.
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         for batch in self._dev_batches():
             with torch.no_grad(), self.accelerator.autocast():
-                out = self.model(**self._prepare_inputs(batch), use_cache=False, fused_lm_head=True)
+                out = model(**self._prepare_inputs(batch), use_cache=False, fused_lm_head=True)
             sums += torch.stack([-out.log_probs.double().sum(), out.label_mask.double().sum()])
-        nats, tokens = self.accelerator.reduce(sums).tolist()
+        summed: Any = self.accelerator.reduce(sums)
+        nats, tokens = summed.tolist()
         metrics = {"eval_loss": nats / tokens, "eval_runtime": time.monotonic() - clock}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -96,10 +99,9 @@ class Trainer(SFTTrainer):
     def _dev_batches(self) -> list[dict[str, Any]]:
         """This rank's share of dev. Rows without labels fill up, so that FSDP ranks do as many forward passes."""
         world, rank, size = self.args.world_size, self.args.process_index, self.args.per_device_eval_batch_size
-        rows = list(self.eval_dataset)
+        rows = self.dev
         silent = {"input_ids": rows[0]["input_ids"], "labels": [-100] * len(rows[0]["input_ids"])}
-        rows += [silent] * (-len(rows) % world)
-        mine = rows[rank::world]
+        mine = [*rows, *[silent] * (-len(rows) % world)][rank::world]
         return [self.data_collator(mine[start : start + size]) for start in range(0, len(mine), size)]
 
     def _judge(self) -> None:
@@ -125,7 +127,7 @@ class Trainer(SFTTrainer):
             save_weights(self.accelerator.unwrap_model(self.model), draft, state=weights)
             (draft / WEIGHTS).replace(best_weights(self.job))
 
-    def whole_weights(self) -> dict[str, torch.Tensor] | None:
+    def whole_weights(self) -> Any:
         """All tensors, gathered from the ranks (every rank has to ask); None where they are not sharded."""
         return self.accelerator.get_state_dict(self.model_wrapped) if self.is_fsdp_enabled else None
 
@@ -164,7 +166,7 @@ class Reporter(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Everything of a checkpoint is written, by every rank."""
-        args.distributed_state.wait_for_everyone()
+        PartialState().wait_for_everyone()
         if self.job.rank == 0:
             folder = self.job.checkpoint / f"checkpoint-{state.global_step}"
             link_best(self.job, folder)
@@ -179,7 +181,7 @@ class Reporter(TrainerCallback):
 def make_trainer(job: Job, model: PeftModel) -> Trainer:
     """The trainer of a job, its adapter in fp32."""
     dataset = job.inputs["dataset"].path
-    train, dev = _rows(dataset, "train"), _rows(dataset, "dev")
+    train, dev = rows_of(dataset, "train"), rows_of(dataset, "dev")[:DEV_ROWS]
     batch = job.params["batch_size"]
     if job.execution.processes > 1 and len(train) % batch:
         job.events.note(
@@ -189,12 +191,12 @@ def make_trainer(job: Job, model: PeftModel) -> Trainer:
     trainer = Trainer(
         model=model,
         args=_settings(job, rows=len(train)),
-        train_dataset=train,
-        eval_dataset=dev.select(range(min(DEV_ROWS, len(dev)))),
+        train_dataset=Dataset.from_list(train),
+        eval_dataset=Dataset.from_list(dev),  # the Trainer wants one; `evaluate` reads `dev`
         processing_class=AutoTokenizer.from_pretrained(str(job.inputs["base"].path), local_files_only=True),
         callbacks=[Reporter(job)],
     )
-    trainer.job = job
+    trainer.job, trainer.dev = job, dev
     trainer.remove_callback(PrinterCallback)
     to_fp32(model)
     return trainer
@@ -245,13 +247,13 @@ def _settings(job: Job, *, rows: int) -> SFTConfig:
     )
 
 
-def _rows(dataset: Path, split: str) -> Dataset:
+def rows_of(dataset: Path, split: str) -> list[dict[str, Any]]:
     """input_ids and labels of one split: -100 wherever the completion mask is False."""
     table = pq.read_table(
         dataset / "rows.parquet", columns=["input_ids", "completion_mask"], filters=[("split", "==", split)]
     )
     ids, masks = table["input_ids"].to_pylist(), table["completion_mask"].to_pylist()
-    labels = [
-        [token if keep else -100 for token, keep in zip(*row, strict=True)] for row in zip(ids, masks, strict=True)
+    return [
+        {"input_ids": row, "labels": [token if keep else -100 for token, keep in zip(row, mask, strict=True)]}
+        for row, mask in zip(ids, masks, strict=True)
     ]
-    return Dataset.from_dict({"input_ids": ids, "labels": labels})
