@@ -161,19 +161,18 @@ class _Sizes:
         """Of A and B, and of DoRA's magnitudes; at the largest rank where a pattern names others."""
         asked = self.recipe.train
         rank = max(asked.rank, *asked.rank_pattern.values(), 0)
-        adapted = [one for one in self.headers.dense_linears if asked.adapts(one.name)]
+        adapted = [one for one in self.headers.linears if asked.adapts(one.name)]
         magnitudes = sum(layer.out_features for layer in adapted) if asked.dora else 0
         return rank * _features(adapted) + magnitudes
 
     @property
     def saved_parameters(self) -> int:
         """Of the modules that are trained in full; a tied output layer is as large as the embeddings."""
-        headers = self.headers
-        wanted = self.recipe.train.modules_to_save
-        stored = sum(
-            one.numel for name, one in headers.tensors.items() if name.split(".")[-2:-1] in [[w] for w in wanted]
-        )
-        return stored + (headers.embedding_parameters if headers.tied and "lm_head" in wanted else 0)
+        headers, ends = self.headers, tuple(self.recipe.train.modules_to_save)
+        if not ends:
+            return 0
+        stored = sum(one.numel for name, one in headers.tensors.items() if name.rpartition(".")[0].endswith(ends))
+        return stored + (headers.embedding_parameters if headers.tied and "lm_head".endswith(ends) else 0)
 
     @property
     def hessians(self) -> float:

@@ -92,21 +92,21 @@ def _patterns(recipe: Recipe, headers: Headers) -> Iterator[Problem]:
 
 
 def _modules_to_save(recipe: Recipe, headers: Headers) -> Iterator[Problem]:
-    quantized = {layer.name.rpartition(".")[2] for layer in headers.linears}
-    known = {name.split(".")[-2] for name in headers.tensors if "." in name} - quantized
+    """PEFT takes every module whose full name ends so."""
+    quantized = {layer.name for layer in headers.dense_linears}
+    known = {name.rpartition(".")[0] for name in headers.tensors} - quantized
     known |= {"lm_head"} if headers.tied else set()
-    for index, name in enumerate(recipe.train.modules_to_save):
-        if name not in known:
-            why = (
-                "It is quantized to NF4 in training, and 4-bit weights cannot be trained."
-                if name in quantized
-                else f"The base has {', '.join(sorted(known))}."
-            )
+    for index, end in enumerate(recipe.train.modules_to_save):
+        refused = sorted(name for name in quantized if name.endswith(end))
+        if refused or not any(name.endswith(end) for name in known):
+            shown = ", ".join(sorted({name.rpartition(".")[2] for name in known}))
             yield Problem(
-                what=f"train.modules_to_save cannot train {name}.",
+                what=f"train.modules_to_save cannot train {end}.",
                 where=f"train.modules_to_save.{index}",
-                why=why,
-                next="Give it an adapter with train.targets." if name in quantized else "Name one of these.",
+                why=f"{refused[0]} is quantized to NF4 in training, and 4-bit weights cannot be trained."
+                if refused
+                else f"What stays unquantized is called {shown}.",
+                next="Give it an adapter with train.targets." if refused else "Name one of these.",
             )
 
 
@@ -118,7 +118,13 @@ def _unquantized(recipe: Recipe, headers: Headers) -> Iterator[Problem]:
             what=f"{share:.0%} of the base's linear weights would stay bf16 in training: {2 * experts / (1 << 30):.1f} "
             "GiB of experts.",
             where="train.accept_unquantized",
-            why="transformers holds a mixture's experts as 3-D parameters, which bitsandbytes does not quantize and "
-            "which get no adapter.",
+            why="transformers holds a mixture's experts as 3-D parameters, which bitsandbytes does not quantize.",
             next="Set train.accept_unquantized: true if that memory is there, or take a dense base.",
+        )
+    if experts and recipe.train.dropout and recipe.train.targets == "all-linear":
+        yield Problem(
+            what="train.dropout does not go with adapters on experts.",
+            where="train.dropout",
+            why="all-linear includes a mixture's experts, and PEFT cannot drop inputs of 3-D parameters.",
+            next="Set train.dropout: 0, or name the attention's layers in train.targets: [q_proj, k_proj, v_proj, o_proj].",
         )

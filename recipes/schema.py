@@ -70,8 +70,8 @@ class Train(Section):
     dora: bool = False
     """Train the length of each output's weights apart from their direction (DoRA, arXiv:2402.09353); slower."""
     modules_to_save: list[str] = []
-    """Modules trained in full and saved with the adapter, by the last part of their names: embeddings, output layer,
-    norms. What is quantized in training cannot be among them."""
+    """Modules trained in full and saved with the adapter: embeddings, output layer, norms. Every module whose name ends
+    so (`norm` is also input_layernorm); what is quantized in training cannot be among them."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     """Peak learning rate of AdamW."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

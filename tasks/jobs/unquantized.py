@@ -61,7 +61,7 @@ def check_unquantized(model: PreTrainedModel, job: Job) -> None:
                 what=said,
                 where=f"the base, {found.largest}",
                 why="bitsandbytes quantizes linear layers only; transformers holds a mixture's experts as 3-D "
-                "parameters, so they keep 2 bytes a weight and get no adapter",
+                "parameters, so they keep 2 bytes a weight",
                 next="set train.accept_unquantized: true if that memory is there, or take a dense base",
             )
         )
