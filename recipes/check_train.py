@@ -126,5 +126,5 @@ def _unquantized(recipe: Recipe, headers: Headers) -> Iterator[Problem]:
             what="train.dropout does not go with adapters on experts.",
             where="train.dropout",
             why="all-linear includes a mixture's experts, and PEFT cannot drop inputs of 3-D parameters.",
-            next="Set train.dropout: 0, or name the attention's layers in train.targets: [q_proj, k_proj, v_proj, o_proj].",
+            next="Set train.dropout: 0, or name layers of the attention in train.targets.",
         )

@@ -16,7 +16,7 @@ from tasks.jobs.backends.load import load_arm, load_nf4
 from tasks.jobs.unquantized import unquantized
 from tasks.runtime.errors import StageError
 from tests.jobs.build import notes
-from tests.jobs.test_train import base, dataset, job_for  # noqa: F401  # fixtures
+from tests.jobs.test_train import job_for
 
 KINDS: dict[str, dict[str, Any]] = {
     "rslora": {"rslora": True},
@@ -30,8 +30,8 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_adapter_loads_by_plain_peft_with_the_trained_logits(
     kind: str,
-    base: Path,  # noqa: F811
-    dataset: Path,  # noqa: F811
+    base: Path,
+    dataset: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
@@ -56,7 +56,7 @@ def test_every_adapter_loads_by_plain_peft_with_the_trained_logits(
     assert (got - without).norm() > 0.05 * expected.norm()  # four steps of the smallest move it by 0.078
 
 
-def test_the_config_carries_what_the_recipe_asked_for(base: Path, dataset: Path, tmp_path: Path):  # noqa: F811
+def test_the_config_carries_what_the_recipe_asked_for(base: Path, dataset: Path, tmp_path: Path):
     asked: dict[str, Any] = {name: value for one in KINDS.values() for name, value in one.items()}
     asked |= {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 1.0}}
     job = job_for(tmp_path / "out", base, dataset, max_steps=1, **asked)
@@ -72,7 +72,7 @@ def test_the_config_carries_what_the_recipe_asked_for(base: Path, dataset: Path,
     assert saved == {"lm_head", "norm", "input_layernorm", "post_attention_layernorm"}  # every name that ends in norm
 
 
-def write_mixture(folder: Path, base: Path) -> Path:  # noqa: F811
+def write_mixture(folder: Path, base: Path) -> Path:
     """A tiny Qwen3-MoE with the tokenizer of `base`."""
     for path in base.iterdir():
         if path.suffix != ".safetensors" and path.name != "config.json":
@@ -85,7 +85,7 @@ def write_mixture(folder: Path, base: Path) -> Path:  # noqa: F811
     return folder
 
 
-def test_experts_that_stay_bf16_are_refused_unless_accepted(base: Path, dataset: Path, tmp_path: Path):  # noqa: F811
+def test_experts_that_stay_bf16_are_refused_unless_accepted(base: Path, dataset: Path, tmp_path: Path):
     (tmp_path / "mixture").mkdir()
     mixture = write_mixture(tmp_path / "mixture", base)
     found = unquantized(load_nf4(mixture, device="cpu"))

@@ -15,7 +15,7 @@ from tasks.runtime.errors import StageError
 from tasks.runtime.launch import CHECKOUT
 from tests.jobs.build import curve, make_job, notes
 from tests.jobs.test_prepare import PARAMS
-from tests.jobs.test_train import base, dataset, job_for  # noqa: F401  # fixtures
+from tests.jobs.test_train import job_for
 from tests.tiny import write_base
 
 COLLATE = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
@@ -61,7 +61,7 @@ def test_the_check_refuses_rows_that_see_each_other(tmp_path: Path):
         check_packing(adapted, rows(30, 50), collate=leaking)
 
 
-def test_a_packed_training_has_the_curve_of_the_unpacked_one(base: Path, dataset: Path, tmp_path: Path):  # noqa: F811
+def test_a_packed_training_has_the_curve_of_the_unpacked_one(base: Path, dataset: Path, tmp_path: Path):
     alone = job_for(tmp_path / "alone", base, dataset, dropout=0.0, max_steps=4, eval_steps=2)
     packed = job_for(tmp_path / "packed", base, dataset, dropout=0.0, max_steps=4, eval_steps=2, packing=True)
     first, second = train.run(alone), train.run(packed)
@@ -78,7 +78,7 @@ def test_padding_of_the_quickstarts_rows_is_below_3_percent_packed(tmp_path: Pat
     lines = (quickstart / "data" / "sql.jsonl").read_text(encoding="utf-8").splitlines()[:120]
     data = tmp_path / "rows.jsonl"
     data.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    dataset = tmp_path / "dataset"  # noqa: F811
+    dataset = tmp_path / "dataset"
     prepare.run(make_job("prepare", dataset, params=PARAMS, data=data, tokenizer=quickstart / "base"))
     shares = {}
     for packing in (False, True):

@@ -16,7 +16,7 @@ import torch
 from tasks.runtime.job import Execution, Job
 from tasks.runtime.launch import Child, Launcher, child_env
 from tests.jobs.build import curve
-from tests.jobs.test_train import adapter, base, dataset, job_for  # noqa: F401  # fixtures
+from tests.jobs.test_train import adapter, job_for
 from tests.runtime.test_launch import alive, wait_gone
 
 pytestmark = pytest.mark.slow  # 10 s of imports a child
@@ -49,7 +49,7 @@ def wait_for_step(job: Job, step: int) -> None:
         time.sleep(0.01)
 
 
-def test_a_training_killed_by_sigkill_has_the_curve_of_an_uninterrupted_one(base: Path, dataset: Path, tmp_path: Path):  # noqa: F811
+def test_a_training_killed_by_sigkill_has_the_curve_of_an_uninterrupted_one(base: Path, dataset: Path, tmp_path: Path):
     """Packed, with dropout and the best weights: every point of both curves is equal to the last digit."""
     whole = job_for(tmp_path / "whole", base, dataset, **SETTINGS)
     finished(whole)
@@ -74,7 +74,7 @@ def with_ranks(job: Job, processes: int) -> Job:
     return replace(job, execution=Execution(device="cpu", threads=1, micro_batch=4, processes=processes))
 
 
-def test_two_ranks_give_what_one_process_gives(base: Path, dataset: Path, tmp_path: Path):  # noqa: F811
+def test_two_ranks_give_what_one_process_gives(base: Path, dataset: Path, tmp_path: Path):
     """Same rows a step in the same order; gradients are averaged over ranks instead of summed over micro-batches."""
     asked = SETTINGS | {"packing": False, "dropout": 0.0, "max_steps": 6}
     one = with_ranks(job_for(tmp_path / "one", base, dataset, **asked), 1)
@@ -92,7 +92,7 @@ def test_two_ranks_give_what_one_process_gives(base: Path, dataset: Path, tmp_pa
     assert sum('"train/loss"' in line for line in events) == 6  # rank 0 alone writes
 
 
-def test_every_rank_dies_with_the_launcher(base: Path, dataset: Path, tmp_path: Path):  # noqa: F811
+def test_every_rank_dies_with_the_launcher(base: Path, dataset: Path, tmp_path: Path):
     job = with_ranks(job_for(tmp_path / "out", base, dataset, max_steps=5000, checkpoint_steps=5000), 2)
     with Launcher() as launcher:
         child = start(job, launcher)

@@ -14,31 +14,15 @@ from bitsandbytes.functional import has_avx512bf16
 from safetensors.torch import load_file
 
 from recipes.schema import Train
-from tasks.jobs import prepare, train, trainer
+from tasks.jobs import train, trainer
 from tasks.jobs.backends.load import linear4bit, load_arm
 from tasks.jobs.gradients import check_gradients
 from tasks.runtime.errors import StageError
 from tasks.runtime.job import Job
-from tests.jobs.build import curve, make_job, notes, write_jsonl
-from tests.jobs.test_prepare import PARAMS, chat, questions
-from tests.tiny import write_base
+from tests.jobs.build import curve, make_job, notes
 
 STEPS = 12
 SETTINGS = Train(rank=4, alpha=8, learning_rate=5e-3, batch_size=8, max_steps=STEPS, checkpoint_steps=4, dropout=0.1)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def dataset(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    uneven = [{"messages": chat(f"say {i}", f"{i} " * (1 + i % 20))} for i in range(40)]
-    data = write_jsonl(folder / "rows.jsonl", questions(40) + uneven)
-    prepare.run(make_job("prepare", folder / "dataset", params=PARAMS, data=data, tokenizer=base))
-    return folder / "dataset"
 
 
 def job_for(out: Path, base: Path, dataset: Path, *, micro_batch: int | None = None, **changed: Any) -> Job:
