@@ -148,11 +148,12 @@ def page(pairs: list[tuple[Speed, Speed]], params: dict[str, Any]) -> str:
         for number, ((mine, theirs), ratio) in enumerate(zip(pairs, ratios, strict=True), start=1)
     )
     machine, versions = hardware(), locked_versions()
+    tokens = pairs[0][0].tokens
     return f"""<!-- Written by `make bench`. -->
 # Training, measured
 
 The train job against a bare TRL script (tests/bench/train.py): quickstart's base and rows, NF4, LoRA of rank
-{params["rank"]}, {params["max_steps"]} steps of {params["batch_size"]} rows, one thread, {pairs[0][0].tokens} tokens each.
+{params["rank"]}, {params["max_steps"]} steps of {params["batch_size"]} rows, one thread, {tokens} tokens each.
 The bare script keeps the adapter in bf16 as TRL does; ours is fp32.
 
 Ratio of tokens/s, ours over bare: median of {len(pairs)} interleaved pairs {np.median(ratios):.3f}, 95 % interval
