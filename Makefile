@@ -43,6 +43,7 @@ test-gpu: install  ## what needs an NVIDIA GPU
 bench: install   ## the quickstart timed in an empty home: docs/results/quickstart.md (with a picture where Chromium is)
 	$(BIN)/python -m tests.bench.quickstart
 	$(BIN)/python -m tests.bench.merge
+	$(BIN)/python -m tests.bench.train
 
 docs: install    ## write the generated pages again
 	$(BIN)/python -m flows.docs

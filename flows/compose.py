@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from recipes.adapters import CONFIG, RECORD, WEIGHTS
 from recipes.arms import Arm, arms
 from recipes.headers import read_headers
 from recipes.load import Loaded
@@ -16,6 +15,7 @@ from recipes.schemes import parse_scheme
 from tasks import calibrate, choose, evaluate, measure, merge, prepare, quantize, reference, train
 from tasks.runtime.leases import cpu_slots
 from tasks.runtime.pin import (
+    ADAPTER_FILES,
     DATA_FILES,
     MODEL_FILES,
     TOKENIZER_FILES,
@@ -27,8 +27,6 @@ from tasks.runtime.pin import (
     snapshots,
 )
 from tasks.runtime.step import External, Limits, Step, resolve_device
-
-# What shapes a result of an adapter, and what tells how it was trained (recipes/adapters.py reads it).
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +152,8 @@ def limits(recipe: Recipe) -> Limits:
         device=device,
         threads=min(threads, cpu_slots()),
         micro_batch=recipe.run.micro_batch,
+        processes=recipe.run.processes,
+        launcher=recipe.run.launcher,
         time_limit_s=recipe.run.time_limit_s,
         log_level=recipe.run.log_level,
     )

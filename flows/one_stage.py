@@ -20,6 +20,7 @@ from tasks.runtime.pin import (
     MODEL_FILES,
     TOKENIZER_FILES,
     Digests,
+    Kind,
     Snapshot,
     external_folder,
     snapshot,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from recipes.arms import Arm, arms
@@ -36,6 +36,7 @@ ADAM_BYTES = {"cpu": 4 + 4 + 8, "cuda": 4 + 4 + 2}  # a LoRA parameter: fp32, gr
 TRAIN_LOGIT_BYTES = 32  # a logit at the peak of the backward pass: bf16, fp32 copies, log-softmax, gradients
 EVAL_LOGIT_BYTES = 3  # bf16; what is computed from them is computed a row at a time
 ACTIVATION_FACTOR = 1.6  # kept for the backward pass, over the bf16 inputs and outputs of the linear layers
+EAGER_BYTES = 2 + 4 + 2  # a score: bf16, softmax in fp32, bf16 again; by arithmetic, not measured
 DATA_FACTOR = 20  # bytes of Python objects a byte of JSONL
 # Parts that are files in memory: counted as resident, but given back when memory is short, so no step fails for them.
 FILES = ("file of weights", "file of logits")
@@ -152,18 +153,26 @@ class _Sizes:
 
     @property
     def nf4(self) -> float:
-        linear = self.headers.linear_parameters
+        linear = self.headers.dense_linear_parameters  # a mixture's experts stay bf16
         return NF4_BYTES * linear + 2 * (self.headers.parameters - linear)
 
     @property
     def lora_parameters(self) -> int:
-        targets = self.recipe.train.targets
-        adapted = [
-            layer
-            for layer in self.headers.linears
-            if targets == "all-linear" or layer.name.rpartition(".")[2] in targets
-        ]
-        return self.recipe.train.rank * sum(layer.in_features + layer.out_features for layer in adapted)
+        """Of A and B, and of DoRA's magnitudes; at the largest rank where a pattern names others."""
+        asked = self.recipe.train
+        rank = max(asked.rank, *asked.rank_pattern.values(), 0)
+        adapted = [one for one in self.headers.linears if asked.adapts(one.name)]
+        magnitudes = sum(layer.out_features for layer in adapted) if asked.dora else 0
+        return rank * _features(adapted) + magnitudes
+
+    @property
+    def saved_parameters(self) -> int:
+        """Of the modules that are trained in full; a tied output layer is as large as the embeddings."""
+        headers, ends = self.headers, tuple(self.recipe.train.modules_to_save)
+        if not ends:
+            return 0
+        stored = sum(one.numel for name, one in headers.tensors.items() if name.rpartition(".")[0].endswith(ends))
+        return stored + (headers.embedding_parameters if headers.tied and "lm_head".endswith(ends) else 0)
 
     @property
     def hessians(self) -> float:
@@ -245,16 +254,32 @@ def _train(sizes: _Sizes) -> Predicted:
     kept = ACTIVATION_FACTOR * 2 * _features(headers.linears)
     if asked.gradient_checkpointing:
         kept = 2 * headers.hidden * headers.layers + ACTIVATION_FACTOR * 2 * _features(headers.decoder_layer)
+    trained = sizes.lora_parameters + sizes.saved_parameters
+    run = sizes.recipe.run
+    shares = run.processes if run.launcher == "fsdp-qlora" else 1
     parts = {
-        "weights nf4": sizes.nf4,
-        "lora and optimizer": ADAM_BYTES[sizes.device] * sizes.lora_parameters,
+        "weights nf4": sizes.nf4 / shares,
+        "lora and optimizer": ADAM_BYTES[sizes.device] * trained / shares,
         "activations": kept * tokens,
+        "attention": _attention(sizes),
         "logits": TRAIN_LOGIT_BYTES * headers.vocabulary * tokens,
         **sizes.file,
     }
-    # The adapter, and two checkpoints while it runs: fp32 adapter and two moments each.
-    disk = (1 + 2 * 3) * 4 * sizes.lora_parameters
-    return _step(sizes, f"train/{sizes.recipe.name}", parts, process=TRAIN, disk=disk)
+    # The adapter, and two checkpoints while it runs: fp32 adapter and two moments each, and the best weights.
+    disk = (1 + 2 * 3 + 3 * (asked.keep == "best")) * 4 * trained
+    step = _step(sizes, f"train/{sizes.recipe.name}", parts, process=TRAIN, disk=disk)
+    return replace(step, host_gib=step.host_gib * run.processes)
+
+
+def _attention(sizes: _Sizes) -> float:
+    """What the attention kernel keeps beside its inputs: the mask of packed rows, and with eager all scores."""
+    asked, headers = sizes.recipe.train, sizes.headers
+    rows, length = sizes.recipe.micro_batch, sizes.length
+    places = (rows * length) ** 2 if asked.packing else rows * length**2
+    if asked.attention == "eager":
+        layers = 1 if asked.gradient_checkpointing else headers.layers
+        return EAGER_BYTES * layers * headers.heads * places
+    return places if asked.packing and asked.attention == "sdpa" else 0.0
 
 
 def _features(layers: Sequence[Linear]) -> int:

@@ -13,12 +13,13 @@ import psutil
 
 from flows.plan import Planned
 from flows.predict import CUDA_CONTEXT, FILES, GIB, Predicted, RowSizes, predict, row_sizes, tokens_per_byte
+from recipes.check_train import device_problems
 from recipes.headers import Headers, read_headers
 from recipes.load import Loaded
 from recipes.problem import Problem, RecipeError
 from recipes.rows import jsonl_files, read_rows
 from recipes.schema import Recipe
-from tasks.runtime.leases import cpu_slots
+from tasks.runtime.leases import cpu_slots, visible_gpus
 from tasks.runtime.step import Limits
 
 SAMPLE_ROWS = 2000  # rows of the data that are read to tell how long rows are
@@ -249,7 +250,8 @@ def preflight(loaded: Loaded, planned: Sequence[Planned], *, home: Path, base: P
     memory, make = available(), frozenset(line.key for line in planned if not line.hit)
     steps = predict(recipe, headers, device=limits.device, rows=rows)
     slots = 1 if limits.device == "cuda" else max(1, cpu_slots() // limits.threads)
-    problems = refuse(recipe, headers, memory=memory, device=limits.device, rows=rows, slots=slots, make=make)
+    problems = list(device_problems(recipe, device=limits.device, gpus=len(visible_gpus())))
+    problems += refuse(recipe, headers, memory=memory, device=limits.device, rows=rows, slots=slots, make=make)
     full = disk_problem([step for step in steps if step.key in make], home)
     if problems or full:
         raise RecipeError([*problems, *([full] if full else [])])

@@ -13,6 +13,7 @@ from pathlib import Path
 from recipes.arms import arms
 from recipes.check_adapter import beside, fit_problems, folder_problems
 from recipes.check_rows import RowCheck, check_data, general_problems
+from recipes.check_train import device_problems, train_problems
 from recipes.headers import Headers, read_headers
 from recipes.load import InvalidRecipe, Loaded, load, shown
 from recipes.problem import Problem, RecipeError
@@ -20,7 +21,7 @@ from recipes.rows import read_rows
 from recipes.schema import SqlExecution
 from recipes.schemes import Scheme, parse_scheme
 
-__all__ = ["RowCheck", "check", "check_adapter", "check_base", "check_data", "load_and_check", "unchecked"]
+__all__ = ["RowCheck", "check", "check_base", "check_data", "load_and_check", "unchecked"]
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 OURS = ("flows", "tasks", "recipes")
@@ -56,6 +57,7 @@ def check(loaded: Loaded) -> list[Problem]:
     """
     problems = [*_shadows(), *_schemes(loaded), *_data(loaded), *_scorer(loaded), *_template(loaded)]
     problems += [*beside(loaded), *_adapter(loaded)]
+    problems += device_problems(loaded.recipe, device=loaded.recipe.run.device)
     base = loaded.base
     if base is not None:
         problems += check_base(loaded, base) if base.is_dir() else [_missing(base, field="model.base", kind="folder")]
@@ -69,13 +71,7 @@ def check_base(loaded: Loaded, folder: Path) -> list[Problem]:
     except RecipeError as error:
         return list(error.problems)
     found = [*_chat_template(loaded, headers), *_shapes(loaded, headers), *_lengths(loaded, headers)]
-    found += [*_targets(loaded, headers), *(fit_problems(loaded.adapter, headers) if loaded.adapter else [])]
-    return [loaded.placed(problem) for problem in found]
-
-
-def check_adapter(loaded: Loaded, folder: Path, *, base: Path) -> list[Problem]:
-    """Problems of a hub's adapter in the folder that it was pinned to; the base has passed `check_base`."""
-    found = folder_problems(folder) or fit_problems(folder, read_headers(base))
+    found += [*train_problems(loaded, headers), *(fit_problems(loaded.adapter, headers) if loaded.adapter else [])]
     return [loaded.placed(problem) for problem in found]
 
 
@@ -193,20 +189,6 @@ def _lengths(loaded: Loaded, headers: Headers) -> Iterator[Problem]:
                 where=field,
                 why="config.json names the longest context; positions behind it were never trained.",
                 next=f"Set {field} to {limit - (length - recipe.measure.prompt_tokens if extra else 0)} or less.",
-            )
-
-
-def _targets(loaded: Loaded, headers: Headers) -> Iterator[Problem]:
-    targets = loaded.recipe.train.targets
-    known = sorted({layer.name.rpartition(".")[2] for layer in headers.linears})
-    for index, name in enumerate([] if isinstance(targets, str) else targets):
-        if name not in known:
-            near = get_close_matches(name, known, n=1)
-            yield Problem(
-                what=f"No linear layer of the base is called {name}.",
-                where=f"train.targets.{index}",
-                why=f"Its layers are called {', '.join(known)}.",
-                next=f"Did you mean {near[0]}?" if near else "Name one of these, or write all-linear.",
             )
 
 

@@ -25,6 +25,8 @@ TRANSPOSED = ("gpt2", "openai-gpt")  # Conv1D: weights are [in, out]
 _LAYER = re.compile(r"^(?P<stack>(?:.*\.)?)(?P<number>\d+)\.(?P<rest>.+)\.weight$")
 _ROUTER = re.compile(r"(^|\.)(gate|router)$")  # routers of mixtures of experts stay unquantized
 
+_EXPERT = re.compile(r"\.experts\.")
+
 
 class Tensor(NamedTuple):
     """One tensor of a checkpoint, by its header: `n_bytes` bytes of `file` from byte `start` on."""
@@ -73,6 +75,21 @@ class Headers:
         return sum(layer.in_features * layer.out_features for layer in self.linears)
 
     @property
+    def expert_parameters(self) -> int:
+        """Parameters of the experts of a mixture, stored one by one or as 3-D tensors: training leaves them bf16."""
+        return sum(tensor.numel for name, tensor in self.tensors.items() if _EXPERT.search(name))
+
+    @property
+    def dense_linears(self) -> tuple[Linear, ...]:
+        """The linear layers that are no experts: what training quantizes and adapts."""
+        return tuple(layer for layer in self.linears if not _EXPERT.search(layer.name))
+
+    @property
+    def dense_linear_parameters(self) -> int:
+        """Parameters of the linear layers that are no experts."""
+        return _parameters(list(self.dense_linears))
+
+    @property
     def embedding_parameters(self) -> int:
         """Parameters of the input embeddings and, where it is untied, the output layer."""
         return sum(
@@ -112,11 +129,15 @@ class Headers:
         return self._number("max_position_embeddings", "n_positions", "n_ctx")
 
     @property
+    def heads(self) -> int:
+        """Attention heads."""
+        return self._number("num_attention_heads", "n_head") or 1
+
+    @property
     def kv_features(self) -> int:
         """Features of keys (or values) a token and layer: heads x head size."""
-        heads = self._number("num_attention_heads", "n_head") or 1
-        size = self._number("head_dim") or self.hidden // heads
-        return size * (self._number("num_key_value_heads") or heads)
+        size = self._number("head_dim") or self.hidden // self.heads
+        return size * (self._number("num_key_value_heads") or self.heads)
 
     @property
     def decoder_layer(self) -> tuple[Linear, ...]:

@@ -64,6 +64,17 @@ class Train(Section):
     """LoRA dropout."""
     targets: Literal["all-linear"] | list[str] = "all-linear"
     """Modules that get an adapter, by the last part of their names."""
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=1024)]] = {}
+    """Another rank for some modules: the end of a module's name, or a regular expression for it, to rank (PEFT's)."""
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Another alpha for some modules, by the same keys."""
+    rslora: bool = False
+    """Scale the update by alpha / sqrt(r) instead of alpha / r (rank-stabilised LoRA, arXiv:2312.03732)."""
+    dora: bool = False
+    """Train the length of each output's weights apart from their direction (DoRA, arXiv:2402.09353); slower."""
+    modules_to_save: list[str] = []
+    """Modules trained in full and saved with the adapter: embeddings, output layer, norms. Every module whose name ends
+    so (`norm` is also input_layernorm); what is quantized in training cannot be among them."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     """Peak learning rate of AdamW."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -80,10 +91,28 @@ class Train(Section):
     """Passes over train; ignored where max_steps is set."""
     max_steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps; overrides epochs."""
+    packing: bool = False
+    """The rows of a forward pass stand in one sequence, without padding; each sees only itself. The same rows a step,
+    so the same curve. Pays with `attention: flash_attention_2`; else attention costs the square of that sequence."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention kernel of training; flash_attention_2 needs an NVIDIA GPU and the package flash-attn."""
+    eval_steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps between dev losses; default: four in a training."""
+    patience: Annotated[int, Field(ge=1)] | None = None
+    """Training ends after so many dev losses in a row without a new best."""
+    keep: Literal["last", "best"] = "last"
+    """Which weights become the adapter: the last ones or those with the lowest dev loss."""
     checkpoint_steps: Annotated[int, Field(ge=1)] = 100
     """Optimizer steps between checkpoints; a killed training resumes from the last one."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    accept_unquantized: bool = False
+    """Train although more than 5 % of the linear weights stay bf16 (experts of mixture models): they take memory."""
+
+    def adapts(self, name: str) -> bool:
+        """True where the linear layer of this full name gets an adapter."""
+        return self.targets == "all-linear" or name.rpartition(".")[2] in self.targets
+
     seed: int = 0
     """Initialisation, data order, dropout."""
 
@@ -180,7 +209,11 @@ class Run(Section):
     threads: Annotated[int, Field(ge=1)] | None = None
     """CPU threads a step that may run beside others; default 1 on CPU, 4 on CUDA."""
     micro_batch: Annotated[int, Field(ge=1)] | None = None
-    """Rows a forward pass in training; has to divide train.batch_size."""
+    """Rows a forward pass in training; times `processes` it has to divide train.batch_size."""
+    processes: Annotated[int, Field(ge=1)] = 1
+    """Processes that train together, one a GPU; they share train.batch_size."""
+    launcher: Literal["ddp", "fsdp-qlora"] = "ddp"
+    """How they share it, infra/accelerate/: `ddp` has the whole base in each, `fsdp-qlora` (CUDA) a part in each."""
     time_limit_s: Annotated[int, Field(ge=1)] | None = None
     """A step that takes longer is ended and fails."""
     log_level: Literal["DEBUG", "INFO", "WARNING"] = "INFO"
@@ -214,13 +247,15 @@ class Recipe(Section):
     @property
     def micro_batch(self) -> int:
         """Rows a forward pass in training."""
-        return self.run.micro_batch or self.train.batch_size
+        return self.run.micro_batch or max(1, self.train.batch_size // self.run.processes)
 
     @model_validator(mode="after")
     def _micro_batch_divides(self) -> Recipe:
-        if self.train.batch_size % self.micro_batch:
+        together = self.micro_batch * self.run.processes
+        if self.train.batch_size % together:
+            times = f" times run.processes {self.run.processes}" if self.run.processes > 1 else ""
             raise ValueError(
-                f"run.micro_batch {self.micro_batch} does not divide train.batch_size {self.train.batch_size}: "
+                f"run.micro_batch {self.micro_batch}{times} does not divide train.batch_size {self.train.batch_size}: "
                 "accumulation needs a whole number of micro-batches a step"
             )
         return self

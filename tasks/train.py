@@ -25,6 +25,7 @@ def step(recipe: Recipe, *, dataset: Step, base: External, adapter: External | N
         version=2,
         params=recipe.train.model_dump(exclude={"adapter"}),
         inputs={"dataset": dataset, "base": base},
-        tools=("torch", "transformers", "peft", "trl", "bitsandbytes"),
+        tools=("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes"),
         gpus=1,
+        distributed=True,
     )

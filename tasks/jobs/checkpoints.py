@@ -1,12 +1,15 @@
-"""Which checkpoint a killed training goes on from: a whole one, made from the same inputs."""
+"""Which checkpoint a killed training goes on from: a whole one, made from the same inputs; and its best weights."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 from tasks.runtime.job import Job
+
+BEST = "best.safetensors"
 
 
 def last_checkpoint(job: Job) -> Path | None:
@@ -26,6 +29,24 @@ def last_checkpoint(job: Job) -> Path | None:
     if whole:
         job.events.note("checkpoint", f"resuming from {whole[-1].name}")
     return whole[-1] if whole else None
+
+
+def best_weights(job: Job) -> Path:
+    """The adapter's weights at the best dev loss so far. A checkpoint holds a hard link to those of its own time."""
+    return job.checkpoint / BEST
+
+
+def restore_best(job: Job, checkpoint: Path | None) -> None:
+    """The best weights as they were at `checkpoint`: what came after it is trained and judged again."""
+    best_weights(job).unlink(missing_ok=True)
+    if checkpoint is not None and (checkpoint / BEST).exists():
+        os.link(checkpoint / BEST, best_weights(job))
+
+
+def link_best(job: Job, checkpoint: Path) -> None:
+    """Make the best weights so far a part of a checkpoint."""
+    if best_weights(job).exists():
+        os.link(best_weights(job), checkpoint / BEST)
 
 
 def mark_whole(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -23,17 +23,19 @@ class Alike(NamedTuple):
         return self.cosine > 0.999 and abs(self.norm_ratio - 1) < 0.01
 
 
-def check_gradients(model: PeftModel, batch: dict[str, torch.Tensor]) -> Alike:
+def check_gradients(model: PeftModel, batch: dict[str, Any]) -> Alike:
     """Compare the gradient of a batch before and after an evaluation forward. Leaves weights and RNG as they were.
 
     Args:
         model: With trainable adapter.
-        batch: input_ids, attention_mask, labels, each [rows, tokens].
+        batch: What the collator makes of a few rows: input_ids, labels and attention_mask, each [rows, tokens], or
+            position_ids and the bounds of packed rows.
 
     Raises:
         StageError: They differ, so training would follow a wrong gradient from the first evaluation on.
     """
-    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    batch = {name: one.to(model.device) if torch.is_tensor(one) else one for name, one in batch.items()}
+    batch["use_cache"] = False  # with a cache, transformers makes no mask between packed rows
 
     def gradient() -> torch.Tensor:
         model.train()

@@ -2,19 +2,23 @@
 
 `run JOB.json` imports the job's body and runs it; result.json beside job.json is what the parent reads:
 {"ok": true, "result", "peak_rss_gib", "peak_gpu_gib"} or {"ok": false, "problem", "type"}.
+Where several processes do a job together, it turns into `accelerate launch`, which starts it once a rank.
 `exec -- PROGRAM ARGS` turns into a program that is not ours.
 Both die with the parent, also when it is killed by SIGKILL (Linux: PR_SET_PDEATHSIG).
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import json
 import logging
 import os
+import re
 import resource
 import signal
+import socket
 import sys
 import traceback
 from pathlib import Path
@@ -28,6 +32,15 @@ PR_SET_PDEATHSIG = 1
 # Loggers that warn at every import of torchao on a machine without the GPU that its kernels were built for.
 NOISY = ("torchao", "torch.utils._pytree")
 GIB = 1 << 30
+UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": GIB}
+# The two fields of a stage that its memory follows most.
+LOWER = {
+    "train": ("run.micro_batch", "data.max_length"),
+    "reference": ("evaluate.batch_size", "data.max_length"),
+    "evaluate": ("evaluate.batch_size", "data.max_length"),
+    "quantize": ("calibrate.rows", "calibrate.seq_len"),
+    "measure": ("measure.batch", "measure.prompt_tokens"),
+}
 
 
 def die_with_parent() -> None:
@@ -59,9 +72,31 @@ def _peak_gpu_gib() -> float | None:
     return torch.cuda.max_memory_allocated() / GIB
 
 
+def launch_ranks(job: Job, path: Path) -> None:
+    """Turn into `accelerate launch`, which starts `execution.processes` of this same command; does not return.
+
+    It stays leader of the process group and keeps PR_SET_PDEATHSIG; each rank asks for its own, because torch's
+    launcher gives ranks sessions of their own, where a signal to the group does not reach.
+    """
+    config = Path(__file__).resolve().parents[2] / "infra" / "accelerate" / f"{job.execution.launcher}.yaml"
+    path.with_name("result.json").unlink(missing_ok=True)
+    os.environ["QUENCH_PARENT"] = str(os.getpid())  # of the ranks: exec keeps the process id
+    accelerate = [sys.executable, "-P", "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    sizes = ["--num_processes", str(job.execution.processes), "--main_process_port", str(_free_port())]
+    os.execv(sys.executable, [*accelerate, *sizes, "-m", "tasks.runtime.child", "run", str(path)])
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def run_job(path: Path) -> int:
     """Run one job; write result.json; return the exit code (0 done, 1 failed)."""
     job = Job.load(path)
+    if job.execution.processes > 1 and "RANK" not in os.environ:
+        launch_ranks(job, path)
     module, _, function = job.entry.partition(":")
     if job.execution.log_level != "DEBUG":
         for name in NOISY:
@@ -77,20 +112,44 @@ def run_job(path: Path) -> int:
         answer = {"ok": False, "type": type(error).__name__, "problem": _as_problem(job, error).as_dict()}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)  # KiB on Linux
     answer |= {"peak_rss_gib": peak, "peak_gpu_gib": _peak_gpu_gib()}
-    draft = path.with_name("result.draft.json")
-    draft.write_text(json.dumps(answer, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    draft.replace(path.with_name("result.json"))
+    if job.rank == 0 or not answer["ok"]:
+        _write_answer(answer, path.with_name("result.json"), first_wins=job.execution.processes > 1)
     return 0 if answer["ok"] else 1
+
+
+def _write_answer(answer: dict[str, Any], path: Path, *, first_wins: bool) -> None:
+    """Whole or not at all. Of several ranks the first that says something wins: when one fails, others follow."""
+    draft = path.with_name(f"result.draft-{os.getpid()}.json")
+    draft.write_text(json.dumps(answer, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if not first_wins:
+        draft.replace(path)
+        return
+    with contextlib.suppress(FileExistsError):
+        os.link(draft, path)
+    draft.unlink()
+
+
+def asked_gib(error: Exception) -> float | None:
+    """GiB that torch could not get, read from its message; None for any other error. 0 where it names no size."""
+    if type(error).__name__ == "OutOfMemoryError":
+        named = re.search(r"Tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", str(error))
+        return float(named[1]) * UNITS[named[2]] / GIB if named else 0.0
+    named = re.search(r"DefaultCPUAllocator: .*you tried to allocate (\d+) bytes", str(error))
+    return int(named[1]) / GIB if named else None
 
 
 def _as_problem(job: Job, error: Exception) -> Problem:
     where = f"{job.stage}/{job.slug}"
-    if type(error).__name__ == "OutOfMemoryError":
+    if (asked := asked_gib(error)) is not None:
+        on = "GPU" if type(error).__name__ == "OutOfMemoryError" else "host"
+        fields = LOWER.get(job.stage)
         return Problem(
-            what=f"out of GPU memory: {str(error).splitlines()[0]}",
+            what=f"out of {on} memory: {job.stage} asked for {asked:.2f} GiB more",
             where=where,
-            why="batch and length of this stage do not fit the GPU",
-            next="lower run.micro_batch (training) or evaluate.batch_size, then data.max_length; run again to resume",
+            why=str(error).splitlines()[0],
+            next=f"lower {' or '.join(fields)}; running the same command again resumes"
+            if fields
+            else "free memory there; running the same command again resumes",
         )
     last = traceback.extract_tb(error.__traceback__)[-1]
     return Problem(

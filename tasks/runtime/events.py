@@ -19,10 +19,12 @@ from typing import Any
 class Events:
     """Append-only event file of one artifact."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, silent: bool = False) -> None:
+        self.path, self.silent = path, silent
 
     def _append(self, event: dict[str, Any]) -> None:
+        if self.silent:
+            return
         line = json.dumps({"t": round(time.time(), 3), **event}, allow_nan=True) + "\n"
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line)
@@ -37,7 +39,8 @@ class Events:
 
     def note(self, about: str, text: str) -> None:
         """A decision, a count or a fallback with its reason. Also printed, so that it stands in the log."""
-        print(f"{about}: {text}", flush=True)
+        if not self.silent:
+            print(f"{about}: {text}", flush=True)
         self._append({"kind": "note", "about": about, "text": text})
 
 

@@ -41,7 +41,16 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import disable_progress_bars
 
 from recipes.problem import Problem, RecipeError
-from tasks.runtime.pin import ADAPTER_FILES, ADAPTER_NEEDED, DATA_FILES, MODEL_FILES, TOKENIZER_FILES, HubId, Kind, Snapshot
+from tasks.runtime.pin import (
+    ADAPTER_FILES,
+    ADAPTER_NEEDED,
+    DATA_FILES,
+    MODEL_FILES,
+    TOKENIZER_FILES,
+    HubId,
+    Kind,
+    Snapshot,
+)
 
 # What is fetched of a hub's repository, and what has to be there (a space: one of these).
 PATTERNS: dict[Kind, tuple[str, ...]] = {

@@ -8,6 +8,7 @@ Copy job.json to any machine with the same folders and run it by `python -P -m t
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,16 @@ class Execution:
         device: `cpu` or `cuda`.
         threads: Threads the child may use: the size of its lease.
         micro_batch: Rows a forward pass in training; None lets the job take the whole batch.
+        processes: Ranks that do the job together, started by `accelerate launch`; this is 1 for all but train.
+        launcher: Configuration of the launch: infra/accelerate/LAUNCHER.yaml.
         log_level: Level of the child's own loggers.
     """
 
     device: str = "cpu"
     threads: int = 1
     micro_batch: int | None = None
+    processes: int = 1
+    launcher: str = "ddp"
     log_level: str = "INFO"
 
 
@@ -59,9 +64,14 @@ class Job:
     schema: int = SCHEMA
 
     @property
+    def rank(self) -> int:
+        """Place among `execution.processes`, as `accelerate launch` sets it. Rank 0 alone writes files."""
+        return int(os.environ.get("RANK", "0")) if self.execution.processes > 1 else 0
+
+    @property
     def events(self) -> Events:
-        """The artifact's event file."""
-        return Events(self.out / "events.jsonl")
+        """The artifact's event file; other ranks than 0 say nothing."""
+        return Events(self.out / "events.jsonl", silent=self.rank > 0)
 
     def dump(self, path: Path) -> None:
         """Write job.json."""

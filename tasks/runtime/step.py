@@ -57,7 +57,8 @@ class Step:
         lineage: Replaces `inputs` in the identity. Only a choice uses it: what comes after depends on what was
             chosen (its digest), not on how.
         whole_machine: Runs alone (speed is measured, or nothing can run beside it).
-        gpus: GPUs wanted where the device is cuda.
+        gpus: GPUs wanted where the device is cuda; of each process, where `distributed`.
+        distributed: May be made by several processes together (`run.processes`).
     """
 
     stage: str
@@ -70,6 +71,7 @@ class Step:
     lineage: Mapping[str, Step | External] | None = None
     whole_machine: bool = False
     gpus: int = 0
+    distributed: bool = False
 
     @property
     def key(self) -> str:
@@ -125,6 +127,8 @@ class Limits:
     device: str = "cpu"
     threads: int = 1
     micro_batch: int | None = None
+    processes: int = 1
+    launcher: str = "ddp"
     time_limit_s: int | None = None
     log_level: str = "INFO"
 
@@ -178,8 +182,9 @@ def run_step(step: Step, inputs: Mapping[str, Artifact], kitchen: Kitchen) -> Ma
         if finished := kitchen.store.take_up(step.stage, step.slug, step.fingerprint, inputs=digests):
             return Made(artifact=finished, hit=True)
         say = functools.partial(kitchen.on_line, step)
-        gpus = step.gpus if kitchen.limits.device == "cuda" else 0
-        cpus = 0 if step.whole_machine else kitchen.limits.threads
+        processes = _processes(step, kitchen)
+        gpus = step.gpus * processes if kitchen.limits.device == "cuda" else 0
+        cpus = 0 if step.whole_machine else kitchen.limits.threads * processes
         with kitchen.leases.take(cpus, gpus, stop=stop, say=say) as lease:
             return _make(step, inputs, kitchen, lease)
 
@@ -187,11 +192,14 @@ def run_step(step: Step, inputs: Mapping[str, Artifact], kitchen: Kitchen) -> Ma
 def _make(step: Step, inputs: Mapping[str, Artifact], kitchen: Kitchen, lease: Lease) -> Made:
     digests = {name: one.digest for name, one in inputs.items()}
     attempt = kitchen.store.begin(step.stage, step.slug, step.fingerprint, inputs=digests)
-    threads = len(lease.cpus) if not step.whole_machine else kitchen.limits.threads
+    processes = _processes(step, kitchen)
+    threads = max(1, len(lease.cpus) // processes) if not step.whole_machine else kitchen.limits.threads
     execution = Execution(
         device="cuda" if lease.gpus else "cpu",
         threads=threads,
         micro_batch=kitchen.limits.micro_batch,
+        processes=processes,
+        launcher=kitchen.limits.launcher,
         log_level=kitchen.limits.log_level,
     )
     job = Job(
@@ -238,7 +246,12 @@ def _make(step: Step, inputs: Mapping[str, Artifact], kitchen: Kitchen, lease: L
         "started_at": started.isoformat(timespec="seconds"),
         "finished_at": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "hardware": hardware(),
-        "execution": {"device": execution.device, "threads": threads, "micro_batch": execution.micro_batch},
+        "execution": {
+            "device": execution.device,
+            "threads": threads,
+            "micro_batch": execution.micro_batch,
+            "processes": processes,
+        },
     }
     try:
         return Made(artifact=kitchen.store.commit(attempt, manifest), hit=False)
@@ -248,6 +261,11 @@ def _make(step: Step, inputs: Mapping[str, Artifact], kitchen: Kitchen, lease: L
         if won.artifact is None:
             raise
         return Made(artifact=won.artifact, hit=True)
+
+
+def _processes(step: Step, kitchen: Kitchen) -> int:
+    """Ranks of a step: all but train have one."""
+    return kitchen.limits.processes if step.distributed else 1
 
 
 def _relative(path: Path, home: Path) -> str:

@@ -14,31 +14,15 @@ from bitsandbytes.functional import has_avx512bf16
 from safetensors.torch import load_file
 
 from recipes.schema import Train
-from tasks.jobs import prepare, train
+from tasks.jobs import train, trainer
 from tasks.jobs.backends.load import linear4bit, load_arm
 from tasks.jobs.gradients import check_gradients
 from tasks.runtime.errors import StageError
 from tasks.runtime.job import Job
-from tests.jobs.build import curve, make_job, notes, write_jsonl
-from tests.jobs.test_prepare import PARAMS, chat, questions
-from tests.tiny import write_base
+from tests.jobs.build import curve, make_job, notes
 
 STEPS = 12
 SETTINGS = Train(rank=4, alpha=8, learning_rate=5e-3, batch_size=8, max_steps=STEPS, checkpoint_steps=4, dropout=0.1)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def dataset(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    uneven = [{"messages": chat(f"say {i}", f"{i} " * (1 + i % 20))} for i in range(40)]
-    data = write_jsonl(folder / "rows.jsonl", questions(40) + uneven)
-    prepare.run(make_job("prepare", folder / "dataset", params=PARAMS, data=data, tokenizer=base))
-    return folder / "dataset"
 
 
 def job_for(out: Path, base: Path, dataset: Path, *, micro_batch: int | None = None, **changed: Any) -> Job:
@@ -59,7 +43,7 @@ class Killed(BaseException):
 
 def kill_at(step: int, job: Job, patch: pytest.MonkeyPatch, *, when: str = "on_step_end") -> None:
     """Run the job until `step` optimizer steps are done, then die; files/ is emptied as the store does."""
-    original = getattr(train.Reporter, when)
+    original = getattr(trainer.Reporter, when)
 
     def die(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         original(self, args, state, control, **kwargs)
@@ -67,7 +51,7 @@ def kill_at(step: int, job: Job, patch: pytest.MonkeyPatch, *, when: str = "on_s
             raise Killed
 
     with patch.context() as context:
-        context.setattr(train.Reporter, when, die)
+        context.setattr(trainer.Reporter, when, die)
         with pytest.raises(Killed):
             train.run(job)
     shutil.rmtree(job.out)
@@ -100,7 +84,7 @@ def test_it_learns_and_says_so(whole: tuple[Job, dict[str, Any]]) -> None:
     assert loss[STEPS] < loss[1] - 0.5  # from 5.7, the logarithm of the vocabulary; 12 steps give about 2 nats
     assert set(curve(job, "train/grad_norm")) == set(curve(job, "train/learning_rate")) == set(loss)
     assert curve(job, "train/dev_loss")[STEPS] == result["dev_loss"]
-    assert len(curve(job, "train/dev_loss")) == train.DEV_POINTS
+    assert len(curve(job, "train/dev_loss")) == trainer.DEV_POINTS
 
 
 def test_labels_are_exactly_the_mask(base: Path, dataset: Path, tmp_path: Path) -> None:
@@ -109,7 +93,7 @@ def test_labels_are_exactly_the_mask(base: Path, dataset: Path, tmp_path: Path) 
     same = shutil.copytree(base, tmp_path / "base")
     (same / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": config["eos_token"]}))
     job = job_for(tmp_path / "out", same, dataset)
-    trainer = train._trainer(job, train._model(job))
+    made = trainer.make_trainer(job, train._model(job))
     rows = pq.read_table(dataset / "rows.parquet", filters=[("split", "==", "train")]).to_pylist()
     expected = {
         tuple(row["input_ids"]): [
@@ -118,7 +102,7 @@ def test_labels_are_exactly_the_mask(base: Path, dataset: Path, tmp_path: Path) 
         for row in rows
     }
     seen = 0
-    for batch in trainer.get_train_dataloader():
+    for batch in made.get_train_dataloader():
         for ids, labels, attended in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
             length = int(attended.sum())
             assert labels[:length].tolist() == expected[tuple(ids[:length].tolist())]
@@ -153,7 +137,7 @@ def test_a_killed_training_goes_on_exactly(
     result = train.run(job)
     assert result["resumed_from_step"] == resumed
     assert notes(job)["checkpoint"] == f"resuming from checkpoint-{resumed}"
-    for name in train.CURVES.values():
+    for name in trainer.CURVES.values():
         assert curve(job, name) == curve(whole[0], name)
     first, second = adapter(whole[0]), adapter(job)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -212,7 +196,7 @@ def test_accumulation_is_the_whole_batch(
 def test_the_gradient_check_fires_on_the_kernel_without_backward(base: Path, dataset: Path, tmp_path: Path) -> None:
     job = job_for(tmp_path / "out", base, dataset)
     model = train._model(job)
-    batch = next(iter(train._trainer(job, model).get_train_dataloader()))
+    batch = next(iter(trainer.make_trainer(job, model).get_train_dataloader()))
     assert check_gradients(model, batch).sound
     for layer in linear4bit(model).values():
         layer.support_avx512bf16_for_cpu = True  # what load_nf4 turns off

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from recipes.check import check_adapter, unchecked
+from recipes.check import unchecked
 from recipes.headers import read_headers
 from recipes.load import load
 from tests.recipes.folders import llama_shapes, write_project, write_safetensors
@@ -116,7 +116,3 @@ def test_a_hub_id_is_checked_where_it_was_pinned(recipe: Path, tmp_path: Path):
     asked = load(recipe, sets=["train.adapter=org/adapter"])
     assert problems(recipe, "train.adapter=org/adapter") == []
     assert unchecked(asked) == ["train.adapter org/adapter: checked when it is pinned"]
-    base = recipe.parent / "base"
-    assert check_adapter(asked, recipe.parent / "adapter", base=base) == []
-    (problem,) = check_adapter(asked, write_adapter(tmp_path / "other", hidden=64), base=base)
-    assert "14 part(s)" in problem.what

@@ -5,6 +5,7 @@ Local folders and safetensors only; no code from a checkpoint is ever run.
 
 from __future__ import annotations
 
+import os
 import random
 import warnings
 from pathlib import Path
@@ -50,12 +51,18 @@ def load_bf16(folder: Path, *, device: str) -> PreTrainedModel:
     return _load(folder, device=device)
 
 
-def load_nf4(folder: Path, *, device: str) -> PreTrainedModel:
+def load_nf4(folder: Path, *, device: str, attention: str | None = None, sharded: bool = False) -> PreTrainedModel:
     """The base as QLoRA trains it: NF4 with double quantization, bf16 compute; embeddings and lm_head stay bf16.
 
     bitsandbytes repacks a layer for an AVX512-BF16 kernel in the first eval-mode forward. That kernel has no
     backward and rounds the nested absmax to bf16 (25 % of the weights change), so it is switched off: weights and
     gradients stay the same before and after an evaluation.
+
+    Args:
+        folder: Model folder.
+        device: `cpu` or `cuda`.
+        attention: transformers' attn_implementation; None leaves the choice to it.
+        sharded: For FSDP, which flattens parameters of one type only: 4-bit codes are stored as bf16 words.
 
     Raises:
         StageError: No safetensors in the folder.
@@ -65,8 +72,14 @@ def load_nf4(folder: Path, *, device: str) -> PreTrainedModel:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_quant_storage=torch.bfloat16 if sharded else torch.uint8,
     )
-    model = _load(folder, device=device, quantization_config=config)
+    extra: dict[str, Any] = {"quantization_config": config}
+    if attention is not None:
+        extra["attn_implementation"] = attention
+    if sharded:
+        extra["device_map"] = None  # FSDP places the parts
+    model = _load(folder, device=device, **extra)
     for layer in linear4bit(model).values():
         layer.support_avx512bf16_for_cpu = False
     return model
@@ -146,8 +159,8 @@ def _is_quantized_layer(module: nn.Module) -> bool:
     )
 
 
-def _load(folder: Path, *, device: str, quantization_config: BitsAndBytesConfig | None = None) -> PreTrainedModel:
-    """from_pretrained with what holds for every arm."""
+def _load(folder: Path, *, device: str, **extra: Any) -> PreTrainedModel:
+    """from_pretrained with what holds for every arm; `extra` are more of its arguments."""
     if not any(folder.glob("*.safetensors")):
         raise StageError(
             Problem(
@@ -157,14 +170,14 @@ def _load(folder: Path, *, device: str, quantization_config: BitsAndBytesConfig 
                 next="convert it once where you trust it: model.save_pretrained(folder) writes safetensors",
             )
         )
-    extra: dict[str, Any] = {} if quantization_config is None else {"quantization_config": quantization_config}
+    gpu = int(os.environ.get("LOCAL_RANK", "0"))  # of the lease's, where several processes train together
+    settings = {"device_map": {"": gpu if device == "cuda" else device}, **extra}
     model = AutoModelForCausalLM.from_pretrained(
         str(folder),
         dtype=torch.bfloat16,
-        device_map={"": 0 if device == "cuda" else device},
         local_files_only=True,
         use_safetensors=True,
         trust_remote_code=False,
-        **extra,
+        **settings,
     )
     return model.eval()

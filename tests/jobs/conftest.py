@@ -1,0 +1,26 @@
+"""A tiny base and a dataset of uneven rows, for the tests that train on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tasks.jobs import prepare
+from tests.jobs.build import make_job, write_jsonl
+from tests.jobs.test_prepare import PARAMS, chat, questions
+from tests.tiny import write_base
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def dataset(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    uneven = [{"messages": chat(f"say {i}", f"{i} " * (1 + i % 20))} for i in range(40)]
+    data = write_jsonl(folder / "rows.jsonl", questions(40) + uneven)
+    prepare.run(make_job("prepare", folder / "dataset", params=PARAMS, data=data, tokenizer=base))
+    return folder / "dataset"

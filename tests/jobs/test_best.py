@@ -1,0 +1,69 @@
+"""Dev losses choose: the best weights are kept, also over a kill; a training that gets no better ends."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from tasks.jobs import train
+from tasks.jobs.backends.load import load_arm
+from tasks.jobs.trainer import rows_of
+from tests.jobs.build import curve, notes
+from tests.jobs.test_train import adapter, job_for, kill_at
+
+# So high a rate that dev gets worse after a few steps: the best is in the middle.
+TOO_FAST = {"learning_rate": 0.4, "schedule": "constant", "warmup_ratio": 0.0, "eval_steps": 1, "max_steps": 10}
+TOO_FAST |= {"dropout": 0.0}
+
+
+def dev_loss(base: Path, adapter: Path, dataset: Path) -> float:
+    """Nats a completion token of all dev rows, one by one, by plain transformers and PEFT."""
+    model = load_arm("nf4", base, adapter=adapter, device="cpu")
+    nats, tokens = 0.0, 0
+    for row in rows_of(dataset, "dev"):
+        ids, labels = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])[1:]
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(ids[None]).logits[0, :-1].float()
+        nats += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
+        tokens += int((labels != -100).sum())
+    return nats / tokens
+
+
+def test_the_best_weights_are_kept_also_over_a_kill(
+    base: Path,
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    whole = job_for(tmp_path / "whole", base, dataset, keep="best", **TOO_FAST)
+    result = train.run(whole)
+    points = curve(whole, "train/dev_loss")
+    best = min(points, key=lambda step: points[step])
+    assert 1 < best < 10  # else keeping the last would do
+    assert (result["kept_step"], result["dev_loss"]) == (best, points[best])
+    # bf16 sums of rows alone and of padded batches
+    assert dev_loss(base, whole.out, dataset) == pytest.approx(points[best], rel=2e-3)
+    assert dev_loss(base, whole.out, dataset) < points[10] - 0.01
+
+    # From a checkpoint before the best, whose weights lie there already, and from one after it.
+    for killed, steps, resumed in ((best + 1, best - 1, best - 1), (9, 8, 8)):
+        job = job_for(tmp_path / f"{killed}", base, dataset, keep="best", checkpoint_steps=steps, **TOO_FAST)
+        kill_at(killed, job, monkeypatch)
+        assert train.run(job)["resumed_from_step"] == resumed
+        assert curve(job, "train/dev_loss") == points
+        first, second = adapter(whole), adapter(job)
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_training_ends_when_dev_gets_no_better(base: Path, dataset: Path, tmp_path: Path):
+    job = job_for(tmp_path / "out", base, dataset, patience=2, checkpoint_steps=1, **TOO_FAST)
+    result = train.run(job)
+    points = curve(job, "train/dev_loss")
+    best = min(points, key=lambda step: points[step])
+    assert result["steps"] == result["kept_step"] == best + 2 < 10
+    assert f"step {best}" in notes(job)["early stop"]
+    assert not (job.checkpoint / f"checkpoint-{result['steps']}").exists()  # resumed there, it would train on
+    assert all(math.isfinite(one) for one in points.values())
