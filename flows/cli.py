@@ -205,7 +205,7 @@ def _parser() -> argparse.ArgumentParser:
 
     start = command("init", _init, "Write a commented recipe for a model and a data file.")
     start.add_argument("--model", required=True, help="local folder or hub id")
-    start.add_argument("--data", required=True, help="JSONL file")
+    start.add_argument("--data", required=True, help="file or folder: JSONL, JSON, CSV, parquet")
     start.add_argument("--out", type=Path, default=Path("recipe.yaml"), help="recipe to write")
     start.add_argument("--chat-template", help="chatml or a Jinja file, for a base that has none")
     start.add_argument("--force", action="store_true", help="overwrite")

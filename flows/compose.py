@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from recipes.arms import Arm, arms
+from recipes.files import data_files
 from recipes.headers import read_headers
 from recipes.load import Loaded
+from recipes.rows import source_name
 from recipes.schema import Recipe, SqlExecution
 from recipes.schemes import parse_scheme
 from tasks import calibrate, choose, evaluate, measure, merge, prepare, quantize, reference, train
@@ -23,7 +26,7 @@ class Pins:
 
     base: External
     tokenizer: External
-    data: External
+    data: tuple[External, ...]
     general: External | None
     template: External | None
     databases: External | None
@@ -64,14 +67,8 @@ def pin(loaded: Loaded, home: Path) -> Pins:
         digests=digests,
         source=model.source,
     )
-    asked = recipe.data
-    file = loaded.data
-    if file is None:
-        rows = snapshot(asked.path, revision=asked.revision, kind="dataset", where=loaded.where("data.path"))
-        data = external_folder("data", rows.folder, patterns=("**/*.jsonl",), digests=digests, source=rows.source)
-    else:
-        data = external_file("data", file, digests=digests, source=asked.path)
-    general = asked.general and external_file("general", loaded.resolve(asked.general), digests=digests)
+    data = tuple(_source(loaded, number, digests=digests) for number in range(len(recipe.data.parts)))
+    general = recipe.data.general and external_file("general", loaded.resolve(recipe.data.general), digests=digests)
     named = recipe.model.chat_template
     template = (
         external_file("template", loaded.resolve(named), digests=digests) if named and named != "chatml" else None
@@ -84,6 +81,19 @@ def pin(loaded: Loaded, home: Path) -> Pins:
     )
     digests.save()
     return Pins(base=base, tokenizer=tokens, data=data, general=general or None, template=template, databases=databases)
+
+
+def _source(loaded: Loaded, number: int, *, digests: Digests) -> External:
+    """One source of the data: its file, or the files of its folder or snapshot that hold rows."""
+    asked, path = loaded.recipe.data.parts[number], loaded.data[number]
+    name, source = source_name(number), asked.path
+    if path is None:
+        where = loaded.where(loaded.recipe.data.field(number))
+        path, source = snapshot(asked.path, revision=asked.revision, kind="dataset", where=where)
+    if path.is_file():
+        return external_file(name, path, digests=digests, source=source)
+    files = [glob.escape(str(file.relative_to(path))) for file in data_files(path)]
+    return external_folder(name, path, patterns=files, digests=digests, source=source)
 
 
 def fetch_model(loaded: Loaded) -> Snapshot:

@@ -63,7 +63,7 @@ class RunRecord:
 
     def pinned(self, pins: Pins) -> None:
         """Note where base and data came from."""
-        for one in (pins.base, pins.data):
+        for one in (pins.base, *pins.data):
             self._raw[one.name] = {"path": str(one.path), "digest": one.digest, "source": one.source}
         self._write()
 

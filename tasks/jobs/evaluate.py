@@ -40,7 +40,8 @@ def run(job: Job) -> dict[str, Any]:
     Writes:
         scores.parquet: row, group, split, domain, metric, sum, n. Metrics: nll and nll_general (nats, n tokens),
         kl (KL(reference || arm) in nats, n tokens), agree (top-1 agreements, n tokens), task (score, n = 1).
-        kl.parquet: KL a token. answers.parquet: what was asked, expected and answered.
+        kl.parquet: KL a token. answers.parquet: what was asked, expected and answered. Rows without a prompt (plain
+        texts) have no task and no answer.
     Metrics:
         The mean of each, by split.
 
@@ -52,17 +53,22 @@ def run(job: Job) -> dict[str, Any]:
         os.environ["GPTQ_TORCH_CACHE_WEIGHTS"] = "1"  # 2- and 3-bit layers dequantize once, not in every forward
     params, dataset = job.params, job.inputs["dataset"].path
     rows, general = read_rows(dataset, "dev", "test"), read_general(dataset)
+    asked = [row for row in rows if row.prompt_ids]
+    if len(asked) < len(rows):
+        job.events.note(
+            "task", f"{len(rows) - len(asked)} of {len(rows)} rows are plain text: no prompt, so no task score"
+        )
     databases = job.inputs["databases"].path if "databases" in job.inputs else None
     score = make_scorer(params["scorer"], databases)
-    _refuse_references(rows, score)
+    _refuse_references(asked, score)
     adapter = job.inputs["adapter"].path if "adapter" in job.inputs else None
     model = load_arm(params["kind"], job.inputs["model"].path, adapter=adapter, device=job.execution.device)
     job.events.note("kernel", f"{kernel_of(model)} on {job.execution.device}")
-    progress = _Progress(job, [rows, rows, general])
+    progress = _Progress(job, [rows, asked, general])
     scores, tokens = _forced_scores(model, rows, job, progress)
     scores += _general_scores(model, general, job, progress)
-    answered = _task(model, rows, job, score, progress)
-    scores += [_score(row, "task", one["score"], 1) for row, one in zip(rows, answered, strict=True)]
+    answered = _task(model, asked, job, score, progress)
+    scores += [_score(row, "task", one["score"], 1) for row, one in zip(asked, answered, strict=True)]
     for name, lines, schema in (("scores", scores, SCORES), ("kl", tokens, TOKENS), ("answers", answered, ANSWERS)):
         pq.write_table(pa.Table.from_pylist(lines, schema=schema), job.out / f"{name}.parquet")
     return {"kernel": kernel_of(model), **_means(scores, job)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -13,9 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recipes.problem import Problem
-from recipes.rows import SHOWN, Message, Row, content_hash, read_rows, side
+from recipes.rows import SHOWN, Message, Row, content_hash, side
 from tasks.jobs.backends.load import setup
 from tasks.jobs.rendering import Renderer, RowError
+from tasks.jobs.sources import read_sources, select
+from tasks.jobs.texts import text_records
 from tasks.runtime.errors import StageError
 from tasks.runtime.job import Job
 
@@ -53,8 +56,8 @@ def run(job: Job) -> dict[str, Any]:
     """Make the dataset.
 
     Reads:
-        data: JSONL file or folder. general: JSONL with `text` (may be absent). tokenizer: base model folder.
-        template: Jinja file (may be absent).
+        data, data-1 ...: one file or folder a source. general: JSONL with `text` (may be absent). tokenizer: base
+        model folder. template: Jinja file (may be absent).
     Writes:
         rows.parquet, general.parquet, tokenizer/ (byte-for-byte copies), summary.json.
     Metrics:
@@ -72,24 +75,23 @@ def run(job: Job) -> dict[str, Any]:
     how = "the template's generation markers" if renderer.markers else "the token difference of prefixes"
     events.note("mask", f"completion tokens come from {how}; a turn ends with token {renderer.end_of_turn}")
 
-    source = job.inputs["data"].path
-    needed = [params.get("domain"), params.get("group"), *params.get("keep_columns", [])]
-    read = read_rows(source, format=params["format"], columns=tuple(name for name in needed if name))
-    if read.problems:
-        raise StageError(read.problems[0])
-    events.note("format", f"{read.format}, detected from {read.detected_from}; {len(read.rows)} rows")
-
-    unique = {content_hash(row.messages)[:16]: row for row in reversed(read.rows)}  # the first of equal rows stays
-    rendered, too_long = _render(job, unique, renderer)
+    reads = read_sources(job)
+    every = [row for read in reads for row in read.rows]
+    unique = {content_hash(row.messages)[:16]: row for row in reversed(every)}  # the first of equal rows stays
+    chosen, selection = select(job, unique)
+    rendered, too_long = _render(job, {name: row for name, row in chosen.items() if not row.is_text}, renderer)
+    texts = text_records(job, {name: row for name, row in chosen.items() if row.is_text}, renderer)
+    rendered += texts.records
     rows = _distinct(rendered)
     _check_splits(rows, job)
     general = _general(job, renderer)
     pq.write_table(pa.Table.from_pylist(rows, schema=ROWS), job.out / "rows.parquet")
     pq.write_table(pa.Table.from_pylist(general, schema=GENERAL), job.out / "general.parquet")
     _write_tokenizer(job, renderer)
-    duplicates = len(read.rows) - len(unique) + len(rendered) - len(rows)
+    duplicates = len(every) - len(unique) + len(rendered) - len(rows)
     summary = _summary(rows, general, duplicates=duplicates, too_long=too_long)
-    summary |= {"format": read.format, "detected_from": read.detected_from, "mask_from": how}
+    summary |= {"format": reads[0].format, "detected_from": reads[0].detected_from, "mask_from": how}
+    summary |= selection | _cut(job, chosen, rendered, renderer=renderer, lost=texts.lost)
     (job.out / "summary.json").write_text(json.dumps(summary, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     events.note("rows", ", ".join(f"{name} {count}" for name, count in summary["rows"].items()))
     events.note(
@@ -98,6 +100,49 @@ def run(job: Job) -> dict[str, Any]:
         f"{summary['truncated_rows']} rows lost leading turns",
     )
     return summary
+
+
+def _cut(
+    job: Job, rows: dict[str, Row], records: list[dict[str, Any]], *, renderer: Renderer, lost: list[int]
+) -> dict[str, Any]:
+    """What max_length takes away: of rows that are cut, and of rows that are left out.
+
+    Args:
+        job: The job.
+        rows: Source rows by name.
+        records: What became of them.
+        renderer: Counts the tokens of whole rows.
+        lost: Tokens that each cut plain text lost.
+    """
+
+    def length(name: str) -> int:
+        return len(renderer.tokenizer.apply_chat_template(rows[name].messages, tokenize=True, return_dict=False))
+
+    kept = {one["row"]: len(one["input_ids"]) for one in records if one["dropped_turns"]}
+    lost = [*lost, *(length(name) - tokens for name, tokens in kept.items())]
+    there = {one["row"] for one in records}
+    gone = [length(name) for name, row in rows.items() if name not in there and not row.is_text]
+    limit = job.params["max_length"]
+    if lost:
+        job.events.note(
+            "long rows",
+            f"{len(lost)} rows were over {limit} tokens and lost {sum(lost)} tokens: {statistics.median(lost):g} at "
+            f"the median, {max(lost)} at most",
+        )
+    if gone:
+        job.events.note(
+            "too long",
+            f"{len(gone)} rows of {sum(gone)} tokens are left out: their last exchange alone is over {limit}",
+        )
+    return {
+        "cut": {
+            "rows": len(lost),
+            "tokens": sum(lost),
+            "median_tokens": statistics.median(lost) if lost else 0,
+            "most_tokens": max(lost, default=0),
+        },
+        "too_long_tokens": sum(gone),
+    }
 
 
 def _render(job: Job, rows: dict[str, Row], renderer: Renderer) -> tuple[list[dict[str, Any]], int]:
@@ -121,7 +166,7 @@ def _render(job: Job, rows: dict[str, Row], renderer: Renderer) -> tuple[list[di
             too_long += 1
             continue
         group = str(row.columns[params["group"]]) if params.get("group") else name
-        domain = str(row.columns[params["domain"]]) if params.get("domain") else ""
+        domain = row.domain(params.get("domain"))
         split = side(group, salt=params["salt"], dev=params["dev"], test=params["test"])
         done.append({"row": name, "group": group, "split": split, "domain": domain, **record})
         if len(done) == 1:

@@ -18,13 +18,15 @@ from tests.jobs.build import make_job, notes, write_jsonl
 from tests.tiny import MARKED, write_base
 
 PARAMS = {
-    "format": "auto",
+    "sources": [{"format": "auto", "weight": 1.0, "domain": None}],
     "domain": None,
     "group": None,
     "dev": 0.2,
     "test": 0.2,
     "salt": "",
     "max_length": 256,
+    "near_duplicates": "count",
+    "near_duplicate_jaccard": 0.9,
     "keep_columns": [],
     "chat_template": None,
 }

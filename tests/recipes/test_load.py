@@ -182,10 +182,10 @@ def test_relative_paths_count_from_where_they_are_written(tmp_path: Path, monkey
     rows = write(tmp_path, "{}", "shared/rows.jsonl")
     write(tmp_path, MINIMAL, "shared/base.yaml")
     child = load(write(tmp_path, "extends: ../shared/base.yaml\n", "mine/recipe.yaml"))
-    assert child.data == rows
+    assert child.data == [rows]
     here = write(tmp_path, "{}", "here/other.jsonl")
     monkeypatch.chdir(tmp_path / "here")
-    assert load(child.path, sets=["data.path=other.jsonl"]).data == here
+    assert load(child.path, sets=["data.path=other.jsonl"]).data == [here]
 
 
 # ---- --set
