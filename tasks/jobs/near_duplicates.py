@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from recipes.rows import Row, Side
 
@@ -39,7 +39,7 @@ def near_duplicates(rows: Mapping[str, Row], sides: Mapping[str, Side], *, jacca
 
     order = sorted(rows, key=lambda name: (("test", "dev", "train").index(sides[name]), name))
     bands = _bands(jaccard)
-    index = MinHashLSH(num_perm=PERMUTATIONS, params=(bands, PERMUTATIONS // bands))
+    index: Any = MinHashLSH(num_perm=PERMUTATIONS, params=(bands, PERMUTATIONS // bands))
     hashes = MinHash.generator((_grams(rows[name]) for name in order), num_perm=PERMUTATIONS)
     found: list[Near] = []
     for place, (name, hashed) in enumerate(zip(order, hashes, strict=True)):
