@@ -132,7 +132,7 @@ def _csv(file: Path, shown: str) -> Iterator[RawRow]:
     with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as opened:
         reader = csv.reader(opened)
         try:
-            header: list[str] = next(reader, [])
+            header: list[str] = next(reader, list[str]())
             twice = sorted({name for name in header if header.count(name) > 1})
             if twice:
                 yield RawRow(f"{shown}:1", None, f"names a column twice: {', '.join(twice)}")

@@ -22,7 +22,14 @@ class Near(NamedTuple):
     like: str
 
 
-def near_duplicates(rows: Mapping[str, Row], sides: Mapping[str, Side], *, jaccard: float) -> list[Near]:
+class NearDuplicates(NamedTuple):
+    """What was found, and how many rows had more than 100 proposals, of which the first 100 were compared."""
+
+    found: list[Near]
+    limited: int
+
+
+def near_duplicates(rows: Mapping[str, Row], sides: Mapping[str, Side], *, jaccard: float) -> NearDuplicates:
     """Rows whose set of word 5-grams has a Jaccard similarity of `jaccard` or more with that of an earlier row.
 
     Rows come in the order test, dev, train, and by name within a side. With a row of dev or train that is almost equal
@@ -42,15 +49,19 @@ def near_duplicates(rows: Mapping[str, Row], sides: Mapping[str, Side], *, jacca
     index: Any = MinHashLSH(num_perm=PERMUTATIONS, params=(bands, PERMUTATIONS // bands))
     hashes = MinHash.generator((_grams(rows[name]) for name in order), num_perm=PERMUTATIONS)
     found: list[Near] = []
+    limited = 0
     for place, (name, hashed) in enumerate(zip(order, hashes, strict=True)):
         own = _grams(rows[name])
-        proposed = sorted(index.query(hashed))[:COMPARED]
-        like = next((other for other in proposed if _similar(own, _grams(rows[order[other]]), jaccard)), None)
+        proposed = sorted(index.query(hashed))
+        like = next(
+            (other for other in proposed[:COMPARED] if _similar(own, _grams(rows[order[other]]), jaccard)), None
+        )
+        limited += like is None and len(proposed) > COMPARED
         if like is not None:
             found.append(Near(name, order[like]))
         if like is None or sides[name] == "test":
             index.insert(place, hashed, check_duplication=False)
-    return found
+    return NearDuplicates(found, limited)
 
 
 def _grams(row: Row) -> set[bytes]:

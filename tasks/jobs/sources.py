@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 from recipes.rows import Row, Rows, Side, drawn, malformed, origins, read_origin, side, source_name
-from tasks.jobs.near_duplicates import near_duplicates
+from tasks.jobs.near_duplicates import COMPARED, near_duplicates
 from tasks.runtime.errors import StageError
 from tasks.runtime.job import Job
 
@@ -50,14 +50,17 @@ def select(job: Job, rows: dict[str, Row]) -> Selection:
     counts: dict[str, Any] = {"not_drawn_rows": len(rows) - len(kept)}
     if params["near_duplicates"] == "ignore":
         return Selection(kept, counts)
-    found = near_duplicates(kept, sides, jaccard=params["near_duplicate_jaccard"])
+    found, limited = near_duplicates(kept, sides, jaccard=params["near_duplicate_jaccard"])
     remove = {one.row for one in found if sides[one.row] != "test"} if params["near_duplicates"] == "remove" else set()
     counts["near_duplicates"] = {
         "rows": len(found),
         "across_sides": sum(sides[one.row] != sides[one.like] for one in found),
         "removed": len(remove),
     } | {name: sum(sides[one.row] == name for one in found) for name in ("train", "dev", "test")}
-    job.events.note("near-duplicates", _said(counts["near_duplicates"], params))
+    said = _said(counts["near_duplicates"], params)
+    if limited:
+        said += f"; {limited} rows were compared with {COMPARED} of the rows that MinHash proposed, not with all"
+    job.events.note("near-duplicates", said)
     return Selection({name: row for name, row in kept.items() if name not in remove}, counts)
 
 

@@ -428,7 +428,8 @@ def test_the_limit_is_the_exact_jaccard_similarity(jaccard: float, expected: boo
         for i in range(2)
     }
     # 115 + 3 words give 114 5-grams, of which the last one differs: 113 / 115 = 0.983.
-    assert bool(near_duplicates(rows, {"0": "test", "1": "train"}, jaccard=jaccard)) is expected
+    found = near_duplicates(rows, {"0": "test", "1": "train"}, jaccard=jaccard).found
+    assert [(one.row, one.like) for one in found] == ([("1", "0")] if expected else [])
 
 
 def test_what_long_rows_lose_is_counted(tmp_path: Path) -> None:
