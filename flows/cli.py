@@ -68,7 +68,7 @@ def _plan(args: argparse.Namespace) -> int:
     vetted = vet(args.recipe, sets=args.set, home=find_home())
     planned, pins = vetted.plan, vetted.pins
     hits = sum(one.hit for one in planned)
-    commits = [f"pin   {one.name:<34} {one.source}" for one in (pins.base, pins.data) if "@" in one.source]
+    commits = [f"pin   {one.name:<34} {one.source}" for one in (pins.base, *pins.data) if "@" in one.source]
     lines = [*commits, *(str(one) for one in planned), f"{hits} of {len(planned)} steps are in the store"]
     _print([vars(one) for one in planned], "\n".join(lines), as_json=args.json)
     return DONE
@@ -239,7 +239,7 @@ def _parser() -> argparse.ArgumentParser:
 
     start = command("init", _init, "Write a commented recipe for a model and a data file.")
     start.add_argument("--model", required=True, help="local folder or hub id")
-    start.add_argument("--data", required=True, help="JSONL file")
+    start.add_argument("--data", required=True, help="file or folder: JSONL, JSON, CSV, parquet")
     start.add_argument("--out", type=Path, default=Path("recipe.yaml"), help="recipe to write")
     start.add_argument("--chat-template", help="chatml or a Jinja file, for a base that has none")
     start.add_argument("--force", action="store_true", help="overwrite")

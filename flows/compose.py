@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import glob
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from recipes.arms import Arm, arms
+from recipes.files import data_files
 from recipes.headers import read_headers
 from recipes.load import Loaded
 from recipes.problem import RecipeError
+from recipes.rows import source_name
 from recipes.schema import Recipe, SqlExecution
 from recipes.schemes import parse_scheme
 from tasks import calibrate, choose, evaluate, measure, merge, prepare, quantize, reference, train
 from tasks.runtime.leases import cpu_slots
 from tasks.runtime.pin import (
     ADAPTER_FILES,
-    DATA_FILES,
     MODEL_FILES,
     TOKENIZER_FILES,
     Digests,
@@ -35,7 +37,7 @@ class Pins:
 
     base: External
     tokenizer: External
-    data: External
+    data: tuple[External, ...]
     general: External | None
     template: External | None
     databases: External | None
@@ -78,14 +80,8 @@ def pin(loaded: Loaded, home: Path) -> Pins:
         digests=digests,
         source=model.source,
     )
-    asked = recipe.data
-    rows = fetched.get("data.path") or _local(loaded, asked.path)
-    if rows.folder.is_dir():
-        every = [f"**/{pattern}" for pattern in DATA_FILES]
-        data = external_folder("data", rows.folder, patterns=every, digests=digests, source=rows.source)
-    else:
-        data = external_file("data", rows.folder, digests=digests, source=rows.source)
-    general = asked.general and external_file("general", loaded.resolve(asked.general), digests=digests)
+    data = tuple(_source(loaded, number, fetched=fetched, digests=digests) for number in range(len(recipe.data.parts)))
+    general = recipe.data.general and external_file("general", loaded.resolve(recipe.data.general), digests=digests)
     named = recipe.model.chat_template
     template = (
         external_file("template", loaded.resolve(named), digests=digests) if named and named != "chatml" else None
@@ -126,9 +122,10 @@ def fetchable(loaded: Loaded) -> list[HubId]:
     if loaded.base is None:
         model = recipe.model
         asked.append(HubId(name=model.base, revision=model.revision, kind="model", field="model.base"))
-    if loaded.data is None:
-        data = recipe.data
-        asked.append(HubId(name=data.path, revision=data.revision, kind="dataset", field="data.path"))
+    for number, (part, here) in enumerate(zip(recipe.data.parts, loaded.data, strict=True)):
+        if here is None:
+            field = recipe.data.field(number)
+            asked.append(HubId(name=part.path, revision=part.revision, kind="dataset", field=field))
     if recipe.train.adapter and loaded.adapter is None:
         asked.append(HubId(name=recipe.train.adapter, revision=None, kind="adapter", field="train.adapter"))
     return asked
@@ -142,6 +139,17 @@ def fetch(loaded: Loaded) -> dict[str, Snapshot]:
     except RecipeError as error:
         raise RecipeError(loaded.placed(problem) for problem in error.problems) from None
     return {hub.field: one for hub, one in zip(asked, found, strict=True)}
+
+
+def _source(loaded: Loaded, number: int, *, fetched: Mapping[str, Snapshot], digests: Digests) -> External:
+    """One source of the data: its file, or the files of its folder or snapshot that hold rows."""
+    recipe = loaded.recipe.data
+    asked, name = recipe.parts[number], source_name(number)
+    there = fetched.get(recipe.field(number)) or _local(loaded, asked.path)
+    if there.folder.is_file():
+        return external_file(name, there.folder, digests=digests, source=there.source)
+    files = [glob.escape(str(file.relative_to(there.folder))) for file in data_files(there.folder)]
+    return external_folder(name, there.folder, patterns=files, digests=digests, source=there.source)
 
 
 def limits(recipe: Recipe) -> Limits:

@@ -35,11 +35,12 @@ def recipe_page() -> str:
         NOTE,
         "# The recipe",
         "",
-        "One YAML file says what is wanted. Only `name`, `model.base` and `data.path` have no default; unknown keys",
-        "are refused. `extends: other.yaml` takes every key that this file does not set from another recipe; lists are",
-        "replaced as a whole. `--set a.b=c` overrides one field on the command line, `--set quantize.schemes.0=...` an",
-        "entry of a list. A relative path counts from where it is written: the file's folder, the current folder for",
-        "`--set`. Everything but `run` is identity: changing it makes the steps below it again.",
+        "One YAML file says what is wanted. Only `name`, `model.base` and `data.path` (or `data.sources`) have no",
+        "default; unknown keys are refused. `extends: other.yaml` takes every key that this file does not set from",
+        "another recipe; lists are replaced as a whole. `--set a.b=c` overrides one field on the command line,",
+        "`--set quantize.schemes.0=...` an entry of a list. A relative path counts from where it is written: the",
+        "file's folder, the current folder for `--set`. Everything but `run` is identity: changing it makes the steps",
+        "below it again.",
         "",
         *_table(Recipe, only_plain=True),
     ]
@@ -51,11 +52,12 @@ def recipe_page() -> str:
 
 
 def _choices(section: type[BaseModel], *, prefix: str) -> Iterator[str]:
-    """The sections that a field of this section can be."""
+    """The sections that a field of this section can be, or is a list of."""
     for name, info in section.model_fields.items():
         for choice in sections(info.annotation):
-            kind = get_args(choice.model_fields["kind"].annotation)[0]
-            yield from ["", f"### {prefix}.{name}, kind: {kind}", "", *_table(choice)]
+            kind = choice.model_fields.get("kind")
+            which = f"kind: {get_args(kind.annotation)[0]}" if kind else "each of them"
+            yield from ["", f"### {prefix}.{name}, {which}", "", *_table(choice)]
 
 
 def _table(section: type[BaseModel], *, only_plain: bool = False) -> Iterator[str]:
@@ -81,9 +83,9 @@ def _words(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return " or ".join(f"`{value}`" for value in get_args(annotation))
     if get_origin(annotation) is list:
-        return "list of texts"
+        return "list of sections" if sections(annotation) else "list of texts"
     parts = [part for part in get_args(annotation) if part is not type(None)]
-    if any(sections(part) for part in parts):
+    if any(sections(part) for part in parts if get_origin(part) is not list):
         return "section with `kind`"
     if parts:
         return " or ".join(dict.fromkeys(_words(part) for part in parts if not isinstance(part, FieldInfo)))

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.predict import Predicted, predict, row_sizes, row_tokens, tokens_per_byte
+from flows.predict import Predicted, data_bytes, predict, row_sizes, row_tokens, tokens_per_byte
 from flows.preflight import SETTINGS, Memory, available, largest_fitting, refuse
 from flows.recipe_text import Fitted, Found, notes, render
 from recipes.check import load_and_check
@@ -17,7 +17,7 @@ from recipes.check_rows import LEAST_ROWS, TOKENS_PER_INPUT, Sides, least_rows, 
 from recipes.headers import Headers, read_headers
 from recipes.load import shown
 from recipes.problem import Problem, RecipeError
-from recipes.rows import Row, Rows, read_rows
+from recipes.rows import Origin, Row, Rows, read_rows
 from recipes.schema import Data, Recipe, is_hub_id
 from recipes.schemes import GROUP_SIZES, legal_schemes
 from tasks.runtime.step import resolve_device
@@ -67,7 +67,7 @@ def init(
 
     Args:
         model: Local folder or hub id.
-        data: JSONL file.
+        data: File or folder, as data.path.
         out: Recipe to write; its folder must exist.
         chat_template: `chatml` or a Jinja file, for a base that has none.
         force: Overwrite `out`.
@@ -103,9 +103,11 @@ def _look(model: str, data: Path, *, out: Path, chat_template: str | None, force
         problems.append(_problem(f"There is no folder {out.parent}.", "--out", "Nothing is made there.", "Make it."))
     headers = _headers(model, problems)
     _check_template(model, data, chat_template, headers=headers, problems=problems)
-    read = read_rows(data) if data.is_file() else Rows(format=None, detected_from="", rows=[], wrong=[], problems=[])
-    if not data.is_file():
-        problems.append(_problem(f"There is no file {data}.", "--data", "Rows are read from it.", "Correct the path."))
+    read = read_rows(data) if data.exists() else Rows()
+    if not data.exists():
+        problems.append(
+            _problem(f"There is no file or folder {data}.", "--data", "Rows are read from it.", "Correct the path.")
+        )
     problems += read.problems
     group = next((name for name in GROUP_NAMES if _everywhere(name, read.rows)), None)
     sides = split_rows(read.rows, Data(path=str(data), group=group))
@@ -289,7 +291,9 @@ def _fitted(recipe: Recipe, found: Found, memory: Memory) -> Fitted:
     device = resolve_device(recipe.run.device)
     spared = Memory(SPARE * memory.host_gib, None if memory.gpu_gib is None else SPARE * memory.gpu_gib)
     per_byte = tokens_per_byte(headers)
-    rows = row_sizes(found.read.rows, data_bytes=found.data.stat().st_size, per_byte=per_byte)
+    rows = row_sizes(
+        found.read.rows, data_bytes=data_bytes(Origin(path=found.data), found.read.rows), per_byte=per_byte
+    )
 
     def steps(asked: Recipe) -> list[Predicted]:
         return predict(asked, headers, device=device, rows=rows)

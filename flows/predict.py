@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from recipes.arms import Arm, arms
+from recipes.files import data_files, parquet_rows
 from recipes.headers import Headers
-from recipes.rows import Row
+from recipes.rows import TEXT, Origin, Row
 from recipes.schema import Recipe
 from recipes.schemes import Linear, Scheme, parse_scheme
 
@@ -58,6 +59,20 @@ class RowSizes(NamedTuple):
     data_bytes: int
 
 
+def data_bytes(origin: Origin, rows: Sequence[Row]) -> int:
+    """Size of a source as JSONL; of parquet, which is compressed, from its count of rows and the first ones of them."""
+    size = 0
+    for file in data_files(origin.path):
+        count = parquet_rows(file)
+        size += file.stat().st_size if count is None else round(count * _json_bytes(rows) / max(1, len(rows)))
+    return size
+
+
+def _json_bytes(rows: Sequence[Row]) -> int:
+    seen = (json.dumps({"messages": row.messages, **row.columns}, ensure_ascii=False) for row in rows)
+    return sum(len(line.encode()) + 1 for line in seen)
+
+
 def row_sizes(rows: Sequence[Row], *, data_bytes: int, per_byte: float) -> RowSizes | None:
     """Estimate from the first rows of a file, scaled up to its size; None without rows.
 
@@ -68,10 +83,9 @@ def row_sizes(rows: Sequence[Row], *, data_bytes: int, per_byte: float) -> RowSi
     """
     if not rows:
         return None
-    answers = [turn for row in rows for turn in row.messages if turn["role"] == "assistant"]
-    seen = (json.dumps({"messages": row.messages, **row.columns}, ensure_ascii=False) for row in rows)
+    answers = [turn for row in rows for turn in row.messages if turn["role"] in ("assistant", TEXT)]
     return RowSizes(
-        rows=max(len(rows), round(len(rows) * data_bytes / sum(len(line.encode()) + 1 for line in seen))),
+        rows=max(len(rows), round(len(rows) * data_bytes / _json_bytes(rows))),
         longest=max(row_tokens(row, per_byte) for row in rows),
         completion_tokens=sum(per_byte * len(turn["content"].encode()) + 2 for turn in answers) / len(rows),
         data_bytes=data_bytes,

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import psutil
 
 from flows.plan import Planned
-from flows.predict import CUDA_CONTEXT, FILES, GIB, Predicted, RowSizes, predict, row_sizes, tokens_per_byte
+from flows.predict import CUDA_CONTEXT, FILES, GIB, Predicted, RowSizes, data_bytes, predict, row_sizes, tokens_per_byte
 from recipes.check_train import device_problems
 from recipes.headers import Headers, read_headers
 from recipes.load import Loaded
 from recipes.problem import Problem, RecipeError
-from recipes.rows import jsonl_files, read_rows
+from recipes.rows import read_origin
 from recipes.schema import Recipe
 from tasks.runtime.leases import cpu_slots, visible_gpus
 from tasks.runtime.step import Limits
@@ -263,10 +263,8 @@ def preflight(loaded: Loaded, planned: Sequence[Planned], *, home: Path, base: P
 
 
 def sampled(loaded: Loaded, headers: Headers) -> RowSizes | None:
-    """Sizes of the rows, from the first 2,000 of the data."""
-    path = loaded.data
-    if path is None or not path.exists():
-        return None
-    read = read_rows(path, format=loaded.recipe.data.format, max_rows=SAMPLE_ROWS)
-    size = sum(file.stat().st_size for file in jsonl_files(path))
-    return row_sizes(read.rows, data_bytes=size, per_byte=tokens_per_byte(headers))
+    """Sizes of the rows, from the first 2,000 of each local source."""
+    found = [(origin, read_origin(origin, max_rows=SAMPLE_ROWS).rows) for origin in loaded.origins.values()]
+    size = sum(data_bytes(origin, rows) for origin, rows in found)
+    every = [row for _, rows in found for row in rows]
+    return row_sizes(every, data_bytes=size, per_byte=tokens_per_byte(headers))

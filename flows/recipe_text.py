@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import yaml
 from flows.predict import Predicted
 from flows.preflight import Memory
 from recipes.check_rows import Sides
+from recipes.files import raw_rows
 from recipes.headers import Headers
 from recipes.load import shown
 from recipes.rows import Rows
@@ -134,7 +136,7 @@ def _data(recipe: Recipe, found: Found, folder: Path) -> Iterator[str]:
     asked, rows = recipe.data, {name: len(rows) for name, rows in found.sides.rows.items()}
     yield _line("path", _path(found.data, folder), f"{len(found.read.rows)} rows, {found.sides.duplicates} duplicates")
     yield f"  # Detected from {found.read.detected_from}:"
-    yield f"  # {_first_line(found.data)}"
+    yield f"  # {_first_row(found.data)}"
     yield _line("format", asked.format)
     if found.domain:
         count = len({row.columns[found.domain] for row in found.read.rows})
@@ -151,10 +153,9 @@ def _data(recipe: Recipe, found: Found, folder: Path) -> Iterator[str]:
     yield _line("max_length", asked.max_length, "tokens; longer rows lose leading turns, and this is counted")
 
 
-def _first_line(path: Path) -> str:
-    """The first line with a row, printable and short."""
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        line = next(line.strip() for line in file if line.strip())
+def _first_row(path: Path) -> str:
+    """The first row, printable and short."""
+    line = json.dumps(next(raw_rows(path)).values, ensure_ascii=False)
     text = "".join(char if char.isprintable() else " " for char in line)
     return text if len(text) <= ROW_CHARS else f"{text[:ROW_CHARS]} ..."
 

@@ -122,7 +122,7 @@ def evaluate(run: Run) -> dict[str, Any]:
         "memory": [_memory(step, run.predicted[step.key]) for step in run.steps.values() if step.key in run.predicted],
         "hardware": run.raw["hardware"],
         "versions": run.raw["versions"],
-        "sources": {name: _source(run.raw[name]) for name in ("base", "data", "adapter") if run.raw.get(name)},
+        "sources": _sources(run.raw),
         "steps": [_step(step) for step in run.steps.values()],
         "failures": [_trouble(step, run) for step in run.steps.values() if not step.ok],
         "notes": [one._asdict() for one in notes(list(run.steps.values()))],
@@ -205,9 +205,10 @@ def _memory(step: Step, predicted: Mapping[str, float | None]) -> dict[str, Any]
     }
 
 
-def _source(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Where an input came from; its path on this machine is nobody else's business."""
-    return {"source": raw.get("source"), "digest": raw.get("digest")}
+def _sources(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Where base, data (data, data-1 ...) and adapter came from, without their paths on this machine."""
+    found = {name: one for name, one in raw.items() if name in ("base", "data", "adapter") or name.startswith("data-")}
+    return {name: {"source": one.get("source"), "digest": one.get("digest")} for name, one in found.items()}
 
 
 def _step(step: Step) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class RunRecord:
 
     def pinned(self, pins: Pins) -> None:
         """Note where base and data came from."""
-        for one in filter(None, (pins.base, pins.data, pins.adapter)):
+        for one in filter(None, (pins.base, *pins.data, pins.adapter)):
             self._raw[one.name] = {"path": str(one.path), "digest": one.digest, "source": one.source}
         self._write()
 

@@ -54,6 +54,9 @@ def fetched(loaded: Loaded, pins: Pins) -> Loaded:
         return loaded
     recipe = loaded.recipe
     model = recipe.model.model_copy(update={"base": str(pins.base.path)})
-    data = recipe.data.model_copy(update={"path": str(pins.data.path)})
+    parts = [
+        part.model_copy(update={"path": str(one.path)}) for part, one in zip(recipe.data.parts, pins.data, strict=True)
+    ]
+    data = recipe.data.model_copy(update={"sources": parts} if recipe.data.sources else {"path": parts[0].path})
     train = recipe.train.model_copy(update={"adapter": str(pins.adapter.path)}) if pins.adapter else recipe.train
     return replace(loaded, recipe=recipe.model_copy(update={"model": model, "data": data, "train": train}))

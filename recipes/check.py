@@ -17,7 +17,7 @@ from recipes.check_train import device_problems, train_problems
 from recipes.headers import Headers, read_headers
 from recipes.load import InvalidRecipe, Loaded, load, shown
 from recipes.problem import Problem, RecipeError
-from recipes.rows import read_rows
+from recipes.rows import read_origin
 from recipes.schema import SqlExecution
 from recipes.schemes import Scheme, parse_scheme
 
@@ -77,11 +77,10 @@ def check_base(loaded: Loaded, folder: Path) -> list[Problem]:
 
 def unchecked(loaded: Loaded) -> list[str]:
     """What is not here yet and was not looked at: `model.base org/name: checked when it is pinned`."""
-    named = {
-        "model.base": (loaded.recipe.model.base, loaded.base),
-        "data.path": (loaded.recipe.data.path, loaded.data),
-        "train.adapter": (loaded.recipe.train.adapter, loaded.adapter),
-    }
+    asked = loaded.recipe.data
+    named = {"model.base": (loaded.recipe.model.base, loaded.base)}
+    named |= {asked.field(i): (part.path, loaded.data[i]) for i, part in enumerate(asked.parts)}
+    named |= {"train.adapter": (loaded.recipe.train.adapter or "", loaded.adapter)}
     return [f"{field} {name}: checked when it is pinned" for field, (name, here) in named.items() if name and not here]
 
 
@@ -203,22 +202,17 @@ def _adapter(loaded: Loaded) -> list[Problem]:
 
 
 def _data(loaded: Loaded) -> Iterator[Problem]:
-    path = loaded.data
-    if path is not None:
-        if not path.exists():
-            yield _missing(path, field="data.path", kind="file")
-        else:
-            yield from _first_row(loaded, path)
+    for i, path in enumerate(loaded.data):
+        if path is not None and not path.exists():
+            yield _missing(path, field=loaded.recipe.data.field(i), kind="file")
+    for origin in loaded.origins.values():
+        yield from read_origin(origin, max_rows=1).problems
     if loaded.recipe.data.general is not None:
         general = loaded.resolve(loaded.recipe.data.general)
         if not general.is_file():
             yield _missing(general, field="data.general", kind="file")
         else:
             yield from general_problems(general, max_rows=1)
-
-
-def _first_row(loaded: Loaded, path: Path) -> list[Problem]:
-    return read_rows(path, format=loaded.recipe.data.format, columns=loaded.columns, max_rows=1).problems
 
 
 def _scorer(loaded: Loaded) -> Iterator[Problem]:

@@ -15,8 +15,8 @@ from recipes.headers import read_headers
 from recipes.load import Loaded, shown
 from recipes.plain import is_mapping
 from recipes.problem import Problem, RecipeError
-from recipes.rows import SHOWN, Message, Row, Rows, Side, content_hash, malformed, read_rows, side
-from recipes.schema import Data, Recipe, SqlExecution
+from recipes.rows import SHOWN, Message, Origin, Row, Rows, Side, content_hash, drawn, malformed, read_origin, side
+from recipes.schema import Data, SqlExecution
 
 LEAST_ROWS = 128  # see recipes.schema.Calibrate
 TOKENS_PER_INPUT = 4  # of the calibration set, for the widest layer; see tasks/calibrate.py
@@ -36,11 +36,13 @@ class Sides:
     Attributes:
         rows: By side.
         duplicates: Rows that equal an earlier one.
+        not_drawn: Train rows that the weight of their source leaves out.
         torn: Equal rows of two groups, by line.
     """
 
     rows: dict[Side, list[Row]]
     duplicates: int
+    not_drawn: int
     torn: list[str]
 
 
@@ -49,25 +51,37 @@ def check_data(loaded: Loaded) -> RowCheck:
 
     A first row that is malformed, a file that is missing or empty: `check` says so, and it is not said twice.
     """
-    path, recipe = loaded.data, loaded.recipe
-    if path is None:
-        return RowCheck([], {"data": f"{recipe.data.path} is not local: its rows are read when it is pinned"})
-    if not path.exists():
-        return RowCheck([], {})
-    read = read_rows(path, format=recipe.data.format, columns=loaded.columns)
-    said = set(read_rows(path, format=recipe.data.format, columns=loaded.columns, max_rows=1).wrong)
-    wrong = [row for row in read.wrong if row not in said]
-    problems = [malformed(path, wrong)] if wrong else []
-    sides = split_rows(read.rows, recipe.data)
-    problems += [*_torn(loaded, sides), *_general_rows(loaded), *_databases(loaded, read.rows)]
-    if not read.wrong and read.rows:  # what the sides hold is known only then
-        problems += [*_empty_sides(loaded, sides), *_calibration(loaded, sides)]
-    summary = _summary(loaded, sides) | {"format": f"{read.format}, {_origin(recipe, read)}"}
+    names = [part.path for part, path in zip(loaded.recipe.data.parts, loaded.data, strict=True) if path is None]
+    away = {"data": f"{', '.join(names)} is not local: its rows are read when it is pinned"} if names else {}
+    if not loaded.origins:
+        return RowCheck([], away)
+    origins = list(loaded.origins.values())
+    reads = [read_origin(origin) for origin in origins]
+    problems = list(_malformed_rows(origins, reads))
+    rows = [row for read in reads for row in read.rows]
+    sides = split_rows(rows, loaded.recipe.data)
+    problems += [*_torn(loaded, sides), *_general_rows(loaded), *_databases(loaded, rows)]
+    if len(origins) == len(loaded.data) and all(read.rows and not read.wrong for read in reads):
+        problems += [*_empty_sides(loaded, sides), *_calibration(loaded, sides)]  # what sides hold is known only then
+    summary = _summary(loaded, sides) | {"format": formats(origins, reads)} | away
     return RowCheck([loaded.placed(problem) for problem in problems], summary)
 
 
-def _origin(recipe: Recipe, read: Rows) -> str:
-    return f"detected from {read.detected_from}" if recipe.data.format == "auto" else "named in the recipe"
+def formats(origins: Sequence[Origin], reads: Sequence[Rows]) -> str:
+    """`messages, detected from rows.jsonl:1`, one a source."""
+    said = [
+        f"{read.format}, " + (f"detected from {read.detected_from}" if one.format == "auto" else "named in the recipe")
+        for one, read in zip(origins, reads, strict=True)
+    ]
+    return "; ".join(said)
+
+
+def _malformed_rows(origins: Sequence[Origin], reads: Sequence[Rows]) -> Iterator[Problem]:
+    for origin, read in zip(origins, reads, strict=True):
+        said = set(read_origin(origin, max_rows=1).wrong)
+        wrong = [row for row in read.wrong if row not in said]
+        if wrong:
+            yield malformed([origin.path], wrong)
 
 
 def split_rows(rows: Sequence[Row], asked: Data) -> Sides:
@@ -75,6 +89,7 @@ def split_rows(rows: Sequence[Row], asked: Data) -> Sides:
     seen: dict[str, tuple[str, Row]] = {}
     sides: dict[Side, list[Row]] = {"train": [], "dev": [], "test": []}
     torn: list[str] = []
+    not_drawn = 0
     for row in rows:
         name = content_hash(row.messages)[:16]
         group = str(row.columns[asked.group]) if asked.group else name
@@ -84,8 +99,12 @@ def split_rows(rows: Sequence[Row], asked: Data) -> Sides:
                 torn.append(f"{first.where} ({before}) and {row.where} ({group})")
             continue
         seen[name] = (group, row)
-        sides[side(group, salt=asked.salt, dev=asked.dev, test=asked.test)].append(row)
-    return Sides(rows=sides, duplicates=len(rows) - len(seen), torn=torn)
+        there = side(group, salt=asked.salt, dev=asked.dev, test=asked.test)
+        if there == "train" and not drawn(name, weight=row.origin.weight, salt=asked.salt):
+            not_drawn += 1
+        else:
+            sides[there].append(row)
+    return Sides(rows=sides, duplicates=len(rows) - len(seen), not_drawn=not_drawn, torn=torn)
 
 
 def _torn(loaded: Loaded, sides: Sides) -> Iterator[Problem]:
@@ -209,11 +228,13 @@ def _widest(loaded: Loaded) -> int:
 
 
 def _summary(loaded: Loaded, sides: Sides) -> dict[str, Any]:
-    column = loaded.recipe.data.domain
+    asked = loaded.recipe.data
     counts: dict[str, Any] = {"rows": sum(map(len, sides.rows.values())), "duplicates": sides.duplicates}
+    if sides.not_drawn:
+        counts["left out by weight"] = sides.not_drawn
     for name, rows in sides.rows.items():
         counts[name] = {"rows": len(rows)}
-        if column:
-            domains = Counter(str(row.columns[column]) for row in rows)
+        if asked.domain or any(part.domain for part in asked.parts):
+            domains = Counter(row.domain(asked.domain) for row in rows)
             counts[name]["domains"] = dict(sorted(domains.items()))
     return counts

@@ -123,7 +123,7 @@ def _said(value: object) -> str:
 
 
 def _unknown(field: str) -> Problem:
-    section, _, key = field.rpartition(".")
+    section, _, key = _unnumbered(field).rpartition(".")
     known = fields()
     siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == section]
     near = get_close_matches(key, siblings, n=1, cutoff=0.5)
@@ -139,7 +139,12 @@ def _unknown(field: str) -> Problem:
 
 
 def _doc(field: str) -> str:
-    return fields().get(field, "")
+    return fields().get(_unnumbered(field), "")
+
+
+def _unnumbered(field: str) -> str:
+    """`data.sources.1.path` as the schema has it: `data.sources.path`."""
+    return ".".join(part for part in field.split(".") if not part.isdigit())
 
 
 def fields() -> dict[str, str]:

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from recipes.complaints import explain
 from recipes.plain import is_list, is_mapping
 from recipes.problem import Problem, RecipeError
+from recipes.rows import Origin, origins
 from recipes.schema import Recipe, SqlExecution, is_hub_id
 from recipes.yamlfile import Document, parse, parse_value
 
@@ -27,6 +28,7 @@ PATH_FIELDS = (
     "train.adapter",
     "evaluate.scorer.databases",
 )
+HUB_NEVER = (".jsonl", ".json", ".csv", ".parquet")  # endings of a file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +63,9 @@ class Loaded:
         return self._local(self.recipe.model.base)
 
     @property
-    def data(self) -> Path | None:
-        """The data file; None for a hub id."""
-        return self._local(self.recipe.data.path)
+    def data(self) -> list[Path | None]:
+        """File or folder of each source of the data; None for a hub id."""
+        return [self._local(source.path) for source in self.recipe.data.parts]
 
     @property
     def adapter(self) -> Path | None:
@@ -72,15 +74,19 @@ class Loaded:
         return None if named is None else self._local(named)
 
     @property
-    def columns(self) -> tuple[str, ...]:
-        """Columns that every row must have beside its turns."""
+    def origins(self) -> dict[str, Origin]:
+        """Sources of the data that are here, by the field that names their path."""
         asked, scorer = self.recipe.data, self.recipe.evaluate.scorer
-        names = (asked.domain, asked.group, scorer.schema_column if isinstance(scorer, SqlExecution) else None)
-        return tuple(dict.fromkeys(name for name in names if name))
+        columns = (asked.group, scorer.schema_column if isinstance(scorer, SqlExecution) else None)
+        sources = [source.model_dump() for source in asked.parts]
+        paths = [path or Path() for path in self.data]
+        found = origins(paths, sources, domain=asked.domain, columns=columns)
+        here = [path is not None and path.exists() for path in self.data]
+        return {asked.field(i): origin for i, origin in enumerate(found) if here[i]}
 
     def _local(self, name: str) -> Path | None:
         """A hub id has no file's ending, and its first part is no folder here."""
-        hub = is_hub_id(name, folder=self.folder) and not name.endswith((".jsonl", ".json"))
+        hub = is_hub_id(name, folder=self.folder) and not name.endswith(HUB_NEVER)
         return None if hub and not (self.folder / name.split("/")[0]).is_dir() else self.resolve(name)
 
     def placed(self, problem: Problem) -> Problem:
@@ -241,13 +247,16 @@ def _deep(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 
 def _rebase(values: dict[str, Any], *, written_in: Path, folder: Path, only: str | None = None) -> None:
     """Make relative paths that were written elsewhere count from `folder`; hub ids and missing files stay."""
-    for field in PATH_FIELDS:
-        if only not in (None, field):
+    data = values.get("data")
+    sources = data.get("sources") if is_mapping(data) else None
+    count = len(sources) if is_list(sources) else 0
+    for field in (*PATH_FIELDS, *(f"data.sources.{number}.path" for number in range(count))):
+        if only is not None and field != only and not field.startswith(f"{only}."):
             continue
         *sections, last = field.split(".")
         inner: Any = values
         for section in sections:
-            inner = inner.get(section) if is_mapping(inner) else None
+            inner = inner[int(section)] if is_list(inner) else inner.get(section) if is_mapping(inner) else None
         if is_mapping(inner) and isinstance(inner.get(last), str):
             written = Path(inner[last])
             if not written.is_absolute() and (written_in / written).exists():

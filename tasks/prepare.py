@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from recipes.rows import source_name
 from recipes.schema import Recipe
 from tasks.runtime.step import External, Step
+
+IDENTITY = {"domain", "group", "dev", "test", "salt", "max_length", "near_duplicates"}
 
 
 def step(
     recipe: Recipe,
     *,
-    data: External,
+    data: Sequence[External],
     tokenizer: External,
     general: External | None = None,
     template: External | None = None,
 ) -> Step:
-    """The dataset of a recipe. Only the tokenizer's files of the base are an input, not its weights."""
+    """The dataset of a recipe. Only the tokenizer's files of the base are an input, not its weights.
+
+    Args:
+        recipe: The recipe.
+        data: Its sources, one each; as inputs they are called data, data-1, data-2 ...
+        tokenizer: Tokenizer files of the base.
+        general: The general hold-out.
+        template: Jinja file, for a base that has none.
+    """
     asked = recipe.data
-    inputs = {"data": data, "tokenizer": tokenizer, "general": general, "template": template}
+    inputs = {"tokenizer": tokenizer, "general": general, "template": template}
+    inputs |= {source_name(number): one for number, one in enumerate(data)}
     return Step(
         stage="prepare",
         slug=recipe.name,
         entry="tasks.jobs.prepare:run",
         version=2,
         params={
-            **asked.model_dump(include={"format", "domain", "group", "dev", "test", "salt", "max_length"}),
+            **asked.model_dump(include=IDENTITY),
+            "sources": [part.model_dump(include={"format", "weight", "domain"}) for part in asked.parts],
+            **({} if asked.near_duplicates == "ignore" else {"near_duplicate_jaccard": asked.near_duplicate_jaccard}),
             "chat_template": recipe.model.chat_template if template is None else None,
         },
         inputs={name: one for name, one in inputs.items() if one is not None},

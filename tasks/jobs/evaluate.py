@@ -41,7 +41,8 @@ def run(job: Job) -> dict[str, Any]:
     Writes:
         scores.parquet: row, group, split, domain, metric, sum, n. Metrics: nll and nll_general (nats, n tokens),
         kl (KL(reference || arm) in nats, n tokens), agree (top-1 agreements, n tokens), task (score, n = 1).
-        kl.parquet: KL a token. answers.parquet: what was asked, expected and answered.
+        kl.parquet: KL a token. answers.parquet: what was asked, expected and answered. Rows without a prompt (plain
+        texts) have no task and no answer.
     Metrics:
         The mean of each, by split.
 
@@ -53,6 +54,11 @@ def run(job: Job) -> dict[str, Any]:
         os.environ["GPTQ_TORCH_CACHE_WEIGHTS"] = "1"  # 2- and 3-bit layers dequantize once, not in every forward
     params, dataset = job.params, job.inputs["dataset"].path
     rows, general = read_rows(dataset, "dev", "test"), read_general(dataset)
+    asked = [row for row in rows if row.prompt_ids]
+    if len(asked) < len(rows):
+        job.events.note(
+            "task", f"{len(rows) - len(asked)} of {len(rows)} rows are plain text: no prompt, so no task score"
+        )
     databases = job.inputs["databases"].path if "databases" in job.inputs else None
     score = make_scorer(params["scorer"], databases)
     asked = [row for row in rows if row.prompt_ids]  # one sample a conversation

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -12,10 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recipes.problem import Problem
-from recipes.rows import SHOWN, Row, content_hash, read_rows, side
+from recipes.rows import SHOWN, Row, content_hash, side
 from tasks.jobs.backends.load import setup
 from tasks.jobs.conversation import Conversation, RowError, behind_thinking
-from tasks.jobs.rendering import ONE_A_TURN, Renderer, Sample
+from tasks.jobs.rendering import ONE_A_TURN, Renderer, Sample, TooLong
+from tasks.jobs.sources import read_sources, select
+from tasks.jobs.texts import text_records
 from tasks.runtime.errors import StageError
 from tasks.runtime.job import Job
 
@@ -54,8 +57,8 @@ def run(job: Job) -> dict[str, Any]:
     """Make the dataset.
 
     Reads:
-        data: JSONL file or folder. general: JSONL with `text` (may be absent). tokenizer: base model folder.
-        template: Jinja file (may be absent).
+        data, data-1 ...: one file or folder a source. general: JSONL with `text` (may be absent). tokenizer: base
+        model folder. template: Jinja file (may be absent).
     Writes:
         rows.parquet, general.parquet, tokenizer/ (byte-for-byte copies), summary.json.
     Metrics:
@@ -70,40 +73,72 @@ def run(job: Job) -> dict[str, Any]:
     if "template" in job.inputs:
         template = job.inputs["template"].path.read_text(encoding="utf-8")
     renderer = Renderer.open(job.inputs["tokenizer"].path, template=template)
-    source = job.inputs["data"].path
-    needed = [params.get("domain"), params.get("group"), *params.get("keep_columns", [])]
-    read = read_rows(source, format=params["format"], columns=tuple(name for name in needed if name))
-    if read.problems:
-        raise StageError(read.problems[0])
-    events.note("format", f"{read.format}, detected from {read.detected_from}; {len(read.rows)} rows")
-
-    unique = {content_hash(row.messages)[:16]: row for row in reversed(read.rows)}  # the first of equal rows stays
-    rendered, too_long, mask_from = _render(job, unique, renderer)
+    reads = read_sources(job)
+    every = [row for read in reads for row in read.rows]
+    unique = {content_hash(row.messages)[:16]: row for row in reversed(every)}  # the first of equal rows stays
+    chosen, selection = select(job, unique)
+    made = _render(job, {name: row for name, row in chosen.items() if not row.is_text}, renderer)
+    texts = text_records(job, {name: row for name, row in chosen.items() if row.is_text}, renderer)
+    rendered = [*made.records, *texts.records]
     rows = _distinct(rendered)
     _check_splits(rows, job)
     general = _general(job, renderer)
     pq.write_table(pa.Table.from_pylist(rows, schema=ROWS), job.out / "rows.parquet")
     pq.write_table(pa.Table.from_pylist(general, schema=GENERAL), job.out / "general.parquet")
     _write_tokenizer(job, renderer)
-    duplicates = len(read.rows) - len(unique) + len(rendered) - len(rows)
-    summary = _summary(rows, general, duplicates=duplicates, too_long=too_long)
-    summary |= {"format": read.format, "detected_from": read.detected_from, "mask_from": mask_from}
+    duplicates = len(every) - len(unique) + len(rendered) - len(rows)
+    summary = _summary(rows, general, duplicates=duplicates, too_long=len(made.too_long))
+    summary |= {"format": reads[0].format, "detected_from": reads[0].detected_from, "mask_from": made.ways}
+    summary |= selection | _cut(job, lost=[*made.lost, *texts.lost], gone=made.too_long)
     (job.out / "summary.json").write_text(json.dumps(summary, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     events.note("rows", ", ".join(f"{name} {count}" for name, count in summary["rows"].items()))
     events.note(
         "left out",
-        f"{duplicates} duplicates, {too_long} rows whose last exchange alone is over {params['max_length']} tokens; "
-        f"{summary['truncated_rows']} rows lost leading turns",
+        f"{duplicates} duplicates, {len(made.too_long)} rows whose last exchange alone is over {params['max_length']} "
+        f"tokens; {summary['truncated_rows']} rows lost leading turns",
     )
     return summary
 
 
 class _Made(NamedTuple):
-    """Records of rows.parquet; samples that were too long; rows by the way their trained tokens were told."""
+    """What rendering gave.
+
+    Attributes:
+        records: Of rows.parquet.
+        lost: Tokens that each cut sample lost.
+        too_long: Tokens of each sample whose last exchange alone is over the limit.
+        ways: Rows by the way their trained tokens were told.
+    """
 
     records: list[dict[str, Any]]
-    too_long: int
+    lost: list[int]
+    too_long: list[int]
     ways: dict[str, int]
+
+
+def _cut(job: Job, *, lost: list[int], gone: list[int]) -> dict[str, Any]:
+    """What max_length takes away: tokens of samples that are cut, and of samples that are left out."""
+    limit = job.params["max_length"]
+    if lost:
+        job.events.note(
+            "long rows",
+            f"{len(lost)} rows were over {limit} tokens and lost {sum(lost)} tokens: {statistics.median(lost):g} at "
+            f"the median, {max(lost)} at most",
+        )
+    if gone:
+        job.events.note(
+            "too long",
+            f"{len(gone)} rows of {sum(gone)} tokens are left out: their last exchange alone is over {limit}",
+        )
+    return {
+        "cut": {
+            "rows": len(lost),
+            "tokens": sum(lost),
+            "median_tokens": statistics.median(lost) if lost else 0,
+            "most_tokens": max(lost, default=0),
+        },
+        "too_long_tokens": sum(gone),
+    }
 
 
 def _render(job: Job, rows: dict[str, Row], renderer: Renderer) -> _Made:
@@ -114,7 +149,9 @@ def _render(job: Job, rows: dict[str, Row], renderer: Renderer) -> _Made:
     """
     params, events = job.params, job.events
     done: list[dict[str, Any]] = []
-    wrong, too_long, ways, skewed = [], 0, Counter[str](), 0
+    lost: list[int] = []
+    too_long: list[int] = []
+    wrong, ways, skewed = [], Counter[str](), 0
     for number, (name, row) in enumerate(sorted(rows.items()), start=1):
         if number % 500 == 0:
             events.progress(number, len(rows), unit="row", note="tokenising")
@@ -125,9 +162,10 @@ def _render(job: Job, rows: dict[str, Row], renderer: Renderer) -> _Made:
             wrong.append(f"{row.where} {error}")
             continue
         samples = [one for one in made if isinstance(one, Sample)]
-        too_long += len(made) - len(samples)
+        too_long += [one.tokens for one in made if isinstance(one, TooLong)]
+        lost += [one.lost for one in samples if one.dropped]
         group = str(row.columns[params["group"]]) if params.get("group") else name
-        domain = str(row.columns[params["domain"]]) if params.get("domain") else ""
+        domain = row.domain(params.get("domain"))
         split = side(group, salt=params["salt"], dev=params["dev"], test=params["test"])
         place = {"group": group, "split": split, "domain": domain}
         if samples and not done:
@@ -147,7 +185,7 @@ def _render(job: Job, rows: dict[str, Row], renderer: Renderer) -> _Made:
             )
         )
     _note_masks(job, done, ways, skewed=skewed, renderer=renderer)
-    return _Made(done, too_long, dict(sorted(ways.items())))
+    return _Made(done, lost, too_long, dict(sorted(ways.items())))
 
 
 def _note_masks(

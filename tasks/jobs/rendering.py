@@ -27,7 +27,7 @@ from tasks.runtime.errors import StageError
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PROBE = "Quench"
 ONE_A_TURN: Final = "one sample a turn"
-Way = Literal["generation markers", "TRL's training template", "prefixes", "one sample a turn"]
+Way = Literal["generation markers", "TRL's training template", "prefixes", "one sample a turn", "all tokens"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,21 +1,26 @@
 """`quench init`: the recipe it writes passes the check as it is, and what cannot be used is refused."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from flows.compose import pin
 from flows.init import InitResult, init
 from flows.predict import predict, row_sizes
-from flows.preflight import Memory
+from flows.preflight import Memory, sampled
 from recipes.check import check, check_data
 from recipes.headers import read_headers
 from recipes.load import Loaded, load
 from recipes.problem import Problem, RecipeError
 from recipes.rows import read_rows
 from recipes.schemes import parse_scheme
+from tasks import prepare
+from tasks.runtime.step import Step
 from tests.recipes.folders import chat, write_base, write_rows
+from tests.recipes.test_rows import write_as
 
 
 def project(folder: Path, *, rows: int = 260, **base: Any) -> None:
@@ -191,3 +196,64 @@ def test_missing_model_and_data(tmp_path: Path):
         init(str(tmp_path / "no"), tmp_path / "no.jsonl", out=tmp_path / "recipe.yaml")
     assert {problem.where for problem in caught.value.problems} == {"--model", "--data"}
     assert not (tmp_path / "recipe.yaml").exists()
+
+
+# ---- formats and kinds of files
+
+
+def as_alpaca(number: int) -> dict[str, Any]:
+    asked, answered = (turn["content"] for turn in chat(number)["messages"])
+    return {"instruction": asked, "input": "", "output": answered}
+
+
+def as_sharegpt(number: int) -> dict[str, Any]:
+    asked, answered = (turn["content"] for turn in chat(number)["messages"])
+    return {"conversations": [{"from": "human", "value": asked}, {"from": "gpt", "value": answered}]}
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "row"),
+    [
+        ("tickets.csv", "alpaca", as_alpaca),
+        ("tickets.parquet", "sharegpt", as_sharegpt),
+        ("tickets.json", "text", lambda number: {"text": chat(number)["messages"][0]["content"]}),
+        ("tickets", "messages", chat),
+    ],
+)
+def test_every_format_and_kind_of_file(tmp_path: Path, name: str, format: str, row: Callable[[int], dict[str, Any]]):
+    write_base(tmp_path / "base")
+    data = tmp_path / name
+    if not data.suffix:
+        data.mkdir()
+    write_as(data if data.suffix else data / "train.parquet", [row(number) for number in range(260)])
+    made = init(str(tmp_path / "base"), data, out=tmp_path / "recipe.yaml")
+    loaded = load(made.path)
+    assert [*check(loaded), *check_data(loaded).problems] == []
+    assert (loaded.recipe.data.path, loaded.recipe.data.format, loaded.recipe.name) == (name, format, "tickets")
+    assert "What comes after 0" in loaded.text and f"{format}, detected from" in made.notes["format"]
+    sizes = sampled(loaded, read_headers(tmp_path / "base"))
+    assert sizes is not None and sizes.rows == pytest.approx(260, rel=0.6)  # of CSV and arrays by size alone
+    assert 20 < sizes.completion_tokens < 200
+
+
+def test_pinned_sources_are_the_inputs_of_prepare(tmp_path: Path):
+    project(tmp_path)
+    (tmp_path / "more").mkdir()
+    write_rows(tmp_path / "more" / "train.jsonl", map(chat, range(300, 400)))
+    made = start(tmp_path).path
+    listed = "data.sources=[{path: tickets.jsonl, format: messages}]"
+    both = listed.replace("]", ", {path: more, weight: 0.5}]")
+
+    def step(*sets: str) -> Step:
+        loaded = load(made, sets=["data.path=null", "data.format=auto", *sets] if sets else [])
+        pins = pin(loaded, tmp_path / "home")
+        return prepare.step(loaded.recipe, data=pins.data, tokenizer=pins.tokenizer)
+
+    first = step(both)
+    assert list(first.inputs) == ["tokenizer", "data", "data-1"]
+    assert step().fingerprint == step(listed).fingerprint != first.fingerprint  # `path` is one source
+    assert step(both.replace("0.5", "0.6")).fingerprint != first.fingerprint
+    (tmp_path / "more" / "notes.txt").write_text("not a row")
+    assert step(both).fingerprint == first.fingerprint
+    write_rows(tmp_path / "more" / "train.jsonl", map(chat, range(300, 401)))
+    assert step(both).fingerprint != first.fingerprint

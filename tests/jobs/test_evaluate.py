@@ -215,3 +215,24 @@ def test_a_reference_answer_that_its_own_scorer_rejects_is_refused(world: Path, 
 def test_an_end_that_is_no_special_token_is_cut_off_too() -> None:
     assert _before_end([9, 8, 7, 5, 9], [7, 5]) == [9, 8]
     assert _before_end([9, 8], [7]) == [9, 8]
+
+
+def test_plain_text_has_a_loss_and_no_task(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "base").symlink_to(world / "base")
+    (tmp_path / "adapter").symlink_to(world / "adapter")
+    data = write_jsonl(tmp_path / "texts.jsonl", [{"text": f"the sky is blue {i}"} for i in range(60)])
+    job = make_job("prepare", tmp_path / "dataset", params=PREPARE, data=data, tokenizer=world / "base")
+    prepare.run(job)
+    refer(tmp_path, tmp_path / "reference")
+    job = make_job("evaluate", tmp_path / "out", params=PARAMS, model=world / "base", dataset=tmp_path / "dataset")
+    means = score(tmp_path, tmp_path / "out")
+    rows = held_out(tmp_path)
+    assert {name for name in means if name != "kernel"} == {f"{a}/{b}" for a in SCORED[:3] for b in ("dev", "test")}
+    assert all(
+        one["n"] == len(row["input_ids"]) - 1
+        for row in rows
+        for one in lines(tmp_path / "out")
+        if one["row"] == row["row"]
+    )
+    assert lines(tmp_path / "out", "answers") == []
+    assert notes(job)["task"].startswith(f"{len(rows)} of {len(rows)} rows are plain text")

@@ -10,22 +10,26 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
-from recipes.rows import content_hash, read_rows, side
+from recipes.rows import Origin, Row, content_hash, read_rows, side, source_name
 from tasks.jobs import prepare
 from tasks.jobs.conversation import Conversation, RowError
+from tasks.jobs.near_duplicates import near_duplicates
 from tasks.jobs.rendering import Renderer
 from tasks.runtime.errors import StageError
+from tasks.runtime.job import Job
 from tests.jobs.build import make_job, notes, write_jsonl
 from tests.tiny import MARKED, PLAIN, write_base
 
 PARAMS = {
-    "format": "auto",
+    "sources": [{"format": "auto", "weight": 1.0, "domain": None}],
     "domain": None,
     "group": None,
     "dev": 0.2,
     "test": 0.2,
     "salt": "",
     "max_length": 256,
+    "near_duplicates": "count",
+    "near_duplicate_jaccard": 0.9,
     "keep_columns": [],
     "chat_template": None,
 }
@@ -317,3 +321,144 @@ def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
     first = run(tmp_path, questions(80), base=base, name="a") / "rows.parquet"
     second = run(tmp_path, list(reversed(questions(80))), base=base, name="b") / "rows.parquet"
     assert first.read_bytes() == second.read_bytes()
+
+
+def source(**changed: Any) -> dict[str, Any]:
+    return {"format": "auto", "weight": 1.0, "domain": None} | changed
+
+
+def run_sources(tmp_path: Path, sources: list[dict[str, Any]], *data: Path, name: str = "out", **params: Any) -> Job:
+    """Prepare these files, one a source."""
+    inputs = {source_name(number): path for number, path in enumerate(data)}
+    base = tmp_path / "base" if (tmp_path / "base").exists() else write_base(tmp_path / "base")
+    job = make_job("prepare", tmp_path / name, params=PARAMS | params | {"sources": sources}, tokenizer=base, **inputs)
+    prepare.run(job)
+    return job
+
+
+def test_weights_thin_out_train_alone_and_stay_when_sources_grow(tmp_path: Path) -> None:
+    first = write_jsonl(tmp_path / "first.jsonl", questions(300))
+    pairs = [{"instruction": f"name {i} !", "output": f"{i} it is"} for i in range(100)]
+    second = write_jsonl(tmp_path / "second.jsonl", pairs)
+    whole = run_sources(tmp_path, [source(domain="a"), source(domain="b")], first, second, name="whole")
+    job = run_sources(tmp_path, [source(domain="a", weight=0.4), source(domain="b")], first, second)
+    before, after = ({row["row"]: row for row in table(one.out)} for one in (whole, job))
+    gone = before.keys() - after.keys()
+    assert {(before[name]["split"], before[name]["domain"]) for name in gone} == {("train", "a")}
+    train = [row for row in before.values() if (row["split"], row["domain"]) == ("train", "a")]
+    assert abs(1 - len(gone) / len(train) - 0.4) < 0.15  # 4 standard deviations of a share of 180 draws
+    assert json.loads((job.out / "summary.json").read_text())["not_drawn_rows"] == len(gone)
+    assert f"{len(train) - len(gone)} of {len(train)} from first.jsonl (0.4)" in notes(job)["weights"]
+    assert "messages, detected from" in notes(job)["format"] and "alpaca, detected from" in notes(job)["format"]
+    write_jsonl(first, questions(400))
+    grown = run_sources(tmp_path, [source(domain="a", weight=0.4), source(domain="b")], first, second, name="grown")
+    assert {name: row["split"] for name, row in after.items()}.items() <= {
+        row["row"]: row["split"] for row in table(grown.out)
+    }.items()
+
+
+def test_malformed_rows_of_every_source_are_named_at_once(tmp_path: Path) -> None:
+    paths = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        paths.append(write_jsonl(tmp_path / name / "rows.jsonl", [*questions(2), {"messages": []}]))
+    with pytest.raises(StageError, match="2 malformed") as refused:
+        run_sources(tmp_path, [source(), source()], *paths)
+    assert "one/rows.jsonl:3 " in refused.value.problem.why and "two/rows.jsonl:3 " in refused.value.problem.why
+
+
+def test_a_source_with_a_domain_needs_no_column(tmp_path: Path) -> None:
+    named = write_jsonl(tmp_path / "named.jsonl", [row | {"kind": "k"} for row in questions(60)])
+    plain = write_jsonl(tmp_path / "plain.jsonl", [{"prompt": f"say {i}", "completion": "x"} for i in range(60)])
+    job = run_sources(tmp_path, [source(), source(domain="own")], named, plain, domain="kind")
+    assert {row["domain"] for row in table(job.out)} == {"k", "own"}
+    with pytest.raises(StageError, match="has no `kind`"):
+        run_sources(tmp_path, [source(), source()], named, plain, name="again", domain="kind")
+
+
+STORY = "the old man went down to the harbour in the morning and looked for a boat that would carry him over the bay "
+
+
+def almost(number: int, *, of: int) -> dict[str, Any]:
+    """A row of 115 words; those of one `of` differ in their last word alone, so 110 of 112 5-grams are the same."""
+    words = " ".join(f"{word}{of}" for word in (STORY * 5).split())
+    return {"messages": chat(words, f"it is {number}")}
+
+
+def test_near_duplicates_are_counted_and_removed_so_that_no_test_row_goes(tmp_path: Path) -> None:
+    rows = [*questions(60), *(almost(number, of=of) for of in range(8) for number in range(6))]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    options = {"max_length": 4000}
+    jobs = {
+        mode: run_sources(tmp_path, [source()], data, name=mode, near_duplicates=mode, **options)
+        for mode in ("ignore", "count", "remove")
+    }
+    tables = {mode: {row["row"]: row for row in table(job.out)} for mode, job in jobs.items()}
+    counts = {mode: json.loads((job.out / "summary.json").read_text()) for mode, job in jobs.items()}
+    assert tables["ignore"] == tables["count"] and "near_duplicates" not in counts["ignore"]
+    found = counts["count"]["near_duplicates"]
+    assert (found["rows"], found["removed"]) == (8 * 5, 0)  # of six that are alike one is the first
+    assert found["rows"] == found["train"] + found["dev"] + found["test"] and found["across_sides"] > 0
+    gone = tables["count"].keys() - tables["remove"].keys()
+    assert len(gone) == counts["remove"]["near_duplicates"]["removed"] == found["train"] + found["dev"]
+    assert all(tables["count"][name]["split"] != "test" for name in gone)
+    stories = {}
+    for row in tables["remove"].values():
+        if len(row["input_ids"]) > 100:
+            stories.setdefault(json.loads(row["messages"])[0]["content"], []).append(row["split"])
+    assert len(stories) == 8  # each is still there, on one side only
+    assert all(set(sides) == {"test"} or len(sides) == 1 for sides in stories.values())
+    assert "resemble a row of another side" in notes(jobs["count"])["near-duplicates"]
+
+
+def test_a_system_turn_that_all_rows_share_makes_no_near_duplicates(tmp_path: Path) -> None:
+    rows = [{"messages": chat(f"what is {i} ?", f"it is {i}", system=STORY * 5)} for i in range(60)]
+    summary = json.loads((run(tmp_path, rows, max_length=4000) / "summary.json").read_text())
+    assert summary["near_duplicates"]["rows"] == 0
+
+
+@pytest.mark.parametrize(("jaccard", "expected"), [(0.9, True), (0.99, False)])
+def test_the_limit_is_the_exact_jaccard_similarity(jaccard: float, expected: bool) -> None:
+    rows = {
+        str(i): Row(where="", messages=almost(i, of=0)["messages"], columns={}, origin=Origin(path=Path()))
+        for i in range(2)
+    }
+    # 115 + 3 words give 114 5-grams, of which the last one differs: 113 / 115 = 0.983.
+    found = near_duplicates(rows, {"0": "test", "1": "train"}, jaccard=jaccard).found
+    assert [(one.row, one.like) for one in found] == ([("1", "0")] if expected else [])
+
+
+def test_what_long_rows_lose_is_counted(tmp_path: Path) -> None:
+    long = [{"messages": chat("abc " * n + "?", "x", f"last {n} ?", "y")} for n in (20, 30, 50)]
+    much = {"messages": chat("what ?", "z" * 200)}
+    data = write_jsonl(tmp_path / "rows.jsonl", [*questions(60), *long, much])
+    job = run_sources(tmp_path, [source()], data, max_length=64)
+    renderer = Renderer.open(tmp_path / "base")
+    lost = sorted(
+        len(renderer.render(Conversation(turns=one["messages"])).input_ids)
+        - len(renderer.render(Conversation(turns=one["messages"][2:])).input_ids)
+        for one in long
+    )
+    summary = json.loads((job.out / "summary.json").read_text())
+    expected = {"rows": 3, "tokens": sum(lost), "median_tokens": lost[1], "most_tokens": lost[2]}
+    assert summary["cut"] == expected
+    assert summary["too_long_tokens"] == len(renderer.render(Conversation(turns=much["messages"])).input_ids)
+    assert f"3 rows were over 64 tokens and lost {sum(lost)} tokens" in notes(job)["long rows"]
+    assert "1 rows of" in notes(job)["too long"]
+
+
+def test_plain_text_is_trained_whole_and_asks_nothing(tmp_path: Path) -> None:
+    texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": f"text number {i} ends here"} for i in range(60)])
+    write_jsonl(texts, [*map(json.loads, texts.read_text().splitlines()), {"text": "word " * 100}])
+    chats = write_jsonl(tmp_path / "chats.jsonl", questions(60))
+    job = run_sources(tmp_path, [source(), source()], texts, chats, max_length=60)
+    rows = [row for row in table(job.out) if not row["prompt_ids"]]
+    tokenizer = Renderer.open(tmp_path / "base").tokenizer
+    whole = [*tokenizer("text number 7 ends here")["input_ids"], tokenizer.eos_token_id]
+    assert whole in [row["input_ids"] for row in rows]
+    assert len(rows) == 61 and all(all(row["completion_mask"]) and row["answer"] == "" for row in rows)
+    assert {row["split"] for row in rows} == {"train", "dev", "test"}
+    (cut,) = [row for row in rows if row["input_ids"][-1] != tokenizer.eos_token_id]
+    lost = len(tokenizer("word " * 100)["input_ids"]) + 1 - len(cut["input_ids"])
+    assert len(cut["input_ids"]) == 60 and json.loads((job.out / "summary.json").read_text())["cut"]["tokens"] == lost
+    assert "not in the task score" in notes(job)["plain text"] and notes(job)["example text"].endswith("⟧")

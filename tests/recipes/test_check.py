@@ -147,7 +147,7 @@ def test_missing_data_and_general_files(tmp_path: Path):
         ("", "empty"),
         ("{not json", "JSON"),
         ("[1]", "list"),
-        ('{"text": "x"}', "`prompt` and `completion`"),
+        ('{"say": "x"}', "`prompt` and `completion`"),
         ('{"prompt": "x"}', "`prompt` and `completion`"),
         ('{"prompt": "x", "completion": " "}', "empty"),
         ('{"messages": [{"role": "user", "content": "x"}]}', "assistant"),

@@ -136,3 +136,36 @@ def test_every_general_row_and_database(tmp_path: Path):
 def test_data_on_the_hub_is_left_for_later(tmp_path: Path):
     found = check_data(load(write_project(tmp_path), sets=["data.path=org/rows"]))
     assert found.problems == [] and "pinned" in found.summary["data"]
+
+
+SOURCES = "data.sources=[{path: rows.jsonl, weight: 0.5, domain: a}, {path: more, domain: b}]"
+
+
+def test_several_sources_are_read_drawn_and_named(tmp_path: Path):
+    recipe = write_project(tmp_path, rows=400)
+    (tmp_path / "more").mkdir()
+    write_rows(tmp_path / "more" / "pairs.jsonl", ({"instruction": f"n {i}", "output": "x"} for i in range(100)))
+    found = check_data(load(recipe, sets=["data.path=null", SOURCES]))
+    assert found.problems == []
+    whole = check_data(load(recipe, sets=["data.path=null", SOURCES.replace("0.5", "1.0")])).summary
+    assert whole["rows"] == 500 and found.summary["rows"] == 500 - found.summary["left out by weight"]
+    for name in ("dev", "test"):
+        assert found.summary[name] == whole[name]
+    drawn, before = (one["train"]["domains"] for one in (found.summary, whole))
+    assert drawn["b"] == before["b"] and drawn["a"] < before["a"]
+    assert found.summary["format"].endswith("; alpaca, detected from more/pairs.jsonl:1")
+    write_rows(tmp_path / "more" / "pairs.jsonl", [*map(chat, range(400, 500)), "x"])
+    problem = only(recipe, "data.path=null", SOURCES)
+    assert problem.where == "more/pairs.jsonl:101" and "malformed" in problem.what
+
+
+def test_a_missing_source_is_named_by_its_field(tmp_path: Path):
+    loaded = load(write_project(tmp_path), sets=["data.path=null", SOURCES])
+    (problem,) = [*check(loaded), *check_data(loaded).problems]
+    assert problem.where.endswith("data.sources.1.path") and "not there" in problem.what
+
+
+def test_a_part_of_the_data_on_the_hub_is_left_for_later(tmp_path: Path):
+    found = check_data(load(write_project(tmp_path), sets=["data.path=null", SOURCES.replace("more", "org/more")]))
+    assert found.problems == [] and "org/more is not local" in found.summary["data"]
+    assert found.summary["rows"] == sum(found.summary[side]["rows"] for side in ("train", "dev", "test")) > 100

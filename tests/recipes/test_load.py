@@ -182,10 +182,10 @@ def test_relative_paths_count_from_where_they_are_written(tmp_path: Path, monkey
     rows = write(tmp_path, "{}", "shared/rows.jsonl")
     write(tmp_path, MINIMAL, "shared/base.yaml")
     child = load(write(tmp_path, "extends: ../shared/base.yaml\n", "mine/recipe.yaml"))
-    assert child.data == rows
+    assert child.data == [rows]
     here = write(tmp_path, "{}", "here/other.jsonl")
     monkeypatch.chdir(tmp_path / "here")
-    assert load(child.path, sets=["data.path=other.jsonl"]).data == here
+    assert load(child.path, sets=["data.path=other.jsonl"]).data == [here]
 
 
 # ---- --set
@@ -216,3 +216,37 @@ def test_overrides_that_cannot_be(tmp_path: Path, item: str, says: str):
     path = write(tmp_path, MINIMAL + "quantize: {schemes: [rtn-w4-g32]}\n")
     (problem,) = refused(path, item)
     assert says in str(problem) and problem.where.startswith(f"--set {item}")
+
+
+# ---- sources
+
+HERE = "name: test\nmodel:\n  base: base\ndata:\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "field", "says"),
+    [
+        ("  dev: 0.2\n", "data.path", "missing"),
+        ("  sources: []\n", "data.path", "missing"),
+        ("  path: a.jsonl\n  sources: [{path: b.jsonl}]\n", "data.sources", "beside data.path"),
+        ("  format: text\n  sources: [{path: b.jsonl}]\n", "data.sources", "Each source has its own"),
+        ("  sources: [{path: a.jsonl, domain: a}, {path: b.jsonl}]\n", "data.sources.1.domain", "missing"),
+        ("  sources: [{path: a.jsonl, weight: 1.5}]\n", "data.sources.0.weight", "1 or less"),
+        ("  sources: [{path: a.jsonl, weihgt: 0.5}]\n", "data.sources.0.weihgt", "Did you mean `weight`"),
+        ("  path: a.jsonl\n  format: sharegtp\n", "data.format", "sharegpt"),
+    ],
+)
+def test_sources_that_cannot_be_taken(tmp_path: Path, data: str, field: str, says: str):
+    (problem,) = refused(write(tmp_path, HERE + data))
+    assert problem.where.endswith(f" {field}") and says in str(problem)
+
+
+def test_paths_of_sources_count_from_where_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    rows = write(tmp_path, "{}", "shared/rows.jsonl")
+    other = write(tmp_path, "{}", "here/other.csv")
+    write(tmp_path, HERE + "  sources: [{path: rows.jsonl}, {path: org/rows}]\n", "shared/base.yaml")
+    child = load(write(tmp_path, "extends: ../shared/base.yaml\n", "mine/recipe.yaml"))
+    assert child.data == [rows, None]
+    monkeypatch.chdir(tmp_path / "here")
+    assert load(child.path, sets=["data.sources.1.path=other.csv"]).data == [rows, other]
+    assert load(child.path, sets=["data.sources=[{path: other.csv}]"]).data == [other]
