@@ -61,7 +61,7 @@ class OwnServer:
         up = self._home / "up.json"
         named = [os.environ.get("PREFECT_API_URL", ""), read_json(up).get("prefect", "") if up.exists() else ""]
         for api in filter(None, named):
-            if answers(api):
+            if answers(api, timeout_s=10):  # a refused connection answers at once, a busy server does not
                 self.api = api
                 return
         port = free_port()
