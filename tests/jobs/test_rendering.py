@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.jobs import calibrate, evaluate, prepare, reference, scoring, train
+from tasks.jobs import calibrate, evaluate, prepare, reference, scoring
 from tasks.jobs.conversation import Conversation, RowError, behind_thinking
 from tasks.jobs.rendering import Rendered, Renderer, Sample, TooLong
+from tasks.jobs.trainer import rows_of
 from tasks.runtime.errors import StageError
 from tests.jobs.build import make_job, notes, write_jsonl
 from tests.jobs.templates import CHATML, GEMMA, GEMMA3, LLAMA3, MISTRAL, PHI3, PROMPT, QWEN3, Family
@@ -363,7 +364,7 @@ def test_ids_are_equal_in_train_calibrate_and_evaluate(talks: Path, tmp_path: Pa
         assert one["input_ids"] == [token for name in one["rows"] for token in rows[name]["input_ids"]]
     scored = scoring.read_rows(dataset, "train")
     assert {row.row: row.ids for row in scored} == {name: row["input_ids"] for name, row in rows.items()}
-    trained = train._rows(dataset, "train")
+    trained = rows_of(dataset, "train")
     assert list(trained["input_ids"]) == [row.ids for row in scored]
     counted = [[label != -100 for label in labels] for labels in trained["labels"]]
     assert counted == [row.counted for row in scored]
