@@ -365,8 +365,8 @@ def test_ids_are_equal_in_train_calibrate_and_evaluate(talks: Path, tmp_path: Pa
     scored = scoring.read_rows(dataset, "train")
     assert {row.row: row.ids for row in scored} == {name: row["input_ids"] for name, row in rows.items()}
     trained = rows_of(dataset, "train")
-    assert list(trained["input_ids"]) == [row.ids for row in scored]
-    counted = [[label != -100 for label in labels] for labels in trained["labels"]]
+    assert [one["input_ids"] for one in trained] == [row.ids for row in scored]
+    counted = [[label != -100 for label in one["labels"]] for one in trained]
     assert counted == [row.counted for row in scored]
     renderer = Renderer.open(talks / "base")
     for row in rows.values():  # and they are what the turns render to
