@@ -24,6 +24,7 @@ from tasks.jobs.peft_merge import merge_by_peft
 from tasks.jobs.records import Records
 from tasks.jobs.skeleton import Skeleton, read_skeleton
 from tasks.jobs.streams import DTYPES, Planned, Reader, Writer
+from tasks.jobs.weight_error import Norms, summary
 from tasks.runtime.errors import StageError
 from tasks.runtime.job import Job
 
@@ -57,6 +58,13 @@ class Item(NamedTuple):
     module: str = ""
     transposed: bool = False
     change: Change | None = None
+
+
+class Seen(NamedTuple):
+    """What is noted of the 4-bit modules while they pass by."""
+
+    records: Records
+    norms: Norms
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -100,6 +108,7 @@ def _stream(
 ) -> dict[str, Any]:
     records = Records(adapter.folder)
     four_bit = _four_bit(job, skeleton, records)
+    norms = Norms()
     with Reader() as reader:
         reader.open([*tensors.values(), *adapter.tensors.values()])
         _check_numbers(adapter, reader)
@@ -107,7 +116,7 @@ def _stream(
         embeddings = settle(changes.by_parameter, skeleton, tensors, reader)
         items = _items(skeleton, tensors, embeddings, four_bit=four_bit)
         with Writer(job.out, [item.planned for item in items]) as writer:
-            _work(job, items, lambda item: _merge_one(item, reader, writer, records, job.execution.device))
+            _work(job, items, lambda item: _merge_one(item, reader, writer, Seen(records, norms), job.execution.device))
     found = records.conclude(job) if four_bit else {"record": "not needed"}
     text = json.dumps(new_config(config, embeddings), indent=2, sort_keys=True) + "\n"
     (job.out / "config.json").write_text(text, encoding="utf-8")
@@ -120,6 +129,7 @@ def _stream(
         "four_bit": len(four_bit),
         "untied": sorted(embeddings.untied),
         "vocabulary": embeddings.vocabulary,
+        "error_over_delta": summary(norms.ratios),
     }
 
 
@@ -261,7 +271,7 @@ def _work(job: Job, items: list[Item], one: Callable[[Item], None]) -> None:
             pool.shutdown(cancel_futures=True)
 
 
-def _merge_one(item: Item, reader: Reader, writer: Writer, records: Records, device: str) -> None:
+def _merge_one(item: Item, reader: Reader, writer: Writer, seen: Seen, device: str) -> None:
     """Read, change and write one tensor, in parts."""
     change, name = item.change, item.planned.name
     untouched = not item.module and (change is None or (change.a is None and change.shift is None))
@@ -274,10 +284,10 @@ def _merge_one(item: Item, reader: Reader, writer: Writer, records: Records, dev
         delta = change.load(reader, device) if change else None
         matrix = _Matrix(item, reader, device)
         if not item.transposed:
-            for first, rows in _merged(matrix, item, delta, records):
+            for first, rows in _merged(matrix, item, delta, seen):
                 writer.write(name, rows, first * matrix.columns)
             return
-        whole = torch.cat([rows for _, rows in _merged(matrix, item, delta, records)])
+        whole = torch.cat([rows for _, rows in _merged(matrix, item, delta, seen)])
         writer.write(name, whole.T)
 
 
@@ -304,16 +314,20 @@ class _Matrix:
         return rows.to(self._device, self._item.planned.dtype)
 
 
-def _merged(matrix: _Matrix, item: Item, delta: Delta | None, records: Records) -> Iterator[tuple[int, Tensor]]:
+def _merged(matrix: _Matrix, item: Item, delta: Delta | None, seen: Seen) -> Iterator[tuple[int, Tensor]]:
     """First row and merged rows of each part, on the CPU.
 
     Raises:
         StageError: inf or NaN in the merged weights.
     """
-    for first, rows in _nf4(matrix, item.module, records) if item.module else _plain(matrix):
+    for first, rows in _nf4(matrix, item.module, seen.records) if item.module else _plain(matrix):
         if delta is not None:
-            summed = rows.float()
-            rows = delta.apply(summed.flatten() if matrix.is_bias else summed, first).to(item.planned.dtype)
+            summed = rows.to(torch.float32, copy=True)  # it is changed in place
+            changed = delta.apply(summed.flatten() if matrix.is_bias else summed, first)
+            if item.module:
+                original = matrix.read(first, first + len(rows))
+                seen.norms.add(item.module, original=original, dequantized=rows, merged=changed)
+            rows = changed.to(item.planned.dtype)
             _check_finite(rows, item.planned.name)
         yield first, rows.cpu()
 

@@ -11,26 +11,46 @@ import torch
 from torch import Tensor
 
 
-def error_over_delta(original: Tensor, dequantized: Tensor, delta: Tensor) -> float:
-    """||original - dequantized|| / ||delta||, Frobenius norms in fp32; infinity where the adapter changes nothing.
+class Norms:
+    """Squared Frobenius norms by module, of what NF4 changed and of what the adapter changes, summed part by part.
 
-    Above 1 the rounding of the base is the larger of the two changes, and it matters which base is merged into.
-
-    Args:
-        original: [out, in] weight as the base stores it.
-        dequantized: [out, in] the same weight through NF4.
-        delta: [out, in] scale * B @ A.
+    Parts of one module come from one thread; modules may come from several.
     """
-    error = torch.linalg.vector_norm(original.float() - dequantized.float()).item()
-    change = torch.linalg.vector_norm(delta.float()).item()
-    return error / change if change else math.inf
+
+    def __init__(self) -> None:
+        self._squares: dict[str, tuple[float, float]] = {}
+
+    def add(self, module: str, *, original: Tensor, dequantized: Tensor, merged: Tensor) -> None:
+        """Add rows of a module.
+
+        Args:
+            module: Its name.
+            original: [n, in] rows as the base stores them.
+            dequantized: [n, in] the same through NF4.
+            merged: [n, in] fp32, those with the adapter's change, before they are rounded.
+        """
+        plain = dequantized.float()
+        error = torch.linalg.vector_norm(original.float() - plain).item()
+        change = torch.linalg.vector_norm(merged - plain).item()
+        before = self._squares.get(module, (0.0, 0.0))
+        self._squares[module] = (before[0] + error**2, before[1] + change**2)
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """||W - NF4(W)|| / ||delta|| by module; infinity where the adapter changes nothing.
+
+        Above 1 the rounding of the base is the larger of the two changes, and it matters which base is merged into.
+        """
+        return {
+            name: math.sqrt(error / change) if change else math.inf for name, (error, change) in self._squares.items()
+        }
 
 
 def summary(ratios: Mapping[str, float]) -> dict[str, Any] | None:
     """Median and largest ratio over modules and by kind (last part of the name); untouched modules are only counted.
 
     Args:
-        ratios: error_over_delta by module name.
+        ratios: Norms.ratios.
 
     Returns:
         What stands as `error_over_delta` in the result of the merge; None where the adapter changes no module.
