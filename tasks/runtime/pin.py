@@ -29,7 +29,7 @@ TOKENIZER_FILES = (
     "chat_templates/*",
 )
 ADAPTER_NEEDED = ("adapter_config.json", "adapter_model.safetensors")
-DATA_FILES = ("*.jsonl",)
+DATA_FILES = ("*.jsonl", "*.json", "*.csv", "*.parquet")
 
 # What an adapter folder can hold that shapes a merge.
 ADAPTER_FILES = (
