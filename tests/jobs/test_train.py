@@ -65,7 +65,14 @@ def adapter(job: Job) -> dict[str, torch.Tensor]:
 def test_the_adapter_is_a_plain_peft_folder(whole: tuple[Job, dict[str, Any]], base: Path, dataset: Path) -> None:
     job, result = whole
     names = {path.name for path in job.out.iterdir()}
-    assert names == {"adapter_model.safetensors", "adapter_config.json", "tokenizer", "train.json", "events.jsonl"}
+    assert names == {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "tokenizer",
+        "train.json",
+        "nf4.json",
+        "events.jsonl",
+    }
     config = json.loads((job.out / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == job.inputs["base"].digest  # no path of this machine
     assert len(adapter(job)) == 2 * 14  # A and B of every linear layer; nothing of the base
