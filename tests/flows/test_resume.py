@@ -148,7 +148,8 @@ def test_prefects_cancel_leaves_no_child(world: World, prefect_api: str, monkeyp
     run = start(replace(world, api=prefect_api))
     wait_child(world, "train", run)
     with get_client(sync_client=True) as client:
-        (flow_run,) = client.read_flow_runs(flow_run_filter=RUNNING)
+        # Runs that other tests killed stay Running in Prefect's database: the newest is ours.
+        flow_run = max(client.read_flow_runs(flow_run_filter=RUNNING), key=lambda one: one.created)
         client.set_flow_run_state(flow_run.id, Cancelling())
         clock = time.monotonic()
         out, _ = run.communicate(timeout=60)
