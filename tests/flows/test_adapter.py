@@ -60,7 +60,7 @@ def test_a_run_from_an_adapter_reports_both_merges(world: World, tmp_path: Path)
     world.quench("run", str(recipe), "--set", "measure.enabled=false")
     steps, report = world.steps(), world.report()
     assert {key: one["status"] for key, one in steps.items()}["train/small"] == "made"
-    assert report["adapter"] == {"trained_here": False, "provenance": "unknown"}
+    assert report["adapter"] == {"trained_here": False, "provenance": "nf4"}  # its training record says so
     assert {arm["status"] for arm in report["arms"].values()} == {"ok"}
     assert report["sources"]["adapter"]["digest"]
     said = (world.home / "runs" / "latest" / "report.md").read_text()
