@@ -64,7 +64,7 @@ def test_a_run_from_an_adapter_reports_both_merges(world: World, tmp_path: Path)
     assert {arm["status"] for arm in report["arms"].values()} == {"ok"}
     assert report["sources"]["adapter"]["digest"]
     said = (world.home / "runs" / "latest" / "report.md").read_text()
-    assert "chosen by this run" in said and "trained elsewhere; the weights under it there: unknown" in said
+    assert "chosen by this run" in said and "trained elsewhere; the weights under it there: nf4" in said
     # The same bytes were trained and adopted, so both runs merged the same model.
     merged = {
         path.name: json.loads((path / "manifest.json").read_text())["digest"]
