@@ -220,7 +220,8 @@ def finetune_and_quantize(recipe: str, sets: list[str] | None = None) -> str:
 def watched(launcher: Launcher) -> Generator[None]:
     """Obey Prefect's cancel while the body runs: end the children, mark the run Cancelled, then end as by SIGTERM.
 
-    A runner or worker does the last part too, but nobody watches a flow that `quench run` started.
+    A runner or worker does the last part too, but nobody watches a flow that `quench run` started. Prefect's engine has
+    the last word on the state: it says Crashed.
     """
     run = FlowRunContext.get()
     if run is None or run.flow_run is None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Error, Page, expect
 
 from flows.server import free_port
 from tasks.runtime.launch import Launcher, child_env
@@ -78,7 +78,7 @@ def _open(page: Page, url: str) -> None:
     for _ in range(120):
         try:
             page.goto(url)
-        except Exception as error:  # Playwright's own type says no more
+        except Error as error:
             if "ERR_CONNECTION_REFUSED" not in str(error):
                 raise
             page.wait_for_timeout(500)
