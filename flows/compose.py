@@ -14,7 +14,6 @@ from recipes.load import Loaded
 from recipes.problem import RecipeError
 from recipes.rows import source_name
 from recipes.schema import Recipe, SqlExecution
-from recipes.schemes import parse_scheme
 from tasks import calibrate, choose, evaluate, measure, merge, prepare, quantize, reference, train
 from tasks.runtime.leases import cpu_slots
 from tasks.runtime.pin import (
@@ -201,7 +200,7 @@ def compose(recipe: Recipe, pins: Pins, do: Callable[[Step], object]) -> Matrix:
         scores[arm.slug] = made(evaluate.step(recipe, arm.slug, kind=arm.kind, inputs=inputs))
 
     every = arms(recipe)
-    schemes = {arm: parse_scheme(arm.scheme) for arm in every if arm.scheme}
+    schemes = {arm: arm.scheme for arm in every if arm.scheme}
     for arm in filter(
         lambda one: one not in schemes, every
     ):  # before the choice, which may read the scores of the merged models

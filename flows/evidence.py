@@ -6,7 +6,6 @@ The report is a function of this and of nothing else.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,8 +18,6 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from flows.stats import Floats, Sums
-
-_SCHEME = re.compile(r"^(?P<method>[a-z-]+?)-w(?P<bits>\d+)-g(?P<group>\d+)")
 
 
 class SchemeParts(NamedTuple):
@@ -74,12 +71,14 @@ class Arm:
 
     Attributes:
         merge_base: `dequantized`, `original`, None where nothing is merged; `auto` where the run ended undecided.
+        quantization: The scheme's params(): method, bits, group_size (-1: per channel) and so on.
     """
 
     slug: str
     kind: str
     merge_base: str | None
     scheme: str | None
+    quantization: Mapping[str, Any] | None
     on_base: bool
     model: str | None
     adapter: str | None
@@ -88,9 +87,9 @@ class Arm:
 
     @property
     def parts(self) -> SchemeParts:
-        """Method, bits and group size of the scheme; zeros where the slug does not follow the pattern."""
-        match = _SCHEME.match(self.scheme or "")
-        return SchemeParts(match["method"], int(match["bits"]), int(match["group"])) if match else SchemeParts("", 0, 0)
+        """Method, bits and group size of the scheme; zeros where there is none."""
+        found = self.quantization
+        return SchemeParts(found["method"], found["bits"], found["group_size"]) if found else SchemeParts("", 0, 0)
 
 
 @dataclass(frozen=True, kw_only=True)

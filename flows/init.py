@@ -268,8 +268,10 @@ def _calibration_rows(found: Found) -> int:
 def _schemes(headers: Headers | None) -> list[str]:
     """AWQ and GPTQ at 4 bits with the largest legal group, the smallest one, and round-to-nearest as control."""
     legal = {scheme.slug: scheme for scheme in legal_schemes(headers.linears)} if headers else None
-    groups = sorted({scheme.group_size for scheme in legal.values()}) if legal else [32, 128]
-    large, small = groups[-1], groups[0]
+    groups = sorted(
+        {one.group_size for one in legal.values() if one.slug.startswith("gptq-w4-g")} if legal else {32, 128}
+    )
+    large, small = (groups[-1], groups[0]) if groups else (128, 32)
     wanted = [f"awq-w4-g{large}", f"gptq-w4-g{large}", f"gptq-w4-g{small}", f"rtn-w4-g{large}"]
     wanted = list(dict.fromkeys(wanted))
     fitting = [slug for slug in wanted if legal is None or slug in legal]

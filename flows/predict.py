@@ -18,7 +18,7 @@ from recipes.files import data_files, parquet_rows
 from recipes.headers import Headers
 from recipes.rows import TEXT, Origin, Row
 from recipes.schema import Recipe
-from recipes.schemes import Linear, Scheme, parse_scheme
+from recipes.schemes import Linear, Scheme
 
 GIB = 1 << 30
 # Resident GiB of a child on CPU before it has a model.
@@ -226,7 +226,7 @@ def predict(recipe: Recipe, headers: Headers, *, device: str = "cpu", rows: RowS
     steps += [_merge(sizes, onto) for onto in ("dequantized", "original")]
     steps += [_reference(sizes), _calibrate(sizes)]
     every = arms(recipe)
-    steps += [_quantize(sizes, arm.slug, parse_scheme(arm.scheme)) for arm in every if arm.scheme]
+    steps += [_quantize(sizes, arm.slug, arm.scheme) for arm in every if arm.scheme]
     steps += [_evaluate(sizes, arm) for arm in every]
     steps += [_measure(sizes, arm) for arm in every if recipe.measure.enabled]
     return steps
@@ -339,7 +339,7 @@ def _quantize(sizes: _Sizes, slug: str, scheme: Scheme) -> Predicted:
         parts |= {"activations": 4 * tokens * _features(headers.decoder_layer)}
     if scheme.needs_calibration:
         parts |= sizes.file
-    process = {"gptq": GPTQMODEL, "awq": AWQ, "rtn": RTN}[scheme.method]
+    process = {"gptq": GPTQMODEL, "awq": AWQ}.get(scheme.method, RTN)
     return _step(sizes, f"quantize/{slug}", parts, process=process, disk=disk)
 
 
@@ -350,9 +350,8 @@ def _weights(sizes: _Sizes, arm: Arm) -> dict[str, float]:
         return {"weights nf4": sizes.nf4, **parts, **sizes.file}
     if arm.scheme is None:
         return {"weights bf16": sizes.bf16, **parts}
-    scheme = parse_scheme(arm.scheme)
-    parts |= {"weights quantized": sizes.quantized(scheme)}
-    if sizes.on_cpu and scheme.bits == 4 and scheme.method != "awq":
+    parts |= {"weights quantized": sizes.quantized(arm.scheme)}
+    if sizes.on_cpu and arm.scheme.bits == 4 and arm.scheme.form == "gptq":
         # PyTorch's int4 kernel wants its own packing: 3 bytes a weight on the way, on small models.
         parts |= {"repacking": min(3.0 * sizes.headers.linear_parameters, GIB / 2)}
     return parts
@@ -368,7 +367,7 @@ def _evaluate(sizes: _Sizes, arm: Arm) -> Predicted:
         if arm.adapter:
             # Frozen weights on the strided last position: torch's matmul copies the output layer for every row.
             parts["output layer"] = 2 * asked.batch_size * headers.vocabulary * headers.hidden
-        if arm.scheme and parse_scheme(arm.scheme).bits in (2, 3):
+        if arm.scheme and arm.scheme.bits in (2, 3):
             parts["dequantized layers"] = 2 * headers.linear_parameters  # kept, so that it is done once
     return _step(sizes, f"evaluate/{arm.slug}", parts, process=LOAD[arm.kind], disk=sizes.data_bytes)
 

@@ -99,7 +99,7 @@ def notes(fitted: Fitted, found: Found) -> dict[str, str]:
         "format": f"{found.read.format}, detected from {found.read.detected_from}",
         "rows": f"{rows['train']} train, {rows['dev']} dev, {rows['test']} test; {found.sides.duplicates} duplicates",
         "columns": f"domain {found.domain or 'none'}, group {found.group or 'none: each row by itself'}",
-        "groups": f"{_groups(found)}; schemes {', '.join(recipe.quantize.schemes)}",
+        "groups": f"{_groups(found)}; schemes {', '.join(map(str, recipe.quantize.schemes))}",
         "memory": f"training {fitted.needs('train')}, micro-batch {recipe.micro_batch}, "
         f"rows of up to {recipe.data.max_length} tokens",
     }
@@ -189,7 +189,7 @@ def _groups(found: Found) -> str:
 def _quantize(recipe: Recipe, found: Found) -> Iterator[str]:
     yield f"  # {_groups(found)}. `quench schemes` lists all schemes."
     yield "  schemes:"
-    for slug in recipe.quantize.schemes:
+    for slug in map(str, recipe.quantize.schemes):  # init writes plain slugs
         control = "round-to-nearest, no calibration: the control" if slug.startswith("rtn") else ""
         yield f"    - {slug}".ljust(COLUMN - 1) + f" # {control}" if control else f"    - {slug}"
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-from recipes.arms import arms
+from recipes.arms import arms, specified
 from recipes.check_adapter import beside, fit_problems, folder_problems
 from recipes.check_rows import RowCheck, check_data, general_problems
 from recipes.check_train import device_problems, train_problems
@@ -18,8 +18,8 @@ from recipes.headers import Headers, read_headers
 from recipes.load import InvalidRecipe, Loaded, load, shown
 from recipes.problem import Problem, RecipeError
 from recipes.rows import read_origin
-from recipes.schema import SqlExecution
-from recipes.schemes import Scheme, parse_scheme
+from recipes.schema import SchemeSpec, SqlExecution
+from recipes.schemes import Scheme
 
 __all__ = ["RowCheck", "check", "check_base", "check_data", "load_and_check", "unchecked"]
 
@@ -118,20 +118,25 @@ def _shadows() -> Iterator[Problem]:
 
 def _schemes(loaded: Loaded) -> Iterator[Problem]:
     """Slugs that name no scheme, and arms that would share a name."""
-    for field, slugs in _slugs(loaded).items():
-        for index, slug in enumerate(slugs):
-            try:
-                parse_scheme(slug)
-            except RecipeError as error:
-                yield from (_at(problem, f"{field}.{index}") for problem in error.problems)
+    found: list[Problem] = []
+    for field, entry in _entries(loaded):
+        try:
+            specified(entry)
+        except RecipeError as error:
+            found += (_at(problem, field) for problem in error.problems)
     try:
-        arms(loaded.recipe)
+        if not found:
+            arms(loaded.recipe)
     except RecipeError as error:
-        yield from error.problems
+        found += error.problems
+    yield from found
 
 
-def _slugs(loaded: Loaded) -> dict[str, list[str]]:
-    return {"quantize.schemes": loaded.recipe.quantize.schemes, "evaluate.on_base": loaded.recipe.evaluate.on_base}
+def _entries(loaded: Loaded) -> Iterator[tuple[str, str | SchemeSpec]]:
+    """Every scheme that the recipe names, with its field."""
+    recipe = loaded.recipe
+    yield from ((f"quantize.schemes.{index}", one) for index, one in enumerate(recipe.quantize.schemes))
+    yield from ((f"evaluate.on_base.{index}", one) for index, one in enumerate(recipe.evaluate.on_base))
 
 
 def _at(problem: Problem, where: str) -> Problem:
@@ -140,16 +145,15 @@ def _at(problem: Problem, where: str) -> Problem:
 
 def _shapes(loaded: Loaded, headers: Headers) -> Iterator[Problem]:
     """Schemes that the base's layers do not allow."""
-    for field, slugs in _slugs(loaded).items():
-        for index, slug in enumerate(slugs):
-            scheme = _parsed(slug)
-            if scheme is not None:
-                yield from (_at(problem, f"{field}.{index}") for problem in scheme.check(headers.linears))
+    for field, entry in _entries(loaded):
+        scheme = _parsed(entry)
+        if scheme is not None:
+            yield from (_at(problem, field) for problem in scheme.check(headers.linears))
 
 
-def _parsed(slug: str) -> Scheme | None:
+def _parsed(entry: str | SchemeSpec) -> Scheme | None:
     try:
-        return parse_scheme(slug)
+        return specified(entry)
     except RecipeError:
         return None  # _schemes says so
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from recipes.rows import Format
+from recipes.schemes import Backend
 
 Fraction = Annotated[float, Field(gt=0, lt=0.5)]
 
@@ -203,9 +204,44 @@ class Calibrate(Section):
         return self
 
 
+class LayerRule(Section):
+    match: str
+    """Regular expression, searched in a layer's full name (`self_attn`, `layers\\.0\\.`). The first rule that matches
+    counts. q, k and v, and gate and up, have to fall under one rule: servers load them as one weight."""
+    keep: bool = False
+    """Leave these layers in bf16; then nothing else stands beside it."""
+    bits: Annotated[int, Field(ge=2, le=8)] | None = None
+    """Bits a weight; default: the scheme's."""
+    group_size: Annotated[int, Field(ge=-1)] | None = None
+    """Inputs a scale, -1 for per channel; default: the scheme's."""
+
+
+class SchemeSpec(Section):
+    scheme: str
+    """Slug; `quench schemes` lists them."""
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,59}$")] | None = None
+    """Name of the arm; default: the slug, with the backend behind it where one is named. Needed beside `rules` and
+    `kv_scales`."""
+    backend: Backend | None = None
+    """Another one than the scheme's own: `autoawq` for AWQ, `auto-gptq` for GPTQ (archived packages)."""
+    rules: list[LayerRule] = []
+    """Other grids for some layers. compressed-tensors schemes (ct-) only: other mixed files load in no server."""
+    kv_scales: bool = False
+    """Calibrate FP8 scales of the KV cache and write them into the files (ct- schemes only)."""
+
+    @model_validator(mode="after")
+    def _named(self) -> SchemeSpec:
+        if (self.rules or self.kv_scales) and self.name is None:
+            raise ValueError(
+                f"name is missing: {self.scheme} with rules or kv_scales is another scheme than the plain one"
+            )
+        return self
+
+
 class Quantize(Section):
-    schemes: list[str] = ["awq-w4-g128", "gptq-w4-g128"]
-    """Scheme slugs, METHOD-wBITS-gGROUP: methods rtn, gptq, awq. `quench schemes` lists them."""
+    schemes: list[str | SchemeSpec] = ["awq-w4-g128", "gptq-w4-g128"]
+    """Scheme slugs (METHOD-wBITS-gGROUP: rtn, gptq, awq, ct-gptq, ct-awq; nf4, int8; `quench schemes` lists them), or a
+    slug with a backend, rules or a name of its own."""
     damp: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """GPTQ: share of the mean Hessian diagonal that is added to the diagonal."""
     seed: int = 0

@@ -1,28 +1,74 @@
 """Schemes: how weights are quantized. All that a model's shapes can tell about one is arithmetic here.
 
-`gptq-w4-g128` is GPTQ (Frantar et al. 2022, arXiv:2210.17323), 4 bits, one scale for 128 inputs; `awq` is AWQ
-(Lin et al. 2023, arXiv:2306.00978); `rtn` is rounding to nearest, the control that needs no calibration set.
+`gptq-w4-g128` is GPTQ (Frantar et al. 2022, arXiv:2210.17323), 4 bits, one scale for 128 inputs; without `-gGROUP`
+one scale serves a whole output (per channel). `awq` is AWQ (Lin et al. 2023, arXiv:2306.00978); `rtn` is rounding to
+nearest, the control that needs no calibration set. `ct-` writes the compressed-tensors format; `nf4` (Dettmers et al.
+2023, arXiv:2305.14314) and `int8` (LLM.int8(), arXiv:2208.07339) are bitsandbytes' own.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import product
 from typing import Any, Literal, NamedTuple
 
 from recipes.problem import Problem, RecipeError
 
-Method = Literal["rtn", "gptq", "awq"]
-METHODS: dict[str, tuple[int, ...]] = {"rtn": (2, 3, 4, 8), "gptq": (2, 3, 4, 8), "awq": (4,)}  # bits of each
+Method = Literal["rtn", "gptq", "awq", "nf4", "int8"]
+Form = Literal["gptq", "awq", "compressed-tensors", "bitsandbytes"]
+Backend = Literal["quench-rtn", "gptqmodel", "llm-compressor", "bitsandbytes", "autoawq", "auto-gptq"]
 GROUP_SIZES = (32, 64, 128)
+PER_CHANNEL = -1  # group_size of one scale for all inputs of an output, as config.json writes it
 # Outputs that are packed together (GPTQModel 7.6, tried on layers of 8 to 48 outputs): 2- and 8-bit zero points fill
 # whole 32-bit words, 3-bit ones three of them, PyTorch's int4 CPU kernel wants 16, AWQ's clipping search 64.
 PACKED_OUTPUTS = {2: 16, 3: 32, 4: 16, 8: 4}
 AWQ_OUTPUTS = 64
-_SLUG = re.compile(r"^(?P<method>[a-z]+)-w(?P<bits>\d+)-g(?P<group>\d+)$")
+ATTENTION, FFN = r"\.(self_attn|attn|attention)\.", r"\.(mlp|feed_forward|block_sparse_moe)\."
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # servers load them as one weight: qkv, gate_up
+_SLUG = re.compile(
+    r"^(?P<family>(ct-)?(rtn|gptq|awq))-w(?P<bits>\d+)(-g(?P<group>\d+))?(?P<asym>-asym)?(?P<order>-actorder)?$"
+)
+
+
+class Family(NamedTuple):
+    """What stands before the bits in a slug, and what it can do.
+
+    Attributes:
+        method: How codes are found.
+        backend: Who finds them, where the recipe names nobody else.
+        form: What the files are.
+        bits: Bits a weight.
+        per_channel: Can do without groups.
+        zero_points: `never`, `asked` (with -asym) or `always`.
+        activation_order: Can do -actorder.
+        others: Backends that the recipe may name instead.
+    """
+
+    method: Method
+    backend: Backend
+    form: Form
+    bits: tuple[int, ...]
+    per_channel: bool
+    zero_points: Literal["never", "asked", "always"]
+    activation_order: bool = False
+    others: tuple[Backend, ...] = ()
+
+    @property
+    def group_sizes(self) -> tuple[int, ...]:
+        """Inputs a scale; -1: per channel."""
+        return (*GROUP_SIZES, PER_CHANNEL) if self.per_channel else GROUP_SIZES
+
+
+FAMILIES = {
+    "rtn": Family("rtn", "quench-rtn", "gptq", (2, 3, 4, 8), True, "never"),
+    "gptq": Family("gptq", "gptqmodel", "gptq", (2, 3, 4, 8), True, "asked", True, ("auto-gptq",)),
+    "awq": Family("awq", "gptqmodel", "awq", (4,), False, "always", False, ("autoawq",)),
+    "ct-gptq": Family("gptq", "llm-compressor", "compressed-tensors", (3, 4, 8), True, "asked"),
+    "ct-awq": Family("awq", "llm-compressor", "compressed-tensors", (4,), False, "always"),
+}
 
 
 class Linear(NamedTuple):
@@ -38,60 +84,125 @@ class Linear(NamedTuple):
         return re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", self.name)
 
 
+class Grid(NamedTuple):
+    """The grid of a layer's weights.
+
+    Attributes:
+        bits: Bits a weight.
+        group_size: Inputs that share a scale; -1 where all of an output do.
+        symmetric: No zero points: the grid is centred on 0.
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool
+
+
+class Rule(NamedTuple):
+    """Another grid for some layers, or none.
+
+    Attributes:
+        match: Regular expression, searched in the layer's full name; the first rule that matches counts.
+        grid: Their grid; None leaves them in bf16.
+    """
+
+    match: str
+    grid: Grid | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
     """How weights are quantized.
 
     Attributes:
-        slug: `METHOD-wBITS-gGROUP`.
-        method: `rtn`, `gptq` or `awq`.
-        bits: Bits a weight.
-        group_size: Inputs that share a scale.
-        symmetric: No zero points: the grid is centred on 0. AWQ's kernels know zero points only.
-        backend: Who quantizes: GPTQModel, or the few lines of our own that round.
-        desc_act: GPTQ's activation order; off, because its kernels are slower and few servers have them.
+        slug: Its name, and the arm's.
+        method: How codes are found.
+        grid: The grid of every layer that no rule matches. For nf4 and int8 only its bits count.
+        backend: Who quantizes.
+        form: What the files are.
+        desc_act: GPTQ's activation order: columns in the order of their Hessian diagonal. Slower kernels.
+        rules: Other grids for some layers (compressed-tensors only: what loads in plain transformers).
+        kv_scales: FP8 scales of the KV cache are calibrated and written, too (llm-compressor only).
     """
 
     slug: str
     method: Method
-    bits: int
-    group_size: int
-    symmetric: bool
-    backend: str
+    grid: Grid
+    backend: Backend
+    form: Form
     desc_act: bool = False
+    rules: tuple[Rule, ...] = ()
+    kv_scales: bool = False
+
+    @property
+    def bits(self) -> int:
+        """Bits a weight, where no rule says otherwise."""
+        return self.grid.bits
+
+    @property
+    def group_size(self) -> int:
+        """Inputs a scale, where no rule says otherwise; -1: per channel."""
+        return self.grid.group_size
 
     @property
     def needs_calibration(self) -> bool:
-        """Rounding to nearest looks at no data."""
-        return self.method != "rtn"
+        """The others look at no data."""
+        return self.method in ("gptq", "awq") or self.kv_scales
+
+    def grid_of(self, name: str) -> Grid | None:
+        """The grid of the layer of this full name; None where it stays in bf16."""
+        return next((rule.grid for rule in self.rules if re.search(rule.match, name)), self.grid)
 
     def params(self) -> dict[str, Any]:
         """What decides the bytes: the scheme's part of the step's identity."""
         return {
             "method": self.method,
-            "bits": self.bits,
-            "group_size": self.group_size,
-            "symmetric": self.symmetric,
+            "backend": self.backend,
+            "form": self.form,
+            **self.grid._asdict(),
             "desc_act": self.desc_act,
+            "rules": [{"match": one.match, "grid": one.grid and one.grid._asdict()} for one in self.rules],
+            "kv_scales": self.kv_scales,
         }
+
+    @classmethod
+    def of(cls, params: dict[str, Any], *, slug: str) -> Scheme:
+        """The scheme that `params()` came from."""
+        rules = (Rule(one["match"], one["grid"] and Grid(**one["grid"])) for one in params["rules"])
+        return cls(
+            slug=slug,
+            method=params["method"],
+            grid=Grid(params["bits"], params["group_size"], params["symmetric"]),
+            backend=params["backend"],
+            form=params["form"],
+            desc_act=params["desc_act"],
+            rules=tuple(rules),
+            kv_scales=params["kv_scales"],
+        )
 
     def check(self, shapes: Sequence[Linear]) -> list[Problem]:
         """Problems of this scheme on a model with these layers; `where` is left to the caller as the slug."""
-        return [problem for problem in (self._group_problem(shapes), self._pack_problem(shapes)) if problem]
-
-    def _ungrouped(self, shapes: Iterable[Linear]) -> list[Linear]:
-        return [layer for layer in shapes if layer.in_features % self.group_size]
-
-    def _unpackable(self, shapes: Iterable[Linear]) -> list[Linear]:
-        return [layer for layer in shapes if layer.out_features % self._outputs]
-
-    @property
-    def _outputs(self) -> int:
-        return AWQ_OUTPUTS if self.method == "awq" else PACKED_OUTPUTS[self.bits]
+        found = (self._group_problem(shapes), self._pack_problem(shapes), self._fused_problem(shapes))
+        return [problem for problem in found if problem]
 
     def fits(self, shapes: Sequence[Linear]) -> bool:
         """True where every layer can be quantized by this scheme."""
-        return not self._ungrouped(shapes) and not self._unpackable(shapes)
+        return not (self._ungrouped(shapes) or self._unpackable(shapes) or self._split(shapes))
+
+    def _ungrouped(self, shapes: Iterable[Linear]) -> list[Linear]:
+        if self.form == "bitsandbytes":
+            return []
+        return [layer for layer in shapes if (grid := self.grid_of(layer.name)) and _cut_short(layer, grid)]
+
+    def _unpackable(self, shapes: Iterable[Linear]) -> list[Linear]:
+        return [layer for layer in shapes if layer.out_features % self.packed_outputs]
+
+    @property
+    def packed_outputs(self) -> int:
+        """Outputs of a layer have to be a multiple of this."""
+        if self.form in ("compressed-tensors", "bitsandbytes"):
+            return 1
+        return AWQ_OUTPUTS if self.method == "awq" else PACKED_OUTPUTS[self.bits]
 
     def _group_problem(self, shapes: Sequence[Linear]) -> Problem | None:
         bad = self._ungrouped(shapes)
@@ -103,95 +214,202 @@ class Scheme:
             "hidden and intermediate sizes are multiples of 32."
         )
         return Problem(
-            what=f"The group size {self.group_size} of {self.slug} does not divide {collapsed(bad)}.",
+            what=f"The group size {self._groups(bad)} of {self.slug} does not divide {collapsed(bad)}.",
             where=self.slug,
             why="A scale belongs to one whole group of inputs; no kernel reads a group that is cut short.",
-            next=f"Write {self.method}-w{self.bits}-g{legal[-1]}: {legal[-1]} is the largest legal group here."
-            if legal
-            else none,
+            next=self._regrouped(legal[-1]) if legal else none,
         )
+
+    def _groups(self, layers: Iterable[Linear]) -> str:
+        return _listed(sorted({grid.group_size for layer in layers if (grid := self.grid_of(layer.name))}))
+
+    def _regrouped(self, group: int) -> str:
+        if self.rules:
+            return f"Write group_size {group} there: it is the largest legal group here."
+        slug = re.sub(r"-g\d+", f"-g{group}", self.slug)
+        return f"Write {slug}: {group} is the largest legal group here."
 
     def _pack_problem(self, shapes: Sequence[Linear]) -> Problem | None:
         bad = self._unpackable(shapes)
         if not bad:
             return None
-        legal = [scheme.slug for scheme in legal_schemes(shapes) if scheme.group_size == legal_group_sizes(shapes)[-1]]
+        groups = legal_group_sizes(shapes)
+        same = [scheme for scheme in legal_schemes(shapes) if scheme.form == self.form or self.method == "awq"]
+        legal = [scheme.slug for scheme in same if scheme.group_size in groups[-1:]]
         return Problem(
             what=f"{self.slug} cannot pack {collapsed(bad, outputs=True)}.",
             where=self.slug,
-            why=f"It takes the outputs of a layer {self._outputs} at a time, for packing and for its kernels.",
+            why=f"It takes the outputs of a layer {self.packed_outputs} at a time, for packing and for its kernels.",
             next=f"Legal here: {', '.join(legal)}."
             if legal
             else "Choose another base: no scheme is legal on this one.",
         )
 
+    def _fused_problem(self, shapes: Sequence[Linear]) -> Problem | None:
+        """Servers fuse q, k, v into one weight and gate, up into another: one grid each (vllm#50214)."""
+        split = self._split(shapes)
+        if not split:
+            return None
+        return Problem(
+            what=f"The rules of {self.slug} give {', '.join(split)} different grids.",
+            where=self.slug,
+            why="Servers load these as one fused weight (qkv_proj, gate_up_proj), which has one grid.",
+            next="Let one rule match all of them, for example `self_attn` or `(gate|up)_proj`.",
+        )
+
+    def _split(self, shapes: Iterable[Linear]) -> list[str]:
+        grids: dict[tuple[str, tuple[str, ...]], set[Grid | None]] = {}
+        for layer in shapes if self.rules else ():
+            stem, _, part = layer.name.rpartition(".")
+            for parts in FUSED:
+                if part in parts:
+                    grids.setdefault((Linear(f"{stem}.", 0, 0).family, parts), set()).add(self.grid_of(layer.name))
+        return [f"{stem}{'/'.join(parts)}" for (stem, parts), found in grids.items() if len(found) > 1]
+
     def predicted_bytes(self, shapes: Iterable[Linear]) -> int:
-        """Bytes of the quantized layers on disk: codes, fp16 scales, zero points and, but for AWQ, the int32 g_idx."""
+        """Bytes of the quantized layers on disk: codes, fp16 scales, zero points and the int32 g_idx of GPTQ files."""
         total = 0
         for layer in shapes:
-            groups = -(-layer.in_features // self.group_size)
-            total += layer.in_features * layer.out_features * self.bits // 8
-            total += groups * layer.out_features * (16 + self.bits) // 8
-            total += 0 if self.method == "awq" else 4 * layer.in_features
+            grid = self.grid_of(layer.name)
+            size = layer.in_features * layer.out_features
+            if grid is None:
+                total += 2 * size
+            elif self.form == "bitsandbytes":  # nf4: an 8-bit absmax for 64 weights; int8: an fp32 scale an output
+                total += size * 4 // 8 + size // 64 if self.method == "nf4" else size + 4 * layer.out_features
+            else:
+                total += self._grid_bytes(layer, grid)
         return total
+
+    def _grid_bytes(self, layer: Linear, grid: Grid) -> int:
+        groups = 1 if grid.group_size == PER_CHANNEL else -(-layer.in_features // grid.group_size)
+        points = 0 if self.form == "compressed-tensors" and grid.symmetric else grid.bits
+        total = layer.in_features * layer.out_features * grid.bits // 8
+        total += groups * layer.out_features * (16 + points) // 8
+        return total + (4 * layer.in_features if self.form == "gptq" else 0)
+
+
+def _cut_short(layer: Linear, grid: Grid) -> bool:
+    return grid.group_size != PER_CHANNEL and layer.in_features % grid.group_size != 0
+
+
+BITSANDBYTES = {
+    "nf4": Scheme(slug="nf4", method="nf4", grid=Grid(4, 64, True), backend="bitsandbytes", form="bitsandbytes"),
+    "int8": Scheme(
+        slug="int8", method="int8", grid=Grid(8, PER_CHANNEL, True), backend="bitsandbytes", form="bitsandbytes"
+    ),
+}
+MIXED = {
+    "ct-gptq-w4-attn32-ffn128": Scheme(
+        slug="ct-gptq-w4-attn32-ffn128",
+        method="gptq",
+        grid=Grid(4, 128, True),
+        backend="llm-compressor",
+        form="compressed-tensors",
+        rules=(Rule(ATTENTION, Grid(4, 32, True)), Rule(FFN, Grid(4, 128, True))),
+    ),
+}
 
 
 def parse_scheme(slug: str) -> Scheme:
     """The scheme that a slug names.
 
     Raises:
-        RecipeError: Not of the form METHOD-wBITS-gGROUP, or bits or group that the method cannot do.
+        RecipeError: No such form, or bits, group or option that the method cannot do.
     """
+    if slug in BITSANDBYTES or slug in MIXED:
+        return {**BITSANDBYTES, **MIXED}[slug]
     match = _SLUG.match(slug)
-    if match is None or match["method"] not in METHODS:
-        raise _refused(slug, f"`{slug}` is no scheme.", "A scheme is METHOD-wBITS-gGROUP.")
-    method, bits, group = match["method"], int(match["bits"]), int(match["group"])
-    if bits not in METHODS[method]:
-        can = _listed(METHODS[method])
-        raise _refused(slug, f"`{slug}` asks for {bits} bits.", f"{method} can do {can} bits here.")
-    if group not in GROUP_SIZES:
-        raise _refused(slug, f"`{slug}` asks for groups of {group}.", f"Groups are of {_listed(GROUP_SIZES)} inputs.")
-    return _scheme(method, bits, group)
-
-
-def _scheme(method: str, bits: int, group: int) -> Scheme:
-    known: dict[str, Method] = {"rtn": "rtn", "gptq": "gptq", "awq": "awq"}
-    return Scheme(
-        slug=f"{method}-w{bits}-g{group}",
-        method=known[method],
-        bits=bits,
-        group_size=group,
-        symmetric=method != "awq",
-        backend="quench-rtn" if method == "rtn" else "gptqmodel",
+    if match is None or match["family"] not in FAMILIES:
+        raise _refused(slug, f"`{slug}` is no scheme.", "A scheme is METHOD-wBITS-gGROUP, nf4 or int8.")
+    name, family, bits = match["family"], FAMILIES[match["family"]], int(match["bits"])
+    if bits not in family.bits:
+        raise _refused(slug, f"`{slug}` asks for {bits} bits.", f"{name} can do {_listed(family.bits)} bits here.")
+    if match["group"] is None and not family.per_channel:
+        why = f"{name} has groups: of {_listed(GROUP_SIZES)} inputs."
+        raise _refused(slug, f"`{slug}` names no group size.", why)
+    if match["group"] is not None and int(match["group"]) not in GROUP_SIZES:
+        why = f"Groups are of {_listed(GROUP_SIZES)} inputs."
+        raise _refused(slug, f"`{slug}` asks for groups of {match['group']}.", why)
+    if match["asym"] and family.zero_points != "asked":
+        why = f"{name} {family.zero_points} has zero points."
+        raise _refused(slug, f"`{slug}` asks for zero points by -asym.", why)
+    if match["order"] and not family.activation_order:
+        raise _refused(slug, f"`{slug}` asks for -actorder.", "Activation order is GPTQ's, by GPTQModel.")
+    return _scheme(
+        name, bits, int(match["group"] or PER_CHANNEL), asymmetric=bool(match["asym"]), desc_act=bool(match["order"])
     )
 
 
+def _scheme(name: str, bits: int, group: int, *, asymmetric: bool = False, desc_act: bool = False) -> Scheme:
+    family = FAMILIES[name]
+    grouped = "" if group == PER_CHANNEL else f"-g{group}"
+    return Scheme(
+        slug=f"{name}-w{bits}{grouped}{'-asym' if asymmetric else ''}{'-actorder' if desc_act else ''}",
+        method=family.method,
+        grid=Grid(bits, group, symmetric=not asymmetric and family.zero_points != "always"),
+        backend=family.backend,
+        form=family.form,
+        desc_act=desc_act,
+    )
+
+
+def by_backend(scheme: Scheme, backend: str) -> Scheme:
+    """The same scheme by another backend, as `SLUG.BACKEND`.
+
+    Raises:
+        RecipeError: The backend cannot do it.
+    """
+    if backend == scheme.backend:
+        return scheme
+    family = next((one for name, one in FAMILIES.items() if scheme.slug.startswith(f"{name}-")), None)
+    legal: dict[str, Backend] = {one: one for one in family.others} if family else {}
+    if backend not in legal:
+        others = [scheme.backend, *legal]
+        raise RecipeError(
+            [
+                Problem(
+                    what=f"The backend {backend} does not make {scheme.slug}.",
+                    where=scheme.slug,
+                    why=f"It is made by {' or '.join(others)}.",
+                    next=f"Write backend: {others[-1]}, or leave it out.",
+                )
+            ]
+        )
+    return replace(scheme, slug=f"{scheme.slug}.{backend}", backend=legal[backend])
+
+
 def known_schemes() -> list[Scheme]:
-    """Every scheme there is, for `quench schemes` and the docs."""
+    """Every scheme without options, for `quench schemes` and the docs."""
     return [
-        _scheme(method, bits, group)
-        for method, widths in METHODS.items()
-        for bits, group in product(widths, GROUP_SIZES)
+        *(
+            _scheme(name, bits, group)
+            for name, family in FAMILIES.items()
+            for bits, group in product(family.bits, family.group_sizes)
+        ),
+        *MIXED.values(),
+        *BITSANDBYTES.values(),
     ]
 
 
 def _refused(slug: str, what: str, why: str) -> RecipeError:
-    forms = "; ".join(f"{method}-w{'/'.join(map(str, bits))}" for method, bits in METHODS.items())
+    forms = "; ".join(f"{name}-w{'/'.join(map(str, one.bits))}" for name, one in FAMILIES.items())
     near = _nearest(slug).slug
     groups = "/".join(map(str, GROUP_SIZES))
-    remedy = f"Write {near}, the nearest; legal are {forms}, each with -g{groups}."
-    return RecipeError([Problem(what=what, where=slug, why=why, next=remedy)])
+    remedy = f"Write {near}, the nearest; legal are {forms}, each with -g{groups} (all but AWQ without, too); "
+    return RecipeError(
+        [Problem(what=what, where=slug, why=why, next=remedy + ", ".join([*MIXED, *BITSANDBYTES]) + ".")]
+    )
 
 
 def _nearest(slug: str) -> Scheme:
     """By numbers where there are any, else by how it begins, else by spelling."""
     match = _SLUG.match(slug)
-    if match is None or match["method"] not in METHODS:
+    if match is None or match["family"] not in FAMILIES:
         by_slug = {scheme.slug: scheme for scheme in known_schemes()}
         begun = [known for known in by_slug if slug and known.startswith(slug)]
         return by_slug[(begun[-1:] or get_close_matches(slug, by_slug, n=1, cutoff=0.0))[0]]
-    bits, group = int(match["bits"]), int(match["group"])
-    same = [scheme for scheme in known_schemes() if scheme.method == match["method"]]
+    bits, group = int(match["bits"]), int(match["group"] or GROUP_SIZES[-1])
+    same = [scheme for scheme in known_schemes() if scheme.slug.startswith(f"{match['family']}-w")]
     return min(same, key=lambda scheme: (abs(scheme.bits - bits), abs(scheme.group_size - group)))
 
 

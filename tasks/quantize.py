@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from recipes.schema import Recipe
-from recipes.schemes import Scheme
+from recipes.schemes import Backend, Scheme
 from tasks.runtime.step import External, Step
+
+TOOLS: dict[Backend, tuple[str, ...]] = {
+    "quench-rtn": ("torch", "transformers"),
+    "gptqmodel": ("torch", "transformers", "gptqmodel"),
+    "bitsandbytes": ("torch", "transformers", "bitsandbytes"),
+}
 
 
 def step(recipe: Recipe, scheme: Scheme, *, model: Step | External, calibset: Step, arm: str) -> Step:
@@ -17,9 +23,9 @@ def step(recipe: Recipe, scheme: Scheme, *, model: Step | External, calibset: St
         stage="quantize",
         slug=arm,
         entry="tasks.jobs.quantize:run",
-        version=1,
+        version=2,
         params={**scheme.params(), **own, "seed": recipe.quantize.seed},
         inputs=inputs,
-        tools=("torch", "transformers", "gptqmodel"),
+        tools=TOOLS[scheme.backend],
         gpus=1,
     )

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from recipes.headers import read_headers
 from recipes.problem import Problem, RecipeError
-from recipes.schemes import parse_scheme
+from recipes.schemes import Scheme
 from tasks.jobs.backends import Quantized, gptqmodel, rtn
 from tasks.jobs.backends.load import setup
 from tasks.jobs.prepare import TOKENIZER_FILES
@@ -41,7 +41,7 @@ def run(job: Job) -> dict[str, Any]:
     """
     setup(job)
     params, events, model = job.params, job.events, job.inputs["model"].path
-    _refuse_shapes(model, params)
+    _refuse_shapes(model, params, slug=job.slug)
     started = time.perf_counter()
     rows = [] if params["method"] == "rtn" else _rows(job.inputs["calibset"].path)
     if params["method"] == "rtn":
@@ -79,26 +79,14 @@ def _rows(calibset: Path) -> list[list[int]]:
     return pq.read_table(calibset / "calibset.parquet", columns=["input_ids"])["input_ids"].to_pylist()
 
 
-def _refuse_shapes(model: Path, params: dict[str, Any]) -> None:
+def _refuse_shapes(model: Path, params: dict[str, Any], *, slug: str) -> None:
     """Raise StageError where the group does not divide a layer's inputs or its outputs cannot be packed."""
     try:
-        scheme = parse_scheme(f"{params['method']}-w{params['bits']}-g{params['group_size']}")
-        problems = scheme.check(read_headers(model).linears)
-        if params["symmetric"] != scheme.symmetric:
-            problems.append(_unbuilt(scheme.slug, symmetric=params["symmetric"]))
+        problems = Scheme.of(params, slug=slug).check(read_headers(model).linears)
     except RecipeError as error:
         problems = list(error.problems)
     if problems:
         raise StageError(problems[0])
-
-
-def _unbuilt(slug: str, *, symmetric: bool) -> Problem:
-    return Problem(
-        what=f"{slug} {'without' if symmetric else 'with'} zero points is not built",
-        where=slug,
-        why="RTN and GPTQ are symmetric here, AWQ's kernels know zero points only",
-        next="leave `symmetric` as the scheme has it",
-    )
 
 
 def _keep_companions(model: Path, out: Path) -> None:

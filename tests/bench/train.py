@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from recipes.load import load
+from tasks.prepare import step as prepare_step
 from tasks.runtime.launch import CHECKOUT, child_env
-from tasks.runtime.step import hardware, locked_versions
+from tasks.runtime.step import External, hardware, locked_versions
 
 QUICKSTART = CHECKOUT / "recipes" / "quickstart"
 PAIRS = 9
@@ -123,9 +124,10 @@ def prepare(work: Path) -> dict[str, Any]:
     from tests.jobs.build import make_job
 
     recipe = load(QUICKSTART / "recipe.yaml").recipe
-    data = recipe.data.model_dump()
+    there = External(name="", path=work, digest="", source="")  # only the step's params are wanted here
+    planned = prepare_step(recipe, data=[there], tokenizer=there)
     paths = {"data": QUICKSTART / "data" / "sql.jsonl", "tokenizer": QUICKSTART / "base"}
-    prepare.run(make_job("prepare", work / "dataset", params=data, **paths))
+    prepare.run(make_job("prepare", work / "dataset", params=planned.params, **paths))
     params = recipe.train.model_dump() | {"max_steps": STEPS, "eval_steps": STEPS, "checkpoint_steps": STEPS + 1}
     (work / "params.json").write_text(json.dumps(params), encoding="utf-8")
     return params

@@ -15,6 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from recipes.schemes import parse_scheme
+
 BASE = Path(__file__).parents[2] / "recipes" / "quickstart" / "base"
 DOMAINS = ("filter", "aggregate", "join", "grouping", "ordering", "sub-query", "distinct")
 TOKENIZER = {"tokenizer.json": 264_546, "tokenizer_config.json": 202, "chat_template.jinja": 381}
@@ -146,6 +148,7 @@ class SyntheticRun:
             "kind": shape.kind,
             "merge_base": shape.merge_base,
             "scheme": shape.scheme,
+            "quantization": parse_scheme(shape.scheme).params() if shape.scheme else None,
             "on_base": shape.on_base,
             "model": model,
             "adapter": "train/quickstart" if shape.kind == "nf4" or shape.on_base else None,

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from recipes.schemes import parse_scheme
 from tasks.jobs import quantize
 from tasks.jobs.backends.gptqmodel import _warnings, equal_lengths
 from tasks.jobs.backends.load import kernel_of, load_arm, load_bf16
@@ -32,9 +33,7 @@ AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # where the gemm layout puts the n-th of e
 
 
 def params(slug: str) -> dict[str, object]:
-    method, bits, group = slug.split("-")
-    found = {"method": method, "bits": int(bits[1:]), "group_size": int(group[1:]), "symmetric": method != "awq"}
-    return {**found, "desc_act": False, "seed": 0} | ({"damp": 0.05} if method == "gptq" else {})
+    return parse_scheme(slug).params() | {"seed": 0} | ({"damp": 0.05} if slug.startswith("gptq") else {})
 
 
 def write_calibset(folder: Path, *, lengths: tuple[int, ...] = (96, 80, 96, 61, 90, 77)) -> Path:

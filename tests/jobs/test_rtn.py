@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTQConfig
 
+from recipes.schemes import parse_scheme
 from tasks.jobs import quantize
 from tasks.jobs.backends.environment import tame_gptqmodel
 from tasks.jobs.backends.rtn import pack, round_to_nearest
@@ -20,7 +21,7 @@ BITS = (2, 3, 4, 8)
 
 
 def rtn(base: Path, out: Path, *, bits: int, group_size: int = 32) -> Path:
-    params = {"method": "rtn", "bits": bits, "group_size": group_size, "symmetric": True, "desc_act": False, "seed": 0}
+    params = parse_scheme(f"rtn-w{bits}-g{group_size}").params() | {"seed": 0}
     quantize.run(make_job("quantize", out, params=params, model=base))
     return out
 

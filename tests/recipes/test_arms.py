@@ -5,6 +5,7 @@ import pytest
 from recipes.arms import Arm, arms
 from recipes.problem import RecipeError
 from recipes.schema import Recipe
+from recipes.schemes import parse_scheme
 
 
 def recipe(*, schemes: list[str], on_base: list[str], merge: str = "dequantized") -> Recipe:
@@ -27,9 +28,9 @@ def test_order_kinds_and_what_is_loaded():
         Arm(slug="nf4-adapter", kind="nf4", adapter=True),
         Arm(slug="merged-dequantized", kind="bf16", merge_base="dequantized"),
         Arm(slug="merged-original", kind="bf16", merge_base="original"),
-        Arm(slug="awq-w4-g128", kind="quantized", merge_base="original", scheme="awq-w4-g128"),
-        Arm(slug="rtn-w3-g32", kind="quantized", merge_base="original", scheme="rtn-w3-g32"),
-        Arm(slug="rtn-w3-g32.on-base", kind="quantized", scheme="rtn-w3-g32", on_base=True, adapter=True),
+        Arm(slug="awq-w4-g128", kind="quantized", merge_base="original", scheme=parse_scheme("awq-w4-g128")),
+        Arm(slug="rtn-w3-g32", kind="quantized", merge_base="original", scheme=parse_scheme("rtn-w3-g32")),
+        Arm(slug="rtn-w3-g32.on-base", kind="quantized", scheme=parse_scheme("rtn-w3-g32"), on_base=True, adapter=True),
     )
     assert len({arm.slug for arm in found}) == len(found)
 

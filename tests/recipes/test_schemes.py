@@ -1,11 +1,19 @@
 """Schemes: legal slugs, and what a model's shapes allow."""
 
+import json
+from dataclasses import replace
+
 import pytest
 
 from recipes.problem import RecipeError
 from recipes.schemes import (
-    METHODS,
+    FAMILIES,
+    PER_CHANNEL,
+    Grid,
     Linear,
+    Rule,
+    Scheme,
+    by_backend,
     collapsed,
     known_schemes,
     legal_group_sizes,
@@ -22,7 +30,7 @@ SHAPES = [
 
 def test_every_known_slug_parses_to_itself():
     schemes = known_schemes()
-    assert len(schemes) == 3 * sum(map(len, METHODS.values()))
+    assert len(schemes) == 3 + sum(len(one.bits) * (4 if one.per_channel else 3) for one in FAMILIES.values())
     assert all(parse_scheme(scheme.slug) == scheme for scheme in schemes)
 
 
@@ -30,13 +38,49 @@ def test_what_a_scheme_is():
     scheme = parse_scheme("awq-w4-g64")
     assert scheme.params() == {
         "method": "awq",
+        "backend": "gptqmodel",
+        "form": "awq",
         "bits": 4,
         "group_size": 64,
         "symmetric": False,
         "desc_act": False,
+        "rules": [],
+        "kv_scales": False,
     }
-    assert parse_scheme("gptq-w3-g128").symmetric and parse_scheme("gptq-w3-g128").needs_calibration
-    assert not parse_scheme("rtn-w2-g32").needs_calibration
+    assert parse_scheme("gptq-w3-g128").grid.symmetric and parse_scheme("gptq-w3-g128").needs_calibration
+    assert not any(parse_scheme(slug).needs_calibration for slug in ("rtn-w2-g32", "nf4", "int8"))
+    assert parse_scheme("gptq-w4").group_size == PER_CHANNEL
+    options = parse_scheme("gptq-w4-g64-asym-actorder")
+    assert options.desc_act and not options.grid.symmetric and options.slug == "gptq-w4-g64-asym-actorder"
+
+
+@pytest.mark.parametrize("slug", ["gptq-w4", "awq-w4-g128", "nf4", "ct-gptq-w4-attn32-ffn128"])
+def test_a_scheme_comes_back_from_its_params(slug: str):
+    scheme = parse_scheme(slug)
+    assert Scheme.of(json.loads(json.dumps(scheme.params())), slug=slug) == scheme
+
+
+def test_mixed_groups_by_rules():
+    scheme = parse_scheme("ct-gptq-w4-attn32-ffn128")
+    grids = [scheme.grid_of(f"model.layers.3.{name}") for name in ("self_attn.q_proj", "mlp.down_proj")]
+    assert grids == [Grid(4, 32, True), Grid(4, 128, True)]
+    (problem,) = scheme.check(SHAPES)  # down_proj has 352 inputs
+    assert "128" in problem.what and "k_proj" not in problem.what and "group_size 32" in problem.next
+
+
+def test_rules_that_split_what_servers_fuse():
+    layers = [Linear(f"model.layers.0.self_attn.{part}_proj", 128, 128) for part in "qkvo"]
+    plain = parse_scheme("ct-gptq-w4-g128")
+    split = replace(plain, rules=(Rule("q_proj", Grid(8, 128, True)),))
+    (problem,) = split.check(layers)
+    assert "model.layers.*.self_attn.q_proj/k_proj/v_proj" in problem.what and not split.fits(layers)
+    assert replace(plain, rules=(Rule("[qkv]_proj", None),)).check(layers) == []
+
+
+def test_another_backend():
+    assert by_backend(parse_scheme("awq-w4-g128"), "autoawq").slug == "awq-w4-g128.autoawq"
+    with pytest.raises(RecipeError, match="gptqmodel or auto-gptq"):
+        by_backend(parse_scheme("gptq-w4-g128"), "autoawq")
 
 
 @pytest.mark.parametrize(
@@ -46,7 +90,10 @@ def test_what_a_scheme_is():
         ("awq-w3-g128", "awq can do 4 bits", "awq-w4-g128"),
         ("gptq-w4-g100", "32, 64 and 128", "gptq-w4-g128"),
         ("gtpq-w4-g128", "METHOD-wBITS-gGROUP", "gptq-w4-g128"),
-        ("gptq-w4", "METHOD-wBITS-gGROUP", "gptq-w4-g"),
+        ("awq-w4", "awq has groups", "awq-w4-g128"),
+        ("rtn-w4-g128-asym", "never has zero points", "rtn-w4-g128"),
+        ("awq-w4-g128-asym", "always has zero points", "awq-w4-g128"),
+        ("ct-gptq-w4-g128-actorder", "GPTQModel", "ct-gptq-w4-g128"),
         ("", "METHOD-wBITS-gGROUP", "rtn"),
     ],
 )
@@ -76,7 +123,7 @@ def test_outputs_that_cannot_be_packed():
     assert parse_scheme("gptq-w4-g128").check(narrow) == []
     (problem,) = parse_scheme("gptq-w3-g128").check(narrow)
     assert "out_features 16" in problem.what and "gptq-w4-g128" in problem.next
-    assert [scheme.slug for scheme in legal_schemes(narrow) if scheme.method == "awq"] == []
+    assert [scheme.slug for scheme in legal_schemes(narrow) if scheme.form == "awq"] == []
 
 
 def test_collapsed_keeps_sizes_apart():
