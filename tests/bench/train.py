@@ -1,6 +1,6 @@
 """`make bench`: tokens/s of the train job against a bare TRL script with the same data, NF4, LoRA and batches.
 
-Interleaved pairs on the quickstart's base, each training in a process of its own; writes docs/results/train.md. Both
+Interleaved rounds on the quickstart's base, each training in a process of its own; writes docs/results/train.md. All
 count tokens without padding over the time of the training loop: imports, loading and dev losses are outside.
 """
 
@@ -21,7 +21,8 @@ from tasks.runtime.launch import CHECKOUT, child_env
 from tasks.runtime.step import External, hardware, locked_versions
 
 QUICKSTART = CHECKOUT / "recipes" / "quickstart"
-PAIRS = 9
+ROUNDS = 9
+GOAL = 0.98
 STEPS = 20  # about 10 s of training on one thread
 TOOLS = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
 
@@ -45,7 +46,12 @@ def ours(work: Path) -> Speed:
     return Speed(result["tokens"], result["tokens_per_s"])
 
 
-def bare(work: Path) -> Speed:
+def bare_fp32(work: Path) -> Speed:
+    """The bare script with the adapter in fp32, as ours is."""
+    return bare(work, fp32=True)
+
+
+def bare(work: Path, *, fp32: bool = False) -> Speed:
     """What one writes by hand with TRL; with the line that keeps bitsandbytes' gradients right on a CPU."""
     import torch
     from datasets import Dataset
@@ -104,6 +110,9 @@ def bare(work: Path) -> Speed:
             task_type="CAUSAL_LM",
         ),
     )
+    for parameter in trainer.model.parameters():  # TRL has made them bf16
+        if fp32 and parameter.requires_grad:
+            parameter.data = parameter.data.float()
     outcome = trainer.train()
     tokens = max(int(entry["num_tokens"]) for entry in trainer.state.log_history if "num_tokens" in entry)
     return Speed(tokens, tokens / outcome.metrics["train_runtime"])
@@ -140,29 +149,38 @@ def interval(ratios: list[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def page(pairs: list[tuple[Speed, Speed]], params: dict[str, Any]) -> str:
-    """docs/results/train.md."""
-    ratios = [mine.tokens_per_s / theirs.tokens_per_s for mine, theirs in pairs]
+def ratio(rounds: list[dict[str, Speed]], against: str) -> str:
+    """Median ratio of tokens/s, ours over another kind's, its interval, and the goal."""
+    ratios = [one["ours"].tokens_per_s / one[against].tokens_per_s for one in rounds]
     low, high = interval(ratios)
-    met = "met" if np.median(ratios) >= 0.98 or low <= 0.98 <= high else "missed"
+    met = "met" if np.median(ratios) >= GOAL or low <= GOAL <= high else "missed"
+    return f"{np.median(ratios):.3f}, 95 % interval {low:.3f} to {high:.3f}: {met}"
+
+
+def page(rounds: list[dict[str, Speed]], params: dict[str, Any]) -> str:
+    """docs/results/train.md."""
     table = "\n".join(
-        f"| {number} | {mine.tokens_per_s:.0f} | {theirs.tokens_per_s:.0f} | {ratio:.3f} |"
-        for number, ((mine, theirs), ratio) in enumerate(zip(pairs, ratios, strict=True), start=1)
+        f"| {number} | " + " | ".join(f"{one[kind].tokens_per_s:.0f}" for kind in KINDS) + " |"
+        for number, one in enumerate(rounds, start=1)
     )
-    machine, versions = hardware(), locked_versions()
-    tokens = pairs[0][0].tokens
+    machine, versions, tokens = hardware(), locked_versions(), rounds[0]["ours"].tokens
     return f"""<!-- Written by `make bench`. -->
 # Training, measured
 
 The train job against a bare TRL script (tests/bench/train.py): quickstart's base and rows, NF4, LoRA of rank
 {params["rank"]}, {params["max_steps"]} steps of {params["batch_size"]} rows, one thread, {tokens} tokens each.
-The bare script keeps the adapter in bf16 as TRL does; ours is fp32.
 
-Ratio of tokens/s, ours over bare: median of {len(pairs)} interleaved pairs {np.median(ratios):.3f}, 95 % interval
-{low:.3f} to {high:.3f}. Goal: 0.98, or an interval that holds it: {met}.
+Ratio of tokens/s, median of {len(rounds)} interleaved rounds; the goal is {GOAL}, or an interval that holds it.
 
-| pair | ours, tokens/s | bare, tokens/s | ratio |
-| ---: | ---: | ---: | ---: |
+* Ours over the bare script with the adapter in fp32: {ratio(rounds, "bare-fp32")}.
+* Ours over the bare script as TRL makes it, adapter in bf16: {ratio(rounds, "bare")}.
+
+Ours keeps the adapter in fp32: bf16 has 8 bits of mantissa, and a step of AdamW that is smaller than half of a weight's
+last bit is lost. That costs time here, where the adapter has a sixth as many parameters as the model; of a 7B model, at
+this rank, it has a hundredth.
+
+| round | {" | ".join(f"{kind}, tokens/s" for kind in KINDS)} |
+| ---: | {" | ".join("---:" for _ in KINDS)} |
 {table}
 
 {machine["cpu"]}, {machine["cores"]} cores, {machine["memory_gib"]} GiB;
@@ -170,27 +188,28 @@ Ratio of tokens/s, ours over bare: median of {len(pairs)} interleaved pairs {np.
 """
 
 
+KINDS = {"ours": ours, "bare-fp32": bare_fp32, "bare": bare}
+
+
 def main() -> None:
     """Measure, write."""
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         params = prepare(work)
-        pairs = []
-        for number in range(PAIRS):
-            order = ("ours", "bare") if number % 2 == 0 else ("bare", "ours")
-            speed = {kind: timed(kind, work) for kind in order}
-            assert speed["ours"].tokens == speed["bare"].tokens  # the same rows
-            pairs.append((speed["ours"], speed["bare"]))
-            print(number + 1, *speed.values(), flush=True)
+        rounds = []
+        for number in range(ROUNDS):
+            order = list(KINDS)[number % len(KINDS) :] + list(KINDS)[: number % len(KINDS)]
+            rounds.append({kind: timed(kind, work) for kind in order})
+            assert len({one.tokens for one in rounds[-1].values()}) == 1  # the same rows
+            print(number + 1, rounds[-1], flush=True)
     path = CHECKOUT / "docs" / "results" / "train.md"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(page(pairs, params), encoding="utf-8")
+    path.write_text(page(rounds, params), encoding="utf-8")
     print(f"wrote {path}")
 
 
 if __name__ == "__main__":
     if sys.argv[1:]:
-        kinds = {"ours": ours, "bare": bare}
-        print(json.dumps(kinds[sys.argv[1]](Path(sys.argv[2]))._asdict()))
+        print(json.dumps(KINDS[sys.argv[1]](Path(sys.argv[2]))._asdict()))
     else:
         main()
