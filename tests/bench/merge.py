@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,7 +45,7 @@ class Size(NamedTuple):
 
 
 SIZES = (
-    Size("1 B", 2048, 5632, 20, 32000, 5, ("cp", "nf4", "stream", "bare", "peft")),
+    Size("1 B", 2048, 5632, 20, 32000, 5, ("cp", "stream", "bare", "peft")),
     Size("7 B", 4096, 11008, 32, 32000, 1, ("cp", "stream", "bare")),
 )
 
@@ -105,33 +104,13 @@ def stream(base: Path, adapter: Path, out: Path) -> None:
     merge.run(replace(job, execution=replace(job.execution, threads=cpu_slots())))
 
 
-def nf4(base: Path, adapter: Path, out: Path) -> None:
-    """Quantize every weight that the adapter changes, in parts that fit the cache, a thread a core; nothing else."""
-    import torch
-    from bitsandbytes import functional
-    from safetensors import safe_open
-
-    def quantize(path: Path, name: str) -> None:
-        with safe_open(path, framework="pt") as file:
-            for part in file.get_tensor(name).view(-1).split(1 << 18):
-                functional.quantize_4bit(part, blocksize=64, quant_type="nf4")
-
-    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
-        changed = {name.partition(".lora_")[0].removeprefix("base_model.model.") + ".weight" for name in file.keys()}  # noqa: SIM118
-    with ThreadPoolExecutor(cpu_slots(), initializer=lambda: torch.set_num_threads(1)) as pool:
-        for path in sorted(base.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                names = changed & set(file.keys())
-            list(pool.map(lambda name, path=path: quantize(path, name), sorted(names)))
-
-
 def cp(base: Path, adapter: Path, out: Path) -> None:
     """The same bytes read and written, for scale."""
     for path in base.glob("*.safetensors"):
         subprocess.run(["cp", str(path), str(out)], check=True)
 
 
-ARMS = {"cp": cp, "nf4": nf4, "stream": stream, "bare": bare, "peft": peft}
+ARMS = {"cp": cp, "stream": stream, "bare": bare, "peft": peft}
 
 
 def timed(arm: str, base: Path, adapter: Path, out: Path) -> Timed:
@@ -219,10 +198,9 @@ Synthetic Llamas, LoRA of rank 16 on every linear layer, onto the dequantized NF
 process of its own, imports included; the arms take turns. `bare` reads, quantizes, dequantizes, adds and writes, shard
 by shard; `peft` loads in 4 bit, dequantizes, merges and saves; `cp` copies the same bytes.
 Goals: speed >= 0.9 of the bare loop; <= 0.5 of PEFT's time; <= 0.3 of its memory; the peak of 7 B above that of 1 B by
-no more than the difference of their largest tensors (0.12 GiB).
+no more than their largest tensors differ (0.12 GiB).
 
-`nf4` is bitsandbytes' quantizer alone on the same weights, on all cores: a merge has to repeat what training did, so no
-merge that uses it is faster.
+All three quantize with bitsandbytes, since a merge has to repeat what training did, and spend most of their time there.
 
 {"".join(part + chr(10) * 2 for part in parts)}{machine["cpu"]},
 {machine["cores"]} cores, {machine["memory_gib"]} GiB; {versions}.
