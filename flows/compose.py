@@ -19,7 +19,6 @@ from tasks.runtime.leases import cpu_slots
 from tasks.runtime.pin import (
     ADAPTER_FILES,
     MODEL_FILES,
-    TOKENIZER_FILES,
     Digests,
     HubId,
     Snapshot,
@@ -28,6 +27,7 @@ from tasks.runtime.pin import (
     snapshots,
 )
 from tasks.runtime.step import External, Limits, Step, resolve_device
+from tasks.runtime.tokenizer_files import TOKENIZER_FILES
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,6 @@ from tasks.runtime.outside import make_folder, work_folder
 from tasks.runtime.pin import (
     ADAPTER_FILES,
     MODEL_FILES,
-    TOKENIZER_FILES,
     Digests,
     Kind,
     Snapshot,
@@ -27,6 +26,7 @@ from tasks.runtime.pin import (
 )
 from tasks.runtime.step import Kitchen, Limits, Step, resolve_device
 from tasks.runtime.store import Store, find_home
+from tasks.runtime.tokenizer_files import TOKENIZER_FILES
 
 ONTO = {"nf4": ("dequantized",), "bf16": ("original",), "unknown": ("dequantized", "original")}
 

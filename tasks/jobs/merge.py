@@ -27,19 +27,11 @@ from tasks.jobs.streams import DTYPES, Planned, Reader, Writer
 from tasks.jobs.weight_error import Norms, summary
 from tasks.runtime.errors import StageError
 from tasks.runtime.job import Job
+from tasks.runtime.tokenizer_files import copy_files
 
 # Elements that are worked on at once: on a CPU 1 MiB in fp32, which stays in the cache (quantizing 4096 x 4096 takes
 # 0.36 s in such parts and 0.49 s at once); a GPU wants more.
 PART = {"cpu": 1 << 18, "cuda": 1 << 24}
-TOKENIZER = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "generation_config.json",
-)
 
 
 class Item(NamedTuple):
@@ -370,10 +362,8 @@ def _copy_tokenizer(job: Job) -> None:
         return
     own = any(adapter.glob("tokenizer.*"))
     for folder in (base, adapter):
-        for pattern in TOKENIZER:
-            for path in folder.glob(pattern):
-                if folder is base and own and pattern != "generation_config.json":
-                    continue  # of another tokenizer: its files do not mix
-                copy = shutil.copytree if path.is_dir() else shutil.copyfile
-                copy(path, job.out / path.name)
+        copy_files(folder, job.out, ["generation_config.json"])
+    if not own:  # of two tokenizers files do not mix
+        copy_files(base, job.out)
+    copy_files(adapter, job.out)
     job.events.note("tokenizer", f"from the {'adapter' if own else 'base'}'s folder")

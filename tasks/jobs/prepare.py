@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import statistics
 from collections import Counter
 from typing import Any, NamedTuple
@@ -21,19 +20,8 @@ from tasks.jobs.sources import read_sources, select
 from tasks.jobs.texts import text_records
 from tasks.runtime.errors import StageError
 from tasks.runtime.job import Job
+from tasks.runtime.tokenizer_files import copy_files
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 ROWS = pa.schema(
     [
         ("row", pa.string()),
@@ -298,11 +286,7 @@ def _write_tokenizer(job: Job, renderer: Renderer) -> None:
     """Copy the tokenizer files; add a chosen template; put the end-of-turn token among the ids that end an answer."""
     base, out = job.inputs["tokenizer"].path, job.out / "tokenizer"
     out.mkdir()
-    for name in TOKENIZER_FILES:
-        if (base / name).exists():
-            shutil.copyfile(base / name, out / name)
-    if (base / "chat_templates").is_dir():
-        shutil.copytree(base / "chat_templates", out / "chat_templates")
+    copy_files(base, out)
     if "template" in job.inputs or job.params.get("chat_template"):
         (out / "chat_template.jinja").write_text(renderer.tokenizer.chat_template, encoding="utf-8")
         job.events.note("chat template", "chosen by the recipe; it travels with every artifact")

@@ -17,12 +17,11 @@ from recipes.problem import Problem, RecipeError
 from recipes.schemes import Scheme
 from tasks.jobs.backends import Quantized, gptqmodel, rtn
 from tasks.jobs.backends.load import setup
-from tasks.jobs.prepare import TOKENIZER_FILES
 from tasks.runtime.errors import StageError
 from tasks.runtime.job import Job
+from tasks.runtime.tokenizer_files import TOKENIZER_FILES, copy_files
 
 WEIGHTS = ("config.json", "quantize_config.json", "*.safetensors", "*.safetensors.index.json")
-COMPANIONS = (*TOKENIZER_FILES, "generation_config.json")
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -100,11 +99,7 @@ def _keep_companions(model: Path, out: Path) -> None:
             shutil.rmtree(path)
         elif path not in keep:
             path.unlink()
-    for name in COMPANIONS:
-        if (model / name).exists():
-            shutil.copyfile(model / name, out / name)
-    if (model / "chat_templates").is_dir():
-        shutil.copytree(model / "chat_templates", out / "chat_templates")
+    copy_files(model, out, [*TOKENIZER_FILES, "generation_config.json"])
 
 
 def _refuse_nan(out: Path) -> None:

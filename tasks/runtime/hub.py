@@ -46,11 +46,11 @@ from tasks.runtime.pin import (
     ADAPTER_NEEDED,
     DATA_FILES,
     MODEL_FILES,
-    TOKENIZER_FILES,
     HubId,
     Kind,
     Snapshot,
 )
+from tasks.runtime.tokenizer_files import TOKENIZER_FILES
 
 # What is fetched of a hub's repository, and what has to be there (a space: one of these).
 PATTERNS: dict[Kind, tuple[str, ...]] = {

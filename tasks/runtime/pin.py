@@ -10,24 +10,12 @@ from typing import Literal, NamedTuple
 from tasks.runtime.fingerprint import file_digest, fingerprint
 from tasks.runtime.step import External
 from tasks.runtime.store import read_json, write_json
+from tasks.runtime.tokenizer_files import TOKENIZER_FILES
 
 Kind = Literal["model", "adapter", "dataset"]
 
 # What a model folder can hold besides weights that shapes any result.
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "chat_templates/*",
-)
 ADAPTER_NEEDED = ("adapter_config.json", "adapter_model.safetensors")
 DATA_FILES = ("*.jsonl", "*.json", "*.csv", "*.parquet")
 

@@ -1,0 +1,27 @@
+"""The files of a model or adapter folder that make its tokenizer, and how they travel: byte for byte."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+TOKENIZER_FILES = (
+    "tokenizer.*",  # .json, and .model, .model.v3 ... of SentencePiece
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "chat_template.*",
+    "chat_templates/*",
+)
+
+
+def copy_files(source: Path, out: Path, patterns: Iterable[str] = TOKENIZER_FILES) -> None:
+    """Copy what matches, by its path below `source`; what `out` has already is replaced."""
+    for path in sorted({path for pattern in patterns for path in source.glob(pattern) if path.is_file()}):
+        target = out / path.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
