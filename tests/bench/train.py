@@ -154,7 +154,8 @@ def ratio(rounds: list[dict[str, Speed]], against: str) -> str:
     ratios = [one["ours"].tokens_per_s / one[against].tokens_per_s for one in rounds]
     low, high = interval(ratios)
     short = "the median falls short, the interval holds it" if high >= GOAL else "missed"
-    return f"{np.median(ratios):.3f}, 95 % interval {low:.3f} to {high:.3f}: {'met' if np.median(ratios) >= GOAL else short}"
+    said = "met" if np.median(ratios) >= GOAL else short
+    return f"{np.median(ratios):.3f}, 95 % interval {low:.3f} to {high:.3f}: {said}"
 
 
 def page(rounds: list[dict[str, Speed]], params: dict[str, Any]) -> str:
