@@ -8,7 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -16,15 +16,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tasks.runtime.fingerprint import file_digest
 from tasks.runtime.launch import CHECKOUT
+from tests.hub import Hub
 from tests.jobs.architectures import train_adapter, write_architecture
 
 TURNS = [{"role": "user", "content": "what colour ?"}]
 
 
-def quench(*words: object, folder: Path, check: int, limit: Callable[[], None] | None = None) -> str:
+def quench(
+    *words: object,
+    folder: Path,
+    check: int,
+    limit: Callable[[], None] | None = None,
+    env: Mapping[str, str] = os.environ,
+) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "flows.cli", "merge", *map(str, words)],
-        env={**os.environ, "PYTHONPATH": str(CHECKOUT), "QUENCH_HOME": str(folder / "home")},
+        env={**env, "PYTHONPATH": str(CHECKOUT), "QUENCH_HOME": str(folder / "home")},
         cwd=folder,
         capture_output=True,
         text=True,
@@ -116,3 +123,27 @@ def test_a_full_disk_leaves_nothing_visible(base: Path, adapter: Path, tmp_path:
     assert before == bytes_of(adapter)
     quench(base, adapter, tmp_path / "out", folder=tmp_path, check=0)  # the same command, with room
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_hub_ids_and_a_tokenizer_of_the_adapters_own(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """Many tools save the tokenizer, with the template they trained by, at the root of the adapter's folder."""
+    local = tmp_path / "adapter"
+    local.mkdir()
+    for path in adapter.glob("adapter_*"):
+        shutil.copyfile(path, local / path.name)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = "{% for message in messages %}[{{ message['content'] }}]{% endfor %}"
+    tokenizer.save_pretrained(local)
+    with Hub() as hub:
+        pinned = hub.add("org/base", base).commit({path.name: path.read_bytes() for path in base.iterdir()})
+        hub.add("org/adapter", local)
+        env = hub.env(tmp_path / "hf")
+        quench("org/base", "org/adapter", tmp_path / "hubs", "--onto", "original", folder=tmp_path, check=0, env=env)
+        told = quench("org/bass", "org/adapter", tmp_path / "no", folder=tmp_path, check=2, env=env)
+    assert "org/bass" in told and not (tmp_path / "no").exists()
+    quench(base, adapter, tmp_path / "folders", "--onto", "original", folder=tmp_path, check=0)
+    weights = [file_digest(tmp_path / out / "model.safetensors") for out in ("hubs", "folders")]
+    assert weights[0] == weights[1]
+    merged = AutoTokenizer.from_pretrained(tmp_path / "hubs")
+    assert merged.apply_chat_template(TURNS, tokenize=False) == "[what colour ?]"
+    assert pinned in json.dumps(json.loads((tmp_path / "hubs" / "manifest.json").read_text()))
