@@ -108,17 +108,20 @@ def _cannot(question: str, why: str) -> Answer:
 
 
 def _fine_tuning(found: Findings, question: str) -> Answer:
-    task = found.pair(REFERENCE, "base", "task")
-    if task is None:
-        return _cannot(question, "base or nf4-adapter has no task scores")
-    if task.verdict == "no difference shown":
-        short = f"{UNKNOWN}: fine-tuning moved the task score by {_difference(task)}."
+    main = found.pair(REFERENCE, "base", "task") or found.pair(REFERENCE, "base", "ppl_test")
+    if main is None:
+        return _cannot(question, "base or nf4-adapter has no scores")
+    metric, noun = main.metric, _NOUN[main.metric]
+    if main.verdict == "no difference shown":
+        short = f"{UNKNOWN}: fine-tuning moved the {noun} by {_difference(main)}."
     else:
-        way = "lifted" if task.difference > 0 else "lowered"
-        before, after = (value_text("task", found.cells[slug]["task"].value, unit=True) for slug in ("base", REFERENCE))
-        short = f"Fine-tuning {way} the task score from {before} to {after}: {_difference(task)}."
-    text = [f"base answers {found.shown('base', 'task')}, nf4-adapter {found.shown(REFERENCE, 'task')}."]
-    text.append(f"nf4-adapter against base: {_sentence(task)}.")
+        way = "lifted" if main.difference > 0 else "lowered"
+        before, after = (value_text(metric, found.cells[slug][metric].value, unit=True) for slug in ("base", REFERENCE))
+        short = f"Fine-tuning {way} the {noun} from {before} to {after}: {_difference(main)}."
+    text = []
+    if metric == "task":
+        text.append(f"base answers {found.shown('base', 'task')}, nf4-adapter {found.shown(REFERENCE, 'task')}.")
+    text.append(f"nf4-adapter against base: {_sentence(main)}.")
     for metric, where in (("ppl_test", "On completions"), ("ppl_general", "On text outside the domain (forgetting)")):
         if one := found.pair(REFERENCE, "base", metric):
             text.append(

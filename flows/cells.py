@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,11 +120,17 @@ def _against(one: ArmEvidence, yardstick: ArmEvidence) -> ArmEvidence:
     return ArmEvidence(arm=one.arm, failure=one.failure, scores=one.scores, kl=one.kl, unlike=reason)
 
 
-def not_ranked(one: ArmEvidence, cells: Mapping[str, Cell]) -> str | None:
-    """Why an arm is left out of the ranking, or None."""
+def headline(evidence: Iterable[ArmEvidence]) -> list[str]:
+    """What an arm must have to be ranked. Plain texts have no prompt, so that no arm has a task score."""
+    prompts = any("task" in one.scores for one in evidence)
+    return [name for name in HEADLINE if name != "task" or prompts]
+
+
+def not_ranked(one: ArmEvidence, cells: Mapping[str, Cell], needed: Sequence[str]) -> str | None:
+    """Why an arm is left out of the ranking, or None. `needed` is `headline` of all arms."""
     if one.failure or one.unlike:
         return one.failure or one.unlike
-    empty = [name for name in HEADLINE if cells[name].value is None]
+    empty = [name for name in needed if cells[name].value is None]
     return f"{empty[0]}: {cells[empty[0]].reason}" if empty else None
 
 
@@ -153,6 +159,8 @@ def _quality(metric: Metric, one: ArmEvidence, run: Run, draws: Draws) -> Cell:
 def _no_rows(metric: Metric, run: Run) -> str:
     if metric.split == "general" and not (run.recipe.get("data") or {}).get("general"):
         return "the recipe has no data.general"
+    if metric.source == "task":
+        return "no row of test has a prompt to answer"
     return f"the arm's scores have no {metric.source} rows of {metric.split}"
 
 
@@ -191,9 +199,9 @@ def _tail_cell(metric: Metric, kl: TokenKL | None, draws: Draws) -> Cell:
 
 def domain_cells(one: ArmEvidence, draws: Draws) -> dict[str, Cell]:
     """`<metric>@<domain>` for every domain that the rows name; empty where there is at most one."""
-    if one.failure or "task" not in one.scores:
+    if one.failure or "nll" not in one.scores:
         return {}
-    domains = sorted({str(name) for name in one.scores["task"].domain})
+    domains = sorted({str(name) for name in one.scores["nll"].domain})
     if len(domains) < 2:
         return {}
     found: dict[str, Cell] = {}

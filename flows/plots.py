@@ -132,7 +132,8 @@ def kl_against_size(arms: Mapping[str, Any]) -> str:
 
 def task_by_arm(arms: Mapping[str, Any]) -> str:
     """SVG: the task score of every ranked arm with its interval, the trained model's as a line."""
-    points = [_point(slug, arm, "task", 100) for slug, arm in arms.items() if arm["ranked"] and slug != "base"]
+    scored = {slug: arm for slug, arm in arms.items() if arm["metrics"]["task"]["value"] is not None}
+    points = [_point(slug, arm, "task", 100) for slug, arm in scored.items() if arm["ranked"] and slug != "base"]
     if not points:
         return ""
     with mpl.rc_context(_STYLE):

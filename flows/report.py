@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flows.answers import Answer, Findings, answers
-from flows.cells import ArmEvidence, Cell, Draws, cells_of, domain_cells, gather, not_ranked, speed_record
+from flows.cells import ArmEvidence, Cell, Draws, cells_of, domain_cells, gather, headline, not_ranked, speed_record
 from flows.comparisons import FAMILIES, REFERENCE, compare
 from flows.evidence import Arm, Run, Step, notes, read_run
 from flows.metrics import METRICS
@@ -78,7 +78,8 @@ def evaluate(run: Run) -> dict[str, Any]:
     draws = Draws()
     evidence = gather(run)
     cells = {slug: cells_of(one, run, draws) for slug, one in evidence.items()}
-    unranked = {slug: why for slug, one in evidence.items() if (why := not_ranked(one, cells[slug]))}
+    needed = headline(evidence.values())
+    unranked = {slug: why for slug, one in evidence.items() if (why := not_ranked(one, cells[slug], needed))}
     comparisons, left_out = compare(run.arms, {slug: one.scores for slug, one in evidence.items()}, draws)
     found = Findings(
         arms={arm.slug: arm for arm in run.arms},

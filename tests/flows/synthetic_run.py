@@ -60,6 +60,7 @@ class SyntheticRun:
         broken: Step key -> problem of a step that failed; what needs it is skipped.
         drop_rows: Arms that are scored on one test row less.
         nan_rows: Arms with NaN in one loss.
+        prompts: Rows have prompts; plain texts have none, so no task score.
     """
 
     home: Path
@@ -68,6 +69,7 @@ class SyntheticRun:
     general: int = 120
     seed: int = 0
     measured: bool = True
+    prompts: bool = True
     broken: dict[str, dict[str, str]] = field(default_factory=dict)
     drop_rows: frozenset[str] = frozenset()
     nan_rows: frozenset[str] = frozenset()
@@ -239,7 +241,8 @@ class SyntheticRun:
             add(split, "nll", nll, self.tokens, rows)
             add(split, "kl", kl_sum, self.tokens, rows)
             add(split, "agree", agree if shape.kl else self.tokens, self.tokens, rows)
-            add(split, "task", right, ones, rows)
+            if self.prompts:
+                add(split, "task", right, ones, rows)
         if self.general:
             far = 2.55 + (0.6 + shape.loss / 40 if slug != "base" else 0.0)
             count = np.full(self.general, 200)

@@ -289,6 +289,16 @@ def test_one_domain_or_few_arms_are_fine(tmp_path: Path) -> None:
     assert "cannot say" in report["answers"][3]["short"]
 
 
+def test_plain_texts_are_ranked_without_a_task_score(tmp_path: Path) -> None:
+    folder = SyntheticRun(tmp_path, test=60, general=10, prompts=False).write()
+    report = evaluate(read_run(folder, tmp_path))
+    assert report["not_ranked"] == {} and report["domains"]["base"]
+    assert "no row of test has a prompt" in report["arms"]["base"]["metrics"]["task"]["reason"]
+    assert "perplexity" in report["answers"][0]["short"] and "cannot say" not in report["answers"][2]["short"]
+    render(folder, tmp_path)
+    assert "gptq-w4-g128" in (folder / "report.md").read_text()
+
+
 def test_figures_of_a_slow_kernel_are_labelled_and_rank_nothing(tmp_path: Path) -> None:
     report = small(tmp_path)
     assert report["speed"]["gptq-w4-g128"]["label"] == NOT_SERVING
