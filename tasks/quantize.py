@@ -11,6 +11,11 @@ TOOLS: dict[Backend, tuple[str, ...]] = {
     "gptqmodel": ("torch", "transformers", "gptqmodel"),
     "bitsandbytes": ("torch", "transformers", "bitsandbytes"),
 }
+ENVIRONMENTS: dict[Backend, str] = {  # the others run in the main one
+    "llm-compressor": "llmcompressor",
+    "autoawq": "autoawq",
+    "auto-gptq": "autogptq",
+}
 
 
 def step(recipe: Recipe, scheme: Scheme, *, model: Step | External, calibset: Step, arm: str) -> Step:
