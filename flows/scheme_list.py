@@ -105,7 +105,7 @@ def _notes() -> Iterator[str]:
     yield "bits: a weight of a 4096 x 4096 layer, scales and zero points among them. group: inputs a scale (row: all)."
     yield "read by: engines that load the files; docs/schemes.md says from which version, with what, and who says so."
     yield "here: whether this machine can make it, or what to type first."
-    others = {backend: name for name, one in FAMILIES.items() for backend in one.others}
+    others: dict[Backend, str] = {backend: name for name, one in FAMILIES.items() for backend in one.others}
     for backend, family in others.items():
         yield f"`backend: {backend}` makes {family} schemes, too: {missing(backend) or 'here'}."
     yield "-asym (gptq, ct-gptq) and -actorder (gptq) behind a slug: with zero points, in activation order."

@@ -28,7 +28,7 @@ def step(recipe: Recipe, scheme: Scheme, *, model: Step | External, calibset: St
         stage="quantize",
         slug=arm,
         entry="tasks.jobs.quantize:run",
-        version=2,
+        version=3,
         params={**scheme.params(), **own, "seed": recipe.quantize.seed},
         inputs=inputs,
         tools=TOOLS[scheme.backend],
