@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.headers import Headers
-from recipes.schemes import Scheme
+from recipes.schemes import Scheme, listed
 from recipes.serving import NAMES, READS, cautions, loaders, parallel_sizes, refusals, rows_of
 
 SCHEMA = 1
@@ -105,8 +105,8 @@ def _vllm_lines(served: Mapping[str, Any]) -> Iterator[str]:
     yield f"* --dtype {served['dtype']}: {WHY_DTYPE}"
     if served["max_model_len"]:
         yield f"* --max-model-len {served['max_model_len']}: prompt and answer; less leaves memory for more requests."
-    sizes = ", ".join(map(str, vllm["tensor_parallel_sizes"]))
-    yield f"* --tensor-parallel-size: by its shapes the model can be split over {sizes} GPUs (of 1, 2, 4, 8)."
+    sizes = listed(vllm["tensor_parallel_sizes"])
+    yield f"* --tensor-parallel-size: of 1, 2, 4 and 8 GPUs {sizes} can share it, by shapes and groups."
     if served["chat_template"]:
         yield "* No --chat-template: the template stands beside the tokenizer, and vLLM reads it there."
     else:
