@@ -11,6 +11,11 @@ TOOLS: dict[Backend, tuple[str, ...]] = {
     "gptqmodel": ("torch", "transformers", "gptqmodel"),
     "bitsandbytes": ("torch", "transformers", "bitsandbytes"),
 }
+ENVIRONMENTS: dict[Backend, str] = {  # the others run in the main one
+    "llm-compressor": "llmcompressor",
+    "autoawq": "autoawq",
+    "auto-gptq": "autogptq",
+}
 
 
 def step(recipe: Recipe, scheme: Scheme, *, model: Step | External, calibset: Step, arm: str) -> Step:
@@ -23,7 +28,7 @@ def step(recipe: Recipe, scheme: Scheme, *, model: Step | External, calibset: St
         stage="quantize",
         slug=arm,
         entry="tasks.jobs.quantize:run",
-        version=2,
+        version=3,
         params={**scheme.params(), **own, "seed": recipe.quantize.seed},
         inputs=inputs,
         tools=TOOLS[scheme.backend],

@@ -17,6 +17,7 @@ from recipes.problem import Problem, RecipeError
 from recipes.schemes import Scheme
 from tasks.jobs.backends import Quantized, gptqmodel, rtn
 from tasks.jobs.backends.load import setup
+from tasks.jobs.serve_file import write_serve_file
 from tasks.runtime.errors import StageError
 from tasks.runtime.job import Job
 from tasks.runtime.tokenizer_files import TOKENIZER_FILES, copy_files
@@ -31,7 +32,7 @@ def run(job: Job) -> dict[str, Any]:
         model: bf16 model folder. calibset: calibset.parquet (GPTQ and AWQ).
     Writes:
         model*.safetensors, config.json, quantize_config.json; tokenizer files and generation_config.json byte for
-        byte from `model`; quantize.json: backend, packer, and loss, tokens and damping a layer.
+        byte from `model`; quantize.json: backend, packer, and loss, tokens and damping a layer; serve.json, serve.md.
     Metrics:
         loss by layer, in the order of the layers.
 
@@ -50,6 +51,7 @@ def run(job: Job) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     _keep_companions(model, job.out)
     _refuse_nan(job.out)
+    write_serve_file(job.out, name=job.slug, model=model, scheme=Scheme.of(params, slug=job.slug))
     summary = {"params": params, "sequences": len(rows), "tokens": sum(map(len, rows)), **done.as_dict()}
     (job.out / "quantize.json").write_text(json.dumps(summary, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     losses = [layer.loss for layer in done.layers if layer.loss is not None]

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recipes.schemes import parse_scheme
+from recipes.slugs import parse_scheme
 
 BASE = Path(__file__).parents[2] / "recipes" / "quickstart" / "base"
 DOMAINS = ("filter", "aggregate", "join", "grouping", "ordering", "sub-query", "distinct")
@@ -58,6 +58,7 @@ class SyntheticRun:
 
     Attributes:
         broken: Step key -> problem of a step that failed; what needs it is skipped.
+        refused: Arm -> why the engine does not read it.
         drop_rows: Arms that are scored on one test row less.
         nan_rows: Arms with NaN in one loss.
         prompts: Rows have prompts; plain texts have none, so no task score.
@@ -71,6 +72,7 @@ class SyntheticRun:
     measured: bool = True
     prompts: bool = True
     broken: dict[str, dict[str, str]] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
     drop_rows: frozenset[str] = frozenset()
     nan_rows: frozenset[str] = frozenset()
     steps: list[dict[str, Any]] = field(default_factory=list)
@@ -152,6 +154,7 @@ class SyntheticRun:
             "scheme": shape.scheme,
             "quantization": parse_scheme(shape.scheme).params() if shape.scheme else None,
             "on_base": shape.on_base,
+            "refused": self.refused.get(slug),
             "model": model,
             "adapter": "train/quickstart" if shape.kind == "nf4" or shape.on_base else None,
             "evaluate": evaluate,
