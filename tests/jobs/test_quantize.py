@@ -197,7 +197,7 @@ def test_its_warnings_become_notes(tmp_path: Path) -> None:
 
 def test_awq_takes_scales_and_clipping_from_another_model(base: Path, calibset: Path, tmp_path: Path) -> None:
     """Found on the model itself they give its own bytes; found on another one they give that one's scales."""
-    other = write_base(tmp_path / "other", seed=1)
+    other = write_base(tmp_path / "another", seed=1)
     plain = make("awq-w4-g32", base, tmp_path / "plain", calibset=calibset)
     inputs = {"model": base, "calibset": calibset}
     written = {}
