@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from recipes.arms import Arm, Calibration, arms
+from recipes.arms import Arm, Calibration, arms, controls
 from recipes.files import data_files
 from recipes.headers import read_headers
 from recipes.load import Loaded
@@ -206,7 +206,7 @@ def compose(recipe: Recipe, pins: Pins, do: Callable[[Step], object]) -> Matrix:
 
     every = arms(recipe)
     schemes = {arm: arm.scheme for arm in every if arm.scheme}
-    for kind in dict.fromkeys(arm.calibration for arm in schemes if arm.calibration != "domain"):
+    for kind in controls(every):
         calibsets[kind] = made(
             calibrate.control(recipe, kind, dataset=dataset, calibset=own, general=pins.calibration_text)
         )

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from recipes.arms import Arm, arms
+from recipes.arms import Arm, arms, controls
 from recipes.files import data_files, parquet_rows
 from recipes.headers import Headers
 from recipes.rows import TEXT, Origin, Row
@@ -229,7 +229,7 @@ def predict(recipe: Recipe, headers: Headers, *, device: str = "cpu", rows: RowS
     steps += [_merge(sizes, onto) for onto in ("dequantized", "original")]
     steps += [_reference(sizes), _calibrate(sizes)]
     every = arms(recipe)
-    steps += [_control(sizes, kind) for kind in dict.fromkeys(arm.calibration for arm in every) if kind != "domain"]
+    steps += [_control(sizes, kind) for kind in controls(every)]
     steps += [_quantize(sizes, arm, arm.scheme) for arm in every if arm.scheme]
     steps += [_evaluate(sizes, arm) for arm in every]
     steps += [_measure(sizes, arm) for arm in every if recipe.measure.enabled]

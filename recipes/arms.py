@@ -73,6 +73,12 @@ def arms(recipe: Recipe) -> tuple[Arm, ...]:
     )
 
 
+def controls(every: Sequence[Arm]) -> list[Calibration]:
+    """The control sets that these arms are calibrated on."""
+    found = {arm.calibration for arm in every}
+    return [kind for kind in CONTROLS if kind in found]
+
+
 def _controls(scheme: Scheme, merge_base: MergeBase) -> Iterator[Arm]:
     plain = Arm(slug=scheme.slug, kind="quantized", merge_base=merge_base, scheme=scheme)
     for calibration in CONTROLS:

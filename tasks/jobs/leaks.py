@@ -64,9 +64,11 @@ def near_twins(drawn: Mapping[str, Sequence[Message]], held: Mapping[str, Held],
     Raises:
         StageError: They are more than that.
     """
-    sides: dict[str, Side] = {name: "test" for name in held}  # each of them is compared, whatever is near it
     turns: dict[str, Sequence[Message]] = {name: one.turns for name, one in held.items()}
-    found, limited = near_duplicates(turns | dict(drawn), sides | dict.fromkeys(drawn, "train"), jaccard=JACCARD)
+    sides: dict[str, Side] = dict.fromkeys(held, "test")  # each of them is compared, whatever is near it
+    for name in drawn:
+        sides[name] = "train"
+    found, limited = near_duplicates(turns | dict(drawn), sides, jaccard=JACCARD)
     twins = sorted((one.row, one.like) for one in found if one.row in drawn and one.like in held)
     lines = [json.dumps({"row": row, "like": like, "split": held[like].split}) + "\n" for row, like in twins]
     (job.out / TWINS).write_text("".join(lines), encoding="utf-8")
