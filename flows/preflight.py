@@ -14,7 +14,7 @@ import psutil
 
 from flows.plan import Planned
 from flows.predict import CUDA_CONTEXT, FILES, GIB, Predicted, RowSizes, data_bytes, predict, row_sizes, tokens_per_byte
-from recipes.check_rows import TOKENS_PER_INPUT
+from recipes.check_rows import MOST_ROWS, TOKENS_PER_INPUT
 from recipes.check_train import device_problems
 from recipes.headers import Headers, read_headers
 from recipes.load import Loaded
@@ -82,7 +82,7 @@ def calibration_problem(recipe: Recipe, headers: Headers, rows: RowSizes | None)
         why=f"An average row has about {rows.tokens:.0f} tokens (an estimate from the first rows, rather high); with "
         f"fewer than {TOKENS_PER_INPUT} tokens an input the widest layer's Hessian is badly estimated.",
         next=f"Set calibrate.rows to {enough}."
-        if enough <= 512
+        if enough <= MOST_ROWS
         else f"{enough} rows like these would do: give longer rows, or calibrate.allow_unusual_size a reason.",
     )
 

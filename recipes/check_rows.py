@@ -31,7 +31,7 @@ from recipes.rows import (
 )
 from recipes.schema import Data, SqlExecution
 
-LEAST_ROWS = 128  # see recipes.schema.Calibrate
+LEAST_ROWS, MOST_ROWS = 128, 512  # see recipes.schema.Calibrate
 TOKENS_PER_INPUT = 4  # of the calibration set, for the widest layer; see tasks/calibrate.py
 
 
@@ -244,7 +244,7 @@ def _calibration(loaded: Loaded, sides: Sides) -> Iterator[Problem]:
             what=f"Calibration needs {needed} tokens; {recipe.calibrate.rows} rows have {sum(largest)} at most.",
             where="calibrate.rows",
             why=f"With fewer than {TOKENS_PER_INPUT} tokens an input, the widest layer's Hessian is badly estimated.",
-            next=f"Raise calibrate.rows (512 at most): {rows} could do, if all were so long; or give longer rows.",
+            next=f"Raise calibrate.rows to {rows} or more." if rows <= MOST_ROWS else "Give longer rows.",
         )
 
 
