@@ -104,6 +104,8 @@ def _words(annotation: Any) -> str:
         return " or ".join(f"`{value}`" for value in get_args(annotation))
     if get_origin(annotation) is list:
         return "list of sections" if sections(annotation) else "list of texts"
+    if get_origin(annotation) is dict:
+        return f"{_words(get_args(annotation)[1])} by name"
     parts = [part for part in get_args(annotation) if part is not type(None)]
     if any(sections(part) for part in parts if get_origin(part) is not list):
         return "section with `kind`"

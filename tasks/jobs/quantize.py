@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import time
@@ -16,6 +17,7 @@ from recipes.headers import read_headers
 from recipes.problem import Problem, RecipeError
 from recipes.schemes import Scheme
 from tasks.jobs.backends import Quantized, gptqmodel, rtn
+from tasks.jobs.backends.awq_scales import scales_found_on
 from tasks.jobs.backends.load import setup
 from tasks.jobs.serve_file import write_serve_file
 from tasks.runtime.errors import StageError
@@ -29,7 +31,8 @@ def run(job: Job) -> dict[str, Any]:
     """Quantize a model folder; embeddings and lm_head stay as they are. The same inputs give the same bytes.
 
     Reads:
-        model: bf16 model folder. calibset: calibset.parquet (GPTQ and AWQ).
+        model: bf16 model folder. calibset: calibset.parquet (GPTQ and AWQ). scales_from: bf16 model folder on which
+        AWQ's scales and clipping are searched (where it is not `model`).
     Writes:
         model*.safetensors, config.json, quantize_config.json; tokenizer files and generation_config.json byte for
         byte from `model`; quantize.json: backend, packer, and loss, tokens and damping a layer; serve.json, serve.md.
@@ -47,7 +50,11 @@ def run(job: Job) -> dict[str, Any]:
     if params["method"] == "rtn":
         done = rtn.quantize(model, job.out, params=params, events=events)
     else:
-        done = gptqmodel.quantize(model, job.out, rows=rows, params=params, device=job.execution.device, events=events)
+        options: dict[str, Any] = {"rows": rows, "params": params, "device": job.execution.device, "events": events}
+        with contextlib.ExitStack() as stack:
+            if "scales_from" in job.inputs:
+                stack.enter_context(scales_found_on(job.inputs["scales_from"].path, out=job.out, **options))
+            done = gptqmodel.quantize(model, job.out, **options)
     seconds = time.perf_counter() - started
     _keep_companions(model, job.out)
     _refuse_nan(job.out)

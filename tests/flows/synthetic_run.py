@@ -34,6 +34,8 @@ class Shape:
     merge_base: str | None = None
     scheme: str | None = None
     on_base: bool = False
+    calibration: str = "domain"
+    scales_from_base: bool = False
 
 
 SHAPES: dict[str, Shape] = {
@@ -155,6 +157,8 @@ class SyntheticRun:
             "quantization": parse_scheme(shape.scheme).params() if shape.scheme else None,
             "on_base": shape.on_base,
             "refused": self.refused.get(slug),
+            "calibration": shape.calibration,
+            "scales_from_base": shape.scales_from_base,
             "model": model,
             "adapter": "train/quickstart" if shape.kind == "nf4" or shape.on_base else None,
             "evaluate": evaluate,

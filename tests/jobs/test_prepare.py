@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
-from recipes.rows import Origin, Row, content_hash, read_rows, side, source_name
+from recipes.rows import content_hash, read_rows, side, source_name
 from tasks.jobs import prepare
 from tasks.jobs.conversation import Conversation, RowError
 from tasks.jobs.near_duplicates import near_duplicates
@@ -419,10 +419,7 @@ def test_a_system_turn_that_all_rows_share_makes_no_near_duplicates(tmp_path: Pa
 
 @pytest.mark.parametrize(("jaccard", "expected"), [(0.9, True), (0.99, False)])
 def test_the_limit_is_the_exact_jaccard_similarity(jaccard: float, expected: bool) -> None:
-    rows = {
-        str(i): Row(where="", messages=almost(i, of=0)["messages"], columns={}, origin=Origin(path=Path()))
-        for i in range(2)
-    }
+    rows = {str(i): almost(i, of=0)["messages"] for i in range(2)}
     # 115 + 3 words give 114 5-grams, of which the last one differs: 113 / 115 = 0.983.
     found = near_duplicates(rows, {"0": "test", "1": "train"}, jaccard=jaccard).found
     assert [(one.row, one.like) for one in found] == ([("1", "0")] if expected else [])

@@ -108,6 +108,39 @@ def test_too_few_tokens_for_the_widest_layer(tmp_path: Path):
     assert str(4 * 32768) in problem.what and "Hessian" in problem.why
 
 
+def test_too_few_tokens_with_the_rows_that_could_do(tmp_path: Path):
+    recipe = write_project(tmp_path, rows=400, intermediate=7168)  # 28,672 tokens; a row has 167 bytes or so
+    problem = only(recipe)
+    needed = int(problem.next.removeprefix("Raise calibrate.rows to ").removesuffix(" or more."))
+    assert 128 < needed <= 300
+    assert problems(recipe, f"calibrate.rows={needed}") == []
+    assert problem.next.startswith("Raise") and problems(recipe, f"calibrate.rows={needed - 2}")
+
+
+def test_shares_of_domains_that_train_cannot_give(tmp_path: Path):
+    recipe = write_project(tmp_path)
+    rows = [chat(number, kind="even" if number % 10 == 0 else "odd") for number in range(300)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    shares = "calibrate.stratify={even: 0.5, odd: 0.5}"
+    problem = only(recipe, "data.domain=kind", shares)
+    assert (
+        problem.where.endswith("calibrate.stratify") and "of the domain `even`; its share is 0.5 of 128" in problem.what
+    )
+    assert problems(recipe, "data.domain=kind", "calibrate.stratify={even: 0.1, odd: 0.9}") == []
+    assert "has 0 rows of the domain `none`" in only(recipe, "data.domain=kind", "calibrate.stratify={none: 1.0}").what
+
+
+def test_text_that_is_calibrated_on_and_evaluated(tmp_path: Path):
+    recipe = write_project(tmp_path)
+    write_rows(tmp_path / "general.jsonl", [{"text": f"text {i}"} for i in range(9)])
+    write_rows(tmp_path / "other.jsonl", [{"text": "text  3"}, {"text": "another"}])  # equal but for white space
+    sets = ("data.general=general.jsonl", "calibrate.general=other.jsonl")
+    problem = only(recipe, *(one.replace("=", f"={tmp_path}/") for one in sets))
+    assert problem.what.startswith("1 texts stand in") and problem.where.endswith("calibrate.general")
+    write_rows(tmp_path / "other.jsonl", [{"text": "another"}, {"txt": "another"}])
+    assert only(recipe, *(one.replace("=", f"={tmp_path}/") for one in sets)).where.endswith("other.jsonl:2")
+
+
 def test_the_same_tokens_an_input_as_the_calibrate_step():
     tasks = pytest.importorskip("tasks.calibrate")
     assert TOKENS_PER_INPUT == tasks.TOKENS_PER_INPUT

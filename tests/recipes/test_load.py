@@ -97,6 +97,17 @@ def test_range_of_calibration_rows_says_why(tmp_path: Path):
     assert "128 to 512" in problem.what and "Hessian" in problem.why
 
 
+def test_calibration_of_another_size_needs_a_reason(tmp_path: Path):
+    path = write(tmp_path, MINIMAL)
+    assert (
+        load(path, sets=["calibrate.rows=64", "calibrate.allow_unusual_size=a smoke test"]).recipe.calibrate.rows == 64
+    )
+    (problem,) = refused(path, "calibrate.stratify={a: 0.5, b: 0.4}")
+    assert problem.where.endswith("calibrate.stratify") and "sum to 0.9" in problem.what
+    (problem,) = refused(path, "calibrate.controls=[gptq-w4-g128]")
+    assert "calibrate.general is missing" in problem.what
+
+
 def test_micro_batch_has_to_divide_the_batch(tmp_path: Path):
     (problem,) = refused(write(tmp_path, MINIMAL + "run:\n  micro_batch: 5\n"))
     assert problem.where.endswith("recipe.yaml:5 run.micro_batch") and "16" in problem.what

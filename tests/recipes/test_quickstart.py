@@ -15,7 +15,9 @@ import pytest
 from recipes.headers import read_headers
 from recipes.load import load
 from recipes.rows import Row, read_rows, side
+from tasks.jobs.leaks import Held, near_twins
 from tests.conftest import QUICKSTART
+from tests.jobs.build import make_job
 
 RECIPE = load(QUICKSTART / "recipe.yaml").recipe
 NEAR_TWIN = 0.9  # Jaccard similarity of word 5-grams, as in the leak check that calibration is held to
@@ -50,6 +52,15 @@ def test_no_test_question_is_a_near_twin_of_another_sides(sides: dict[str, list[
         highest = max([highest, *(n / (len(own) + len(known[i]) - n) for i, n in shared.items())])
     print(f"highest similarity: {highest:.2f}")
     assert 0 < highest < NEAR_TWIN
+
+
+def test_the_leak_check_of_calibration_passes_at_its_default(sides: dict[str, list[Row]], tmp_path: Path):
+    """All of train, where a run draws 256 rows."""
+    held = {row.where: Held(name, row.messages) for name in ("dev", "test") for row in sides[name]}
+    drawn = {row.where: row.messages for row in sides["train"]}
+    job = make_job("calibrate", tmp_path / "out", params={})
+    assert near_twins(drawn, held, most=RECIPE.calibrate.max_near_duplicates, job=job) == 0
+    assert len(drawn) > 4000 and len(held) > 1000
 
 
 def test_there_are_enough_rows_of_every_family(sides: dict[str, list[Row]]):
