@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from recipes.headers import TOKENIZER_FILES
 from recipes.problem import Problem
 from recipes.rows import SHOWN, Row, content_hash, side
 from tasks.jobs.backends.load import setup
@@ -22,18 +23,6 @@ from tasks.jobs.texts import text_records
 from tasks.runtime.errors import StageError
 from tasks.runtime.job import Job
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 ROWS = pa.schema(
     [
         ("row", pa.string()),
