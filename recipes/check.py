@@ -14,6 +14,7 @@ from recipes.arms import arms, specified
 from recipes.check_adapter import beside, fit_problems, folder_problems
 from recipes.check_rows import RowCheck, check_data, general_problems
 from recipes.check_train import device_problems, train_problems
+from recipes.claims import limit_problems
 from recipes.headers import Headers, read_headers
 from recipes.load import InvalidRecipe, Loaded, load, shown
 from recipes.problem import Problem, RecipeError
@@ -148,7 +149,8 @@ def _shapes(loaded: Loaded, headers: Headers) -> Iterator[Problem]:
     for field, entry in _entries(loaded):
         scheme = _parsed(entry)
         if scheme is not None:
-            yield from (_at(problem, field) for problem in scheme.check(headers.linears))
+            found = [*scheme.check(headers.linears), *limit_problems(scheme, headers)]
+            yield from (_at(problem, field) for problem in found)
 
 
 def _parsed(entry: str | SchemeSpec) -> Scheme | None:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import torch
 from safetensors import safe_open
 
+from recipes.claims import limit_problems
 from recipes.headers import TOKENIZER_FILES, Headers, read_headers
 from recipes.problem import Problem, RecipeError
 from recipes.schemes import Scheme
@@ -103,10 +104,10 @@ def _rows(calibset: Path) -> list[list[int]]:
 
 
 def _checked(model: Path, scheme: Scheme) -> Headers:
-    """The model's headers; StageError where the group does not divide a layer's inputs or its outputs are unpackable."""
+    """The model's headers; StageError where a layer's shape does not allow the scheme, or the backend the model."""
     try:
         headers = read_headers(model)
-        problems = scheme.check(headers.linears)
+        problems = [*scheme.check(headers.linears), *limit_problems(scheme, headers)]
     except RecipeError as error:
         raise StageError(error.problems[0]) from None
     if problems:
