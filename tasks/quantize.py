@@ -13,9 +13,28 @@ TOOLS: dict[Backend, tuple[str, ...]] = {
 }
 
 
-def step(recipe: Recipe, scheme: Scheme, *, model: Step | External, calibset: Step, arm: str) -> Step:
-    """One quantized model. RTN reads no calibration set, so none is an input."""
+def step(
+    recipe: Recipe,
+    scheme: Scheme,
+    *,
+    model: Step | External,
+    calibset: Step,
+    arm: str,
+    scales_from: External | None = None,
+) -> Step:
+    """One quantized model. RTN reads no calibration set, so none is an input.
+
+    Args:
+        recipe: The recipe.
+        scheme: How.
+        model: What is quantized.
+        calibset: The calibration set.
+        arm: Slug of the arm.
+        scales_from: Model on which AWQ's scales and clipping are searched, where it is another one.
+    """
     inputs: dict[str, Step | External] = {"model": model}
+    if scales_from is not None:
+        inputs["scales_from"] = scales_from
     if scheme.needs_calibration:
         inputs["calibset"] = calibset
     own = {"damp": recipe.quantize.damp} if scheme.method == "gptq" else {}

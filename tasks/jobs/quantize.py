@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import json
@@ -21,6 +22,7 @@ from recipes.problem import Problem, RecipeError
 from recipes.schemes import Scheme
 from tasks.jobs import block_errors
 from tasks.jobs.backends import Quantized
+from tasks.jobs.backends.awq_scales import scales_found_on
 from tasks.jobs.backends.load import setup
 from tasks.runtime.errors import StageError
 from tasks.runtime.job import Job
@@ -34,7 +36,8 @@ def run(job: Job) -> dict[str, Any]:
     """Quantize a model folder; embeddings and lm_head stay as they are. The same inputs give the same bytes.
 
     Reads:
-        model: bf16 model folder. calibset: calibset.parquet (schemes that need calibration).
+        model: bf16 model folder. calibset: calibset.parquet (schemes that need calibration). scales_from: bf16 model
+        folder on which AWQ's scales and clipping are searched (where it is not `model`).
     Writes:
         model*.safetensors, config.json, quantize_config.json; tokenizer files and generation_config.json byte for
         byte from `model`; quantize.json: backend, packer, kernel at load, loss, tokens and damping a layer, and what
@@ -51,10 +54,12 @@ def run(job: Job) -> dict[str, Any]:
     headers = _checked(model, scheme)
     clock = time.perf_counter()
     rows = _rows(job.inputs["calibset"].path) if scheme.needs_calibration else []
+    options: dict[str, Any] = {"rows": rows, "params": params, "device": job.execution.device, "events": events}
     backend = importlib.import_module(f"tasks.jobs.backends.{scheme.backend.replace('-', '_')}")
-    done: Quantized = backend.quantize(
-        model, job.out, rows=rows, params=params, device=job.execution.device, events=events
-    )
+    with contextlib.ExitStack() as stack:
+        if "scales_from" in job.inputs:
+            stack.enter_context(scales_found_on(job.inputs["scales_from"].path, out=job.out, **options))
+        done: Quantized = backend.quantize(model, job.out, **options)
     quantized = time.perf_counter()
     _keep_companions(model, job.out)
     _refuse_nan(job.out)

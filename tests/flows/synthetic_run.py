@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recipes.schemes import parse_scheme
+from recipes.slugs import parse_scheme
 
 BASE = Path(__file__).parents[2] / "recipes" / "quickstart" / "base"
 DOMAINS = ("filter", "aggregate", "join", "grouping", "ordering", "sub-query", "distinct")
@@ -34,6 +34,8 @@ class Shape:
     merge_base: str | None = None
     scheme: str | None = None
     on_base: bool = False
+    calibration: str = "domain"
+    scales_from_base: bool = False
 
 
 SHAPES: dict[str, Shape] = {
@@ -150,6 +152,8 @@ class SyntheticRun:
             "scheme": shape.scheme,
             "quantization": parse_scheme(shape.scheme).params() if shape.scheme else None,
             "on_base": shape.on_base,
+            "calibration": shape.calibration,
+            "scales_from_base": shape.scales_from_base,
             "model": model,
             "adapter": "train/quickstart" if shape.kind == "nf4" or shape.on_base else None,
             "evaluate": evaluate,

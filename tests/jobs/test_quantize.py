@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from tasks.jobs import quantize
@@ -91,3 +92,25 @@ def test_its_warnings_become_notes(tmp_path: Path) -> None:
         print("\rWARN  Module `a`: Hessian diagonal floor   \nINFO  fine\nWARN  Python GIL is enabled")
     told = [event for event, _ in read_events(job.out / "events.jsonl")]
     assert [(note["about"], note["text"]) for note in told] == [("gptqmodel", "Module `a`: Hessian diagonal floor")]
+
+
+def test_awq_takes_scales_and_clipping_from_another_model(base: Path, calibset: Path, tmp_path: Path) -> None:
+    """Found on the model itself they give its own bytes; found on another one they give that one's scales."""
+    other = write_base(tmp_path / "another", seed=1)
+    plain = make("awq-w4-g32", base, tmp_path / "plain", calibset=calibset)
+    inputs = {"model": base, "calibset": calibset}
+    written = {}
+    for name, source in (("same", base), ("other", other)):
+        job = make_job("quantize", tmp_path / name, params=params("awq-w4-g32"), **inputs, scales_from=source)
+        quantize.run(job)
+        written[name] = load_file(tmp_path / name / "model.safetensors")
+        assert {path.name for path in job.out.iterdir()} == {path.name for path in plain.out.iterdir()}
+        assert "6 scalings and 10 clippings" in notes(job)["scales from another model"]
+    own = load_file(plain.out / "model.safetensors")
+    assert all(torch.equal(own[name], written["same"][name]) for name in own)
+    key = "model.layers.1.post_attention_layernorm.weight"  # divided by the scales of gate_proj and up_proj
+    searched = make("awq-w4-g32", other, tmp_path / "searched", calibset=calibset)
+    norms = {path: load_file(path / "model.safetensors")[key] for path in (base, other, searched.out)}
+    scales = norms[other] / norms[searched.out]
+    assert torch.allclose(norms[base] / written["other"][key], scales, rtol=0.02)  # bf16: 2^-8 a division
+    assert not torch.allclose(norms[base] / own[key], scales, rtol=0.02)
