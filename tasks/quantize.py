@@ -10,7 +10,9 @@ TOOLS: dict[Backend, tuple[str, ...]] = {
     "quench-rtn": ("torch", "transformers"),
     "gptqmodel": ("torch", "transformers", "gptqmodel"),
     "bitsandbytes": ("torch", "transformers", "bitsandbytes"),
+    "llm-compressor": ("torch", "transformers", "llmcompressor", "compressed-tensors"),
 }
+ENVIRONMENTS: dict[Backend, str] = {"llm-compressor": "llmcompressor"}  # the others run in the main one
 
 
 def step(recipe: Recipe, scheme: Scheme, *, model: Step | External, calibset: Step, arm: str) -> Step:
@@ -28,4 +30,5 @@ def step(recipe: Recipe, scheme: Scheme, *, model: Step | External, calibset: St
         inputs=inputs,
         tools=TOOLS[scheme.backend],
         gpus=1,
+        environment=ENVIRONMENTS.get(scheme.backend),
     )
