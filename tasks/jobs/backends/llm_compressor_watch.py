@@ -106,10 +106,12 @@ class WatchedGPTQ(GPTQModifier):
     _watch: Watch = PrivateAttr()
 
     def calibrate_module(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...], _output: torch.Tensor) -> None:
+        """Add a batch to the Hessian."""
         self._watch.tokens[self._module_names[module]] += args[0].shape[:-1].numel()
         super().calibrate_module(module, args, _output)
 
     def compress_module_list(self, module_list: list[torch.nn.Module]) -> None:
+        """Quantize the layers of a decoder layer."""
         for module in module_list:
             if dead := int((self._hessians[module].diagonal() == 0).sum()):
                 self._watch.dead[self._module_names[module]] = dead
@@ -117,10 +119,12 @@ class WatchedGPTQ(GPTQModifier):
             super().compress_module_list(module_list)
 
     def on_sequential_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+        """All batches have passed a decoder layer."""
         super().on_sequential_epoch_end(*args, **kwargs)
         self._watch.layer_done()
 
     def on_finalize(self, *args: Any, **kwargs: Any) -> bool:
+        """Before its lists are emptied."""
         self._watch.rounded = list(self._rtn_fallback_module_names)
         return super().on_finalize(*args, **kwargs)
 
@@ -133,6 +137,7 @@ class _Losses(CompressionLogger):
         self._losses, self._layer = losses, names[module]
 
     def set_results(self, name: str | None = None, loss: float | None = None) -> None:
+        """Called once a layer."""
         super().set_results(name, loss)
         if loss is not None:
             self._losses[self._layer] = loss
@@ -152,5 +157,6 @@ class WatchedAWQ(AWQModifier):
         return scales
 
     def on_sequential_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+        """All batches have passed a decoder layer."""
         super().on_sequential_epoch_end(*args, **kwargs)
         self._watch.layer_done()
