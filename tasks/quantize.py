@@ -10,7 +10,9 @@ TOOLS: dict[Backend, tuple[str, ...]] = {
     "quench-rtn": ("torch", "transformers"),
     "gptqmodel": ("torch", "transformers", "gptqmodel"),
     "bitsandbytes": ("torch", "transformers", "bitsandbytes"),
+    "llm-compressor": ("torch", "transformers", "llmcompressor", "compressed-tensors"),
 }
+ENVIRONMENTS: dict[Backend, str] = {"llm-compressor": "llmcompressor"}  # the others run in the main one
 
 
 def step(
@@ -47,4 +49,5 @@ def step(
         inputs=inputs,
         tools=TOOLS[scheme.backend],
         gpus=1,
+        environment=ENVIRONMENTS.get(scheme.backend),
     )

@@ -28,7 +28,7 @@ from tasks.runtime.errors import StageError
 from tasks.runtime.job import Job
 
 WEIGHTS = ("config.json", "quantize_config.json", "*.safetensors", "*.safetensors.index.json")
-MEASURED = ("gptqmodel",)  # what their environment loads itself, it compares with the bf16 model
+MEASURED = ("gptqmodel", "llm-compressor")  # what their environment loads itself, it compares with the bf16 model
 COMPANIONS = (*TOKENIZER_FILES, "generation_config.json")
 
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from recipes.headers import read_headers
-from recipes.schemes import PER_CHANNEL, parse_scheme
+from recipes.schemes import PER_CHANNEL
+from recipes.slugs import parse_scheme
 from tasks.jobs import quantize
 from tasks.jobs.backends.load import load_bf16
 from tasks.jobs.calibrate import CALIBSET

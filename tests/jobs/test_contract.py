@@ -18,7 +18,7 @@ from torch import nn
 
 from recipes.claims import LIMITS, Limit, limit_problems
 from recipes.headers import read_headers
-from recipes.schemes import parse_scheme
+from recipes.slugs import parse_scheme
 from tasks.jobs import quantize
 from tasks.jobs.backends.environment import tame_gptqmodel
 from tasks.jobs.backends.load import kernel_of, load_arm, load_bf16
