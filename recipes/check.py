@@ -15,6 +15,7 @@ from recipes.check_adapter import beside, fit_problems, folder_problems
 from recipes.check_rows import RowCheck, check_data, general_files, general_problems
 from recipes.check_serving import entries, length_problems
 from recipes.check_train import device_problems, train_problems
+from recipes.claims import limit_problems
 from recipes.headers import Headers, read_headers
 from recipes.load import InvalidRecipe, Loaded, load, shown
 from recipes.problem import Problem, RecipeError
@@ -143,7 +144,8 @@ def _shapes(loaded: Loaded, headers: Headers) -> Iterator[Problem]:
     for field, entry in entries(loaded.recipe):
         scheme = _parsed(entry)
         if scheme is not None:
-            yield from (_at(problem, field) for problem in scheme.check(headers.linears))
+            found = [*scheme.check(headers.linears), *limit_problems(scheme, headers)]
+            yield from (_at(problem, field) for problem in found)
 
 
 def _parsed(entry: str | SchemeSpec) -> Scheme | None:

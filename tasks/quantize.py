@@ -10,6 +10,7 @@ TOOLS: dict[Backend, tuple[str, ...]] = {
     "quench-rtn": ("torch", "transformers"),
     "gptqmodel": ("torch", "transformers", "gptqmodel"),
     "bitsandbytes": ("torch", "transformers", "bitsandbytes"),
+    "llm-compressor": ("torch", "transformers", "llmcompressor", "compressed-tensors"),
 }
 ENVIRONMENTS: dict[Backend, str] = {  # the others run in the main one
     "llm-compressor": "llmcompressor",
@@ -52,4 +53,5 @@ def step(
         inputs=inputs,
         tools=TOOLS[scheme.backend],
         gpus=1,
+        environment=ENVIRONMENTS.get(scheme.backend),
     )
