@@ -7,6 +7,7 @@ import pytest
 
 from flows.plan import Planned
 from flows.preflight import environment_problems
+from tasks.quantize import ENVIRONMENTS, TOOLS
 from tasks.runtime import environments
 from tasks.runtime.environments import environment_problem, lock_digest, locked_versions
 from tasks.runtime.errors import StepFailed
@@ -47,6 +48,12 @@ def test_the_child_runs_there_without_our_packages(kitchen: Kitchen, installed: 
     assert manifest["environment"]["versions"]["compressed-tensors"] == locked_versions(NAME)["compressed-tensors"]
     here = run_step(choice(stage="train", entry="tests.runtime.where:run"), INPUTS, kitchen).artifact.manifest
     assert here["result"] != manifest["result"] and here["environment"] == {"name": "main", "lock": lock_digest()}
+
+
+def test_backends_name_environments_and_tools_that_are_locked():
+    assert ENVIRONMENTS["llm-compressor"] == NAME
+    for backend, tools in TOOLS.items():
+        assert set(tools) <= set(locked_versions(ENVIRONMENTS.get(backend)))
 
 
 def test_versions_are_those_of_the_environment(installed: Path):
