@@ -39,6 +39,11 @@ def _refuse(problems: Sequence[Problem], *, as_json: bool) -> None:
     print(f"{len(problems)} problem{'s' if len(problems) > 1 else ''}; nothing was started", file=sys.stderr)
 
 
+def _warn(problems: Sequence[Problem]) -> None:
+    for one in problems:
+        print(f"warning: {one}\n", file=sys.stderr)
+
+
 def _print(value: dict[str, Any] | list[Any], text: str, *, as_json: bool) -> None:
     print(json.dumps(value, indent=2, default=str) if as_json else text)
 
@@ -52,12 +57,16 @@ def _init(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
+    from flows.scheme_list import not_here
     from recipes.check import check_data, load_and_check
+    from recipes.check_serving import warnings
 
     loaded = load_and_check(args.recipe, sets=args.set, data=args.data)
     summary = check_data(loaded).summary if args.data else {}
+    warned = [*warnings(loaded), *not_here(loaded.recipe)]
     lines = [f"{args.recipe}: no problem found"] + [f"  {name}: {value}" for name, value in summary.items()]
-    _print({"ok": True, "problems": [], "rows": summary}, "\n".join(lines), as_json=args.json)
+    told = {"ok": True, "problems": [], "warnings": [one.as_dict() for one in warned], "rows": summary}
+    _print(told, "\n".join([*lines, *(f"\nwarning: {one}" for one in warned)]), as_json=args.json)
     return DONE
 
 
@@ -66,6 +75,7 @@ def _plan(args: argparse.Namespace) -> int:
     from tasks.runtime.store import find_home
 
     vetted = vet(args.recipe, sets=args.set, home=find_home())
+    _warn(vetted.warnings)
     planned, pins = vetted.plan, vetted.pins
     hits = sum(one.hit for one in planned)
     commits = [f"pin   {one.name:<34} {one.source}" for one in (pins.base, *pins.data) if "@" in one.source]
@@ -87,7 +97,7 @@ def _run(args: argparse.Namespace) -> int:
     os.environ["QUENCH_HOME"] = str(home)
     os.environ.update(prefect_settings(home))
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-    vet(args.recipe, sets=args.set, home=home)  # refuse before a server is started
+    _warn(vet(args.recipe, sets=args.set, home=home).warnings)  # refuse before a server is started
     with Launcher() as launcher:
         server = OwnServer(home, launcher)
         server.start()
@@ -212,13 +222,10 @@ def _store_verify(args: argparse.Namespace) -> int:
 
 
 def _schemes(args: argparse.Namespace) -> int:
-    from dataclasses import asdict
+    from flows.scheme_list import listed_schemes, text
 
-    from recipes.slugs import known_schemes
-
-    rows = [asdict(scheme) for scheme in known_schemes()]
-    lines = [f"{one['slug']:<14} {one['backend']:<12} {one['bits']} bits  group {one['group_size']}" for one in rows]
-    _print(rows, "\n".join(lines), as_json=args.json)
+    schemes = listed_schemes()
+    _print([one.as_dict() for one in schemes], text(schemes), as_json=args.json)
     return DONE
 
 

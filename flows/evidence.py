@@ -72,6 +72,7 @@ class Arm:
     Attributes:
         merge_base: `dequantized`, `original`, None where nothing is merged; `auto` where the run ended undecided.
         quantization: The scheme's params(): method, bits, group_size (-1: per channel) and so on.
+        refused: Why the recipe's serve.engine does not read it; None where it does, or the recipe names none.
     """
 
     slug: str
@@ -84,6 +85,7 @@ class Arm:
     adapter: str | None
     evaluate: str
     measure: str | None
+    refused: str | None = None
 
     @property
     def parts(self) -> SchemeParts:
@@ -144,7 +146,7 @@ def _choice(steps: Iterable[Step]) -> Mapping[str, Any] | None:
 
 def _arm(raw: Mapping[str, Any], decided: str) -> Arm:
     """An arm; where the recipe left the merge base to the run, with the one that was chosen."""
-    arm = Arm(**{name: raw[name] for name in Arm.__dataclass_fields__})
+    arm = Arm(**{name: raw[name] for name in Arm.__dataclass_fields__ if name in raw or name != "refused"})
     return replace(arm, merge_base=decided) if arm.merge_base == "auto" else arm
 
 

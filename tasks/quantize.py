@@ -12,7 +12,11 @@ TOOLS: dict[Backend, tuple[str, ...]] = {
     "bitsandbytes": ("torch", "transformers", "bitsandbytes"),
     "llm-compressor": ("torch", "transformers", "llmcompressor", "compressed-tensors"),
 }
-ENVIRONMENTS: dict[Backend, str] = {"llm-compressor": "llmcompressor"}  # the others run in the main one
+ENVIRONMENTS: dict[Backend, str] = {  # the others run in the main one
+    "llm-compressor": "llmcompressor",
+    "autoawq": "autoawq",
+    "auto-gptq": "autogptq",
+}
 
 
 def step(recipe: Recipe, scheme: Scheme, *, model: Step | External, calibset: Step, arm: str) -> Step:
@@ -25,7 +29,7 @@ def step(recipe: Recipe, scheme: Scheme, *, model: Step | External, calibset: St
         stage="quantize",
         slug=arm,
         entry="tasks.jobs.quantize:run",
-        version=2,
+        version=3,
         params={**scheme.params(), **own, "seed": recipe.quantize.seed},
         inputs=inputs,
         tools=TOOLS[scheme.backend],

@@ -21,6 +21,7 @@ from recipes.schemes import Scheme
 from tasks.jobs import block_errors
 from tasks.jobs.backends import Quantized
 from tasks.jobs.backends.load import setup
+from tasks.jobs.serve_file import write_serve_file
 from tasks.runtime.errors import StageError
 from tasks.runtime.job import Job
 
@@ -37,7 +38,7 @@ def run(job: Job) -> dict[str, Any]:
     Writes:
         model*.safetensors, config.json, quantize_config.json; tokenizer files and generation_config.json byte for
         byte from `model`; quantize.json: backend, packer, kernel at load, loss, tokens and damping a layer, and what
-        each attention and FFN lost.
+        each attention and FFN lost; serve.json, serve.md.
     Metrics:
         loss by layer, in the order of the layers; error of attention and FFN by decoder layer.
 
@@ -57,6 +58,7 @@ def run(job: Job) -> dict[str, Any]:
     quantized = time.perf_counter()
     _keep_companions(model, job.out)
     _refuse_nan(job.out)
+    write_serve_file(job.out, name=job.slug, model=model, scheme=scheme)
     seen = None
     if rows and scheme.backend in MEASURED:
         gc.collect()  # of the backend's model
@@ -103,7 +105,7 @@ def _rows(calibset: Path) -> list[list[int]]:
 
 
 def _checked(model: Path, scheme: Scheme) -> Headers:
-    """The model's headers; StageError where the group does not divide a layer's inputs or its outputs are unpackable."""
+    """The model's headers; StageError where a group does not divide a layer's inputs or its outputs are unpackable."""
     try:
         headers = read_headers(model)
         problems = scheme.check(headers.linears)
