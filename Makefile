@@ -67,7 +67,7 @@ lock: install    ## resolve pyproject.toml again
 
 lock-envs: install  ## resolve infra/locks/*.in again
 	@for name in $(ENVIRONMENTS); do \
-	  $(BIN)/uv pip compile -q infra/locks/$$name.in --python-version 3.11 --no-annotate --no-header \
+	  $(BIN)/uv pip compile -q infra/locks/$$name.in --no-annotate --no-header \
 	  | sed 's/+cpu$$//' > infra/locks/$$name.new && mv infra/locks/$$name.new infra/locks/$$name.txt || exit 1; done
 
 clean:           ## remove what was installed; .quench/ stays

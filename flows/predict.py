@@ -360,6 +360,8 @@ def _weights(sizes: _Sizes, arm: Arm) -> dict[str, float]:
         return {"weights nf4": sizes.nf4, **parts, **sizes.file}
     if arm.scheme is None:
         return {"weights bf16": sizes.bf16, **parts}
+    if arm.scheme.form == "compressed-tensors":  # unpacked at load, layer by layer
+        return {**parts, "weights bf16": sizes.bf16, **sizes.file}
     parts |= {"weights quantized": sizes.quantized(arm.scheme)}
     if sizes.on_cpu and arm.scheme.bits == 4 and arm.scheme.form == "gptq":
         # PyTorch's int4 kernel wants its own packing: 3 bytes a weight on the way, on small models.
@@ -377,7 +379,7 @@ def _evaluate(sizes: _Sizes, arm: Arm) -> Predicted:
         if arm.adapter:
             # Frozen weights on the strided last position: torch's matmul copies the output layer for every row.
             parts["output layer"] = 2 * asked.batch_size * headers.vocabulary * headers.hidden
-        if arm.scheme and arm.scheme.bits in (2, 3):
+        if arm.scheme and arm.scheme.bits in (2, 3) and arm.scheme.form == "gptq":
             parts["dequantized layers"] = 2 * headers.linear_parameters  # kept, so that it is done once
     return _step(sizes, f"evaluate/{arm.slug}", parts, process=LOAD[arm.kind], disk=sizes.data_bytes)
 

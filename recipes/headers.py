@@ -19,7 +19,6 @@ from recipes.problem import Problem, RecipeError
 from recipes.schemes import Linear
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-# What travels with a model byte for byte, beside a folder chat_templates/.
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 TRANSPOSED = ("gpt2", "openai-gpt")  # Conv1D: weights are [in, out]

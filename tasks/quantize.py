@@ -55,3 +55,10 @@ def step(
         gpus=1,
         environment=ENVIRONMENTS.get(scheme.backend),
     )
+
+
+def readers(model: Step | External) -> tuple[str, ...]:
+    """What loads an arm's model in the main environment and shapes its logits, by who made it."""
+    own = model.tools if isinstance(model, Step) else ()
+    every = ("torch", "transformers", "peft", "bitsandbytes", "gptqmodel")
+    return (*every, "compressed-tensors") if "compressed-tensors" in own else every

@@ -27,11 +27,6 @@ from tasks.jobs.backends.load import load_bf16
 from tasks.runtime.errors import StageError
 from tasks.runtime.events import Events
 
-SETTINGS = {
-    "TQDM_DISABLE": "1",  # a bar for each of 20 points of each search; ours comes from events
-    "LLM_COMPRESSOR_LOG_LEVEL": "ERROR",  # warnings become notes, which print themselves
-}
-
 
 def quantize(
     model: Path, out: Path, *, rows: Sequence[Sequence[int]], params: dict[str, Any], device: str, events: Events
@@ -49,7 +44,7 @@ def quantize(
     Raises:
         StageError: A linear layer of the checkpoint is none in the loaded model.
     """
-    os.environ.update(SETTINGS)
+    os.environ["LLM_COMPRESSOR_LOG_LEVEL"] = "ERROR"  # warnings become notes, which print themselves
     from llmcompressor import oneshot  # pyright: ignore[reportMissingImports]
 
     from tasks.jobs.backends import llm_compressor_watch as watching

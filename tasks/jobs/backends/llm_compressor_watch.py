@@ -43,6 +43,7 @@ class Watch:
         self.dead: dict[str, int] = {}
         self.rounded: list[str] = []
         self._events, self._layers, self._done = events, layers, 0
+        self._said: set[str] = set()
 
     def layer_done(self) -> None:
         """A decoder layer is done; the last part, behind them, holds nothing to quantize."""
@@ -50,9 +51,16 @@ class Watch:
         self._events.progress(min(self._done, self._layers), self._layers, unit="layer")
 
     def said(self, message: Any) -> None:
-        """A line of its log."""
-        if message.record["level"].name in ("WARNING", "ERROR", "CRITICAL"):  # its METRIC stands above WARNING
-            self._events.note("llm-compressor", message.record["message"])
+        """A line of its log, once; what it says of a machine without GPU is known."""
+        text = message.record["message"]
+        if (
+            message.record["level"].name == "METRIC"
+            or text.startswith("No accelerator available")
+            or text in self._said
+        ):
+            return
+        self._said.add(text)
+        self._events.note("llm-compressor", text)
 
 
 def modifiers(
