@@ -34,15 +34,15 @@ ARCHIVED: dict[Backend, Archived] = {
     "autoawq": Archived(
         package="AutoAWQ 0.2.9 (2025)",
         model_types=("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"),
-        untried="mixtral qwen3_moe phi3 falcon opt bloom gptj gpt_neox gpt_bigcode mpt starcoder2 stablelm cohere exaone "
-        "deepseek_v2 deepseek_v3 minicpm minicpm3 internlm2 aquila Yi qwen baichuan",
+        untried="mixtral qwen3_moe phi3 falcon opt bloom gptj gpt_neox gpt_bigcode mpt starcoder2 stablelm cohere "
+        "exaone deepseek_v2 deepseek_v3 minicpm minicpm3 internlm2 aquila Yi qwen baichuan",
         source="awq/models/auto.py, AWQ_CAUSAL_LM_MODEL_MAP",
     ),
     "auto-gptq": Archived(
         package="AutoGPTQ 0.7.1 (2024)",
         model_types=("llama", "mistral", "qwen2", "gemma"),
-        untried="mixtral falcon opt bloom gptj gpt2 gpt_neox gpt_bigcode codegen qwen baichuan internlm xverse moss deci "
-        "stablelm_epoch longllama Yi",
+        untried="mixtral falcon opt bloom gptj gpt2 gpt_neox gpt_bigcode codegen qwen baichuan internlm xverse moss "
+        "deci stablelm_epoch longllama Yi",
         source="auto_gptq/modeling/_const.py, SUPPORTED_MODELS",
     ),
 }
