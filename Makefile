@@ -5,10 +5,13 @@ ifdef PIP_FIND_LINKS
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 endif
 
-.PHONY: help install quickstart check test test-all test-gpu bench docs lock clean
+ENVIRONMENTS := llmcompressor autoawq autogptq
+
+.PHONY: help install env-llmcompressor env-autoawq env-autogptq quickstart check test test-all test-gpu bench docs lock \
+        lock-envs clean
 
 help:            ## list the targets
-	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
 install: .venv/.installed  ## .venv from the lock
 .venv/.installed: infra/locks/main.txt pyproject.toml
@@ -18,6 +21,15 @@ install: .venv/.installed  ## .venv from the lock
 	@$(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python -r infra/locks/main.txt
 	@$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -e .
 	@touch $@
+
+env-llmcompressor: .envs/llmcompressor/.installed  ## .envs/llmcompressor: writes the ct- schemes (compressed-tensors)
+env-autoawq: .envs/autoawq/.installed  ## .envs/autoawq: AutoAWQ, archived
+env-autogptq: .envs/autogptq/.installed  ## .envs/autogptq: AutoGPTQ, archived
+.envs/%/.installed: infra/locks/%.txt | install
+	@test -x .envs/$*/bin/python || $(BIN)/python -m venv --without-pip .envs/$*
+	@echo "installing from infra/locks/$*.txt"
+	@$(BIN)/uv pip install -q --compile-bytecode --python .envs/$*/bin/python -r infra/locks/$*.txt
+	@sha256sum infra/locks/$*.txt | cut -c -64 > $@
 
 quickstart: install  ## the main job, offline, on the embedded defaults
 	@$(BIN)/quench run recipes/quickstart/recipe.yaml
@@ -33,7 +45,7 @@ check: install   ## linters, types, import rules, recipes, generated docs
 test: install    ## the tests that fit two cores and six minutes
 	$(BIN)/python -m pytest -n 2 -m "not slow and not system and not gpu"
 
-test-all: install  ## everything that needs no GPU; installs Debian's Chromium
+test-all: install $(ENVIRONMENTS:%=env-%)  ## everything that needs no GPU; installs environments and Debian's Chromium
 	@command -v chromium >/dev/null || (apt-get update -qq && apt-get install -y -qq chromium)
 	$(BIN)/python -m pytest -n 2 -m "not gpu"
 
@@ -52,5 +64,10 @@ lock: install    ## resolve pyproject.toml again
 	$(BIN)/uv pip compile -q pyproject.toml --extra dev --extra system --no-annotate --no-header \
 	  | sed 's/+cpu$$//' > infra/locks/main.new && mv infra/locks/main.new infra/locks/main.txt
 
+lock-envs: install  ## resolve infra/locks/*.in again
+	@for name in $(ENVIRONMENTS); do \
+	  $(BIN)/uv pip compile -q infra/locks/$$name.in --python-version 3.11 --no-annotate --no-header \
+	  | sed 's/+cpu$$//' > infra/locks/$$name.new && mv infra/locks/$$name.new infra/locks/$$name.txt || exit 1; done
+
 clean:           ## remove what was installed; .quench/ stays
-	rm -rf .venv .ruff_cache .pytest_cache *.egg-info
+	rm -rf .venv .envs .ruff_cache .pytest_cache *.egg-info

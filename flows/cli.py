@@ -214,7 +214,7 @@ def _store_verify(args: argparse.Namespace) -> int:
 def _schemes(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from recipes.schemes import known_schemes
+    from recipes.slugs import known_schemes
 
     rows = [asdict(scheme) for scheme in known_schemes()]
     lines = [f"{one['slug']:<14} {one['backend']:<12} {one['bits']} bits  group {one['group_size']}" for one in rows]

@@ -19,7 +19,8 @@ from recipes.load import shown
 from recipes.problem import Problem, RecipeError
 from recipes.rows import Origin, Row, Rows, read_rows
 from recipes.schema import Data, Recipe, is_hub_id
-from recipes.schemes import GROUP_SIZES, legal_schemes
+from recipes.schemes import GROUP_SIZES
+from recipes.slugs import legal_schemes
 from tasks.runtime.step import resolve_device
 
 DOMAIN_NAMES = ("domain", "category", "topic", "task", "intent", "family", "type", "label", "source")

@@ -13,13 +13,19 @@ from tasks.runtime.store import Artifact, Store
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """One line of the plan; `fields` names what differs from the nearest artifact of the same step."""
+    """One line of the plan.
+
+    Attributes:
+        fields: What differs from the nearest artifact of the same step.
+        environment: Python environment that makes it; None for the main one.
+    """
 
     key: str
     fingerprint: str
     hit: bool
     why: str
     fields: tuple[str, ...] = ()
+    environment: str | None = None
 
     def __str__(self) -> str:
         line = f"{'hit ' if self.hit else 'make'}  {self.key:<34} {self.fingerprint[:12]}"
@@ -57,7 +63,15 @@ def plan(recipe: Recipe, pins: Pins, store: Store) -> list[Planned]:
         if step.stage == "choose" and len(between := candidates(step)) > 1:
             why = f"decided at run time: {' or '.join(between)}" + (f", {why}" if inputs is None else "")
         fields = tuple(store.nearest(step.stage, step.slug, step.identity))
-        lines.append(Planned(key=step.key, fingerprint=step.fingerprint, hit=False, why=why, fields=fields))
+        line = Planned(
+            key=step.key,
+            fingerprint=step.fingerprint,
+            hit=False,
+            why=why,
+            fields=fields,
+            environment=step.environment,
+        )
+        lines.append(line)
 
     compose(recipe, pins, look)
     return lines

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from recipes.load import Loaded
 from recipes.problem import Problem, RecipeError
 from recipes.rows import read_origin
 from recipes.schema import Recipe
+from tasks.runtime.environments import environment_problem
 from tasks.runtime.leases import cpu_slots, visible_gpus
 from tasks.runtime.step import Limits
 
@@ -243,7 +244,7 @@ def preflight(loaded: Loaded, planned: Sequence[Planned], *, home: Path, base: P
         limits: Device and threads.
 
     Raises:
-        RecipeError: Steps to make fit neither memory nor disk.
+        RecipeError: Steps to make fit neither memory nor disk, or their environment is not installed.
     """
     recipe, headers = loaded.recipe, read_headers(base)
     rows = sampled(loaded, headers)
@@ -251,6 +252,7 @@ def preflight(loaded: Loaded, planned: Sequence[Planned], *, home: Path, base: P
     steps = predict(recipe, headers, device=limits.device, rows=rows)
     slots = 1 if limits.device == "cuda" else max(1, cpu_slots() // limits.threads)
     problems = list(device_problems(recipe, device=limits.device, gpus=len(visible_gpus())))
+    problems += environment_problems(planned)
     problems += refuse(recipe, headers, memory=memory, device=limits.device, rows=rows, slots=slots, make=make)
     full = disk_problem([step for step in steps if step.key in make], home)
     if problems or full:
@@ -260,6 +262,15 @@ def preflight(loaded: Loaded, planned: Sequence[Planned], *, home: Path, base: P
         "free": memory._asdict(),
         "steps": {step.key: {name: value for name, value in asdict(step).items() if name != "key"} for step in steps},
     }
+
+
+def environment_problems(planned: Sequence[Planned]) -> Iterator[Problem]:
+    """Environments of steps to make that are not installed here."""
+    for name in sorted({line.environment for line in planned if line.environment and not line.hit}):
+        problem = environment_problem(name)
+        if problem:
+            needed = ", ".join(line.key for line in planned if line.environment == name and not line.hit)
+            yield replace(problem, where=needed)
 
 
 def sampled(loaded: Loaded, headers: Headers) -> RowSizes | None:

@@ -14,7 +14,8 @@ from typing import Any
 from flows.compose import ArmSteps, Matrix, Pins
 from recipes.load import Loaded
 from recipes.problem import Problem, RecipeError
-from tasks.runtime.step import Step, hardware, locked_versions
+from tasks.runtime.environments import locked_versions
+from tasks.runtime.step import Step, hardware
 from tasks.runtime.store import read_json, write_json
 
 SHOWN_VERSIONS = ("torch", "transformers", "peft", "trl", "bitsandbytes", "gptqmodel", "prefect", "mlflow")

@@ -7,7 +7,8 @@ from typing import Literal
 
 from recipes.problem import Problem, RecipeError
 from recipes.schema import LayerRule, Recipe, SchemeSpec
-from recipes.schemes import Grid, Rule, Scheme, by_backend, parse_scheme
+from recipes.schemes import Grid, Rule, Scheme
+from recipes.slugs import by_backend, parse_scheme
 
 Kind = Literal["bf16", "nf4", "quantized"]
 MergeBase = Literal["dequantized", "original", "auto"]

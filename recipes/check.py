@@ -14,6 +14,7 @@ from recipes.arms import arms, specified
 from recipes.backends import model_problem
 from recipes.check_adapter import beside, fit_problems, folder_problems
 from recipes.check_rows import RowCheck, check_data, general_problems
+from recipes.check_serving import entries, length_problems
 from recipes.check_train import device_problems, train_problems
 from recipes.headers import Headers, read_headers
 from recipes.load import InvalidRecipe, Loaded, load, shown
@@ -72,6 +73,7 @@ def check_base(loaded: Loaded, folder: Path) -> list[Problem]:
     except RecipeError as error:
         return list(error.problems)
     found = [*_chat_template(loaded, headers), *_shapes(loaded, headers), *_lengths(loaded, headers)]
+    found += length_problems(loaded, headers)
     found += [*train_problems(loaded, headers), *(fit_problems(loaded.adapter, headers) if loaded.adapter else [])]
     return [loaded.placed(problem) for problem in found]
 
@@ -120,7 +122,7 @@ def _shadows() -> Iterator[Problem]:
 def _schemes(loaded: Loaded) -> Iterator[Problem]:
     """Slugs that name no scheme, and arms that would share a name."""
     found: list[Problem] = []
-    for field, entry in _entries(loaded):
+    for field, entry in entries(loaded.recipe):
         try:
             specified(entry)
         except RecipeError as error:
@@ -133,20 +135,13 @@ def _schemes(loaded: Loaded) -> Iterator[Problem]:
     yield from found
 
 
-def _entries(loaded: Loaded) -> Iterator[tuple[str, str | SchemeSpec]]:
-    """Every scheme that the recipe names, with its field."""
-    recipe = loaded.recipe
-    yield from ((f"quantize.schemes.{index}", one) for index, one in enumerate(recipe.quantize.schemes))
-    yield from ((f"evaluate.on_base.{index}", one) for index, one in enumerate(recipe.evaluate.on_base))
-
-
 def _at(problem: Problem, where: str) -> Problem:
     return Problem(what=problem.what, where=where, why=problem.why, next=problem.next)
 
 
 def _shapes(loaded: Loaded, headers: Headers) -> Iterator[Problem]:
     """Schemes that the base's layers, or its model type, do not allow."""
-    for field, entry in _entries(loaded):
+    for field, entry in entries(loaded.recipe):
         scheme = _parsed(entry)
         if scheme is not None:
             problems = [*scheme.check(headers.linears), model_problem(scheme, headers)]

@@ -1,6 +1,6 @@
 """The recipe: one frozen model a stage. The string under a field is its documentation.
 
-Everything but `run:` is identity: changing it changes fingerprints. `run:` is execution: where and how.
+Everything but `run:` and `serve:` is identity: changing it changes fingerprints. `run:` is execution: where and how.
 Validators check, they never edit. docs/recipe.md is generated from this file.
 """
 
@@ -293,6 +293,17 @@ class Measure(Section):
     """Timed repeats, after one that is not timed."""
 
 
+class Serve(Section):
+    """Where the result is to be served. Decides no bytes of any artifact: nothing is made again when it changes."""
+
+    engine: Literal["vllm", "transformers", "exllamav2", "none"] = "none"
+    """What it cannot read is warned of by `quench check`, marked in the report and never promoted. `none`: nothing."""
+    tensor_parallel: Annotated[int, Field(ge=1)] = 1
+    """GPUs that each layer is split over (vLLM's --tensor-parallel-size)."""
+    max_model_len: Annotated[int, Field(ge=16)] | None = None
+    """Tokens of prompt and answer in the serve command; default: the longest context of the base."""
+
+
 class Run(Section):
     """Execution only: nothing here changes a fingerprint."""
 
@@ -335,6 +346,8 @@ class Recipe(Section):
     """Arms, metrics and scorer."""
     measure: Measure = Measure()
     """Speed."""
+    serve: Serve = Serve()
+    """Where it is to be served."""
     run: Run = Run()
     """Where it runs."""
 

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from recipes.problem import Problem
 from recipes.rows import SHOWN, Row, content_hash, side
+from tasks.jobs.backends import TOKENIZER_FILES
 from tasks.jobs.backends.load import setup
 from tasks.jobs.conversation import Conversation, RowError, behind_thinking
 from tasks.jobs.rendering import ONE_A_TURN, Renderer, Sample, TooLong
@@ -22,18 +23,6 @@ from tasks.jobs.texts import text_records
 from tasks.runtime.errors import StageError
 from tasks.runtime.job import Job
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 ROWS = pa.schema(
     [
         ("row", pa.string()),

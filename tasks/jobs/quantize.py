@@ -15,9 +15,8 @@ from safetensors import safe_open
 from recipes.headers import read_headers
 from recipes.problem import Problem, RecipeError
 from recipes.schemes import Scheme
-from tasks.jobs.backends import Quantized, gptqmodel, rtn
+from tasks.jobs.backends import TOKENIZER_FILES, Quantized, gptqmodel, rtn
 from tasks.jobs.backends.load import setup
-from tasks.jobs.prepare import TOKENIZER_FILES
 from tasks.runtime.errors import StageError
 from tasks.runtime.job import Job
 

@@ -54,6 +54,7 @@ class _Request:
     env: Mapping[str, str]
     cwd: Path
     log: Path
+    python: Path
     answer: Future[Child]
 
 
@@ -73,15 +74,25 @@ class Launcher:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self.end_all()
 
-    def start(self, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, log: Path) -> Child:
+    def start(
+        self, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, log: Path, python: Path | None = None
+    ) -> Child:
         """Spawn a child in the launcher's thread; stdout and stderr go to `log`.
+
+        Args:
+            argv: Arguments of tasks.runtime.child.
+            env: Its environment variables.
+            cwd: Its current folder.
+            log: Is appended to.
+            python: Interpreter; default: this process's own.
 
         Raises:
             InterruptedError: The launcher has been ended.
         """
         if self.stop.is_set():
             raise InterruptedError("the launcher has ended")
-        request = _Request(argv=argv, env=env, cwd=cwd, log=log, answer=Future())
+        own = python or Path(sys.executable)
+        request = _Request(argv=argv, env=env, cwd=cwd, log=log, python=own, answer=Future())
         self._requests.put(request)
         return request.answer.result()
 
@@ -127,7 +138,7 @@ class Launcher:
         try:
             with request.log.open("ab") as log:
                 process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "tasks.runtime.child", *request.argv],
+                    [str(request.python), "-P", "-m", "tasks.runtime.child", *request.argv],
                     env={**request.env, "QUENCH_PARENT": str(os.getpid())},
                     cwd=request.cwd,
                     stdin=subprocess.DEVNULL,

@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from recipes.problem import Problem
+from tasks.runtime.environments import described, environment_problem, interpreter, locked_versions
 from tasks.runtime.errors import StepFailed
 from tasks.runtime.events import read_events
 from tasks.runtime.fingerprint import canonical, fingerprint
 from tasks.runtime.job import Execution, Input, Job
-from tasks.runtime.launch import CHECKOUT, Child, Launcher, child_env
+from tasks.runtime.launch import Child, Launcher, child_env
 from tasks.runtime.leases import Lease, Leases, cpu_slots, visible_gpus
 from tasks.runtime.store import Artifact, Attempt, Found, LostRaceError, Store, read_json
 
 FOLLOW_S = 0.2
-LOCK = CHECKOUT / "infra" / "locks" / "main.txt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +53,13 @@ class Step:
 
     Attributes:
         version: Raised when the job's code changes what it writes.
-        tools: Distributions that shape the bytes; their versions are read from the lock.
+        tools: Distributions that shape the bytes; their versions are read from the environment's lock.
         lineage: Replaces `inputs` in the identity. Only a choice uses it: what comes after depends on what was
             chosen (its digest), not on how.
         whole_machine: Runs alone (speed is measured, or nothing can run beside it).
         gpus: GPUs wanted where the device is cuda; of each process, where `distributed`.
         distributed: May be made by several processes together (`run.processes`).
+        environment: Python environment of the child (`make env-NAME`); None for the main one.
     """
 
     stage: str
@@ -72,6 +73,7 @@ class Step:
     whole_machine: bool = False
     gpus: int = 0
     distributed: bool = False
+    environment: str | None = None
 
     @property
     def key(self) -> str:
@@ -88,7 +90,7 @@ class Step:
                 "version": self.version,
                 "params": dict(self.params),
                 "inputs": {name: one.fingerprint for name, one in origins.items()},
-                "tools": {name: locked_versions()[name] for name in self.tools},
+                "tools": {name: locked_versions(self.environment)[name] for name in self.tools},
             }
         )
 
@@ -96,13 +98,6 @@ class Step:
     def fingerprint(self) -> str:
         """sha256 of the identity, 64 hex digits."""
         return fingerprint(self.identity)
-
-
-@functools.cache
-def locked_versions() -> dict[str, str]:
-    """Distribution -> version, from infra/locks/main.txt."""
-    pins = re.findall(r"^([A-Za-z0-9_.-]+)==([^\s;]+)", LOCK.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    return dict(pins)
 
 
 @functools.cache
@@ -169,11 +164,14 @@ def run_step(step: Step, inputs: Mapping[str, Artifact], kitchen: Kitchen) -> Ma
     """Return the step's artifact; make it when it is not there. Commits before it reports to anyone.
 
     Raises:
-        StepFailed: The child ended without a result; nothing was stored, its attempt folder stays.
+        StepFailed: The child ended without a result, and its attempt folder stays, or its environment is not
+            installed; nothing was stored.
         InterruptedError: The run was stopped.
     """
     if found := lookup(step, inputs, kitchen.store).artifact:
         return Made(artifact=found, hit=True)
+    if problem := environment_problem(step.environment):
+        raise StepFailed(step.key, problem, log="none: no child was started", returncode=1)
     stop = kitchen.launcher.stop
     with kitchen.store.lock(step.stage, step.fingerprint, stop=stop):
         if found := lookup(step, inputs, kitchen.store).artifact:
@@ -223,6 +221,7 @@ def _make(step: Step, inputs: Mapping[str, Artifact], kitchen: Kitchen, lease: L
         env=child_env(threads=threads, gpus=lease.gpus),
         cwd=attempt.own,
         log=log,
+        python=interpreter(step.environment),
     )
     code = _follow(step, kitchen, child, attempt)
     answer = _answer(step, kitchen, attempt, code)
@@ -246,6 +245,7 @@ def _make(step: Step, inputs: Mapping[str, Artifact], kitchen: Kitchen, lease: L
         "started_at": started.isoformat(timespec="seconds"),
         "finished_at": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "hardware": hardware(),
+        "environment": described(step.environment),
         "execution": {
             "device": execution.device,
             "threads": threads,

@@ -17,9 +17,10 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from tasks.runtime.environments import locked_versions
 from tasks.runtime.launch import CHECKOUT, child_env
 from tasks.runtime.leases import cpu_slots
-from tasks.runtime.step import hardware, locked_versions
+from tasks.runtime.step import hardware
 from tests.jobs.build import make_job
 
 RESULTS = CHECKOUT / "docs" / "results" / "merge.md"

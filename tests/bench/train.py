@@ -17,8 +17,9 @@ import numpy as np
 
 from recipes.load import load
 from tasks.prepare import step as prepare_step
+from tasks.runtime.environments import locked_versions
 from tasks.runtime.launch import CHECKOUT, child_env
-from tasks.runtime.step import External, hardware, locked_versions
+from tasks.runtime.step import External, hardware
 
 QUICKSTART = CHECKOUT / "recipes" / "quickstart"
 PAIRS = 9

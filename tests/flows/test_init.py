@@ -16,7 +16,7 @@ from recipes.headers import read_headers
 from recipes.load import Loaded, load
 from recipes.problem import Problem, RecipeError
 from recipes.rows import read_rows
-from recipes.schemes import parse_scheme
+from recipes.slugs import parse_scheme
 from tasks import prepare
 from tasks.runtime.step import Step
 from tests.recipes.folders import chat, write_base, write_rows

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from recipes.schemes import parse_scheme
+from recipes.slugs import parse_scheme
 from tasks.jobs import quantize
 from tasks.jobs.backends.gptqmodel import _warnings, equal_lengths
 from tasks.jobs.backends.load import kernel_of, load_arm, load_bf16

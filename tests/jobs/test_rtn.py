@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTQConfig
 
-from recipes.schemes import parse_scheme
+from recipes.slugs import parse_scheme
 from tasks.jobs import quantize
 from tasks.jobs.backends.environment import tame_gptqmodel
 from tasks.jobs.backends.rtn import pack, round_to_nearest

@@ -5,7 +5,7 @@ import pytest
 from recipes.arms import Arm, arms
 from recipes.problem import RecipeError
 from recipes.schema import Recipe
-from recipes.schemes import parse_scheme
+from recipes.slugs import parse_scheme
 
 
 def recipe(*, schemes: list[str], on_base: list[str], merge: str = "dequantized") -> Recipe:

@@ -6,20 +6,8 @@ from dataclasses import replace
 import pytest
 
 from recipes.problem import RecipeError
-from recipes.schemes import (
-    FAMILIES,
-    PER_CHANNEL,
-    Grid,
-    Linear,
-    Rule,
-    Scheme,
-    by_backend,
-    collapsed,
-    known_schemes,
-    legal_group_sizes,
-    legal_schemes,
-    parse_scheme,
-)
+from recipes.schemes import PER_CHANNEL, Grid, Linear, Rule, Scheme, collapsed, legal_group_sizes
+from recipes.slugs import FAMILIES, by_backend, known_schemes, legal_schemes, parse_scheme
 
 SHAPES = [
     Linear(f"model.layers.{number}.{name}", inputs, outputs)

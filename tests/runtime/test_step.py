@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from tasks.runtime.environments import locked_versions
 from tasks.runtime.errors import StepFailed
 from tasks.runtime.job import Job
 from tasks.runtime.launch import Launcher
 from tasks.runtime.leases import Leases
-from tasks.runtime.step import External, Kitchen, Limits, Step, locked_versions, run_step
+from tasks.runtime.step import External, Kitchen, Limits, Step, run_step
 from tasks.runtime.store import Store
 
 MODEL = External(name="model", path=Path("model"), digest="d" * 64, source="here")

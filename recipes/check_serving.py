@@ -1,0 +1,59 @@
+"""What the engine of serve.engine would not serve: warnings, since an arm may be wanted for its figures alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from recipes.arms import specified
+from recipes.headers import Headers, read_headers
+from recipes.load import Loaded
+from recipes.problem import Problem, RecipeError
+from recipes.schema import Recipe, SchemeSpec
+from recipes.serving import cautions, refusals
+
+
+def warnings(loaded: Loaded) -> list[Problem]:
+    """Every scheme that the engine refuses, or serves in some versions only.
+
+    A recipe that `check` refuses, and a base that is not local, say nothing here.
+    """
+    serve, base = loaded.recipe.serve, loaded.base
+    if serve.engine == "none" or base is None:
+        return []
+    try:
+        headers = read_headers(base)
+    except RecipeError:
+        return []  # check says so
+    return [loaded.placed(problem) for problem in _of_schemes(loaded, headers)]
+
+
+def length_problems(loaded: Loaded, headers: Headers) -> Iterator[Problem]:
+    """serve.max_model_len beyond the base's longest context."""
+    asked, limit = loaded.recipe.serve.max_model_len, headers.max_positions
+    if asked is not None and limit is not None and asked > limit:
+        yield Problem(
+            what=f"serve.max_model_len is {asked} tokens; the base ends at {limit}.",
+            where="serve.max_model_len",
+            why="config.json names the longest context; vLLM refuses to start with a longer one.",
+            next=f"Set it to {limit} or less, or leave it out.",
+        )
+
+
+def entries(recipe: Recipe) -> Iterator[tuple[str, str | SchemeSpec]]:
+    """Every scheme that the recipe names, with its field."""
+    yield from ((f"quantize.schemes.{index}", one) for index, one in enumerate(recipe.quantize.schemes))
+    yield from ((f"evaluate.on_base.{index}", one) for index, one in enumerate(recipe.evaluate.on_base))
+
+
+def _of_schemes(loaded: Loaded, headers: Headers) -> Iterator[Problem]:
+    serve = loaded.recipe.serve
+    assert serve.engine != "none"
+    for field, entry in entries(loaded.recipe):
+        try:
+            scheme = specified(entry)
+        except RecipeError:
+            continue  # check says so
+        for find in (refusals, cautions):
+            for problem in find(scheme, headers.linears, serve.engine, serve.tensor_parallel):
+                yield replace(problem, where=field)

@@ -1,0 +1,79 @@
+"""A step's child runs in the environment that it names, and where that is not installed nothing starts."""
+
+import venv
+from pathlib import Path
+
+import pytest
+
+from flows.plan import Planned
+from flows.preflight import environment_problems
+from tasks.runtime import environments
+from tasks.runtime.environments import environment_problem, lock_digest, locked_versions
+from tasks.runtime.errors import StepFailed
+from tasks.runtime.launch import Launcher
+from tasks.runtime.leases import Leases
+from tasks.runtime.step import Kitchen, run_step
+from tasks.runtime.store import Store
+from tests.runtime.test_step import MODEL, choice
+
+NAME = "llmcompressor"
+INPUTS = {"dequantized": MODEL.artifact}
+
+
+@pytest.fixture
+def kitchen(tmp_path: Path):
+    with Launcher() as launcher:
+        yield Kitchen(store=Store(tmp_path), launcher=launcher, leases=Leases(tmp_path))
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of environments, with a bare one of the right lock: all that tasks.runtime.child needs."""
+    monkeypatch.setattr(environments, "INSTALLED", tmp_path / ".envs")
+    monkeypatch.setattr(environments, "CHECKOUT", tmp_path)
+    folder = tmp_path / ".envs" / NAME
+    venv.create(folder, symlinks=True)
+    (folder / ".installed").write_text(f"{lock_digest(NAME)}\n")
+    return folder
+
+
+def test_the_child_runs_there_without_our_packages(kitchen: Kitchen, installed: Path):
+    step = choice(
+        stage="train", entry="tests.runtime.where:run", environment=NAME, tools=("llmcompressor", "transformers")
+    )
+    manifest = run_step(step, INPUTS, kitchen).artifact.manifest
+    assert manifest["result"] == {"prefix": str(installed)}
+    assert manifest["environment"]["name"] == NAME and manifest["environment"]["lock"] == lock_digest(NAME)
+    assert manifest["environment"]["versions"]["compressed-tensors"] == locked_versions(NAME)["compressed-tensors"]
+    here = run_step(choice(stage="train", entry="tests.runtime.where:run"), INPUTS, kitchen).artifact.manifest
+    assert here["result"] != manifest["result"] and here["environment"] == {"name": "main", "lock": lock_digest()}
+
+
+def test_versions_are_those_of_the_environment(installed: Path):
+    theirs = choice(environment=NAME, tools=("transformers",))
+    assert theirs.identity["tools"] == {"transformers": locked_versions(NAME)["transformers"]}
+    assert theirs.identity["tools"] != choice(tools=("transformers",)).identity["tools"]
+
+
+@pytest.mark.parametrize(("stamp", "what"), [(None, "not installed"), ("0" * 64, "of another lock")])
+def test_where_it_is_not_installed_nothing_starts(stamp: str | None, what: str, kitchen: Kitchen, installed: Path):
+    (installed / ".installed").unlink()
+    if stamp:
+        (installed / ".installed").write_text(stamp)
+    with pytest.raises(StepFailed, match=what) as caught:
+        run_step(choice(environment=NAME), INPUTS, kitchen)
+    assert caught.value.problem.next == "Run: make env-llmcompressor"
+    assert not list(installed.parent.parent.glob("partial/*"))
+
+
+def test_a_plan_names_the_steps_that_need_it(installed: Path):
+    assert environment_problem(NAME) is None
+    lines = [
+        Planned(key=f"quantize/{key}", fingerprint="f" * 64, hit=hit, why="", environment=environment)
+        for key, hit, environment in [("hit", True, NAME), ("a", False, NAME), ("b", False, NAME), ("c", False, None)]
+    ]
+    assert list(environment_problems(lines)) == []
+    (installed / ".installed").unlink()
+    (problem,) = environment_problems(lines)
+    assert problem.where == "quantize/a, quantize/b" and "make env-llmcompressor" in problem.next
+    assert list(environment_problems(lines[:1])) == []
