@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from recipes.headers import TOKENIZER_FILES
 from recipes.problem import Problem
 from recipes.rows import SHOWN, Row, content_hash, side
 from tasks.jobs.backends import TOKENIZER_FILES

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.headers import read_headers
+from recipes.schemes import PER_CHANNEL
 from tasks.jobs.backends import LayerRecord, Quantized
 from tasks.jobs.backends.environment import tame_gptqmodel
 from tasks.runtime.events import Events
@@ -103,7 +104,8 @@ def _config(params: dict[str, Any]) -> Any:
         **common,
         desc_act=params["desc_act"],
         damp_percent=params["damp"],
-        act_group_aware=not params["desc_act"],  # orders columns within the groups: the file stays in plain order
+        # Orders columns within the groups, so that the file stays in plain order; one group has nothing to order.
+        act_group_aware=not params["desc_act"] and params["group_size"] != PER_CHANNEL,
     )
 
 
