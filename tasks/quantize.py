@@ -10,7 +10,10 @@ TOOLS: dict[Backend, tuple[str, ...]] = {
     "quench-rtn": ("torch", "transformers"),
     "gptqmodel": ("torch", "transformers", "gptqmodel"),
     "bitsandbytes": ("torch", "transformers", "bitsandbytes"),
+    "autoawq": ("torch", "transformers", "autoawq"),
+    "auto-gptq": ("torch", "transformers", "auto-gptq"),
 }
+ENVIRONMENTS: dict[Backend, str] = {"autoawq": "autoawq", "auto-gptq": "autogptq"}  # the others run in the main one
 
 
 def step(recipe: Recipe, scheme: Scheme, *, model: Step | External, calibset: Step, arm: str) -> Step:
@@ -27,5 +30,6 @@ def step(recipe: Recipe, scheme: Scheme, *, model: Step | External, calibset: St
         params={**scheme.params(), **own, "seed": recipe.quantize.seed},
         inputs=inputs,
         tools=TOOLS[scheme.backend],
+        environment=ENVIRONMENTS.get(scheme.backend),
         gpus=1,
     )

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import torch
 from safetensors import safe_open
 
+from recipes.backends import model_problem
 from recipes.headers import TOKENIZER_FILES, Headers, read_headers
 from recipes.problem import Problem, RecipeError
 from recipes.schemes import Scheme
@@ -103,14 +104,14 @@ def _rows(calibset: Path) -> list[list[int]]:
 
 
 def _checked(model: Path, scheme: Scheme) -> Headers:
-    """The model's headers; StageError where the group does not divide a layer's inputs or its outputs are unpackable."""
+    """The model's headers; StageError where its layers or its model type do not allow the scheme."""
     try:
         headers = read_headers(model)
-        problems = scheme.check(headers.linears)
     except RecipeError as error:
         raise StageError(error.problems[0]) from None
-    if problems:
-        raise StageError(problems[0])
+    for problem in (*scheme.check(headers.linears), model_problem(scheme, headers)):
+        if problem:
+            raise StageError(problem)
     return headers
 
 

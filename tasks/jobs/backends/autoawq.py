@@ -40,7 +40,7 @@ def quantize(
         StageError: A weight does not fit fp16.
     """
     awq: Any = importlib.import_module("awq")
-    blocks = equal_lengths(rows, events=events)
+    blocks = equal_lengths(rows, events=events, why="AutoAWQ runs all sequences as one tensor")
     loaded = awq.AutoAWQForCausalLM.from_pretrained(
         str(model), torch_dtype=torch.float16, trust_remote_code=False, local_files_only=True
     )
