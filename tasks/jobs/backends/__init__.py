@@ -8,19 +8,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # a body that needs no tensor does not pay for torch
     from torch import Tensor
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-
 
 @dataclass(frozen=True, kw_only=True)
 class LayerRecord:
