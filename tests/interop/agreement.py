@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -66,15 +67,27 @@ def _log_probs(path: Path) -> Tensor:
 
 def off_definition(folder: Path, weights: Path) -> list[str]:
     """Layers whose weights, as a reader gave them, are not what the files mean, rounded once to fp16."""
-    tensors, read = load_file(folder / "model.safetensors"), load_file(weights)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    tensors, config, names = _quantized(folder)
+    read = load_file(weights)
+    assert names and set(names) == read.keys(), set(names) ^ read.keys()
     meant = awq_weight if config["quant_method"] == "awq" else gptq_weight
-    names = {key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")}
-    assert names == read.keys(), names ^ read.keys()
-    return [name for name in sorted(names) if not torch.equal(meant(tensors, name, config), read[name])]
+    return [name for name in names if not torch.equal(meant(tensors, name, config), read[name])]
 
 
-def gptq_weight(tensors: dict[str, Tensor], name: str, config: dict[str, int]) -> Tensor:
+def off_layout(folder: Path, layout: Callable[[dict[str, Tensor], str], Tensor]) -> list[str]:
+    """Layers that an engine's arithmetic would read otherwise than the files mean."""
+    tensors, config, names = _quantized(folder)
+    meant = awq_weight if config["quant_method"] == "awq" else gptq_weight
+    return [name for name in names if not torch.equal(meant(tensors, name, config), layout(tensors, name))]
+
+
+def _quantized(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
+    tensors = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    return tensors, config, sorted(key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight"))
+
+
+def gptq_weight(tensors: dict[str, Tensor], name: str, config: dict[str, Any]) -> Tensor:
     """[in, out] fp16: GPTQ v1 packs along the inputs, stores zero points less one, and names each input's group."""
     packed, zeros, scales, group = (tensors[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx"))
     bits = config["bits"]
@@ -82,7 +95,7 @@ def gptq_weight(tensors: dict[str, Tensor], name: str, config: dict[str, int]) -
     return _dequantized(codes(packed.t(), bits).t(), zero, scales, group.long())
 
 
-def awq_weight(tensors: dict[str, Tensor], name: str, config: dict[str, int]) -> Tensor:
+def awq_weight(tensors: dict[str, Tensor], name: str, config: dict[str, Any]) -> Tensor:
     """[in, out] fp16: AWQ's gemm layout packs along the outputs, in an order of its own, zero points as they are."""
     packed, zeros, scales = (tensors[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales"))
     weight, zero = (codes(one, 4).view(len(one), -1, 8)[..., AWQ_ORDER].flatten(1) for one in (packed, zeros))
@@ -99,3 +112,38 @@ def codes(packed: Tensor, bits: int) -> Tensor:
     stream = np.unpackbits(packed.contiguous().numpy().view(np.uint8), axis=1, bitorder="little")
     found = np.packbits(stream.reshape(len(packed), -1, bits), axis=-1, bitorder="little")[..., 0]
     return torch.from_numpy(found.astype(np.int32))
+
+
+# ---- engines that do not run here, by the arithmetic of their sources
+
+
+def exllamav2(tensors: dict[str, Tensor], name: str) -> Tensor:
+    """[in, out] fp16, 4-bit GPTQ: exllamav2_ext/cuda/q_matrix.cu, reconstruct_gptq_kernel.
+
+    It adds 1 to a stored zero point without wrapping, and takes a power of two as the group's size.
+    """
+    packed, zeros, scales = (tensors[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales"))
+    k, n = torch.arange(8 * len(packed)), torch.arange(packed.shape[1])
+    size = 1
+    while size * len(scales) < len(k):
+        size *= 2
+    code = packed[k // 8] >> (4 * (k % 8))[:, None] & 15
+    zero = (zeros[:, n // 8] >> 4 * (n % 8) & 15) + 1
+    return _dequantized(code, zero, scales, k // size)
+
+
+def vllm_gptq(tensors: dict[str, Tensor], name: str) -> Tensor:
+    """[in, out] fp16, symmetric 4-bit GPTQ in vLLM (auto_gptq.py, type uint4b8): stored zero points are not read."""
+    packed, scales, group = (tensors[f"{name}.{part}"] for part in ("qweight", "scales", "g_idx"))
+    k = torch.arange(8 * len(packed))
+    code = packed[k // 8] >> (4 * (k % 8))[:, None] & 15
+    return _dequantized(code, torch.full_like(scales, 8).int(), scales, group.long())
+
+
+def vllm_awq(tensors: dict[str, Tensor], name: str) -> Tensor:
+    """[in, out] fp16, AWQ in vLLM (awq_triton.py, awq_dequantize_kernel)."""
+    packed, zeros, scales = (tensors[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales"))
+    n = torch.arange(scales.shape[1])
+    shift = 4 * (n % 8 // 2 + n % 2 * 4)
+    group = torch.arange(len(packed)) // (len(packed) // len(scales))
+    return _dequantized(packed[:, n // 8] >> shift & 15, zeros[:, n // 8] >> shift & 15, scales, group)

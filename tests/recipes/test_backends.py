@@ -8,7 +8,7 @@ import pytest
 
 from recipes.backends import ARCHIVED, model_problem
 from recipes.headers import read_headers
-from recipes.schemes import FAMILIES, by_backend, parse_scheme
+from recipes.slugs import FAMILIES, by_backend, parse_scheme
 from tests.recipes.folders import write_base, write_project
 from tests.recipes.test_check import only
 

@@ -1,0 +1,135 @@
+"""One reader's weights are another's, bit for bit, and a file with one wrong number is noticed.
+
+What needs the archived packages is slow; `make test-all` installs their environments.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from recipes.backends import ARCHIVED
+from recipes.schemes import Scheme
+from recipes.slugs import by_backend, parse_scheme
+from tasks.quantize import ENVIRONMENTS
+from tasks.runtime.environments import environment_problem
+from tests.conftest import World
+from tests.interop.agreement import compare, exllamav2, off_definition, off_layout, vllm_awq, vllm_gptq
+from tests.interop.exchange import READS, read_by, shifted, write_by, write_rows
+from tests.jobs.architectures import write_architecture
+from tests.jobs.test_quantize import make, write_calibset
+from tests.tiny import write_base
+
+DAMAGES = ("zero point", "group")
+
+
+def archived(slug: str, backend: str) -> Scheme:
+    return by_backend(parse_scheme(slug), backend)
+
+
+def form(name: str) -> str:
+    return name.replace(" ", ".").partition(".")[0]
+
+
+def needs(*environments: str) -> None:
+    problems = [problem for name in environments if (problem := environment_problem(name))]
+    if problems:
+        pytest.skip("\n".join(map(str, problems)))
+
+
+def write_token_rows(path: Path) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = torch.randint(4, 300, (4, 40), generator=torch.Generator().manual_seed(3)).tolist()
+    pq.write_table(pa.table({"input_ids": rows}), path)
+    return path
+
+
+def test_transformers_reads_what_the_files_mean_and_a_shift_is_noticed(tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    make("rtn-w4-g32", write_base(tmp_path / "base"), whole, calibset=tmp_path)
+    models = {"whole": whole, **{what: shifted(whole, tmp_path / what, what=what) for what in DAMAGES}}
+    read_by("transformers", models, write_token_rows(tmp_path / "rows.parquet"), tmp_path / "read")
+    read = tmp_path / "read"
+    assert not off_definition(whole, read / "whole" / "weights.safetensors")
+    assert compare(read / "whole", read / "whole").holds
+    for what in DAMAGES:
+        agreement = compare(read / "whole", read / what)
+        assert not agreement.holds and agreement.unequal == ("model.layers.0.self_attn.k_proj",)
+        assert off_definition(whole, read / what / "weights.safetensors") == list(agreement.unequal)
+    assert not off_layout(whole, exllamav2) and not off_layout(whole, vllm_gptq)
+
+
+@pytest.fixture(scope="module")
+def made(small: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The small run's merged model by both defaults and both originals, and what every reader makes of them."""
+    needs(*ENVIRONMENTS.values())
+    folder = tmp_path_factory.mktemp("interop")
+    home = {key: small.home / str(step["path"]) / "files" for key, step in small.steps().items()}
+    merged, calibset = home["merge/small-dequantized"], home["calibrate/small"]
+    files = {"gptq": home["quantize/gptq-w4-g128"]}
+    schemes = {
+        "awq": parse_scheme("awq-w4-g128"),
+        "awq.autoawq": archived("awq-w4-g128", "autoawq"),
+        "gptq.auto-gptq": archived("gptq-w4-g128", "auto-gptq"),
+    }
+    files |= {name: write_by(scheme, merged, calibset, folder / name) for name, scheme in schemes.items()}
+    files |= {f"gptq {what}": shifted(files["gptq"], folder / what, what=what) for what in DAMAGES}
+    rows = write_rows(home["prepare/small"], folder / "rows.parquet")
+    for reader, forms in READS.items():
+        readable = {name: file for name, file in files.items() if form(name) in forms}
+        read_by(reader, readable, rows, folder / reader)
+    return files | {reader: folder / reader for reader in READS}
+
+
+WRITERS = {"gptq": "transformers", "awq": "transformers", "awq.autoawq": "autoawq", "gptq.auto-gptq": "auto-gptq"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "reader"),
+    [(name, reader) for name in WRITERS for reader, forms in READS.items() if form(name) in forms],
+)
+def test_a_reader_has_the_writers_weights_and_answers(made: dict[str, Path], name: str, reader: str) -> None:
+    assert not off_definition(made[name], made[reader] / name / "weights.safetensors")
+    agreement = compare(made[WRITERS[name]] / name, made[reader] / name)
+    assert agreement.layers == 42 and agreement.tokens > 1000  # seven linear layers in each of six decoder layers
+    assert agreement.holds, agreement
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", DAMAGES)
+@pytest.mark.parametrize("reader", ["transformers", "auto-gptq"])
+def test_a_reader_notices_one_wrong_number(made: dict[str, Path], reader: str, what: str) -> None:
+    agreement = compare(made["transformers"] / "gptq", made[reader] / f"gptq {what}")
+    assert not agreement.holds and agreement.unequal == ("model.layers.0.self_attn.k_proj",)
+
+
+@pytest.mark.slow
+def test_engines_that_do_not_run_here_by_their_arithmetic(made: dict[str, Path]) -> None:
+    for name in ("gptq", "gptq.auto-gptq"):
+        assert not off_layout(made[name], exllamav2) and not off_layout(made[name], vllm_gptq)
+    for name in ("awq", "awq.autoawq"):
+        assert not off_layout(made[name], vllm_awq)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ARCHIVED)
+def test_every_model_type_that_a_backend_claims(backend: str, tmp_path: Path) -> None:
+    """Written by the backend in its environment, read by transformers: the files' weights, finite answers."""
+    needs(ENVIRONMENTS[backend])
+    slug = "awq-w4-g32" if backend == "autoawq" else "gptq-w4-g32"
+    calibset, models = write_calibset(tmp_path / "calibset"), {}
+    for model_type in ARCHIVED[backend].model_types:
+        base = write_architecture(tmp_path / f"{model_type}-base", model_type)
+        models[model_type] = write_by(archived(slug, backend), base, calibset, tmp_path / model_type)
+    rows = write_token_rows(tmp_path / "rows.parquet")
+    for reader in ("transformers", backend):
+        read_by(reader, models, rows, tmp_path / reader)
+    for model_type, folder in models.items():
+        assert not off_definition(folder, tmp_path / "transformers" / model_type / "weights.safetensors"), model_type
+        agreement = compare(tmp_path / backend / model_type, tmp_path / "transformers" / model_type)
+        assert agreement.holds, (model_type, agreement)
