@@ -22,6 +22,7 @@ from recipes.schemes import Scheme
 from tasks.jobs import block_errors
 from tasks.jobs.backends import Quantized
 from tasks.jobs.backends.load import setup
+from tasks.jobs.rope import older_spelling
 from tasks.runtime.errors import StageError
 from tasks.runtime.job import Job
 
@@ -57,6 +58,7 @@ def run(job: Job) -> dict[str, Any]:
     )
     quantized = time.perf_counter()
     _keep_companions(model, job.out)
+    _spell_rope(job.out / "config.json")
     _refuse_nan(job.out)
     seen = None
     if rows and scheme.backend in MEASURED:
@@ -131,6 +133,13 @@ def _keep_companions(model: Path, out: Path) -> None:
             shutil.copyfile(model / name, out / name)
     if (model / "chat_templates").is_dir():
         shutil.copytree(model / "chat_templates", out / "chat_templates")
+
+
+def _spell_rope(path: Path) -> None:
+    """Engines that read with transformers 4 find the rotary embedding, too."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if older := older_spelling(config):
+        path.write_text(json.dumps(config | older, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _refuse_nan(out: Path) -> None:

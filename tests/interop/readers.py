@@ -19,7 +19,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tasks.jobs.backends.archived import read_config
 from tasks.runtime.job import Job
 
 
@@ -63,10 +62,8 @@ def _transformers(folder: Path, scratch: Path) -> nn.Module:
     from transformers import AwqConfig, GPTQConfig
 
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-    config = AwqConfig if stored["quant_method"] == "awq" else GPTQConfig
-    return _default(
-        folder, scratch, quantization_config=config(stored["bits"], backend=f"{stored['quant_method']}_torch")
-    )
+    kernels = {"awq": AwqConfig(backend="torch_awq"), "gptq": GPTQConfig(stored["bits"], backend="gptq_torch")}
+    return _default(folder, scratch, quantization_config=kernels[stored["quant_method"]])
 
 
 def _default(folder: Path, scratch: Path, **settings: Any) -> nn.Module:
@@ -93,13 +90,15 @@ def _autoawq(folder: Path, scratch: Path) -> nn.Module:
 
 
 def _auto_gptq(folder: Path, scratch: Path) -> nn.Module:
-    """GPTQ files as they are; AWQ files repacked by its own code, which writes the result beside the model: a copy."""
+    """GPTQ files as they are; AWQ files repacked by its own code, which writes the result beside the model: a copy.
+
+    The repacking sends tensors to the GPU before its shifts, in plain torch: here they stay.
+    """
     auto_gptq: Any = importlib.import_module("auto_gptq")
-    base: Any = importlib.import_module("auto_gptq.modeling._base")
     found = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     settings: dict[str, Any] = {"device": "cpu", "disable_exllama": True, "disable_exllamav2": True}
-    base.AutoConfig.from_pretrained = lambda path, **_: read_config(Path(path))
     if found["quant_method"] == "awq":
+        torch.Tensor.cuda = lambda tensor: tensor
         folder = Path(shutil.copytree(folder, scratch / "model", copy_function=os.symlink))
         settings["quantize_config"] = auto_gptq.BaseQuantizeConfig(
             bits=found["bits"], group_size=found["group_size"], desc_act=False, awq_gemm_checkpoint=True

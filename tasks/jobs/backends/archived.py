@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from recipes.headers import read_headers, read_tensors
 from recipes.problem import Problem
 from tasks.jobs.backends import LayerRecord
+from tasks.jobs.rope import older_spelling
 from tasks.runtime.errors import StageError
 from tasks.runtime.events import Events
 
@@ -27,27 +28,27 @@ PARTS = ("qweight", "qzeros", "scales", "g_idx")  # of a quantized layer; AWQ ha
 
 
 def read_config(model: Path) -> transformers.PretrainedConfig:
-    """config.json, also by a transformers before 5, which ignores `rope_parameters` and takes a theta of 10,000.
+    """config.json, also by a transformers before 5, which would not see its rotary parameters.
 
     Raises:
-        StageError: Rotary parameters that such a version has no words for (one set for each kind of layer).
+        StageError: There are parameters that such a version has no words for: one set for each kind of layer.
     """
     config = transformers.AutoConfig.from_pretrained(str(model), local_files_only=True, trust_remote_code=False)
-    rope = json.loads((model / "config.json").read_text(encoding="utf-8")).get("rope_parameters")
-    if rope is None or int(transformers.__version__.split(".")[0]) >= 5:
+    raw = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    if int(transformers.__version__.split(".")[0]) >= 5:
         return config
-    if "rope_theta" not in rope:
+    older = older_spelling(raw)
+    if raw.get("rope_parameters") and not older and "rope_theta" not in raw:
         raise StageError(
             Problem(
                 what=f"transformers {transformers.__version__} cannot read this model's rotary embedding",
                 where=str(model / "config.json"),
-                why=f"rope_parameters has other keys than rope_theta and a scaling: {', '.join(sorted(rope))}",
+                why=f"rope_parameters differ by kind of layer: {', '.join(sorted(raw['rope_parameters']))}",
                 next="leave the backend out: GPTQModel makes this scheme",
             )
         )
-    config.rope_theta = rope["rope_theta"]
-    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
-    config.rope_scaling = None if scaling.get("rope_type", "default") == "default" else scaling
+    for name, value in older.items():
+        setattr(config, name, value)
     return config
 
 

@@ -107,7 +107,9 @@ def _record(
     """
     names = {module: name for name, module in model.named_modules()}
     losses = _Losses()
-    logging.getLogger("auto_gptq.quantization.gptq").addHandler(losses)
+    log = logging.getLogger("auto_gptq.quantization.gptq")
+    log.addHandler(losses)
+    log.setLevel(logging.INFO)
     base: Any = modeling._base.GPTQ
 
     class Recorder(base):
