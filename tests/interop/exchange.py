@@ -21,8 +21,18 @@ from tasks.runtime.launch import child_env
 from tasks.runtime.store import read_json
 from tests.jobs.build import make_job
 
-READS = {"transformers": ("gptq", "awq"), "autoawq": ("awq",), "auto-gptq": ("gptq", "awq")}  # forms of files
+READS = {  # forms of files
+    "transformers": ("gptq", "awq"),
+    "transformers-default": ("gptq", "awq"),
+    "autoawq": ("awq",),
+    "auto-gptq": ("gptq", "awq"),
+}
 ROWS = 30
+
+
+def form(folder: Path) -> str:
+    """`gptq` or `awq`."""
+    return read_json(folder / "config.json")["quantization_config"]["quant_method"]
 
 
 def run_in(environment: str | None, job: Job) -> dict[str, Any]:

@@ -56,7 +56,9 @@ def quantize(
     write_checkpoint(
         model, out, loaded.model.state_dict(), quantization=loaded.quant_config.to_transformers_dict(), events=events
     )
-    tokens = sum(map(len, blocks))
+    config, tokens = loaded.model.config, sum(map(len, blocks))
+    if len(set(getattr(config, "layer_types", ()))) > 1 and (config.sliding_window or 0) < len(blocks[0]):
+        events.note("attention", "AutoAWQ gives every layer the first one's mask; layers here differ in their window")
     if tokens // CLIP_TOKENS > 1:
         events.note("clipping", f"searched on every {tokens // CLIP_TOKENS}th of {tokens} calibration tokens")
     layers = told.records()
