@@ -62,6 +62,8 @@ def quantize(
         str(model), config=config, torch_dtype=torch.float16, local_files_only=True, use_safetensors=True
     ).eval()
     refuse_overflow(loaded)
+    for module in (one for name, one in loaded.named_modules() if name.endswith("rotary_emb")):
+        module.to(device)  # newer than AutoGPTQ: it moves embeddings and layers alone
     wrapped = modeling.GPTQ_CAUSAL_LM_MODEL_MAP[config.model_type](loaded, False, asked)
     names = [layer.name for layer in read_headers(model).linears]
     layers: list[LayerRecord] = []
