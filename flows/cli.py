@@ -184,7 +184,7 @@ def _export(args: argparse.Namespace) -> int:
     told |= {"bytes": made.n_bytes, "reloaded": made.reloaded, "pushed": None}
     lines = [
         f"{made.folder}: {made.files} files, {made.n_bytes / 1e6:.1f} MB; loaded in plain transformers "
-        f"({made.reloaded['kernel']}), logits equal to {made.reloaded['largest_difference']:.1g}",
+        f"({made.reloaded['kernel']}), largest difference of logits {made.reloaded['largest_difference']:.1g}",
     ]
     if args.push:
         from tasks.runtime import hub_push

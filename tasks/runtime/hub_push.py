@@ -54,7 +54,7 @@ def check(name: str) -> None:
             f"set HF_TOKEN to a token with write access (from {ENDPOINT}/settings/tokens)",
         )
     with _explained(name):
-        account: dict[str, Any] = HfApi().whoami()
+        account: dict[str, Any] = HfApi().whoami()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
     owner = name.split("/")[0]
     role = account.get("auth", {}).get("accessToken", {}).get("role")
     mine = [account["name"], *(one["name"] for one in account.get("orgs", []))]
