@@ -245,10 +245,10 @@ class _Handler(BaseHTTPRequestHandler):
         if parts[-1] == "batch":
             objects = batch(json.loads(body)["objects"], self.hub.uploads, self.hub.url("storage"))
             return self._json({"transfer": "basic", "objects": objects})
+        there = repository.commits.get(repository.branches.get("main", ""), {})
         if parts[4] == "preupload":
-            return self._json({"files": modes(json.loads(body)["files"], LFS)})
-        head = repository.branches.get("main")
-        sha = repository.commit(committed(body, repository.commits.get(head or "", {}), self.hub.uploads))
+            return self._json({"files": modes(json.loads(body)["files"], LFS, there)})
+        sha = repository.commit(committed(body, there, self.hub.uploads))
         return self._json({"commitUrl": f"{self.hub.url()}/{key}/commit/{sha}", "commitOid": sha, "success": True})
 
     def _create(self, asked: dict[str, Any], owners: tuple[str, ...], role: str) -> None:

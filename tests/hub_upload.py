@@ -56,17 +56,26 @@ def front_matter_errors(card: str) -> list[str]:
     return [] if isinstance(found, dict) else ["metadata is no mapping"]
 
 
-def modes(files: list[dict[str, Any]], large: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The answer of preupload: large files by LFS, the others in the commit."""
+def modes(asked: list[dict[str, Any]], large: tuple[str, ...], there: dict[str, bytes]) -> list[dict[str, Any]]:
+    """The answer of preupload: large files by LFS, the others in the commit; and what is there already, by its id."""
     return [
         {
             "path": one["path"],
             "uploadMode": "lfs" if one["path"].endswith(large) else "regular",
             "shouldIgnore": False,
-            "oid": None,
+            "oid": _oid(one["path"], large, there),
         }
-        for one in files
+        for one in asked
     ]
+
+
+def _oid(path: str, large: tuple[str, ...], there: dict[str, bytes]) -> str | None:
+    data = there.get(path)
+    if data is None:
+        return None
+    if path.endswith(large):
+        return hashlib.sha256(data).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 def batch(objects: list[dict[str, Any]], uploads: Uploads, storage: str) -> list[dict[str, Any]]:
