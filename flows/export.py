@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -108,6 +109,8 @@ def export(run_folder: Path, slug: str, dest: Path, *, home: Path, say: Callable
         draft.rename(dest)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+        with contextlib.suppress(OSError):  # the log of a copy that did not load stays
+            work.rmdir()
     shutil.rmtree(work, ignore_errors=True)
     files = [path for path in dest.rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files)
