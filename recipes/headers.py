@@ -19,6 +19,20 @@ from recipes.problem import Problem, RecipeError
 from recipes.schemes import Linear
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+# What travels with a model byte for byte, beside a folder chat_templates/.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 TRANSPOSED = ("gpt2", "openai-gpt")  # Conv1D: weights are [in, out]

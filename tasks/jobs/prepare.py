@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from recipes.headers import TOKENIZER_FILES
 from recipes.problem import Problem
 from recipes.rows import SHOWN, Row, content_hash, side
-from tasks.jobs.backends import TOKENIZER_FILES
 from tasks.jobs.backends.load import setup
 from tasks.jobs.conversation import Conversation, RowError, behind_thinking
 from tasks.jobs.rendering import ONE_A_TURN, Renderer, Sample, TooLong

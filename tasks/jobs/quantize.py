@@ -1,10 +1,14 @@
-"""bf16 model -> quantized model that loads in plain transformers, by one scheme."""
+"""bf16 model -> quantized model, by one scheme; its backend is a module of tasks/jobs/backends."""
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import importlib
 import json
 import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +16,20 @@ import pyarrow.parquet as pq
 import torch
 from safetensors import safe_open
 
-from recipes.headers import read_headers
+from recipes.claims import limit_problems
+from recipes.headers import TOKENIZER_FILES, Headers, read_headers
 from recipes.problem import Problem, RecipeError
 from recipes.schemes import Scheme
-from tasks.jobs.backends import TOKENIZER_FILES, Quantized, gptqmodel, rtn
+from tasks.jobs import block_errors
+from tasks.jobs.backends import Quantized
+from tasks.jobs.backends.awq_scales import scales_found_on
 from tasks.jobs.backends.load import setup
 from tasks.jobs.serve_file import write_serve_file
 from tasks.runtime.errors import StageError
 from tasks.runtime.job import Job
 
 WEIGHTS = ("config.json", "quantize_config.json", "*.safetensors", "*.safetensors.index.json")
+MEASURED = ("gptqmodel", "llm-compressor")  # what their environment loads itself, it compares with the bf16 model
 COMPANIONS = (*TOKENIZER_FILES, "generation_config.json")
 
 
@@ -29,49 +37,71 @@ def run(job: Job) -> dict[str, Any]:
     """Quantize a model folder; embeddings and lm_head stay as they are. The same inputs give the same bytes.
 
     Reads:
-        model: bf16 model folder. calibset: calibset.parquet (GPTQ and AWQ).
+        model: bf16 model folder. calibset: calibset.parquet (schemes that need calibration). scales_from: bf16 model
+        folder on which AWQ's scales and clipping are searched (where it is not `model`).
     Writes:
         model*.safetensors, config.json, quantize_config.json; tokenizer files and generation_config.json byte for
-        byte from `model`; quantize.json: backend, packer, and loss, tokens and damping a layer; serve.json, serve.md.
+        byte from `model`; quantize.json: backend, packer, kernel at load, loss, tokens and damping a layer, and what
+        each attention and FFN lost; serve.json, serve.md: how it is served.
     Metrics:
-        loss by layer, in the order of the layers.
+        loss by layer, in the order of the layers; error of attention and FFN by decoder layer.
 
     Raises:
         StageError: The scheme does not fit a layer; inf or NaN in what was written.
     """
     setup(job)
     params, events, model = job.params, job.events, job.inputs["model"].path
-    _refuse_shapes(model, params, slug=job.slug)
-    started = time.perf_counter()
-    rows = [] if params["method"] == "rtn" else _rows(job.inputs["calibset"].path)
-    if params["method"] == "rtn":
-        done = rtn.quantize(model, job.out, params=params, events=events)
-    else:
-        done = gptqmodel.quantize(model, job.out, rows=rows, params=params, device=job.execution.device, events=events)
-    seconds = time.perf_counter() - started
+    scheme = Scheme.of(params, slug=job.slug)
+    headers = _checked(model, scheme)
+    clock = time.perf_counter()
+    rows = _rows(job.inputs["calibset"].path) if scheme.needs_calibration else []
+    options: dict[str, Any] = {"rows": rows, "params": params, "device": job.execution.device, "events": events}
+    backend = importlib.import_module(f"tasks.jobs.backends.{scheme.backend.replace('-', '_')}")
+    with contextlib.ExitStack() as stack:
+        if "scales_from" in job.inputs:
+            stack.enter_context(scales_found_on(job.inputs["scales_from"].path, out=job.out, **options))
+        done: Quantized = backend.quantize(model, job.out, **options)
+    quantized = time.perf_counter()
     _keep_companions(model, job.out)
     _refuse_nan(job.out)
-    write_serve_file(job.out, name=job.slug, model=model, scheme=Scheme.of(params, slug=job.slug))
-    summary = {"params": params, "sequences": len(rows), "tokens": sum(map(len, rows)), **done.as_dict()}
+    write_serve_file(job.out, name=job.slug, model=model, scheme=scheme)
+    seen = None
+    if rows and scheme.backend in MEASURED:
+        gc.collect()  # of the backend's model
+        seen = block_errors.measure(headers, job.out, rows=rows, device=job.execution.device)
+    blocks = block_errors.records(
+        headers,
+        errors=seen.errors if seen else {},
+        weight_errors={one.name: one.weight_error for one in done.layers if one.weight_error is not None},
+    )
+    summary = {
+        "params": params,
+        "sequences": len(rows),
+        "tokens": sum(map(len, rows)),
+        "kernel": seen and seen.kernel,
+        "error_tokens": seen.tokens if seen else 0,
+        "blocks": [asdict(one) for one in blocks],
+        **done.as_dict(),
+    }
     (job.out / "quantize.json").write_text(json.dumps(summary, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     losses = [layer.loss for layer in done.layers if layer.loss is not None]
     for step, loss in enumerate(losses):
         events.metric("quantize/loss", loss, step=step)
-    return {
-        **_result(done, job.out),
-        "sequences": len(rows),
-        "tokens": sum(map(len, rows)),
-        "loss_sum": sum(losses),
-        "quantize_s": round(seconds, 2),
-    }
-
-
-def _result(done: Quantized, out: Path) -> dict[str, Any]:
+    for block in blocks:
+        error = block.output_error if block.output_error is not None else block.weight_error
+        if error is not None:
+            events.metric(f"quantize/error/{block.part}", error, step=block.layer)
     return {
         "backend": done.backend,
         "packer": done.packer,
+        "kernel": seen and seen.kernel,
         "layers": len(done.layers),
-        "weight_bytes": sum(path.stat().st_size for path in out.glob("*.safetensors")),
+        "weight_bytes": sum(path.stat().st_size for path in job.out.glob("*.safetensors")),
+        "sequences": len(rows),
+        "tokens": sum(map(len, rows)),
+        "loss_sum": sum(losses),
+        "quantize_s": round(quantized - clock, 2),
+        "record_s": round(time.perf_counter() - quantized, 2),
     }
 
 
@@ -80,14 +110,16 @@ def _rows(calibset: Path) -> list[list[int]]:
     return pq.read_table(calibset / "calibset.parquet", columns=["input_ids"])["input_ids"].to_pylist()
 
 
-def _refuse_shapes(model: Path, params: dict[str, Any], *, slug: str) -> None:
-    """Raise StageError where the group does not divide a layer's inputs or its outputs cannot be packed."""
+def _checked(model: Path, scheme: Scheme) -> Headers:
+    """The model's headers; StageError where a layer's shape does not allow the scheme, or the backend the model."""
     try:
-        problems = Scheme.of(params, slug=slug).check(read_headers(model).linears)
+        headers = read_headers(model)
+        problems = [*scheme.check(headers.linears), *limit_problems(scheme, headers)]
     except RecipeError as error:
-        problems = list(error.problems)
+        raise StageError(error.problems[0]) from None
     if problems:
         raise StageError(problems[0])
+    return headers
 
 
 def _keep_companions(model: Path, out: Path) -> None:

@@ -3,20 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+if TYPE_CHECKING:  # a body that needs no tensor does not pay for torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +18,14 @@ class LayerRecord:
         loss: What rounding costs the layer's output, as the backend defines it; None where it says nothing.
         tokens: Calibration tokens that entered its statistics.
         damp: Damping that was used (GPTQ), or None.
+        weight_error: ||W - Wq|| / ||W||, of backends that look at no data; a scaling before rounding (AWQ) has none.
     """
 
     name: str
     loss: float | None = None
     tokens: int | None = None
     damp: float | None = None
+    weight_error: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,3 +39,9 @@ class Quantized:
     def as_dict(self) -> dict[str, Any]:
         """As quantize.json has it."""
         return asdict(self)
+
+
+def relative_error(weight: Tensor, quantized: Tensor) -> float:
+    """||W - Wq|| / ||W||, Frobenius norms in fp32; 0 where W is."""
+    original = weight.float()
+    return ((original - quantized.float()).norm() / original.norm().clamp(min=1e-30)).item()

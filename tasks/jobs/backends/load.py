@@ -5,6 +5,8 @@ Local folders and safetensors only; no code from a checkpoint is ever run.
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import random
 import warnings
@@ -15,9 +17,10 @@ import numpy as np
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPTQConfig, PreTrainedModel
 
 from recipes.problem import Problem
+from recipes.schemes import PER_CHANNEL
 from tasks.jobs.backends.environment import tame_gptqmodel
 from tasks.runtime.errors import StageError
 from tasks.runtime.job import Job
@@ -40,6 +43,9 @@ def setup(job: Job) -> None:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # a kernel named by load_arm
+        # A line a layer and forward pass: int8 layers get fp16 inputs; quantize says it once.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 def load_bf16(folder: Path, *, device: str) -> PreTrainedModel:
@@ -79,10 +85,16 @@ def load_nf4(folder: Path, *, device: str, attention: str | None = None, sharded
         extra["attn_implementation"] = attention
     if sharded:
         extra["device_map"] = None  # FSDP places the parts
-    model = _load(folder, device=device, **extra)
-    for layer in linear4bit(model).values():
-        layer.support_avx512bf16_for_cpu = False
-    return model
+    return _load(folder, device=device, **extra)
+
+
+def load_int8(folder: Path, *, device: str) -> PreTrainedModel:
+    """A bf16 model quantized to LLM.int8() while it is loaded; embeddings and lm_head stay bf16.
+
+    Raises:
+        StageError: No safetensors in the folder.
+    """
+    return _load(folder, device=device, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
 
 
 def linear4bit(model: nn.Module) -> dict[str, Linear4bit]:
@@ -125,9 +137,10 @@ def load_arm(kind: Kind, folder: Path, *, device: str, adapter: Path | None = No
     Raises:
         StageError: No safetensors in a folder, or kind and checkpoint contradict each other.
     """
-    if kind == "quantized":
-        tame_gptqmodel()
-    model = load_nf4(folder, device=device) if kind == "nf4" else _load(folder, device=device)
+    if kind == "nf4":
+        model = load_nf4(folder, device=device)
+    else:
+        model = _load(folder, device=device, **(_stored(folder, device=device) if kind == "quantized" else {}))
     if (kind != "bf16") != bool(getattr(model, "is_quantized", False)):
         raise StageError(
             Problem(
@@ -138,6 +151,22 @@ def load_arm(kind: Kind, folder: Path, *, device: str, adapter: Path | None = No
             )
         )
     return attach(model, adapter) if adapter else model
+
+
+def _stored(folder: Path, *, device: str) -> dict[str, Any]:
+    """More arguments for from_pretrained of a quantized checkpoint, by its format.
+
+    On CPUs transformers picks, for 4 bits per channel, a kernel of GPTQModel that reads no zero points and ends in an
+    error where a layer has inputs other than 32, 64, 128 or 256 (TorchFusedLinear); plain torch reads them all.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    stored = config.get("quantization_config", {})
+    if stored.get("quant_method") in ("gptq", "awq"):
+        tame_gptqmodel()
+    per_channel = stored.get("quant_method") == "gptq" and stored["group_size"] == PER_CHANNEL
+    if per_channel and stored["bits"] == 4 and device == "cpu":
+        return {"quantization_config": GPTQConfig(bits=stored["bits"], backend="gptq_torch")}
+    return {}
 
 
 def kernel_of(model: nn.Module) -> str:
@@ -152,6 +181,7 @@ def _is_quantized_layer(module: nn.Module) -> bool:
         (base.__name__, base.__module__.partition(".")[0])
         in {
             ("Linear4bit", "bitsandbytes"),
+            ("Linear8bitLt", "bitsandbytes"),
             ("BaseQuantLinear", "gptqmodel"),
             ("CompressedLinear", "compressed_tensors"),
         }
@@ -180,4 +210,7 @@ def _load(folder: Path, *, device: str, **extra: Any) -> PreTrainedModel:
         trust_remote_code=False,
         **settings,
     )
+    if getattr(model, "is_loaded_in_4bit", False):
+        for layer in linear4bit(model).values():
+            layer.support_avx512bf16_for_cpu = False
     return model.eval()

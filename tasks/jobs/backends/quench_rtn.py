@@ -1,4 +1,4 @@
-"""Round-to-nearest in plain torch, symmetric, one scale a group: what the other schemes are compared with.
+"""Round-to-nearest in plain torch, symmetric, one scale a group or an output: what other schemes are compared with.
 
 Written in GPTQ's v1 packing, so that whatever loads GPTQ loads it. Reads and writes one shard at a time.
 """
@@ -6,6 +6,7 @@ Written in GPTQ's v1 packing, so that whatever loads GPTQ loads it. Reads and wr
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from recipes.headers import read_headers
-from recipes.schemes import Linear
-from tasks.jobs.backends import LayerRecord, Quantized
+from recipes.schemes import PER_CHANNEL
+from tasks.jobs.backends import LayerRecord, Quantized, relative_error
 from tasks.runtime.events import Events
 
 VERSION = 1
@@ -51,9 +52,9 @@ def round_to_nearest(weight: Tensor, *, bits: int, group_size: int) -> Rounded:
     Args:
         weight: [out, in]; group_size divides in.
         bits: 2 to 8.
-        group_size: Inputs a scale.
+        group_size: Inputs a scale; -1: all of an output.
     """
-    groups = weight.float().view(len(weight), -1, group_size)
+    groups = weight.float().view(len(weight), -1, _inputs(weight, group_size))
     top = 2**bits - 1
     zero = 2 ** (bits - 1)
     scales = (2 * groups.abs().amax(-1) / top).half()
@@ -76,39 +77,54 @@ def pack(codes: Tensor, *, bits: int) -> Tensor:
     return torch.from_numpy(np.packbits(stream.reshape(len(codes), -1), axis=1, bitorder="little").view("<i4"))
 
 
-def packed(weight: Tensor, *, bits: int, group_size: int) -> dict[str, Tensor]:
-    """A weight [out, in] as the four tensors of a GPTQ v1 layer; v1 stores zero points less one."""
-    rounded = round_to_nearest(weight, bits=bits, group_size=group_size)
+def packed(rounded: Rounded, *, bits: int) -> dict[str, Tensor]:
+    """A weight [out, in] on its grid as the four tensors of a GPTQ v1 layer; v1 stores zero points less one."""
+    inputs = rounded.codes.shape[1]
     rows, groups = rounded.scales.shape
     zeros = torch.full((groups, rows), rounded.zero - 1, dtype=torch.uint8)
     return {
         "qweight": pack(rounded.codes, bits=bits).t().contiguous(),  # [in * bits / 32, out]
         "qzeros": pack(zeros, bits=bits),  # [groups, out * bits / 32]
         "scales": rounded.scales.t().contiguous(),  # [groups, out]
-        "g_idx": torch.arange(weight.shape[1], dtype=torch.int32) // group_size,
+        "g_idx": torch.arange(inputs, dtype=torch.int32) // (inputs // groups),
     }
 
 
-def quantize(model: Path, out: Path, *, params: dict[str, Any], events: Events) -> Quantized:
+def _inputs(weight: Tensor, group_size: int) -> int:
+    """Inputs that share a scale."""
+    return weight.shape[1] if group_size == PER_CHANNEL else group_size
+
+
+def quantize(
+    model: Path, out: Path, *, rows: Sequence[Sequence[int]], params: dict[str, Any], device: str, events: Events
+) -> Quantized:
     """Quantize every linear layer inside the decoder layers; everything else is copied.
 
     Args:
         model: bf16 model folder.
         out: Gets model*.safetensors, config.json and quantize_config.json.
+        rows: Not looked at.
         params: bits, group_size.
+        device: Not used: packing is on the CPU, and reading the weights takes longer.
         events: Gets progress.
     """
     layers = {f"{layer.name}.weight": layer for layer in read_headers(model).linears}
+    errors: dict[str, float] = {}
     weight_map: dict[str, str] = {}
-    total_bytes = done = 0
+    total_bytes = 0
     for shard in _shards(model):
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         with safe_open(shard, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
-                tensors |= _tensor(name, file.get_tensor(name), layers.get(name), params=params)
-                if name in layers:
-                    done += 1
-                    events.progress(done, len(layers), unit="layer")
+                weight = file.get_tensor(name)
+                if name not in layers:
+                    tensors[name] = weight
+                    continue
+                rounded = round_to_nearest(weight, bits=params["bits"], group_size=params["group_size"])
+                stem = layers[name].name
+                errors[stem] = relative_error(weight, rounded.dequantized())
+                tensors |= {f"{stem}.{part}": value for part, value in packed(rounded, bits=params["bits"]).items()}
+                events.progress(len(errors), len(layers), unit="layer")
         save_file(tensors, out / shard.name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, shard.name)
         total_bytes += sum(tensor.nbytes for tensor in tensors.values())
@@ -116,7 +132,7 @@ def quantize(model: Path, out: Path, *, params: dict[str, Any], events: Events) 
         index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(out / "model.safetensors.index.json", index)
     _write_configs(model, out, params=params)
-    records = [LayerRecord(name=layer.name) for layer in layers.values()]
+    records = [LayerRecord(name=layer.name, weight_error=errors[layer.name]) for layer in layers.values()]
     return Quantized(backend=f"quench-rtn:{VERSION}", packer="numpy", layers=records)
 
 
@@ -126,13 +142,6 @@ def _shards(model: Path) -> list[Path]:
     if not index.exists():
         return sorted(model.glob("*.safetensors"))
     return [model / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
-
-
-def _tensor(name: str, tensor: Tensor, layer: Linear | None, *, params: dict[str, Any]) -> dict[str, Tensor]:
-    if layer is None:
-        return {name: tensor}
-    parts = packed(tensor, bits=params["bits"], group_size=params["group_size"])
-    return {f"{layer.name}.{part}": value for part, value in parts.items()}
 
 
 def _write_configs(model: Path, out: Path, *, params: dict[str, Any]) -> None:
