@@ -105,6 +105,8 @@ def _figures(made: Provenance, report: Mapping[str, Any]) -> Iterator[str]:
         yield f"| {metric.label} | {_cell(name, cell)} | {count} | {beside} | {_escaped(metric.meaning)} |"
     if why := report["not_ranked"].get(made.arm.slug):
         yield f"\nNot ranked among the arms of its run: {why}."
+    if made.arm.is_control:
+        yield "\nA control: made to be compared with, not to be shipped."
     if refused := report["arms"][made.arm.slug]["refused"]:
         yield f"\nNot served by the engine that the recipe names: {refused}"
 
@@ -164,10 +166,13 @@ def _training(params: Mapping[str, Any]) -> str:
 
 
 def _calibration(manifest: Mapping[str, Any], model: Mapping[str, Any]) -> str:
-    rows = manifest["identity"]["params"].get("rows")
+    params = manifest["identity"]["params"]
+    rows = (
+        f"{params['rows']} rows of the training domain" if "rows" in params else f"the control set `{params['kind']}`"
+    )
     result = model.get("result", {})
     packed = f" in {result['sequences']} sequences, {result['tokens']:,} tokens" if "sequences" in result else ""
-    return f"{rows} rows of the training domain{packed}; set {manifest['digest'][:SHORT]}"
+    return f"{rows}{packed}; set {manifest['digest'][:SHORT]}"
 
 
 def _serving(served: Mapping[str, Any]) -> Iterator[str]:

@@ -168,3 +168,24 @@ def test_an_adapter_goes_with_its_base_and_to_a_hub(small: World, tmp_path: Path
     merged = tmp_path / "merged"
     small.quench("export", "merged-dequantized", str(merged))
     assert "in bf16, merged into the dequantized" in (merged / "README.md").read_text()
+
+
+@pytest.mark.slow  # makes two arms
+def test_an_adapter_on_a_quantized_base_and_an_engine_that_refuses(world: World, tmp_path: Path):
+    sets = ("evaluate.on_base=[rtn-w4-g128]", "quantize.schemes=[rtn-w3-g128]", "serve.engine=vllm")
+    sets += ("measure.enabled=false", "serve.max_model_len=256")
+    words = [word for one in sets for word in ("--set", one)]
+    assert "warning: vLLM does not read the 3-bit weights" in world.quench("run", str(world.recipe), *words).stderr
+    arms = world.report()["arms"]
+    assert [slug for slug, arm in arms.items() if arm["refused"]] == ["rtn-w3-g128"]
+    out = tmp_path / "out"
+    world.quench("export", "rtn-w4-g128.on-base", str(out))
+    command = next(line for line in (out / "serve.md").read_text().splitlines() if line.startswith("vllm serve"))
+    assert command.startswith('vllm serve "$PWD/base" --enable-lora') and "--max-lora-rank 8" in command
+    assert "--max-model-len 256" in command and '"rtn-w4-g128.on-base=$PWD/adapter"' in command
+    asked = load(out / "recipe.yaml").recipe
+    assert asked.serve.engine == "vllm" and asked.quantize.schemes == ["rtn-w3-g128"]
+    w3 = tmp_path / "w3"
+    world.quench("export", "rtn-w3-g128", str(w3))
+    text = (w3 / "README.md").read_text() + (w3 / "serve.md").read_text()
+    assert "vllm serve" not in text and text.count("Write ct-gptq-w3-g128") >= 1 and "Not served by the engine" in text
