@@ -56,7 +56,7 @@ def card(made: Provenance, report: Mapping[str, Any], served: Mapping[str, Any])
 def _front(made: Provenance, report: Mapping[str, Any]) -> dict[str, Any]:
     """Metadata that a hub reads; https://huggingface.co/docs/hub/model-cards."""
     arm = made.arm
-    hub_id, commit = str(report["sources"]["base"]["source"]).partition("@")[::2]
+    hub_id, _, commit = str(report["sources"]["base"]["source"]).partition("@")
     named = {"base_model": hub_id} if commit else {}  # a path of this machine is no id
     relation = "adapter" if arm.adapter else "quantized" if arm.quantization else "finetune"
     tags = ["quench", "qlora", *([f"{arm.parts.bits}-bit", arm.parts.method] if arm.quantization else [])]
@@ -102,11 +102,18 @@ def _figures(made: Provenance, report: Mapping[str, Any]) -> Iterator[str]:
         cell, metric = own[name], METRICS[name]
         beside = _cell(name, other[name]) if name in other else "-"
         count = f"{cell['n']:,}" if cell["n"] else "-"
-        yield f"| {metric.label} | {_cell(name, cell)} | {count} | {beside} | {metric.meaning} |"
+        yield f"| {metric.label} | {_cell(name, cell)} | {count} | {beside} | {_escaped(metric.meaning)} |"
     if why := report["not_ranked"].get(made.arm.slug):
         yield f"\nNot ranked among the arms of its run: {why}."
+    if made.arm.is_control:
+        yield "\nA control: made to be compared with, not to be shipped."
     if refused := report["arms"][made.arm.slug]["refused"]:
         yield f"\nNot served by the engine that the recipe names: {refused}"
+
+
+def _escaped(text: str) -> str:
+    """A bar would end the cell of a table."""
+    return text.replace("|", "\\|")
 
 
 def _cell(name: str, cell: Mapping[str, Any]) -> str:
@@ -120,21 +127,18 @@ def _made(made: Provenance, report: Mapping[str, Any]) -> Iterator[str]:
     yield "| | |"
     yield "| --- | --- |"
     for name, text in _rows(made, report):
-        yield f"| {name} | {text.replace('|', chr(92) + '|')} |"
+        yield f"| {name} | {_escaped(text)} |"
     yield ""
-    yield "recipe.yaml is the recipe of the run; `quench run` makes the same again from the same base and data."
+    yield "recipe.yaml is the recipe of the run, overrides included: with base and data in place `quench run` makes"
+    yield "the same again."
 
 
 def _rows(made: Provenance, report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     arm, model, adapter = made.arm, made.model, made.adapter
     for name, one in report["sources"].items():
-        yield name, f"{one['source']}, sha256 {one['digest'][:SHORT]}"
+        yield name, f"{_source(one['source'])}, sha256 {one['digest'][:SHORT]}"
     if adapter:
-        told = {
-            key: value for key, value in adapter["identity"]["params"].items() if key in ("rank", "alpha", "epochs")
-        }
-        said = ", ".join(f"{name} {value}" for name, value in told.items())
-        yield "training", f"NF4 QLoRA{f', {said}' if said else ''}; adapter {adapter['digest'][:SHORT]}"
+        yield "training", f"{_training(adapter['identity']['params'])}; adapter {adapter['digest'][:SHORT]}"
     if arm.merge_base and not arm.on_base:
         yield "merge", f"into the {arm.merge_base} base weights"
     if made.calibration and made.calibration.manifest:
@@ -148,11 +152,27 @@ def _rows(made: Provenance, report: Mapping[str, Any]) -> Iterator[tuple[str, st
     yield "machine", hardware_line(report["hardware"])
 
 
+def _source(named: str) -> str:
+    """A hub id with its commit; of a path on the machine of the run only the last part."""
+    return named if "@" in named else named.rstrip("/").rpartition("/")[2]
+
+
+def _training(params: Mapping[str, Any]) -> str:
+    length = "max_steps" if params.get("max_steps") else "epochs"
+    told = [
+        f"{name} {params[name]}" for name in ("rank", "alpha", "learning_rate", "batch_size", length) if name in params
+    ]
+    return ", ".join(["NF4 QLoRA", *told])
+
+
 def _calibration(manifest: Mapping[str, Any], model: Mapping[str, Any]) -> str:
-    rows = manifest["identity"]["params"].get("rows")
+    params = manifest["identity"]["params"]
+    rows = (
+        f"{params['rows']} rows of the training domain" if "rows" in params else f"the control set `{params['kind']}`"
+    )
     result = model.get("result", {})
     packed = f" in {result['sequences']} sequences, {result['tokens']:,} tokens" if "sequences" in result else ""
-    return f"{rows} rows of the training domain{packed}; set {manifest['digest'][:SHORT]}"
+    return f"{rows}{packed}; set {manifest['digest'][:SHORT]}"
 
 
 def _serving(served: Mapping[str, Any]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -10,11 +11,14 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
+
 from flows.card import Provenance, card
 from flows.evidence import Arm, Run, Step, read_run
 from flows.report import render
 from recipes.headers import Headers, read_headers
 from recipes.problem import Problem, RecipeError
+from recipes.schema import Recipe
 from recipes.schemes import Scheme
 from recipes.serve_file import Adapter, describe, write
 from tasks import reload
@@ -96,7 +100,7 @@ def export(run_folder: Path, slug: str, dest: Path, *, home: Path, say: Callable
             _copy(part, draft / part.under, run, say)
         served = _served(run, arm, parts)
         write(draft, served)
-        shutil.copyfile(run_folder / "recipe.yaml", draft / "recipe.yaml")
+        (draft / "recipe.yaml").write_text(_recipe(run), encoding="utf-8")
         (draft / "README.md").write_text(card(_provenance(run, arm), report, served), encoding="utf-8")
         say("loading the copy in plain transformers, and comparing its logits with the original's")
         reloaded = _reload(arm, parts, draft, work=work, home=home)
@@ -105,6 +109,8 @@ def export(run_folder: Path, slug: str, dest: Path, *, home: Path, say: Callable
         draft.rename(dest)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+        with contextlib.suppress(OSError):  # the log of a copy that did not load stays
+            work.rmdir()
     shutil.rmtree(work, ignore_errors=True)
     files = [path for path in dest.rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files)
@@ -297,6 +303,13 @@ def _external(name: str, path: Path) -> External:
 
 
 # ---- where it came from
+
+
+def _recipe(run: Run) -> str:
+    """The recipe as it was run: what was set in the file or by --set, without defaults."""
+    asked = Recipe.model_validate(run.recipe).model_dump(mode="json", exclude_defaults=True)
+    head = f"# Run {run.raw['id']}, overrides included; relative paths counted from the folder of its recipe.\n"
+    return head + yaml.safe_dump(asked, sort_keys=False, allow_unicode=True)
 
 
 def _provenance(run: Run, arm: Arm) -> Provenance:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from recipes.arms import Calibration
 from recipes.schema import Recipe
 from tasks.runtime.step import External, Step
@@ -20,6 +23,19 @@ def step(recipe: Recipe, *, dataset: Step, largest_in_features: int) -> Step:
         params={**own, "min_tokens": TOKENS_PER_INPUT * largest_in_features},
         inputs={"dataset": dataset},
         tools=("datasketch",),
+    )
+
+
+def alone(slug: str, *, rows: External, tokenizer: External, params: Mapping[str, Any]) -> Step:
+    """A calibration set of rows of the user's, without a recipe; params: rows, seq_len, seed, min_tokens."""
+    return Step(
+        stage="calibrate",
+        slug=slug,
+        entry="tasks.jobs.calibrate_rows:run",
+        version=1,
+        params={"stratify": "proportional", "max_near_duplicates": 0.0, **params},
+        inputs={"rows": rows, "tokenizer": tokenizer},
+        tools=("transformers", "tokenizers", "datasketch"),
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from recipes.schema import Recipe
 from recipes.schemes import Backend, Scheme
 from tasks.runtime.step import External, Step
@@ -45,13 +47,20 @@ def step(
         inputs["scales_from"] = scales_from
     if scheme.needs_calibration:
         inputs["calibset"] = calibset
-    own = {"damp": recipe.quantize.damp} if scheme.method == "gptq" else {}
+    return alone(arm, scheme, inputs=inputs, damp=recipe.quantize.damp, seed=recipe.quantize.seed)
+
+
+def alone(
+    slug: str, scheme: Scheme, *, inputs: Mapping[str, Step | External], damp: float = 0.05, seed: int = 0
+) -> Step:
+    """The same without a recipe, and with its defaults. Inputs: model; calibset where the scheme needs one."""
+    own = {"damp": damp} if scheme.method == "gptq" else {}
     return Step(
         stage="quantize",
-        slug=arm,
+        slug=slug,
         entry="tasks.jobs.quantize:run",
         version=3,
-        params={**scheme.params(), **own, "seed": recipe.quantize.seed},
+        params={**scheme.params(), **own, "seed": seed},
         inputs=inputs,
         tools=TOOLS[scheme.backend],
         gpus=1,

@@ -82,11 +82,26 @@ def run(job: Job) -> dict[str, Any]:
         StageError: Too few rows or tokens in train, or in a domain whose share is given; a row of train is in dev or
             test, too; too many near-twins of these.
     """
-    params, path = job.params, job.inputs["dataset"].path / "rows.parquet"
+    path = job.inputs["dataset"].path / "rows.parquet"
     columns = ["row", "split", "domain", "messages", "input_ids"]
     rows = pq.read_table(path, columns=columns).to_pylist()
     train, held = ([row for row in rows if (row["split"] == "train") == wanted] for wanted in (True, False))
     refuse_leaks(train, held, path=path)
+    return calibset(train, held, job=job)
+
+
+def calibset(train: list[dict[str, Any]], held: list[dict[str, Any]], *, job: Job) -> dict[str, Any]:
+    """Draw from `train`, pack and write what run() says.
+
+    Args:
+        train: row (name), domain, messages (JSON), input_ids.
+        held: The same of dev and test, with their split.
+        job: Params of the calibrate step.
+
+    Raises:
+        StageError: As run, but for leaks.
+    """
+    params = job.params
     pool = _pool(train, job)
     if pool.rows < params["rows"]:
         raise _too_few_rows(params, pool)
@@ -94,12 +109,14 @@ def run(job: Job) -> dict[str, Any]:
     tokens = sum(len(one.input_ids) for one in drawn)
     if tokens < params.get("min_tokens", 0):
         raise _too_few_tokens(params, tokens=tokens, pool=pool)
-    twins = near_twins(
-        {one.row: one.turns for one in drawn},
-        {row["row"]: Held(row["split"], json.loads(row["messages"])) for row in held},
-        most=params["max_near_duplicates"],
-        job=job,
-    )
+    twins = 0
+    if held:
+        twins = near_twins(
+            {one.row: one.turns for one in drawn},
+            {row["row"]: Held(row["split"], json.loads(row["messages"])) for row in held},
+            most=params["max_near_duplicates"],
+            job=job,
+        )
     packed = pack(drawn, seq_len=params["seq_len"])
     joined = [Packed([one.row for one in some], [id for one in some for id in one.input_ids]) for some in packed]
     write_calibset(job.out, joined)

@@ -54,7 +54,7 @@ def check(name: str) -> None:
             f"set HF_TOKEN to a token with write access (from {ENDPOINT}/settings/tokens)",
         )
     with _explained(name):
-        account: dict[str, Any] = HfApi().whoami()
+        account: dict[str, Any] = HfApi().whoami()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
     owner = name.split("/")[0]
     role = account.get("auth", {}).get("accessToken", {}).get("role")
     mine = [account["name"], *(one["name"] for one in account.get("orgs", []))]
@@ -130,7 +130,7 @@ def _explained(name: str) -> Generator[None]:
     """Turn whatever huggingface_hub raises into a RecipeError."""
     try:
         yield
-    except (OSError, TransportError, HFValidationError, RuntimeError) as error:
+    except (OSError, TransportError, ValueError, RuntimeError) as error:  # ValueError: a card that it cannot read, too
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
         raise _problem(name, cause) from error
 
@@ -146,6 +146,8 @@ def _problem(name: str, error: BaseException) -> RecipeError:
             remedy = f"set HF_TOKEN to a token that may write to {name} (from {ENDPOINT}/settings/tokens)"
             return _refused(name, "The token may not write there.", why, remedy)
         return _refused(name, "The hub did not take it.", why, "type the same command again later")
+    if isinstance(error, ValueError):
+        return _refused(name, "The hub does not take the folder.", " ".join(str(error).split()), "mend that file")
     if isinstance(error, OfflineModeIsEnabled):
         return _refused(name, "HF_HUB_OFFLINE is set.", "nothing can be sent then", "unset it")
     why = f"{type(error).__name__}: {first}"
