@@ -154,5 +154,12 @@ def _label(figure: Figure, axes: Axes, drawn: list[Line]) -> None:
             color=INK,
             va="center",
             fontsize=9,
-            arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3, "relpos": (0, 0.5)},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": MUTED,
+                "linewidth": 0.6,
+                "shrinkA": 0,
+                "shrinkB": 3,
+                "relpos": (0, 0.5),
+            },
         )
