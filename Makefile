@@ -56,6 +56,7 @@ bench: install   ## the quickstart timed in an empty home: docs/results/quicksta
 	$(BIN)/python -m tests.bench.quickstart
 	$(BIN)/python -m tests.bench.merge
 	$(BIN)/python -m tests.bench.train
+	$(BIN)/python -m tests.bench.quantizers
 
 docs: install    ## write the generated pages again
 	$(BIN)/python -m flows.docs
