@@ -86,6 +86,8 @@ def measured(files: dict[str, Path], rows: Path, folder: Path) -> list[Line]:
     kernels = {}
     for reader, forms in READS.items():
         readable = {name: path for name, path in files.items() if form(path) in forms}
+        if reader == "transformers-default":
+            readable = {name: path for name, path in readable.items() if "," not in name}
         kernels[reader] = read_by(reader, readable, rows, folder / reader)
         print("read by", reader, flush=True)
     lines = []
@@ -122,7 +124,7 @@ def page(lines: list[Line], arithmetic: list[str]) -> str:
     whole = [line for line in lines if "," not in line.name]
     plain = [line for line in whole if line.reader != "transformers-default"]
     default = [line for line in whole if line.reader == "transformers-default"]
-    damaged = [line for line in lines if "," in line.name and line.reader != "transformers-default"]
+    damaged = [line for line in lines if "," in line.name]
     off = sum(line.off for line in plain)
     machine, main = hardware(), locked_versions()
     gptq, awq = locked_versions("autogptq"), locked_versions("autoawq")
