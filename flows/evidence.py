@@ -72,6 +72,7 @@ class Arm:
     Attributes:
         merge_base: `dequantized`, `original`, None where nothing is merged; `auto` where the run ended undecided.
         quantization: The scheme's params(): method, bits, group_size (-1: per channel) and so on.
+        calibration: `domain`, the run's own set; `generic`, `mixed` and `random` are controls.
     """
 
     slug: str
@@ -80,10 +81,17 @@ class Arm:
     scheme: str | None
     quantization: Mapping[str, Any] | None
     on_base: bool
+    calibration: str
+    scales_from_base: bool
     model: str | None
     adapter: str | None
     evaluate: str
     measure: str | None
+
+    @property
+    def is_control(self) -> bool:
+        """Made to be compared with, not to be shipped."""
+        return self.calibration != "domain" or self.scales_from_base
 
     @property
     def parts(self) -> SchemeParts:

@@ -24,7 +24,8 @@ PER_CHANNEL = -1  # group_size of one scale for all inputs of an output, as conf
 # whole 32-bit words, 3-bit ones three of them, PyTorch's int4 CPU kernel wants 16, AWQ's clipping search 64.
 PACKED_OUTPUTS = {2: 16, 3: 32, 4: 16, 8: 4}
 AWQ_OUTPUTS = 64
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # servers load them as one weight: qkv, gate_up
+# Servers load the parts as one weight; some architectures (Phi-3) hold it as one.
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 class Linear(NamedTuple):
@@ -58,12 +59,19 @@ class Rule(NamedTuple):
     """Another grid for some layers, or none.
 
     Attributes:
-        match: Regular expression, searched in the layer's full name; the first rule that matches counts.
+        match: Regular expression, searched in the layer's full name; the first rule that matches counts. One that names
+            a fused weight (qkv_proj) stands for its parts.
         grid: Their grid; None leaves them in bf16.
     """
 
     match: str
     grid: Grid | None
+
+    def covers(self, name: str) -> bool:
+        """True where the layer of this full name, which is not a fused one, falls under the rule."""
+        stem, _, part = name.rpartition(".")
+        names = [name, *(f"{stem}.{fused}" for fused, parts in FUSED.items() if part in parts and fused in self.match)]
+        return any(re.search(self.match, one) for one in names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +115,7 @@ class Scheme:
 
     def grid_of(self, name: str) -> Grid | None:
         """The grid of the layer of this full name; None where it stays in bf16."""
-        return next((rule.grid for rule in self.rules if re.search(rule.match, name)), self.grid)
+        return next((rule.grid for rule in self.rules if rule.covers(parts_of(name)[0])), self.grid)
 
     def params(self) -> dict[str, Any]:
         """What decides the bytes: the scheme's part of the step's identity."""
@@ -220,10 +228,11 @@ class Scheme:
     def _split(self, shapes: Iterable[Linear]) -> list[str]:
         grids: dict[tuple[str, tuple[str, ...]], set[Grid | None]] = {}
         for layer in shapes if self.rules else ():
-            stem, _, part = layer.name.rpartition(".")
-            for parts in FUSED:
-                if part in parts:
-                    grids.setdefault((Linear(f"{stem}.", 0, 0).family, parts), set()).add(self.grid_of(layer.name))
+            for name in parts_of(layer.name):
+                stem, _, part = name.rpartition(".")
+                for parts in FUSED.values():
+                    if part in parts:
+                        grids.setdefault((Linear(f"{stem}.", 0, 0).family, parts), set()).add(self.grid_of(name))
         return [f"{stem}{'/'.join(parts)}" for (stem, parts), found in grids.items() if len(found) > 1]
 
     def predicted_bytes(self, shapes: Iterable[Linear]) -> int:
@@ -246,6 +255,12 @@ class Scheme:
         total = layer.in_features * layer.out_features * grid.bits // 8
         total += groups * layer.out_features * (16 + points) // 8
         return total + (4 * layer.in_features if self.form == "gptq" else 0)
+
+
+def parts_of(name: str) -> tuple[str, ...]:
+    """The layers that a fused one (qkv_proj) stands for; any other layer itself. A rule has to say the same of all."""
+    stem, _, part = name.rpartition(".")
+    return tuple(f"{stem}.{one}" for one in FUSED[part]) if part in FUSED else (name,)
 
 
 def _cut_short(layer: Linear, grid: Grid) -> bool:

@@ -207,7 +207,7 @@ def _parts(scheme: Scheme, linears: Iterable[Linear], ranks: int) -> Iterator[_P
 
 def _fused(layer: Linear) -> tuple[str, tuple[str, ...]]:
     stem, _, part = layer.name.rpartition(".")
-    return stem, next((parts for parts in FUSED if part in parts), (part,))
+    return stem, next((parts for parts in FUSED.values() if part in parts), (part,))
 
 
 def _is_row_parallel(layer: Linear) -> bool:

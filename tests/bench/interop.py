@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from recipes.claims import ARCHIVED
 from recipes.slugs import by_backend, parse_scheme
 from tasks.quantize import ENVIRONMENTS
 from tasks.runtime.environments import environment_problem, locked_versions
@@ -182,7 +183,7 @@ By the arithmetic of their sources alone, not run: ExLlamaV2's `reconstruct_gptq
 
 def main() -> None:
     """Measure, write the page."""
-    problems = [problem for name in ENVIRONMENTS.values() if (problem := environment_problem(name))]
+    problems = [problem for name in map(ENVIRONMENTS.get, ARCHIVED) if (problem := environment_problem(name))]
     if problems:
         raise SystemExit("\n".join(map(str, problems)))
     made = artifacts(Path(os.environ.get("QUENCH_HOME", CHECKOUT / ".quench")))

@@ -35,7 +35,7 @@ def quantize(
     """Quantize and save in GPTQ's v1 layout.
 
     Args:
-        model: bf16 model folder; its model type stands in recipes.backends.
+        model: bf16 model folder; its model type stands in recipes.claims.
         out: Gets model*.safetensors, config.json and quantize_config.json.
         rows: Token ids of the calibration sequences, without padding; each is a batch of its own.
         params: bits, group_size, symmetric, desc_act, damp.
