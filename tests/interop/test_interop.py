@@ -24,7 +24,7 @@ from tests.conftest import World
 from tests.interop.agreement import compare, exllamav2, off_definition, off_layout, vllm_awq, vllm_gptq
 from tests.interop.exchange import READS, form, read_by, shifted, write_by, write_rows
 from tests.jobs.architectures import write_architecture
-from tests.jobs.test_quantize import make, mean_kl, write_calibset
+from tests.jobs.quantized import make, mean_kl, write_calibset
 from tests.tiny import write_base
 
 DAMAGES = ("zero point", "group")
