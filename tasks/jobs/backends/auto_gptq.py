@@ -58,7 +58,8 @@ def quantize(
         damp_percent=params["damp"],
     )
     config = read_config(model)
-    loaded = AutoModelForCausalLM.from_pretrained(
+    auto: Any = AutoModelForCausalLM  # transformers 4.44 here: another signature than the main environment's
+    loaded = auto.from_pretrained(
         str(model), config=config, torch_dtype=torch.float16, local_files_only=True, use_safetensors=True
     ).eval()
     refuse_overflow(loaded)
