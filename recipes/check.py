@@ -11,7 +11,6 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from recipes.arms import arms, specified
-from recipes.backends import model_problem
 from recipes.check_adapter import beside, fit_problems, folder_problems
 from recipes.check_rows import RowCheck, check_data, general_files, general_problems
 from recipes.check_serving import entries, length_problems
@@ -145,12 +144,8 @@ def _shapes(loaded: Loaded, headers: Headers) -> Iterator[Problem]:
     for field, entry in entries(loaded.recipe):
         scheme = _parsed(entry)
         if scheme is not None:
-            problems = [
-                *scheme.check(headers.linears),
-                *limit_problems(scheme, headers),
-                model_problem(scheme, headers),
-            ]
-            yield from (_at(problem, field) for problem in problems if problem)
+            found = [*scheme.check(headers.linears), *limit_problems(scheme, headers)]
+            yield from (_at(problem, field) for problem in found)
 
 
 def _parsed(entry: str | SchemeSpec) -> Scheme | None:

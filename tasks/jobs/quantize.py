@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 import torch
 from safetensors import safe_open
 
-from recipes.backends import model_problem
 from recipes.claims import limit_problems
 from recipes.headers import Headers, read_headers
 from recipes.problem import Problem, RecipeError
@@ -114,15 +113,14 @@ def _rows(calibset: Path) -> list[list[int]]:
 
 
 def _checked(model: Path, scheme: Scheme) -> Headers:
-    """The model's headers; StageError where its layers or its model type do not allow the scheme."""
+    """The model's headers; StageError where a layer's shape does not allow the scheme, or the backend the model."""
     try:
         headers = read_headers(model)
+        problems = [*scheme.check(headers.linears), *limit_problems(scheme, headers)]
     except RecipeError as error:
         raise StageError(error.problems[0]) from None
-    problems = [*scheme.check(headers.linears), *limit_problems(scheme, headers), model_problem(scheme, headers)]
-    for problem in problems:
-        if problem:
-            raise StageError(problem)
+    if problems:
+        raise StageError(problems[0])
     return headers
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tasks.runtime.job import Job
@@ -90,20 +90,32 @@ def _autoawq(folder: Path, scratch: Path) -> nn.Module:
 
 
 def _auto_gptq(folder: Path, scratch: Path) -> nn.Module:
-    """GPTQ files as they are; AWQ files repacked by its own code, which writes the result beside the model: a copy.
+    """GPTQ files, and AWQ files repacked by its own code, which writes the result beside the model: so a copy is read.
 
-    The repacking sends tensors to the GPU before its shifts, in plain torch: here they stay.
+    The repacking sends tensors to the GPU before its shifts, in plain torch: here they stay. Of a model with tied
+    embeddings it takes the output layer from the file, where its own files have it a second time; without one it ties
+    the embeddings to an output layer that nobody filled, in silence. So the copy gets one.
     """
     auto_gptq: Any = importlib.import_module("auto_gptq")
-    found = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    found = config["quantization_config"]
+    copy = Path(shutil.copytree(folder, scratch / "model", copy_function=os.symlink))
+    if config.get("tie_word_embeddings"):
+        _untie(copy / "model.safetensors")
     settings: dict[str, Any] = {"device": "cpu", "disable_exllama": True, "disable_exllamav2": True}
     if found["quant_method"] == "awq":
         torch.Tensor.cuda = lambda tensor: tensor
-        folder = Path(shutil.copytree(folder, scratch / "model", copy_function=os.symlink))
         settings["quantize_config"] = auto_gptq.BaseQuantizeConfig(
             bits=found["bits"], group_size=found["group_size"], desc_act=False, awq_gemm_checkpoint=True
         )
-    return auto_gptq.AutoGPTQForCausalLM.from_quantized(str(folder), **settings).model
+    return auto_gptq.AutoGPTQForCausalLM.from_quantized(str(copy), **settings).model
+
+
+def _untie(path: Path) -> None:
+    tensors = load_file(path)
+    path.unlink()  # the link
+    output = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors | {"lm_head.weight": output}, path, metadata={"format": "pt"})
 
 
 READERS = {

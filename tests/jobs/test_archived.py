@@ -16,7 +16,7 @@ from tasks.jobs.rope import older_spelling
 from tasks.runtime.errors import StageError
 from tasks.runtime.events import Events
 from tests.jobs.build import make_job, notes
-from tests.jobs.test_quantize import make
+from tests.jobs.quantized import make
 from tests.tiny import write_base
 
 LAYER = "model.layers.0.mlp.up_proj"

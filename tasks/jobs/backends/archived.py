@@ -1,4 +1,4 @@
-"""What the archived backends, AutoAWQ and AutoGPTQ, share: both quantize in fp16, in their own environments.
+"""What the archived backends, AutoAWQ and AutoGPTQ, share: both write fp16, in environments of their own.
 
 Their files are written here, shard by shard under the input's tensor names, so that transformers finds them as it finds
 the input: AutoGPTQ would name its file otherwise, untie tied embeddings and add a bias of zeros to every layer.
@@ -53,9 +53,9 @@ def read_config(model: Path) -> transformers.PretrainedConfig:
 
 
 def refuse_overflow(model: nn.Module) -> None:
-    """Raise StageError where a weight is beyond fp16's 65,504: it has become inf."""
+    """Raise StageError where a weight is beyond fp16's 65,504."""
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if not torch.isfinite(parameter.half()).all():
             raise StageError(
                 Problem(
                     what="a weight does not fit fp16, in which this backend quantizes",
@@ -113,7 +113,7 @@ def _written(name: str, original: Tensor, state: Mapping[str, Tensor], *, change
     if torch.equal(original.half(), state[name].cpu().half()):
         return {name: original}
     changed.append(name)
-    return {name: state[name].contiguous()}
+    return {name: state[name].half().contiguous()}
 
 
 def _refuse_lost(state: Mapping[str, Tensor], written: Mapping[str, str]) -> None:

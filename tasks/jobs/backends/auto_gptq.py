@@ -35,7 +35,7 @@ def quantize(
     """Quantize and save in GPTQ's v1 layout.
 
     Args:
-        model: bf16 model folder; its model type stands in recipes.backends.
+        model: bf16 model folder; its model type stands in recipes.claims.
         out: Gets model*.safetensors, config.json and quantize_config.json.
         rows: Token ids of the calibration sequences, without padding; each is a batch of its own.
         params: bits, group_size, symmetric, desc_act, damp.
@@ -58,7 +58,8 @@ def quantize(
         damp_percent=params["damp"],
     )
     config = read_config(model)
-    loaded = AutoModelForCausalLM.from_pretrained(
+    auto: Any = AutoModelForCausalLM  # transformers 4.44 here: another signature than the main environment's
+    loaded = auto.from_pretrained(
         str(model), config=config, torch_dtype=torch.float16, local_files_only=True, use_safetensors=True
     ).eval()
     refuse_overflow(loaded)

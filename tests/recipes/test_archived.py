@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.backends import ARCHIVED, model_problem
+from recipes.claims import ARCHIVED, limit_problems
 from recipes.headers import read_headers
 from recipes.slugs import FAMILIES, by_backend, parse_scheme
 from tests.recipes.folders import write_base, write_project
@@ -27,12 +27,12 @@ def test_a_model_that_a_backend_does_not_quantize(
     tmp_path: Path, backend: str, slug: str, model_type: str, says: str | None
 ):
     headers = read_headers(write_base(tmp_path / "base", config={"model_type": model_type}))
-    problem = model_problem(by_backend(parse_scheme(slug), backend), headers)
-    assert model_problem(parse_scheme(slug), headers) is None
+    found = limit_problems(by_backend(parse_scheme(slug), backend), headers)
     if says is None:
-        assert problem is None
+        assert not found
     else:
-        assert problem is not None and says in problem.why
+        (problem,) = found
+        assert says in problem.why
         assert f"{backend} does not quantize {model_type}" in problem.what
         assert f"Leave `backend: {backend}` out" in problem.next
 
