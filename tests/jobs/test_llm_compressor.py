@@ -114,7 +114,7 @@ def test_the_same_inputs_give_the_same_bytes_and_no_machine_path(
         digests.append({path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files})
     assert digests[0] == digests[1]
     kept = {path.name for path in base.iterdir()} - {"model.safetensors", "config.json"}
-    assert set(digests[0]) == kept | {"model.safetensors", "config.json", "quantize.json"}
+    assert set(digests[0]) == kept | {"model.safetensors", "config.json", "quantize.json", "serve.json", "serve.md"}
     for file in kept:
         assert (tmp_path / "a" / file).read_bytes() == (base / file).read_bytes()
     for file in ("config.json", "quantize.json"):
