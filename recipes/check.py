@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from recipes.arms import arms, specified
+from recipes.backends import model_problem
 from recipes.check_adapter import beside, fit_problems, folder_problems
 from recipes.check_rows import RowCheck, check_data, general_problems
 from recipes.check_serving import entries, length_problems
@@ -139,11 +140,12 @@ def _at(problem: Problem, where: str) -> Problem:
 
 
 def _shapes(loaded: Loaded, headers: Headers) -> Iterator[Problem]:
-    """Schemes that the base's layers do not allow."""
+    """Schemes that the base's layers, or its model type, do not allow."""
     for field, entry in entries(loaded.recipe):
         scheme = _parsed(entry)
         if scheme is not None:
-            yield from (_at(problem, field) for problem in scheme.check(headers.linears))
+            problems = [*scheme.check(headers.linears), model_problem(scheme, headers)]
+            yield from (_at(problem, field) for problem in problems if problem)
 
 
 def _parsed(entry: str | SchemeSpec) -> Scheme | None:

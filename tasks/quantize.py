@@ -11,6 +11,8 @@ TOOLS: dict[Backend, tuple[str, ...]] = {
     "gptqmodel": ("torch", "transformers", "gptqmodel"),
     "bitsandbytes": ("torch", "transformers", "bitsandbytes"),
     "llm-compressor": ("torch", "transformers", "llmcompressor", "compressed-tensors"),
+    "autoawq": ("torch", "transformers", "autoawq"),
+    "auto-gptq": ("torch", "transformers", "auto-gptq"),
 }
 ENVIRONMENTS: dict[Backend, str] = {  # the others run in the main one
     "llm-compressor": "llmcompressor",

@@ -15,12 +15,14 @@ import pyarrow.parquet as pq
 import torch
 from safetensors import safe_open
 
+from recipes.backends import model_problem
 from recipes.headers import TOKENIZER_FILES, Headers, read_headers
 from recipes.problem import Problem, RecipeError
 from recipes.schemes import Scheme
 from tasks.jobs import block_errors
 from tasks.jobs.backends import Quantized
 from tasks.jobs.backends.load import setup
+from tasks.jobs.rope import older_spelling
 from tasks.jobs.serve_file import write_serve_file
 from tasks.runtime.errors import StageError
 from tasks.runtime.job import Job
@@ -57,6 +59,7 @@ def run(job: Job) -> dict[str, Any]:
     )
     quantized = time.perf_counter()
     _keep_companions(model, job.out)
+    _spell_rope(job.out / "config.json")
     _refuse_nan(job.out)
     write_serve_file(job.out, name=job.slug, model=model, scheme=scheme)
     seen = None
@@ -105,14 +108,14 @@ def _rows(calibset: Path) -> list[list[int]]:
 
 
 def _checked(model: Path, scheme: Scheme) -> Headers:
-    """The model's headers; StageError where a group does not divide a layer's inputs or its outputs are unpackable."""
+    """The model's headers; StageError where its layers or its model type do not allow the scheme."""
     try:
         headers = read_headers(model)
-        problems = scheme.check(headers.linears)
     except RecipeError as error:
         raise StageError(error.problems[0]) from None
-    if problems:
-        raise StageError(problems[0])
+    for problem in (*scheme.check(headers.linears), model_problem(scheme, headers)):
+        if problem:
+            raise StageError(problem)
     return headers
 
 
@@ -132,6 +135,13 @@ def _keep_companions(model: Path, out: Path) -> None:
             shutil.copyfile(model / name, out / name)
     if (model / "chat_templates").is_dir():
         shutil.copytree(model / "chat_templates", out / "chat_templates")
+
+
+def _spell_rope(path: Path) -> None:
+    """Engines that read with transformers 4 find the rotary embedding, too."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if older := older_spelling(config):
+        path.write_text(json.dumps(config | older, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _refuse_nan(out: Path) -> None:

@@ -52,7 +52,7 @@ def quantize(
     scheme = Scheme.of(params, slug="")
     loaded = load_bf16(model, device="cpu")
     names = [layer.name for layer in read_headers(model).linears]
-    others = _others(loaded, names)
+    others = _others(loaded, scheme, names)
     watch = watching.Watch(events, layers=loaded.config.get_text_config().num_hidden_layers)
     samples = [{"input_ids": torch.tensor([list(row)])} for row in rows]
     with watching.watched(watch):
@@ -71,14 +71,14 @@ def quantize(
     )
 
 
-def _others(model: nn.Module, names: Sequence[str]) -> list[str]:
+def _others(model: nn.Module, scheme: Scheme, names: Sequence[str]) -> list[str]:
     """Linear modules that the scheme does not quantize: lm_head, routers.
 
     Raises:
         StageError: A layer of the checkpoint is no linear module here.
     """
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    if missing := [name for name in names if name not in linear]:
+    if missing := [name for name in names if name not in linear and scheme.grid_of(name)]:
         raise StageError(
             Problem(
                 what=f"{len(missing)} linear layers of the checkpoint are none in the loaded model.",
