@@ -92,13 +92,15 @@ def _sentence(one: Comparison) -> str:
 
 
 def answers(found: Findings) -> tuple[Answer, ...]:
-    """The four questions of the issue, in the order of the families."""
+    """The questions in the order of the families; the one for calibration only where a recipe asks for controls."""
     question = {family.name: family.question for family in FAMILIES}
+    controlled = any(arm.is_control for arm in found.arms.values())
     return (
         _fine_tuning(found, question["fine-tuning"]),
         _merge(found, question["merge"]),
         _scheme(found, question["schemes"]),
         _merge_first(found, question["merge-first"]),
+        *([_calibration(found, question["calibration"])] if controlled else []),
     )
 
 
@@ -193,7 +195,9 @@ def _beside(found: Findings) -> list[str]:
 
 def _schemes(found: Findings) -> list[str]:
     """Ranked schemes on the merged model, smallest KL first."""
-    merged = [slug for slug in found.ranked if found.arms[slug].scheme and not found.arms[slug].on_base]
+    merged = [
+        slug for slug in found.ranked if (arm := found.arms[slug]).scheme and not arm.on_base and not arm.is_control
+    ]
     return sorted(merged, key=lambda slug: (found.cells[slug]["kl_mean"].value or 0.0, slug))
 
 
@@ -269,3 +273,33 @@ def _merge_first(found: Findings, question: str) -> Answer:
     }
     short = "; it ".join(f"{told[word]}: KL {', '.join(which)}" for word, which in words.items())
     return Answer(question=question, short=f"Merged-then-quantized {short}.", text=tuple(text))
+
+
+def _calibration(found: Findings, question: str) -> Answer:
+    """Every scheme against its controls, KL for the short answer."""
+    made = [one for one in found.comparisons if one.family == "calibration"]
+    if not made:
+        return _cannot(question, "no scheme was scored beside its controls")
+    pairs: dict[tuple[str, str], list[Comparison]] = {}
+    for one in made:
+        pairs.setdefault((one.a, one.b), []).append(one)
+    text = [f"{a} against {b}: {'; '.join(map(_sentence, both))}." for (a, b), both in pairs.items()]
+    words: dict[str, list[str]] = {}
+    for one in (one for one in made if one.metric == "kl_mean"):
+        words.setdefault(one.verdict, []).append(f"{_control(found.arms[one.b])} for {one.a} (KL {_difference(one)})")
+    told = {
+        "better": "stays closer to the trained model than",
+        "worse": "is further from the trained model than",
+        "no difference shown": "shows no difference from",
+    }
+    short = "; it ".join(f"{told[word]} {', '.join(which)}" for word, which in words.items())
+    return Answer(question=question, short=f"Calibration on the domain {short}.", text=tuple(text))
+
+
+def _control(arm: Arm) -> str:
+    """What a scheme was calibrated on instead."""
+    if arm.scales_from_base:
+        return "scales found on the base"
+    if arm.is_control:
+        return {"generic": "general text", "mixed": "half general text", "random": "random tokens"}[arm.calibration]
+    return "no calibration"

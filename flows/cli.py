@@ -10,9 +10,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from recipes.problem import Problem, RecipeError
+
+if TYPE_CHECKING:  # `quench check` imports no runtime
+    from tasks.runtime.errors import StepFailed
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -140,12 +143,7 @@ def _merge(args: argparse.Namespace) -> int:
             say=lambda text: print(text, file=sys.stderr),
         )
     except StepFailed as error:
-        if args.json:
-            problem = error.problem.as_dict()
-            print(json.dumps({"ok": False, "problems": [problem], "log": error.log}, indent=2))
-        else:
-            print(f"error: {error}", file=sys.stderr)
-        return FAILED
+        return _failed(error, as_json=args.json)
     rows = [{"folder": str(one.folder), **one.manifest} for one in merged]
     lines = [
         f"{one['folder']}: {one['result']['parameters'] / 1e6:.1f} M parameters onto {one['result']['onto']}, "
@@ -154,6 +152,34 @@ def _merge(args: argparse.Namespace) -> int:
     ]
     _print({"ok": True, "merged": rows}, "\n".join(lines), as_json=args.json)
     return DONE
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    from flows.progress import Display
+    from flows.quantize_alone import Asked, quantize_into, retold
+    from tasks.runtime.errors import StepFailed
+
+    signal.signal(signal.SIGTERM, _terminated)
+    names = ("model", "out", "scheme", "backend", "calibration", "rows", "seq_len", "seed", "device")
+    try:
+        manifest = quantize_into(Asked(**{name: getattr(args, name) for name in names}), Display())
+    except StepFailed as error:
+        return _failed(retold(error), as_json=args.json)
+    result = manifest["result"]
+    text = (
+        f"{args.out}: {result['layers']} layers, {result['weight_bytes'] / 1e6:.1f} MB of weights by "
+        f"{result['backend']}, {manifest['seconds']:.0f} s, peak {manifest['peak_rss_gib']:.2f} GiB"
+    )
+    _print({"ok": True, "quantized": {"folder": str(args.out), **manifest}}, text, as_json=args.json)
+    return DONE
+
+
+def _failed(error: StepFailed, *, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps({"ok": False, "problems": [error.problem.as_dict()], "log": error.log}, indent=2))
+    else:
+        print(f"error: {error}", file=sys.stderr)
+    return FAILED
 
 
 def _terminated(number: int, frame: object) -> NoReturn:
@@ -267,6 +293,16 @@ def _parser() -> argparse.ArgumentParser:
     merged.add_argument(
         "--accept-other-base", action="store_true", help="merge although the base is not the one of the record"
     )
+    made = command("quantize", _quantize, "Quantize a bf16 model by one scheme; a folder or hub id.")
+    made.add_argument("model", metavar="MODEL", help="model folder or hub id")
+    made.add_argument("out", type=Path, metavar="OUT", help="folder to write; new or empty")
+    made.add_argument("--scheme", required=True, metavar="SLUG", help="`quench schemes` lists them")
+    made.add_argument("--backend", help="another backend than the scheme's own")
+    made.add_argument("--calibration", type=Path, metavar="ROWS", help="file or folder of rows of any accepted form")
+    made.add_argument("--rows", type=int, help="rows to draw, 128 to 512; default: 256, or all of fewer")
+    made.add_argument("--seq-len", type=int, default=512, help="tokens a packed sequence; default: 512")
+    made.add_argument("--seed", type=int, default=0, help="draws the rows; default: 0")
+    made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     shown = command("report", _report, "Print the report of a run.")
     shown.add_argument("run", nargs="?", help="run id or its beginning; default: the latest")
     command("schemes", _schemes, "List the quantization schemes.")

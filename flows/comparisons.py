@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from flows.evidence import Arm, RowScores
+from flows.evidence import Arm, RowScores, SchemeParts
 from flows.metrics import METRICS
 from flows.stats import Counts, Estimand, Interval, Studentized, difference_intervals, studentized
 
@@ -53,7 +53,7 @@ def _named(a: str, b: str) -> Pairs:
 
 
 def _merged_schemes(arms: Sequence[Arm]) -> list[Arm]:
-    return [arm for arm in arms if arm.scheme and not arm.on_base]
+    return [arm for arm in arms if arm.scheme and not arm.on_base and not arm.is_control]
 
 
 def _against_merge(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
@@ -81,6 +81,16 @@ def _against_on_base(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
     for arm in arms:
         if arm.on_base and arm.scheme in merged:
             yield arm.scheme, arm.slug
+
+
+def _against_controls(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
+    """Every scheme that has controls against each of them, and against rounding with the same bits and groups."""
+    for arm in _merged_schemes(arms):
+        controls = [one.slug for one in arms if one.is_control and one.scheme == arm.slug]
+        if controls:
+            same = SchemeParts("rtn", arm.parts.bits, arm.parts.group_size)
+            controls += [one.slug for one in _merged_schemes(arms) if one.parts == same]
+        yield from ((arm.slug, control) for control in controls)
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -112,6 +122,11 @@ FAMILIES: tuple[Family, ...] = (
         name="merge-first",
         question="Is merged-then-quantized better or worse than quantized base + adapter here?",
         members=((_against_on_base, ("kl_mean", "task")),),
+    ),
+    Family(
+        name="calibration",
+        question="Did the calibration data matter here?",
+        members=((_against_controls, ("kl_mean", "task")),),
     ),
 )
 

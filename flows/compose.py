@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from recipes.arms import Arm, arms
+from recipes.arms import Arm, Calibration, arms
 from recipes.files import data_files
 from recipes.headers import read_headers
 from recipes.load import Loaded
@@ -41,6 +41,7 @@ class Pins:
     template: External | None
     databases: External | None
     adapter: External | None = None
+    calibration_text: External | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +82,8 @@ def pin(loaded: Loaded, home: Path) -> Pins:
     )
     data = tuple(_source(loaded, number, fetched=fetched, digests=digests) for number in range(len(recipe.data.parts)))
     general = recipe.data.general and external_file("general", loaded.resolve(recipe.data.general), digests=digests)
+    generic = recipe.calibrate.general if recipe.calibrate.controls else None
+    text = generic and external_file("calibration_text", loaded.resolve(generic), digests=digests)
     named = recipe.model.chat_template
     template = (
         external_file("template", loaded.resolve(named), digests=digests) if named and named != "chatml" else None
@@ -107,6 +110,7 @@ def pin(loaded: Loaded, home: Path) -> Pins:
         template=template,
         databases=databases,
         adapter=adapter or None,
+        calibration_text=text or None,
     )
 
 
@@ -188,7 +192,8 @@ def compose(recipe: Recipe, pins: Pins, do: Callable[[Step], object]) -> Matrix:
     }
     scored_against = made(reference.step(recipe, dataset=dataset, base=pins.base, adapter=adapter))
     widest = read_headers(pins.base.path).largest_in_features
-    calibset = made(calibrate.step(recipe, dataset=dataset, largest_in_features=widest))
+    own = made(calibrate.step(recipe, dataset=dataset, largest_in_features=widest))
+    calibsets: dict[Calibration, Step] = {"domain": own}
     models: dict[str, Step | None] = {}
     scores: dict[str, Step] = {}
 
@@ -201,6 +206,10 @@ def compose(recipe: Recipe, pins: Pins, do: Callable[[Step], object]) -> Matrix:
 
     every = arms(recipe)
     schemes = {arm: arm.scheme for arm in every if arm.scheme}
+    for kind in dict.fromkeys(arm.calibration for arm in schemes if arm.calibration != "domain"):
+        calibsets[kind] = made(
+            calibrate.control(recipe, kind, dataset=dataset, calibset=own, general=pins.calibration_text)
+        )
     for arm in filter(
         lambda one: one not in schemes, every
     ):  # before the choice, which may read the scores of the merged models
@@ -216,7 +225,16 @@ def compose(recipe: Recipe, pins: Pins, do: Callable[[Step], object]) -> Matrix:
     )
     for arm, scheme in schemes.items():
         origin = pins.base if arm.on_base else chosen
-        models[arm.slug] = made(quantize.step(recipe, scheme, model=origin, calibset=calibset, arm=arm.slug))
+        models[arm.slug] = made(
+            quantize.step(
+                recipe,
+                scheme,
+                model=origin,
+                calibset=calibsets[arm.calibration],
+                arm=arm.slug,
+                scales_from=pins.base if arm.scales_from_base else None,
+            )
+        )
     for arm in schemes:
         score(arm)
     rows: list[ArmSteps] = []

@@ -73,6 +73,7 @@ class Arm:
         merge_base: `dequantized`, `original`, None where nothing is merged; `auto` where the run ended undecided.
         quantization: The scheme's params(): method, bits, group_size (-1: per channel) and so on.
         refused: Why the recipe's serve.engine does not read it; None where it does, or the recipe names none.
+        calibration: `domain`, the run's own set; `generic`, `mixed` and `random` are controls.
     """
 
     slug: str
@@ -81,11 +82,18 @@ class Arm:
     scheme: str | None
     quantization: Mapping[str, Any] | None
     on_base: bool
+    calibration: str
+    scales_from_base: bool
     model: str | None
     adapter: str | None
     evaluate: str
     measure: str | None
     refused: str | None = None
+
+    @property
+    def is_control(self) -> bool:
+        """Made to be compared with, not to be shipped."""
+        return self.calibration != "domain" or self.scales_from_base
 
     @property
     def parts(self) -> SchemeParts:

@@ -58,8 +58,8 @@ def merge_into(
         StepFailed: The merge itself failed.
     """
     out = out.absolute()
-    found = [_find("base", base, kind="model"), _find("adapter", adapter, kind="adapter")]
-    problems: list[Problem] = list(_check_out(out, [one.folder for one in found]))
+    found = [find("base", base, kind="model"), find("adapter", adapter, kind="adapter")]
+    problems: list[Problem] = list(check_out(out, [one.folder for one in found]))
     described: Adapter | None = None
     try:
         described = read_adapter(found[1].folder)
@@ -68,7 +68,7 @@ def merge_into(
     try:
         size = 2 * read_headers(found[0].folder).parameters
         wanted = (onto,) if onto else ONTO[described.base_type if described else "unknown"]
-        problems += _check_disk(out, size * len(wanted))
+        problems += check_disk(out, size * len(wanted), what="the merged model")
     except RecipeError as error:
         problems += error.problems
     if problems or described is None:
@@ -131,7 +131,12 @@ def _tell(step: Step, event: dict[str, Any], say: Callable[[str], None]) -> None
         say(f"{step.slug}: {event['about']}: {event['text']}")
 
 
-def _find(role: str, named: str, *, kind: Kind) -> Snapshot:
+def find(role: str, named: str, *, kind: Kind) -> Snapshot:
+    """A folder, or a hub id's snapshot.
+
+    Raises:
+        RecipeError: It is neither, or cannot be fetched.
+    """
     folder = Path(named).expanduser()
     if folder.is_dir():
         return Snapshot(folder=folder.resolve(), source=named)
@@ -149,7 +154,8 @@ def _find(role: str, named: str, *, kind: Kind) -> Snapshot:
     )
 
 
-def _check_out(out: Path, inputs: list[Path]) -> Iterator[Problem]:
+def check_out(out: Path, inputs: list[Path]) -> Iterator[Problem]:
+    """OUT can be written, and is no input."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         yield Problem(
             what="OUT is not an empty folder.",
@@ -167,14 +173,15 @@ def _check_out(out: Path, inputs: list[Path]) -> Iterator[Problem]:
             )
 
 
-def _check_disk(out: Path, size: int) -> list[Problem]:
+def check_disk(out: Path, size: int, *, what: str) -> list[Problem]:
+    """OUT's disk holds what is written there."""
     there = next(folder for folder in out.parents if folder.exists())
     free = shutil.disk_usage(there).free
     if free >= size:
         return []
     return [
         Problem(
-            what=f"The disk has {free / 1e9:.1f} GB free, the merged model takes {size / 1e9:.1f} GB.",
+            what=f"The disk has {free / 1e9:.1f} GB free, {what} takes {size / 1e9:.1f} GB.",
             where=str(there),
             why="It would be full in the middle of writing.",
             next="Free space, or name an OUT on another disk.",

@@ -96,7 +96,7 @@ def kl_against_size(arms: Mapping[str, Any]) -> str:
     ]
     if not points:
         return ""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH_IN, 4.2), dpi=72, layout="constrained")
         canvas = FigureCanvasAgg(figure)
         axes = figure.add_subplot()
@@ -106,7 +106,7 @@ def kl_against_size(arms: Mapping[str, Any]) -> str:
         left, right = min(point.x for point in points), max(point.x for point in points)
         room = max(right - left, right * 0.1)
         axes.set_xlim(left - 0.08 * room, right + 0.14 * room)
-        _axes(axes, x="size, MB (what a server fetches)", y="KL to the model as trained, nats a token")
+        plain_axes(axes, x="size, MB (what a server fetches)", y="KL to the model as trained, nats a token")
         axes.yaxis.set_major_locator(LogLocator(base=10))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: significant(value, 1)))
         axes.yaxis.set_minor_formatter(NullFormatter())
@@ -127,7 +127,7 @@ def kl_against_size(arms: Mapping[str, Any]) -> str:
             ]
             centres.append((float(centre[0]), float(centre[1])))
         _labels(axes, canvas, points, centres, boxes)
-        return _svg(figure, "KL to the trained model against size, one point an arm, with 95 % intervals")
+        return as_svg(figure, "KL to the trained model against size, one point an arm, with 95 % intervals")
 
 
 def task_by_arm(arms: Mapping[str, Any]) -> str:
@@ -135,7 +135,7 @@ def task_by_arm(arms: Mapping[str, Any]) -> str:
     points = [_point(slug, arm, "task", 100) for slug, arm in arms.items() if arm["ranked"] and slug != "base"]
     if not points:
         return ""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH_IN, 4.2), dpi=72, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
@@ -157,13 +157,13 @@ def task_by_arm(arms: Mapping[str, Any]) -> str:
         axes.set_ylim(-0.7, len(points) - 0.3)
         axes.margins(x=0.04)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
-        _axes(axes, x="task score, % of test answers", y="")
+        plain_axes(axes, x="task score, % of test answers", y="")
         axes.grid(visible=False, axis="y")
         axes.tick_params(axis="y", colors=INK)
-        return _svg(figure, "Task score of every arm with 95 % intervals")
+        return as_svg(figure, "Task score of every arm with 95 % intervals")
 
 
-_STYLE: Any = {  # rcParams
+STYLE: Any = {  # rcParams
     "font.family": "DejaVu Sans",
     "font.size": 10.0,
     "svg.fonttype": "none",
@@ -176,7 +176,8 @@ _STYLE: Any = {  # rcParams
 }
 
 
-def _axes(axes: Axes, *, x: str, y: str) -> None:
+def plain_axes(axes: Axes, *, x: str, y: str) -> None:
+    """Labels, a quiet grid, no frame but the bottom."""
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(visible=True, which="major", color=GRID, linewidth=0.8)
@@ -273,7 +274,7 @@ def _rounded(number: re.Match[str]) -> str:
     return f"{float(number[0]):.2f}".rstrip("0").rstrip(".")
 
 
-def _svg(figure: Figure, title: str) -> str:
+def as_svg(figure: Figure, title: str) -> str:
     """The figure as an inline SVG element, scaled by its box, coloured by CSS variables."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

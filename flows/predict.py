@@ -52,12 +52,14 @@ class RowSizes(NamedTuple):
         longest: Tokens of the longest.
         completion_tokens: Of an average row.
         data_bytes: Size of the file.
+        tokens: Of an average row.
     """
 
     rows: int
     longest: int
     completion_tokens: float
     data_bytes: int
+    tokens: float
 
 
 def data_bytes(origin: Origin, rows: Sequence[Row]) -> int:
@@ -90,6 +92,7 @@ def row_sizes(rows: Sequence[Row], *, data_bytes: int, per_byte: float) -> RowSi
         longest=max(row_tokens(row, per_byte) for row in rows),
         completion_tokens=sum(per_byte * len(turn["content"].encode()) + 2 for turn in answers) / len(rows),
         data_bytes=data_bytes,
+        tokens=sum(row_tokens(row, per_byte) for row in rows) / len(rows),
     )
 
 
@@ -227,7 +230,8 @@ def predict(recipe: Recipe, headers: Headers, *, device: str = "cpu", rows: RowS
     steps += [_merge(sizes, onto) for onto in ("dequantized", "original")]
     steps += [_reference(sizes), _calibrate(sizes)]
     every = arms(recipe)
-    steps += [_quantize(sizes, arm.slug, arm.scheme) for arm in every if arm.scheme]
+    steps += [_control(sizes, kind) for kind in dict.fromkeys(arm.calibration for arm in every) if kind != "domain"]
+    steps += [_quantize(sizes, arm, arm.scheme) for arm in every if arm.scheme]
     steps += [_evaluate(sizes, arm) for arm in every]
     steps += [_measure(sizes, arm) for arm in every if recipe.measure.enabled]
     return steps
@@ -257,6 +261,10 @@ def _prepare(sizes: _Sizes) -> Predicted:
 def _calibrate(sizes: _Sizes) -> Predicted:
     parts, disk = {"rows": DATA_FACTOR * sizes.data_bytes}, sizes.data_bytes
     return _step(sizes, f"calibrate/{sizes.recipe.name}", parts, process=CALIBRATE, disk=disk, on_gpu=False)
+
+
+def _control(sizes: _Sizes, kind: str) -> Predicted:
+    return _step(sizes, f"calibrate/{sizes.recipe.name}-{kind}", {}, process=PREPARE, on_gpu=False)
 
 
 def _train(sizes: _Sizes) -> Predicted:
@@ -326,7 +334,7 @@ def _reference(sizes: _Sizes) -> Predicted:
     return _step(sizes, f"reference/{sizes.recipe.name}", parts, process=LOAD["nf4"], disk=disk)
 
 
-def _quantize(sizes: _Sizes, slug: str, scheme: Scheme) -> Predicted:
+def _quantize(sizes: _Sizes, arm: Arm, scheme: Scheme) -> Predicted:
     asked, headers = sizes.recipe.calibrate, sizes.headers
     tokens = asked.rows * min(asked.seq_len, sizes.length)
     disk = sizes.quantized(scheme)
@@ -348,7 +356,9 @@ def _quantize(sizes: _Sizes, slug: str, scheme: Scheme) -> Predicted:
     process = {"gptq": GPTQMODEL, "awq": AWQ}.get(scheme.method, RTN)
     if scheme.backend == "llm-compressor":
         process = LLM_COMPRESSOR
-    return _step(sizes, f"quantize/{slug}", parts, process=process, disk=disk)
+    if arm.scales_from_base:
+        parts |= {"model of the search": sizes.bf16}  # quantized before, in the same process
+    return _step(sizes, f"quantize/{arm.slug}", parts, process=process, disk=disk)
 
 
 def _weights(sizes: _Sizes, arm: Arm) -> dict[str, float]:

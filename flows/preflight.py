@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ import psutil
 
 from flows.plan import Planned
 from flows.predict import CUDA_CONTEXT, FILES, GIB, Predicted, RowSizes, data_bytes, predict, row_sizes, tokens_per_byte
+from recipes.check_rows import TOKENS_PER_INPUT
 from recipes.check_train import device_problems
 from recipes.headers import Headers, read_headers
 from recipes.load import Loaded
@@ -66,6 +68,23 @@ def disk_problem(predicted: Sequence[Predicted], home: Path) -> Problem | None:
         where=str(home),
         why=f"The largest: {named}.",
         next="Free space there, set QUENCH_HOME to a larger disk, or lower evaluate.reference_gib.",
+    )
+
+
+def calibration_problem(recipe: Recipe, headers: Headers, rows: RowSizes | None) -> Problem | None:
+    """Calibration tokens that would not do, by an estimate that is rather high; the job counts them exactly."""
+    asked, needed = recipe.calibrate, TOKENS_PER_INPUT * headers.largest_in_features
+    if rows is None or asked.rows * rows.tokens >= needed:
+        return None
+    enough = math.ceil(needed / rows.tokens)
+    return Problem(
+        what=f"Calibration needs {needed} tokens; {asked.rows} rows have about {asked.rows * rows.tokens:.0f}.",
+        where="calibrate.rows",
+        why=f"An average row has about {rows.tokens:.0f} tokens (an estimate from the first rows, rather high); with "
+        f"fewer than {TOKENS_PER_INPUT} tokens an input the widest layer's Hessian is badly estimated.",
+        next=f"Set calibrate.rows to {enough}."
+        if enough <= 512
+        else f"{enough} rows like these would do: give longer rows, or calibrate.allow_unusual_size a reason.",
     )
 
 
@@ -254,9 +273,10 @@ def preflight(loaded: Loaded, planned: Sequence[Planned], *, home: Path, base: P
     problems = list(device_problems(recipe, device=limits.device, gpus=len(visible_gpus())))
     problems += environment_problems(planned)
     problems += refuse(recipe, headers, memory=memory, device=limits.device, rows=rows, slots=slots, make=make)
+    few = calibration_problem(recipe, headers, rows)
     full = disk_problem([step for step in steps if step.key in make], home)
-    if problems or full:
-        raise RecipeError([*problems, *([full] if full else [])])
+    if problems or full or few:
+        raise RecipeError([*problems, *filter(None, (full, few))])
     return {
         "device": limits.device,
         "free": memory._asdict(),

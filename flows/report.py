@@ -15,6 +15,7 @@ from flows.answers import Answer, Findings, answers
 from flows.cells import ArmEvidence, Cell, Draws, cells_of, domain_cells, gather, not_ranked, speed_record
 from flows.comparisons import FAMILIES, REFERENCE, compare
 from flows.evidence import Arm, Run, Step, notes, read_run
+from flows.layers import layers_of
 from flows.metrics import METRICS
 from flows.report_html import page
 from flows.report_text import arm_rows, markdown, print_report
@@ -117,6 +118,7 @@ def evaluate(run: Run) -> dict[str, Any]:
         "data": _data(evidence),
         "scorer": ((run.recipe.get("evaluate") or {}).get("scorer") or {}).get("kind"),
         "speed": {arm.slug: _speed(arm, run) for arm in run.arms if speed_record(arm, run)},
+        "layers": layers_of(run),
         "seconds": _stage_seconds(run),
         "wall_seconds": run.raw.get("seconds"),
         "memory": [_memory(step, run.predicted[step.key]) for step in run.steps.values() if step.key in run.predicted],

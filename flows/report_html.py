@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from flows.layers import errors_plot, weights_plot, worst
 from flows.metrics import METRICS, difference_text, interval_text, significant, value_text
 from flows.plots import kl_against_size, task_by_arm
 from flows.report_text import COLUMNS, SPEEDS, data_line, hardware_line, heading, left_out, ran_on
@@ -48,6 +49,9 @@ def page(report: Mapping[str, Any]) -> str:
         hardware_line=hardware_line(report["hardware"]),
         kl_plot=Markup(kl_against_size(arms)),
         task_plot=Markup(task_by_arm(arms)),
+        errors_plot=Markup(errors_plot(report["layers"])),
+        weights_plot=Markup(weights_plot(report["layers"])),
+        worst=worst(report["layers"]),
         strips=strips(report),
         domains=domains(report),
         memory=memory(report),

@@ -136,6 +136,8 @@ def _arm(one: ArmSteps) -> dict[str, Any]:
         "scheme": one.arm.scheme and one.arm.scheme.slug,
         "quantization": one.arm.scheme and one.arm.scheme.params(),
         "on_base": one.arm.on_base,
+        "calibration": one.arm.calibration,
+        "scales_from_base": one.arm.scales_from_base,
         "model": one.model.key if one.model else None,
         "adapter": one.adapter.key if one.adapter else None,
         "evaluate": one.evaluate.key,

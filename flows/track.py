@@ -21,7 +21,7 @@ from typing import Any, Concatenate, ParamSpec
 from urllib.parse import quote
 
 import mlflow
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.file_utils import local_file_uri_to_path
@@ -36,6 +36,7 @@ STOP_S = 5.0  # an interrupted run has to be gone within 10
 BATCH = 500  # MLflow's limit for one log_batch is 1,000 metrics
 PARAM_CHARS = 6000
 NOTE_CHARS = 8000  # a tag's
+DIGEST_CHARS = 36  # a dataset's
 STAGES = ("prepare", "train", "merge", "reference", "calibrate", "quantize")
 P = ParamSpec("P")
 HEADLINE = ("task", "ppl_test", "ppl_general", "kl_mean", "top1_agreement", "size_bytes")
@@ -168,6 +169,11 @@ class Tracker:
         self._params(run, _flat(manifest["identity"]["params"]))
         self._tag(run, {"quench.digest": manifest["digest"], "quench.path": record["path"]})
         self._files(run, folder, record["stage"])
+        if record["stage"] == "calibrate":
+            self._calibset(run, folder / "files", digest=manifest["digest"])
+            self._calibset(self.parent, folder / "files", digest=manifest["digest"])
+        elif calibset := manifest["inputs"].get("calibset"):
+            self._calibset(run, self.home / calibset["path"], digest=calibset["digest"])
         self._client.set_terminated(run, "FINISHED")
 
     @told
@@ -220,6 +226,13 @@ class Tracker:
             name = key.removeprefix("arm/")
             self._nested[key] = self._client.create_run(self.experiment, run_name=name, tags=tags).info.run_id
         return self._nested[key]
+
+    def _calibset(self, run: str, files: Path, *, digest: str) -> None:
+        """The calibration set as a dataset of the run; MLflow takes 36 characters of its digest."""
+        source = json.dumps({"uri": str(files / "calibset.parquet")})
+        dataset = Dataset(name=files.parent.name, digest=digest[:DIGEST_CHARS], source_type="local", source=source)
+        tags = [InputTag("mlflow.data.context", "calibration"), InputTag("sha256", digest)]
+        self._client.log_inputs(run, [DatasetInput(dataset, tags)])
 
     def _metrics(self, run: str, points: list[Metric]) -> None:
         for start in range(0, len(points), BATCH):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from recipes.problem import Problem, RecipeError
 from recipes.schema import LayerRule, Recipe, SchemeSpec
-from recipes.schemes import Grid, Rule, Scheme
+from recipes.schemes import PER_CHANNEL, Grid, Rule, Scheme
 from recipes.slugs import by_backend, parse_scheme
 
 Kind = Literal["bf16", "nf4", "quantized"]
 MergeBase = Literal["dequantized", "original", "auto"]
+Calibration = Literal["domain", "generic", "mixed", "random"]
+CONTROLS: tuple[Calibration, ...] = ("generic", "mixed", "random")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +29,8 @@ class Arm:
         scheme: How it is quantized; None where nothing is but the base, to NF4.
         on_base: The scheme is applied to the base, and the adapter stays on top.
         adapter: The adapter is loaded on top.
+        calibration: The calibration set; `domain` is the run's own, the others are controls.
+        scales_from_base: AWQ's scales and clipping are those that it finds on the base.
     """
 
     slug: str
@@ -34,27 +39,69 @@ class Arm:
     scheme: Scheme | None = None
     on_base: bool = False
     adapter: bool = False
+    calibration: Calibration = "domain"
+    scales_from_base: bool = False
+
+    @property
+    def is_control(self) -> bool:
+        """Made to be compared with, not to be shipped."""
+        return self.calibration != "domain" or self.scales_from_base
 
 
 def arms(recipe: Recipe) -> tuple[Arm, ...]:
     """All arms in the order of the report.
 
     Raises:
-        RecipeError: A slug names no scheme; two specs have one name.
+        RecipeError: A slug names no scheme; two specs have one name; a control of no scheme of the recipe.
     """
     schemes = [specified(entry) for entry in recipe.quantize.schemes]
     on_base = [parse_scheme(slug) for slug in recipe.evaluate.on_base]
     problems = [*_repeated(schemes, field="quantize.schemes"), *_repeated(on_base, field="evaluate.on_base")]
+    problems += _uncontrolled(recipe.calibrate.controls, schemes)
     if problems:
         raise RecipeError(problems)
+    controlled = [one for one in schemes if one.slug in recipe.calibrate.controls]
+    schemes += _rounded(controlled, schemes)
     return (
         Arm(slug="base", kind="bf16"),
         Arm(slug="nf4-adapter", kind="nf4", adapter=True),
         Arm(slug="merged-dequantized", kind="bf16", merge_base="dequantized"),
         Arm(slug="merged-original", kind="bf16", merge_base="original"),
         *(Arm(slug=one.slug, kind="quantized", merge_base=recipe.merge.base, scheme=one) for one in schemes),
+        *(arm for one in controlled for arm in _controls(one, recipe.merge.base)),
         *(Arm(slug=f"{one.slug}.on-base", kind="quantized", scheme=one, on_base=True, adapter=True) for one in on_base),
     )
+
+
+def _controls(scheme: Scheme, merge_base: MergeBase) -> Iterator[Arm]:
+    plain = Arm(slug=scheme.slug, kind="quantized", merge_base=merge_base, scheme=scheme)
+    for calibration in CONTROLS:
+        yield replace(plain, slug=f"{scheme.slug}.calib-{calibration}", calibration=calibration)
+    if scheme.method == "awq" and scheme.backend == "gptqmodel":
+        yield replace(plain, slug=f"{scheme.slug}.scales-from-base", scales_from_base=True)
+
+
+def _rounded(controlled: Sequence[Scheme], schemes: Sequence[Scheme]) -> list[Scheme]:
+    """Rounding to nearest with the bits and groups of these schemes, where the recipe does not have it."""
+    found = {(one.bits, one.group_size) for one in schemes if one.method == "rtn"}
+    missing = dict.fromkeys((one.bits, one.group_size) for one in controlled)
+    return [
+        parse_scheme(f"rtn-w{bits}" if group == PER_CHANNEL else f"rtn-w{bits}-g{group}")
+        for bits, group in missing
+        if (bits, group) not in found
+    ]
+
+
+def _uncontrolled(asked: Sequence[str], schemes: Sequence[Scheme]) -> Iterator[Problem]:
+    able = [one.slug for one in schemes if one.needs_calibration]
+    for index, slug in enumerate(asked):
+        if slug not in able or slug in asked[:index]:
+            yield Problem(
+                what=f"{slug} stands twice." if slug in asked[:index] else f"{slug} has no calibration to control.",
+                where=f"calibrate.controls.{index}",
+                why="A control is compared with a scheme of quantize.schemes that reads a calibration set.",
+                next=f"Write one of {', '.join(able)}." if able else "Remove it, or add such a scheme.",
+            )
 
 
 def specified(entry: str | SchemeSpec) -> Scheme:

@@ -13,9 +13,10 @@ from pathlib import Path
 from recipes.arms import arms, specified
 from recipes.backends import model_problem
 from recipes.check_adapter import beside, fit_problems, folder_problems
-from recipes.check_rows import RowCheck, check_data, general_problems
+from recipes.check_rows import RowCheck, check_data, general_files, general_problems
 from recipes.check_serving import entries, length_problems
 from recipes.check_train import device_problems, train_problems
+from recipes.claims import limit_problems
 from recipes.headers import Headers, read_headers
 from recipes.load import InvalidRecipe, Loaded, load, shown
 from recipes.problem import Problem, RecipeError
@@ -144,8 +145,9 @@ def _shapes(loaded: Loaded, headers: Headers) -> Iterator[Problem]:
     for field, entry in entries(loaded.recipe):
         scheme = _parsed(entry)
         if scheme is not None:
-            problems = [*scheme.check(headers.linears), model_problem(scheme, headers)]
-            yield from (_at(problem, field) for problem in problems if problem)
+            own = model_problem(scheme, headers)
+            found = [*scheme.check(headers.linears), *limit_problems(scheme, headers), *([own] if own else [])]
+            yield from (_at(problem, field) for problem in found)
 
 
 def _parsed(entry: str | SchemeSpec) -> Scheme | None:
@@ -208,12 +210,11 @@ def _data(loaded: Loaded) -> Iterator[Problem]:
             yield _missing(path, field=loaded.recipe.data.field(i), kind="file")
     for origin in loaded.origins.values():
         yield from read_origin(origin, max_rows=1).problems
-    if loaded.recipe.data.general is not None:
-        general = loaded.resolve(loaded.recipe.data.general)
-        if not general.is_file():
-            yield _missing(general, field="data.general", kind="file")
+    for field, path in general_files(loaded).items():
+        if not path.is_file():
+            yield _missing(path, field=field, kind="file")
         else:
-            yield from general_problems(general, max_rows=1)
+            yield from general_problems(path, max_rows=1)
 
 
 def _scorer(loaded: Loaded) -> Iterator[Problem]:

@@ -15,7 +15,20 @@ from recipes.headers import read_headers
 from recipes.load import Loaded, shown
 from recipes.plain import is_mapping
 from recipes.problem import Problem, RecipeError
-from recipes.rows import SHOWN, Message, Origin, Row, Rows, Side, content_hash, drawn, malformed, read_origin, side
+from recipes.rows import (
+    SHOWN,
+    TEXT,
+    Message,
+    Origin,
+    Row,
+    Rows,
+    Side,
+    content_hash,
+    drawn,
+    malformed,
+    read_origin,
+    side,
+)
 from recipes.schema import Data, SqlExecution
 
 LEAST_ROWS = 128  # see recipes.schema.Calibrate
@@ -119,16 +132,42 @@ def _torn(loaded: Loaded, sides: Sides) -> Iterator[Problem]:
         )
 
 
-def _general_rows(loaded: Loaded) -> list[Problem]:
-    """Lines of the general hold-out behind the first, which `check` reads."""
-    if loaded.recipe.data.general is None:
-        return []
-    path = loaded.resolve(loaded.recipe.data.general)
-    return [] if not path.is_file() or general_problems(path, max_rows=1) else general_problems(path)
+def general_files(loaded: Loaded) -> dict[str, Path]:
+    """Files of general text by field: what is evaluated, and what controls calibrate on."""
+    recipe = loaded.recipe
+    named = {"data.general": recipe.data.general, "calibrate.general": recipe.calibrate.general}
+    return {field: loaded.resolve(path) for field, path in named.items() if path is not None}
+
+
+def _general_rows(loaded: Loaded) -> Iterator[Problem]:
+    """Lines of general text behind the first, which `check` reads; texts that would be calibrated on and evaluated."""
+    files = general_files(loaded)
+    problems = [
+        problem
+        for path in files.values()
+        if path.is_file() and not general_problems(path, max_rows=1)
+        for problem in general_problems(path)
+    ]
+    yield from problems
+    if len(files) == 2 and not problems and all(path.is_file() for path in files.values()):
+        evaluated, calibrated = map(_texts, files.values())
+        if shared := evaluated & calibrated:
+            yield Problem(
+                what=f"{len(shared)} texts stand in calibrate.general and in data.general.",
+                where="calibrate.general",
+                why="ppl_general would be measured on what a control was calibrated on.",
+                next="Remove them from one of the two files.",
+            )
+
+
+def _texts(path: Path) -> set[str]:
+    """Hashes of the texts of a file."""
+    lines = (line for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    return {content_hash([{"role": TEXT, "content": json.loads(line)["text"]}]) for line in lines}
 
 
 def general_problems(path: Path, *, max_rows: int | None = None) -> list[Problem]:
-    """Lines of the general hold-out that are not `{"text": ...}`; the first 20 by number."""
+    """Lines of general text that are not `{"text": ...}`; the first 20 by number."""
     wrong: list[int] = []
     count = 0
     with path.open("rb") as file:
@@ -145,10 +184,10 @@ def general_problems(path: Path, *, max_rows: int | None = None) -> list[Problem
     named = ", ".join(map(str, wrong[:20])) + (f" and {len(wrong) - 20} more" if len(wrong) > 20 else "")
     return [
         Problem(
-            what=f"{len(wrong)} malformed rows in the general hold-out." if wrong else "The general hold-out is empty.",
+            what=f"{len(wrong)} malformed rows in the general text." if wrong else "The general text is empty.",
             where=f"{shown(path)}:{wrong[0]}" if wrong else shown(path),
-            why=f"Lines {named} are not {{'text': '...'}}." if wrong else "Forgetting is measured on its text.",
-            next='Write one object with `text` a line: {"text": "..."}, or leave data.general out.',
+            why=f"Lines {named} are not {{'text': '...'}}." if wrong else "Its text is measured or calibrated on.",
+            next='Write one object with `text` a line: {"text": "..."}, or leave the field out.',
         )
     ]
 
@@ -196,15 +235,33 @@ def _calibration(loaded: Loaded, sides: Sides) -> Iterator[Problem]:
             else f"Give at least {least_rows(recipe.data.dev, recipe.data.test)} rows in all.",
         )
         return
+    yield from _shares(loaded, train)
     needed = TOKENS_PER_INPUT * _widest(loaded)
     largest = sorted((token_bound(row.messages) for row in train), reverse=True)[: recipe.calibrate.rows]
     if sum(largest) < needed:
+        rows = math.ceil(needed * len(largest) / sum(largest))
         yield Problem(
             what=f"Calibration needs {needed} tokens; {recipe.calibrate.rows} rows have {sum(largest)} at most.",
             where="calibrate.rows",
             why=f"With fewer than {TOKENS_PER_INPUT} tokens an input, the widest layer's Hessian is badly estimated.",
-            next="Raise calibrate.rows (512 at most), or give longer rows.",
+            next=f"Raise calibrate.rows (512 at most): {rows} could do, if all were so long; or give longer rows.",
         )
+
+
+def _shares(loaded: Loaded, train: Sequence[Row]) -> Iterator[Problem]:
+    """Shares for domains that train does not have, or has too few rows of."""
+    asked = loaded.recipe.calibrate
+    if not isinstance(asked.stratify, dict):
+        return
+    sizes = Counter(row.domain(loaded.recipe.data.domain) for row in train)
+    for name, share in asked.stratify.items():
+        if sizes[name] < math.floor(share * asked.rows):
+            yield Problem(
+                what=f"train has {sizes[name]} rows of the domain `{name}`; its share is {share:g} of {asked.rows}.",
+                where="calibrate.stratify",
+                why="Given shares are kept exactly.",
+                next=f"Lower its share or calibrate.rows; domains are {', '.join(sorted(sizes))}.",
+            )
 
 
 def least_rows(dev: float, test: float) -> int:

@@ -25,6 +25,7 @@ PATH_FIELDS = (
     "model.chat_template",
     "data.path",
     "data.general",
+    "calibrate.general",
     "train.adapter",
     "evaluate.scorer.databases",
 )

@@ -185,22 +185,53 @@ class Merge(Section):
 
 
 class Calibrate(Section):
-    rows: int = 256
+    rows: Annotated[int, Field(ge=1)] = 256
     """Source rows from train, 128 to 512: fewer starve the Hessian, more only cost time."""
+    allow_unusual_size: Annotated[str, Field(min_length=1)] | None = None
+    """A reason to have fewer than 128 or more than 512 rows. It stands in the log, the manifest and the report."""
     seq_len: Annotated[int, Field(ge=32)] = 512
     """Rows are packed up to so many tokens a sequence, never cut inside a completion."""
-    stratify: Literal["proportional", "equal"] = "proportional"
-    """How rows are shared out over the domain column."""
+    stratify: Literal["proportional", "equal"] | dict[str, Annotated[float, Field(gt=0, le=1)]] = "proportional"
+    """How rows are shared out over the domain column: in its proportions, equally, or by shares `{domain: share}` that
+    sum to 1 (a domain that is not named gives none). Within a domain they come in equal parts from its short, middle
+    and long rows (terciles by tokens)."""
+    max_near_duplicates: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Share of the rows that may be near-twins of a row of dev or test (Jaccard similarity of word 5-grams of prompt
+    and completion 0.9 or more); more are refused. near_twins.jsonl of the artifact lists them."""
+    controls: list[str] = []
+    """Schemes of `quantize.schemes` that are also made with other calibration: arms `SLUG.calib-generic` (general
+    text), `.calib-mixed` (half and half), `.calib-random` (random token ids), rounding to nearest with the same bits
+    and groups (none), and for AWQ `.scales-from-base` (scales and clipping found on the base). The report says whether
+    it mattered."""
+    general: str | None = None
+    """JSONL file with rows `{"text": ...}`, the generic calibration text of `controls`; none of them in
+    `data.general`, which is evaluated."""
     seed: int = 0
     """Draws the rows."""
 
     @model_validator(mode="after")
     def _rows_in_range(self) -> Calibrate:
-        if not 128 <= self.rows <= 512:
+        if not 128 <= self.rows <= 512 and self.allow_unusual_size is None:
             raise ValueError(
                 f"calibrate.rows is {self.rows}; it has to be 128 to 512: below 128 the Hessian of a wide layer is "
-                "not of full rank and scales follow single rows; above 512 figures no longer change, only time does"
+                "not of full rank and scales follow single rows; above 512 figures no longer change, only time does; "
+                "`allow_unusual_size: REASON` allows it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _shares_sum_to_one(self) -> Calibrate:
+        if isinstance(self.stratify, dict) and abs(sum(self.stratify.values()) - 1) > 1e-6:
+            raise ValueError(
+                f"calibrate.stratify has shares that sum to {sum(self.stratify.values()):g}: all rows are shared out, "
+                "so they have to sum to 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _controls_have_text(self) -> Calibrate:
+        if self.controls and self.general is None:
+            raise ValueError("calibrate.general is missing: `controls` calibrate on general text, too")
         return self
 
 

@@ -2,19 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from recipes.arms import Calibration
 from recipes.schema import Recipe
-from tasks.runtime.step import Step
+from tasks.runtime.step import External, Step
 
 TOKENS_PER_INPUT = 4
 
 
 def step(recipe: Recipe, *, dataset: Step, largest_in_features: int) -> Step:
     """The calibration set. Fewer than 4 tokens an input feature would leave the widest Hessian badly estimated."""
+    own = recipe.calibrate.model_dump(exclude={"controls", "general"})
     return Step(
         stage="calibrate",
         slug=recipe.name,
         entry="tasks.jobs.calibrate:run",
-        version=1,
-        params={**recipe.calibrate.model_dump(), "min_tokens": TOKENS_PER_INPUT * largest_in_features},
+        version=2,
+        params={**own, "min_tokens": TOKENS_PER_INPUT * largest_in_features},
         inputs={"dataset": dataset},
+        tools=("datasketch",),
+    )
+
+
+def alone(slug: str, *, rows: External, tokenizer: External, params: Mapping[str, Any]) -> Step:
+    """A calibration set of rows of the user's, without a recipe; params: rows, seq_len, seed, min_tokens."""
+    return Step(
+        stage="calibrate",
+        slug=slug,
+        entry="tasks.jobs.calibrate_rows:run",
+        version=1,
+        params={"stratify": "proportional", "max_near_duplicates": 0.0, **params},
+        inputs={"rows": rows, "tokenizer": tokenizer},
+        tools=("transformers", "tokenizers", "datasketch"),
+    )
+
+
+def control(recipe: Recipe, kind: Calibration, *, dataset: Step, calibset: Step, general: External | None) -> Step:
+    """A set of the same shape that is not, or half, of the domain."""
+    text = {} if kind == "random" or general is None else {"general": general}
+    return Step(
+        stage="calibrate",
+        slug=f"{recipe.name}-{kind}",
+        entry="tasks.jobs.controls:run",
+        version=1,
+        params={"kind": kind, "seed": recipe.calibrate.seed},
+        inputs={"dataset": dataset, "calibset": calibset, **text},
+        tools=("transformers", "tokenizers"),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from recipes.schema import Recipe
 from recipes.schemes import Backend, Scheme
 from tasks.runtime.step import External, Step
@@ -21,18 +23,44 @@ ENVIRONMENTS: dict[Backend, str] = {  # the others run in the main one
 }
 
 
-def step(recipe: Recipe, scheme: Scheme, *, model: Step | External, calibset: Step, arm: str) -> Step:
-    """One quantized model. RTN reads no calibration set, so none is an input."""
+def step(
+    recipe: Recipe,
+    scheme: Scheme,
+    *,
+    model: Step | External,
+    calibset: Step,
+    arm: str,
+    scales_from: External | None = None,
+) -> Step:
+    """One quantized model. RTN reads no calibration set, so none is an input.
+
+    Args:
+        recipe: The recipe.
+        scheme: How.
+        model: What is quantized.
+        calibset: The calibration set.
+        arm: Slug of the arm.
+        scales_from: Model on which AWQ's scales and clipping are searched, where it is another one.
+    """
     inputs: dict[str, Step | External] = {"model": model}
+    if scales_from is not None:
+        inputs["scales_from"] = scales_from
     if scheme.needs_calibration:
         inputs["calibset"] = calibset
-    own = {"damp": recipe.quantize.damp} if scheme.method == "gptq" else {}
+    return alone(arm, scheme, inputs=inputs, damp=recipe.quantize.damp, seed=recipe.quantize.seed)
+
+
+def alone(
+    slug: str, scheme: Scheme, *, inputs: Mapping[str, Step | External], damp: float = 0.05, seed: int = 0
+) -> Step:
+    """The same without a recipe, and with its defaults. Inputs: model; calibset where the scheme needs one."""
+    own = {"damp": damp} if scheme.method == "gptq" else {}
     return Step(
         stage="quantize",
-        slug=arm,
+        slug=slug,
         entry="tasks.jobs.quantize:run",
         version=3,
-        params={**scheme.params(), **own, "seed": recipe.quantize.seed},
+        params={**scheme.params(), **own, "seed": seed},
         inputs=inputs,
         tools=TOOLS[scheme.backend],
         gpus=1,

@@ -1,4 +1,4 @@
-"""Train rows -> calibration set: drawn over the domains, packed whole, fixed as token ids."""
+"""Train rows -> calibration set: distinct rows over domains and lengths, packed whole, fixed as token ids."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 import random
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,12 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recipes.problem import Problem
-from recipes.rows import normalised
+from recipes.rows import Message
+from tasks.jobs.leaks import Held, near_twins, refuse_leaks, without_near_duplicates
 from tasks.runtime.errors import StageError
 from tasks.runtime.job import Job
 
 CALIBSET = pa.schema([("sequence", pa.int32()), ("rows", pa.list_(pa.string())), ("input_ids", pa.list_(pa.int32()))])
 LEAST, MOST = 128, 512  # rows, see recipes.schema.Calibrate
+LENGTHS = ("short", "middle", "long")  # terciles of a domain's rows by tokens
 PREVIEW_ROWS = 5
 
 
@@ -30,6 +33,39 @@ class Candidate(NamedTuple):
     messages: str
     input_ids: list[int]
 
+    @property
+    def turns(self) -> list[Message]:
+        """Its turns."""
+        return json.loads(self.messages)
+
+
+class Packed(NamedTuple):
+    """A sequence: the rows (or texts) that it is made of, by name, and its tokens."""
+
+    rows: list[str]
+    input_ids: list[int]
+
+
+class Pool(NamedTuple):
+    """Rows that may be drawn, and how many of train cannot be.
+
+    Attributes:
+        strata: Rows by domain, sorted by name.
+        train: Rows of train.
+        too_long: Rows over seq_len.
+        near_duplicates: Rows that are almost equal to one that may be drawn.
+    """
+
+    strata: dict[str, list[Candidate]]
+    train: int
+    too_long: int
+    near_duplicates: int
+
+    @property
+    def rows(self) -> int:
+        """How many may be drawn."""
+        return sum(map(len, self.strata.values()))
+
 
 def run(job: Job) -> dict[str, Any]:
     """Draw, pack and write the calibration set. The same inputs give the same bytes.
@@ -37,76 +73,147 @@ def run(job: Job) -> dict[str, Any]:
     Reads:
         dataset: rows.parquet.
     Writes:
-        calibset.parquet (one line a sequence), preview.md, summary.json.
+        calibset.parquet (one line a sequence), preview.md, summary.json; near_twins.jsonl: rows that are almost equal
+        to one of dev or test.
     Metrics:
         None.
 
     Raises:
-        StageError: Too few rows or tokens in train; a row of train is in dev or test, too.
+        StageError: Too few rows or tokens in train, or in a domain whose share is given; a row of train is in dev or
+            test, too; too many near-twins of these.
     """
-    params, path = job.params, job.inputs["dataset"].path / "rows.parquet"
+    path = job.inputs["dataset"].path / "rows.parquet"
     columns = ["row", "split", "domain", "messages", "input_ids"]
     rows = pq.read_table(path, columns=columns).to_pylist()
-    train = [row for row in rows if row["split"] == "train"]
-    _refuse_leak(train, [row for row in rows if row["split"] != "train"], path=path)
+    train, held = ([row for row in rows if (row["split"] == "train") == wanted] for wanted in (True, False))
+    refuse_leaks(train, held, path=path)
+    return calibset(train, held, job=job)
 
-    strata: dict[str, list[Candidate]] = defaultdict(list)
-    for row in sorted(train, key=lambda one: one["row"]):
-        if len(row["input_ids"]) <= params["seq_len"]:
-            strata[row["domain"]].append(Candidate(row["row"], row["domain"], row["messages"], row["input_ids"]))
-    fitting = sum(map(len, strata.values()))
-    if fitting < len(train):
-        job.events.note(
-            "too long", f"{len(train) - fitting} train rows are over seq_len {params['seq_len']} and left out"
-        )
-    if fitting < params["rows"]:
-        raise _too_few_rows(params, len(train), fitting=fitting)
-    drawn = _draw(strata, total=params["rows"], equal=params["stratify"] == "equal", seed=params["seed"])
+
+def calibset(train: list[dict[str, Any]], held: list[dict[str, Any]], *, job: Job) -> dict[str, Any]:
+    """Draw from `train`, pack and write what run() says.
+
+    Args:
+        train: row (name), domain, messages (JSON), input_ids.
+        held: The same of dev and test, with their split.
+        job: Params of the calibrate step.
+
+    Raises:
+        StageError: As run, but for leaks.
+    """
+    params = job.params
+    pool = _pool(train, job)
+    if pool.rows < params["rows"]:
+        raise _too_few_rows(params, pool)
+    drawn = _draw(pool.strata, counts=_counts(pool.strata, params), seed=params["seed"])
     tokens = sum(len(one.input_ids) for one in drawn)
     if tokens < params.get("min_tokens", 0):
-        raise _too_few_tokens(params, tokens=tokens, fitting=fitting)
+        raise _too_few_tokens(params, tokens=tokens, pool=pool)
+    twins = 0
+    if held:
+        twins = near_twins(
+            {one.row: one.turns for one in drawn},
+            {row["row"]: Held(row["split"], json.loads(row["messages"])) for row in held},
+            most=params["max_near_duplicates"],
+            job=job,
+        )
     packed = pack(drawn, seq_len=params["seq_len"])
-    lines = [
-        {
-            "sequence": number,
-            "rows": [one.row for one in sequence],
-            "input_ids": [token for one in sequence for token in one.input_ids],
-        }
-        for number, sequence in enumerate(packed)
-    ]
-    pq.write_table(pa.Table.from_pylist(lines, schema=CALIBSET), job.out / "calibset.parquet")
+    joined = [Packed([one.row for one in some], [id for one in some for id in one.input_ids]) for some in packed]
+    write_calibset(job.out, joined)
     (job.out / "preview.md").write_text(_preview(drawn, params), encoding="utf-8")
     summary = {
         "rows": len(drawn),
         "tokens": tokens,
         "sequences": len(packed),
         "fill": tokens / (len(packed) * params["seq_len"]),
-        "domains": {domain: sum(one.domain == domain for one in drawn) for domain in sorted(strata)},
-        "too_long_rows": len(train) - fitting,
+        "domains": {domain: sum(one.domain == domain for one in drawn) for domain in sorted(pool.strata)},
+        "too_long_rows": pool.too_long,
+        "near_duplicate_rows": pool.near_duplicates,
+        "near_twins": twins,
     }
     (job.out / "summary.json").write_text(json.dumps(summary, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    job.events.note(
-        "calibration set",
-        f"{len(drawn)} rows of {len(train)}, {tokens} tokens in {len(packed)} sequences of up to {params['seq_len']} "
-        f"({summary['fill']:.0%} full)",
-    )
+    _note(job, summary, pool)
     return summary
 
 
-def allot(sizes: dict[str, int], *, total: int, equal: bool) -> dict[str, int]:
+def write_calibset(out: Path, sequences: Sequence[Packed]) -> None:
+    """calibset.parquet: a line a sequence."""
+    lines = [{"sequence": number, **one._asdict()} for number, one in enumerate(sequences)]
+    pq.write_table(pa.Table.from_pylist(lines, schema=CALIBSET), out / "calibset.parquet")
+
+
+def _note(job: Job, summary: dict[str, Any], pool: Pool) -> None:
+    params = job.params
+    job.events.note(
+        "calibration set",
+        f"{summary['rows']} rows of {pool.train}, {summary['tokens']} tokens in {summary['sequences']} sequences of up "
+        f"to {params['seq_len']} ({summary['fill']:.0%} full)",
+    )
+    if params.get("allow_unusual_size"):
+        job.events.note("unusual size", f"calibrate.rows is {params['rows']}: {params['allow_unusual_size']}")
+    if pool.too_long:
+        job.events.note("too long", f"{pool.too_long} train rows are over seq_len {params['seq_len']} and left out")
+    if pool.near_duplicates:
+        job.events.note(
+            "near-duplicates", f"{pool.near_duplicates} train rows are almost equal to another one and left out"
+        )
+
+
+def _pool(train: list[dict[str, Any]], job: Job) -> Pool:
+    """Rows of train that fit a sequence, each of them unlike the others."""
+    seq_len = job.params["seq_len"]
+    fitting = {
+        row["row"]: Candidate(row["row"], row["domain"], row["messages"], row["input_ids"])
+        for row in sorted(train, key=lambda one: one["row"])
+        if len(row["input_ids"]) <= seq_len
+    }
+    distinct = without_near_duplicates({name: one.turns for name, one in fitting.items()})
+    strata: dict[str, list[Candidate]] = defaultdict(list)
+    for name in distinct:
+        strata[fitting[name].domain].append(fitting[name])
+    return Pool(strata, len(train), len(train) - len(fitting), len(fitting) - len(distinct))
+
+
+def _counts(strata: Mapping[str, Sequence[Candidate]], params: dict[str, Any]) -> dict[str, int]:
+    """Rows a domain gives.
+
+    Raises:
+        StageError: A share is given for a domain that train does not have, or has too few rows of.
+    """
+    sizes = {name: len(strata[name]) for name in sorted(strata)}
+    asked, total = params["stratify"], params["rows"]
+    if not isinstance(asked, dict):
+        return allot(sizes, total=total, weights=sizes if asked == "proportional" else dict.fromkeys(sizes, 1))
+    counts = allot(dict.fromkeys(asked, total), total=total, weights=asked)
+    short = {name: count for name, count in counts.items() if count > sizes.get(name, 0)}
+    if short:
+        told = ", ".join(
+            f"{count} of {name or '(none)'}, which has {sizes.get(name, 0)}" for name, count in short.items()
+        )
+        raise StageError(
+            Problem(
+                what=f"calibrate.stratify asks for {told}",
+                where="calibrate.stratify",
+                why="given shares are kept exactly; these rows of train are distinct and fit seq_len",
+                next=f"give them smaller shares of {total}, or take fewer rows; domains are {', '.join(sizes)}",
+            )
+        )
+    return counts
+
+
+def allot(sizes: Mapping[str, int], *, total: int, weights: Mapping[str, float]) -> dict[str, int]:
     """Share `total` rows out over strata of these sizes, none more than it holds: largest remainders, ties by name.
 
     Args:
         sizes: Rows a stratum holds; their sum is at least `total`.
         total: Rows wanted.
-        equal: Equal shares; else in proportion to size.
+        weights: Shares are in proportion to these.
     """
-    weight = dict.fromkeys(sizes, 1) if equal else dict(sizes)
     given: dict[str, int] = {}
     while True:  # a stratum whose share is all it holds gives all; the others share the rest anew
-        left = {name: weight[name] for name in sizes if name not in given}
+        left = {name: weights[name] for name in sizes if name not in given}
         rest = total - sum(given.values())
-        share = {name: rest * weight[name] / (sum(left.values()) or 1) for name in left}
+        share = {name: rest * weights[name] / (sum(left.values()) or 1) for name in left}
         full = {name: sizes[name] for name in left if share[name] >= sizes[name]}
         if not full:
             break
@@ -133,40 +240,40 @@ def pack(rows: list[Candidate], *, seq_len: int) -> list[list[Candidate]]:
     return sequences
 
 
-def _draw(strata: dict[str, list[Candidate]], *, total: int, equal: bool, seed: int) -> list[Candidate]:
-    """A seeded sample of each stratum, with a generator of its own: its rows do not depend on other strata's."""
-    drawn = []
-    for domain, count in allot({name: len(strata[name]) for name in sorted(strata)}, total=total, equal=equal).items():
-        drawn += random.Random(f"{seed}:{domain}").sample(strata[domain], count)
+def _draw(strata: Mapping[str, Sequence[Candidate]], *, counts: Mapping[str, int], seed: int) -> list[Candidate]:
+    """A seeded sample of each stratum, with a generator of its own: its rows do not depend on other strata's.
+
+    A domain's rows come in equal parts from its short, middle and long ones.
+    """
+    drawn: list[Candidate] = []
+    for domain, count in counts.items():
+        thirds = by_length(strata[domain])
+        sizes = {name: len(rows) for name, rows in thirds.items()}
+        for name, share in allot(sizes, total=count, weights=sizes).items():
+            drawn += random.Random(f"{seed}:{domain}:{name}").sample(thirds[name], share)
     return drawn
 
 
-def _refuse_leak(train: list[dict[str, Any]], held: list[dict[str, Any]], *, path: Path) -> None:
-    """Raise StageError where a row of train, by hash, text or tokens, is in dev or test."""
-
-    def names(row: dict[str, Any]) -> set[object]:
-        return {row["row"], normalised(json.loads(row["messages"])), tuple(row["input_ids"])}
-
-    seen = set[object]().union(*map(names, held))
-    leaked = [row["row"] for row in train if names(row) & seen]
-    if leaked:
-        raise StageError(
-            Problem(
-                what=f"{len(leaked)} row(s) of train stand in dev or test, too",
-                where=f"{path}, rows {', '.join(leaked[:20])}",
-                why="weights would be calibrated on what they are judged by",
-                next="make the dataset again with quench run; prepare removes duplicates",
-            )
-        )
+def by_length(rows: Sequence[Candidate]) -> dict[str, list[Candidate]]:
+    """Terciles by tokens, ties by name; of equal size to within one row."""
+    ordered = sorted(rows, key=lambda one: (len(one.input_ids), one.row))
+    ends = [len(ordered) * third // 3 for third in range(4)]
+    return {name: ordered[ends[i] : ends[i + 1]] for i, name in enumerate(LENGTHS)}
 
 
-def _too_few_rows(params: dict[str, Any], train: int, *, fitting: int) -> StageError:
-    remedy = f"set calibrate.rows to {min(fitting, MOST)}" if fitting >= LEAST else "give more training rows"
-    if fitting < train:
+def _most(params: dict[str, Any], fitting: int) -> int:
+    """Rows that there can be."""
+    return fitting if params.get("allow_unusual_size") else min(fitting, MOST)
+
+
+def _too_few_rows(params: dict[str, Any], pool: Pool) -> StageError:
+    remedy = f"set calibrate.rows to {min(pool.rows, MOST)}" if pool.rows >= LEAST else "give more training rows"
+    if pool.too_long:
         remedy += ", or raise calibrate.seq_len"
     return StageError(
         Problem(
-            what=f"calibration needs {params['rows']} rows; train has {fitting} of up to {params['seq_len']} tokens",
+            what=f"calibration needs {params['rows']} rows; train has {pool.rows} distinct ones of up to "
+            f"{params['seq_len']} tokens",
             where="calibrate.rows, calibrate.seq_len",
             why=f"below {LEAST} rows the Hessian of a wide layer is not of full rank and scales follow single rows",
             next=remedy,
@@ -174,10 +281,12 @@ def _too_few_rows(params: dict[str, Any], train: int, *, fitting: int) -> StageE
     )
 
 
-def _too_few_tokens(params: dict[str, Any], *, tokens: int, fitting: int) -> StageError:
+def _too_few_tokens(params: dict[str, Any], *, tokens: int, pool: Pool) -> StageError:
     needed = math.ceil(params["min_tokens"] * params["rows"] / tokens)
-    most = min(fitting, MOST)
+    most = _most(params, pool.rows)
     remedy = f"{needed} rows like these would do, more than the {most} there can be: give longer rows"
+    if needed <= pool.rows and needed > most:
+        remedy += ", or give calibrate.allow_unusual_size a reason"
     if needed <= most:
         remedy = f"set calibrate.rows to {needed}"
     return StageError(
@@ -195,7 +304,7 @@ def _preview(drawn: list[Candidate], params: dict[str, Any]) -> str:
     parts = [f"# Calibration set: {PREVIEW_ROWS} of {len(drawn)} rows (seed {params['seed']})\n"]
     for one in sorted(drawn, key=lambda candidate: candidate.row)[:PREVIEW_ROWS]:
         parts.append(f"## {one.row}, {len(one.input_ids)} tokens, domain {one.domain or '(none)'}\n")
-        for turn in json.loads(one.messages):
+        for turn in one.turns:
             said = turn.get("content") or json.dumps(turn.get("tool_calls"), ensure_ascii=False)
             parts.append(f"**{turn['role']}**\n\n```\n{said}\n```\n")
     return "\n".join(parts)

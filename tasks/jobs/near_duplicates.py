@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from recipes.rows import Row, Side
+from recipes.rows import Message, Side
 
 GRAM = 5  # words
 PERMUTATIONS = 128
@@ -29,14 +29,16 @@ class NearDuplicates(NamedTuple):
     limited: int
 
 
-def near_duplicates(rows: Mapping[str, Row], sides: Mapping[str, Side], *, jaccard: float) -> NearDuplicates:
+def near_duplicates(
+    rows: Mapping[str, Sequence[Message]], sides: Mapping[str, Side], *, jaccard: float
+) -> NearDuplicates:
     """Rows whose set of word 5-grams has a Jaccard similarity of `jaccard` or more with that of an earlier row.
 
     Rows come in the order test, dev, train, and by name within a side. With a row of dev or train that is almost equal
     to an earlier one later rows are not compared: they are told apart from the rows that would stay.
 
     Args:
-        rows: By name.
+        rows: Turns by name.
         sides: Side of each.
         jaccard: The limit.
 
@@ -64,9 +66,9 @@ def near_duplicates(rows: Mapping[str, Row], sides: Mapping[str, Side], *, jacca
     return NearDuplicates(found, limited)
 
 
-def _grams(row: Row) -> set[bytes]:
+def _grams(row: Sequence[Message]) -> set[bytes]:
     """Word 5-grams of the turns. Without system turns: a long one that all rows share would make all of them alike."""
-    turns = [turn.get("content") or "" for turn in row.messages if turn["role"] not in ("system", "developer")]
+    turns = [turn.get("content") or "" for turn in row if turn["role"] not in ("system", "developer")]
     words = " ".join(turns).split()
     return {" ".join(words[i : i + GRAM]).encode() for i in range(max(1, len(words) - GRAM + 1))}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import json
@@ -16,11 +17,13 @@ import torch
 from safetensors import safe_open
 
 from recipes.backends import model_problem
+from recipes.claims import limit_problems
 from recipes.headers import TOKENIZER_FILES, Headers, read_headers
 from recipes.problem import Problem, RecipeError
 from recipes.schemes import Scheme
 from tasks.jobs import block_errors
 from tasks.jobs.backends import Quantized
+from tasks.jobs.backends.awq_scales import scales_found_on
 from tasks.jobs.backends.load import setup
 from tasks.jobs.rope import older_spelling
 from tasks.jobs.serve_file import write_serve_file
@@ -36,7 +39,8 @@ def run(job: Job) -> dict[str, Any]:
     """Quantize a model folder; embeddings and lm_head stay as they are. The same inputs give the same bytes.
 
     Reads:
-        model: bf16 model folder. calibset: calibset.parquet (schemes that need calibration).
+        model: bf16 model folder. calibset: calibset.parquet (schemes that need calibration). scales_from: bf16 model
+        folder on which AWQ's scales and clipping are searched (where it is not `model`).
     Writes:
         model*.safetensors, config.json, quantize_config.json; tokenizer files and generation_config.json byte for
         byte from `model`; quantize.json: backend, packer, kernel at load, loss, tokens and damping a layer, and what
@@ -53,10 +57,12 @@ def run(job: Job) -> dict[str, Any]:
     headers = _checked(model, scheme)
     clock = time.perf_counter()
     rows = _rows(job.inputs["calibset"].path) if scheme.needs_calibration else []
+    options: dict[str, Any] = {"rows": rows, "params": params, "device": job.execution.device, "events": events}
     backend = importlib.import_module(f"tasks.jobs.backends.{scheme.backend.replace('-', '_')}")
-    done: Quantized = backend.quantize(
-        model, job.out, rows=rows, params=params, device=job.execution.device, events=events
-    )
+    with contextlib.ExitStack() as stack:
+        if "scales_from" in job.inputs:
+            stack.enter_context(scales_found_on(job.inputs["scales_from"].path, out=job.out, **options))
+        done: Quantized = backend.quantize(model, job.out, **options)
     quantized = time.perf_counter()
     _keep_companions(model, job.out)
     _spell_rope(job.out / "config.json")
@@ -108,12 +114,12 @@ def _rows(calibset: Path) -> list[list[int]]:
 
 
 def _checked(model: Path, scheme: Scheme) -> Headers:
-    """The model's headers; StageError where its layers or its model type do not allow the scheme."""
+    """The model's headers; StageError where a layer's shape does not allow the scheme, or the backend the model."""
     try:
         headers = read_headers(model)
     except RecipeError as error:
         raise StageError(error.problems[0]) from None
-    for problem in (*scheme.check(headers.linears), model_problem(scheme, headers)):
+    for problem in (*scheme.check(headers.linears), *limit_problems(scheme, headers), model_problem(scheme, headers)):
         if problem:
             raise StageError(problem)
     return headers

@@ -50,7 +50,8 @@ def select(job: Job, rows: dict[str, Row]) -> Selection:
     counts: dict[str, Any] = {"not_drawn_rows": len(rows) - len(kept)}
     if params["near_duplicates"] == "ignore":
         return Selection(kept, counts)
-    found, limited = near_duplicates(kept, sides, jaccard=params["near_duplicate_jaccard"])
+    turns = {name: row.messages for name, row in kept.items()}
+    found, limited = near_duplicates(turns, sides, jaccard=params["near_duplicate_jaccard"])
     remove = {one.row for one in found if sides[one.row] != "test"} if params["near_duplicates"] == "remove" else set()
     counts["near_duplicates"] = {
         "rows": len(found),

@@ -34,6 +34,8 @@ class Shape:
     merge_base: str | None = None
     scheme: str | None = None
     on_base: bool = False
+    calibration: str = "domain"
+    scales_from_base: bool = False
 
 
 SHAPES: dict[str, Shape] = {
@@ -137,7 +139,8 @@ class SyntheticRun:
         if shape.scheme:
             model = f"quantize/{slug}"
             note = [("kernel", "TorchLinear: no AVX512 kernel for 3 bits")] if "w3" in slug else []
-            self._step(model, model_files(shape.weights or 0), seconds=20.0 + index, notes=note)
+            if files := self._step(model, model_files(shape.weights or 0), seconds=20.0 + index, notes=note):
+                dump(files / "quantize.json", blocks(shape, np.random.default_rng([self.seed, index, 2])))
         elif shape.merge_base:
             model = f"merge/{shape.merge_base}"
         evaluate, measure = f"evaluate/{slug}", f"measure/{slug}"
@@ -153,6 +156,8 @@ class SyntheticRun:
             "quantization": parse_scheme(shape.scheme).params() if shape.scheme else None,
             "on_base": shape.on_base,
             "refused": self.refused.get(slug),
+            "calibration": shape.calibration,
+            "scales_from_base": shape.scales_from_base,
             "model": model,
             "adapter": "train/quickstart" if shape.kind == "nf4" or shape.on_base else None,
             "evaluate": evaluate,
@@ -258,6 +263,19 @@ class SyntheticRun:
             "kl": np.concatenate([kl * 2, kl]).astype(np.float32),
         }
         pq.write_table(pa.table(tokens), files / "kl.parquet")
+
+
+def blocks(shape: Shape, rng: np.random.Generator) -> dict[str, Any]:
+    """quantize.json, but for the linear layers: 24 decoder layers, errors that follow the arm's KL."""
+    seen = not (shape.scheme or "").startswith("rtn")
+    found = []
+    for layer in range(24):
+        for part, more in (("self_attn", 0.8), ("mlp", 1.2)):
+            error = float(more * shape.kl**0.5 * (1 + layer / 30) * rng.lognormal(0, 0.1))
+            errors = {"output_error": error if seen else None, "weight_error": None if seen else error}
+            std = 0.02 * (1.2 if part == "mlp" else 0.9 + layer / 60)
+            found.append({"layer": layer, "part": part, "weight_std": std, **errors})
+    return {"kernel": "TorchLinear" if seen else None, "error_tokens": 512 if seen else 0, "blocks": found}
 
 
 def model_files(weights: int) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """Prediction of memory and disk, and what is refused by it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,12 +8,13 @@ import pytest
 from flows.compose import compose, limits, pin
 from flows.plan import Planned, plan
 from flows.predict import NF4_BYTES, Predicted, RowSizes, predict, row_sizes
-from flows.preflight import Memory, available, disk_problem, preflight, refuse
+from flows.preflight import Memory, available, calibration_problem, disk_problem, preflight, refuse
 from recipes.headers import Headers, read_headers
 from recipes.load import Loaded, load
 from recipes.problem import RecipeError
 from recipes.rows import read_rows
 from recipes.schema import Recipe
+from tasks.runtime.step import Step
 from tasks.runtime.store import Store
 from tests.recipes.folders import chat, write_base, write_project, write_rows
 
@@ -127,14 +129,14 @@ def assert_near(predicted: dict[str, Predicted], measured: dict[str, float]) -> 
 def test_a_small_model_is_predicted_as_it_was_measured(tmp_path: Path):
     shape = {"hidden": 256, "intermediate": 768, "kv": 128, "layers": 6, "vocabulary": 4096}
     recipe = as_measured(tmp_path, general="general.jsonl", batch=32, evaluated=50, rank=32, **shape)
-    rows = RowSizes(rows=4000, longest=94, completion_tokens=25.5, data_bytes=1_200_000)
+    rows = RowSizes(rows=4000, longest=94, completion_tokens=25.5, data_bytes=1_200_000, tokens=60)
     assert_near(by_key(recipe, read_headers(tmp_path), rows=rows), SMALL)
 
 
 def test_a_larger_model_is_predicted_as_it_was_measured(tmp_path: Path):
     shape = {"hidden": 768, "intermediate": 2048, "kv": 256, "layers": 12, "vocabulary": 32000}
     recipe = as_measured(tmp_path, general=None, batch=8, evaluated=16, rank=16, **shape)
-    rows = RowSizes(rows=300, longest=179, completion_tokens=24.0, data_bytes=130_000)
+    rows = RowSizes(rows=300, longest=179, completion_tokens=24.0, data_bytes=130_000, tokens=100)
     assert_near(by_key(recipe, read_headers(tmp_path), rows=rows), MIDDLE)
 
 
@@ -215,10 +217,40 @@ def test_row_sizes_scale_the_sample_up(loaded: Loaded):
 
 
 def test_shorter_rows_need_less(recipe: Recipe, headers: Headers):
-    known = by_key(recipe, headers, rows=RowSizes(rows=100, longest=64, completion_tokens=9, data_bytes=9000))
+    known = by_key(
+        recipe, headers, rows=RowSizes(rows=100, longest=64, completion_tokens=9, data_bytes=9000, tokens=40)
+    )
     unknown = by_key(recipe, headers)
     assert known["train/like-quickstart"].host_gib < unknown["train/like-quickstart"].host_gib
     assert known["reference/like-quickstart"].disk_gib < unknown["reference/like-quickstart"].disk_gib == 4.0
+
+
+def test_controls_have_their_steps_and_predictions(loaded: Loaded, recipe: Recipe, headers: Headers, tmp_path: Path):
+    (loaded.folder / "texts.jsonl").write_text('{"text": "words"}\n')
+    controlled = changed(recipe, "calibrate", controls=["awq-w4-g128", "gptq-w4-g128"], general="texts.jsonl")
+    steps: dict[str, Step] = {}
+    pins = pin(replace(loaded, recipe=controlled), tmp_path)
+    compose(controlled, pins, lambda step: steps.__setitem__(step.key, step))
+    assert set(by_key(controlled, headers)) == {key for key in steps if not key.startswith("choose/")}
+    plain, generic = steps["quantize/awq-w4-g128"], steps["quantize/awq-w4-g128.calib-generic"]
+    assert plain.params == generic.params
+    assert plain.inputs["calibset"].fingerprint != generic.inputs["calibset"].fingerprint
+    assert generic.inputs["calibset"] is steps["quantize/gptq-w4-g128.calib-generic"].inputs["calibset"]
+    assert plain.inputs["model"] is generic.inputs["model"]
+    reused = steps["quantize/awq-w4-g128.scales-from-base"]
+    assert reused.inputs["scales_from"] == pins.base and reused.inputs["calibset"] is plain.inputs["calibset"]
+    without: dict[str, Step] = {}
+    compose(recipe, pins, lambda step: without.__setitem__(step.key, step))
+    assert {key: steps[key].fingerprint for key in without} == {key: one.fingerprint for key, one in without.items()}
+
+
+def test_too_few_calibration_tokens_are_told_before_anything_is_spent(recipe: Recipe, headers: Headers):
+    """The widest layer has 768 inputs, so 3,072 tokens are needed."""
+    rows = RowSizes(rows=300, longest=14, completion_tokens=5, data_bytes=9000, tokens=10.0)
+    problem = calibration_problem(recipe, headers, rows)
+    assert problem and "256 rows have about 2560" in problem.what and problem.next == "Set calibrate.rows to 308."
+    assert calibration_problem(changed(recipe, "calibrate", rows=308), headers, rows) is None
+    assert calibration_problem(recipe, headers, None) is None
 
 
 # ---- refusing

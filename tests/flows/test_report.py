@@ -122,7 +122,14 @@ def test_the_agreed_comparisons_are_there_with_what_was_planted(report: dict[str
     assert found["gptq-w4-g128", "gptq-w4-g128.on-base", "kl_mean"]["verdict"] == "better"
     assert ("rtn-w4-g128", "gptq-w4-g128", "kl_mean") in found
     sizes = {family["name"]: family["size"] for family in report["families"]}
-    assert sizes == {"fine-tuning": 3, "merge": 7, "quantization": 18, "schemes": 30, "merge-first": 4}
+    assert sizes == {
+        "fine-tuning": 3,
+        "merge": 7,
+        "quantization": 18,
+        "schemes": 30,
+        "merge-first": 4,
+        "calibration": 0,
+    }
     assert report["comparisons_left_out"] == []
 
 
@@ -287,6 +294,29 @@ def test_one_domain_or_few_arms_are_fine(tmp_path: Path) -> None:
     assert report["domains"] == {slug: {} for slug in few}
     assert {one["family"] for one in report["comparisons"]} == {"fine-tuning", "merge", "quantization"}
     assert "cannot say" in report["answers"][3]["short"]
+
+
+def test_controls_answer_whether_calibration_mattered_and_rank_nowhere_else(tmp_path: Path) -> None:
+    plain = SHAPES["awq-w4-g128"]
+    few = ("base", "nf4-adapter", "merged-dequantized", "merged-original", "awq-w4-g128", "rtn-w4-g128")
+    shapes = {slug: SHAPES[slug] for slug in few} | {
+        "awq-w4-g128.calib-generic": replace(plain, kl=plain.kl / 20, calibration="generic"),
+        "awq-w4-g128.calib-random": replace(plain, kl=plain.kl * 9, calibration="random"),
+        "awq-w4-g128.scales-from-base": replace(plain, scales_from_base=True),
+    }
+    report = evaluate(read_run(SyntheticRun(tmp_path, general=0, measured=False, shapes=shapes).write(), tmp_path))
+    made = {(one["b"], one["metric"]): one for one in report["comparisons"] if one["family"] == "calibration"}
+    assert {b for b, _ in made} == {*list(shapes)[6:], "rtn-w4-g128"}
+    assert {one["a"] for one in made.values()} == {"awq-w4-g128"} and len(made) == 8
+    words = {b: one["verdict"] for (b, metric), one in made.items() if metric == "kl_mean"}
+    assert words["awq-w4-g128.calib-generic"] == "worse" and words["awq-w4-g128.calib-random"] == "better"
+    for one in report["comparisons"]:
+        assert one["family"] == "calibration" or not {one["a"], one["b"]} & set(list(shapes)[6:])
+    answer = report["answers"][4]
+    assert answer["question"] == "Did the calibration data matter here?"
+    assert "is further from the trained model than general text for awq-w4-g128 (KL +" in answer["short"]
+    assert "closer to the trained model than random tokens for awq-w4-g128 (KL −" in answer["short"]
+    assert "awq-w4-g128.calib-generic" not in report["answers"][2]["short"]  # not among what may be shipped
 
 
 def test_figures_of_a_slow_kernel_are_labelled_and_rank_nothing(tmp_path: Path) -> None:

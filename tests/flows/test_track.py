@@ -1,5 +1,6 @@
 """MLflow as a view of the store: same names on every arm, curves, links instead of copies."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,17 @@ def test_files_are_links_into_the_store_and_not_copies(runs: dict[str, Run], sma
         linked = Path(local_file_uri_to_path(runs[name].info.artifact_uri)) / stage / file
         (stored,) = (small.home / "store" / stage).glob(f"{name.split('/')[1]}-*/files/{file}")
         assert linked.samefile(stored), name
+
+
+def test_the_calibration_set_is_a_dataset_of_every_run_that_reads_it(runs: dict[str, Run], small: World):
+    (folder,) = (small.home / "store" / "calibrate").glob("small-*")
+    digest = json.loads((folder / "manifest.json").read_text())["digest"]
+    for name in ("parent", "calibrate/small", "quantize/gptq-w4-g128"):
+        (logged,) = runs[name].inputs.dataset_inputs
+        assert (logged.dataset.name, logged.dataset.digest) == (folder.name, digest[:36]), name
+        assert {tag.key: tag.value for tag in logged.tags}["sha256"] == digest
+        assert json.loads(logged.dataset.source)["uri"] == str(folder / "files" / "calibset.parquet")
+    assert not runs["quantize/rtn-w4-g128"].inputs.dataset_inputs
 
 
 def test_the_report_is_on_the_parent(runs: dict[str, Run], small: World):

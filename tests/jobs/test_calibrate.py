@@ -16,9 +16,17 @@ from recipes.rows import content_hash
 from tasks.jobs import calibrate
 from tasks.jobs.prepare import ROWS
 from tasks.runtime.errors import StageError
-from tests.jobs.build import make_job
+from tests.jobs.build import make_job, notes
 
-PARAMS = {"rows": 128, "seq_len": 64, "stratify": "proportional", "seed": 0, "min_tokens": 0}
+PARAMS = {
+    "rows": 128,
+    "allow_unusual_size": None,
+    "seq_len": 64,
+    "stratify": "proportional",
+    "max_near_duplicates": 0.01,
+    "seed": 0,
+    "min_tokens": 0,
+}
 SIZES = {"few": 40, "some": 110, "many": 250}
 
 
@@ -93,12 +101,47 @@ def test_domains_get_their_shares(dataset: Path, tmp_path: Path, stratify: str, 
     assert summary["domains"] == expected
 
 
+def test_given_shares_are_kept_exactly(dataset: Path, tmp_path: Path) -> None:
+    summary, _ = run(dataset, tmp_path / "out", stratify={"few": 0.25, "many": 0.75})
+    assert summary["domains"] == {"few": 32, "many": 96, "some": 0}
+    with pytest.raises(StageError, match="asks for 64 of few, which has 40"):
+        run(dataset, tmp_path / "over", stratify={"few": 0.5, "many": 0.5})
+    with pytest.raises(StageError, match="1 of none, which has 0"):
+        run(dataset, tmp_path / "unknown", stratify={"many": 0.99, "none": 0.01})
+
+
+def test_short_middle_and_long_rows_of_a_domain_come_in_equal_parts(dataset: Path, tmp_path: Path) -> None:
+    """Of a plain sample of 44 the thirds would differ by more than one row nine times in ten."""
+    for seed in range(3):
+        _, sequences = run(dataset, tmp_path / str(seed), stratify="equal", seed=seed)
+        drawn = {name for sequence in sequences for name in sequence["rows"]}
+        rows = [row for row in dataset_rows() if row["split"] == "train" and row["domain"] == "many"]
+        candidates = [calibrate.Candidate(row["row"], "many", row["messages"], row["input_ids"]) for row in rows]
+        thirds = calibrate.by_length(candidates)
+        assert [len(third) for third in thirds.values()] == [83, 83, 84]
+        assert max(len(one.input_ids) for one in thirds["short"]) <= min(len(one.input_ids) for one in thirds["middle"])
+        counts = [sum(one.row in drawn for one in third) for third in thirds.values()]
+        assert sum(counts) == 44 and max(counts) - min(counts) <= 1
+
+
+def test_an_unusual_size_needs_a_reason_and_tells_it(dataset: Path, tmp_path: Path) -> None:
+    job = make_job(
+        "calibrate",
+        tmp_path / "out",
+        params=PARAMS | {"rows": 40, "allow_unusual_size": "to see what few rows cost"},
+        dataset=dataset,
+    )
+    assert calibrate.run(job)["rows"] == 40
+    assert notes(job)["unusual size"] == "calibrate.rows is 40: to see what few rows cost"
+
+
 def test_allot_gives_all_and_never_more_than_there_is() -> None:
     draw = random.Random(0)
     for _ in range(200):
         sizes = {f"d{i}": draw.randint(0, 40) for i in range(draw.randint(1, 8))}
         total = draw.randint(0, sum(sizes.values()))
-        given = calibrate.allot(sizes, total=total, equal=draw.random() < 0.5)
+        weights = sizes if draw.random() < 0.5 else {name: draw.random() + 0.01 for name in sizes}
+        given = calibrate.allot(sizes, total=total, weights=weights)
         assert sum(given.values()) == total
         assert all(given[name] <= sizes[name] for name in sizes)
 
@@ -147,6 +190,49 @@ def test_a_train_row_that_is_in_dev_or_test_is_refused(tmp_path: Path, split: st
     with pytest.raises(StageError) as refused:
         run(write(tmp_path / "dataset", [*rows, copy]), tmp_path / "out")
     assert rows[7]["row"] in refused.value.problem.where
+
+
+WORDS = ["how", "many", "books", "by", "authors", "from", "Norway", "were", "sold", "in", "the", "last", "year"]
+
+
+def twin(row: dict[str, Any], change: int, *, split: str, name: str) -> dict[str, Any]:
+    """The row with 13 words asked and 7 answered, of the question the last `change` ones replaced: 16 word 5-grams."""
+    question = " ".join([*WORDS[: len(WORDS) - change], *(f"{name}{i}" for i in range(change))])
+    messages = [{"role": "system", "content": f"system {name}"}, {"role": "user", "content": question}]
+    messages += [{"role": "assistant", "content": "SELECT count ( * ) FROM books"}]
+    return dict(row, row=name, split=split, messages=json.dumps(messages), input_ids=[9, *row["input_ids"][1:], change])
+
+
+def test_near_twins_of_dev_and_test_are_listed_and_too_many_refused(tmp_path: Path) -> None:
+    rows = [row for row in dataset_rows() if row["split"] != "train" or row["domain"] != "few"]
+    spare = next(row for row in dataset_rows() if row["domain"] == "few")
+    held = twin(spare, 0, split="dev", name="held")
+    near = twin(spare, 0, split="train", name="near")  # another system turn only: 1.0
+    near["input_ids"] = [8, *near["input_ids"][1:]]
+    far = twin(spare, 1, split="train", name="far")  # five of the 16 grams are others: 11 / 21
+    data = write(tmp_path / "dataset", [*rows, held, near, far])
+    params = PARAMS | {"stratify": {"few": 2 / 128, "many": 126 / 128}}  # both are drawn: few has only them
+    job = make_job("calibrate", tmp_path / "out", params=params, dataset=data)
+    assert calibrate.run(job)["near_twins"] == 1  # of 128, 1 is allowed
+    listed = [json.loads(line) for line in (tmp_path / "out" / "near_twins.jsonl").read_text().splitlines()]
+    assert listed == [{"row": "near", "like": "held", "split": "dev"}]
+    assert notes(job)["near-twins"].endswith("1.00% are allowed: near like held of dev")
+    with pytest.raises(StageError, match="1 of 128 rows are near-twins") as refused:
+        run(data, tmp_path / "refused", **{**params, "max_near_duplicates": 0.005})
+    assert "data.group" in refused.value.problem.next and "near like held of dev" in refused.value.problem.why
+
+
+def test_near_duplicates_within_train_are_drawn_once(tmp_path: Path) -> None:
+    rows = dataset_rows()
+    copies = [twin(rows[0], 0, split="train", name=f"copy{i}") for i in range(6)]
+    for i, copy in enumerate(copies):
+        copy["domain"], copy["input_ids"] = "copies", [2000 + i, 1, 2, 3]
+    data = write(tmp_path / "dataset", [*rows, *copies])
+    summary, sequences = run(data, tmp_path / "out", rows=401, allow_unusual_size=None)
+    assert summary["near_duplicate_rows"] == 5 and summary["domains"]["copies"] == 1
+    assert [name for one in sequences for name in one["rows"] if name.startswith("copy")] == ["copy0"]
+    with pytest.raises(StageError, match="train has 401 distinct ones"):
+        run(data, tmp_path / "all", rows=402)
 
 
 def test_the_fixture_holds_what_the_shares_are_computed_from() -> None:

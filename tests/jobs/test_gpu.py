@@ -11,9 +11,9 @@ from recipes.schema import Train
 from tasks.jobs import merge, prepare, quantize, train
 from tasks.jobs.backends.load import load_arm
 from tests.jobs.build import make_job, write_jsonl
+from tests.jobs.quantized import COST, params, write_calibset
 from tests.jobs.test_merge import FAITHFUL, kl, log_probs
 from tests.jobs.test_prepare import PARAMS, questions
-from tests.jobs.test_quantize import COST, params, write_calibset
 from tests.tiny import write_base
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")]

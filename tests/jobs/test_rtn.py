@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tasks.jobs.backends.rtn import pack, round_to_nearest
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTQConfig
 
 from recipes.slugs import parse_scheme
 from tasks.jobs import quantize
 from tasks.jobs.backends.environment import tame_gptqmodel
+from tasks.jobs.backends.quench_rtn import pack, round_to_nearest
 from tests.jobs.build import make_job
 from tests.tiny import write_base
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from torch import Tensor, nn
+from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+from torch import Tensor
 
 from recipes.headers import read_headers
 from tasks.jobs.backends import LayerRecord, Quantized, relative_error
@@ -56,10 +56,9 @@ def quantize(
     return Quantized(backend=f"bitsandbytes:{version('bitsandbytes')}", packer=kind, layers=records)
 
 
-def dequantized(layer: nn.Module) -> Tensor:
+def dequantized(layer: Linear4bit | Linear8bitLt) -> Tensor:
     """[out, in]: the weight that a layer stands for, in bf16 (NF4) or fp32 (int8: code x scale / 127)."""
+    weight: Any = layer.weight  # Params4bit or Int8Params, whose state no stub names
     if isinstance(layer, Linear4bit):
-        return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    assert isinstance(layer, Linear8bitLt)
-    codes, scales = layer.weight.data, layer.weight.SCB
-    return codes.to(torch.float32) * (scales / 127).unsqueeze(-1)
+        return dequantize_4bit(weight.data, weight.quant_state)
+    return weight.data.to(torch.float32) * (weight.SCB / 127).unsqueeze(-1)

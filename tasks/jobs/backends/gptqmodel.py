@@ -2,7 +2,8 @@
 
 What it does without saying so: it drops rows of up to 10 tokens, cuts rows at max_position_embeddings, raises the
 damping where a Hessian does not factor, rounds a layer to nearest where hardly any token reached it, and searches AWQ's
-scales on the last batch alone where batches differ in length.
+scales on the last batch alone where batches differ in length. It captures the inputs of the first decoder layer and
+replays its position embeddings in all others, also where they differ by layer type (Gemma 3).
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def quantize(
     if params["method"] == "awq":
         backend = BACKEND.AWQ_TORCH  # the only packer of AWQ's gemm layout that needs no CUDA
         rows = equal_lengths(rows, events=events)
+        events.note("scales", "AWQ's scales are stored in bf16, the model's type; AutoAWQ stores fp16")
     with _scratch(), _warnings(events):
         loaded: Any = GPTQModel.load(str(model), _config(params), device=device, trust_remote_code=False)
         total = loaded.model.config.get_text_config().num_hidden_layers
@@ -55,6 +57,7 @@ def quantize(
                 events.progress(layer_idx + 1, total, unit="layer")
 
         loaded.layer_callback = layer_done
+        _note_rope(loaded.model.config.get_text_config(), events=events)
         # One row a batch: no padding exists that could enter a statistic, and it costs nothing (9.9 s against 10.6 s).
         samples = [{"input_ids": list(row), "attention_mask": [1] * len(row)} for row in rows]
         log = loaded.quantize(samples, batch_size=1, backend=backend)
@@ -162,6 +165,18 @@ def _record(name: str, entry: dict[str, Any]) -> LayerRecord:
         tokens=int(entry.get("activation_retained_tokens", entry["samples"])),
         damp=float(entry["damp"]) if "damp" in entry else None,
     )
+
+
+def _note_rope(config: Any, *, events: Events) -> None:
+    """Rotary embeddings by layer type stand in `rope_parameters` under the name of the type."""
+    types: list[str] = list(getattr(config, "layer_types", None) or [])
+    if len({str(config.rope_parameters.get(name)) for name in types}) > 1:
+        other = [number for number, name in enumerate(types) if name != types[0]]
+        events.note(
+            "rope",
+            "position embeddings differ by layer type here, and GPTQModel calibrates all layers with those of "
+            f"{types[0]}: layers {other} do not see the positions that they will serve with",
+        )
 
 
 def _note_habits(

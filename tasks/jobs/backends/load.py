@@ -6,6 +6,7 @@ Local folders and safetensors only; no code from a checkpoint is ever run.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import warnings
@@ -42,6 +43,9 @@ def setup(job: Job) -> None:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # a kernel named by load_arm
+        # A line a layer and forward pass: int8 layers get fp16 inputs; quantize says it once.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 def load_bf16(folder: Path, *, device: str) -> PreTrainedModel:
