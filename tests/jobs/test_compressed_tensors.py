@@ -15,7 +15,7 @@ from recipes.slugs import parse_scheme
 from tasks.jobs.backends.llm_compressor import targets
 from tasks.jobs.backends.load import attach, kernel_of, load_arm, load_bf16
 from tests.jobs import compressed
-from tests.jobs.test_quantize import log_probs, mean_kl
+from tests.jobs.quantized import log_probs, mean_kl
 from tests.tiny import write_base
 
 NAMES = [

@@ -24,7 +24,7 @@ from tasks.runtime.launch import child_env
 from tests.jobs import compressed
 from tests.jobs.architectures import write_architecture
 from tests.jobs.build import make_job, notes
-from tests.jobs.test_quantize import log_probs, mean_kl, write_calibset
+from tests.jobs.quantized import log_probs, mean_kl, write_calibset
 from tests.tiny import write_base
 
 NAME = "llmcompressor"
