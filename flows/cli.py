@@ -154,6 +154,65 @@ def _merge(args: argparse.Namespace) -> int:
     return DONE
 
 
+def _export(args: argparse.Namespace) -> int:
+    from flows.export import export
+    from flows.runs import find_run
+    from tasks.runtime.errors import StepFailed
+    from tasks.runtime.store import find_home
+
+    signal.signal(signal.SIGTERM, _terminated)
+    if len(args.words) not in (2, 3):
+        raise RecipeError([_words_problem(args.words)])
+    *run, arm, dest = args.words
+    if args.push:
+        from tasks.runtime import hub_push
+
+        hub_push.check(args.push)
+    home = find_home()
+    try:
+        made = export(
+            find_run(home, run[0] if run else None),
+            arm,
+            Path(dest),
+            home=home,
+            say=lambda text: print(text, file=sys.stderr),
+        )
+    except StepFailed as error:
+        return _failed(error, as_json=args.json)
+    told: dict[str, Any] = {"ok": True, "arm": made.arm, "folder": str(made.folder), "files": made.files}
+    told |= {"bytes": made.n_bytes, "reloaded": made.reloaded, "pushed": None}
+    lines = [
+        f"{made.folder}: {made.files} files, {made.n_bytes / 1e6:.1f} MB; loaded in plain transformers "
+        f"({made.reloaded['kernel']}), largest difference of logits {made.reloaded['largest_difference']:.1g}",
+    ]
+    if args.push:
+        from tasks.runtime import hub_push
+
+        try:
+            pushed = hub_push.push(made.folder, args.push)
+        except RecipeError as error:
+            if args.json:
+                print(
+                    json.dumps({**told, "ok": False, "problems": [one.as_dict() for one in error.problems]}, indent=2)
+                )
+            else:
+                print(f"error: {error}\n{made.folder} is complete: only the push failed", file=sys.stderr)
+            return FAILED
+        told["pushed"] = pushed._asdict()
+        lines.append(f"{pushed.url} at commit {pushed.commit[:12]}{', new and private' if pushed.created else ''}")
+    _print(told, "\n".join(lines), as_json=args.json)
+    return DONE
+
+
+def _words_problem(words: Sequence[str]) -> Problem:
+    return Problem(
+        what=f"`quench export {' '.join(words)}` is not [RUN] ARM DEST.",
+        where="quench export",
+        why="It takes an arm and a folder, and a run before them where it is not the latest.",
+        next="Write for example: quench export awq-w4-g128 out",
+    )
+
+
 def _quantize(args: argparse.Namespace) -> int:
     from flows.progress import Display
     from flows.quantize_alone import Asked, quantize_into, retold
@@ -305,6 +364,9 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     shown = command("report", _report, "Print the report of a run.")
     shown.add_argument("run", nargs="?", help="run id or its beginning; default: the latest")
+    exported = command("export", _export, "Copy an arm out of the store, with everything that serves it.")
+    exported.add_argument("words", nargs="+", metavar="[RUN] ARM DEST", help="run (default: the latest), arm, folder")
+    exported.add_argument("--push", metavar="ORG/NAME", help="then send it to a hub; a new repository is private")
     command("schemes", _schemes, "List the quantization schemes.")
     store = commands.add_parser("store", help="look into the store").add_subparsers(required=True, metavar="COMMAND")
     command("ls", _store_ls, "List artifacts.", under=store)

@@ -6,9 +6,10 @@ import json
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from recipes.headers import Headers
+from recipes.problem import Problem
 from recipes.schemes import Scheme, listed
 from recipes.serving import NAMES, READS, cautions, loaders, parallel_sizes, refusals, rows_of
 
@@ -21,6 +22,53 @@ WHY_DTYPE = (
 )
 
 
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values of vLLM's --max-lora-rank
+
+
+class Adapter(NamedTuple):
+    """A LoRA adapter that is served on top of a base.
+
+    Attributes:
+        rank: Its largest rank.
+        plain: No DoRA and no modules trained in full: what vLLM reads.
+        nf4: The base is quantized to NF4 while it is loaded.
+        tokenizer: Folder of the tokenizer in the export.
+    """
+
+    rank: int
+    plain: bool
+    nf4: bool
+    tokenizer: str
+
+    @classmethod
+    def read(cls, folder: Path, *, nf4: bool) -> Adapter:
+        """From adapter_config.json."""
+        config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        patterns: dict[str, int] = config.get("rank_pattern") or {}
+        rank = max([int(config["r"]), *patterns.values()])
+        plain = not (config.get("use_dora") or config.get("modules_to_save"))
+        tokenizer = "adapter/tokenizer" if (folder / "tokenizer").is_dir() else "base"
+        return cls(rank=rank, plain=plain, nf4=nf4, tokenizer=tokenizer)
+
+    def refusal(self, name: str) -> Problem | None:
+        """Why there is no command for vLLM."""
+        if self.nf4:
+            why = "No source says that it loads a base as NF4 with double quantization under an adapter."
+        elif not self.plain:
+            why = "It reads neither DoRA nor modules that were trained in full."
+        elif self.rank > RANKS[-1]:
+            why = f"Its largest --max-lora-rank is {RANKS[-1]}, the adapter's {self.rank}."
+        else:
+            return None
+        return Problem(what=f"vLLM does not serve {name}.", where=name, why=why, next="Serve a merged arm.")
+
+    def options(self, name: str) -> list[str]:
+        """vLLM's, for the adapter under the name of the arm."""
+        rank = next((size for size in RANKS if size >= self.rank), RANKS[-1])
+        lora = ["--enable-lora", "--lora-modules", f"{name}=$PWD/adapter", "--max-lora-rank", str(rank)]
+        return [*lora, "--tokenizer", f"$PWD/{self.tokenizer}"]
+
+
 def describe(
     headers: Headers,
     *,
@@ -28,6 +76,7 @@ def describe(
     scheme: Scheme | None,
     tensor_parallel: int = 1,
     max_model_len: int | None = None,
+    adapter: Adapter | None = None,
 ) -> dict[str, Any]:
     """What serve.json holds.
 
@@ -37,6 +86,7 @@ def describe(
         scheme: How it is quantized; None where it is not.
         tensor_parallel: GPUs that each layer is split over.
         max_model_len: Tokens of prompt and answer; default: the longest context.
+        adapter: What stands on top; then the model is in base/ and the adapter in adapter/.
     """
     length = max_model_len or headers.max_positions
     return {
@@ -48,23 +98,37 @@ def describe(
         "max_model_len": length,
         "chat_template": headers.has_chat_template,
         "kv_scales": bool(scheme and scheme.kv_scales),
-        "loaders": {one: _needs(scheme, one) for one in loaders(scheme)}
-        if scheme
-        else {"transformers": "", "vllm": ""},
-        "vllm": _vllm(headers, name, scheme, ranks=tensor_parallel, length=length),
+        "adapter": adapter._asdict() if adapter else None,
+        "loaders": _loaders(scheme, adapter),
+        "vllm": _vllm(headers, name, scheme, ranks=tensor_parallel, length=length, adapter=adapter),
     }
+
+
+def _loaders(scheme: Scheme | None, adapter: Adapter | None) -> dict[str, str]:
+    """Who reads it, and what has to be installed beside the engine."""
+    found = {one: _needs(scheme, one) for one in loaders(scheme)} if scheme else {"transformers": "", "vllm": ""}
+    if adapter is None:
+        return found
+    needs = ", ".join(filter(None, (found["transformers"], "peft", "bitsandbytes" if adapter.nf4 else "")))
+    return {"transformers": needs} if adapter.nf4 else {"transformers": needs, "vllm": found.get("vllm", "")}
 
 
 def _needs(scheme: Scheme, engine: str) -> str:
     return ", ".join(row.needs for row in READS if row.engine == engine and row in rows_of(scheme, row.engine))
 
 
-def _vllm(headers: Headers, name: str, scheme: Scheme | None, *, ranks: int, length: int | None) -> dict[str, Any]:
+def _vllm(
+    headers: Headers, name: str, scheme: Scheme | None, *, ranks: int, length: int | None, adapter: Adapter | None
+) -> dict[str, Any]:
     """The command, or why there is none."""
     sizes = parallel_sizes(scheme, headers.linears, "vllm")
     refused = refusals(scheme, headers.linears, "vllm", ranks) if scheme else []
     careful = cautions(scheme, headers.linears, "vllm", ranks) if scheme else []
-    command = ["vllm", "serve", "$PWD", "--served-model-name", name, "--dtype", DTYPE]
+    if adapter and (problem := adapter.refusal(name)):
+        refused.append(problem)
+    command = ["vllm", "serve", "$PWD/base" if adapter else "$PWD"]
+    command += adapter.options(name) if adapter else ["--served-model-name", name]
+    command += ["--dtype", DTYPE]
     command += ["--max-model-len", str(length)] if length else []
     command += ["--tensor-parallel-size", str(ranks)]
     return {
@@ -79,7 +143,10 @@ def readable(served: Mapping[str, Any]) -> str:
     """serve.md."""
     lines = [f"# Serving {served['name']}", "", "Commands are run in this folder.", "", "## vLLM", ""]
     lines += _vllm_lines(served) if served["vllm"]["command"] else _refused_lines(served)
-    lines += ["", "## transformers", "", *_transformers_lines(served)]
+    lines += ["", "## transformers", ""]
+    if needs := served["loaders"].get("transformers"):
+        lines += [f"It needs {needs}.", ""]
+    lines += python_lines(served)
     others = [f"{NAMES[one]}{f' (with {needs})' if needs else ''}" for one, needs in _others(served)]
     if others:
         lines += ["", f"These read it, too: {', '.join(others)}."]
@@ -92,7 +159,7 @@ def _others(served: Mapping[str, Any]) -> Iterator[tuple[Any, str]]:
 
 def shell(command: list[str]) -> str:
     """The command as it is typed; $PWD is left to the shell."""
-    return " ".join('"$PWD"' if word == "$PWD" else shlex.quote(word) for word in command)
+    return " ".join(f'"{word}"' if "$PWD" in word else shlex.quote(word) for word in command)
 
 
 def _vllm_lines(served: Mapping[str, Any]) -> Iterator[str]:
@@ -130,18 +197,26 @@ def _refused_lines(served: Mapping[str, Any]) -> Iterator[str]:
         yield f"{one['what']} {one['why']} {one['next']}"
 
 
-def _transformers_lines(served: Mapping[str, Any]) -> Iterator[str]:
-    if needs := served["loaders"].get("transformers"):
-        yield f"It needs {needs}."
-        yield ""
-    yield from [
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f'model = AutoModelForCausalLM.from_pretrained(".", dtype="{served["dtype"]}", device_map="auto")',
-        'tokenizer = AutoTokenizer.from_pretrained(".")',
-        "```",
-    ]
+def python_lines(served: Mapping[str, Any]) -> Iterator[str]:
+    """Python that loads model and tokenizer with transformers, as Markdown."""
+    adapter = served["adapter"]
+    settings = f'dtype=torch.{served["dtype"]}, device_map="auto"'
+    yield "```python"
+    yield "import torch"
+    if adapter:
+        yield "from peft import PeftModel"
+    nf4 = bool(adapter and adapter["nf4"])
+    yield f"from transformers import AutoModelForCausalLM, AutoTokenizer{', BitsAndBytesConfig' if nf4 else ''}"
+    yield ""
+    if nf4:
+        yield 'nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,'
+        yield f"                         bnb_4bit_compute_dtype=torch.{served['dtype']})"
+        settings += ", quantization_config=nf4"
+    yield f'model = AutoModelForCausalLM.from_pretrained("{"base" if adapter else "."}", {settings})'
+    if adapter:
+        yield 'model = PeftModel.from_pretrained(model, "adapter")'
+    yield f'tokenizer = AutoTokenizer.from_pretrained("{adapter["tokenizer"] if adapter else "."}")'
+    yield "```"
 
 
 def write(folder: Path, served: Mapping[str, Any]) -> None:

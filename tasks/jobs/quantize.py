@@ -44,7 +44,7 @@ def run(job: Job) -> dict[str, Any]:
     Writes:
         model*.safetensors, config.json, quantize_config.json; tokenizer files and generation_config.json byte for
         byte from `model`; quantize.json: backend, packer, kernel at load, loss, tokens and damping a layer, and what
-        each attention and FFN lost; serve.json, serve.md.
+        each attention and FFN lost; serve.json, serve.md: how it is served.
     Metrics:
         loss by layer, in the order of the layers; error of attention and FFN by decoder layer.
 

@@ -115,7 +115,9 @@ def test_a_group_that_divides_no_layer_names_all_and_proposes_the_largest_legal_
 
 def test_no_legal_group_at_all():
     (problem,) = parse_scheme("rtn-w8-g32").check([Linear("h.0.x", 40, 64)])
-    assert "another" in problem.next or "choose a base" in problem.next
+    assert "write rtn-w8, one scale an output" in problem.next
+    (problem,) = parse_scheme("ct-awq-w4-g32").check([Linear("h.0.x", 40, 64)])
+    assert "write ct-gptq-w4-asym, one scale an output" in problem.next and parse_scheme("ct-gptq-w4-asym")
     assert legal_group_sizes([Linear("h.0.x", 40, 64)]) == ()
 
 
