@@ -29,6 +29,7 @@ MERGE = 0.46
 GPTQMODEL = 0.66
 AWQ = 0.85
 RTN = 0.45
+LLM_COMPRESSOR = 0.67
 LOAD = {"bf16": 0.55, "nf4": 0.60, "quantized": 0.66}  # reference, evaluate, measure, by the arm's kind
 CUDA_HOST = 3.0  # with the CUDA libraries
 CUDA_CONTEXT = 0.6  # GPU memory that no allocator counts
@@ -345,9 +346,16 @@ def _quantize(sizes: _Sizes, arm: Arm, scheme: Scheme) -> Predicted:
     if scheme.method == "awq":
         # Inputs and outputs of all its linear layers, fp32.
         parts |= {"activations": 4 * tokens * _features(headers.decoder_layer)}
+    if scheme.backend == "llm-compressor":
+        # Bytes a token and hidden feature: 9 and 29 measured. GPTQ orders the widest layer's Hessian in three copies.
+        widest = max(one.in_features for one in headers.decoder_layer)
+        parts |= {"activations": (10 if scheme.method == "gptq" else 30) * tokens * headers.hidden}
+        parts |= {"ordered hessian": 3 * 4 * widest**2} if scheme.method == "gptq" else {}
     if scheme.needs_calibration:
         parts |= sizes.file
     process = {"gptq": GPTQMODEL, "awq": AWQ}.get(scheme.method, RTN)
+    if scheme.backend == "llm-compressor":
+        process = LLM_COMPRESSOR
     if arm.scales_from_base:
         parts |= {"model of the search": sizes.bf16}  # quantized before, in the same process
     return _step(sizes, f"quantize/{arm.slug}", parts, process=process, disk=disk)

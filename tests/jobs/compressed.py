@@ -15,7 +15,7 @@ from recipes.headers import read_headers
 from recipes.schemes import Grid, Scheme
 from tasks.jobs.backends.llm_compressor import targets
 from tasks.jobs.backends.quench_rtn import pack
-from tests.jobs.test_quantize import codes
+from tests.jobs.quantized import codes
 
 
 def unpacked(tensors: dict[str, Tensor], name: str, bits: int) -> Tensor:

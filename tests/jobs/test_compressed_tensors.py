@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from recipes.schemes import Grid, Rule, Scheme
 from recipes.slugs import parse_scheme
 from tasks.jobs.backends.llm_compressor import targets
-from tasks.jobs.backends.load import kernel_of, load_arm, load_bf16
+from tasks.jobs.backends.load import attach, kernel_of, load_arm, load_bf16
 from tests.jobs import compressed
-from tests.jobs.test_quantize import log_probs, mean_kl
+from tests.jobs.quantized import log_probs, mean_kl
 from tests.tiny import write_base
 
 NAMES = [
@@ -95,6 +96,20 @@ def test_why_loading_is_not_left_to_transformers_alone(base: Path, tmp_path: Pat
     assert torch.equal(log_probs(plain(tmp_path / "ct-awq-w4-g128", quantization_config=dense)), ours)
     with pytest.raises(RuntimeError):
         plain(tmp_path / "ct-gptq-w4-attn32-ffn128", quantization_config=dense)
+
+
+def test_an_adapter_goes_on_top(base: Path, tmp_path: Path) -> None:
+    """As arms `ct-....on-base` are loaded."""
+    scheme, adapter = parse_scheme("ct-gptq-w4-attn32-ffn128"), tmp_path / "adapter"
+    settings = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(load_bf16(base, device="cpu"), settings).save_pretrained(adapter)
+    compressed.write(base, tmp_path / "out", scheme)
+    loaded = log_probs(load_arm("quantized", tmp_path / "out", device="cpu", adapter=adapter))
+    meant = load_bf16(base, device="cpu")
+    state = {f"{name}.weight": weight for name, weight in compressed.layers(tmp_path / "out", scheme).items()}
+    meant.load_state_dict(state, strict=False)
+    without = log_probs(meant)
+    assert torch.equal(loaded, log_probs(attach(meant, adapter))) and mean_kl(without, loaded) > 1e-3
 
 
 def test_scales_of_the_kv_cache_enter_the_logits(base: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from tasks.runtime.launch import child_env
 from tests.jobs import compressed
 from tests.jobs.architectures import write_architecture
 from tests.jobs.build import make_job, notes
-from tests.jobs.test_quantize import log_probs, mean_kl, write_calibset
+from tests.jobs.quantized import log_probs, mean_kl, write_calibset
 from tests.tiny import write_base
 
 NAME = "llmcompressor"
@@ -91,7 +91,7 @@ def test_it_loads_here_as_the_weights_it_stands_for(slug: str, base: Path, calib
     skipped = (
         {name for name in meant if name.endswith("o_proj")} if scheme.method == "awq" else set()
     )  # grouped queries
-    assert unscaled == skipped
+    assert unscaled == skipped and len(notes(job)) == (2 if skipped else 0)  # AWQ: theirs, and ours with the names
     assert {layer["tokens"] for layer in layers if layer["name"] not in skipped} == {TOKENS}
     assert {layer["damp"] for layer in layers} == ({0.05} if scheme.method == "gptq" else {None})
     if scheme.method == "gptq":  # what is not quantized is not touched; AWQ scales the norms before its layers
@@ -114,7 +114,7 @@ def test_the_same_inputs_give_the_same_bytes_and_no_machine_path(
         digests.append({path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files})
     assert digests[0] == digests[1]
     kept = {path.name for path in base.iterdir()} - {"model.safetensors", "config.json"}
-    assert set(digests[0]) == kept | {"model.safetensors", "config.json", "quantize.json"}
+    assert set(digests[0]) == kept | {"model.safetensors", "config.json", "quantize.json", "serve.json", "serve.md"}
     for file in kept:
         assert (tmp_path / "a" / file).read_bytes() == (base / file).read_bytes()
     for file in ("config.json", "quantize.json"):
@@ -169,4 +169,4 @@ def test_a_mixture_of_experts_is_refused_with_the_reason(calibset: Path, tmp_pat
     base = write_architecture(tmp_path / "base", "qwen3-moe")
     params = parse_scheme("ct-gptq-w4-g32").params() | {"damp": 0.05, "seed": 0}
     answer = run(make_job("quantize", tmp_path / "out", params=params, model=base, calibset=calibset))
-    assert not answer["ok"] and "fused" in answer["problem"]["why"] and "experts" in answer["problem"]["where"]
+    assert not answer["ok"] and "experts" in answer["problem"]["why"] and "qwen3_moe" in answer["problem"]["what"]

@@ -1,4 +1,4 @@
-"""What the archived backends cannot do is said before a run, with the reason."""
+"""What a backend cannot do is said before a run, with the reason."""
 
 from __future__ import annotations
 
@@ -35,6 +35,13 @@ def test_a_model_that_a_backend_does_not_quantize(
         assert says in problem.why
         assert f"{backend} does not quantize {model_type}" in problem.what
         assert f"Leave `backend: {backend}` out" in problem.next
+
+
+def test_what_llm_compressor_does_not_quantize(tmp_path: Path):
+    scheme, base = parse_scheme("ct-gptq-w4-g32"), tmp_path / "base"
+    assert model_problem(scheme, read_headers(write_base(base))) is None
+    (transposed,) = {model_problem(scheme, read_headers(write_base(base, config={"model_type": "gpt2"})))}
+    assert transposed is not None and "Conv1D" in transposed.why
 
 
 def test_check_names_the_field(tmp_path: Path):
