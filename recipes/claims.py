@@ -37,7 +37,7 @@ class Limit(NamedTuple):
 
 LIMITS = (
     Limit(
-        ("gptqmodel", "quench-rtn", "bitsandbytes"),
+        ("gptqmodel", "quench-rtn", "bitsandbytes", "llm-compressor"),
         ("rtn", "gptq", "awq", "nf4", "int8"),
         ("gpt2", "openai-gpt"),
         "Its layers are Conv1D with weights [in, out]; what is written of them does not load.",
@@ -108,6 +108,15 @@ def limit_problems(scheme: Scheme, headers: Headers) -> list[Problem]:
         for limit in LIMITS
         if scheme.backend in limit.backends and scheme.method in limit.methods and kinds & set(limit.model_types)
     ]
+    if scheme.backend == "llm-compressor" and headers.expert_parameters:
+        found.append(
+            Problem(
+                what=f"llm-compressor cannot make {scheme.slug} of a mixture of experts.",
+                where=scheme.slug,
+                why="transformers 5.23 fuses experts, and does not read those that llm-compressor 0.14 writes.",
+                next="Take a gptq- or awq- scheme: GPTQModel makes them.",
+            )
+        )
     archived = _archived_problem(scheme, str(headers.text_config.get("model_type")))
     return [*found, archived] if archived else found
 
