@@ -39,7 +39,7 @@ def test_the_same_inputs_give_the_same_bytes_and_no_machine_path(
         files = sorted(path for path in (tmp_path / name).iterdir() if path.name != "events.jsonl")
         digests.append({path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files})
     assert digests[0] == digests[1]
-    for file in ("config.json", "quantize_config.json", "quantize.json"):
+    for file in ("config.json", "quantize_config.json", "quantize.json", "serve.json", "serve.md"):
         text = (tmp_path / "a" / file).read_text()
         assert str(tmp_path) not in text and "/tmp" not in text and "/home" not in text
     kept = {path.name for path in base.iterdir()} - {"model.safetensors", "config.json"}
