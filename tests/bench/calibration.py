@@ -242,7 +242,7 @@ each drawn with the seeds {", ".join(map(str, SEEDS))}. All sets but kmeans have
 same seed: as many sequences, of the same lengths. KL(nf4-adapter || arm) over the completion tokens of test
 ({len(rows.rows):,} rows, {len(rows.groups):,} groups, {rows.n:,} tokens), the mean over seeds; 95 % intervals over
 groups of rows (studentized bootstrap), those of the differences together over a table. They speak of the test rows;
-what the draw of the calibration rows does is in the column by seed.
+what the draw of the calibration rows does is in the column by seed. One fine-tune of one small model.
 
 {shown}
 
