@@ -188,7 +188,7 @@ def interval(ratios: list[float]) -> str:
 def table(measured: dict[str, list[tuple[Run, Run]]]) -> str:
     """A row a scheme."""
     lines = [
-        "| scheme | pairs | bare, s | ours, s | of it record, s | time | time but for record | peak RSS, GiB | peak RSS |",
+        "| scheme | pairs | bare, s | ours, s | of it record | time | time but for record | peak RSS, GiB | peak RSS |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for slug, pairs in measured.items():
