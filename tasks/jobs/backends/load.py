@@ -215,7 +215,7 @@ def _load(folder: Path, *, device: str, **extra: Any) -> PreTrainedModel:
         )
     gpu = int(os.environ.get("LOCAL_RANK", "0"))  # of the lease's, where several processes train together
     settings = {"device_map": {"": gpu if device == "cuda" else device}, **extra}
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(  # the stub knows no pair
         str(folder),
         dtype=torch.bfloat16,
         local_files_only=True,
@@ -224,6 +224,7 @@ def _load(folder: Path, *, device: str, **extra: Any) -> PreTrainedModel:
         output_loading_info=True,
         **settings,
     )
+    model, info = loaded
     if getattr(model, "is_quantized", False):
         _refuse_missing(sorted(info["missing_keys"]), folder)
     if getattr(model, "is_loaded_in_4bit", False):
