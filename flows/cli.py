@@ -176,15 +176,16 @@ def _export(args: argparse.Namespace) -> int:
             Path(dest),
             home=home,
             say=lambda text: print(text, file=sys.stderr),
+            again=args.push is not None,
         )
     except StepFailed as error:
         return _failed(error, as_json=args.json)
     told: dict[str, Any] = {"ok": True, "arm": made.arm, "folder": str(made.folder), "files": made.files}
     told |= {"bytes": made.n_bytes, "reloaded": made.reloaded, "pushed": None}
-    lines = [
-        f"{made.folder}: {made.files} files, {made.n_bytes / 1e6:.1f} MB; loaded in plain transformers "
-        f"({made.reloaded['kernel']}), largest difference of logits {made.reloaded['largest_difference']:.1g}",
-    ]
+    loaded = "was there already"
+    if said := made.reloaded:
+        loaded = f"loaded in plain transformers ({said['kernel']}), logits differ by {said['largest_difference']:.1g}"
+    lines = [f"{made.folder}: {made.files} files, {made.n_bytes / 1e6:.1f} MB; {loaded}"]
     if args.push:
         from tasks.runtime import hub_push
 

@@ -82,8 +82,8 @@ class Arm:
     scheme: str | None
     quantization: Mapping[str, Any] | None
     on_base: bool
-    calibration: str
-    scales_from_base: bool
+    calibration: str = "domain"
+    scales_from_base: bool = False
     model: str | None
     adapter: str | None
     evaluate: str
@@ -154,7 +154,7 @@ def _choice(steps: Iterable[Step]) -> Mapping[str, Any] | None:
 
 def _arm(raw: Mapping[str, Any], decided: str) -> Arm:
     """An arm; where the recipe left the merge base to the run, with the one that was chosen."""
-    arm = Arm(**{name: raw[name] for name in Arm.__dataclass_fields__ if name in raw or name != "refused"})
+    arm = Arm(**{name: raw[name] for name in Arm.__dataclass_fields__ if name in raw})  # older runs say less
     return replace(arm, merge_base=decided) if arm.merge_base == "auto" else arm
 
 

@@ -58,17 +58,20 @@ class Exported:
         arm: The arm.
         files: How many there are.
         n_bytes: Their size.
-        reloaded: What the child that loaded it said: prompt_tokens, largest_difference, kernel.
+        reloaded: What the child that loaded it said: prompt_tokens, largest_difference, kernel; None where DEST held
+            this export already.
     """
 
     folder: Path
     arm: str
     files: int
     n_bytes: int
-    reloaded: dict[str, Any]
+    reloaded: dict[str, Any] | None
 
 
-def export(run_folder: Path, slug: str, dest: Path, *, home: Path, say: Callable[[str], None]) -> Exported:
+def export(
+    run_folder: Path, slug: str, dest: Path, *, home: Path, say: Callable[[str], None], again: bool = False
+) -> Exported:
     """Copy an arm out of the store.
 
     An arm with an adapter on top has two parts: DEST/base and DEST/adapter.
@@ -79,6 +82,7 @@ def export(run_folder: Path, slug: str, dest: Path, *, home: Path, say: Callable
         dest: Folder to write; must not exist or be empty.
         home: QUENCH_HOME.
         say: Gets what is being done, a line a time.
+        again: DEST may hold this very export, which is then left as it is: a push that failed goes on from there.
 
     Raises:
         RecipeError: No such arm, it failed, its files are damaged or gone, DEST is not empty, the disk is too small.
@@ -88,6 +92,8 @@ def export(run_folder: Path, slug: str, dest: Path, *, home: Path, say: Callable
     run = read_run(run_folder, home)
     arm = _find(run, slug)
     parts = list(_parts(run, arm))
+    if again and _is_there(dest, parts):
+        return _exported(dest, slug, None)
     if problems := [*_check_dest(dest, parts), *_check_parts(run, parts)]:
         raise RecipeError(problems)
     report = json.loads((run_folder / "report.json").read_text(encoding="utf-8")) if _reported(run_folder) else None
@@ -112,9 +118,23 @@ def export(run_folder: Path, slug: str, dest: Path, *, home: Path, say: Callable
         with contextlib.suppress(OSError):  # the log of a copy that did not load stays
             work.rmdir()
     shutil.rmtree(work, ignore_errors=True)
+    return _exported(dest, slug, reloaded)
+
+
+def _exported(dest: Path, slug: str, reloaded: dict[str, Any] | None) -> Exported:
     files = [path for path in dest.rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files)
     return Exported(folder=dest, arm=slug, files=len(files), n_bytes=size, reloaded=reloaded)
+
+
+def _is_there(dest: Path, parts: list[Part]) -> bool:
+    """A finished export of the same artifacts; a folder gets its name only after it was loaded."""
+    whole = all((dest / name).is_file() for name in ("README.md", "serve.json", "recipe.yaml"))
+    return whole and all(
+        (dest / part.under / name).is_file() and part.sha256.get(name) in (None, file_digest(dest / part.under / name))
+        for part in parts
+        for name in _names(part)
+    )
 
 
 def _reported(run_folder: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,18 @@ def test_it_is_a_real_copy_and_was_loaded(done: Done):
     own = {path.name for path in files} - set(copied)
     assert own == {"README.md", "recipe.yaml", "serve.json", "serve.md"}
     assert [path.name for path in done.folder.parent.iterdir()] == ["out"]
+
+
+def test_a_push_may_begin_where_the_copy_is_there(done: Done, tmp_path: Path):
+    """A push that failed leaves a whole copy: the same command goes on from it, and from nothing else."""
+    run = (done.world.home / "runs" / "latest").resolve()
+    made = export(run, ARM, done.folder, home=done.world.home, say=lambda text: None, again=True)
+    assert made.reloaded is None and made.files == done.said["files"]
+    other = shutil.copytree(done.folder, tmp_path / "other")
+    (other / "config.json").write_text("{}")
+    for arm, folder in ((ARM, other), ("rtn-w4-g128", done.folder)):
+        with pytest.raises(RecipeError, match="not an empty folder"):
+            export(run, arm, folder, home=done.world.home, say=lambda text: None, again=True)
 
 
 def test_the_cards_figures_are_the_reports(done: Done):
@@ -157,7 +170,10 @@ def test_an_adapter_goes_with_its_base_and_to_a_hub(small: World, tmp_path: Path
         ran = subprocess.run(words, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=600)
         assert ran.returncode == 0, ran.stderr
         assert "new and private" in ran.stdout and TOKEN not in ran.stdout + ran.stderr
+        again = subprocess.run(words, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+        assert again.returncode == 0 and "was there already" in again.stdout
         pushed = hub.repositories["anna/sql"]
+        assert len(pushed.commits) == 2, "its .gitattributes, and everything at once; nothing the second time"
         files = {name: data for name, data in pushed.commits[pushed.branches["main"]].items() if name[0] != "."}
     assert files == read_folder(tmp_path / "out")
     assert {"base/model.safetensors", "adapter/adapter_model.safetensors", "adapter/tokenizer/tokenizer.json"} <= set(
