@@ -42,6 +42,11 @@ def _refuse(problems: Sequence[Problem], *, as_json: bool) -> None:
     print(f"{len(problems)} problem{'s' if len(problems) > 1 else ''}; nothing was started", file=sys.stderr)
 
 
+def _warn(problems: Sequence[Problem]) -> None:
+    for one in problems:
+        print(f"warning: {one}\n", file=sys.stderr)
+
+
 def _print(value: dict[str, Any] | list[Any], text: str, *, as_json: bool) -> None:
     print(json.dumps(value, indent=2, default=str) if as_json else text)
 
@@ -55,12 +60,16 @@ def _init(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
+    from flows.scheme_list import not_here
     from recipes.check import check_data, load_and_check
+    from recipes.check_serving import warnings
 
     loaded = load_and_check(args.recipe, sets=args.set, data=args.data)
     summary = check_data(loaded).summary if args.data else {}
+    warned = [*warnings(loaded), *not_here(loaded.recipe)]
     lines = [f"{args.recipe}: no problem found"] + [f"  {name}: {value}" for name, value in summary.items()]
-    _print({"ok": True, "problems": [], "rows": summary}, "\n".join(lines), as_json=args.json)
+    told = {"ok": True, "problems": [], "warnings": [one.as_dict() for one in warned], "rows": summary}
+    _print(told, "\n".join([*lines, *(f"\nwarning: {one}" for one in warned)]), as_json=args.json)
     return DONE
 
 
@@ -69,6 +78,7 @@ def _plan(args: argparse.Namespace) -> int:
     from tasks.runtime.store import find_home
 
     vetted = vet(args.recipe, sets=args.set, home=find_home())
+    _warn(vetted.warnings)
     planned, pins = vetted.plan, vetted.pins
     hits = sum(one.hit for one in planned)
     commits = [f"pin   {one.name:<34} {one.source}" for one in (pins.base, *pins.data) if "@" in one.source]
@@ -90,7 +100,7 @@ def _run(args: argparse.Namespace) -> int:
     os.environ["QUENCH_HOME"] = str(home)
     os.environ.update(prefect_settings(home))
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-    vet(args.recipe, sets=args.set, home=home)  # refuse before a server is started
+    _warn(vet(args.recipe, sets=args.set, home=home).warnings)  # refuse before a server is started
     with Launcher() as launcher:
         server = OwnServer(home, launcher)
         server.start()
@@ -142,6 +152,66 @@ def _merge(args: argparse.Namespace) -> int:
     ]
     _print({"ok": True, "merged": rows}, "\n".join(lines), as_json=args.json)
     return DONE
+
+
+def _export(args: argparse.Namespace) -> int:
+    from flows.export import export
+    from flows.runs import find_run
+    from tasks.runtime.errors import StepFailed
+    from tasks.runtime.store import find_home
+
+    signal.signal(signal.SIGTERM, _terminated)
+    if len(args.words) not in (2, 3):
+        raise RecipeError([_words_problem(args.words)])
+    *run, arm, dest = args.words
+    if args.push:
+        from tasks.runtime import hub_push
+
+        hub_push.check(args.push)
+    home = find_home()
+    try:
+        made = export(
+            find_run(home, run[0] if run else None),
+            arm,
+            Path(dest),
+            home=home,
+            say=lambda text: print(text, file=sys.stderr),
+            again=args.push is not None,
+        )
+    except StepFailed as error:
+        return _failed(error, as_json=args.json)
+    told: dict[str, Any] = {"ok": True, "arm": made.arm, "folder": str(made.folder), "files": made.files}
+    told |= {"bytes": made.n_bytes, "reloaded": made.reloaded, "pushed": None}
+    loaded = "was there already"
+    if said := made.reloaded:
+        loaded = f"loaded in plain transformers ({said['kernel']}), logits differ by {said['largest_difference']:.1g}"
+    lines = [f"{made.folder}: {made.files} files, {made.n_bytes / 1e6:.1f} MB; {loaded}"]
+    if args.push:
+        from tasks.runtime import hub_push
+
+        try:
+            pushed = hub_push.push(made.folder, args.push)
+        except RecipeError as error:
+            if args.json:
+                print(
+                    json.dumps({**told, "ok": False, "problems": [one.as_dict() for one in error.problems]}, indent=2)
+                )
+            else:
+                print(f"error: {error}\n{made.folder} is complete: only the push failed", file=sys.stderr)
+            return FAILED
+        told["pushed"] = pushed._asdict()
+        lines.append(f"{pushed.url} at commit {pushed.commit[:12]}{', new and private' if pushed.created else ''}")
+    _print(told, "\n".join(lines), as_json=args.json)
+    return DONE
+
+
+def _words_problem(words: Sequence[str]) -> Problem:
+    return Problem(
+        what=f"`quench export {' '.join(words)}` is not [RUN] ARM DEST.",
+        where="quench export",
+        why="It takes an arm and a folder, and a run before them where it is not the latest.",
+        next="Write for example: quench export awq-w4-g128 out",
+    )
 
 
 def _quantize(args: argparse.Namespace) -> int:
@@ -238,13 +308,10 @@ def _store_verify(args: argparse.Namespace) -> int:
 
 
 def _schemes(args: argparse.Namespace) -> int:
-    from dataclasses import asdict
+    from flows.scheme_list import listed_schemes, text
 
-    from recipes.slugs import known_schemes
-
-    rows = [asdict(scheme) for scheme in known_schemes()]
-    lines = [f"{one['slug']:<14} {one['backend']:<12} {one['bits']} bits  group {one['group_size']}" for one in rows]
-    _print(rows, "\n".join(lines), as_json=args.json)
+    schemes = listed_schemes()
+    _print([one.as_dict() for one in schemes], text(schemes), as_json=args.json)
     return DONE
 
 
@@ -298,6 +365,9 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     shown = command("report", _report, "Print the report of a run.")
     shown.add_argument("run", nargs="?", help="run id or its beginning; default: the latest")
+    exported = command("export", _export, "Copy an arm out of the store, with everything that serves it.")
+    exported.add_argument("words", nargs="+", metavar="[RUN] ARM DEST", help="run (default: the latest), arm, folder")
+    exported.add_argument("--push", metavar="ORG/NAME", help="then send it to a hub; a new repository is private")
     command("schemes", _schemes, "List the quantization schemes.")
     store = commands.add_parser("store", help="look into the store").add_subparsers(required=True, metavar="COMMAND")
     command("ls", _store_ls, "List artifacts.", under=store)

@@ -72,6 +72,7 @@ class Arm:
     Attributes:
         merge_base: `dequantized`, `original`, None where nothing is merged; `auto` where the run ended undecided.
         quantization: The scheme's params(): method, bits, group_size (-1: per channel) and so on.
+        refused: Why the recipe's serve.engine does not read it; None where it does, or the recipe names none.
         calibration: `domain`, the run's own set; `generic`, `mixed` and `random` are controls.
     """
 
@@ -81,12 +82,13 @@ class Arm:
     scheme: str | None
     quantization: Mapping[str, Any] | None
     on_base: bool
-    calibration: str
-    scales_from_base: bool
+    calibration: str = "domain"
+    scales_from_base: bool = False
     model: str | None
     adapter: str | None
     evaluate: str
     measure: str | None
+    refused: str | None = None
 
     @property
     def is_control(self) -> bool:
@@ -152,7 +154,7 @@ def _choice(steps: Iterable[Step]) -> Mapping[str, Any] | None:
 
 def _arm(raw: Mapping[str, Any], decided: str) -> Arm:
     """An arm; where the recipe left the merge base to the run, with the one that was chosen."""
-    arm = Arm(**{name: raw[name] for name in Arm.__dataclass_fields__})
+    arm = Arm(**{name: raw[name] for name in Arm.__dataclass_fields__ if name in raw})  # older runs say less
     return replace(arm, merge_base=decided) if arm.merge_base == "auto" else arm
 
 

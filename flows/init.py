@@ -19,7 +19,6 @@ from recipes.load import shown
 from recipes.problem import Problem, RecipeError
 from recipes.rows import Origin, Row, Rows, read_rows
 from recipes.schema import Data, Recipe, is_hub_id
-from recipes.schemes import GROUP_SIZES
 from recipes.slugs import legal_schemes
 from tasks.runtime.step import resolve_device
 
@@ -144,15 +143,6 @@ def _headers(model: str, problems: list[Problem]) -> Headers | None:
     except RecipeError as error:
         problems.extend(error.problems)
         return None
-    if not legal_schemes(headers.linears):
-        problems.append(
-            Problem(
-                what="No scheme fits the base's layers.",
-                where=str(folder),
-                why=f"Group sizes are {', '.join(map(str, GROUP_SIZES))}; one has to divide every layer's inputs.",
-                next="Choose a base whose hidden and intermediate sizes are multiples of 32.",
-            )
-        )
     return headers
 
 
@@ -231,6 +221,7 @@ def _chosen(found: Found) -> Recipe:
             "quantize": {"schemes": _schemes(headers)},
             "evaluate": {"on_base": _schemes(headers)[1:2], "max_new_tokens": _answer(max(answers), per_byte)},
             "measure": {"prompt_tokens": prompt, "new_tokens": min(32, limit - prompt)},
+            "serve": {"engine": "vllm"},
         }
     )
 

@@ -86,6 +86,7 @@ def render(fitted: Fitted, found: Found, *, out: Path) -> str:
         "quantize": _quantize(fitted.recipe, found),
         "evaluate": _evaluate(fitted),
         "measure": _measure(fitted.recipe),
+        "serve": _serve(fitted.recipe),
         "run": _run(fitted),
     }
     return "\n".join([*head, *(line for name, lines in parts.items() for line in ("", f"{name}:", *lines))]) + "\n"
@@ -208,6 +209,13 @@ def _evaluate(fitted: Fitted) -> Iterator[str]:
 def _measure(recipe: Recipe) -> Iterator[str]:
     yield _line("prompt_tokens", recipe.measure.prompt_tokens)
     yield _line("new_tokens", recipe.measure.new_tokens)
+
+
+def _serve(recipe: Recipe) -> Iterator[str]:
+    yield _line(
+        "engine", recipe.serve.engine, "quench check warns of what it cannot read; also transformers, exllamav2"
+    )
+    yield _line("tensor_parallel", recipe.serve.tensor_parallel, "GPUs that each layer is split over")
 
 
 def _run(fitted: Fitted) -> Iterator[str]:

@@ -157,6 +157,7 @@ def _arm(one: ArmEvidence, run: Run, cells: Mapping[str, Cell], *, ranked: bool)
     return {
         "status": "failed" if one.failure else "ok",
         "ranked": ranked,
+        "refused": one.arm.refused,
         "merge_base": one.arm.merge_base,
         "path": _files(one.arm.model, run),
         "adapter_path": _files(one.arm.adapter, run),

@@ -33,9 +33,14 @@ def heading(metric: str, directions: Mapping[str, str]) -> str:
 def arm_rows(report: Mapping[str, Any]) -> list[dict[str, str]]:
     """One row an arm, every figure with its interval."""
     return [
-        {"arm": slug, **{METRICS[name].label: _cell(name, arm["metrics"][name]) for name in COLUMNS}}
+        {"arm": name_of(slug, arm), **{METRICS[name].label: _cell(name, arm["metrics"][name]) for name in COLUMNS}}
         for slug, arm in report["arms"].items()
     ]
+
+
+def name_of(slug: str, arm: Mapping[str, Any]) -> str:
+    """The slug, marked where the engine that the recipe names does not read the arm."""
+    return f"{slug} (not served)" if arm["refused"] else slug
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -82,8 +87,10 @@ def overview(report: Mapping[str, Any]) -> list[str]:
     head = ["arm", *(heading(name, report["directions"]) for name in COLUMNS)]
     arms = report["arms"]
     lines += _table(
-        head, [[slug, *(_cell(name, arm["metrics"][name]) for name in COLUMNS)] for slug, arm in arms.items()]
+        head,
+        [[name_of(slug, arm), *(_cell(name, arm["metrics"][name]) for name in COLUMNS)] for slug, arm in arms.items()],
     )
+    lines += [f"\nNot served: {slug}: {arm['refused']}" for slug, arm in arms.items() if arm["refused"]]
     return [*lines, *(f"\nNot ranked: {slug}: {why}." for slug, why in report["not_ranked"].items())]
 
 
@@ -182,7 +189,8 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
     cells = {name: [_rich_cell(name, arm["metrics"][name]) for arm in report["arms"].values()] for name in COLUMNS}
     table = Table(title=f"{report['name']}: {data_line(report)}", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("arm", no_wrap=True)
-    room = console.width - max(map(len, report["arms"]), default=0) - 6  # margins of the table and of the first column
+    names = {slug: name_of(slug, arm) for slug, arm in report["arms"].items()}
+    room = console.width - max(map(len, names.values()), default=0) - 6  # margins of the table and of the first column
     shown: list[str] = []
     for name, column in cells.items():
         head = heading(name, report["directions"])
@@ -192,8 +200,11 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
         shown.append(name)
         table.add_column(head, justify="right", no_wrap=True)
     for row, (slug, arm) in enumerate(report["arms"].items()):
-        table.add_row(Text(slug, style="" if arm["ranked"] else "dim"), *(cells[name][row] for name in shown))
+        table.add_row(Text(names[slug], style="" if arm["ranked"] else "dim"), *(cells[name][row] for name in shown))
     console.print(table)
+    for slug, arm in report["arms"].items():
+        if arm["refused"]:
+            console.print(Text(f"not served: {slug}: {arm['refused']}", style="yellow"))
     for slug, why in report["not_ranked"].items():
         console.print(Text(f"not ranked: {slug}: {why}", style="yellow"))
     console.print()

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from flows.compose import ArmSteps, Matrix, Pins
+from recipes.headers import read_headers
 from recipes.load import Loaded
 from recipes.problem import Problem, RecipeError
+from recipes.schemes import Linear, Scheme
+from recipes.serving import refusals
 from tasks.runtime.environments import locked_versions
 from tasks.runtime.step import Step, hardware
 from tasks.runtime.store import read_json, write_json
@@ -48,6 +51,8 @@ class RunRecord:
         self._lock = threading.Lock()
         self._clock = time.monotonic()
         self._steps: dict[str, StepRecord] = {}
+        self._serve = loaded.recipe.serve
+        self._linears: tuple[Linear, ...] = ()
         self._raw: dict[str, Any] = {
             "schema": 1,
             "id": self.id,
@@ -64,6 +69,7 @@ class RunRecord:
 
     def pinned(self, pins: Pins) -> None:
         """Note where base and data came from."""
+        self._linears = read_headers(pins.base.path).linears
         for one in filter(None, (pins.base, *pins.data, pins.adapter)):
             self._raw[one.name] = {"path": str(one.path), "digest": one.digest, "source": one.source}
         self._write()
@@ -80,10 +86,18 @@ class RunRecord:
 
     def composed(self, matrix: Matrix) -> None:
         """Record the arms, and put the steps into the order of the composition."""
-        self._raw["arms"] = [_arm(one) for one in matrix.arms]
+        self._raw["arms"] = [{**_arm(one), "refused": self._refused(one.arm.scheme)} for one in matrix.arms]
         with self._lock:
             self._steps = {step.key: self._steps[step.key] for step in matrix.steps if step.key in self._steps}
         self._write()
+
+    def _refused(self, scheme: Scheme | None) -> str | None:
+        """Why serve.engine does not read what this scheme makes; None where it does, or nobody asks."""
+        engine = self._serve.engine
+        if scheme is None or engine == "none":
+            return None
+        found = refusals(scheme, self._linears, engine, self._serve.tensor_parallel)
+        return found[0].what if found else None
 
     def finish(self, status: str) -> None:
         """completed, failed or stopped."""

@@ -11,20 +11,22 @@ from flows.compose import Pins, fetchable, limits, pin
 from flows.plan import Planned, plan
 from flows.preflight import preflight
 from recipes.check import check, check_data, load_and_check
+from recipes.check_serving import warnings
 from recipes.load import Loaded
-from recipes.problem import RecipeError
+from recipes.problem import Problem, RecipeError
 from recipes.schema import Recipe
 from tasks.runtime.store import Store
 
 
 @dataclass(frozen=True, kw_only=True)
 class Vetted:
-    """A recipe that may run: pinned, planned, and small enough for this machine."""
+    """A recipe that may run: pinned, planned, and small enough for this machine; and what serve.engine would refuse."""
 
     loaded: Loaded
     pins: Pins
     plan: list[Planned]
     preflight: dict[str, Any]
+    warnings: list[Problem]
 
     @property
     def recipe(self) -> Recipe:
@@ -45,7 +47,7 @@ def vet(path: Path, *, sets: Sequence[str], home: Path) -> Vetted:
         raise RecipeError(problems)
     planned = plan(loaded.recipe, pins, Store(home))
     predicted = preflight(here, planned, home=home, base=pins.base.path, limits=limits(loaded.recipe))
-    return Vetted(loaded=loaded, pins=pins, plan=planned, preflight=predicted)
+    return Vetted(loaded=loaded, pins=pins, plan=planned, preflight=predicted, warnings=warnings(here))
 
 
 def fetched(loaded: Loaded, pins: Pins) -> Loaded:

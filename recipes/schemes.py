@@ -173,10 +173,9 @@ class Scheme:
         if not bad:
             return None
         legal = legal_group_sizes(shapes)
-        none = (
-            f"None of the group sizes {listed(GROUP_SIZES)} divides every layer of this base: choose a base whose "
-            "hidden and intermediate sizes are multiples of 32."
-        )
+        method: Method = "gptq" if self.method == "awq" else self.method  # AWQ has groups always
+        whole = spelled(self.form if self.form != "awq" else "gptq", method, self.grid._replace(group_size=PER_CHANNEL))
+        none = f"None of {listed(GROUP_SIZES)} divides every layer of this base: write {whole}, one scale an output."
         return Problem(
             what=f"The group size {self._groups(bad)} of {self.slug} does not divide {collapsed(bad)}.",
             where=self.slug,

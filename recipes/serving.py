@@ -25,7 +25,7 @@ NAMES: dict[Engine, str] = {
 }
 # vLLM splits the inputs of these over its ranks, and the outputs of all others (RowParallelLinear in its models).
 ROW_PARALLEL = ("o_proj", "down_proj", "out_proj", "c_proj", "dense", "dense_4h_to_h", "fc2", "w2", "wo")
-REPEATED = ("k_proj", "v_proj")  # key-value heads: repeated where there are fewer of them than ranks
+REPEATED = ("k_proj", "v_proj")  # it repeats key-value heads where there are fewer of them than ranks
 TILE_OUTPUTS, TILE_INPUTS = 64, 128  # Marlin's tile of a layer as one rank has it
 SIZES = (1, 2, 4, 8)  # ranks that a server usually has
 
@@ -65,8 +65,16 @@ class Reads(NamedTuple):
 READS = (
     Reads("transformers", "gptq", (2, 3, 4, 8), "both", True, "5.23", "gptqmodel, optimum", "every run reloads it"),
     Reads("transformers", "awq", (4,), "yes", False, "5.23", "gptqmodel, optimum", "every run reloads it"),
+    Reads("transformers", "compressed-tensors", (3, 4, 8), "no", False, "5.23", "compressed-tensors", "tried: 0.20.0"),
     Reads(
-        "transformers", "compressed-tensors", (3, 4, 8), "both", False, "5.23", "compressed-tensors", "tried: 0.20.0"
+        "transformers",
+        "compressed-tensors",
+        (3, 4, 8),
+        "yes",
+        False,
+        "5.23",
+        "compressed-tensors; CompressedTensorsConfig(dequantize=True), and one grid for all layers",
+        "tried: 0.20.0, which raises without it",
     ),
     Reads("transformers", "bitsandbytes", (4, 8), "no", False, "5.23", "bitsandbytes", "every run reloads it"),
     Reads("vllm", "gptq", (4, 8), "no", True, "mid-2026; older versions read more", "", "vllm#38288, #45051"),
@@ -167,8 +175,8 @@ def _by_format(scheme: Scheme, engine: Engine) -> Iterator[_Reason]:
     rows = [row for row in READS if row.engine == engine and row.form == scheme.form]
     name = NAMES[engine]
     if not rows:
-        others = sorted({row.form for row in READS if row.engine == engine})
-        yield _Reason(f"{name} does not read {scheme.slug}.", f"Of these formats it reads {', '.join(others)} files.")
+        other = ", ".join(f"{row.form} of {row} ({row.source})" for row in READS if row.engine == engine)
+        yield _Reason(f"{name} does not read {scheme.slug}.", f"Of the formats here it reads {other}.")
         return
     known = f"Of {scheme.form} files it reads {'; '.join(map(str, rows))} ({', '.join(row.source for row in rows)})."
     for grid in _grids(scheme):
@@ -222,7 +230,7 @@ def _undivided(linears: Iterable[Linear], ranks: int) -> Iterator[Linear]:
     """Layers that do not come apart into so many ranks."""
     for layer in linears:
         split = layer.in_features if _is_row_parallel(layer) else layer.out_features
-        if split % ranks and not (layer.name.endswith(REPEATED) and ranks % split):
+        if split % ranks and not layer.name.endswith(REPEATED):
             yield layer
 
 

@@ -1,4 +1,4 @@
-"""A hub on loopback: the parts of the hub's HTTP API that huggingface_hub 2.4 uses to read, over real sockets.
+"""A hub on loopback: the parts of the hub's HTTP API that huggingface_hub 2.4 uses, over real sockets.
 
 Two servers, as in life: the hub itself, and the storage of large files on another origin, which must never see a token.
 Large files (LFS) are answered by a redirect to the storage with X-Linked-Size and X-Linked-ETag, small ones by a
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from tasks.runtime.launch import CHECKOUT
+from tests.hub_upload import Uploads, batch, committed, front_matter_errors, modes, put
 
 LFS = (".safetensors", ".bin", ".parquet")
 PAGE = 3  # entries of a tree listing a page (the real hub: 1,000), so that every test turns pages
@@ -86,6 +87,7 @@ class Hub:
         self.repositories: dict[str, Repository] = {}
         self.tokens: dict[str, set[str]] = {}  # token -> gated or private repositories that it may read
         self.faults: list[Fault] = []
+        self.uploads = Uploads()
         self.seen: list[Seen] = []
         self.down = False  # answers 503
         self._servers = {name: _server(self, name) for name in ("hub", "storage")}
@@ -158,13 +160,23 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self._answer()
 
+    def do_POST(self) -> None:
+        self._answer()
+
+    def do_PUT(self) -> None:
+        self._answer()
+
     def _answer(self) -> None:
         url = urlsplit(self.path)
         parts = [unquote(part) for part in url.path.strip("/").split("/")]
         try:
             if self.hub.down:
                 raise Refused(503, None, "Service Unavailable")
-            if self.name == "storage":
+            if self.command == "PUT":
+                self._store(parts[-1])
+            elif self.command == "POST":
+                self._write(parts)
+            elif self.name == "storage":
                 self._bytes(_stored(self.hub, parts[-1]), {}, name=parse_qs(url.query)["name"][0])
             elif parts[0] == "api" and parts[1] == "resolve-cache":
                 self._small(parts)
@@ -203,10 +215,59 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refused(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return commit
 
+    # ---- writing
+
+    def _body(self) -> bytes:
+        return self.rfile.read(int(self.headers["Content-Length"]))
+
+    def _store(self, oid: str) -> None:
+        """PUT of a large file to the storage."""
+        data = self._body()
+        if self.hub.uploads.failing or not put(data, oid, self.hub.uploads):
+            raise Refused(403, None, "the storage does not take it")
+        self._send(200, {}, b"")
+
+    def _write(self, parts: list[str]) -> None:
+        """Everything that is posted; only accounts may."""
+        body = self._body()
+        account = self.hub.uploads.accounts.get(self._token or "")
+        if account is None:
+            raise Refused(401, None, "Invalid username or password.")
+        if parts == ["api", "validate-yaml"]:
+            errors = [{"message": one} for one in front_matter_errors(json.loads(body)["content"])]
+            return self._json({"errors": errors, "warnings": []}, status=400 if errors else 200)
+        if parts == ["api", "repos", "create"]:
+            return self._create(json.loads(body), account.owners, account.role)
+        key = "/".join(parts[2:4]) if parts[0] == "api" else "/".join(parts[:2]).removesuffix(".git")
+        repository = self.hub.repositories[key]
+        if key.split("/")[0] not in account.owners or account.role == "read":
+            raise Refused(403, None, f"Forbidden: you may not write to {key}")
+        if parts[-1] == "batch":
+            objects = batch(json.loads(body)["objects"], self.hub.uploads, self.hub.url("storage"))
+            return self._json({"transfer": "basic", "objects": objects})
+        there = repository.commits.get(repository.branches.get("main", ""), {})
+        if parts[4] == "preupload":
+            return self._json({"files": modes(json.loads(body)["files"], LFS, there)})
+        sha = repository.commit(committed(body, there, self.hub.uploads))
+        return self._json({"commitUrl": f"{self.hub.url()}/{key}/commit/{sha}", "commitOid": sha, "success": True})
+
+    def _create(self, asked: dict[str, Any], owners: tuple[str, ...], role: str) -> None:
+        key = f"{asked['organization']}/{asked['name']}"
+        if key in self.hub.repositories:
+            raise Refused(409, None, "You already created this model repo")
+        if asked["organization"] not in owners or role == "read":
+            raise Refused(403, None, f'You don\'t have the rights to create a model under "{asked["organization"]}"')
+        private = asked.get("visibility") == "private" or bool(asked.get("private"))
+        self.hub.add(key, {".gitattributes": b"*.safetensors filter=lfs"}, private=private)
+        self.hub.tokens.setdefault(self._token or "", set()).add(key)
+        self._json({"url": f"{self.hub.url()}/{key}"})
+
     # ---- the API
 
     def _api(self, parts: list[str], query: dict[str, str]) -> None:
         """/api/{models|datasets}/org/name[/revision/REV | /tree/REV | /refs]."""
+        if parts[1] == "whoami-v2":
+            return self._whoami()
         kind, name, rest = parts[1], "/".join(parts[2:4]), parts[4:]
         key = f"datasets/{name}" if kind == "datasets" else name
         repository = self._open(key, files=False)
@@ -224,6 +285,12 @@ class _Handler(BaseHTTPRequestHandler):
             return self._tree(repository, files, int(query.get("cursor", 0)))
         named = [{"rfilename": one} for one in files]
         return self._json({"id": name, "sha": commit, "private": repository.private, "siblings": named, "tags": []})
+
+    def _whoami(self) -> None:
+        account = self.hub.uploads.accounts.get(self._token or "")
+        if account is None:
+            raise Refused(401, None, "Invalid credentials in Authorization header")
+        self._json(account.as_whoami())
 
     def _tree(self, repository: Repository, files: dict[str, bytes], start: int) -> None:
         entries = [_entry(name, data) | _claimed(repository, name) for name, data in files.items()]
@@ -259,8 +326,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     # ---- answers
 
-    def _json(self, value: Any, headers: Mapping[str, str] | None = None) -> None:
-        self._send(200, {"Content-Type": "application/json", **(headers or {})}, json.dumps(value).encode())
+    def _json(self, value: Any, headers: Mapping[str, str] | None = None, *, status: int = 200) -> None:
+        self._send(status, {"Content-Type": "application/json", **(headers or {})}, json.dumps(value).encode())
 
     def _bytes(self, data: bytes, headers: Mapping[str, str], *, name: str) -> None:
         """A file, whole or from the first byte of a Range on, unless a fault is due."""

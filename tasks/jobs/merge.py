@@ -22,6 +22,7 @@ from tasks.jobs.embeddings import Embeddings, new_config, settle
 from tasks.jobs.nf4 import quantize, row_step, sample_positions
 from tasks.jobs.peft_merge import merge_by_peft
 from tasks.jobs.records import Records
+from tasks.jobs.serve_file import write_serve_file
 from tasks.jobs.skeleton import Skeleton, read_skeleton
 from tasks.jobs.streams import DTYPES, Planned, Reader, Writer
 from tasks.jobs.weight_error import Norms, summary
@@ -75,6 +76,7 @@ def run(job: Job) -> dict[str, Any]:
     Writes:
         config.json, model*.safetensors (bf16; shards of 5 GB and an index), and byte for byte from adapter/tokenizer/,
         else from the adapter's folder, else from the base's: tokenizer files, chat template, generation_config.json.
+        serve.json, serve.md: how it is served.
     Metrics:
         None.
 
@@ -96,6 +98,7 @@ def run(job: Job) -> dict[str, Any]:
     else:
         result = _stream(job, adapter, skeleton, tensors, config) | {"by": "stream"}
     _copy_tokenizer(job)
+    write_serve_file(job.out, name=job.slug, model=job.out, scheme=None)
     return {"onto": job.params["onto"], "initialisation": adapter.initialisation, **base_type, **result}
 
 

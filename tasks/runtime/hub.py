@@ -1,4 +1,4 @@
-"""Talks to a hub, through huggingface_hub and nothing else. Imported by `tasks.runtime.pin` where a hub id is named.
+"""Reads from a hub, through huggingface_hub and nothing else. Imported by `tasks.runtime.pin` where a hub id is named.
 
 Measured with huggingface_hub 2.4: a dropped connection is resumed inside one call with a Range request, in steps of
 10 MiB, until six attempts in a row bring nothing; between calls only whole files are kept. A reset is not resumed.

@@ -60,6 +60,7 @@ class SyntheticRun:
 
     Attributes:
         broken: Step key -> problem of a step that failed; what needs it is skipped.
+        refused: Arm -> why the engine does not read it.
         drop_rows: Arms that are scored on one test row less.
         nan_rows: Arms with NaN in one loss.
     """
@@ -71,6 +72,7 @@ class SyntheticRun:
     seed: int = 0
     measured: bool = True
     broken: dict[str, dict[str, str]] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
     drop_rows: frozenset[str] = frozenset()
     nan_rows: frozenset[str] = frozenset()
     steps: list[dict[str, Any]] = field(default_factory=list)
@@ -153,6 +155,7 @@ class SyntheticRun:
             "scheme": shape.scheme,
             "quantization": parse_scheme(shape.scheme).params() if shape.scheme else None,
             "on_base": shape.on_base,
+            "refused": self.refused.get(slug),
             "calibration": shape.calibration,
             "scales_from_base": shape.scales_from_base,
             "model": model,

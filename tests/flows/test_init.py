@@ -12,10 +12,12 @@ from flows.init import InitResult, init
 from flows.predict import predict, row_sizes
 from flows.preflight import Memory, sampled
 from recipes.check import check, check_data
+from recipes.check_serving import warnings
 from recipes.headers import read_headers
 from recipes.load import Loaded, load
 from recipes.problem import Problem, RecipeError
 from recipes.rows import read_rows
+from recipes.schemes import PER_CHANNEL
 from recipes.slugs import parse_scheme
 from tasks import prepare
 from tasks.runtime.step import Step
@@ -161,9 +163,16 @@ def test_small_data_is_refused_with_the_reason(tmp_path: Path):
     assert "at least 128" in problem.what and "Hessian" in problem.why and "171" in problem.next
 
 
-def test_a_base_that_no_group_size_divides(tmp_path: Path):
+def test_a_base_that_no_group_size_divides_gets_a_scheme_without_groups(tmp_path: Path):
     project(tmp_path, hidden=40, intermediate=80, kv=40)
-    assert "No scheme fits" in refused(tmp_path)[0].what
+    loaded = written(tmp_path)
+    assert [parse_scheme(str(one)).group_size for one in loaded.recipe.quantize.schemes] == [PER_CHANNEL]
+
+
+def test_it_names_the_engine_that_the_check_warns_for(tmp_path: Path):
+    project(tmp_path)
+    loaded = written(tmp_path)
+    assert loaded.recipe.serve.engine == "vllm" and warnings(loaded) == []
 
 
 def test_everything_wrong_is_told_at_once(tmp_path: Path):

@@ -46,7 +46,8 @@ def test_the_same_inputs_give_the_same_bytes_and_no_machine_path(
     assert kept >= {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
     for file in kept:
         assert (tmp_path / "a" / file).read_bytes() == (base / file).read_bytes()
-    assert set(digests[0]) == kept | {"model.safetensors", "config.json", "quantize_config.json", "quantize.json"}
+    written = {"model.safetensors", "config.json", "quantize_config.json", "quantize.json", "serve.json", "serve.md"}
+    assert set(digests[0]) == kept | written
 
 
 def test_what_gptqmodel_leaves_out_is_told(base: Path, tmp_path: Path) -> None:

@@ -65,6 +65,19 @@ def test_rules_that_split_what_servers_fuse():
     assert replace(plain, rules=(Rule("[qkv]_proj", None),)).check(layers) == []
 
 
+def test_rules_and_fused_names_mean_the_same_layers():
+    eight, plain = Grid(8, 128, True), parse_scheme("ct-gptq-w4-g128")
+    parts = [Linear(f"model.layers.0.self_attn.{part}_proj", 128, 128) for part in "qkv"]
+    whole = [Linear("model.layers.0.self_attn.qkv_proj", 128, 384)]  # as Phi-3 holds them
+    for match in ("self_attn", r"self_attn\.qkv_proj", "[qkv]_proj"):
+        ruled = replace(plain, rules=(Rule(match, eight),))
+        assert {ruled.grid_of(layer.name) for layer in [*parts, *whole]} == {eight}, match
+        assert ruled.check(parts) == ruled.check(whole) == []
+    one = replace(plain, rules=(Rule("v_proj", eight),))  # also the end of qkv_proj
+    assert [one.grid_of(layer.name) for layer in parts] == [plain.grid, plain.grid, eight]
+    assert one.check(parts) and one.check(whole)
+
+
 def test_another_backend():
     assert by_backend(parse_scheme("awq-w4-g128"), "autoawq").slug == "awq-w4-g128.autoawq"
     with pytest.raises(RecipeError, match="gptqmodel or auto-gptq"):
@@ -102,7 +115,9 @@ def test_a_group_that_divides_no_layer_names_all_and_proposes_the_largest_legal_
 
 def test_no_legal_group_at_all():
     (problem,) = parse_scheme("rtn-w8-g32").check([Linear("h.0.x", 40, 64)])
-    assert "another" in problem.next or "choose a base" in problem.next
+    assert "write rtn-w8, one scale an output" in problem.next
+    (problem,) = parse_scheme("ct-awq-w4-g32").check([Linear("h.0.x", 40, 64)])
+    assert "write ct-gptq-w4-asym, one scale an output" in problem.next and parse_scheme("ct-gptq-w4-asym")
     assert legal_group_sizes([Linear("h.0.x", 40, 64)]) == ()
 
 
