@@ -32,8 +32,8 @@ from tests.interop.agreement import (
 from tests.interop.exchange import READS, form, read_by, shifted, write_by, write_rows
 
 RESULTS = CHECKOUT / "docs" / "results" / "interop.md"
-OURS = ("awq-w4-g128", "gptq-w4-g128", "gptq-w4-g32", "gptq-w3-g128", "rtn-w4-g128")
-THEIRS = (("awq-w4-g128", "autoawq"), ("gptq-w4-g128", "auto-gptq"), ("gptq-w4-g128-actorder", "auto-gptq"))
+OURS = ("awq-w4-g128", "gptq-w4-g128", "gptq-w3-g128")
+THEIRS = (("awq-w4-g128", "autoawq"), ("gptq-w4-g128-actorder", "auto-gptq"))
 DAMAGED = ("awq-w4-g128", "gptq-w4-g128")
 DAMAGES = ("zero point", "group")
 LAYOUTS = {"gptq": {"ExLlamaV2": exllamav2, "vLLM": vllm_gptq}, "awq": {"vLLM": vllm_awq}}
@@ -108,7 +108,7 @@ def by_arithmetic(files: dict[str, Path]) -> list[str]:
     """Rows of the table of engines that do not run here."""
     lines = []
     for name, path in files.items():
-        if "," in name or "w3" in name:
+        if "," in name or "w3" in name:  # 4 bits are what ExLlamaV2 reads, and vLLM of symmetric files
             continue
         for engine, layout in LAYOUTS[form(path)].items():
             if engine != "ExLlamaV2" or "actorder" not in name:  # it reorders such layers first
@@ -134,7 +134,7 @@ def page(lines: list[Line], arithmetic: list[str]) -> str:
     return f"""<!-- Written by `python -m tests.bench.interop`, a part of `make bench`. -->
 # Interoperation, measured
 
-The quickstart's merged model, quantized by Quench's defaults (GPTQModel, its own RTN) and by the archived originals
+The quickstart's merged model, quantized by Quench's default (GPTQModel) and by the archived originals
 (`.autoawq`, `.auto-gptq`), read in fp16 on the CPU by
 * `transformers` {main["transformers"]} with its kernels in plain torch,
 * `autoawq`: AutoAWQ {awq["autoawq"]} with transformers {awq["transformers"]}, its path in plain torch,

@@ -18,7 +18,7 @@ from recipes.claims import ARCHIVED
 from recipes.schemes import Backend, Scheme
 from recipes.slugs import by_backend, parse_scheme
 from tasks.jobs.backends.load import load_arm, load_bf16
-from tasks.quantize import ENVIRONMENTS
+from tasks.quantize import ENVIRONMENTS, alone
 from tasks.runtime.environments import environment_problem
 from tests.conftest import World
 from tests.interop.agreement import compare, exllamav2, off_definition, off_layout, vllm_awq, vllm_gptq
@@ -164,3 +164,10 @@ def test_auto_gptq_refuses_a_zero_point_that_it_would_pack_over_its_neighbours(t
     calibset = write_calibset(tmp_path / "calibset")
     with pytest.raises(AssertionError, match="a zero point of 0 cannot be packed"):
         write_by(archived("gptq-w4-g32-asym", "auto-gptq"), base, calibset, tmp_path / "out")
+
+
+@pytest.mark.parametrize("backend", ARCHIVED)
+def test_a_step_of_an_original_names_its_environment_and_versions(backend: Backend) -> None:
+    step = alone("one", archived(SLUGS[backend], backend), inputs={})
+    assert step.environment == ENVIRONMENTS[backend]
+    assert step.identity["tools"][backend] in ARCHIVED[backend].package
