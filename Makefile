@@ -56,6 +56,7 @@ bench: install   ## the quickstart timed in an empty home: docs/results/quicksta
 	$(BIN)/python -m tests.bench.quickstart
 	$(BIN)/python -m tests.bench.merge
 	$(BIN)/python -m tests.bench.train
+	$(BIN)/python -m tests.bench.quantizers
 	$(BIN)/python -m tests.bench.interop
 bench: quickstart env-autoawq env-autogptq  # whose models and readers the last one takes
 

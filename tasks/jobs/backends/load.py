@@ -198,6 +198,19 @@ def _is_quantized_layer(module: nn.Module) -> bool:
     )
 
 
+def _refuse_missing(names: list[str], folder: Path) -> None:
+    """Transformers fills weights that it does not find with random numbers, and logs a warning."""
+    if names:
+        raise StageError(
+            Problem(
+                what=f"{len(names)} weights of the model are not in the checkpoint: {', '.join(names[:5])}",
+                where=str(folder),
+                why="transformers would use random numbers in their place; packed experts of mixtures are such a case",
+                next="write another scheme for this model; quench schemes lists them",
+            )
+        )
+
+
 def _load(folder: Path, *, device: str, **extra: Any) -> PreTrainedModel:
     """from_pretrained with what holds for every arm; `extra` are more of its arguments."""
     if not any(folder.glob("*.safetensors")):
@@ -211,14 +224,18 @@ def _load(folder: Path, *, device: str, **extra: Any) -> PreTrainedModel:
         )
     gpu = int(os.environ.get("LOCAL_RANK", "0"))  # of the lease's, where several processes train together
     settings = {"device_map": {"": gpu if device == "cuda" else device}, **extra}
-    model = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(  # the stub knows no pair
         str(folder),
         dtype=torch.bfloat16,
         local_files_only=True,
         use_safetensors=True,
         trust_remote_code=False,
+        output_loading_info=True,
         **settings,
     )
+    model, info = loaded
+    if getattr(model, "is_quantized", False):
+        _refuse_missing(sorted(info["missing_keys"]), folder)
     if getattr(model, "is_loaded_in_4bit", False):
         for layer in linear4bit(model).values():
             layer.support_avx512bf16_for_cpu = False
