@@ -98,6 +98,7 @@ def describe(
         "max_model_len": length,
         "chat_template": headers.has_chat_template,
         "kv_scales": bool(scheme and scheme.kv_scales),
+        "dequantize": bool(scheme and scheme.form == "compressed-tensors" and not scheme.grid.symmetric),
         "adapter": adapter._asdict() if adapter else None,
         "loaders": _loaders(scheme, adapter),
         "vllm": _vllm(headers, name, scheme, ranks=tensor_parallel, length=length, adapter=adapter),
@@ -186,8 +187,9 @@ def _vllm_lines(served: Mapping[str, Any]) -> Iterator[str]:
 def _kv_line(calibrated: bool) -> str:
     if calibrated:
         return (
-            "* FP8 scales of the KV cache were calibrated and stand in the files: --kv-cache-dtype fp8 uses them. What "
-            "that costs is not measured here; without the flag the cache stays in bf16."
+            "* FP8 scales of the KV cache were calibrated and stand in the files: --kv-cache-dtype fp8 uses them. "
+            "transformers applies them always, so the arm's figures hold what they cost; without the flag the cache "
+            "stays in bf16."
         )
     return "* No --kv-cache-dtype: no scales were calibrated, so an FP8 cache would take 1.0 for all of them."
 
@@ -206,12 +208,15 @@ def python_lines(served: Mapping[str, Any]) -> Iterator[str]:
     if adapter:
         yield "from peft import PeftModel"
     nf4 = bool(adapter and adapter["nf4"])
-    yield f"from transformers import AutoModelForCausalLM, AutoTokenizer{', BitsAndBytesConfig' if nf4 else ''}"
+    more = ", BitsAndBytesConfig" if nf4 else ", CompressedTensorsConfig" if served["dequantize"] else ""
+    yield f"from transformers import AutoModelForCausalLM, AutoTokenizer{more}"
     yield ""
     if nf4:
         yield 'nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,'
         yield f"                         bnb_4bit_compute_dtype=torch.{served['dtype']})"
         settings += ", quantization_config=nf4"
+    if served["dequantize"]:  # without it, transformers 5.23 raises at the zero points
+        settings += ", quantization_config=CompressedTensorsConfig(dequantize=True)"
     yield f'model = AutoModelForCausalLM.from_pretrained("{"base" if adapter else "."}", {settings})'
     if adapter:
         yield 'model = PeftModel.from_pretrained(model, "adapter")'

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
+from recipes.headers import read_headers
 from recipes.schemes import Grid, Rule, Scheme
+from recipes.serve_file import describe, readable
 from recipes.slugs import parse_scheme
 from tasks.jobs.backends.llm_compressor import targets
 from tasks.jobs.backends.load import attach, kernel_of, load_arm, load_bf16
@@ -96,6 +99,19 @@ def test_why_loading_is_not_left_to_transformers_alone(base: Path, tmp_path: Pat
     assert torch.equal(log_probs(plain(tmp_path / "ct-awq-w4-g128", quantization_config=dense)), ours)
     with pytest.raises(RuntimeError):
         plain(tmp_path / "ct-gptq-w4-attn32-ffn128", quantization_config=dense)
+
+
+@pytest.mark.parametrize("slug", ["ct-awq-w4-g32", "ct-gptq-w4-attn32-ffn128"])
+def test_the_serve_file_s_python_loads_it(
+    slug: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, scheme = tmp_path / "out", parse_scheme(slug)
+    compressed.write(base, out, scheme)
+    (code,) = re.findall(r"```python\n(.*?)```", readable(describe(read_headers(base), name="x", scheme=scheme)), re.S)
+    monkeypatch.chdir(out)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert torch.equal(log_probs(names["model"]), log_probs(load_arm("quantized", out, device="cpu")))
 
 
 def test_an_adapter_goes_on_top(base: Path, tmp_path: Path) -> None:
