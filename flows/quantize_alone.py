@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 from flows.one_stage import check_disk, check_out, find
 from flows.progress import Display
-from recipes.backends import model_problem
 from recipes.claims import limit_problems
 from recipes.headers import Headers, read_headers
 from recipes.problem import Problem, RecipeError
@@ -143,8 +142,8 @@ def _check(asked: Asked, out: Path) -> Checked:
     except RecipeError as error:
         problems += error.problems
     if scheme is not None and headers is not None:
-        own = model_problem(scheme, headers), environment_problem(quantize.ENVIRONMENTS.get(scheme.backend))
-        problems += [*scheme.check(headers.linears), *limit_problems(scheme, headers), *filter(None, own)]
+        absent = environment_problem(quantize.ENVIRONMENTS.get(scheme.backend))
+        problems += [*scheme.check(headers.linears), *limit_problems(scheme, headers), *([absent] if absent else [])]
         rest = max(headers.weight_bytes - 2 * headers.linear_parameters, 0)  # embeddings, norms, head stay as they are
         problems += check_disk(out, scheme.predicted_bytes(headers.linears) + rest, what="the quantized model")
     if scheme is not None and scheme.needs_calibration:
