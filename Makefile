@@ -56,6 +56,9 @@ bench: install   ## the quickstart timed in an empty home: docs/results/quicksta
 	$(BIN)/python -m tests.bench.quickstart
 	$(BIN)/python -m tests.bench.merge
 	$(BIN)/python -m tests.bench.train
+	$(BIN)/python -m tests.bench.quantizers
+	$(BIN)/python -m tests.bench.interop
+bench: quickstart env-autoawq env-autogptq  # whose models and readers the last one takes
 
 docs: install    ## write the generated pages again
 	$(BIN)/python -m flows.docs
@@ -66,7 +69,7 @@ lock: install    ## resolve pyproject.toml again
 
 lock-envs: install  ## resolve infra/locks/*.in again
 	@for name in $(ENVIRONMENTS); do \
-	  $(BIN)/uv pip compile -q infra/locks/$$name.in --python-version 3.11 --no-annotate --no-header \
+	  $(BIN)/uv pip compile -q infra/locks/$$name.in --no-annotate --no-header \
 	  | sed 's/+cpu$$//' > infra/locks/$$name.new && mv infra/locks/$$name.new infra/locks/$$name.txt || exit 1; done
 
 clean:           ## remove what was installed; .quench/ stays

@@ -29,6 +29,7 @@ MERGE = 0.46
 GPTQMODEL = 0.66
 AWQ = 0.85
 RTN = 0.45
+LLM_COMPRESSOR = 0.67
 LOAD = {"bf16": 0.55, "nf4": 0.60, "quantized": 0.66}  # reference, evaluate, measure, by the arm's kind
 CUDA_HOST = 3.0  # with the CUDA libraries
 CUDA_CONTEXT = 0.6  # GPU memory that no allocator counts
@@ -345,12 +346,25 @@ def _quantize(sizes: _Sizes, arm: Arm, scheme: Scheme) -> Predicted:
     if scheme.method == "awq":
         # Inputs and outputs of all its linear layers, fp32.
         parts |= {"activations": 4 * tokens * _features(headers.decoder_layer)}
+    if scheme.backend == "llm-compressor":
+        # Bytes a token and hidden feature: 9 and 29 measured. GPTQ orders the widest layer's Hessian in three copies.
+        widest = max(one.in_features for one in headers.decoder_layer)
+        parts |= {"activations": (10 if scheme.method == "gptq" else 30) * tokens * headers.hidden}
+        parts |= {"ordered hessian": 3 * 4 * widest**2} if scheme.method == "gptq" else {}
     if scheme.needs_calibration:
         parts |= sizes.file
     process = {"gptq": GPTQMODEL, "awq": AWQ}.get(scheme.method, RTN)
+    if scheme.backend == "llm-compressor":
+        process = LLM_COMPRESSOR
     if arm.scales_from_base:
         parts |= {"model of the search": sizes.bf16}  # quantized before, in the same process
     return _step(sizes, f"quantize/{arm.slug}", parts, process=process, disk=disk)
+
+
+def _process(arm: Arm) -> float:
+    """What unpacks compressed-tensors is small: 0.01 GiB more than for bf16; GPTQModel's kernels are not."""
+    unpacked = arm.scheme is not None and arm.scheme.form == "compressed-tensors"
+    return LOAD["bf16" if unpacked else arm.kind]
 
 
 def _weights(sizes: _Sizes, arm: Arm) -> dict[str, float]:
@@ -360,6 +374,8 @@ def _weights(sizes: _Sizes, arm: Arm) -> dict[str, float]:
         return {"weights nf4": sizes.nf4, **parts, **sizes.file}
     if arm.scheme is None:
         return {"weights bf16": sizes.bf16, **parts}
+    if arm.scheme.form == "compressed-tensors":  # unpacked at load, layer by layer
+        return {**parts, "weights bf16": sizes.bf16, **sizes.file}
     parts |= {"weights quantized": sizes.quantized(arm.scheme)}
     if sizes.on_cpu and arm.scheme.bits == 4 and arm.scheme.form == "gptq":
         # PyTorch's int4 kernel wants its own packing: 3 bytes a weight on the way, on small models.
@@ -377,9 +393,9 @@ def _evaluate(sizes: _Sizes, arm: Arm) -> Predicted:
         if arm.adapter:
             # Frozen weights on the strided last position: torch's matmul copies the output layer for every row.
             parts["output layer"] = 2 * asked.batch_size * headers.vocabulary * headers.hidden
-        if arm.scheme and arm.scheme.bits in (2, 3):
+        if arm.scheme and arm.scheme.bits in (2, 3) and arm.scheme.form == "gptq":
             parts["dequantized layers"] = 2 * headers.linear_parameters  # kept, so that it is done once
-    return _step(sizes, f"evaluate/{arm.slug}", parts, process=LOAD[arm.kind], disk=sizes.data_bytes)
+    return _step(sizes, f"evaluate/{arm.slug}", parts, process=_process(arm), disk=sizes.data_bytes)
 
 
 def _measure(sizes: _Sizes, arm: Arm) -> Predicted:
@@ -388,4 +404,4 @@ def _measure(sizes: _Sizes, arm: Arm) -> Predicted:
     parts = _weights(sizes, arm) | sizes.forward(batch=asked.batch, tokens=tokens)
     if arm.kind == "nf4" and sizes.on_cpu:
         parts["earlier loads"] = 2 * sizes.bf16  # it is loaded six times
-    return _step(sizes, f"measure/{arm.slug}", parts, process=LOAD[arm.kind])
+    return _step(sizes, f"measure/{arm.slug}", parts, process=_process(arm))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from flows.one_stage import check_disk, check_out, find
 from flows.progress import Display
+from recipes.backends import model_problem
 from recipes.claims import limit_problems
 from recipes.headers import Headers, read_headers
 from recipes.problem import Problem, RecipeError
@@ -142,8 +143,8 @@ def _check(asked: Asked, out: Path) -> Checked:
     except RecipeError as error:
         problems += error.problems
     if scheme is not None and headers is not None:
-        problems += [*scheme.check(headers.linears), *limit_problems(scheme, headers)]
-        problems += [one for one in [environment_problem(quantize.ENVIRONMENTS.get(scheme.backend))] if one]
+        own = model_problem(scheme, headers), environment_problem(quantize.ENVIRONMENTS.get(scheme.backend))
+        problems += [*scheme.check(headers.linears), *limit_problems(scheme, headers), *filter(None, own)]
         rest = max(headers.weight_bytes - 2 * headers.linear_parameters, 0)  # embeddings, norms, head stay as they are
         problems += check_disk(out, scheme.predicted_bytes(headers.linears) + rest, what="the quantized model")
     if scheme is not None and scheme.needs_calibration:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
+from recipes.arms import specified
+from recipes.check_serving import entries
+from recipes.problem import Problem
+from recipes.schema import Recipe
 from recipes.schemes import PER_CHANNEL, Backend, Linear, Scheme
 from recipes.serving import NAMES, loaders, rows_of
 from recipes.slugs import FAMILIES, known_schemes
@@ -62,6 +66,13 @@ def missing(backend: Backend) -> str:
     """The command that lets this machine quantize by a backend; empty where it can."""
     problem = environment_problem(ENVIRONMENTS.get(backend))
     return problem.next.removeprefix("Run: ") if problem else ""
+
+
+def not_here(recipe: Recipe) -> Iterator[Problem]:
+    """Schemes of a recipe that this machine cannot make yet; `plan` and `run` refuse, unless they are in the store."""
+    for field, entry in entries(recipe):
+        if problem := environment_problem(ENVIRONMENTS.get(specified(entry).backend)):
+            yield replace(problem, where=field)
 
 
 def _listed(scheme: Scheme) -> Listed:

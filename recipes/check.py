@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from recipes.arms import arms, specified
+from recipes.backends import model_problem
 from recipes.check_adapter import beside, fit_problems, folder_problems
 from recipes.check_rows import RowCheck, check_data, general_files, general_problems
 from recipes.check_serving import entries, length_problems
@@ -140,11 +141,12 @@ def _at(problem: Problem, where: str) -> Problem:
 
 
 def _shapes(loaded: Loaded, headers: Headers) -> Iterator[Problem]:
-    """Schemes that the base's layers do not allow."""
+    """Schemes that the base's layers, or its model type, do not allow."""
     for field, entry in entries(loaded.recipe):
         scheme = _parsed(entry)
         if scheme is not None:
-            found = [*scheme.check(headers.linears), *limit_problems(scheme, headers)]
+            own = model_problem(scheme, headers)
+            found = [*scheme.check(headers.linears), *limit_problems(scheme, headers), *([own] if own else [])]
             yield from (_at(problem, field) for problem in found)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from recipes.headers import Headers
+from recipes.headers import Headers, is_expert
 from recipes.problem import Problem
 from recipes.schemes import Backend, Method, Scheme
 
@@ -59,6 +59,16 @@ LIMITS = (
 
 def limit_problems(scheme: Scheme, headers: Headers) -> list[Problem]:
     """What the scheme's backend cannot do to this architecture; `where` is left to the caller as the slug."""
+    if scheme.form in ("gptq", "awq") and any(is_expert(layer.name) for layer in headers.linears):
+        return [
+            Problem(
+                what=f"{scheme.slug} would pack the experts of this model one by one.",
+                where=scheme.slug,
+                why="transformers 5 holds the experts of a layer as one weight and leaves packed ones out: they would "
+                "be random numbers in every evaluation, with a warning in a log.",
+                next="Write nf4 or int8: they leave the experts in bf16.",
+            )
+        ]
     kinds = {headers.config.get("model_type"), headers.text_config.get("model_type")}
     return [
         Problem(

@@ -174,6 +174,11 @@ class Headers:
         return None
 
 
+def is_expert(name: str) -> bool:
+    """The layer of this name is an expert of a mixture."""
+    return _EXPERT.search(name) is not None
+
+
 def _first_number(name: str) -> str:
     return next(part for part in name.split(".") if part.isdigit())
 

@@ -254,7 +254,8 @@ class SchemeSpec(Section):
     """Name of the arm; default: the slug, with the backend behind it where one is named. Needed beside `rules` and
     `kv_scales`."""
     backend: Backend | None = None
-    """Another one than the scheme's own: `autoawq` for AWQ, `auto-gptq` for GPTQ (archived packages)."""
+    """Another one than the scheme's own: `autoawq` for AWQ, `auto-gptq` for GPTQ (archived packages, installed by `make
+    env-autoawq` and `make env-autogptq`)."""
     rules: list[LayerRule] = []
     """Other grids for some layers. compressed-tensors schemes (ct-) only: other mixed files load in no server."""
     kv_scales: bool = False

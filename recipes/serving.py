@@ -65,8 +65,16 @@ class Reads(NamedTuple):
 READS = (
     Reads("transformers", "gptq", (2, 3, 4, 8), "both", True, "5.23", "gptqmodel, optimum", "every run reloads it"),
     Reads("transformers", "awq", (4,), "yes", False, "5.23", "gptqmodel, optimum", "every run reloads it"),
+    Reads("transformers", "compressed-tensors", (3, 4, 8), "no", False, "5.23", "compressed-tensors", "tried: 0.20.0"),
     Reads(
-        "transformers", "compressed-tensors", (3, 4, 8), "both", False, "5.23", "compressed-tensors", "tried: 0.20.0"
+        "transformers",
+        "compressed-tensors",
+        (3, 4, 8),
+        "yes",
+        False,
+        "5.23",
+        "compressed-tensors; CompressedTensorsConfig(dequantize=True), and one grid for all layers",
+        "tried: 0.20.0, which raises without it",
     ),
     Reads("transformers", "bitsandbytes", (4, 8), "no", False, "5.23", "bitsandbytes", "every run reloads it"),
     Reads("vllm", "gptq", (4, 8), "no", True, "mid-2026; older versions read more", "", "vllm#38288, #45051"),

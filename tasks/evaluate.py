@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from recipes.schema import Recipe
+from tasks.quantize import readers
 from tasks.runtime.step import External, Step
 
 
@@ -21,6 +22,6 @@ def step(recipe: Recipe, arm: str, *, kind: str, inputs: dict[str, Step | Extern
             **asked.model_dump(include={"max_new_tokens", "batch_size", "seed"}),
         },
         inputs=inputs,
-        tools=("torch", "transformers", "peft", "bitsandbytes", "gptqmodel"),
+        tools=readers(inputs["model"]),
         gpus=1,
     )

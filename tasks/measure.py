@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from recipes.schema import Recipe
+from tasks.quantize import readers
 from tasks.runtime.step import External, Step, hardware
 
 
@@ -20,7 +21,7 @@ def step(recipe: Recipe, arm: str, *, kind: str, device: str, threads: int, inpu
             "hardware": {**hardware(), "device": device, "threads": threads},
         },
         inputs=inputs,
-        tools=("torch", "transformers", "peft", "bitsandbytes", "gptqmodel"),
+        tools=readers(inputs["model"]),
         whole_machine=True,
         gpus=1,
     )

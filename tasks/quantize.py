@@ -13,6 +13,8 @@ TOOLS: dict[Backend, tuple[str, ...]] = {
     "gptqmodel": ("torch", "transformers", "gptqmodel"),
     "bitsandbytes": ("torch", "transformers", "bitsandbytes"),
     "llm-compressor": ("torch", "transformers", "llmcompressor", "compressed-tensors"),
+    "autoawq": ("torch", "transformers", "autoawq"),
+    "auto-gptq": ("torch", "transformers", "auto-gptq"),
 }
 ENVIRONMENTS: dict[Backend, str] = {  # the others run in the main one
     "llm-compressor": "llmcompressor",
@@ -64,3 +66,10 @@ def alone(
         gpus=1,
         environment=ENVIRONMENTS.get(scheme.backend),
     )
+
+
+def readers(model: Step | External) -> tuple[str, ...]:
+    """What loads an arm's model in the main environment and shapes its logits, by who made it."""
+    own = model.tools if isinstance(model, Step) else ()
+    every = ("torch", "transformers", "peft", "bitsandbytes", "gptqmodel")
+    return (*every, "compressed-tensors") if "compressed-tensors" in own else every

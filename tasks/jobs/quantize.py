@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import torch
 from safetensors import safe_open
 
+from recipes.backends import model_problem
 from recipes.claims import limit_problems
 from recipes.headers import TOKENIZER_FILES, Headers, read_headers
 from recipes.problem import Problem, RecipeError
@@ -24,6 +25,7 @@ from tasks.jobs import block_errors
 from tasks.jobs.backends import Quantized
 from tasks.jobs.backends.awq_scales import scales_found_on
 from tasks.jobs.backends.load import setup
+from tasks.jobs.rope import older_spelling
 from tasks.jobs.serve_file import write_serve_file
 from tasks.runtime.errors import StageError
 from tasks.runtime.job import Job
@@ -63,6 +65,7 @@ def run(job: Job) -> dict[str, Any]:
         done: Quantized = backend.quantize(model, job.out, **options)
     quantized = time.perf_counter()
     _keep_companions(model, job.out)
+    _spell_rope(job.out / "config.json")
     _refuse_nan(job.out)
     write_serve_file(job.out, name=job.slug, model=model, scheme=scheme)
     seen = None
@@ -114,11 +117,11 @@ def _checked(model: Path, scheme: Scheme) -> Headers:
     """The model's headers; StageError where a layer's shape does not allow the scheme, or the backend the model."""
     try:
         headers = read_headers(model)
-        problems = [*scheme.check(headers.linears), *limit_problems(scheme, headers)]
     except RecipeError as error:
         raise StageError(error.problems[0]) from None
-    if problems:
-        raise StageError(problems[0])
+    for problem in (*scheme.check(headers.linears), *limit_problems(scheme, headers), model_problem(scheme, headers)):
+        if problem:
+            raise StageError(problem)
     return headers
 
 
@@ -138,6 +141,13 @@ def _keep_companions(model: Path, out: Path) -> None:
             shutil.copyfile(model / name, out / name)
     if (model / "chat_templates").is_dir():
         shutil.copytree(model / "chat_templates", out / "chat_templates")
+
+
+def _spell_rope(path: Path) -> None:
+    """Engines that read with transformers 4 find the rotary embedding, too."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if older := older_spelling(config):
+        path.write_text(json.dumps(config | older, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _refuse_nan(out: Path) -> None:

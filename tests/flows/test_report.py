@@ -381,7 +381,7 @@ def test_the_page_is_self_contained(folder: Path, home: Path, report: dict[str, 
     html = (folder / "report.html").read_text()
     assert not re.search(r"(src|href)=\"(?!#)", html)
     assert "<script" not in html and "@import" not in html and "url(http" not in html
-    assert html.count("<svg role=") == 2
+    assert html.count("<svg role=") == 4
     assert not re.search(r"#0[1-9a]0[1-9a]0[1-9a]\b", html), "a placeholder colour was left in a plot"
     for text in ("report.html", "report.md", "report.json"):
         assert str(home) not in (folder / text).read_text()

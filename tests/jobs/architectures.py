@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    GemmaConfig,
     GenerationConfig,
     GPT2Config,
     LlamaConfig,
@@ -44,6 +45,7 @@ CONFIGS: dict[str, Callable[..., PreTrainedConfig]] = {
     "qwen2": Qwen2Config,  # biases of q, k, v
     "qwen3": Qwen3Config,  # norms of q and k
     "mistral": MistralConfig,
+    "gemma": GemmaConfig,
     "gemma2": Gemma2Config,
     "gemma3": Gemma3TextConfig,
     "phi3": Phi3Config,  # qkv and gate_up fused

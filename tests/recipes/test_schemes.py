@@ -65,6 +65,19 @@ def test_rules_that_split_what_servers_fuse():
     assert replace(plain, rules=(Rule("[qkv]_proj", None),)).check(layers) == []
 
 
+def test_rules_and_fused_names_mean_the_same_layers():
+    eight, plain = Grid(8, 128, True), parse_scheme("ct-gptq-w4-g128")
+    parts = [Linear(f"model.layers.0.self_attn.{part}_proj", 128, 128) for part in "qkv"]
+    whole = [Linear("model.layers.0.self_attn.qkv_proj", 128, 384)]  # as Phi-3 holds them
+    for match in ("self_attn", r"self_attn\.qkv_proj", "[qkv]_proj"):
+        ruled = replace(plain, rules=(Rule(match, eight),))
+        assert {ruled.grid_of(layer.name) for layer in [*parts, *whole]} == {eight}, match
+        assert ruled.check(parts) == ruled.check(whole) == []
+    one = replace(plain, rules=(Rule("v_proj", eight),))  # also the end of qkv_proj
+    assert [one.grid_of(layer.name) for layer in parts] == [plain.grid, plain.grid, eight]
+    assert one.check(parts) and one.check(whole)
+
+
 def test_another_backend():
     assert by_backend(parse_scheme("awq-w4-g128"), "autoawq").slug == "awq-w4-g128.autoawq"
     with pytest.raises(RecipeError, match="gptqmodel or auto-gptq"):

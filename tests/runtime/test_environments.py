@@ -7,6 +7,9 @@ import pytest
 
 from flows.plan import Planned
 from flows.preflight import environment_problems
+from flows.scheme_list import not_here
+from recipes.schema import Recipe
+from tasks.quantize import ENVIRONMENTS, TOOLS
 from tasks.runtime import environments
 from tasks.runtime.environments import environment_problem, lock_digest, locked_versions
 from tasks.runtime.errors import StepFailed
@@ -49,6 +52,12 @@ def test_the_child_runs_there_without_our_packages(kitchen: Kitchen, installed: 
     assert here["result"] != manifest["result"] and here["environment"] == {"name": "main", "lock": lock_digest()}
 
 
+def test_backends_name_environments_and_tools_that_are_locked():
+    assert ENVIRONMENTS["llm-compressor"] == NAME
+    for backend, tools in TOOLS.items():
+        assert set(tools) <= set(locked_versions(ENVIRONMENTS.get(backend)))
+
+
 def test_versions_are_those_of_the_environment(installed: Path):
     theirs = choice(environment=NAME, tools=("transformers",))
     assert theirs.identity["tools"] == {"transformers": locked_versions(NAME)["transformers"]}
@@ -64,6 +73,15 @@ def test_where_it_is_not_installed_nothing_starts(stamp: str | None, what: str, 
         run_step(choice(environment=NAME), INPUTS, kitchen)
     assert caught.value.problem.next == "Run: make env-llmcompressor"
     assert not list(installed.parent.parent.glob("partial/*"))
+
+
+def test_check_warns_of_what_this_machine_cannot_make(installed: Path):
+    asked = {"schemes": ["rtn-w4-g32", "ct-gptq-w4-g128"]}
+    recipe = Recipe.model_validate({"name": "x", "model": {"base": "b"}, "data": {"path": "d"}, "quantize": asked})
+    assert list(not_here(recipe)) == []
+    (installed / ".installed").unlink()
+    (problem,) = not_here(recipe)
+    assert problem.where == "quantize.schemes.1" and "make env-llmcompressor" in problem.next
 
 
 def test_a_plan_names_the_steps_that_need_it(installed: Path):

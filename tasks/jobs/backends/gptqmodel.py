@@ -73,7 +73,12 @@ def quantize(
     return Quantized(backend=f"gptqmodel:{__version__}", packer=packer, layers=layers)
 
 
-def equal_lengths(rows: Sequence[Sequence[int]], *, events: Events) -> list[list[int]]:
+def equal_lengths(
+    rows: Sequence[Sequence[int]],
+    *,
+    events: Events,
+    why: str = "with unequal ones GPTQModel's AWQ looks at the last sequence only",
+) -> list[list[int]]:
     """The same tokens in as many rows of one length; fewer tokens than there are rows are left over.
 
     Where lengths differ, GPTQModel searches AWQ's scales and clipping on the last batch alone, and logs the tokens of
@@ -86,7 +91,7 @@ def equal_lengths(rows: Sequence[Sequence[int]], *, events: Events) -> list[list
     events.note(
         "equal lengths",
         f"{len(rows)} sequences joined and cut anew into as many of {length} tokens, {len(stream) % len(rows)} tokens "
-        "left out: with unequal ones GPTQModel's AWQ looks at the last sequence only",
+        f"left out: {why}",
     )
     return [stream[i * length : (i + 1) * length] for i in range(len(rows))]
 

@@ -2,14 +2,15 @@
 
 What it does without saying so: by default it shuffles the rows and takes 512 of them (ours come as a DataLoader, which
 it leaves alone), orders GPTQ's columns by activation (asked for here: the file stays in plain order), sets weights to 0
-whose input never fires, rounds a layer to nearest where the Hessian does not factor, skips AWQ's scales where shapes
-do not fit, and lets every expert of a mixture see every token.
+whose input never fires, rounds a layer to nearest where the Hessian does not factor, and skips AWQ's scales where
+shapes do not fit.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -27,10 +28,37 @@ from tasks.jobs.backends.load import load_bf16
 from tasks.runtime.errors import StageError
 from tasks.runtime.events import Events
 
-SETTINGS = {
-    "TQDM_DISABLE": "1",  # a bar for each of 20 points of each search; ours comes from events
-    "LLM_COMPRESSOR_LOG_LEVEL": "ERROR",  # warnings become notes, which print themselves
-}
+
+class Watch:
+    """What one call said, by layer name.
+
+    Attributes:
+        losses: GPTQ: sum of squared errors over the inverse Hessian's diagonal; AWQ: mean squared error of the block's
+            output at the scales that were chosen.
+        tokens: Calibration tokens that entered the statistics.
+        dead: Inputs whose Hessian diagonal was 0.
+        rounded: Layers whose Hessian did not factor.
+    """
+
+    def __init__(self, events: Events, *, layers: int, device: str) -> None:
+        self.losses: dict[str, float] = {}
+        self.tokens: Counter[str] = Counter()
+        self.dead: dict[str, int] = {}
+        self.rounded: list[str] = []
+        self._events, self._layers, self._done = events, layers, 0
+        self._said = {"No accelerator available! Compressing model on CPU instead"} if device == "cpu" else set[str]()
+
+    def layer_done(self) -> None:
+        """A decoder layer is done; the last part, behind them, holds nothing to quantize."""
+        self._done += 1
+        self._events.progress(min(self._done, self._layers), self._layers, unit="layer")
+
+    def said(self, message: Any) -> None:
+        """A line of its log becomes a note, once; its level METRIC stands above WARNING."""
+        text = message.record["message"]
+        if message.record["level"].name != "METRIC" and text not in self._said:
+            self._said.add(text)
+            self._events.note("llm-compressor", text)
 
 
 def quantize(
@@ -49,22 +77,22 @@ def quantize(
     Raises:
         StageError: A linear layer of the checkpoint is none in the loaded model.
     """
-    os.environ.update(SETTINGS)
+    os.environ["LLM_COMPRESSOR_LOG_LEVEL"] = "ERROR"  # warnings become notes, which print themselves
     from llmcompressor import oneshot  # pyright: ignore[reportMissingImports]
 
-    from tasks.jobs.backends import llm_compressor_watch as watching
+    from tasks.jobs.backends.llm_compressor_modifiers import modifiers, watched
 
     scheme = Scheme.of(params, slug="")
     loaded = load_bf16(model, device="cpu")
     names = [layer.name for layer in read_headers(model).linears]
-    others = _others(loaded, names)
-    watch = watching.Watch(events, layers=loaded.config.get_text_config().num_hidden_layers)
+    others = _others(loaded, scheme, names)
+    watch = Watch(events, layers=loaded.config.get_text_config().num_hidden_layers, device=device)
     samples = [{"input_ids": torch.tensor([list(row)])} for row in rows]
-    with watching.watched(watch):
+    with watched(watch):
         oneshot(
             model=loaded,
             dataset=DataLoader(samples, batch_size=None),  # pyright: ignore[reportArgumentType]
-            recipe=watching.modifiers(scheme, targets(scheme, names), others, damp=params.get("damp"), watch=watch),
+            recipe=modifiers(scheme, targets(scheme, names), others, damp=params.get("damp"), watch=watch),
         )
         loaded.save_pretrained(out, save_compressed=True)
     layers = [_record(name, watch, scheme, damp=params.get("damp")) for name in names if scheme.grid_of(name)]
@@ -76,14 +104,14 @@ def quantize(
     )
 
 
-def _others(model: nn.Module, names: Sequence[str]) -> list[str]:
+def _others(model: nn.Module, scheme: Scheme, names: Sequence[str]) -> list[str]:
     """Linear modules that the scheme does not quantize: lm_head, routers.
 
     Raises:
         StageError: A layer of the checkpoint is no linear module here.
     """
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    if missing := [name for name in names if name not in linear]:
+    if missing := [name for name in names if name not in linear and scheme.grid_of(name)]:
         raise StageError(
             Problem(
                 what=f"{len(missing)} linear layers of the checkpoint are none in the loaded model.",
@@ -135,7 +163,7 @@ def _parts(names: Sequence[str]) -> dict[str, list[str]]:
     return parts
 
 
-def _record(name: str, watch: Any, scheme: Scheme, *, damp: float | None) -> LayerRecord:
+def _record(name: str, watch: Watch, scheme: Scheme, *, damp: float | None) -> LayerRecord:
     return LayerRecord(
         name=name,
         loss=None if name in watch.rounded else watch.losses.get(name),
@@ -145,7 +173,7 @@ def _record(name: str, watch: Any, scheme: Scheme, *, damp: float | None) -> Lay
 
 
 def _note_habits(
-    watch: Any, others: Sequence[str], layers: Sequence[LayerRecord], *, events: Events, tokens: int
+    watch: Watch, others: Sequence[str], layers: Sequence[LayerRecord], *, events: Events, tokens: int
 ) -> None:
     """What was left out, rounded or set to zero."""
     if left := [name for name in others if name != "lm_head"]:

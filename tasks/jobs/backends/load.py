@@ -140,7 +140,7 @@ def load_arm(kind: Kind, folder: Path, *, device: str, adapter: Path | None = No
     if kind == "nf4":
         model = load_nf4(folder, device=device)
     else:
-        model = _load(folder, device=device, **(_stored(folder, device=device) if kind == "quantized" else {}))
+        model = (_load_quantized if kind == "quantized" else _load)(folder, device=device)
     if (kind != "bf16") != bool(getattr(model, "is_quantized", False)):
         raise StageError(
             Problem(
@@ -153,25 +153,35 @@ def load_arm(kind: Kind, folder: Path, *, device: str, adapter: Path | None = No
     return attach(model, adapter) if adapter else model
 
 
-def _stored(folder: Path, *, device: str) -> dict[str, Any]:
-    """More arguments for from_pretrained of a quantized checkpoint, by its format.
+def _load_quantized(folder: Path, *, device: str) -> PreTrainedModel:
+    """A quantized checkpoint by its format's own loader.
 
     On CPUs transformers picks, for 4 bits per channel, a kernel of GPTQModel that reads no zero points and ends in an
     error where a layer has inputs other than 32, 64, 128 or 256 (TorchFusedLinear); plain torch reads them all.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     stored = config.get("quantization_config", {})
-    if stored.get("quant_method") in ("gptq", "awq"):
+    method = stored.get("quant_method")
+    if method == "compressed-tensors":
+        from tasks.jobs.backends.compressed import packed_zero_points, unpack
+
+        with packed_zero_points():
+            model = _load(folder, device=device)
+        unpack(model)
+        return model
+    if method in ("gptq", "awq"):
         tame_gptqmodel()
-    per_channel = stored.get("quant_method") == "gptq" and stored["group_size"] == PER_CHANNEL
-    if per_channel and stored["bits"] == 4 and device == "cpu":
-        return {"quantization_config": GPTQConfig(bits=stored["bits"], backend="gptq_torch")}
-    return {}
+    extra: dict[str, Any] = {}
+    if method == "gptq" and stored["group_size"] == PER_CHANNEL and stored["bits"] == 4 and device == "cpu":
+        extra = {"quantization_config": GPTQConfig(bits=stored["bits"], backend="gptq_torch")}
+    return _load(folder, device=device, **extra)
 
 
 def kernel_of(model: nn.Module) -> str:
     """Class names of the quantized linear layers in use, joined by `+`; `Linear` for an unquantized model."""
     names = {type(module).__name__ for module in model.modules() if _is_quantized_layer(module)}
+    if any(isinstance(module, nn.Linear) and hasattr(module, "quantization_scheme") for module in model.modules()):
+        names.add("Linear (unpacked from compressed-tensors)")
     return "+".join(sorted(names)) or "Linear"
 
 
@@ -183,10 +193,22 @@ def _is_quantized_layer(module: nn.Module) -> bool:
             ("Linear4bit", "bitsandbytes"),
             ("Linear8bitLt", "bitsandbytes"),
             ("BaseQuantLinear", "gptqmodel"),
-            ("CompressedLinear", "compressed_tensors"),
         }
         for base in type(module).__mro__
     )
+
+
+def _refuse_missing(names: list[str], folder: Path) -> None:
+    """Transformers fills weights that it does not find with random numbers, and logs a warning."""
+    if names:
+        raise StageError(
+            Problem(
+                what=f"{len(names)} weights of the model are not in the checkpoint: {', '.join(names[:5])}",
+                where=str(folder),
+                why="transformers would use random numbers in their place; packed experts of mixtures are such a case",
+                next="write another scheme for this model; quench schemes lists them",
+            )
+        )
 
 
 def _load(folder: Path, *, device: str, **extra: Any) -> PreTrainedModel:
@@ -202,14 +224,18 @@ def _load(folder: Path, *, device: str, **extra: Any) -> PreTrainedModel:
         )
     gpu = int(os.environ.get("LOCAL_RANK", "0"))  # of the lease's, where several processes train together
     settings = {"device_map": {"": gpu if device == "cuda" else device}, **extra}
-    model = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(  # the stub knows no pair
         str(folder),
         dtype=torch.bfloat16,
         local_files_only=True,
         use_safetensors=True,
         trust_remote_code=False,
+        output_loading_info=True,
         **settings,
     )
+    model, info = loaded
+    if getattr(model, "is_quantized", False):
+        _refuse_missing(sorted(info["missing_keys"]), folder)
     if getattr(model, "is_loaded_in_4bit", False):
         for layer in linear4bit(model).values():
             layer.support_avx512bf16_for_cpu = False

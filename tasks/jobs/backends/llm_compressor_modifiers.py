@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationScheme,
+    QuantizationStrategy,
+    QuantizationType,
+)
 from compressed_tensors.utils import patch_attr
 from llmcompressor.modifiers.gptq import GPTQModifier  # pyright: ignore[reportMissingImports]
 from llmcompressor.modifiers.gptq import base as gptq  # pyright: ignore[reportMissingImports]
@@ -21,38 +25,11 @@ from loguru import logger  # pyright: ignore[reportMissingImports]
 from pydantic import PrivateAttr
 
 from recipes.schemes import Grid, Scheme
-from tasks.runtime.events import Events
+from tasks.jobs.backends.llm_compressor import Watch
 
-FP8_CACHE = QuantizationArgs(num_bits=8, type="float", strategy="tensor", symmetric=True, dynamic=False)
-
-
-class Watch:
-    """What one call said, by layer name.
-
-    Attributes:
-        losses: GPTQ: sum of squared errors over the inverse Hessian's diagonal; AWQ: mean squared error of the block's
-            output at the scales that were chosen.
-        tokens: Calibration tokens that entered the statistics.
-        dead: Inputs whose Hessian diagonal was 0.
-        rounded: Layers whose Hessian did not factor.
-    """
-
-    def __init__(self, events: Events, *, layers: int) -> None:
-        self.losses: dict[str, float] = {}
-        self.tokens: Counter[str] = Counter()
-        self.dead: dict[str, int] = {}
-        self.rounded: list[str] = []
-        self._events, self._layers, self._done = events, layers, 0
-
-    def layer_done(self) -> None:
-        """A decoder layer is done; the last part, behind them, holds nothing to quantize."""
-        self._done += 1
-        self._events.progress(min(self._done, self._layers), self._layers, unit="layer")
-
-    def said(self, message: Any) -> None:
-        """A line of its log."""
-        if message.record["level"].name in ("WARNING", "ERROR", "CRITICAL"):  # its METRIC stands above WARNING
-            self._events.note("llm-compressor", message.record["message"])
+FP8_CACHE = QuantizationArgs(
+    num_bits=8, type=QuantizationType.FLOAT, strategy=QuantizationStrategy.TENSOR, symmetric=True, dynamic=False
+)
 
 
 def modifiers(
@@ -80,9 +57,9 @@ def _weights(grid: Grid) -> QuantizationArgs:
     per_channel = grid.group_size == -1
     return QuantizationArgs(
         num_bits=grid.bits,
-        type="int",
+        type=QuantizationType.INT,
         symmetric=grid.symmetric,
-        strategy="channel" if per_channel else "group",
+        strategy=QuantizationStrategy.CHANNEL if per_channel else QuantizationStrategy.GROUP,
         group_size=None if per_channel else grid.group_size,
     )
 

@@ -1,0 +1,149 @@
+"""What the archived backends, AutoAWQ and AutoGPTQ, share: both quantize in fp16, in their own environments.
+
+Their files are written here, shard by shard under the input's tensor names, so that transformers finds them as it finds
+the input: AutoGPTQ would name its file otherwise, untie tied embeddings and add a bias of zeros to every layer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from recipes.headers import read_headers, read_tensors
+from recipes.problem import Problem
+from tasks.jobs.backends import LayerRecord
+from tasks.jobs.rope import older_spelling
+from tasks.runtime.errors import StageError
+from tasks.runtime.events import Events
+
+PARTS = ("qweight", "qzeros", "scales", "g_idx")  # of a quantized layer; AWQ has no g_idx
+
+
+def read_config(model: Path) -> transformers.PretrainedConfig:
+    """config.json, also by a transformers before 5, which would not see its rotary parameters.
+
+    Raises:
+        StageError: There are parameters that such a version has no words for: one set for each kind of layer.
+    """
+    config = transformers.AutoConfig.from_pretrained(str(model), local_files_only=True, trust_remote_code=False)
+    raw = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    if int(transformers.__version__.split(".")[0]) >= 5:
+        return config
+    older = older_spelling(raw)
+    if raw.get("rope_parameters") and not older and "rope_theta" not in raw:
+        raise StageError(
+            Problem(
+                what=f"transformers {transformers.__version__} cannot read this model's rotary embedding",
+                where=str(model / "config.json"),
+                why=f"rope_parameters differ by kind of layer: {', '.join(sorted(raw['rope_parameters']))}",
+                next="leave the backend out: GPTQModel makes this scheme",
+            )
+        )
+    for name, value in older.items():
+        setattr(config, name, value)
+    return config
+
+
+def refuse_overflow(model: nn.Module) -> None:
+    """Raise StageError where a weight is beyond fp16's 65,504: it has become inf."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise StageError(
+                Problem(
+                    what="a weight does not fit fp16, in which this backend quantizes",
+                    where=name,
+                    why="it is larger than 65,504, or it was no finite number before",
+                    next="check the merged model (quench evaluate), or leave the backend out: GPTQModel works in bf16",
+                )
+            )
+
+
+def write_checkpoint(
+    model: Path, out: Path, state: Mapping[str, Tensor], *, quantization: dict[str, Any], events: Events
+) -> None:
+    """Write the quantized model under the input's tensor names, in as many files.
+
+    A tensor that was not changed is written as the input has it (bf16), one that was (norms that AWQ scales) in fp16.
+
+    Args:
+        model: The input's folder.
+        out: Gets model*.safetensors, their index, config.json and quantize_config.json.
+        state: state_dict of the quantized model.
+        quantization: quantization_config of config.json.
+        events: Gets a note on changed tensors.
+
+    Raises:
+        StageError: The backend made a tensor that the input has no place for.
+    """
+    weight_map: dict[str, str] = {}
+    changed: list[str] = []
+    total = 0
+    for shard in sorted({tensor.file for tensor in read_tensors(model).values()}):
+        tensors: dict[str, Tensor] = {}
+        with safe_open(shard, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+                tensors |= _written(name, file.get_tensor(name), state, changed=changed)
+        save_file(tensors, out / shard.name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, shard.name)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    _refuse_lost(state, weight_map)
+    if len(set(weight_map.values())) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        _write_json(out / "model.safetensors.index.json", index)
+    if changed:
+        events.note("unquantized tensors", f"{len(changed)} were scaled and are stored in fp16: {', '.join(changed)}")
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    _write_json(out / "config.json", config | {"quantization_config": quantization})
+    _write_json(out / "quantize_config.json", quantization)
+
+
+def _written(name: str, original: Tensor, state: Mapping[str, Tensor], *, changed: list[str]) -> dict[str, Tensor]:
+    layer = name.removesuffix(".weight")
+    if f"{layer}.qweight" in state:
+        parts = (f"{layer}.{part}" for part in PARTS)
+        return {part: state[part].contiguous() for part in parts if part in state}
+    if torch.equal(original.half(), state[name].cpu().half()):
+        return {name: original}
+    changed.append(name)
+    return {name: state[name].contiguous()}
+
+
+def _refuse_lost(state: Mapping[str, Tensor], written: Mapping[str, str]) -> None:
+    """AutoGPTQ's zero biases and the second name of tied embeddings may go; nothing else may."""
+    kept = {state[name].data_ptr() for name in written if name in state}
+    for name, tensor in state.items():
+        if name not in written and tensor.data_ptr() not in kept and torch.count_nonzero(tensor):
+            raise StageError(
+                Problem(
+                    what="the backend made a tensor that the input model does not have",
+                    where=name,
+                    why="without it the written model would be another one than the backend quantized",
+                    next="leave the backend out: GPTQModel makes this scheme",
+                )
+            )
+
+
+def note_habits(model: Path, layers: list[LayerRecord], *, tokens: int, events: Events) -> None:
+    """Say which layers were not quantized, saw other numbers of tokens, or have no loss."""
+    names = [layer.name for layer in read_headers(model).linears]
+    skipped = sorted(set(names) - {layer.name for layer in layers})
+    if skipped:
+        events.note("skipped layers", f"{len(skipped)} linear layers stay in bf16: {', '.join(skipped)}")
+    other = {layer.name: layer.tokens for layer in layers if layer.tokens != tokens}
+    if other:
+        events.note("tokens", f"of {tokens} calibration tokens these layers saw other numbers: {other}")
+    without = [layer.name for layer in layers if layer.loss is None]
+    if without:
+        events.note("layers without a loss", f"{len(without)}: {', '.join(without)}")
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
