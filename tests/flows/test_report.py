@@ -75,7 +75,8 @@ def test_every_arm_has_every_metric_in_the_agreed_form(report: dict[str, Any]) -
     assert report["schema_version"] == 1
     assert list(report["arms"]) == list(SHAPES)
     for slug, arm in report["arms"].items():
-        assert set(arm) == {"status", "ranked", "merge_base", "path", "adapter_path", "metrics"}
+        assert set(arm) == {"status", "ranked", "refused", "merge_base", "path", "adapter_path", "metrics"}
+        assert arm["refused"] is None
         assert (arm["status"], arm["ranked"]) == ("ok", True), slug
         assert set(arm["metrics"]) == NAMES
         for name, cell in arm["metrics"].items():
