@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-# Equal weights in fp16 matmuls whose sums run in another order: 1e-7 to 1e-6 nats were measured; rounding a model to
-# 4 bits costs 5e-4, a wrong zero point in every group 1e-1.
+# Equal weights in kernels of plain torch gave equal logits: 0 nats. Rounding a model to 4 bits costs 5e-4, one zero
+# point that is off by one 1.4e-5, two groups that change places 1.3e-3: bits notice all, KL all but the zero point.
 KL_LIMIT, TOP1_LIMIT = 1e-4, 0.999
 AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # where the gemm layout puts the n-th of eight outputs
 
