@@ -97,7 +97,8 @@ ARCHIVED: dict[Backend, Archived] = {
 
 def limit_problems(scheme: Scheme, headers: Headers) -> list[Problem]:
     """What the scheme's backend cannot do to this architecture; `where` is left to the caller as the slug."""
-    if scheme.form in ("gptq", "awq") and any(is_expert(layer.name) for layer in headers.linears):
+    apart = scheme.form in ("gptq", "awq") and any(is_expert(layer.name) for layer in headers.linears)
+    if apart or (scheme.backend == "llm-compressor" and headers.expert_parameters):
         return [
             Problem(
                 what=f"{scheme.slug} would pack the experts of this model one by one.",
@@ -118,15 +119,6 @@ def limit_problems(scheme: Scheme, headers: Headers) -> list[Problem]:
         for limit in LIMITS
         if scheme.backend in limit.backends and scheme.method in limit.methods and kinds & set(limit.model_types)
     ]
-    if scheme.backend == "llm-compressor" and headers.expert_parameters:
-        found.append(
-            Problem(
-                what=f"llm-compressor cannot make {scheme.slug} of a mixture of experts.",
-                where=scheme.slug,
-                why="transformers 5.23 fuses experts, and does not read those that llm-compressor 0.14 writes.",
-                next="Take a gptq- or awq- scheme: GPTQModel makes them.",
-            )
-        )
     archived = _archived_problem(scheme, str(headers.text_config.get("model_type")))
     return [*found, archived] if archived else found
 

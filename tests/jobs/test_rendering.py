@@ -357,6 +357,7 @@ def test_ids_are_equal_in_train_calibrate_and_evaluate(talks: Path, tmp_path: Pa
     dataset = talks / "dataset"
     rows = {row["row"]: row for row in table(dataset) if row["split"] == "train"}
     params = {"rows": len(rows), "seq_len": 256, "stratify": "proportional", "seed": 0, "min_tokens": 0}
+    params["max_near_duplicates"] = 1.0
     calibrate.run(make_job("calibrate", tmp_path / "calibset", params=params, dataset=dataset))
     sequences = pq.read_table(tmp_path / "calibset" / "calibset.parquet").to_pylist()
     assert sorted(name for one in sequences for name in one["rows"]) == sorted(rows)
