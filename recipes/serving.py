@@ -93,7 +93,16 @@ READS = (
     ),
     Reads("vllm", "bitsandbytes", (4, 8), "no", False, "mid-2024", "vllm-bnb-plugin from 0.28 on", "vllm#5753, #43529"),
     Reads("exllamav2", "gptq", (4,), "both", True, "archived", "", "exllamav2#35, #563"),
-    Reads("auto-gptq", "gptq", (2, 3, 4, 8), "both", True, "0.7.1, archived", "its environment", "tried: 0.7.1"),
+    Reads(
+        "auto-gptq",
+        "gptq",
+        (2, 3, 4, 8),
+        "both",
+        True,
+        "0.7.1, archived",
+        "its environment; lm_head.weight in the file where embeddings are tied",
+        "tried: 0.7.1",
+    ),
     Reads("autoawq", "awq", (4,), "yes", False, "0.2.9, archived", "its environment", "tried: 0.2.9"),
 )
 
