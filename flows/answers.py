@@ -12,6 +12,11 @@ from flows.evidence import Arm
 from flows.metrics import decimals, difference_text, interval_text, significant, size, value_text
 
 UNKNOWN = "No difference that this much data can show"
+_NEARER = {  # by verdict on KL
+    "better": "stays closer to the trained model than",
+    "worse": "is further from the trained model than",
+    "no difference shown": "shows no difference from",
+}
 _NOUN = {"task": "task score", "ppl_test": "perplexity", "ppl_general": "general perplexity", "kl_mean": "KL"}
 
 
@@ -269,12 +274,7 @@ def _merge_first(found: Findings, question: str) -> Answer:
         if on_base in found.ranked:
             parts.append(f"{size(found.bytes_of(merged))} against {size(found.bytes_of(on_base))}")
         text.append(f"{merged} against {on_base}: {'; '.join(parts)}.")
-    told = {
-        "better": "stays closer to the trained model than quantized base + adapter",
-        "worse": "is further from the trained model than quantized base + adapter",
-        "no difference shown": "shows no difference from quantized base + adapter",
-    }
-    short = "; it ".join(f"{told[word]}: KL {', '.join(which)}" for word, which in words.items())
+    short = "; it ".join(f"{_NEARER[word]} quantized base + adapter: KL {', '.join(of)}" for word, of in words.items())
     return Answer(question=question, short=f"Merged-then-quantized {short}.", text=tuple(text))
 
 
@@ -290,12 +290,7 @@ def _calibration(found: Findings, question: str) -> Answer:
     words: dict[str, list[str]] = {}
     for one in (one for one in made if one.metric == "kl_mean"):
         words.setdefault(one.verdict, []).append(f"{_control(found.arms[one.b])} for {one.a} (KL {_difference(one)})")
-    told = {
-        "better": "stays closer to the trained model than",
-        "worse": "is further from the trained model than",
-        "no difference shown": "shows no difference from",
-    }
-    short = "; it ".join(f"{told[word]} {', '.join(which)}" for word, which in words.items())
+    short = "; it ".join(f"{_NEARER[word]} {', '.join(which)}" for word, which in words.items())
     return Answer(question=question, short=f"Calibration on the domain {short}.", text=tuple(text))
 
 

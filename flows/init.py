@@ -13,12 +13,12 @@ from flows.predict import Predicted, data_bytes, predict, row_sizes, row_tokens,
 from flows.preflight import SETTINGS, Memory, available, largest_fitting, refuse
 from flows.recipe_text import Fitted, Found, notes, render
 from recipes.check import load_and_check
-from recipes.check_rows import LEAST_ROWS, TOKENS_PER_INPUT, Sides, least_rows, split_rows
+from recipes.check_rows import Sides, least_rows, split_rows
 from recipes.headers import Headers, read_headers
 from recipes.load import shown
 from recipes.problem import Problem, RecipeError
 from recipes.rows import Origin, Row, Rows, read_rows
-from recipes.schema import Data, Recipe, is_hub_id
+from recipes.schema import LEAST_ROWS, TOKENS_PER_INPUT, Data, Recipe, is_hub_id
 from recipes.slugs import legal_schemes
 from tasks.runtime.step import resolve_device
 

@@ -14,13 +14,12 @@ import psutil
 
 from flows.plan import Planned
 from flows.predict import CUDA_CONTEXT, FILES, GIB, Predicted, RowSizes, data_bytes, predict, row_sizes, tokens_per_byte
-from recipes.check_rows import MOST_ROWS, TOKENS_PER_INPUT
 from recipes.check_train import device_problems
 from recipes.headers import Headers, read_headers
 from recipes.load import Loaded
 from recipes.problem import Problem, RecipeError
 from recipes.rows import read_origin
-from recipes.schema import Recipe
+from recipes.schema import MOST_ROWS, TOKENS_PER_INPUT, Recipe
 from tasks.runtime.environments import environment_problem
 from tasks.runtime.leases import cpu_slots, visible_gpus
 from tasks.runtime.step import Limits

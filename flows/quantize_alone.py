@@ -13,6 +13,7 @@ from recipes.claims import limit_problems
 from recipes.headers import Headers, read_headers
 from recipes.problem import Problem, RecipeError
 from recipes.rows import Rows, read_rows
+from recipes.schema import LEAST_ROWS, MOST_ROWS, Calibrate
 from recipes.schemes import Scheme
 from recipes.slugs import by_backend, parse_scheme
 from tasks import calibrate, quantize
@@ -33,7 +34,7 @@ from tasks.runtime.pin import (
 from tasks.runtime.step import External, Kitchen, Limits, Step, resolve_device, run_step
 from tasks.runtime.store import Store, find_home
 
-LEAST, MOST, USUAL = 128, 512, 256  # rows; recipes.schema.Calibrate says why
+USUAL = Calibrate().rows
 OPTIONS = {"calibrate.rows": "--rows", "calibrate.seq_len": "--seq-len"}  # a job names the recipe's fields
 
 
@@ -166,12 +167,12 @@ def _row_problems(asked: Asked, headers: Headers | None, rows: Rows | None) -> I
         return
     yield from rows.problems
     there = len(rows.rows)
-    if rows.rows and not LEAST <= (asked.rows or min(USUAL, there)) <= min(MOST, there):
+    if rows.rows and not LEAST_ROWS <= (asked.rows or min(USUAL, there)) <= min(MOST_ROWS, there):
         yield Problem(
             what=f"{asked.rows or USUAL} rows are asked for, {there} are there.",
             where=f"--rows, {asked.calibration}",
-            why=f"Calibration takes {LEAST} to {MOST}: fewer starve the Hessian, more only cost time.",
-            next=f"Give --rows {min(there, MOST)}." if there >= LEAST else "Give more rows.",
+            why=f"Calibration takes {LEAST_ROWS} to {MOST_ROWS}: fewer starve the Hessian, more only cost time.",
+            next=f"Give --rows {min(there, MOST_ROWS)}." if there >= LEAST_ROWS else "Give more rows.",
         )
     limit = headers.max_positions if headers else None
     if limit is not None and asked.seq_len > limit:

@@ -29,10 +29,7 @@ from recipes.rows import (
     read_origin,
     side,
 )
-from recipes.schema import Data, SqlExecution
-
-LEAST_ROWS, MOST_ROWS = 128, 512  # see recipes.schema.Calibrate
-TOKENS_PER_INPUT = 4  # of the calibration set, for the widest layer; see tasks/calibrate.py
+from recipes.schema import LEAST_ROWS, MOST_ROWS, TOKENS_PER_INPUT, Data, SqlExecution
 
 
 class RowCheck(NamedTuple):

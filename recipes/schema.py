@@ -15,6 +15,8 @@ from recipes.rows import Format
 from recipes.schemes import Backend
 
 Fraction = Annotated[float, Field(gt=0, lt=0.5)]
+LEAST_ROWS, MOST_ROWS = 128, 512  # of a calibration set; Calibrate says why
+TOKENS_PER_INPUT = 4  # calibration tokens an input of the widest layer: with fewer its Hessian is badly estimated
 
 
 class Section(BaseModel):
@@ -211,7 +213,7 @@ class Calibrate(Section):
 
     @model_validator(mode="after")
     def _rows_in_range(self) -> Calibrate:
-        if not 128 <= self.rows <= 512 and self.allow_unusual_size is None:
+        if not LEAST_ROWS <= self.rows <= MOST_ROWS and self.allow_unusual_size is None:
             raise ValueError(
                 f"calibrate.rows is {self.rows}; it has to be 128 to 512: below 128 the Hessian of a wide layer is "
                 "not of full rank and scales follow single rows; above 512 figures no longer change, only time does; "

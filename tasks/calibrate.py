@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from recipes.arms import Calibration
-from recipes.schema import Recipe
+from recipes.schema import TOKENS_PER_INPUT, Recipe
 from tasks.runtime.step import External, Step
-
-TOKENS_PER_INPUT = 4
 
 
 def step(recipe: Recipe, *, dataset: Step, largest_in_features: int) -> Step:

@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 
 from recipes.problem import Problem
 from recipes.rows import Message
+from recipes.schema import LEAST_ROWS, MOST_ROWS
 from tasks.jobs.leaks import Held, near_twins, refuse_leaks, without_near_duplicates
 from tasks.runtime.errors import StageError
 from tasks.runtime.job import Job
 
 CALIBSET = pa.schema([("sequence", pa.int32()), ("rows", pa.list_(pa.string())), ("input_ids", pa.list_(pa.int32()))])
-LEAST, MOST = 128, 512  # rows, see recipes.schema.Calibrate
 LENGTHS = ("short", "middle", "long")  # terciles of a domain's rows by tokens
 PREVIEW_ROWS = 5
 
@@ -263,11 +263,13 @@ def by_length(rows: Sequence[Candidate]) -> dict[str, list[Candidate]]:
 
 def _most(params: dict[str, Any], fitting: int) -> int:
     """Rows that there can be."""
-    return fitting if params.get("allow_unusual_size") else min(fitting, MOST)
+    return fitting if params.get("allow_unusual_size") else min(fitting, MOST_ROWS)
 
 
 def _too_few_rows(params: dict[str, Any], pool: Pool) -> StageError:
-    remedy = f"set calibrate.rows to {min(pool.rows, MOST)}" if pool.rows >= LEAST else "give more training rows"
+    remedy = (
+        f"set calibrate.rows to {min(pool.rows, MOST_ROWS)}" if pool.rows >= LEAST_ROWS else "give more training rows"
+    )
     if pool.too_long:
         remedy += ", or raise calibrate.seq_len"
     return StageError(
@@ -275,7 +277,8 @@ def _too_few_rows(params: dict[str, Any], pool: Pool) -> StageError:
             what=f"calibration needs {params['rows']} rows; train has {pool.rows} distinct ones of up to "
             f"{params['seq_len']} tokens",
             where="calibrate.rows, calibrate.seq_len",
-            why=f"below {LEAST} rows the Hessian of a wide layer is not of full rank and scales follow single rows",
+            why=f"below {LEAST_ROWS} rows the Hessian of a wide layer is not of full rank and scales follow single "
+            "rows",
             next=remedy,
         )
     )

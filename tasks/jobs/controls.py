@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from recipes.problem import Problem
-from recipes.rows import TEXT, content_hash
 from tasks.jobs.calibrate import Packed, write_calibset
+from tasks.jobs.texts import read_texts
 from tasks.runtime.errors import StageError
 from tasks.runtime.job import Job
 
@@ -102,20 +102,7 @@ def _texts(job: Job) -> dict[str, str]:
         StageError: A malformed line; a text that is evaluated.
     """
     path = job.inputs["general"].path
-    texts: dict[str, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            text = json.loads(line)["text"]
-            texts[content_hash([{"role": TEXT, "content": text}])[:16]] = text
-        except (ValueError, KeyError, TypeError) as error:
-            raise StageError(
-                Problem(
-                    what="malformed row in the generic calibration text",
-                    where=f"{path.name}:{number}",
-                    why=f'rows are {{"text": ...}} ({error!r})',
-                    next=f"correct line {number} of {path}",
-                )
-            ) from None
+    texts = dict(read_texts(path, what="the generic calibration text"))
     evaluated = pq.read_table(job.inputs["dataset"].path / "general.parquet", columns=["row"])["row"].to_pylist()
     if shared := sorted(set(texts) & set(evaluated)):
         raise StageError(

@@ -17,7 +17,7 @@ from tasks.jobs.backends.load import setup
 from tasks.jobs.conversation import Conversation, RowError, behind_thinking
 from tasks.jobs.rendering import ONE_A_TURN, Renderer, Sample, TooLong
 from tasks.jobs.sources import read_sources, select
-from tasks.jobs.texts import text_records
+from tasks.jobs.texts import read_texts, text_records
 from tasks.runtime.errors import StageError
 from tasks.runtime.job import Job
 from tasks.runtime.tokenizer_files import copy_files
@@ -262,21 +262,9 @@ def _general(job: Job, renderer: Renderer) -> list[dict[str, Any]]:
         return []
     found = {}
     path = job.inputs["general"].path
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            text = json.loads(line)["text"]
-            ids = renderer.tokenizer(text)["input_ids"][: job.params["max_length"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise StageError(
-                Problem(
-                    what="malformed row in the general hold-out",
-                    where=f"{path.name}:{number}",
-                    why=f'rows are {{"text": ...}} ({error!r})',
-                    next=f"correct line {number} of {path}",
-                )
-            ) from None
+    for name, text in read_texts(path, what="the general hold-out"):
+        ids = renderer.tokenizer(text)["input_ids"][: job.params["max_length"]]
         if len(ids) > 1:  # the first token has no prediction
-            name = content_hash([{"role": "text", "content": text}])[:16]
             n_chars = len(renderer.tokenizer.decode(ids, skip_special_tokens=True))
             found[name] = {"row": name, "input_ids": ids, "n_chars": n_chars}
     return [found[name] for name in sorted(found)]

@@ -3,11 +3,37 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipes.rows import TEXT, Row, side
+from recipes.problem import Problem
+from recipes.rows import TEXT, Row, content_hash, side
 from tasks.jobs.rendering import Rendered, Renderer
+from tasks.runtime.errors import StageError
 from tasks.runtime.job import Job
+
+
+def read_texts(path: Path, *, what: str) -> Iterator[tuple[str, str]]:
+    """Name and text of every line `{"text": ...}`; the name is its content's.
+
+    Raises:
+        StageError: A line is no such thing; `what` says whose.
+    """
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            text: str = json.loads(line)["text"]
+            text.encode()  # a number has no such thing, half of a surrogate pair no bytes
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StageError(
+                Problem(
+                    what=f"malformed row in {what}",
+                    where=f"{path.name}:{number}",
+                    why=f'rows are {{"text": ...}} ({error!r})',
+                    next=f"correct line {number} of {path}",
+                )
+            ) from None
+        yield content_hash([{"role": TEXT, "content": text}])[:16], text
 
 
 class Texts(NamedTuple):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
+
+from tasks.runtime.events import Events
 
 if TYPE_CHECKING:  # a body that needs no tensor does not pay for torch
     from torch import Tensor
@@ -45,3 +48,15 @@ def relative_error(weight: Tensor, quantized: Tensor) -> float:
     """||W - Wq|| / ||W||, Frobenius norms in fp32; 0 where W is."""
     original = weight.float()
     return ((original - quantized.float()).norm() / original.norm().clamp(min=1e-30)).item()
+
+
+def note_skipped(names: Iterable[str], made: Collection[str], *, events: Events) -> None:
+    """Say which linear layers were not quantized."""
+    if skipped := sorted(set(names) - set(made)):
+        events.note("skipped layers", f"{len(skipped)} linear layers stay in bf16: {', '.join(skipped)}")
+
+
+def note_tokens(layers: Sequence[LayerRecord], *, tokens: int, events: Events) -> None:
+    """Say which layers saw other numbers of calibration tokens than there were."""
+    if other := {layer.name: layer.tokens for layer in layers if layer.tokens not in (tokens, None)}:
+        events.note("tokens", f"of {tokens} calibration tokens these layers saw other numbers: {other}")

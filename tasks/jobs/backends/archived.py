@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from recipes.headers import read_headers, read_tensors
+from recipes.headers import read_headers
 from recipes.problem import Problem
-from tasks.jobs.backends import LayerRecord
+from tasks.jobs.backends import LayerRecord, note_skipped, note_tokens
+from tasks.jobs.backends.rewrite import rewrite, write_configs
 from tasks.jobs.rope import older_spelling
 from tasks.runtime.errors import StageError
 from tasks.runtime.events import Events
@@ -83,29 +83,14 @@ def write_checkpoint(
     Raises:
         StageError: The backend made a tensor that the input has no place for.
     """
-    weight_map: dict[str, str] = {}
     changed: list[str] = []
-    total = 0
-    for shard in sorted({tensor.file for tensor in read_tensors(model).values()}):
-        tensors: dict[str, Tensor] = {}
-        with safe_open(shard, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
-                tensors |= _written(name, file.get_tensor(name), state, changed=changed)
-        save_file(tensors, out / shard.name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, shard.name)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-    _refuse_lost(state, weight_map)
-    if len(set(weight_map.values())) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        _write_json(out / "model.safetensors.index.json", index)
+    _refuse_lost(state, rewrite(model, out, partial(_written, state=state, changed=changed)))
     if changed:
         events.note("unquantized tensors", f"{len(changed)} were scaled and are stored in fp16: {', '.join(changed)}")
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    _write_json(out / "config.json", config | {"quantization_config": quantization})
-    _write_json(out / "quantize_config.json", quantization)
+    write_configs(model, out, quantization=quantization)
 
 
-def _written(name: str, original: Tensor, state: Mapping[str, Tensor], *, changed: list[str]) -> dict[str, Tensor]:
+def _written(name: str, original: Tensor, *, state: Mapping[str, Tensor], changed: list[str]) -> dict[str, Tensor]:
     layer = name.removesuffix(".weight")
     if f"{layer}.qweight" in state:
         parts = (f"{layer}.{part}" for part in PARTS)
@@ -134,16 +119,8 @@ def _refuse_lost(state: Mapping[str, Tensor], written: Mapping[str, str]) -> Non
 def note_habits(model: Path, layers: list[LayerRecord], *, tokens: int, events: Events) -> None:
     """Say which layers were not quantized, saw other numbers of tokens, or have no loss."""
     names = [layer.name for layer in read_headers(model).linears]
-    skipped = sorted(set(names) - {layer.name for layer in layers})
-    if skipped:
-        events.note("skipped layers", f"{len(skipped)} linear layers stay in bf16: {', '.join(skipped)}")
-    other = {layer.name: layer.tokens for layer in layers if layer.tokens != tokens}
-    if other:
-        events.note("tokens", f"of {tokens} calibration tokens these layers saw other numbers: {other}")
+    note_skipped(names, [layer.name for layer in layers], events=events)
+    note_tokens(layers, tokens=tokens, events=events)
     without = [layer.name for layer in layers if layer.loss is None]
     if without:
         events.note("layers without a loss", f"{len(without)}: {', '.join(without)}")
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

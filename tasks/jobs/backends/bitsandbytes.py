@@ -17,7 +17,7 @@ from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from torch import Tensor
 
 from recipes.headers import read_headers
-from tasks.jobs.backends import LayerRecord, Quantized, relative_error
+from tasks.jobs.backends import LayerRecord, Quantized, note_skipped, relative_error
 from tasks.jobs.backends.load import load_int8, load_nf4
 from tasks.jobs.streams import Reader
 from tasks.runtime.events import Events
@@ -48,8 +48,7 @@ def quantize(
             error = relative_error(original, dequantized(modules[name]).cpu())
             records.append(LayerRecord(name=name, weight_error=error))
             events.progress(len(records), len(modules), unit="layer")
-    if skipped := sorted({layer.name for layer in headers.linears} - modules.keys()):
-        events.note("skipped layers", f"{len(skipped)} linear layers stay in bf16: {', '.join(skipped)}")
+    note_skipped((layer.name for layer in headers.linears), modules, events=events)
     if params["method"] == "int8":
         events.note("int8", "bitsandbytes casts the inputs of its int8 layers from bf16 to fp16 at run time")
     kind = type(next(iter(modules.values()))).__name__

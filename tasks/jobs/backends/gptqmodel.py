@@ -18,7 +18,7 @@ from typing import Any
 
 from recipes.headers import read_headers
 from recipes.schemes import PER_CHANNEL
-from tasks.jobs.backends import LayerRecord, Quantized
+from tasks.jobs.backends import LayerRecord, Quantized, note_skipped, note_tokens
 from tasks.jobs.backends.environment import tame_gptqmodel
 from tasks.runtime.events import Events
 
@@ -188,12 +188,8 @@ def _note_habits(
     tokens: int,
     events: Events,
 ) -> None:
-    skipped = sorted(set(names) - {layer.name for layer in layers})
-    if skipped:
-        events.note("skipped layers", f"{len(skipped)} linear layers stay in bf16: {', '.join(skipped)}")
-    fewer = {layer.name: layer.tokens for layer in layers if layer.tokens != tokens}
-    if fewer:
-        events.note("tokens", f"of {tokens} calibration tokens these layers saw other numbers: {fewer}")
+    note_skipped(names, [layer.name for layer in layers], events=events)
+    note_tokens(layers, tokens=tokens, events=events)
     raised = {layer.name: layer.damp for layer in layers if layer.damp is not None and layer.damp > params["damp"]}
     if raised:
         events.note("damping", f"raised from {params['damp']} where the Hessian did not factor: {raised}")

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from recipes.headers import read_headers
 from recipes.problem import Problem
 from recipes.schemes import FUSED, Grid, Linear, Scheme
-from tasks.jobs.backends import LayerRecord, Quantized
+from tasks.jobs.backends import LayerRecord, Quantized, note_tokens
 from tasks.jobs.backends.load import load_bf16
 from tasks.runtime.errors import StageError
 from tasks.runtime.events import Events
@@ -182,8 +182,6 @@ def _note_habits(
         events.note("rounded to nearest", f"the Hessian of {len(watch.rounded)} layers did not factor: {watch.rounded}")
     if watch.dead:
         events.note("dead inputs", f"inputs that were always 0, whose weights are written as 0: {watch.dead}")
-    fewer = {layer.name: layer.tokens for layer in layers if layer.tokens not in (tokens, None)}
-    if fewer:
-        events.note("tokens", f"of {tokens} calibration tokens these layers saw other numbers: {fewer}")
+    note_tokens(layers, tokens=tokens, events=events)
     if silent := [layer.name for layer in layers if layer.loss is None and layer.name not in watch.rounded]:
         events.note("layers without a loss", f"{len(silent)} that AWQ rounds unscaled: {', '.join(silent)}")

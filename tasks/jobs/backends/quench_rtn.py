@@ -5,20 +5,18 @@ Written in GPTQ's v1 packing, so that whatever loads GPTQ loads it. Reads and wr
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from recipes.headers import read_headers
 from recipes.schemes import PER_CHANNEL
 from tasks.jobs.backends import LayerRecord, Quantized, relative_error
+from tasks.jobs.backends.rewrite import rewrite, write_configs
 from tasks.runtime.events import Events
 
 VERSION = 1
@@ -110,43 +108,25 @@ def quantize(
     """
     layers = {f"{layer.name}.weight": layer for layer in read_headers(model).linears}
     errors: dict[str, float] = {}
-    weight_map: dict[str, str] = {}
-    total_bytes = 0
-    for shard in _shards(model):
-        tensors: dict[str, Tensor] = {}
-        with safe_open(shard, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
-                weight = file.get_tensor(name)
-                if name not in layers:
-                    tensors[name] = weight
-                    continue
-                rounded = round_to_nearest(weight, bits=params["bits"], group_size=params["group_size"])
-                stem = layers[name].name
-                errors[stem] = relative_error(weight, rounded.dequantized())
-                tensors |= {f"{stem}.{part}": value for part, value in packed(rounded, bits=params["bits"]).items()}
-                events.progress(len(errors), len(layers), unit="layer")
-        save_file(tensors, out / shard.name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, shard.name)
-        total_bytes += sum(tensor.nbytes for tensor in tensors.values())
-    if len(set(weight_map.values())) > 1:
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        _write_json(out / "model.safetensors.index.json", index)
-    _write_configs(model, out, params=params)
+
+    def change(name: str, weight: Tensor) -> dict[str, Tensor]:
+        if name not in layers:
+            return {name: weight}
+        rounded = round_to_nearest(weight, bits=params["bits"], group_size=params["group_size"])
+        stem = layers[name].name
+        errors[stem] = relative_error(weight, rounded.dequantized())
+        events.progress(len(errors), len(layers), unit="layer")
+        return {f"{stem}.{part}": value for part, value in packed(rounded, bits=params["bits"]).items()}
+
+    rewrite(model, out, change)
+    write_configs(model, out, quantization=_quantization(params))
     records = [LayerRecord(name=layer.name, weight_error=errors[layer.name]) for layer in layers.values()]
     return Quantized(backend=f"quench-rtn:{VERSION}", packer="numpy", layers=records)
 
 
-def _shards(model: Path) -> list[Path]:
-    """The files that the index names; without an index, the one file."""
-    index = model / "model.safetensors.index.json"
-    if not index.exists():
-        return sorted(model.glob("*.safetensors"))
-    return [model / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
-
-
-def _write_configs(model: Path, out: Path, *, params: dict[str, Any]) -> None:
-    """config.json with a quantization_config that transformers, AutoGPTQ and vLLM read."""
-    quantization = {
+def _quantization(params: dict[str, Any]) -> dict[str, Any]:
+    """quantization_config that transformers, AutoGPTQ and vLLM read."""
+    return {
         "bits": params["bits"],
         "group_size": params["group_size"],
         "sym": True,
@@ -157,10 +137,3 @@ def _write_configs(model: Path, out: Path, *, params: dict[str, Any]) -> None:
         "pack_dtype": "int32",
         "meta": {"quantizer": [f"quench-rtn:{VERSION}"]},
     }
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    _write_json(out / "config.json", config | {"quantization_config": quantization})
-    _write_json(out / "quantize_config.json", quantization)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
