@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -11,9 +11,10 @@ from recipes.schema import LayerRule, Recipe, SchemeSpec
 from recipes.schemes import PER_CHANNEL, Grid, Rule, Scheme
 from recipes.slugs import by_backend, parse_scheme
 
-Kind = Literal["bf16", "nf4", "quantized"]
+Kind = Literal["bf16", "nf4", "quantized", "external"]
 MergeBase = Literal["dequantized", "original", "auto"]
 Calibration = Literal["domain", "generic", "mixed", "random"]
+EXTERNAL = "external"  # --only external: every external model
 CONTROLS: tuple[Calibration, ...] = ("generic", "mixed", "random")
 
 
@@ -31,6 +32,7 @@ class Arm:
         adapter: The adapter is loaded on top.
         calibration: The calibration set; `domain` is the run's own, the others are controls.
         scales_from_base: AWQ's scales and clipping are those that it finds on the base.
+        external: A model from elsewhere, loaded as its config.json says.
     """
 
     slug: str
@@ -41,6 +43,7 @@ class Arm:
     adapter: bool = False
     calibration: Calibration = "domain"
     scales_from_base: bool = False
+    external: bool = False
 
     @property
     def is_control(self) -> bool:
@@ -52,7 +55,8 @@ def arms(recipe: Recipe) -> tuple[Arm, ...]:
     """All arms in the order of the report.
 
     Raises:
-        RecipeError: A slug names no scheme; two specs have one name; a control of no scheme of the recipe.
+        RecipeError: A slug names no scheme; two specs have one name, or an external model that of another arm; a
+            control of no scheme of the recipe.
     """
     schemes = [specified(entry) for entry in recipe.quantize.schemes]
     on_base = [parse_scheme(slug) for slug in recipe.evaluate.on_base]
@@ -62,7 +66,7 @@ def arms(recipe: Recipe) -> tuple[Arm, ...]:
         raise RecipeError(problems)
     controlled = [one for one in schemes if one.slug in recipe.calibrate.controls]
     schemes += _rounded(controlled, schemes)
-    return (
+    made = (
         Arm(slug="base", kind="bf16"),
         Arm(slug="nf4-adapter", kind="nf4", adapter=True),
         Arm(slug="merged-dequantized", kind="bf16", merge_base="dequantized"),
@@ -71,6 +75,23 @@ def arms(recipe: Recipe) -> tuple[Arm, ...]:
         *(arm for one in controlled for arm in _controls(one, recipe.merge.base)),
         *(Arm(slug=f"{one.slug}.on-base", kind="quantized", scheme=one, on_base=True, adapter=True) for one in on_base),
     )
+    if problems := list(_taken(recipe.evaluate.external, made)):
+        raise RecipeError(problems)
+    return (*made, *(Arm(slug=name, kind="external", external=True) for name in recipe.evaluate.external))
+
+
+def _taken(names: Iterable[str], made: Sequence[Arm]) -> Iterator[Problem]:
+    """External models with the name of another arm, or the word for all of them."""
+    for name in names:
+        if name == EXTERNAL or any(arm.slug == name for arm in made):
+            yield Problem(
+                what=f"The external model {name} has the name of another arm."
+                if name != EXTERNAL
+                else f"An external model cannot be called {name}.",
+                where=f"evaluate.external.{name}",
+                why="An arm has one name everywhere; `--only external` means all external models.",
+                next="Give it another name, for example production.",
+            )
 
 
 def controls(every: Sequence[Arm]) -> list[Calibration]:

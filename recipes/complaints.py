@@ -14,7 +14,7 @@ from recipes.plain import is_list, is_mapping
 from recipes.problem import Problem
 from recipes.schema import Recipe
 
-# What a field has to be, by the kind of error; {x} are the bounds that the schema gives. Only `name` has a pattern.
+# What a field has to be, by the kind of error; {x} are the bounds that the schema gives. Only names have a pattern.
 NEEDS = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -143,8 +143,9 @@ def _doc(field: str) -> str:
 
 
 def _unnumbered(field: str) -> str:
-    """`data.sources.1.path` as the schema has it: `data.sources.path`."""
-    return ".".join(part for part in field.split(".") if not part.isdigit())
+    """`data.sources.1.path` as the schema has it: `data.sources.path`; a model's own name is left out, too."""
+    parts = [part for part in field.split(".") if not part.isdigit()]
+    return ".".join(parts[:2] + parts[3:] if parts[:2] == ["evaluate", "external"] else parts)
 
 
 def fields() -> dict[str, str]:
