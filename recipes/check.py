@@ -12,6 +12,7 @@ from pathlib import Path
 
 from recipes.arms import arms, specified
 from recipes.check_adapter import beside, fit_problems, folder_problems
+from recipes.check_arms import kv_cache_problems
 from recipes.check_external import folder_problems as external_problems
 from recipes.check_external import reference_problems
 from recipes.check_rows import RowCheck, check_data, general_files, general_problems
@@ -75,7 +76,7 @@ def check_base(loaded: Loaded, folder: Path) -> list[Problem]:
     except RecipeError as error:
         return list(error.problems)
     found = [*_chat_template(loaded, headers), *_shapes(loaded, headers), *_lengths(loaded, headers)]
-    found += length_problems(loaded, headers)
+    found += [*length_problems(loaded, headers), *kv_cache_problems(loaded, headers)]
     found += [*train_problems(loaded, headers), *(fit_problems(loaded.adapter, headers) if loaded.adapter else [])]
     return [loaded.placed(problem) for problem in found]
 

@@ -316,6 +316,10 @@ class Evaluate(Section):
     """How the last turn's answer, decoded greedily from its true history, is scored (metric `task`)."""
     on_base: list[str] = []
     """Schemes that are also applied to the base, with the adapter on top (arms `SLUG.on-base`)."""
+    kv_cache: list[str] = []
+    """Arms that are also evaluated with a quantized KV cache: `ARM.kv-fp8` (e4m3, scale 1), `ARM.kv-fp8-calibrated`
+    (e4m3, a scale each for keys and values of a layer, from the calibration set), `ARM.kv-int8` (a scale a token and
+    head). Simulated: what storage would give back is what attention reads, in bf16; nothing gets smaller or faster."""
     external: dict[Name, str | ExternalModel] = {}
     """Models from elsewhere that join the matrix under a name: what is in production now, a checkpoint of another tool,
     a bigger model as yardstick. A folder or hub id that transformers loads, in bf16, fp16, fp32 or as its config.json
