@@ -15,6 +15,7 @@ Kind = Literal["bf16", "nf4", "quantized", "external"]
 KV = Literal["fp8", "fp8-calibrated", "int8"]
 MergeBase = Literal["dequantized", "original", "auto"]
 Calibration = Literal["domain", "generic", "mixed", "random"]
+TRAINED = "nf4-adapter"  # the model as it was trained
 EXTERNAL = "external"  # --only external: every external model
 CONTROLS: tuple[Calibration, ...] = ("generic", "mixed", "random")
 KV_CACHES: tuple[KV, ...] = ("fp8", "fp8-calibrated", "int8")
@@ -55,6 +56,11 @@ class Arm:
     unavailable: str | None = None
 
     @property
+    def is_trained(self) -> bool:
+        """Holds what was trained: on top, or merged in."""
+        return self.adapter or self.merge_base is not None
+
+    @property
     def is_control(self) -> bool:
         """Made to be compared with, not to be shipped."""
         return self.calibration != "domain" or self.scales_from_base
@@ -83,7 +89,7 @@ def arms(recipe: Recipe, *, adapter: Mapping[str, Any] | None = None) -> tuple[A
     plain = (
         Arm(slug="base", kind="bf16"),
         Arm(slug="base-nf4", kind="nf4"),
-        Arm(slug="nf4-adapter", kind="nf4", adapter=True),
+        Arm(slug=TRAINED, kind="nf4", adapter=True),
         Arm(slug="merged-dequantized", kind="bf16", merge_base="dequantized"),
         Arm(slug="merged-original", kind="bf16", merge_base="original"),
         *(Arm(slug=one.slug, kind="quantized", merge_base=recipe.merge.base, scheme=one) for one in schemes),
@@ -107,9 +113,7 @@ def _taken(names: Iterable[str], made: Collection[str]) -> Iterator[Problem]:
             yield Problem(
                 what=f"An external model cannot be called {name}.",
                 where=f"evaluate.external.{name}",
-                why="Another arm has this name."
-                if name in made
-                else "`--only external` means all external models.",
+                why="Another arm has this name." if name in made else "`--only external` means all external models.",
                 next="Give it a name of its own, for example production.",
             )
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from recipes.headers import TOKENIZERS, read_tensors
+from recipes.headers import TOKENIZERS, Headers, read_tensors
 from recipes.load import Loaded
 from recipes.plain import is_mapping
 from recipes.problem import Problem, RecipeError
@@ -41,6 +41,24 @@ def folder_problems(name: str, folder: Path) -> Iterator[Problem]:
             why=f"None of {', '.join(TOKENIZERS)} is in {folder}, so no row can become its tokens.",
             next="Copy the tokenizer files of the model that it was made from into its folder.",
         )
+
+
+def external_headers(folder: Path) -> Headers:
+    """Config and tensors of an external model. No linear layers: in a quantized one the headers do not show them.
+
+    Raises:
+        RecipeError: Its index and headers have problems.
+    """
+    config = _json(folder / "config.json") or {}
+    text = config.get("text_config", config)
+    return Headers(
+        folder=folder,
+        config=config,
+        text_config=text if is_mapping(text) else config,
+        tensors=read_tensors(folder),
+        linears=(),
+        has_chat_template=False,
+    )
 
 
 def reference_problems(loaded: Loaded) -> Iterator[Problem]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from recipes.problem import Problem
 from recipes.rows import SHOWN, TEXT, Message
@@ -68,6 +68,20 @@ class OwnReading:
         return GenerationConfig(
             max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=self.ends, pad_token_id=self.ends[0]
         )
+
+
+def own_reading(folder: Path, dataset: Path, rows: Sequence[Row], *, chat_template: str | None) -> OwnReading | None:
+    """The rows as the model in this folder reads them, where its tokenizer is another one; else None.
+
+    Raises:
+        StageError: As of `read_rows_as`.
+    """
+    why = another(folder, dataset, rows)
+    if why is None:
+        return None
+    text = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False).get_text_config()
+    longest = getattr(text, "max_position_embeddings", None)
+    return read_rows_as(folder, dataset, rows, why=why, chat_template=chat_template, longest=longest)
 
 
 def another(folder: Path, dataset: Path, rows: Sequence[Row]) -> str | None:

@@ -84,7 +84,8 @@ def test_rows_are_read_with_its_own_template_and_end(world: Path, rows: list[Row
             assert counted == f"thinking . blue {number}<|stop|>{before.answer}<|stop|>"
             assert own.decode(after.prompt_ids) == text[: -len(f"{before.answer}<|stop|>")]
         else:
-            assert counted == text[1:] and text.endswith(" .<|stop|>")
+            first = len(own.decode(after.ids[:1]))
+            assert counted == text[first:] and text.endswith(" .<|stop|>")
             assert after.prompt_ids == []
     assert {one.row for one in found.prompts} == {one.row for one in rows if one.prompt_ids}
     assert found.ends == [0, 9]
@@ -104,7 +105,9 @@ def test_a_template_that_forgets_earlier_turns_gives_a_piece_a_turn(world: Path,
     number = talks[0].answer.rsplit(maxsplit=1)[-1]
     assert told == [f"thinking . blue {number}<|stop|>", f"{talks[0].answer}<|stop|>"]
     prompt = next(one for one in found.prompts if one.row == talks[0].row).prompt_ids
-    assert own.decode(prompt) == f"<|user|> ?<|assistant|> blue {number}<|stop|><|user|>and the sky ?<|stop|><|assistant|>".replace(
+    assert own.decode(
+        prompt
+    ) == f"<|user|> ?<|assistant|> blue {number}<|stop|><|user|>and the sky ?<|stop|><|assistant|>".replace(
         "<|user|> ?", f"<|user|>what is {number} ?"
     )
 
