@@ -130,8 +130,9 @@ def answers(found: Findings) -> tuple[Answer, ...]:
 
 
 def verdict(answered: Sequence[Answer]) -> list[str]:
-    """Three sentences for the top: fine-tuning, scheme, merge-first; what else can be said in the place of those that
-    the run cannot say.
+    """Three sentences for the top: fine-tuning, scheme, merge-first.
+
+    In the place of what the run cannot say stands what else it can.
     """
     first = [answered[index] for index in (0, 2, 3)]
     rest = [one for one in answered if one.said and one not in first]

@@ -50,8 +50,8 @@ class Pins:
 class ArmSteps:
     """An arm and the steps that make it, score it and time it.
 
-    `model` is None for the untouched base and for an external model; `evaluate` for an arm that cannot be; `measure` also where only the KV cache
-    differs, which no kernel of ours stores smaller.
+    `model` is None for the untouched base and for an external model; `evaluate` for an arm that cannot be; `measure`
+    also where only the KV cache differs, which no kernel of ours stores smaller.
     """
 
     arm: Arm
@@ -219,12 +219,8 @@ def compose(recipe: Recipe, pins: Pins, do: Callable[[Step], object], *, only: S
         onto: made(merge.step(recipe, base=pins.base, adapter=adapter, onto=onto))
         for onto in ("dequantized", "original")
     }
-    scored_against, judge = None, recipe.evaluate.reference
-    if judge is not None:
-        scored_against = made(reference.external(recipe, dataset=dataset, model=pins.externals[judge]))
-    elif any(arm.is_trained for arm in wanted):
-        judge = TRAINED
-        scored_against = made(reference.step(recipe, dataset=dataset, base=pins.base, adapter=adapter))
+    judge = _judge(recipe, wanted)
+    scored_against = made(_reference(recipe, pins, judge, dataset=dataset, adapter=adapter)) if judge else None
     widest = read_headers(pins.base.path).largest_in_features
     own = made(calibrate.step(recipe, dataset=dataset, largest_in_features=widest))
     calibsets: dict[Calibration, Step] = {"domain": own}
@@ -289,10 +285,25 @@ def compose(recipe: Recipe, pins: Pins, do: Callable[[Step], object], *, only: S
         )
         for arm in wanted
     ]
-    reached = steps if not only else _reached(steps, rows)
-    for step in reached:
+    reached = _reached(steps, rows) if only else tuple(steps)
+    _each(reached, do)
+    return Matrix(steps=reached, arms=tuple(rows), reference=judge)
+
+
+def _each(steps: Sequence[Step], do: Callable[[Step], object]) -> None:
+    for step in steps:
         do(step)
-    return Matrix(steps=tuple(reached), arms=tuple(rows), reference=judge)
+
+
+def _judge(recipe: Recipe, wanted: Sequence[Arm]) -> str | None:
+    """What KL is measured against: nf4-adapter only where something trained is wanted anyway."""
+    return recipe.evaluate.reference or (TRAINED if any(arm.is_trained for arm in wanted) else None)
+
+
+def _reference(recipe: Recipe, pins: Pins, judge: str, *, dataset: Step, adapter: Step) -> Step:
+    if judge == TRAINED:
+        return reference.step(recipe, dataset=dataset, base=pins.base, adapter=adapter)
+    return reference.external(recipe, dataset=dataset, model=pins.externals[judge])
 
 
 def _is_wanted(arm: Arm, only: Sequence[str]) -> bool:
@@ -302,7 +313,7 @@ def _is_wanted(arm: Arm, only: Sequence[str]) -> bool:
     return EXTERNAL in only and (arm.external or arm.slug == "base")
 
 
-def _reached(steps: Sequence[Step], rows: Sequence[ArmSteps]) -> list[Step]:
+def _reached(steps: Sequence[Step], rows: Sequence[ArmSteps]) -> tuple[Step, ...]:
     """The steps that these arms are made, scored and timed by, in their order."""
     found: dict[str, Step] = {}
     ahead = [step for row in rows for step in (row.model, row.adapter, row.evaluate, row.measure) if step]
@@ -311,7 +322,7 @@ def _reached(steps: Sequence[Step], rows: Sequence[ArmSteps]) -> list[Step]:
         if step.key not in found:
             found[step.key] = step
             ahead += [one for one in step.inputs.values() if isinstance(one, Step)]
-    return [step for step in steps if step.key in found]
+    return tuple(step for step in steps if step.key in found)
 
 
 def _measured(

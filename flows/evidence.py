@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from flows.stats import Floats, Sums
 from recipes.arms import TRAINED
 
-
 REFERENCE = TRAINED  # where the recipe names no other
 
 

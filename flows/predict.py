@@ -387,7 +387,7 @@ def _quantize(sizes: _Sizes, arm: Arm, scheme: Scheme) -> Predicted:
 
 
 def _stored(headers: Headers) -> float:
-    """Bytes of an external model as it is resident; packed codes of compressed-tensors become bf16, 4 bits as a rule."""
+    """Bytes of an external model once loaded; 4-bit codes of compressed-tensors become bf16."""
     quantized = headers.config.get("quantization_config")
     unpacked = is_mapping(quantized) and quantized.get("quant_method") == "compressed-tensors"
     return headers.weight_bytes * (4 if unpacked else 1)

@@ -48,6 +48,10 @@ def explain(error: ValidationError, values: dict[str, Any]) -> list[Complaint]:
     by_field: dict[str, list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
         by_field.setdefault(_field(detail, values), []).append(detail)
+    for field, details in list(by_field.items()):  # text or section: the section was meant, and its keys are wrong
+        meant = all(one["type"] == "string_type" and is_mapping(one["input"]) for one in details)
+        if meant and any(other.startswith(f"{field}.") for other in by_field):
+            del by_field[field]
     return [Complaint(field, _problem(field, details)) for field, details in by_field.items()]
 
 
