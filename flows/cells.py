@@ -170,8 +170,8 @@ def _quality(metric: Metric, one: ArmEvidence, run: Run, draws: Draws) -> Cell:
 
 
 def _no_rows(metric: Metric, one: ArmEvidence, run: Run) -> str:
-    if metric.source in one.absent:
-        return one.absent[metric.source]
+    if why := one.absent.get(metric.source or ""):
+        return why
     if metric.split == "general" and not (run.recipe.get("data") or {}).get("general"):
         return "the recipe has no data.general"
     if metric.source == "task":

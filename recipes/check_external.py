@@ -11,7 +11,7 @@ from typing import Any
 
 from recipes.headers import TOKENIZERS, Headers, read_tensors
 from recipes.load import Loaded
-from recipes.plain import is_mapping
+from recipes.plain import is_list, is_mapping
 from recipes.problem import Problem, RecipeError
 
 
@@ -114,11 +114,12 @@ def _is_known(kind: str) -> bool:
 def _vocabulary(folder: Path) -> dict[str, Any] | None:
     """Token -> id of a byte-pair tokenizer.json; None for other kinds."""
     held = _json(folder / "tokenizer.json") or {}
-    model, added = held.get("model"), held.get("added_tokens") or []
+    model, added = held.get("model"), held.get("added_tokens")
     words = model.get("vocab") if is_mapping(model) else None
     if not is_mapping(words):
         return None
-    return {**words, **{one["content"]: one["id"] for one in added}}
+    more = [one for one in added if is_mapping(one)] if is_list(added) else []
+    return {**words, **{str(one.get("content")): one.get("id") for one in more}}
 
 
 def _json(path: Path) -> dict[str, Any] | None:
