@@ -74,6 +74,10 @@ class Arm:
         quantization: The scheme's params(): method, bits, group_size (-1: per channel) and so on.
         refused: Why the recipe's serve.engine does not read it; None where it does, or the recipe names none.
         calibration: `domain`, the run's own set; `generic`, `mixed` and `random` are controls.
+        kv: How its KV cache is stored (simulated): `fp8`, `fp8-calibrated`, `int8`; None for bf16.
+        of: Slug of the arm whose files it loads, where it differs from that arm in its KV cache alone.
+        external: A model that this pipeline did not make.
+        unavailable: Why this arm could not be, known before the run; it has no steps then.
     """
 
     slug: str
@@ -86,9 +90,13 @@ class Arm:
     scales_from_base: bool = False
     model: str | None
     adapter: str | None
-    evaluate: str
+    evaluate: str | None
     measure: str | None
     refused: str | None = None
+    kv: str | None = None
+    of: str | None = None
+    external: bool = False
+    unavailable: str | None = None
 
     @property
     def is_control(self) -> bool:
@@ -225,7 +233,10 @@ class RowScores:
 
     def of_domain(self, domain: str) -> RowScores:
         """Only the rows of a domain."""
-        keep = self.domain == domain
+        return self.where(self.domain == domain)
+
+    def where(self, keep: NDArray[np.bool_]) -> RowScores:
+        """Only some rows. keep: [rows]."""
         return RowScores(self.rows[keep], self.group[keep], self.domain[keep], self.total[keep], self.count[keep])
 
     def zeros(self) -> RowScores:
@@ -237,13 +248,21 @@ _SPLIT = {"nll_general": "general"}  # every other metric is published on test
 
 
 def read_scores(files: Path) -> dict[str, RowScores]:
-    """Metric -> rows of scores.parquet; dev is for what chooses, so the report never looks at it."""
-    table = pq.read_table(files / "scores.parquet").sort_by("row")
+    """Metric -> rows of scores.parquet; dev is for what chooses, so no figure of the report comes from it."""
+    return _by_metric(pq.read_table(files / "scores.parquet").sort_by("row"))
+
+
+def read_dev(files: Path) -> dict[str, RowScores]:
+    """Metric -> rows of dev, for what chooses; rows of test are left out while reading."""
+    return _by_metric(pq.read_table(files / "scores.parquet", filters=[("split", "==", "dev")]).sort_by("row"), "dev")
+
+
+def _by_metric(table: pa.Table, wanted: str = "test") -> dict[str, RowScores]:
     row, group, domain, metric, split = (_names(table, name) for name in ("row", "group", "domain", "metric", "split"))
     total, count = _numbers(table, "sum"), _numbers(table, "n")
     found: dict[str, RowScores] = {}
     for name in np.unique(metric):
-        keep = (metric == name) & (split == _SPLIT.get(str(name), "test"))
+        keep = (metric == name) & (split == _SPLIT.get(str(name), wanted))
         if keep.any():
             found[str(name)] = RowScores(row[keep], group[keep], domain[keep], total[keep], count[keep])
     return found

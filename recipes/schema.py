@@ -342,7 +342,7 @@ class Gate(Section):
     """Nats a token on completions of test: 2 % more perplexity. What 4 bits usually cost is below it, what a broken
     scale costs far above."""
     general_loss: Annotated[float, Field(gt=0)] = 0.05
-    """Nats a token on the general hold-out. Wider: it is not what the model is for, and it moves with every training."""
+    """Nats a token on the general hold-out. Wider: it is not what the model is for, and every training moves it."""
     domain_task: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """As `task`, within each domain of 200 test rows or more (others are shown and gate nothing). Wider, since a slice
     has fewer rows: 200 of them can tell 5 points, not 2."""
