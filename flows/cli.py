@@ -61,14 +61,13 @@ def _init(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> int:
     from flows.scheme_list import not_here
-    from recipes.check import check_data, load_and_check
+    from recipes.check import load_and_read
     from recipes.check_serving import warnings
 
-    loaded = load_and_check(args.recipe, sets=args.set, data=args.data)
-    summary = check_data(loaded).summary if args.data else {}
-    warned = [*warnings(loaded), *not_here(loaded.recipe)]
-    lines = [f"{args.recipe}: no problem found"] + [f"  {name}: {value}" for name, value in summary.items()]
-    told = {"ok": True, "problems": [], "warnings": [one.as_dict() for one in warned], "rows": summary}
+    loaded, rows = load_and_read(args.recipe, sets=args.set, data=args.data)
+    warned = [*warnings(loaded), *not_here(loaded.recipe), *rows.warnings]
+    lines = [f"{args.recipe}: no problem found"] + [f"  {name}: {value}" for name, value in rows.summary.items()]
+    told = {"ok": True, "problems": [], "warnings": [one.as_dict() for one in warned], "rows": rows.summary}
     _print(told, "\n".join([*lines, *(f"\nwarning: {one}" for one in warned)]), as_json=args.json)
     return DONE
 
