@@ -42,7 +42,7 @@ def gate_warnings(recipe: Recipe, test: Sequence[Row]) -> Iterator[Problem]:
 
 
 def half_width(rows: int, groups: int) -> float:
-    """Of the 95 % interval of a difference in task score, where rows of one group change independently: the best case."""
+    """Of the 95 % interval of a difference in task score, where rows of a group change independently (at best)."""
     return max(Z * math.sqrt(CHANGED / rows), NONE_CHANGED / groups)
 
 
