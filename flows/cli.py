@@ -61,14 +61,13 @@ def _init(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> int:
     from flows.scheme_list import not_here
-    from recipes.check import check_data, load_and_check
+    from recipes.check import load_and_read
     from recipes.check_serving import warnings
 
-    loaded = load_and_check(args.recipe, sets=args.set, data=args.data)
-    summary = check_data(loaded).summary if args.data else {}
-    warned = [*warnings(loaded), *not_here(loaded.recipe)]
-    lines = [f"{args.recipe}: no problem found"] + [f"  {name}: {value}" for name, value in summary.items()]
-    told = {"ok": True, "problems": [], "warnings": [one.as_dict() for one in warned], "rows": summary}
+    loaded, rows = load_and_read(args.recipe, sets=args.set, data=args.data)
+    warned = [*warnings(loaded), *not_here(loaded.recipe), *rows.warnings]
+    lines = [f"{args.recipe}: no problem found"] + [f"  {name}: {value}" for name, value in rows.summary.items()]
+    told = {"ok": True, "problems": [], "warnings": [one.as_dict() for one in warned], "rows": rows.summary}
     _print(told, "\n".join([*lines, *(f"\nwarning: {one}" for one in warned)]), as_json=args.json)
     return DONE
 
@@ -259,6 +258,23 @@ def _show(folder: Path, home: Path, *, as_json: bool) -> None:
         print_report(report, Console())
 
 
+def _promote(args: argparse.Namespace) -> int:
+    from flows.promote import command
+    from tasks.runtime.errors import StepFailed
+
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        return command(args)
+    except StepFailed as error:  # the champion does not load here: it stays
+        return _failed(error, as_json=args.json)
+
+
+def _choose(args: argparse.Namespace) -> int:
+    from flows.choose import command
+
+    return command(args)
+
+
 def _report(args: argparse.Namespace) -> int:
     from flows.report import render
     from flows.runs import find_run
@@ -370,6 +386,15 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     shown = command("report", _report, "Print the report of a run.")
     shown.add_argument("run", nargs="?", help="run id or its beginning; default: the latest")
+    promoted = command("promote", _promote, "Put a run's candidate through the gate and make it champion.")
+    promoted.add_argument("run", nargs="?", help="run id or its beginning; default: the latest")
+    promoted.add_argument("--to", type=int, metavar="VERSION", help="make this earlier champion the champion again")
+    chosen = command("choose", _choose, "The best arm that fits a card, with the Pareto front.")
+    chosen.add_argument("run", nargs="?", help="run id or its beginning; default: the latest")
+    chosen.add_argument("--vram", type=float, required=True, metavar="GIB", help="memory of the card")
+    chosen.add_argument("--context", type=int, required=True, metavar="TOKENS", help="prompt and answer")
+    chosen.add_argument("--batch", type=int, default=1, help="sequences at once; default: 1")
+    chosen.add_argument("--engine", choices=("vllm", "transformers", "exllamav2"), help="default: the recipe's")
     exported = command("export", _export, "Copy an arm out of the store, with everything that serves it.")
     exported.add_argument("words", nargs="+", metavar="[RUN] ARM DEST", help="run (default: the latest), arm, folder")
     exported.add_argument("--push", metavar="ORG/NAME", help="then send it to a hub; a new repository is private")

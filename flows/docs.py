@@ -58,8 +58,8 @@ def recipe_page() -> str:
         "default; unknown keys are refused. `extends: other.yaml` takes every key that this file does not set from",
         "another recipe; lists are replaced as a whole. `--set a.b=c` overrides one field on the command line,",
         "`--set quantize.schemes.0=...` an entry of a list. A relative path counts from where it is written: the",
-        "file's folder, the current folder for `--set`. Everything but `run` and `serve` is identity: changing it",
-        "makes the steps below it again.",
+        "file's folder, the current folder for `--set`. Everything but `gate`, `promote`, `serve` and `run` is",
+        "identity: changing it makes the steps below it again.",
         "",
         *_table(Recipe, only_plain=True),
     ]

@@ -249,7 +249,10 @@ class RowScores:
 
     def of_domain(self, domain: str) -> RowScores:
         """Only the rows of a domain."""
-        keep = self.domain == domain
+        return self.where(self.domain == domain)
+
+    def where(self, keep: NDArray[np.bool_]) -> RowScores:
+        """Only some rows. keep: [rows]."""
         return RowScores(self.rows[keep], self.group[keep], self.domain[keep], self.total[keep], self.count[keep])
 
     def zeros(self) -> RowScores:
@@ -261,13 +264,21 @@ _SPLIT = {"nll_general": "general"}  # every other metric is published on test
 
 
 def read_scores(files: Path) -> dict[str, RowScores]:
-    """Metric -> rows of scores.parquet; dev is for what chooses, so the report never looks at it."""
-    table = pq.read_table(files / "scores.parquet").sort_by("row")
+    """Metric -> rows of scores.parquet; dev is for what chooses, so no figure of the report comes from it."""
+    return _by_metric(pq.read_table(files / "scores.parquet").sort_by("row"))
+
+
+def read_dev(files: Path) -> dict[str, RowScores]:
+    """Metric -> rows of dev, for what chooses; rows of test are left out while reading."""
+    return _by_metric(pq.read_table(files / "scores.parquet", filters=[("split", "==", "dev")]).sort_by("row"), "dev")
+
+
+def _by_metric(table: pa.Table, wanted: str = "test") -> dict[str, RowScores]:
     row, group, domain, metric, split = (_names(table, name) for name in ("row", "group", "domain", "metric", "split"))
     total, count = _numbers(table, "sum"), _numbers(table, "n")
     found: dict[str, RowScores] = {}
     for name in np.unique(metric):
-        keep = (metric == name) & (split == _SPLIT.get(str(name), "test"))
+        keep = (metric == name) & (split == _SPLIT.get(str(name), wanted))
         if keep.any():
             found[str(name)] = RowScores(row[keep], group[keep], domain[keep], total[keep], count[keep])
     return found

@@ -325,6 +325,11 @@ def _external(name: str, path: Path) -> External:
 # ---- where it came from
 
 
+def card_of(run: Run, arm: Arm, report: Mapping[str, Any]) -> str:
+    """The model card of an arm, from the store."""
+    return card(_provenance(run, arm), report, _served(run, arm, list(_parts(run, arm))))
+
+
 def _recipe(run: Run) -> str:
     """The recipe as it was run: what was set in the file or by --set, without defaults."""
     asked = Recipe.model_validate(run.recipe).model_dump(mode="json", exclude_defaults=True)

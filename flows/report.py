@@ -25,7 +25,9 @@ from flows.cells import (
     speed_record,
 )
 from flows.comparisons import FAMILIES, REFERENCE, compare
+from flows.decision import gate_of
 from flows.evidence import Arm, Run, Step, notes, read_run
+from flows.fit import fit_of
 from flows.layers import layers_of
 from flows.metrics import METRICS
 from flows.report_html import page
@@ -141,6 +143,8 @@ def evaluate(run: Run) -> dict[str, Any]:
         "scorer": ((run.recipe.get("evaluate") or {}).get("scorer") or {}).get("kind"),
         "speed": {arm.slug: _speed(arm, run) for arm in run.arms if speed_record(arm, run)},
         "layers": layers_of(run),
+        "gate": gate_of(run, evidence, draws),
+        "fit": fit_of(run, cells),
         "seconds": _stage_seconds(run),
         "wall_seconds": run.raw.get("seconds"),
         "memory": [_memory(step, run.predicted[step.key]) for step in run.steps.values() if step.key in run.predicted],

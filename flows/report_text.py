@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from flows.fit_text import fitting, section
 from flows.metrics import METRICS, difference_text, interval_text, value_text
 
 COLUMNS = ("size_bytes", "task", "kl_mean", "ppl_test", "top1_agreement", "ppl_general")
@@ -83,7 +84,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     lines = overview(report)
     for one in report["answers"]:
         lines += ["", f"## {one['question']}", "", *(f"- {sentence}" for sentence in one["text"])]
-    lines += ["", *_comparisons(report), *_speed(report), *_machine(report)]
+    lines += ["", "## Can it be promoted?", "", *(f"- {line}" for line in report["gate"]["text"])]
+    lines += ["", *section(report["fit"]), *_comparisons(report), *_speed(report), *_machine(report)]
     return "\n".join(lines) + "\n"
 
 
@@ -226,6 +228,10 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
         console.print(Text(one["question"], style="bold"))
         console.print(Text(one["short"]))
         console.print()
+    console.print(Text("Can it be promoted?", style="bold"))
+    for line in (*report["gate"]["text"], *fitting(report["fit"])):
+        console.print(Text(line))
+    console.print()
 
 
 def _rich_cell(metric: str, cell: Mapping[str, Any]) -> Text:

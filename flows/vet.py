@@ -12,7 +12,7 @@ from flows.compose import Pins, fetchable, limits, pin
 from flows.plan import Planned, plan
 from flows.preflight import preflight
 from recipes.arms import EXTERNAL, arms
-from recipes.check import check, check_data, load_and_check
+from recipes.check import check, check_data, load_and_read
 from recipes.check_serving import warnings
 from recipes.load import Loaded
 from recipes.problem import Problem, RecipeError
@@ -22,7 +22,11 @@ from tasks.runtime.store import Store
 
 @dataclass(frozen=True, kw_only=True)
 class Vetted:
-    """A recipe that may run: pinned, planned, and small enough for this machine; and what serve.engine would refuse."""
+    """A recipe that may run: pinned, planned, and small enough for this machine; and what it will not come to.
+
+    Attributes:
+        warnings: What serve.engine would refuse, and a test set that is too small for the gate.
+    """
 
     loaded: Loaded
     pins: Pins
@@ -48,16 +52,20 @@ def vet(path: Path, *, sets: Sequence[str], home: Path, only: Sequence[str] = ()
     Raises:
         RecipeError: Everything that is wrong with recipe, base and rows; else with what they need of this machine.
     """
-    loaded = load_and_check(path, sets=sets, data=True)
+    loaded, rows = load_and_read(path, sets=sets)
     if problems := list(_unknown(only, loaded.recipe)):
         raise RecipeError(problems)
     pins = pin(loaded, home)
     here = fetched(loaded, pins)
-    if problems := [*check(here), *check_data(here).problems] if here is not loaded else []:
-        raise RecipeError(problems)
+    if here is not loaded:
+        rows = check_data(here)
+        if problems := [*check(here), *rows.problems]:
+            raise RecipeError(problems)
     planned = plan(loaded.recipe, pins, Store(home), only=only)
     predicted = preflight(here, planned, home=home, base=pins.base.path, limits=limits(loaded.recipe))
-    return Vetted(loaded=loaded, pins=pins, plan=planned, preflight=predicted, warnings=warnings(here))
+    return Vetted(
+        loaded=loaded, pins=pins, plan=planned, preflight=predicted, warnings=[*warnings(here), *rows.warnings]
+    )
 
 
 def _unknown(only: Sequence[str], recipe: Recipe) -> Iterator[Problem]:

@@ -9,12 +9,14 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from typing import NamedTuple
 
 from recipes.arms import arms, specified
 from recipes.check_adapter import beside, fit_problems, folder_problems
 from recipes.check_arms import kv_cache_problems
 from recipes.check_external import folder_problems as external_problems
 from recipes.check_external import reference_problems
+from recipes.check_gate import preferred
 from recipes.check_rows import RowCheck, check_data, general_files, general_problems
 from recipes.check_serving import entries, length_problems
 from recipes.check_train import device_problems, train_problems
@@ -26,13 +28,25 @@ from recipes.rows import read_origin
 from recipes.schema import SchemeSpec, SqlExecution
 from recipes.schemes import Scheme
 
-__all__ = ["RowCheck", "check", "check_base", "check_data", "load_and_check", "unchecked"]
+__all__ = ["Checked", "RowCheck", "check", "check_base", "check_data", "load_and_check", "load_and_read", "unchecked"]
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 OURS = ("flows", "tasks", "recipes")
 
 
+class Checked(NamedTuple):
+    """A recipe without a problem, and what its rows say; nothing where they were not read."""
+
+    loaded: Loaded
+    rows: RowCheck
+
+
 def load_and_check(path: Path, *, sets: Sequence[str] = (), data: bool = False) -> Loaded:
+    """The recipe alone, see `load_and_read`."""
+    return load_and_read(path, sets=sets, data=data).loaded
+
+
+def load_and_read(path: Path, *, sets: Sequence[str] = (), data: bool = True) -> Checked:
     """Load and check in one go: a misspelled key does not hide a missing file.
 
     Args:
@@ -43,16 +57,18 @@ def load_and_check(path: Path, *, sets: Sequence[str] = (), data: bool = False) 
     Raises:
         RecipeError: With everything that is wrong.
     """
+    rows = RowCheck([], {})
     problems: list[Problem] = []
     try:
         loaded: Loaded | None = load(path, sets=sets)
     except InvalidRecipe as error:
         problems, loaded = list(error.problems), error.rest
     if loaded is not None:
-        problems += [*check(loaded), *(check_data(loaded).problems if data else [])]
+        rows = check_data(loaded) if data else rows
+        problems += [*check(loaded), *rows.problems]
     if problems or loaded is None:
         raise RecipeError(problems)
-    return loaded
+    return Checked(loaded, rows)
 
 
 def check(loaded: Loaded) -> list[Problem]:
@@ -61,7 +77,7 @@ def check(loaded: Loaded) -> list[Problem]:
     A base or data set that is a hub id is not local and says nothing here: `check_base` looks at it when it is pinned.
     """
     problems = [*_shadows(), *_schemes(loaded), *_data(loaded), *_scorer(loaded), *_template(loaded)]
-    problems += [*beside(loaded), *_adapter(loaded), *_externals(loaded)]
+    problems += [*beside(loaded), *_adapter(loaded), *_externals(loaded), *preferred(loaded.recipe)]
     problems += device_problems(loaded.recipe, device=loaded.recipe.run.device)
     base = loaded.base
     if base is not None:

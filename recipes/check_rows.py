@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from recipes.check_gate import gate_warnings
 from recipes.headers import read_headers
 from recipes.load import Loaded, shown
 from recipes.plain import is_mapping
@@ -33,10 +34,11 @@ from recipes.schema import LEAST_ROWS, MOST_ROWS, TOKENS_PER_INPUT, Data, SqlExe
 
 
 class RowCheck(NamedTuple):
-    """Problems of the rows, and what they amount to (JSON-able)."""
+    """Problems of the rows, what they amount to (JSON-able), and what they are too few for."""
 
     problems: list[Problem]
     summary: dict[str, Any]
+    warnings: tuple[Problem, ...] = ()
 
 
 @dataclass(kw_only=True)
@@ -74,7 +76,8 @@ def check_data(loaded: Loaded) -> RowCheck:
     if len(origins) == len(loaded.data) and all(read.rows and not read.wrong for read in reads):
         problems += [*_empty_sides(loaded, sides), *_calibration(loaded, sides)]  # what sides hold is known only then
     summary = _summary(loaded, sides) | {"format": formats(origins, reads)} | away
-    return RowCheck([loaded.placed(problem) for problem in problems], summary)
+    few = () if away else tuple(gate_warnings(loaded.recipe, sides.rows["test"]))
+    return RowCheck([loaded.placed(one) for one in problems], summary, tuple(map(loaded.placed, few)))
 
 
 def formats(origins: Sequence[Origin], reads: Sequence[Rows]) -> str:

@@ -1,6 +1,7 @@
 """The recipe: one frozen model a stage. The string under a field is its documentation.
 
-Everything but `run:` and `serve:` is identity: changing it changes fingerprints. `run:` is execution: where and how.
+Everything but `gate:`, `promote:`, `serve:` and `run:` is identity: changing it changes fingerprints. `run:` is
+execution: where and how.
 Validators check, they never edit. docs/recipe.md is generated from this file.
 """
 
@@ -368,6 +369,42 @@ class Measure(Section):
     """Timed repeats, after one that is not timed."""
 
 
+class Gate(Section):
+    """What a candidate may lose on test and still be promoted. Decides no bytes: nothing is made again when it changes.
+
+    Compared with the merged bf16 model that it was made from, and with the present champion. A test is passed where
+    its whole 95 % interval lies within the margin.
+    """
+
+    task: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    """Share of the answers, for every scorer: 0.02 is 2 points. Less than users notice, and about what 500 test rows
+    can tell where 1 answer in 20 changes."""
+    loss: Annotated[float, Field(gt=0)] = 0.02
+    """Nats a token on completions of test: 2 % more perplexity. What 4 bits usually cost is below it, what a broken
+    scale costs far above."""
+    general_loss: Annotated[float, Field(gt=0)] = 0.05
+    """Nats a token on the general hold-out. Wider: it is not what the model is for, and every training moves it."""
+    domain_task: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """As `task`, within each domain of 200 test rows or more (others are shown and gate nothing). Wider, since a slice
+    has fewer rows: 200 of them can tell 5 points, not 2."""
+    domain_loss: Annotated[float, Field(gt=0)] = 0.05
+    """As `loss`, within each such domain."""
+    better_than_base: bool = True
+    """The candidate also has to be better than the untouched base at the task (at the loss, where rows have no prompt):
+    the interval of the difference leaves out zero."""
+
+
+class Promote(Section):
+    """Which arm `quench promote` takes, and where to. Decides no bytes."""
+
+    prefer: str | None = None
+    """Arm to promote: a scheme of `quantize.schemes` or a merged model. Default, decided on dev before a score of test
+    is read: among the schemes that serve.engine serves and that are within the gate's margins on dev, the fewest bytes,
+    then the higher task score."""
+    model_name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")] | None = None
+    """Name in the model registry; each name has a champion of its own. Default: the recipe's name."""
+
+
 class Serve(Section):
     """Where the result is to be served. Decides no bytes of any artifact: nothing is made again when it changes."""
 
@@ -421,10 +458,19 @@ class Recipe(Section):
     """Arms, metrics and scorer."""
     measure: Measure = Measure()
     """Speed."""
+    gate: Gate = Gate()
+    """What a candidate for promotion may lose."""
+    promote: Promote = Promote()
+    """What is promoted."""
     serve: Serve = Serve()
     """Where it is to be served."""
     run: Run = Run()
     """Where it runs."""
+
+    @property
+    def model_name(self) -> str:
+        """Name in the model registry."""
+        return self.promote.model_name or self.name
 
     @property
     def micro_batch(self) -> int:

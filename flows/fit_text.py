@@ -1,0 +1,36 @@
+"""What fits where, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+RULE = "the lowest KL to the model as it was trained, among the arms that fit; then the fewest bytes"
+
+
+def section(fit: Mapping[str, Any]) -> Iterator[str]:
+    """The report's section, in Markdown."""
+    yield from ["## What fits where", ""]
+    if fit["reason"]:
+        yield from [f"Cannot be computed: {fit['reason']}.", ""]
+        return
+    first, tokens = fit["examples"][0], fit["kv_bytes_per_token"]
+    each = ", ".join(f"{tokens[name] / 1024:.4g} KiB as {name}" for name in tokens)
+    yield f"A token of KV cache takes {each}. For {first['batch']} sequences of {first['context']:,} tokens:"
+    yield ""
+    for one in fit["examples"]:
+        yield f"- {one['vram_gib']:g} GiB: {one['best'] or 'no arm fits'}"
+    yield ""
+    ahead = [one["arm"] for one in fit["arms"] if one["on_front"]]
+    yield f"On the Pareto front of bytes and KL: {', '.join(ahead) or 'none'}. Best is {RULE}."
+    yield f"{100 * fit['free_share']:.0f} % of the card stays free; `quench choose` takes other cards and lengths."
+    yield ""
+
+
+def fitting(fit: Mapping[str, Any]) -> Sequence[str]:
+    """The same in a line, for the terminal."""
+    if fit["reason"]:
+        return [f"What fits where cannot be computed: {fit['reason']}."]
+    first = fit["examples"][0]
+    every = ", ".join(f"{one['vram_gib']:g} GiB {one['best'] or 'none'}" for one in fit["examples"])
+    return [f"Best that fits {first['batch']} x {first['context']:,} tokens: {every}."]
