@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.metrics import METRICS, difference_text, interval_text, value_text
+from flows.power import sentence
 
 COLUMNS = ("size_bytes", "task", "kl_mean", "ppl_test", "top1_agreement", "ppl_general")
 SPEEDS = ("load_s", "prefill_tokens_per_s", "decode_tokens_per_s")
@@ -121,6 +122,8 @@ def _comparisons(report: Mapping[str, Any]) -> Iterator[str]:
             yield from _table(["a / b", "metric", "difference", "verdict"], rows)
     for reason, pairs in left_out(report).items():
         yield f"\nLeft out, {reason}: {', '.join(pairs)}."
+    if told := sentence(report["power"]):
+        yield f"\n{told}"
     yield ""
 
 
