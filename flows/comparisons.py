@@ -53,8 +53,8 @@ def _named(a: str, b: str) -> Pairs:
 
 
 def merged_schemes(arms: Sequence[Arm]) -> list[Arm]:
-    """Every scheme on the merged model, without controls."""
-    return [arm for arm in arms if arm.scheme and not arm.on_base and not arm.is_control]
+    """Every scheme on the merged model, without controls and with its KV cache in bf16."""
+    return [arm for arm in arms if arm.scheme and not arm.on_base and not arm.is_control and arm.kv is None]
 
 
 def _against_merge(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
@@ -80,18 +80,25 @@ def _against_on_base(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
     """Every scheme on the merged model against the same scheme on the base with the adapter on top."""
     merged = {arm.slug for arm in merged_schemes(arms)}
     for arm in arms:
-        if arm.on_base and arm.scheme in merged:
+        if arm.on_base and arm.kv is None and arm.scheme in merged:
             yield arm.scheme, arm.slug
 
 
 def _against_controls(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
     """Every scheme that has controls against each of them, and against rounding with the same bits and groups."""
     for arm in merged_schemes(arms):
-        controls = [one.slug for one in arms if one.is_control and one.scheme == arm.slug]
+        controls = [one.slug for one in arms if one.is_control and one.kv is None and one.scheme == arm.slug]
         if controls:
             same = SchemeParts("rtn", arm.parts.bits, arm.parts.group_size)
             controls += [one.slug for one in merged_schemes(arms) if one.parts == same]
         yield from ((arm.slug, control) for control in controls)
+
+
+def _against_bf16_cache(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
+    """Every arm with a quantized KV cache against the arm that it comes from."""
+    for arm in arms:
+        if arm.kv is not None and arm.of is not None:
+            yield arm.slug, arm.of
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -128,6 +135,16 @@ FAMILIES: tuple[Family, ...] = (
         name="calibration",
         question="Did the calibration data matter here?",
         members=((_against_controls, ("kl_mean", "task")),),
+    ),
+    Family(
+        name="kv-cache",
+        question="What did quantizing the KV cache cost?",
+        members=((_against_bf16_cache, ("kl_mean", "task", "ppl_test")),),
+    ),
+    Family(
+        name="nf4",
+        question="What did NF4 cost the base?",
+        members=((_named("base-nf4", "base"), ("ppl_general", "ppl_test")),),
     ),
 )
 

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+from recipes.arms import KV
 from recipes.schema import Recipe
 from tasks.quantize import readers
 from tasks.runtime.step import External, Step
 
 
-def step(recipe: Recipe, arm: str, *, kind: str, inputs: dict[str, Step | External]) -> Step:
-    """Scores of an arm. `inputs` has model, dataset, reference and, where there are, adapter and databases."""
+def step(recipe: Recipe, arm: str, *, kind: str, inputs: dict[str, Step | External], kv: KV | None = None) -> Step:
+    """Scores of an arm.
+
+    Args:
+        recipe: The recipe.
+        arm: Its slug.
+        kind: How its model is loaded.
+        inputs: model, dataset, reference and, where there are, adapter and databases; calibset for KV scales from it.
+        kv: How its KV cache is stored; None for bf16.
+    """
     asked = recipe.evaluate
     scorer = asked.scorer.model_dump(exclude={"databases"})  # its content is an input
     return Step(
         stage="evaluate",
         slug=arm,
         entry="tasks.jobs.evaluate:run",
-        version=1,
+        version=2,
         params={
             "kind": kind,
+            "kv": kv,
             "scorer": scorer,
             **asked.model_dump(include={"max_new_tokens", "batch_size", "seed"}),
         },
