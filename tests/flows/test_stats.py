@@ -352,10 +352,16 @@ def test_true_differences_are_covered_at_300_groups(arms: Arms, truth: float) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("groups", [100, 1000])
 @pytest.mark.parametrize(("arms", "truth"), WORSE)
-def test_true_differences_are_covered_at_fewer_and_more_groups(arms: Arms, truth: float, groups: int) -> None:
-    assert 93.5 <= 100 - misses(arms, groups, truth=truth) <= 96.5
+def test_true_differences_are_covered_at_1000_groups(arms: Arms, truth: float) -> None:
+    assert 93.5 <= 100 - misses(arms, 1000, truth=truth) <= 96.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arms", "truth"), WORSE)
+def test_true_differences_are_covered_at_100_groups(arms: Arms, truth: float) -> None:
+    # The first 2,000 of clustered_and_worse cover 93.4 %, by chance: all 20,000 cover 94.9 %.
+    assert 93.5 <= 100 - misses(arms, 100, truth=truth, simulations=20_000) <= 96.5
 
 
 @pytest.mark.slow
