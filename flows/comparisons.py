@@ -51,19 +51,20 @@ def _named(a: str, b: str) -> Pairs:
     return pairs
 
 
-def _merged_schemes(arms: Sequence[Arm]) -> list[Arm]:
+def merged_schemes(arms: Sequence[Arm]) -> list[Arm]:
+    """Every scheme on the merged model, without controls and with its KV cache in bf16."""
     return [arm for arm in arms if arm.scheme and not arm.on_base and not arm.is_control and arm.kv is None]
 
 
 def _against_merge(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
     """Every scheme against the merged model that it was made from."""
-    for arm in _merged_schemes(arms):
+    for arm in merged_schemes(arms):
         yield arm.slug, f"merged-{arm.merge_base}"
 
 
 def _against_each_other(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
     """All pairs of schemes, the plainer method first, then fewer bits, then wider groups."""
-    ordered = sorted(_merged_schemes(arms), key=_plainness)
+    ordered = sorted(merged_schemes(arms), key=_plainness)
     for index, one in enumerate(ordered):
         for other in ordered[index + 1 :]:
             yield one.slug, other.slug
@@ -76,7 +77,7 @@ def _plainness(arm: Arm) -> tuple[int, int, int, str]:
 
 def _against_on_base(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
     """Every scheme on the merged model against the same scheme on the base with the adapter on top."""
-    merged = {arm.slug for arm in _merged_schemes(arms)}
+    merged = {arm.slug for arm in merged_schemes(arms)}
     for arm in arms:
         if arm.on_base and arm.kv is None and arm.scheme in merged:
             yield arm.scheme, arm.slug
@@ -84,11 +85,11 @@ def _against_on_base(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
 
 def _against_controls(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
     """Every scheme that has controls against each of them, and against rounding with the same bits and groups."""
-    for arm in _merged_schemes(arms):
+    for arm in merged_schemes(arms):
         controls = [one.slug for one in arms if one.is_control and one.kv is None and one.scheme == arm.slug]
         if controls:
             same = SchemeParts("rtn", arm.parts.bits, arm.parts.group_size)
-            controls += [one.slug for one in _merged_schemes(arms) if one.parts == same]
+            controls += [one.slug for one in merged_schemes(arms) if one.parts == same]
         yield from ((arm.slug, control) for control in controls)
 
 
@@ -99,6 +100,13 @@ def _against_external(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
     ours = next((slug for slug in (*chosen, "merged-dequantized", "merged-original", "base") if slug in there), None)
     if ours is not None:
         yield from ((arm.slug, ours) for arm in arms if arm.external)
+
+
+def _against_bf16_cache(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
+    """Every arm with a quantized KV cache against the arm that it comes from."""
+    for arm in arms:
+        if arm.kv is not None and arm.of is not None:
+            yield arm.slug, arm.of
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -140,6 +148,16 @@ FAMILIES: tuple[Family, ...] = (
         name="external",
         question="How do models from elsewhere compare?",
         members=((_against_external, ("task", "bits_per_byte", "ppl_test", "kl_mean")),),
+    ),
+    Family(
+        name="kv-cache",
+        question="What did quantizing the KV cache cost?",
+        members=((_against_bf16_cache, ("kl_mean", "task", "ppl_test")),),
+    ),
+    Family(
+        name="nf4",
+        question="What did NF4 cost the base?",
+        members=((_named("base-nf4", "base"), ("ppl_general", "ppl_test")),),
     ),
 )
 

@@ -30,9 +30,11 @@ from flows.evidence import Arm, Run, Step, notes, read_run
 from flows.fit import fit_of
 from flows.layers import layers_of
 from flows.metrics import METRICS
+from flows.power import power
 from flows.report_html import page
 from flows.report_text import arm_rows, markdown, print_report
 from flows.stats import QUANTILE_RESAMPLES, RESAMPLES, SEED
+from flows.waterfall import waterfall
 
 SCHEMA_VERSION = 1
 STAGES = ("prepare", "train", "merge", "reference", "calibrate", "choose", "quantize", "evaluate", "measure")
@@ -136,6 +138,8 @@ def evaluate(run: Run) -> dict[str, Any]:
             }
             for family in FAMILIES
         ],
+        "waterfall": waterfall(evidence, draws),
+        "power": power(evidence),
         "directions": {metric.name: metric.better for metric in METRICS.values()},
         "meanings": {one.name: one.meaning.replace(REFERENCE, run.reference or REFERENCE) for one in METRICS.values()},
         "method": METHOD,

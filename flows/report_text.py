@@ -12,6 +12,7 @@ from rich.text import Text
 
 from flows.fit_text import fitting, section
 from flows.metrics import METRICS, difference_text, interval_text, value_text
+from flows.power import sentence
 
 COLUMNS = ("size_bytes", "task", "kl_mean", "ppl_test", "top1_agreement", "ppl_general")
 OF_ANY_TOKENIZER = ("bits_per_byte",)  # beside these where there are external models
@@ -135,6 +136,8 @@ def _comparisons(report: Mapping[str, Any]) -> Iterator[str]:
             yield from _table(["a / b", "metric", "difference", "verdict"], rows)
     for reason, pairs in left_out(report).items():
         yield f"\nLeft out, {reason}: {', '.join(pairs)}."
+    if told := sentence(report["power"]):
+        yield f"\n{told}"
     yield ""
 
 

@@ -171,6 +171,12 @@ def studentized(estimands: Sequence[Estimand], draws: Counts) -> list[Studentize
     return [_studentize(one, block, draws.shape[1]) for one, block in zip(estimands, blocks, strict=True)]
 
 
+def standard_error(estimand: Estimand) -> float:
+    """Linearised, cluster-robust: sqrt(G / (G - 1) * sum of squared residuals) / n for G >= 2 groups."""
+    groups = len(estimand.a.total)
+    return float(np.sqrt(groups / (groups - 1) * (estimand.residual**2).sum()) / estimand.a.count.sum())
+
+
 def _studentize(estimand: Estimand, sums: Floats, groups: int) -> Studentized:
     a, b, residual = estimand.a, estimand.b, estimand.residual
     drawn, n, squares, products, counts = sums.T
@@ -178,7 +184,7 @@ def _studentize(estimand: Estimand, sums: Floats, groups: int) -> Studentized:
     moved = drawn / n
     variance = squares - 2 * moved * products + moved**2 * counts
     correction = groups / (groups - 1)
-    spread = float(np.sqrt(correction * (residual**2).sum()) / a.count.sum())
+    spread = standard_error(estimand)
     least, unit = 0.0, None
     if b is not None and estimand.link == "share":
         least = 1 - float(((1 - LEVEL) / 2) ** (1 / groups))

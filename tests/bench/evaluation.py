@@ -1,0 +1,272 @@
+"""`make bench`: what evaluating arms costs over bare forward passes; writes docs/results/evaluation.md.
+
+Arms of a finished quickstart run, each scored again from its own job.json by the child process that a run starts, and
+by a script of what one writes by hand: load, forward the same batches, decode the same prompts greedily, keep nothing.
+Both are processes of their own on one thread, started in turns.
+
+    python -m tests.bench.evaluation [--home FOLDER] [--pairs N] [--arm SLUG ...] [--out FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tasks.runtime.environments import locked_versions
+from tasks.runtime.job import Job
+from tasks.runtime.launch import CHECKOUT
+from tasks.runtime.step import hardware
+from tasks.runtime.store import find_home
+from tests.bench.quantizers import interval, timed
+
+RESULTS = CHECKOUT / "docs" / "results" / "evaluation.md"
+ARMS = ("base", "nf4-adapter", "merged-dequantized", "gptq-w4-g128", "gptq-w4-g128.on-base")
+PAIRS = 7
+GOAL = 1.15
+
+
+class Spent(NamedTuple):
+    """Seconds of one process; the parts are of the bare script alone."""
+
+    whole: float
+    load: float = 0.0
+    forward: float = 0.0
+    decode: float = 0.0
+
+
+class Start(NamedTuple):
+    """Seconds from the start of a process to the end of its first imports."""
+
+    bare: float
+    ours: float
+
+
+# ---- what one writes by hand
+
+
+def bare(job: Job) -> Spent:
+    """Load, forward over dev, test and general text, decode the prompts of dev and test."""
+    import pyarrow.parquet as pq
+    import torch
+    from transformers import AutoTokenizer, GenerationConfig
+
+    torch.set_num_threads(1)
+    clock = time.perf_counter()
+    model = _loaded(job)
+    load = time.perf_counter() - clock
+
+    data, size = job.inputs["dataset"].path, job.params["batch_size"]
+    rows = pq.read_table(data / "rows.parquet", filters=[("split", "in", ["dev", "test"])]).to_pylist()
+    texts = [row["input_ids"] for row in rows], pq.read_table(data / "general.parquet")["input_ids"].to_pylist()
+    clock = time.perf_counter()
+    with torch.inference_mode():
+        for ids in texts:
+            for batch in _batches(ids, size, longest=len):
+                padded, mask = _padded(batch, left=False)
+                model(input_ids=padded, attention_mask=mask, use_cache=False)
+    forward = time.perf_counter() - clock
+
+    tokenizer = AutoTokenizer.from_pretrained(data / "tokenizer")
+    stored = GenerationConfig.from_pretrained(data / "tokenizer")
+    greedy = GenerationConfig(
+        max_new_tokens=job.params["max_new_tokens"],
+        do_sample=False,
+        eos_token_id=stored.eos_token_id,
+        pad_token_id=stored.pad_token_id,
+    )
+    model.generation_config = greedy
+    clock = time.perf_counter()
+    with torch.inference_mode():
+        for batch in _batches(rows, size, longest=lambda row: len(row["input_ids"]) - len(row["prompt_ids"])):
+            padded, mask = _padded([row["prompt_ids"] for row in batch], left=True)
+            made = model.generate(input_ids=padded, attention_mask=mask, generation_config=greedy)
+            tokenizer.batch_decode(made[:, padded.shape[1] :], skip_special_tokens=True)
+    return Spent(0.0, load, forward, time.perf_counter() - clock)
+
+
+def _loaded(job: Job) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "device_map": {"": "cpu"}}
+    if job.params["kind"] == "nf4":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    if job.params["kind"] == "quantized":
+        from tasks.jobs.backends.environment import tame_gptqmodel
+
+        tame_gptqmodel()  # else importing GPTQModel compiles an extension for 31 s
+    model: Any = AutoModelForCausalLM.from_pretrained(job.inputs["model"].path, **options)
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False  # as ours: that kernel rounds the scales, which is another model
+    if "adapter" in job.inputs:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, job.inputs["adapter"].path)
+    return model.eval()
+
+
+def _batches(rows: list[Any], size: int, *, longest: Any) -> list[list[Any]]:
+    ordered = sorted(rows, key=longest, reverse=True)
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+
+def _padded(rows: list[list[int]], *, left: bool) -> Any:
+    import torch
+
+    width = max(map(len, rows))
+    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+    for index, row in enumerate(rows):
+        where = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[index, where], mask[index, where] = torch.tensor(row), 1
+    return ids, mask
+
+
+# ---- the pairs
+
+
+def jobs_of(home: Path, arms: list[str]) -> dict[str, Job]:
+    """The evaluate jobs of the latest run's arms, as the run wrote them."""
+    steps = json.loads((home / "runs" / "latest" / "steps.json").read_text(encoding="utf-8"))["steps"]
+    paths = {one["slug"]: one["path"] for one in steps if one["stage"] == "evaluate" and one["path"]}
+    found: dict[str, Job] = {}
+    for slug in arms:
+        if slug not in paths:
+            raise SystemExit(f"{slug}: not evaluated in {home / 'runs' / 'latest'}; run `make quickstart` first")
+        last = sorted((home / paths[slug]).glob("attempt-*/job.json"))[-1]
+        found[slug] = Job.load(last)
+    return found
+
+
+def once(job: Job, *, ours: bool) -> Spent:
+    """One process from its start to its end, in a folder of its own."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "files").mkdir()
+        replace(job, out=folder / "files", execution=replace(job.execution, threads=1)).dump(folder / "job.json")
+        if ours:
+            argv = [sys.executable, "-P", "-m", "tasks.runtime.child", "run", str(folder / "job.json")]
+            return Spent(timed(argv, log=folder / "log"))
+        argv = [sys.executable, "-m", "tests.bench.evaluation", "--bare", str(folder / "job.json")]
+        whole = timed(argv, log=folder / "log")
+        return Spent(whole, *json.loads((folder / "files" / "spent.json").read_text())[1:])
+
+
+def start() -> Start:
+    """Medians of three processes that only import, behind what `timed` sees of every process."""
+    imports = {
+        "bare": "import tests.bench.evaluation, pyarrow.parquet, torch\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig",
+        "ours": "import tasks.runtime.child, tasks.jobs.evaluate",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        argv = {name: [sys.executable, "-c", f"{code}\nimport os; os._exit(0)"] for name, code in imports.items()}
+        took = {name: [timed(line, log=Path(folder) / "log") for _ in range(3)] for name, line in argv.items()}
+    return Start(**{name: statistics.median(seconds) for name, seconds in took.items()})
+
+
+Pair = dict[str, tuple[Spent, Spent]]  # slug -> ours, bare
+
+
+def pairs_of(jobs: Mapping[str, Job], *, pairs: int) -> list[Pair]:
+    """All arms a pair; ours and bare in turns, the first of the two changing from pair to pair."""
+    done: list[Pair] = []
+    for number in range(pairs):
+        pair: Pair = {}
+        for slug, job in jobs.items():
+            made = {ours: once(job, ours=ours) for ours in ((True, False) if number % 2 == 0 else (False, True))}
+            pair[slug] = (made[True], made[False])
+            print(number, slug, *pair[slug], flush=True)
+        done.append(pair)
+    return done
+
+
+# ---- the page
+
+
+def table(done: list[Pair], once_paid: Start) -> str:
+    """A row an arm and one for all of them."""
+    lines = [
+        "| arm | bare, s | of it load | forward | decode | ours, s | ours / bare | whole processes |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    slugs = list(done[0])
+    for name, members in [*((slug, [slug]) for slug in slugs), (f"**{len(slugs)} arms**", slugs)]:
+        ours = [sum(pair[slug][0].whole for slug in members) for pair in done]
+        bare = [sum(pair[slug][1].whole for slug in members) for pair in done]
+        paid = [len(members) * seconds for seconds in (once_paid.ours, once_paid.bare)]
+        parts = [statistics.median(sum(pair[slug][1][part] for slug in members) for pair in done) for part in (1, 2, 3)]
+        inner = interval([(a - paid[0]) / (b - paid[1]) for a, b in zip(ours, bare, strict=True)])
+        whole = interval([a / b for a, b in zip(ours, bare, strict=True)])
+        medians = [statistics.median(bare) - paid[1], *parts, statistics.median(ours) - paid[0]]
+        lines.append(f"| {name} | {' | '.join(f'{one:.2f}' for one in medians)} | {inner} | {whole} |")
+    return "\n".join(lines)
+
+
+def page(done: list[Pair], once_paid: Start, jobs: Mapping[str, Job]) -> str:
+    """docs/results/evaluation.md."""
+    import pyarrow.parquet as pq
+
+    data = next(iter(jobs.values())).inputs["dataset"].path
+    splits = pq.read_table(data / "rows.parquet", columns=["split"])["split"].to_pylist()
+    general = pq.read_metadata(data / "general.parquet").num_rows
+    machine, versions = hardware(), locked_versions()
+    tools = ("torch", "transformers", "peft", "gptqmodel", "bitsandbytes")
+    return f"""<!-- Written by `make bench`. -->
+# Evaluation, measured
+
+Arms of the quickstart ({splits.count("dev")} rows of dev, {splits.count("test")} of test, {general} general texts)
+through Quench's evaluate job, as a run starts it, against a script of what one writes by hand: load the model, forward
+the same batches and throw the logits away, decode the same prompts greedily. Ours also computes losses, KL to the
+reference over the full vocabulary, agreement and task scores, and writes them. Both are processes of their own on one
+thread, started in turns; the NF4 model has the same kernel in both. {len(done)} pairs; ratios are medians with 95 %
+bootstrap intervals.
+Goal: all arms at most {GOAL} times the bare time, the start of processes apart.
+
+{table(done, once_paid)}
+
+Seconds are without the start of a process (interpreter and first imports: bare {once_paid.bare:.2f} s, ours
+{once_paid.ours:.2f} s, paid once an arm); *whole processes* has it in both.
+
+{machine["cpu"]}, {machine["cores"]} cores, {machine["memory_gib"]} GiB;
+{", ".join(f"{name} {versions[name]}" for name in tools)}.
+"""
+
+
+def main() -> None:
+    """Measure and write the page, or be the bare process."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bare", type=Path, help="job.json: be the process that is measured")
+    parser.add_argument("--home", type=Path, help="where the quickstart has run; default: QUENCH_HOME")
+    parser.add_argument("--arm", action="append")
+    parser.add_argument("--pairs", type=int, default=PAIRS)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    if args.bare:
+        job = Job.load(args.bare)
+        (job.out / "spent.json").write_text(json.dumps(bare(job)))
+        sys.stdout.flush()
+        os._exit(0)  # as the child does: interpreter shutdown with torch loaded costs seconds
+    jobs = jobs_of(args.home or find_home(), args.arm or list(ARMS))
+    costs = start()
+    print(costs, flush=True)
+    args.out.write_text(page(pairs_of(jobs, pairs=args.pairs), costs, jobs), encoding="utf-8")
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()
