@@ -96,7 +96,7 @@ def _against_controls(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
 def _against_external(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
     """Every external model against the merged model that is quantized; the base where this run merged nothing."""
     there = {arm.slug for arm in arms}
-    chosen = [f"merged-{arm.merge_base}" for arm in _merged_schemes(arms)]
+    chosen = [f"merged-{arm.merge_base}" for arm in merged_schemes(arms)]
     ours = next((slug for slug in (*chosen, "merged-dequantized", "merged-original", "base") if slug in there), None)
     if ours is not None:
         yield from ((arm.slug, ours) for arm in arms if arm.external)
