@@ -7,7 +7,7 @@ from pathlib import Path
 from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.pipeline import WAITING_TASKS, finetune_and_quantize
+from flows.pipeline import WAITING_TASKS, finetune_and_quantize, refusals_logged
 from flows.plan import Planned
 from flows.vet import vet
 from recipes.problem import Problem, RecipeError
@@ -36,9 +36,10 @@ def evaluate_only(recipe: str, sets: list[str] | None = None) -> str:
         RecipeError: Bad input, or something that only finetune-and-quantize makes is not in the store.
         RunFailed: A step failed; the report says which and why.
     """
-    vetted = vet(Path(recipe), sets=sets or [], home=find_home())
-    if problems := [_missing(one) for one in vetted.plan if not one.hit and one.key.split("/")[0] not in SCORING]:
-        raise RecipeError(problems)
+    with refusals_logged():
+        vetted = vet(Path(recipe), sets=sets or [], home=find_home())
+        if problems := [_missing(one) for one in vetted.plan if not one.hit and one.key.split("/")[0] not in SCORING]:
+            raise RecipeError(problems)
     return finetune_and_quantize.fn(recipe, sets)
 
 

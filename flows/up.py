@@ -31,6 +31,10 @@ PREFECT_PORT, MLFLOW_PORT = 4200, 5000
 PORTS_TRIED = 100
 POLL_S = 0.5
 STOP_S = 5.0  # for the flows under way; then, together with the servers' 3 s, less than the 10 that a stop may take
+STREAM = {  # without both, `prefect deployment run --watch` shows states, but no line of the log
+    "PREFECT_SERVER_LOGS_STREAM_OUT_ENABLED": "true",
+    "PREFECT_SERVER_LOGS_STREAM_PUBLISHING_ENABLED": "true",
+}
 WORKER_QUERY_S = 2  # Prefect's own default lets a new run wait for up to 10 s
 OFTEN = 3  # times within
 SHORT_S = 120.0  # that a part may end before all is given up
@@ -107,7 +111,9 @@ class Services:
                 log.replace(log.with_suffix(".log.before"))
             return Part(name=name, start=lambda: start(log), log=log)
 
-        self.prefect = part("prefect", lambda log: start_prefect(home, launcher, port=prefect, host=host, log=log))
+        self.prefect = part(
+            "prefect", lambda log: start_prefect(home, launcher, port=prefect, host=host, log=log, settings=STREAM)
+        )
         self.mlflow = part("mlflow", lambda log: self._start_mlflow(host, mlflow, log))
         self.worker = part("worker", self._start_worker)
         self.parts = (self.prefect, self.mlflow, self.worker)
@@ -244,8 +250,8 @@ def only_one(home: Path) -> Generator[None]:
             problem = Problem(
                 what="`quench up` is running on this home already",
                 where=str(home),
-                why=f"{at}; two workers would execute every run of one database",
-                next=f"use that one, or end it{f': kill {told["pid"]}' if told else ''}; or set another QUENCH_HOME",
+                why=f"{at}; two workers on one database would execute each other's runs",
+                next="use that one, or end it by Ctrl-C or SIGTERM; or set another QUENCH_HOME",
             )
             raise RecipeError([problem]) from None
         yield
