@@ -12,7 +12,7 @@ from typing import Any
 from prefect import Flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
-from prefect.client.schemas.filters import FlowRunFilter, WorkPoolFilter
+from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter, WorkPoolFilter
 from prefect.client.schemas.objects import FlowRun
 from prefect.deployments.runner import EntrypointType
 from prefect.states import Crashed
@@ -24,9 +24,13 @@ from flows.pipeline import finetune_and_quantize
 POOL = "quench"
 NAME = "default"
 WORKER = "quench up"
-FLOWS: tuple[Flow[..., Any], ...] = (finetune_and_quantize, evaluate_only)  # those of infra/prefect.yaml; a test compares
+FLOWS: tuple[Flow[..., Any], ...] = (
+    finetune_and_quantize,
+    evaluate_only,
+)  # those of infra/prefect.yaml; a test compares
 UNDER_WAY = ("PENDING", "RUNNING", "CANCELLING")
 PAGE = 200
+NOT_ENDED = TaskRunFilter.model_validate({"state": {"type": {"any_": ["SCHEDULED", *UNDER_WAY]}}})
 
 
 def register(folder: Path) -> list[str]:
@@ -77,10 +81,14 @@ def mark_crashed(why: str) -> list[str]:
     Prefect itself leaves them Running for ever.
     """
     marked: list[str] = []
+    crashed = Crashed(message=why)
     with get_client(sync_client=True) as client:
         while runs := _under_way(client):
             for run in runs:
-                client.set_flow_run_state(run.id, Crashed(message=why), force=True)
+                of_run = FlowRunFilter.model_validate({"id": {"any_": [run.id]}})
+                for task in client.read_task_runs(flow_run_filter=of_run, task_run_filter=NOT_ENDED):
+                    client.set_task_run_state(task.id, crashed, force=True)
+                client.set_flow_run_state(run.id, crashed, force=True)
             marked += [run.name for run in runs]
     return marked
 

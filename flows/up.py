@@ -21,6 +21,8 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 from flows.server import answers, prefect_settings, start_prefect, wait_for
 from recipes.problem import Problem, RecipeError
 from tasks.runtime.launch import CHECKOUT, Child, Launcher
@@ -177,16 +179,24 @@ class Services:
         part.child = part.start()
 
     def _stop(self) -> None:
-        """End the worker with the flows under way, mark these, end the servers."""
+        """End the flows under way, the worker, mark what did not say its end, end the servers."""
         if self.worker.child is not None:
             self.say("stopping")
-            self.worker.child.signal(signal.SIGTERM)  # to the flows, too: they are in the worker's group
-            with contextlib.suppress(TimeoutError):
-                self.worker.child.wait(STOP_S)
+            self._end_flows(self.worker.child)
             self.worker.child.signal(signal.SIGKILL)
             self._mark("`quench up` was stopped; running it again resumes")
         (self.home / "up.json").unlink(missing_ok=True)
         self.launcher.end_all()
+
+    def _end_flows(self, worker: Child) -> None:
+        """SIGTERM to the flows, not to the worker: it waits for them and tells Prefect what became of each."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            flows = [
+                one for one in psutil.Process(worker.pid).children(recursive=True) if "prefect.engine" in one.cmdline()
+            ]
+            for one in flows:
+                one.terminate()
+            psutil.wait_procs(flows, timeout=STOP_S)
 
     def _mark(self, why: str) -> None:
         """Mark what nobody executes any more; where Prefect is gone, the next start does."""
@@ -289,6 +299,7 @@ def _free(host: str, port: int) -> bool:
 def exposed(host: str, prefect: int, mlflow: int) -> str:
     """What listening anywhere but on loopback means."""
     return (
-        f"--host {host}: whoever reaches this machine at ports {prefect} and {mlflow} can, without a password, start and "
-        "cancel runs with any recipe this user can read, and read and change every run, report and model in MLflow"
+        f"--host {host}: whoever reaches this machine at ports {prefect} and {mlflow} can, without a password, start "
+        "and cancel runs with any recipe that this user can read, in any folder and with any command of Prefect's job "
+        "variables, and read and change every run, report and model in MLflow"
     )

@@ -3,7 +3,7 @@
 `run JOB.json` imports the job's body and runs it; result.json beside job.json is what the parent reads:
 {"ok": true, "result", "peak_rss_gib", "peak_gpu_gib"} or {"ok": false, "problem", "type"}.
 Where several processes do a job together, it turns into `accelerate launch`, which starts it once a rank.
-`exec -- PROGRAM ARGS` turns into a program that is not ours; `guard -- PROGRAM ARGS` starts one that has children itself.
+`exec -- PROGRAM ARGS` turns into a program that is not ours, `guard -- PROGRAM ARGS` starts one that has children.
 All die with the parent, also when it is killed by SIGKILL (Linux: PR_SET_PDEATHSIG).
 """
 
@@ -70,8 +70,8 @@ def verify_checkout() -> None:
 def guard(words: Sequence[str]) -> int:
     """Run a program and return its exit code; when the parent dies, kill its whole process group.
 
-    The kernel's signal reaches only who asked for it, not the processes that an MLflow server or a Prefect worker starts
-    in turn: they would outlive a parent that was killed. SIGTERM goes to the group, so the program has it from there.
+    The kernel's signal reaches only who asked for it, not the processes that an MLflow server or a Prefect worker
+    starts in turn: they would outlive a parent that was killed. SIGTERM is sent to the group, the program included.
     """
 
     def end_group(number: int, frame: object) -> None:
@@ -197,7 +197,9 @@ def main(argv: list[str]) -> int:
         case ["exec", "--", program, *rest]:
             os.execvp(program, [program, *rest])
         case _:
-            print("usage: python -P -m tasks.runtime.child run JOB.json | {exec,guard} -- PROGRAM ARGS", file=sys.stderr)
+            print(
+                "usage: python -P -m tasks.runtime.child run JOB.json | {exec,guard} -- PROGRAM ARGS", file=sys.stderr
+            )
             return 2
 
 
