@@ -203,11 +203,11 @@ def _tokenizer(folder: Path) -> Any:
 
 
 def _sources(dataset: Path) -> dict[str, Source]:
-    table = pq.read_table(dataset / "rows.parquet", columns=["row", "split", "messages", "columns", "turn"])
+    held_out = [("split", "in", ("dev", "test"))]
+    table = pq.read_table(dataset / "rows.parquet", columns=["row", "messages", "columns", "turn"], filters=held_out)
     return {
         one["row"]: Source(json.loads(one["messages"]), json.loads(one["columns"]).get("tools"), one["turn"])
         for one in table.to_pylist()
-        if one["split"] != "train"
     }
 
 
