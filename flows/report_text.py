@@ -14,8 +14,14 @@ from flows.fit_text import fitting, section
 from flows.metrics import METRICS, difference_text, interval_text, value_text
 
 COLUMNS = ("size_bytes", "task", "kl_mean", "ppl_test", "top1_agreement", "ppl_general")
+OF_ANY_TOKENIZER = ("bits_per_byte",)  # beside these where there are external models
 SPEEDS = ("load_s", "prefill_tokens_per_s", "decode_tokens_per_s")
 MARKS = {"better": "+", "worse": "−", "no difference shown": "="}
+
+
+def columns(report: Mapping[str, Any]) -> tuple[str, ...]:
+    """Metrics of the table of all arms."""
+    return (*COLUMNS, *OF_ANY_TOKENIZER) if any(arm["external"] for arm in report["arms"].values()) else COLUMNS
 
 
 def _cell(metric: str, cell: Mapping[str, Any], *, joint: str = " ") -> str:
@@ -34,7 +40,10 @@ def heading(metric: str, directions: Mapping[str, str]) -> str:
 def arm_rows(report: Mapping[str, Any]) -> list[dict[str, str]]:
     """One row an arm, every figure with its interval."""
     return [
-        {"arm": name_of(slug, arm), **{METRICS[name].label: _cell(name, arm["metrics"][name]) for name in COLUMNS}}
+        {
+            "arm": name_of(slug, arm),
+            **{METRICS[name].label: _cell(name, arm["metrics"][name]) for name in columns(report)},
+        }
         for slug, arm in report["arms"].items()
     ]
 
@@ -86,14 +95,29 @@ def overview(report: Mapping[str, Any]) -> list[str]:
     lines += [*report["verdict"], ""]
     lines += _failures(report)
     lines += ["## Arms", "", "95 % intervals in brackets; arrows point to better.", ""]
-    head = ["arm", *(heading(name, report["directions"]) for name in COLUMNS)]
+    head = ["arm", *(heading(name, report["directions"]) for name in columns(report))]
     arms = report["arms"]
     lines += _table(
         head,
-        [[name_of(slug, arm), *(_cell(name, arm["metrics"][name]) for name in COLUMNS)] for slug, arm in arms.items()],
+        [
+            [name_of(slug, arm), *(_cell(name, arm["metrics"][name]) for name in columns(report))]
+            for slug, arm in arms.items()
+        ],
     )
+    lines += [f"\n{line}" for line in simulated(report)]
     lines += [f"\nNot served: {slug}: {arm['refused']}" for slug, arm in arms.items() if arm["refused"]]
     return [*lines, *(f"\nNot ranked: {slug}: {why}." for slug, why in report["not_ranked"].items())]
+
+
+def simulated(report: Mapping[str, Any]) -> list[str]:
+    """One line that names the arms whose KV cache was simulated, and says how; none where there is no such arm."""
+    slugs = [slug for slug, arm in report["arms"].items() if arm["kv_cache"]]
+    if not slugs:
+        return []
+    return [
+        f"KV cache simulated, storage only: {', '.join(slugs)}. What storage gives back is what attention reads; size "
+        "and memory are those of the arm whose files are loaded."
+    ]
 
 
 def _failures(report: Mapping[str, Any]) -> list[str]:
@@ -188,7 +212,9 @@ def hardware_line(hardware: Mapping[str, Any]) -> str:
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:
     """Print the comparison of all arms, as many columns as fit, and the answers."""
-    cells = {name: [_rich_cell(name, arm["metrics"][name]) for arm in report["arms"].values()] for name in COLUMNS}
+    cells = {
+        name: [_rich_cell(name, arm["metrics"][name]) for arm in report["arms"].values()] for name in columns(report)
+    }
     table = Table(title=f"{report['name']}: {data_line(report)}", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("arm", no_wrap=True)
     names = {slug: name_of(slug, arm) for slug, arm in report["arms"].items()}

@@ -75,6 +75,11 @@ class Loaded:
         return None if named is None else self._local(named)
 
     @property
+    def externals(self) -> dict[str, Path | None]:
+        """Folder of each external model by name; None for a hub id."""
+        return {name: self._local(one.path) for name, one in self.recipe.evaluate.externals.items()}
+
+    @property
     def origins(self) -> dict[str, Origin]:
         """Sources of the data that are here, by the field that names their path."""
         asked, scorer = self.recipe.data, self.recipe.evaluate.scorer
@@ -251,7 +256,12 @@ def _rebase(values: dict[str, Any], *, written_in: Path, folder: Path, only: str
     data = values.get("data")
     sources = data.get("sources") if is_mapping(data) else None
     count = len(sources) if is_list(sources) else 0
-    for field in (*PATH_FIELDS, *(f"data.sources.{number}.path" for number in range(count))):
+    evaluated = values.get("evaluate")
+    external = evaluated.get("external") if is_mapping(evaluated) else None
+    fields = [*PATH_FIELDS, *(f"data.sources.{number}.path" for number in range(count))]
+    for name in external if is_mapping(external) else ():
+        fields += [f"evaluate.external.{name}", f"evaluate.external.{name}.path"]
+    for field in fields:
         if only is not None and field != only and not field.startswith(f"{only}."):
             continue
         *sections, last = field.split(".")

@@ -15,11 +15,13 @@ def step(recipe: Recipe, arm: str, *, kind: str, inputs: dict[str, Step | Extern
         recipe: The recipe.
         arm: Its slug.
         kind: How its model is loaded.
-        inputs: model, dataset, reference and, where there are, adapter and databases; calibset for KV scales from it.
+        inputs: model, dataset and, where there are, reference, adapter and databases; calibset for KV scales from it.
         kv: How its KV cache is stored; None for bf16.
     """
     asked = recipe.evaluate
     scorer = asked.scorer.model_dump(exclude={"databases"})  # its content is an input
+    external = asked.externals.get(arm)
+    template = external.chat_template if external else None
     return Step(
         stage="evaluate",
         slug=arm,
@@ -30,6 +32,7 @@ def step(recipe: Recipe, arm: str, *, kind: str, inputs: dict[str, Step | Extern
             "kv": kv,
             "scorer": scorer,
             **asked.model_dump(include={"max_new_tokens", "batch_size", "seed"}),
+            **({"chat_template": template} if template else {}),
         },
         inputs=inputs,
         tools=readers(inputs["model"]),
