@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,26 @@ def test_a_champion_that_reads_other_tokens_is_compared_by_bits_and_answers(worl
     assert set(against) == {"task", "bits_per_byte"}
     assert "reads other tokens (chat_template.jinja)" in made["gate"]["champion"]["note"]
     assert against["bits_per_byte"]["unit"] == "bits" and against["bits_per_byte"]["outcome"] == "pass"
+
+
+def test_gate_and_promotion_are_in_no_fingerprint(small: World) -> None:
+    sets = ("gate.task=0.1", "gate.better_than_base=false", "promote.prefer=rtn-w4-g128", "promote.model_name=other")
+    assert all(small.plan(*(f"--set={one}" for one in sets)).values())
+
+
+@pytest.mark.slow
+def test_of_two_runs_at_once_the_second_faces_the_first(world: World) -> None:
+    names = [run_of(world, name, prefer=f"{name}-w4-g128") for name in ("gptq", "rtn")]
+    both = [
+        subprocess.Popen(world.argv("promote", name), env=world.env, cwd=world.home, stderr=subprocess.DEVNULL)
+        for name in names
+    ]
+    assert [one.wait(600) for one in both] == [0, 0]
+    first, second = Journal(world.home, "small").lines()
+    assert (first.version, first.champion) == (1, None)
+    assert (second.version, second.champion) == (2, 1)
+    assert any(one["against"] == "champion" for one in second.checks)
+    assert alias(world, "champion") == "2"
 
 
 @pytest.mark.slow
