@@ -103,7 +103,7 @@ class _Registry:
             logged.model_uri if "MLFLOW_TRACKING_URI" in os.environ else place,
             run_id=run,
             tags=self._tags(one, run, experiment),
-            description=card.read_text(encoding="utf-8")[:DESCRIPTION_CHARS] if card.exists() else None,
+            description=_described(card.read_text(encoding="utf-8")) if card.exists() else None,
         )
         return made.version
 
@@ -146,3 +146,8 @@ class _Registry:
             self.client.set_registered_model_alias(self.model, alias, wanted)
         elif wanted is None and now is not None:
             self.client.delete_registered_model_alias(self.model, alias)
+
+
+def _described(card: str) -> str:
+    """A card without its front matter, as long as MLflow's database takes."""
+    return card.removeprefix("---\n").partition("\n---\n")[2].strip()[:DESCRIPTION_CHARS]
