@@ -70,7 +70,7 @@ def candidate(run: Run, draws: Draw) -> Candidate:
 
 def _none(left_out: Mapping[str, str]) -> str:
     if not left_out:
-        return "the recipe has no scheme"
+        return "no scheme was evaluated in this run"
     return "no scheme can be promoted: " + "; ".join(f"{slug}: {why}" for slug, why in left_out.items())
 
 

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from flows.compose import limits
 from flows.evidence import Arm, Run, Step, read_scores
+from flows.gate import CHAMPION
 from flows.promotions import Promotion
 from recipes.problem import Problem, RecipeError
 from recipes.schema import Recipe
@@ -25,6 +26,7 @@ from tasks.runtime.store import Store, read_json
 
 TRAIN_ROWS = "train_rows.json"
 OUTSIDE = {"databases": ("*.sql",)}  # folders that evaluate reads from outside of the store
+OWN_TOKENS = "It reads other tokens ({}): compared by its answers and by bits a byte, not on the general hold-out."
 WORDS = ("tokenizer.json", "tokenizer.model", "chat_template.jinja")
 
 
@@ -101,20 +103,22 @@ def evaluated(present: Promotion, run: Run, candidate: Arm, home: Path) -> Rival
     """Score the champion as the candidate was scored: same rows, order, batches and code.
 
     Raises:
-        RecipeError: It is not in the store any more, is damaged, reads other tokens, or the run was scored by another
-            version of Quench.
+        RecipeError: It is not in the store any more, is damaged, or the run was scored by another version of Quench.
         StepFailed: It does not load or does not compute.
     """
     scored = run.step(candidate.evaluate)
-    assert scored is not None and scored.manifest is not None  # the candidate was evaluated
+    assert scored is not None and scored.manifest is not None and scored.files is not None  # it was evaluated
     store, folder = Store(home), home / present.path
     if problem := stale(store, present):
         raise RecipeError([problem])
     inputs = _inputs(scored, home)
-    _same_words(folder / "files", inputs["dataset"].path / "tokenizer", present)
+    other = _other_words(folder / "files", inputs["dataset"].path / "tokenizer")
+    if other:  # then there is nothing that its logits could be compared with
+        inputs.pop("reference", None)
     inputs["model"] = External(name="model", path=folder / "files", digest=present.digest, source=present.path)
     recipe = Recipe.model_validate(run.recipe)
-    step = evaluate.step(recipe, "champion", kind=present.kind, inputs=dict(inputs))
+    kind = "external" if other else present.kind  # which reads the rows in the model's own tokens
+    step = evaluate.step(recipe, CHAMPION, kind=kind, inputs=dict(inputs))
     if "compressed-tensors" in read_json(folder / "manifest.json")["identity"]["tools"]:  # External has no tools
         step = replace(step, tools=(*step.tools, "compressed-tensors"))
     _same_scoring(step.identity, scored.manifest["identity"], run)
@@ -122,14 +126,17 @@ def evaluated(present: Promotion, run: Run, candidate: Arm, home: Path) -> Rival
         kitchen = Kitchen(store=store, launcher=launcher, leases=Leases(home), limits=limits(recipe))
         made = run_step(step, {name: one.artifact for name, one in inputs.items()}, kitchen)
     assert made.artifact.folder is not None
-    rows = [str(name) for name in read_scores(made.artifact.path)["nll"].rows]
+    rows = [str(name) for name in read_scores(scored.files)["nll"].rows]
     said = read_json(record_folder(home, present) / TRAIN_ROWS)
     trained = set(said["rows"])
+    notes = [said["note"]] if said["note"] else []
+    if "nll" not in read_scores(made.artifact.path):
+        notes.append(OWN_TOKENS.format(", ".join(other)))
     return Rival(
         evaluate=str(made.artifact.folder.relative_to(home)),
         rows=len(rows),
         removed=[name for name in rows if _row(name) in trained],
-        note=said["note"],
+        note=" ".join(notes) or None,
     )
 
 
@@ -190,24 +197,10 @@ def _digest(name: str, path: Path, digests: Digests) -> str | None:
     return external_folder(name, path, patterns=OUTSIDE[name], digests=digests).digest
 
 
-def _same_words(model: Path, dataset: Path, present: Promotion) -> None:
-    """Raise RecipeError where the champion's tokenizer or chat template is another one than the data set's."""
+def _other_words(model: Path, dataset: Path) -> list[str]:
+    """What of the champion's tokenizer and chat template is another than the data set's; empty where all is equal."""
     other = [name for name in WORDS if _content(model / name) != _content(dataset / name)]
-    if _template(model) != _template(dataset):
-        other.append("chat_template")
-    if other:
-        raise RecipeError(
-            [
-                Problem(
-                    what=f"The champion, version {present.version}, reads other tokens than this run: "
-                    f"{', '.join(other)} differ.",
-                    where=present.path,
-                    why="Its losses on these rows would be losses on other tokens.",
-                    next="Compare the two as an external arm (evaluate.external), and give this recipe a "
-                    "promote.model_name of its own: its first version has no champion to beat.",
-                )
-            ]
-        )
+    return other + (["chat_template"] if _template(model) != _template(dataset) else [])
 
 
 def _content(path: Path) -> str | None:

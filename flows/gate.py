@@ -23,13 +23,14 @@ from flows.stats import Counts, Estimand, Interval, Link, Studentized, differenc
 from recipes.schema import Gate
 
 Outcome = Literal["pass", "worse", "undecided", "none"]
+Unit = Literal["share", "nats", "bits"]  # a share of the answers, nats a token, bits a byte
 Draw = Callable[[tuple[str, ...]], Counts]
 Scores = Mapping[str, RowScores]  # metric of scores.parquet -> rows
 DOMAIN_ROWS = 200  # a slice with fewer is shown and gates nothing
 Z_POWER = 1.959964 + 0.841621  # half-widths of 95 % that decide 4 times in 5
 MOST_ROWS = 10_000_000  # a larger n_needed only says: never
 BASE, CHAMPION = "base", "champion"
-LABELS = {"loss": "loss", "general_loss": "general loss"}
+LABELS = {"general_loss": "general loss", "bits_per_byte": "bits a byte"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +38,10 @@ class Asked:
     """One check before its interval is known.
 
     Attributes:
-        metric: `task`, `task.NAME`, `loss` or `general_loss`.
+        metric: `task`, `task.NAME`, `loss`, `general_loss` or `bits_per_byte`.
         source: Metric of scores.parquet.
         against: Arm, or `champion`.
-        margin: What may be lost, in shares (task) or nats; 0 where the candidate has to be better.
+        margin: What may be lost, in shares (task), nats or bits; 0 where the candidate has to be better.
         a: The candidate's rows; None where it has none.
         b: The other's.
         gates: It decides; otherwise it is shown.
@@ -64,6 +65,11 @@ class Asked:
     def is_task(self) -> bool:
         """A score: higher is better."""
         return self.source.startswith("task")
+
+    @property
+    def unit(self) -> Unit:
+        """Of difference and margin."""
+        return "share" if self.is_task else "bits" if self.source == "bits" else "nats"
 
     @property
     def obstacle(self) -> str | None:
@@ -98,7 +104,7 @@ class Check:
     metric: str
     against: str
     margin: float
-    unit: Literal["share", "nats"]
+    unit: Unit
     outcome: Outcome
     difference: float | None = None
     ci95: Interval | None = None
@@ -116,10 +122,19 @@ class Check:
 
 
 def asked(candidate: Scores, other: Scores, against: str, gate: Gate) -> Iterator[Asked]:
-    """Non-inferiority on everything that either of the two has: tasks, loss, general loss, and slices by domain."""
+    """Non-inferiority on everything that either of the two has: tasks, loss, general loss, and slices by domain.
+
+    A model that reads other tokens has no loss a token. It is compared by bits a byte, with the same margin turned into
+    them, and not on the general hold-out.
+    """
     tasks = sorted(name for name in {*candidate, *other} if name == "task" or name.startswith("task."))
     plan = [(name, name, gate.task, gate.domain_task) for name in tasks]
-    plan.append(("loss", "nll", gate.loss, gate.domain_loss))
+    other_tokens = "bits" in other and "nll" not in other
+    if other_tokens and "bits" in candidate and "nll" in candidate:
+        rate = candidate["nll"].n / candidate["bits"].n / math.log(2)  # tokens a byte, nats to bits
+        plan.append(("bits_per_byte", "bits", gate.loss * rate, gate.domain_loss * rate))
+    else:
+        plan.append(("loss", "nll", gate.loss, gate.domain_loss))
     for metric, source, margin, in_domain in plan:
         one = Asked(
             metric=metric,
@@ -131,7 +146,7 @@ def asked(candidate: Scores, other: Scores, against: str, gate: Gate) -> Iterato
         )
         yield one
         yield from _slices(one, in_domain)
-    if "nll_general" in candidate or "nll_general" in other:
+    if not other_tokens and ("nll_general" in candidate or "nll_general" in other):
         yield Asked(
             metric="general_loss",
             source="nll_general",
@@ -211,7 +226,7 @@ def _check(one: Asked, boot: Studentized, adjusted: Interval) -> Check:
         metric=one.metric,
         against=one.against,
         margin=one.margin,
-        unit="share" if one.is_task else "nats",
+        unit=one.unit,
         outcome=outcome,
         difference=boot.estimate,
         ci95=plain,
@@ -241,7 +256,7 @@ def _unmade(one: Asked) -> Check:
         metric=one.metric,
         against=one.against,
         margin=one.margin,
-        unit="share" if one.is_task else "nats",
+        unit=one.unit,
         outcome="undecided",
         n=0 if one.a is None else len(one.a.rows),
         domain=one.domain,
@@ -275,7 +290,7 @@ def _decides(one: Check) -> str:
 def difference(one: Check) -> str:
     """`-0.4 [-1.3, +0.5] points` or `+0.0013 [+0.0002, +0.0024] nats`."""
     assert one.difference is not None and one.ci95 is not None
-    scale, unit = (100.0, "points") if one.unit == "share" else (1.0, "nats")
+    scale, unit = (100.0, "points") if one.unit == "share" else (1.0, one.unit)
     shown = [scale * value for value in (one.difference, *one.ci95)]
     half = (shown[2] - shown[1]) / 2
     places = min(6, max(1, 1 - math.floor(math.log10(half)))) if half > 0 else 4
@@ -285,7 +300,7 @@ def difference(one: Check) -> str:
 
 
 def _margin(one: Check) -> str:
-    return f"{100 * one.margin:g} points" if one.unit == "share" else f"{one.margin:g} nats"
+    return f"{100 * one.margin:g} points" if one.unit == "share" else f"{one.margin:.3g} {one.unit}"
 
 
 def restricted(scores: Scores, removed: frozenset[str]) -> dict[str, RowScores]:

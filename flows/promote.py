@@ -10,6 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from pydantic import ValidationError
+
 from flows.candidate import candidate
 from flows.cells import Draws
 from flows.champion import TRAIN_ROWS, Rival, evaluated, record_folder, stale, trained_on
@@ -57,7 +59,7 @@ def promote(run_folder: Path, home: Path, *, say: Say) -> Decision:
         found = candidate(run, Draws())
         if found.arm is None:
             return Decision("none", None, _reported(run, None).json["gate"], [])
-        journal = Journal(home, Recipe.model_validate(run.recipe).model_name)
+        journal = Journal(home, model_name(run_folder))
         lines = journal.lines()
         present = champion(lines)
         drafted = _drafted(run, found.arm, lines, present)
@@ -119,8 +121,25 @@ def roll_back(home: Path, model: str, version: int, *, say: Say) -> Decision:
 
 
 def model_name(run_folder: Path) -> str:
-    """Name in the registry of what a run makes."""
-    return Recipe.model_validate(read_json(run_folder / "recipe.resolved.json")).model_name
+    """Name in the registry of what a run makes.
+
+    Raises:
+        RecipeError: Its recipe is one of another version of Quench.
+    """
+    path = run_folder / "recipe.resolved.json"
+    try:
+        return Recipe.model_validate(read_json(path)).model_name
+    except ValidationError as error:
+        raise RecipeError(
+            [
+                Problem(
+                    what="The run's recipe is one of another version of Quench.",
+                    where=str(path),
+                    why=f"{error.error_count()} fields of it are unknown or have other values now.",
+                    next="quench run the recipe again; what has not changed is taken from the store.",
+                )
+            ]
+        ) from None
 
 
 def _not_back(
@@ -149,7 +168,7 @@ def _drafted(run: Run, arm: Arm, lines: list[Promotion], present: Promotion | No
     assert step is not None and step.manifest is not None and step.path is not None  # a candidate was made
     return Promotion(
         at=now(),
-        model=Recipe.model_validate(run.recipe).model_name,
+        model=model_name(run.folder),
         version=version_of(lines, step.manifest["digest"]),
         event="blocked",
         outcome="none",

@@ -6,6 +6,7 @@ is on the one that ships, `challenger` on the one that was judged last and did n
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 from mlflow.tracking import MlflowClient
 from mlflow.utils.file_utils import local_file_uri_to_path
+from sqlalchemy.exc import SQLAlchemyError
 
 from flows.champion import record_folder
 from flows.promotions import Promotion, challenger, champion, versions
@@ -33,11 +35,12 @@ def sync(home: Path, model: str, lines: Sequence[Promotion]) -> list[str]:
     """
     if not lines:
         return []
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # two lines on every new database
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
     try:
         return _Registry(home, model).sync(lines)
-    except (MlflowException, OSError) as error:
+    except (MlflowException, SQLAlchemyError, OSError) as error:
         return [f"the registry is behind promotions.jsonl: {str(error).splitlines()[0]}"]
 
 
@@ -93,13 +96,14 @@ class _Registry:
             self.client.log_model_artifacts(logged.model_id, str(files))
         self.client.finalize_logged_model(logged.model_id, "READY")
         card = record_folder(self.home, one) / "card.md"
+        # A logged model's URI is resolved by the process-wide tracking URI, which is ours only where a user set it; a
+        # server behind HTTP takes nothing else.
         made = self.client.create_model_version(
             self.model,
-            logged.model_uri,
+            logged.model_uri if "MLFLOW_TRACKING_URI" in os.environ else place,
             run_id=run,
-            model_id=logged.model_id,
             tags=self._tags(one, run, experiment),
-            description=card.read_text(encoding="utf-8")[:DESCRIPTION_CHARS] if card.exists() else None,
+            description=_described(card.read_text(encoding="utf-8")) if card.exists() else None,
         )
         return made.version
 
@@ -142,3 +146,8 @@ class _Registry:
             self.client.set_registered_model_alias(self.model, alias, wanted)
         elif wanted is None and now is not None:
             self.client.delete_registered_model_alias(self.model, alias)
+
+
+def _described(card: str) -> str:
+    """A card without its front matter, as long as MLflow's database takes."""
+    return card.removeprefix("---\n").partition("\n---\n")[2].strip()[:DESCRIPTION_CHARS]

@@ -63,9 +63,8 @@ def vet(path: Path, *, sets: Sequence[str], home: Path, only: Sequence[str] = ()
             raise RecipeError(problems)
     planned = plan(loaded.recipe, pins, Store(home), only=only)
     predicted = preflight(here, planned, home=home, base=pins.base.path, limits=limits(loaded.recipe))
-    return Vetted(
-        loaded=loaded, pins=pins, plan=planned, preflight=predicted, warnings=[*warnings(here), *rows.warnings]
-    )
+    warned = [*warnings(here), *(() if only else rows.warnings)]
+    return Vetted(loaded=loaded, pins=pins, plan=planned, preflight=predicted, warnings=warned)
 
 
 def _unknown(only: Sequence[str], recipe: Recipe) -> Iterator[Problem]:

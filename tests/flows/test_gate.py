@@ -132,6 +132,22 @@ def test_only_slices_of_200_rows_gate() -> None:
     assert "shown only" in found["task", "small"].as_dict()["text"]
 
 
+def test_a_model_that_reads_other_tokens_is_compared_by_bits_with_the_same_margin() -> None:
+    """0.018 nats a token of 0.02 that may be lost; 10 tokens are 40 bytes."""
+    tokens, size, right = np.full(500, 10.0), np.full(500, 40.0), np.ones(500)
+    loss = np.random.default_rng(2).gamma(2, 0.3, 500)
+    own = {"task": rows(right), "nll": rows(10 * (loss + 0.018), tokens), "nll_general": rows(right)}
+    own["bits"] = rows(10 * (loss + 0.018) / np.log(2), size)
+    theirs = {"task": rows(right), "bits": rows(10 * loss / np.log(2), size)}
+    found = {check.metric: check for check in judge(list(asked(own, theirs, "champion", GATE)), DRAWS)}
+    assert set(found) == {"task", "bits_per_byte"}
+    bits = found["bits_per_byte"]
+    assert bits.margin == pytest.approx(0.02 * 10 / 40 / np.log(2))
+    assert bits.difference == pytest.approx(0.018 * 10 / 40 / np.log(2))
+    assert (bits.unit, bits.outcome) == ("bits", "pass")
+    assert "bits a byte against champion" in bits.as_dict()["text"]
+
+
 def test_rows_that_are_left_out_leave_both_sides() -> None:
     scores = {"task": rows(np.arange(5.0)), "nll_general": rows(np.ones(5))}
     less = restricted(scores, frozenset({"000001", "000003"}))
