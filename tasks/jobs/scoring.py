@@ -141,7 +141,7 @@ def forced(model: Model, rows: Sequence[Row], caches: Caches | None = None) -> I
     for i, row in enumerate(rows):
         last = len(row.ids) - 1  # position t - 1 predicts token t
         own = logits[i, :last]
-        if torch.isfinite(own).all():
+        if torch.isfinite(own.sum(-1, dtype=torch.float32)).all():  # 0.7 us a token of 4,096; isfinite of each 10.7
             counted = torch.tensor(row.counted[1:], device=own.device).nonzero().squeeze(1)
             yield Predicted(row, own, ids[i, 1 : last + 1].to(own.device), counted)
         else:
