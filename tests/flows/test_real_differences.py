@@ -32,11 +32,11 @@ def again(home: Path, out: Path, *, model: Path | None = None) -> dict[str, RowS
 
 
 def damaged(home: Path, out: Path) -> Path:
-    """The merged model with noise of a tenth of its spread on one of its 42 linear layers."""
+    """The merged model with as much noise as weight on one of its 42 linear layers."""
     shutil.copytree(next((home / "store" / "merge").glob("*dequantized-*/files")), out)
     weights = load_file(out / "model.safetensors")
     noise = torch.randn(weights[LAYER].shape, generator=torch.Generator().manual_seed(0))
-    weights[LAYER] = (weights[LAYER].float() + 0.1 * weights[LAYER].float().std() * noise).bfloat16()
+    weights[LAYER] = (weights[LAYER].float() + weights[LAYER].float().std() * noise).bfloat16()
     (out / "model.safetensors").unlink()  # the store's files are read-only
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     return out
