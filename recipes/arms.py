@@ -120,11 +120,13 @@ def _kv_caches(arm: Arm) -> Iterator[Arm]:
 
 def _no_arms(asked: Sequence[str], every: Sequence[Arm]) -> Iterator[Problem]:
     """Entries of evaluate.kv_cache that name no arm, or one twice."""
-    able = [arm.slug for arm in every]
+    stored = [arm.slug for arm in every if arm.scheme and arm.scheme.kv_scales]
+    able = [arm.slug for arm in every if arm.slug not in stored]
     for index, slug in enumerate(asked):
         if slug not in able or slug in asked[:index]:
+            what = f"{slug} stands twice." if slug in asked[:index] else f"The matrix has no arm {slug}."
             yield Problem(
-                what=f"{slug} stands twice." if slug in asked[:index] else f"The matrix has no arm {slug}.",
+                what=f"{slug} has KV scales of its own, which enter its figures." if slug in stored else what,
                 where=f"evaluate.kv_cache.{index}",
                 why="Each entry is an arm of this recipe, which is evaluated again with its KV cache quantized.",
                 next=f"Write one of {', '.join(one for one in able if one not in asked)}.",
