@@ -12,18 +12,20 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import pyarrow.parquet as pq
 import torch
-from peft import PeftModel
 from torch import Tensor
 from transformers import Cache, GenerationConfig, PreTrainedModel
 
 from recipes.problem import Problem
 from tasks.runtime.errors import StageError
 
-Model = PreTrainedModel | PeftModel
+if TYPE_CHECKING:  # a seventh of the import time, and most arms have no adapter
+    from peft import PeftModel
+
+Model: TypeAlias = "PreTrainedModel | PeftModel"
 Caches = Callable[[], Cache]
 """An empty KV cache for a batch."""
 LOSS_TOKENS = 256  # fp32 logits of so many tokens at once
