@@ -7,8 +7,8 @@ endif
 
 ENVIRONMENTS := llmcompressor autoawq autogptq
 
-.PHONY: help install env-llmcompressor env-autoawq env-autogptq quickstart check test test-all test-gpu bench docs lock \
-        lock-envs clean
+.PHONY: help install env-llmcompressor env-autoawq env-autogptq quickstart check test test-all test-gpu bench folklore \
+        docs lock lock-envs clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -57,9 +57,13 @@ bench: install   ## the quickstart timed in an empty home: docs/results/quicksta
 	$(BIN)/python -m tests.bench.merge
 	$(BIN)/python -m tests.bench.train
 	$(BIN)/python -m tests.bench.quantizers
+	$(BIN)/python -m tests.bench.evaluation
 	$(BIN)/python -m tests.bench.calibration
 	$(BIN)/python -m tests.bench.interop
 bench: quickstart env-autoawq env-autogptq  # whose models and readers the last one takes
+
+folklore: install env-llmcompressor  ## what the field repeats, three seeds: docs/results/folklore.md, resumes
+	$(BIN)/python -m tests.bench.folklore
 
 docs: install    ## write the generated pages again
 	$(BIN)/python -m flows.docs

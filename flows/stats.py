@@ -196,7 +196,9 @@ def _studentize(estimand: Estimand, sums: Floats, groups: int) -> Studentized:
     active = float((residual**2).sum() ** 2 / (residual**4).sum())  # groups that carry the spread
     constant = resampled <= 1e-6 * spread
     se = np.where(constant, spread / np.sqrt(2 * active), np.maximum(resampled, spread / np.sqrt(2 * groups)))
-    return Studentized(at, spread, moved / se, least, unit)
+    # Rounding makes ties exact: of few discordant rows many resamples have the same t but for bits that depend on the
+    # processor's matrix product. Ranked apart, such ties widened a family beyond Bonferroni's 2.24 to 2.33.
+    return Studentized(at, spread, np.round(moved / se, 9), least, unit)
 
 
 def mean_interval(one: Studentized) -> Interval:

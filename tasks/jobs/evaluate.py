@@ -207,7 +207,7 @@ def _forced_scores(arm: _Loaded, rows: list[Row], job: Job, progress: _Progress)
                 found.absent.update(dict.fromkeys(("kl", "agree"), why))
                 continue
             kl = divergence(wanted, logits)
-            agree = (wanted.argmax(-1) == logits.argmax(-1)).sum().item()
+            agree = (wanted.max(-1).indices == logits.max(-1).indices).sum().item()  # argmax of bf16: 4 times slower
             found.scores.append(_score(row, "kl", kl.sum().item(), row.n))
             found.scores.append(_score(row, "agree", agree, row.n))
             place = {"row": row.row, "group": row.group, "split": row.split}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import sys
 import tempfile
@@ -35,9 +36,10 @@ GOAL = 1.15
 
 
 class Spent(NamedTuple):
-    """Seconds of one process; the parts are of the bare script alone."""
+    """Seconds of one process, on the clock and of the CPU; the parts are of the bare script alone."""
 
     whole: float
+    cpu: float
     load: float = 0.0
     forward: float = 0.0
     decode: float = 0.0
@@ -90,7 +92,7 @@ def bare(job: Job) -> Spent:
             padded, mask = _padded([row["prompt_ids"] for row in batch], left=True)
             made = model.generate(input_ids=padded, attention_mask=mask, generation_config=greedy)
             tokenizer.batch_decode(made[:, padded.shape[1] :], skip_special_tokens=True)
-    return Spent(0.0, load, forward, time.perf_counter() - clock)
+    return Spent(0.0, 0.0, load, forward, time.perf_counter() - clock)
 
 
 def _loaded(job: Job) -> Any:
@@ -160,10 +162,18 @@ def once(job: Job, *, ours: bool) -> Spent:
         replace(job, out=folder / "files", execution=replace(job.execution, threads=1)).dump(folder / "job.json")
         if ours:
             argv = [sys.executable, "-P", "-m", "tasks.runtime.child", "run", str(folder / "job.json")]
-            return Spent(timed(argv, log=folder / "log"))
+            return Spent(*clocked(argv, log=folder / "log"))
         argv = [sys.executable, "-m", "tests.bench.evaluation", "--bare", str(folder / "job.json")]
-        whole = timed(argv, log=folder / "log")
-        return Spent(whole, *json.loads((folder / "files" / "spent.json").read_text())[1:])
+        taken = clocked(argv, log=folder / "log")
+        return Spent(*taken, *json.loads((folder / "files" / "spent.json").read_text())[2:])
+
+
+def clocked(argv: list[str], *, log: Path) -> tuple[float, float]:
+    """Seconds of a process on the clock, and of the CPU (user and system)."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = timed(argv, log=log)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return seconds, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
 
 def start() -> Start:
@@ -201,19 +211,20 @@ def pairs_of(jobs: Mapping[str, Job], *, pairs: int) -> list[Pair]:
 def table(done: list[Pair], once_paid: Start) -> str:
     """A row an arm and one for all of them."""
     lines = [
-        "| arm | bare, s | of it load | forward | decode | ours, s | ours / bare | whole processes |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| arm | bare, s | of it load | forward | decode | ours, s | ours / bare | whole processes | their CPU time |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     slugs = list(done[0])
     for name, members in [*((slug, [slug]) for slug in slugs), (f"**{len(slugs)} arms**", slugs)]:
         ours = [sum(pair[slug][0].whole for slug in members) for pair in done]
         bare = [sum(pair[slug][1].whole for slug in members) for pair in done]
         paid = [len(members) * seconds for seconds in (once_paid.ours, once_paid.bare)]
-        parts = [statistics.median(sum(pair[slug][1][part] for slug in members) for pair in done) for part in (1, 2, 3)]
+        parts = [statistics.median(sum(pair[slug][1][part] for slug in members) for pair in done) for part in (2, 3, 4)]
         inner = interval([(a - paid[0]) / (b - paid[1]) for a, b in zip(ours, bare, strict=True)])
         whole = interval([a / b for a, b in zip(ours, bare, strict=True)])
+        cpu = interval([sum(p[s][0].cpu for s in members) / sum(p[s][1].cpu for s in members) for p in done])
         medians = [statistics.median(bare) - paid[1], *parts, statistics.median(ours) - paid[0]]
-        lines.append(f"| {name} | {' | '.join(f'{one:.2f}' for one in medians)} | {inner} | {whole} |")
+        lines.append(f"| {name} | {' | '.join(f'{one:.2f}' for one in medians)} | {inner} | {whole} | {cpu} |")
     return "\n".join(lines)
 
 
@@ -234,13 +245,13 @@ through Quench's evaluate job, as a run starts it, against a script of what one 
 the same batches and throw the logits away, decode the same prompts greedily. Ours also computes losses, KL to the
 reference over the full vocabulary, agreement and task scores, and writes them. Both are processes of their own on one
 thread, started in turns; the NF4 model has the same kernel in both. {len(done)} pairs; ratios are medians with 95 %
-bootstrap intervals.
-Goal: all arms at most {GOAL} times the bare time, the start of processes apart.
+bootstrap intervals. Goal: all arms at most {GOAL} times the bare time, the start of processes apart.
 
 {table(done, once_paid)}
 
 Seconds are without the start of a process (interpreter and first imports: bare {once_paid.bare:.2f} s, ours
-{once_paid.ours:.2f} s, paid once an arm); *whole processes* has it in both.
+{once_paid.ours:.2f} s, paid once an arm); *whole processes* has it in both, and so has *their CPU time*, which other
+work on the machine moves least.
 
 {machine["cpu"]}, {machine["cores"]} cores, {machine["memory_gib"]} GiB;
 {", ".join(f"{name} {versions[name]}" for name in tools)}.

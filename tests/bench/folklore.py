@@ -133,7 +133,7 @@ def page(runs: dict[int, Run], flows: list[Flow]) -> str:
     seeds = {seed: Evidence.of(run) for seed, run in sorted(runs.items())}
     table = "\n".join(_lines([row(claim, seeds, flows) for claim in CLAIMS]))
     raw: dict[str, Any] = dict(next(iter(runs.values())).raw)
-    machine, versions = raw["hardware"], raw["versions"]
+    machine = raw["hardware"]
     return f"""<!-- Written by `python -m tests.bench.folklore`. -->
 # Folklore, measured
 
@@ -148,7 +148,7 @@ shown where it lies wholly on the other; the rest is open. Seeds of one task on 
 {table}
 
 {machine["cpu"]}, {machine["cores"]} cores, {machine["memory_gib"]} GiB;
-{", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft", "gptqmodel", "bitsandbytes"))}.
+{", ".join(f"{name} {version}" for name, version in raw["versions"].items())}.
 """
 
 
@@ -163,9 +163,9 @@ def main() -> None:
     args = parser.parse_args()
     home, seeds = (args.home or find_home()).resolve(), args.seed or list(SEEDS)
     if not args.render:
-        for seed in seeds:
-            if seed not in finished(args.recipe, home):
-                run_seed(args.recipe, seed, home)
+        done = {seed for seed, run in finished(args.recipe, home).items() if run.raw["status"] == "completed"}
+        for seed in sorted(set(seeds) - done):
+            run_seed(args.recipe, seed, home)
     runs = {seed: run for seed, run in finished(args.recipe, home).items() if seed in seeds}
     if not runs:
         raise SystemExit(f"no finished run of {args.recipe} with train.seed {seeds} in {home}")

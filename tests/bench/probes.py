@@ -15,6 +15,7 @@ from flows.layers import layers_of, part_of
 from flows.metrics import METRICS, difference_text, significant
 from flows.stats import Estimand, Interval, Sums, difference_intervals, studentized
 
+NO_BOUND = -100.0  # per cent: no perplexity falls by more
 Outcome = Literal["shown", "refuted", "open"]
 
 
@@ -142,7 +143,8 @@ class Rise:
     @property
     def label(self) -> str:
         """What is compared, and what is claimed."""
-        return f"perplexity of {self.a} over {self.b} (claimed: {self.low:g} to {self.high:g} %)"
+        claimed = f"below {self.high:g} %" if self.low == NO_BOUND else f"{self.low:g} to {self.high:g} %"
+        return f"perplexity of {self.a} over {self.b} (claimed: {claimed})"
 
     def seen(self, evidence: Evidence) -> Seen:
         """exp(difference of the mean losses) - 1, in per cent."""

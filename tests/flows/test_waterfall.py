@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,14 @@ import pytest
 
 from flows.cells import Draws
 from flows.comparisons import verdict
-from flows.evidence import RowScores
+from flows.evidence import RowScores, read_run
+from flows.power import sentence
+from flows.report import evaluate
+from flows.report_text import markdown
 from flows.stats import Interval
 from flows.waterfall import waterfall
 from tests.flows.paths import arm, evidence
+from tests.flows.synthetic_run import SyntheticRun
 
 MERGED = "merged-dequantized"
 ARMS = (
@@ -131,3 +136,17 @@ def test_without_base_in_nf4_there_is_no_bar_of_it_and_without_reference_nothing
     assert made(scores)["base"] is None
     del scores["nf4-adapter"]
     assert waterfall(evidence(ARMS, scores), Draws()) is None
+
+
+def test_the_report_has_both_and_every_scheme_has_its_path(tmp_path: Path) -> None:
+    report = evaluate(read_run(SyntheticRun(tmp_path, test=120, general=40).write(), tmp_path))
+    schemes = [slug for slug in report["arms"] if slug.startswith(("awq", "gptq", "rtn")) and "." not in slug]
+    assert [path["arm"] for path in report["waterfall"]["paths"]] == schemes
+    assert [one["arm"] for one in report["power"]] == schemes
+    for path in report["waterfall"]["paths"]:
+        total = sum(step["difference"] for step in path["steps"])
+        assert total == pytest.approx(path["losses"][path["arm"]] - path["losses"]["nf4-adapter"], abs=1e-12)
+        loss = np.log(report["arms"][path["arm"]]["metrics"]["ppl_test"]["value"])
+        assert path["losses"][path["arm"]] == pytest.approx(loss, rel=1e-9)
+    told = sentence(report["power"])
+    assert told is not None and told in markdown(report)
