@@ -1,7 +1,7 @@
 """Prefect's start-up hook: `prefect deployment run finetune-and-quantize` works bare in a folder that enables it.
 
-Prefect loads this on every start below a pyproject.toml with `[tool.prefect.plugins] enabled = true` (docs/adr/0011).
-It names the API of the `quench up` of this folder's home, else of the only one that runs, and acts on one command alone.
+Prefect loads this on every start in a folder whose pyproject.toml enables it (docs/adr/0011).
+It names the API of the `quench up` of this home, else of the only one that runs, and acts on one command alone.
 """
 
 from __future__ import annotations
