@@ -122,8 +122,7 @@ def _run(args: argparse.Namespace) -> int:
     if not args.json:
         print(f"\n{time.monotonic() - clock:.0f} s. What to look at:")
         print(f"  {folder / 'report.html'}")
-        print(f"  .venv/bin/mlflow ui --backend-store-uri sqlite:///{home / 'mlflow.db'}")
-        print(f"  PREFECT_HOME={home / 'prefect'} .venv/bin/prefect server start")
+        print("  quench up, and the pages of MLflow and Prefect that it names")
     return code
 
 
@@ -324,6 +323,24 @@ def _store_verify(args: argparse.Namespace) -> int:
     return FAILED if damage else DONE
 
 
+def _store_gc(args: argparse.Namespace) -> int:
+    from flows.store_gc import collect
+    from tasks.runtime.store import find_home
+
+    told, text = collect(find_home(), remove=args.yes)
+    _print(told, text, as_json=args.json)
+    return DONE
+
+
+def _track_sync(args: argparse.Namespace) -> int:
+    from flows.track_sync import sync
+    from tasks.runtime.store import find_home
+
+    written = sync(find_home(), lambda text: print(text, file=sys.stderr))
+    _print({"written": written}, f"{len(written)} runs written", as_json=args.json)
+    return DONE
+
+
 def _schemes(args: argparse.Namespace) -> int:
     from flows.scheme_list import listed_schemes, text
 
@@ -336,9 +353,10 @@ def _up(args: argparse.Namespace) -> int:
     from flows.up import Asked, up
     from tasks.runtime.store import find_home
 
-    signal.signal(signal.SIGTERM, _terminated)
-    asked = Asked(host=args.host, prefect_port=args.prefect_port, mlflow_port=args.mlflow_port)
-    up(find_home(), asked, lambda text: print(text, flush=True))
+    for number in (signal.SIGTERM, signal.SIGINT):  # a shell's background job starts with SIGINT ignored
+        signal.signal(number, _terminated)
+    names = ("host", "prefect_port", "mlflow_port", "postgres")
+    up(find_home(), Asked(**{name: getattr(args, name) for name in names}), lambda text: print(text, flush=True))
     os._exit(DONE)  # everything has ended; tearing down the modules would take 2 of the 10 s that a stop may
 
 
@@ -412,10 +430,17 @@ def _parser() -> argparse.ArgumentParser:
     served.add_argument("--prefect-port", type=int, metavar="N", help="default: 4200, or the next that is free")
     served.add_argument("--mlflow-port", type=int, metavar="N", help="default: 5000, or the next that is free")
     served.add_argument("--host", default="127.0.0.1", help="listen elsewhere than on loopback; says what that exposes")
+    served.add_argument(
+        "--postgres", metavar="URL", help="in place of SQLite: postgresql://USER:PASSWORD@HOST/DATABASE"
+    )
     command("schemes", _schemes, "List the quantization schemes.")
     store = commands.add_parser("store", help="look into the store").add_subparsers(required=True, metavar="COMMAND")
     command("ls", _store_ls, "List artifacts.", under=store)
     command("verify", _store_verify, "Verify every file's sha256.", under=store)
+    freed = command("gc", _store_gc, "Say what no run and no promotion reaches; with --yes, remove it.", under=store)
+    freed.add_argument("--yes", action="store_true", help="remove it")
+    track = commands.add_parser("track", help="MLflow's view").add_subparsers(required=True, metavar="COMMAND")
+    command("sync", _track_sync, "Write to MLflow what it does not have whole, from the runs' records.", under=track)
     return root
 
 

@@ -7,15 +7,16 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from prefect import Flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter, WorkPoolFilter
 from prefect.client.schemas.objects import FlowRun
-from prefect.deployments.runner import EntrypointType
+from prefect.deployments.runner import RunnerDeployment
 from prefect.states import Crashed
+from prefect.types.entrypoint import EntrypointType
 from prefect.workers.process import ProcessWorker
 
 from flows.evaluate_only import evaluate_only
@@ -24,10 +25,10 @@ from flows.pipeline import finetune_and_quantize
 POOL = "quench"
 NAME = "default"
 WORKER = "quench up"
-FLOWS: tuple[Flow[..., Any], ...] = (
-    finetune_and_quantize,
-    evaluate_only,
-)  # those of infra/prefect.yaml; a test compares
+FLOWS = (  # those of infra/prefect.yaml; a test compares
+    cast("Flow[..., str]", finetune_and_quantize),
+    cast("Flow[..., str]", evaluate_only),
+)
 UNDER_WAY = ("PENDING", "RUNNING", "CANCELLING")
 PAGE = 200
 NOT_ENDED = TaskRunFilter.model_validate({"state": {"type": {"any_": ["SCHEDULED", *UNDER_WAY]}}})
@@ -49,7 +50,8 @@ def register(folder: Path) -> list[str]:
         client.create_work_pool(pool, overwrite=True)
     names = []
     for one in FLOWS:
-        deployment = one.to_deployment(
+        deployment = RunnerDeployment.from_flow(
+            one,
             NAME,
             work_pool_name=POOL,
             job_variables={"working_dir": str(folder)},
@@ -75,15 +77,18 @@ def worker_answers(since: dt.datetime) -> bool:
     return any(one.name == WORKER and one.last_heartbeat_time and one.last_heartbeat_time >= since for one in found)
 
 
-def mark_crashed(why: str) -> list[str]:
-    """Mark the pool's runs that nobody executes any more, to be called while no worker lives; returns their names.
+def mark_crashed(why: str, *, dead: Sequence[str] = ()) -> list[str]:
+    """Mark runs that nobody executes any more, which Prefect itself leaves Running for ever; returns their names.
 
-    Prefect itself leaves them Running for ever.
+    Args:
+        why: Message of the state.
+        dead: Ids of flow runs that `quench run` started and whose process is gone. Those of the pool are looked up: no
+            worker may live while this is called.
     """
     marked: list[str] = []
     crashed = Crashed(message=why)
     with get_client(sync_client=True) as client:
-        while runs := _under_way(client):
+        while runs := [*(_under_way(client, {"id": {"any_": dead}}) if dead else ()), *_under_way(client, {}, POOL)]:
             for run in runs:
                 of_run = FlowRunFilter.model_validate({"id": {"any_": [run.id]}})
                 for task in client.read_task_runs(flow_run_filter=of_run, task_run_filter=NOT_ENDED):
@@ -93,9 +98,10 @@ def mark_crashed(why: str) -> list[str]:
     return marked
 
 
-def _under_way(client: SyncPrefectClient) -> Sequence[FlowRun]:
+def _under_way(client: SyncPrefectClient, which: dict[str, Any], pool: str | None = None) -> Sequence[FlowRun]:
+    state = {"state": {"type": {"any_": UNDER_WAY}}}
     return client.read_flow_runs(
-        flow_run_filter=FlowRunFilter.model_validate({"state": {"type": {"any_": UNDER_WAY}}}),
-        work_pool_filter=WorkPoolFilter.model_validate({"name": {"any_": [POOL]}}),
+        flow_run_filter=FlowRunFilter.model_validate({**which, **state}),
+        work_pool_filter=WorkPoolFilter.model_validate({"name": {"any_": [pool]}}) if pool else None,
         limit=PAGE,
     )

@@ -21,8 +21,9 @@ from typing import Any, Concatenate, ParamSpec
 from urllib.parse import quote
 
 import mlflow
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.store.entities.paged_list import PagedList
 from mlflow.tracking import MlflowClient
 from mlflow.utils.file_utils import local_file_uri_to_path
 
@@ -43,8 +44,10 @@ HEADLINE = ("task", "ppl_test", "ppl_general", "kl_mean", "top1_agreement", "siz
 
 
 def tracking_uri(home: Path) -> str:
-    """MLFLOW_TRACKING_URI, else SQLite below QUENCH_HOME."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
+    """MLFLOW_TRACKING_URI, else the server of a `quench up --postgres`, else SQLite below QUENCH_HOME."""
+    up = home / "up.json"
+    named = os.environ.get("MLFLOW_TRACKING_URI") or (read_json(up).get("tracking") if up.exists() else None)
+    return named or f"sqlite:///{home / 'mlflow.db'}"
 
 
 def told(body: Callable[Concatenate[Tracker, P], None]) -> Callable[Concatenate[Tracker, P], None]:
@@ -113,7 +116,8 @@ class Tracker:
                         what="MLflow does not answer",
                         where=self.uri,
                         why=str(error).splitlines()[0],
-                        next="start that server, or unset MLFLOW_TRACKING_URI to use SQLite below QUENCH_HOME",
+                        next="start that server; or, for SQLite below QUENCH_HOME, unset MLFLOW_TRACKING_URI and "
+                        "remove the up.json that a killed `quench up` left",
                     )
                 ]
             ) from error
@@ -122,6 +126,22 @@ class Tracker:
         local = self.uri.startswith("sqlite:")
         place = (self.home / "mlartifacts" / experiment).as_uri() if local else None
         return self._client.create_experiment(experiment, artifact_location=place)
+
+    def known(self) -> dict[str, str]:
+        """What MLflow has of this run: key of a step or an arm, empty for the parent -> status."""
+        return {run.data.tags.get("quench.key", ""): run.info.status for run in self._found()}
+
+    def forget(self) -> None:
+        """Delete what MLflow has of this run: it is written anew."""
+        for run in self._found():
+            self._client.delete_run(run.info.run_id)
+
+    def close(self) -> None:
+        """End the thread of a tracker that writes nothing."""
+        self.thread.shutdown()
+
+    def _found(self) -> PagedList[Run]:
+        return self._client.search_runs([self.experiment], f"tags.`quench.run` = '{self.run}'", max_results=1000)
 
     @told
     def start(self, recipe: Mapping[str, Any], *, tags: Mapping[str, str]) -> None:
@@ -201,10 +221,10 @@ class Tracker:
         note = "\n".join([f"[Compare the arms]({link})", "", *overview(report)])
         self._client.set_tag(self.parent, "mlflow.note.content", note[:NOTE_CHARS])
 
-    def end(self, status: str) -> None:
-        """Close the parent run (completed, failed or stopped) and wait; after a stop, for a short time only."""
+    def end(self, status: str, *, hurry: bool = True) -> None:
+        """Close the parent run (completed, failed or stopped) and wait; after a stop, in a hurry, not for long."""
         self._close(status)
-        undone = wait(self.asked, timeout=STOP_S if status == "stopped" else None).not_done
+        undone = wait(self.asked, timeout=STOP_S if status == "stopped" and hurry else None).not_done
         self.thread.shutdown(wait=False, cancel_futures=True)
         if undone:
             self.trouble.append(f"{len(undone)} calls were not made within {STOP_S:g} s of the stop")

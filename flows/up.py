@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
-import fcntl
 import os
 import signal
 import socket
@@ -18,15 +17,16 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
 
-from flows.server import answers, prefect_settings, start_prefect, wait_for
+from flows.postgres import Stores, stores
+from flows.server import answers, links, prefect_settings, start_prefect, wait_for
 from recipes.problem import Problem, RecipeError
 from tasks.runtime.launch import CHECKOUT, Child, Launcher
-from tasks.runtime.store import read_json, write_json
+from tasks.runtime.store import locked_now, read_json, write_json
 
 LOOPBACK = ("127.0.0.1", "localhost")
 PREFECT_PORT, MLFLOW_PORT = 4200, 5000
@@ -49,6 +49,7 @@ class Asked:
     host: str = "127.0.0.1"
     prefect_port: int | None = None
     mlflow_port: int | None = None
+    postgres: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -77,7 +78,7 @@ def up(home: Path, asked: Asked, say: Callable[[str], None]) -> None:
 
     Args:
         home: QUENCH_HOME.
-        asked: Host and ports.
+        asked: Host, ports, and the URL of a PostgreSQL database that takes the place of SQLite.
         say: Prints a line.
 
     Raises:
@@ -90,36 +91,34 @@ def up(home: Path, asked: Asked, say: Callable[[str], None]) -> None:
         mlflow = take_port(asked.host, asked.mlflow_port, MLFLOW_PORT, option="--mlflow-port", but=prefect)
         if asked.host not in LOOPBACK:
             say(exposed(asked.host, prefect, mlflow))
+        chosen = replace(asked, prefect_port=prefect, mlflow_port=mlflow)
         with Launcher() as launcher:
-            Services(home, launcher, host=asked.host, prefect=prefect, mlflow=mlflow, say=say).run()
+            Services(home, launcher, chosen, say=say).run()
 
 
 class Services:
     """The parts, in the order in which they start and against which they end."""
 
-    def __init__(
-        self, home: Path, launcher: Launcher, *, host: str, prefect: int, mlflow: int, say: Callable[[str], None]
-    ) -> None:
-        self.home, self.launcher, self.say = home, launcher, say
-        near = "127.0.0.1" if host in (*LOOPBACK, "0.0.0.0") else host
-        self.prefect_url, self.mlflow_url = f"http://{near}:{prefect}", f"http://{near}:{mlflow}"
+    def __init__(self, home: Path, launcher: Launcher, asked: Asked, *, say: Callable[[str], None]) -> None:
+        self.home, self.launcher, self.asked, self.say = home, launcher, asked, say
+        near = "127.0.0.1" if asked.host in (*LOOPBACK, "0.0.0.0") else asked.host
+        self.prefect_url, self.mlflow_url = f"http://{near}:{asked.prefect_port}", f"http://{near}:{asked.mlflow_port}"
         self.api = f"{self.prefect_url}/api"
+        self.stores: Stores | None = stores(asked.postgres) if asked.postgres else None
+        self.link = links() / f"up-{os.getpid()}.json"
         self.folder = home / "up"
         self.folder.mkdir(exist_ok=True)
-
-        def part(name: str, start: Callable[[Path], Child]) -> Part:
-            log = self.folder / f"{name}.log"
-            if log.exists():
-                log.replace(log.with_suffix(".log.before"))
-            return Part(name=name, start=lambda: start(log), log=log)
-
-        self.prefect = part(
-            "prefect", lambda log: start_prefect(home, launcher, port=prefect, host=host, log=log, settings=STREAM)
-        )
-        self.mlflow = part("mlflow", lambda log: self._start_mlflow(host, mlflow, log))
-        self.worker = part("worker", self._start_worker)
+        self.prefect = self._part("prefect", self._start_prefect)
+        self.mlflow = self._part("mlflow", self._start_mlflow)
+        self.worker = self._part("worker", self._start_worker)
         self.parts = (self.prefect, self.mlflow, self.worker)
         self._worker_since = dt.datetime.now(dt.UTC)
+
+    def _part(self, name: str, start: Callable[[Path], Child]) -> Part:
+        log = self.folder / f"{name}.log"
+        if log.exists():
+            log.replace(log.with_suffix(".log.before"))
+        return Part(name=name, start=lambda: start(log), log=log)
 
     def run(self) -> None:
         """Start, keep, and end it all."""
@@ -137,15 +136,20 @@ class Services:
             self._stop()
 
     def _start(self) -> None:
+        (self.home / "up.json").unlink(missing_ok=True)  # of one that was killed
         self.prefect.child = self.prefect.start()
         self.mlflow.child = self.mlflow.start()
         from flows.deployments import mark_crashed, register  # 8 s of imports while the servers start
+        from flows.runs import stop_dead
+        from flows.track_sync import sync_run
 
         wait_for(
             lambda: answers(self.api), "the Prefect server", at=self.api, child=self.prefect.child, log=self.prefect.log
         )
-        for name in mark_crashed("the `quench up` that executed it was killed; running it again resumes"):
-            self.say(f"marked as crashed: {name}, left by a `quench up` that was killed")
+        stopped = stop_dead(self.home)
+        dead = [id for folder in stopped if (id := read_json(folder / "steps.json").get("flow_run"))]
+        for name in mark_crashed("the process that executed it was killed; running it again resumes", dead=dead):
+            self.say(f"marked as crashed: {name}, whose process was killed")
         names = register(Path.cwd())
         self._worker_since = dt.datetime.now(dt.UTC)
         self.worker.child = self.worker.start()
@@ -153,9 +157,26 @@ class Services:
             self._mlflow_answers, "the MLflow server", at=self.mlflow_url, child=self.mlflow.child, log=self.mlflow.log
         )
         wait_for(self._worker_answers, "the worker", at=self.api, child=self.worker.child, log=self.worker.log)
-        told = {"pid": os.getpid(), "prefect": self.api, "mlflow": self.mlflow_url, "deployments": names}
-        write_json(self.home / "up.json", {**told, "folder": str(Path.cwd())})
+        told = {"pid": os.getpid(), "home": str(self.home), "folder": str(Path.cwd())}
+        told |= {"prefect": self.api, "mlflow": self.mlflow_url, "deployments": names}
+        told |= {"tracking": self.mlflow_url} if self.stores else {}
+        write_json(self.home / "up.json", told)
+        self._link()
+        for folder in stopped:
+            sync_run(self.home, folder)
         self.say(f"ready  prefect {self.prefect_url}  mlflow {self.mlflow_url}")
+
+    def _link(self) -> None:
+        """Let folders with a home of their own find this one; forget those that were killed."""
+        try:
+            self.link.parent.mkdir(parents=True, exist_ok=True)
+            for one in self.link.parent.glob("up-*.json"):
+                if not psutil.pid_exists(int(one.stem.removeprefix("up-"))):
+                    one.unlink(missing_ok=True)
+            self.link.unlink(missing_ok=True)
+            self.link.symlink_to(self.home / "up.json")
+        except OSError as error:
+            self.say(f"other folders need QUENCH_HOME={self.home} to find this: {error}")
 
     def _again(self, part: Part) -> None:
         """Start a part that ended; runs that a worker took along are marked.
@@ -186,6 +207,7 @@ class Services:
             self.worker.child.signal(signal.SIGKILL)
             self._mark("`quench up` was stopped; running it again resumes")
         (self.home / "up.json").unlink(missing_ok=True)
+        self.link.unlink(missing_ok=True)
         self.launcher.end_all()
 
     def _end_flows(self, worker: Child) -> None:
@@ -208,12 +230,21 @@ class Services:
             for name in mark_crashed(why):
                 self.say(f"marked as crashed: {name}")
 
-    def _start_mlflow(self, host: str, port: int, log: Path) -> Child:
+    def _start_prefect(self, log: Path) -> Child:
+        more = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": self.stores.prefect} if self.stores else {}
+        port = int(self.prefect_url.rsplit(":", 1)[1])
+        settings = {**STREAM, **more}
+        return start_prefect(self.home, self.launcher, port=port, host=self.asked.host, log=log, settings=settings)
+
+    def _start_mlflow(self, log: Path) -> Child:
         """MLflow on the SQLite file that runs write to; artifacts are local files, so weights pass no server."""
-        stores = ["--backend-store-uri", f"sqlite:///{self.home / 'mlflow.db'}"]
+        port = self.mlflow_url.rsplit(":", 1)[1]
         files = ["--no-serve-artifacts", "--default-artifact-root", (self.home / "mlartifacts").as_uri()]
-        words = ["server", "--host", host, "--port", str(port), "--workers", "1", *stores, *files]
-        env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **self._modules()}
+        words = ["server", "--host", self.asked.host, "--port", port, "--workers", "1", *files]
+        store = self.stores.mlflow if self.stores else f"sqlite:///{self.home / 'mlflow.db'}"
+        own = {"MLFLOW_BACKEND_STORE_URI": store, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        env = {**os.environ, **own, **self._modules()}
+        env.pop("HF_TOKEN", None)
         return self._guarded("mlflow", words, env=env, log=log)
 
     def _start_worker(self, log: Path) -> Child:
@@ -221,6 +252,8 @@ class Services:
 
         words = ["worker", "start", "--pool", POOL, "--name", WORKER, "--type", "process", "--install-policy", "never"]
         env = {**os.environ, "PREFECT_WORKER_QUERY_SECONDS": str(WORKER_QUERY_S), **self._modules()}
+        if self.stores:
+            env.setdefault("MLFLOW_TRACKING_URI", self.mlflow_url)
         return self._guarded("prefect", words, env=env, log=log)
 
     def _guarded(self, program: str, words: list[str], *, env: Mapping[str, str], log: Path) -> Child:
@@ -251,10 +284,8 @@ def only_one(home: Path) -> Generator[None]:
     Raises:
         RecipeError: Another `quench up` holds it.
     """
-    with (home / "up.lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with locked_now(home / "up.lock") as ours:
+        if not ours:
             told = read_json(home / "up.json") if (home / "up.json").exists() else {}
             at = f"process {told['pid']}, Prefect at {told['prefect']}" if told else "still starting"
             problem = Problem(
@@ -263,7 +294,7 @@ def only_one(home: Path) -> Generator[None]:
                 why=f"{at}; two workers on one database would execute each other's runs",
                 next="use that one, or end it by Ctrl-C or SIGTERM; or set another QUENCH_HOME",
             )
-            raise RecipeError([problem]) from None
+            raise RecipeError([problem])
         yield
 
 

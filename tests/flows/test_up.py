@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import sqlite3
@@ -13,8 +14,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psycopg2
 import pytest
 
+from flows.postgres import stores
+from flows.server import free_port
 from flows.up import Asked, exposed, take_port, up
 from recipes.problem import RecipeError
 from tests.conftest import World
@@ -39,13 +43,13 @@ class Project:
         (folder / "pyproject.toml").write_text(PYPROJECT)
         # No variable of the tests' own server, and none that names the home: the folder does.
         self.env = {name: text for name, text in os.environ.items() if not name.startswith(("PREFECT_", "QUENCH_"))}
-        self.env |= {"QUENCH_CPU_SLOTS": "1", "COLUMNS": "300"}
+        self.env |= {"QUENCH_CPU_SLOTS": "1", "COLUMNS": "300", "XDG_STATE_HOME": str(folder / "state")}
         self.out = folder / "up.out"
 
-    def up(self) -> subprocess.Popen[bytes]:
+    def up(self, *more: str) -> subprocess.Popen[bytes]:
         """Start `quench up` and wait for its ready line."""
         with self.out.open("wb") as out:
-            words = [sys.executable, "-m", "flows.cli", "up"]
+            words = [sys.executable, "-m", "flows.cli", "up", *more]
             process = subprocess.Popen(words, cwd=self.folder, env=self.env, stdout=out, stderr=out)
         deadline = time.monotonic() + START_S
         while not re.search(READY, self.out.read_text()):
@@ -53,12 +57,14 @@ class Project:
             time.sleep(0.1)
         return process
 
-    def prefect(self, *words: str, name: str = "finetune-and-quantize") -> subprocess.CompletedProcess[str]:
+    def prefect(
+        self, *words: str, name: str = "finetune-and-quantize", folder: Path | None = None
+    ) -> subprocess.CompletedProcess[str]:
         """Type `prefect deployment run NAME ...` in the folder."""
         program = str(Path(sys.executable).with_name("prefect"))
         return subprocess.run(
             [program, "deployment", "run", name, *words],
-            cwd=self.folder,
+            cwd=folder or self.folder,
             env={**self.env, "HOME": str(self.folder)},
             capture_output=True,
             text=True,
@@ -69,6 +75,12 @@ class Project:
         """States of all flow runs, oldest first, as the database has them."""
         with contextlib.closing(sqlite3.connect(self.home / "prefect" / "prefect.db")) as database:
             return [name for (name,) in database.execute("select state_name from flow_run order by created")]
+
+    def mlflow_states(self) -> set[str]:
+        """States of all runs that MLflow shows."""
+        with contextlib.closing(sqlite3.connect(self.home / "mlflow.db")) as database:
+            rows = database.execute("select status from runs where lifecycle_stage = 'active'")
+            return {name for (name,) in rows}
 
     def run_status(self) -> str:
         """Status of the newest run's record."""
@@ -125,11 +137,24 @@ def test_stopped_and_killed_with_a_run_under_way(project: Project):
     process.kill()
     process.wait()
     wait_gone(project.home)
-    assert project.states() == ["Running"]
+    run = subprocess.Popen(  # with a server of its own, on the same database
+        [sys.executable, "-m", "flows.cli", "run", "recipe.yaml"],
+        cwd=project.folder,
+        env=project.env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    project.wait_training()
+    run.kill()
+    run.wait()
+    wait_gone(project.home)
+    assert project.states() == ["Running", "Running"]
 
-    process = project.up()  # finds what the killed one left
-    assert "marked as crashed: recipe.yaml" in project.out.read_text()
-    assert project.states() == ["Crashed"]
+    process = project.up()  # finds what the killed ones left
+    assert "marked as crashed: recipe.yaml, whose process was killed" in project.out.read_text()
+    assert project.states() == ["Crashed", "Crashed"]
+    assert project.run_status() == "stopped"
+    assert "RUNNING" not in project.mlflow_states()
     assert project.prefect(*words).returncode == 0
     project.wait_training()
     clock = time.monotonic()
@@ -137,8 +162,9 @@ def test_stopped_and_killed_with_a_run_under_way(project: Project):
     assert process.wait(60) == 0
     wait_gone(project.home)
     assert time.monotonic() - clock < GONE_S
-    assert project.states() == ["Crashed", "Crashed"]
+    assert project.states() == ["Crashed", "Crashed", "Crashed"]
     assert project.run_status() == "stopped"
+    assert "RUNNING" not in project.mlflow_states()
 
 
 @pytest.mark.slow
@@ -174,6 +200,13 @@ def test_wrong_input_is_refused_with_everything_that_is_wrong(project: Project):
         recipe.replace("rank: 8", "rank: -8").replace("seq_len: 512", "seq_len: x")
     )
     process = project.up()
+    # A folder with no home of its own finds the only `quench up`; relative paths are seen from it.
+    other = project.folder.with_name("other")
+    other.mkdir()
+    (other / "pyproject.toml").write_text(PYPROJECT)
+    (other / "worse.yaml").write_text(recipe.replace("rank: 8", "rank: -9"))
+    elsewhere = project.prefect("--param", "recipe=worse.yaml", "--watch", folder=other)
+    assert elsewhere.returncode == 1 and "`train.rank` is -9" in elsewhere.stdout, elsewhere.stderr
     for name in ("finetune-and-quantize", "finetune-and-quantize/default"):
         refused = project.prefect("--param", "recipe=bad.yaml", "--watch", name=name)
         assert refused.returncode == 1
@@ -188,7 +221,62 @@ def test_wrong_input_is_refused_with_everything_that_is_wrong(project: Project):
     assert unmade.returncode == 1 and "quantize/gptq-w4-g128 is not in the store" in unmade.stdout
     process.terminate()
     assert process.wait(60) == 0
-    assert project.states() == ["Failed"] * 4
+    assert project.states() == ["Failed"] * 5
+
+
+@pytest.fixture
+def postgres(tmp_path: Path) -> Iterator[str]:
+    """URL of an empty database of a PostgreSQL server of our own, which does not run as root."""
+    programs = max(Path("/usr/lib/postgresql").glob("*/bin"))
+    folder = tmp_path.parent / f"{tmp_path.name}-postgres"
+    folder.mkdir()
+    for parent in (folder, *folder.parents[:3]):
+        parent.chmod(0o755)
+    as_user = ["runuser", "-u", "nobody", "--"] if os.geteuid() == 0 else []
+    if as_user:
+        shutil.chown(folder, "nobody")
+    data, port = str(folder / "data"), free_port()
+    made = [*as_user, str(programs / "initdb"), "-D", data, "-U", "quench", "-A", "trust"]
+    subprocess.run(made, check=True, capture_output=True)
+    words = [str(programs / "postgres"), "-D", data, "-p", str(port), "-c", f"unix_socket_directories={folder}"]
+    with subprocess.Popen([*as_user, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        url = f"postgresql://quench@127.0.0.1:{port}/postgres"
+        deadline = time.monotonic() + START_S
+        while True:
+            with contextlib.suppress(psycopg2.OperationalError):
+                psycopg2.connect(url).close()
+                break
+            assert server.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        yield url
+        server.terminate()
+
+
+@pytest.mark.system
+def test_both_servers_on_postgresql(project: Project, postgres: str):
+    process = project.up("--postgres", postgres)
+    ran = project.prefect("--param", "recipe=recipe.yaml", "--param", NO_SPEED, "--watch")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    database = psycopg2.connect(postgres)
+    with database.cursor() as cursor:
+        cursor.execute("select state_name from flow_run")
+        assert cursor.fetchall() == [("Completed",)]
+        cursor.execute("select count(*) from mlflow.runs where status = 'FINISHED'")
+        assert cursor.fetchone()[0] > 10
+    database.close()
+    weights = list((project.home / "mlartifacts").rglob("*.safetensors"))
+    assert weights and all(path.stat().st_nlink > 1 for path in weights)
+    assert not list(project.home.rglob("*.db"))
+    process.terminate()
+    assert process.wait(60) == 0
+    wait_gone(project.home)
+
+
+def test_what_is_no_postgresql_is_refused_without_its_password():
+    for url in ("mysql://a:geheim@127.0.0.1/x", f"postgresql://a:geheim@127.0.0.1:{free_port()}/x"):
+        with pytest.raises(RecipeError) as caught:
+            stores(url)
+        assert "PostgreSQL" in str(caught.value) and "geheim" not in str(caught.value)
 
 
 def test_a_wanted_port_that_is_taken_is_refused_and_a_usual_one_is_passed_over():
