@@ -43,7 +43,7 @@ def run(job: Job) -> dict[str, Any]:
     Writes:
         model*.safetensors, config.json, quantize_config.json; tokenizer files and generation_config.json byte for
         byte from `model`; quantize.json: backend, packer, kernel at load, loss, tokens and damping a layer, and what
-        each attention and FFN lost; serve.json, serve.md.
+        each attention and FFN lost and its largest activation; serve.json, serve.md.
     Metrics:
         loss by layer, in the order of the layers; error of attention and FFN by decoder layer.
 
@@ -71,9 +71,11 @@ def run(job: Job) -> dict[str, Any]:
     if rows and scheme.backend in MEASURED:
         gc.collect()  # of the backend's model
         seen = block_errors.measure(headers, job.out, rows=rows, device=job.execution.device)
+        if warning := seen.fp16_warning():
+            events.note("activations", warning)
     blocks = block_errors.records(
         headers,
-        errors=seen.errors if seen else {},
+        seen=seen,
         weight_errors={one.name: one.weight_error for one in done.layers if one.weight_error is not None},
     )
     summary = {
@@ -82,6 +84,7 @@ def run(job: Job) -> dict[str, Any]:
         "tokens": sum(map(len, rows)),
         "kernel": seen and seen.kernel,
         "error_tokens": seen.tokens if seen else 0,
+        "stream_max": seen and seen.stream_max,
         "blocks": [asdict(one) for one in blocks],
         **done.as_dict(),
     }

@@ -42,6 +42,8 @@ SLUGS = (
     *("gptq-w4-g128.auto-gptq", "awq-w4-g128.autoawq"),
 )
 ROWS = 256
+# Their calls take minutes; fewer rows make the comparison a harder one, since what Quench adds does not grow with them.
+FEWER = {"awq-w4-g128": 64, "ct-awq-w4-g128": 64, "awq-w4-g128.autoawq": 64}
 GOAL = 1.02
 
 
@@ -86,8 +88,15 @@ class Rows(NamedTuple):
 
     calibset: Path
     ids: Path
-    sequences: int
     tokens: int
+
+
+class Measured(NamedTuple):
+    """A scheme's pairs, and the calibration set that they had."""
+
+    rows: int
+    tokens: int
+    pairs: list[Pair]
 
 
 def scheme_of(slug: str) -> Scheme:
@@ -204,15 +213,15 @@ def interval(ratios: list[float]) -> str:
     return f"{statistics.median(ratios):.3f} [{low:.3f}, {high:.3f}]"
 
 
-def table(measured: dict[str, list[Pair]]) -> str:
+def table(measured: dict[str, Measured]) -> str:
     """A row a scheme."""
     lines = [
-        "| scheme | pairs | load | bare, s | ours, s | of it record | time | CPU time | CPU time but for record "
-        "| peak RSS, GiB | peak RSS |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| scheme | tokens | pairs | load | bare, s | ours, s | of it record | time | CPU time "
+        "| CPU time but for record | peak RSS, GiB | peak RSS |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for slug in sorted(measured, key=SLUGS.index):
-        pairs = measured[slug]
+        _, tokens, pairs = measured[slug]
         median = {
             "load": statistics.median(pair.load for pair in pairs),
             "bare": statistics.median(pair.bare.seconds for pair in pairs),
@@ -221,7 +230,8 @@ def table(measured: dict[str, list[Pair]]) -> str:
             "peak": statistics.median(pair.ours.peak_gib for pair in pairs),
         }
         cells = [
-            f"{slug} | {len(pairs)} | {median['load']:.1f} | {median['bare']:.2f} | {median['ours']:.2f}",
+            f"{slug} | {tokens if scheme_of(slug).needs_calibration else ''} | {len(pairs)} | {median['load']:.1f}",
+            f"{median['bare']:.2f} | {median['ours']:.2f}",
             f"{median['record']:.2f}",
             interval([pair.ours.seconds / pair.bare.seconds for pair in pairs]),
             interval([pair.ours.cpu_s / pair.bare.cpu_s for pair in pairs]),
@@ -250,19 +260,20 @@ def versions(slugs: list[str]) -> str:
     return ", ".join(found)
 
 
-def page(measured: dict[str, list[Pair]], costs: dict[str, float], *, sequences: int, tokens: int) -> str:
+def page(measured: dict[str, Measured], costs: dict[str, float]) -> str:
     """docs/results/quantizers.md."""
     machine = hardware()
+    fewer = ", ".join(f"{rows} for {slug}" for slug, rows in FEWER.items())
     once = "\n".join(f"| {name} | {seconds:.2f} |" for name, seconds in costs.items())
     return f"""<!-- Written by `make bench` from quantizers.json. -->
 # Quantizers, measured
 
-The quickstart's base (5.8 M parameters, 42 linear layers), {ROWS} rows packed into {sequences} sequences, {tokens}
-tokens. Each backend through Quench's quantize job, as a run starts it, against the library call alone
-(tests/bench/bare.py, which imports nothing of Quench's); both are processes of their own on one thread, in the same
-Python environment, imports included, started in turns. Ratios are ours / bare: medians of pairs with 95 % bootstrap
-intervals; goal: at most {GOAL}. Same rows, settings and environment variables: without the variables GPTQModel compiles
-an extension for 31 s first. RTN is our own code; bare is GPTQModel's RTN.
+The quickstart's base (5.8 M parameters, 42 linear layers), {ROWS} rows of its data, {fewer}.
+Each backend through Quench's quantize job, as a run starts it, against the library call alone (tests/bench/bare.py,
+which imports nothing of Quench's); both are processes of their own on one thread, in the same Python environment,
+imports included, started in turns. Ratios are ours / bare: medians of pairs with 95 % bootstrap intervals; goal: at
+most {GOAL}. Same rows, settings and environment variables: without the variables GPTQModel compiles an extension for
+31 s first. RTN is our own code; bare is GPTQModel's RTN.
 
 {table(measured)}
 
@@ -287,10 +298,11 @@ transformers. The bare call pays all but `ours`.
 """
 
 
-def calibrated(folder: Path) -> Rows:
-    """The calibration set, made by the job of a run."""
+def calibrated(folder: Path, rows: int) -> Rows:
+    """A calibration set of so many rows, made by the job of a run."""
+    folder.mkdir()
     params: dict[str, Any] = {
-        "rows": ROWS,
+        "rows": rows,
         "seq_len": 512,
         "seed": 0,
         "stratify": "proportional",
@@ -306,48 +318,41 @@ def calibrated(folder: Path) -> Rows:
     made = run(job, folder).result
     stored = pq.read_table(job.out / "calibset.parquet", columns=["input_ids"])["input_ids"].to_pylist()
     ids.write_text(json.dumps(stored), encoding="utf-8")
-    return Rows(job.out, ids, made["sequences"], made["tokens"])
+    return Rows(job.out, ids, made["tokens"])
 
 
 def kept(path: Path) -> dict[str, Any]:
-    """Pairs by scheme and fixed costs of what was measured before."""
+    """What was measured before, by scheme, and fixed costs."""
     if not path.exists():
-        return {"pairs": {}}
+        return {"schemes": {}}
     read = json.loads(path.read_text(encoding="utf-8"))
-    pairs = {
-        slug: [Pair(Run(*one["ours"]), Run(*one["bare"]), one["load"]) for one in some]
-        for slug, some in read["pairs"].items()
+    schemes = {
+        slug: Measured(rows, tokens, [Pair(Run(*own), Run(*bare), load) for own, bare, load in pairs])
+        for slug, (rows, tokens, pairs) in read["schemes"].items()
     }
-    return {**read, "pairs": pairs}
+    return {**read, "schemes": schemes}
 
 
 def main(slugs: list[str], *, pairs: int | None, out: Path) -> None:
     """Measure, keep what was measured, and write the page."""
     raw = out.with_suffix(".json")
     with tempfile.TemporaryDirectory() as folder:
-        rows = calibrated(Path(folder))
         for slug in slugs:
             if problem := environment_problem(ENVIRONMENTS.get(scheme_of(slug).backend)):
                 print(f"{slug} is left out: {problem.what} {problem.next}")
                 continue
-            found = pairs_of(slug, rows, pairs=pairs)
+            number = FEWER.get(slug, ROWS)
+            rows = calibrated(Path(folder) / slug, number)
+            found = Measured(number, rows.tokens, pairs_of(slug, rows, pairs=pairs))
             known = kept(raw)
-            known["pairs"][slug] = found
-            known |= {"sequences": rows.sequences, "tokens": rows.tokens}
-            raw.write_text(as_json(known), encoding="utf-8")
+            known["schemes"][slug] = found
+            raw.write_text(json.dumps(known, sort_keys=True) + "\n", encoding="utf-8")
         known = kept(raw)
         if "fixed" not in known or slugs == list(SLUGS):
             known["fixed"] = asdict(fixed())
-            raw.write_text(as_json(known), encoding="utf-8")
-    text = page(known["pairs"], known["fixed"], sequences=known["sequences"], tokens=known["tokens"])
-    out.write_text(text, encoding="utf-8")
+            raw.write_text(json.dumps(known, sort_keys=True) + "\n", encoding="utf-8")
+    out.write_text(page(known["schemes"], known["fixed"]), encoding="utf-8")
     print(f"wrote {out}")
-
-
-def as_json(known: dict[str, Any]) -> str:
-    """quantizers.json."""
-    pairs = {slug: [pair._asdict() for pair in some] for slug, some in known["pairs"].items()}
-    return json.dumps({**known, "pairs": pairs}, indent=1, sort_keys=True) + "\n"
 
 
 if __name__ == "__main__":
