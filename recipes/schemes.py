@@ -241,7 +241,8 @@ class Scheme:
 
     def _per_channel(self, shapes: Sequence[Linear]) -> str | None:
         """Slug of the scheme with one scale an output that fits here, at the nearest bits; AWQ's is GPTQ."""
-        form, method = ("gptq" if one == "awq" else one for one in (self.form, self.method))
+        form: Form = "gptq" if self.form == "awq" else self.form
+        method: Method = "gptq" if self.method == "awq" else self.method
         for bits in sorted(PACKED_INPUTS, key=lambda bits: (abs(bits - self.bits), -bits)):
             grid = self.grid._replace(bits=bits, group_size=PER_CHANNEL)
             if replace(self, form=form, method=method, grid=grid, rules=()).fits(shapes):
