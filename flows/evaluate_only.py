@@ -23,12 +23,13 @@ SCORING = ("reference", "choose", "evaluate", "measure", "reload")
     task_runner=ThreadPoolTaskRunner(max_workers=WAITING_TASKS),  # pyright: ignore[reportArgumentType]
     persist_result=False,
 )
-def evaluate_only(recipe: str, sets: list[str] | None = None) -> str:
+def evaluate_only(recipe: str, sets: list[str] | None = None, only: list[str] | None = None) -> str:
     """Evaluate again what an earlier run made: new scorers, more rows, speed; no training, no quantizing.
 
     Args:
         recipe: Path of the recipe file, absolute or seen from the folder where the command is typed.
         sets: Overrides of single fields, as ["evaluate.max_new_tokens=64"].
+        only: Arms that are wanted, `external` for every external model.
 
     Returns:
         The run's folder.
@@ -38,10 +39,10 @@ def evaluate_only(recipe: str, sets: list[str] | None = None) -> str:
         RunFailed: A step failed; the report says which and why.
     """
     with refusals_logged():
-        vetted = vet(Path(recipe), sets=sets or [], home=find_home())
+        vetted = vet(Path(recipe), sets=sets or [], home=find_home(), only=only or [])
         if problems := [_missing(one) for one in vetted.plan if not one.hit and one.key.split("/")[0] not in SCORING]:
             raise RecipeError(problems)
-    return cast("Flow[..., str]", finetune_and_quantize).fn(recipe, sets)
+    return cast("Flow[..., str]", finetune_and_quantize).fn(recipe, sets, only)
 
 
 def _missing(step: Planned) -> Problem:

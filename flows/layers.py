@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from flows.evidence import Run
+from flows.evidence import Run, Step
 from flows.metrics import significant
 from flows.plots import INK, MUTED, STYLE, WIDTH_IN, as_svg, look, plain_axes
 
@@ -44,8 +44,15 @@ def layers_of(run: Run) -> dict[str, Any]:
         path = step.files / "quantize.json" if step is not None and step.files else None
         said = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else {}
         if said.get("blocks"):
-            found[arm.slug] = {name: said.get(name) for name in ("kernel", "error_tokens", "blocks")}
+            named = ("kernel", "error_tokens", "stream_max", "blocks")
+            found[arm.slug] = {name: said.get(name) for name in named}
+            found[arm.slug]["kernel"] = said.get("kernel") or _kernel_at_reload(run.step(arm.evaluate))
     return found
+
+
+def _kernel_at_reload(step: Step | None) -> str | None:
+    """Where the writer's environment does not load what it wrote: what the main one loaded it as, for its scores."""
+    return step.manifest["result"].get("kernel") if step is not None and step.manifest else None
 
 
 def part_of(block: Mapping[str, Any]) -> str:

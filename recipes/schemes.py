@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from recipes.problem import Problem
@@ -23,6 +23,9 @@ PER_CHANNEL = -1  # group_size of one scale for all inputs of an output, as conf
 # Outputs that are packed together (GPTQModel 7.6, tried on layers of 8 to 48 outputs): 2- and 8-bit zero points fill
 # whole 32-bit words, 3-bit ones three of them, PyTorch's int4 CPU kernel wants 16, AWQ's clipping search 64.
 PACKED_OUTPUTS = {2: 16, 3: 32, 4: 16, 8: 4}
+# Inputs that GPTQ's packing takes at a time: codes of one output fill whole 32-bit words. Groups see to it; per channel
+# it is a rule of its own (tried: 2, 4 and 8 bits with 36, 48 and 80 inputs; 3 bits with 48 cannot be packed).
+PACKED_INPUTS = {2: 16, 3: 32, 4: 8, 8: 4}
 AWQ_OUTPUTS = 64
 # Servers load the parts as one weight; some architectures (Phi-3) hold it as one.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -146,12 +149,14 @@ class Scheme:
 
     def check(self, shapes: Sequence[Linear]) -> list[Problem]:
         """Problems of this scheme on a model with these layers; `where` is left to the caller as the slug."""
-        found = (self._group_problem(shapes), self._pack_problem(shapes), self._fused_problem(shapes))
+        packing = self._pack_problem(shapes), self._word_problem(shapes)
+        found = (self._group_problem(shapes), *packing, self._fused_problem(shapes))
         return [problem for problem in found if problem]
 
     def fits(self, shapes: Sequence[Linear]) -> bool:
         """True where every layer can be quantized by this scheme."""
-        return not (self._ungrouped(shapes) or self._unpackable(shapes) or self._split(shapes))
+        unpackable = self._unpackable(shapes) or self._part_words(shapes)
+        return not (self._ungrouped(shapes) or unpackable or self._split(shapes))
 
     def _ungrouped(self, shapes: Iterable[Linear]) -> list[Linear]:
         if self.form == "bitsandbytes":
@@ -160,6 +165,12 @@ class Scheme:
 
     def _unpackable(self, shapes: Iterable[Linear]) -> list[Linear]:
         return [layer for layer in shapes if layer.out_features % self.packed_outputs]
+
+    def _part_words(self, shapes: Iterable[Linear]) -> list[Linear]:
+        """Layers whose outputs end within a word; where groups do not divide the inputs that is the problem to tell."""
+        if self.form != "gptq" or self.group_size != PER_CHANNEL:
+            return []
+        return [layer for layer in shapes if layer.in_features % PACKED_INPUTS[self.bits]]
 
     @property
     def packed_outputs(self) -> int:
@@ -173,9 +184,9 @@ class Scheme:
         if not bad:
             return None
         legal = legal_group_sizes(shapes)
-        method: Method = "gptq" if self.method == "awq" else self.method  # AWQ has groups always
-        whole = spelled(self.form if self.form != "awq" else "gptq", method, self.grid._replace(group_size=PER_CHANNEL))
-        none = f"None of {listed(GROUP_SIZES)} divides every layer of this base: write {whole}, one scale an output."
+        whole = self._per_channel(shapes)
+        remedy = f"write {whole}, one scale an output." if whole else "write nf4 or int8."
+        none = f"None of {listed(GROUP_SIZES)} divides every layer of this base: {remedy}"
         return Problem(
             what=f"The group size {self._groups(bad)} of {self.slug} does not divide {collapsed(bad)}.",
             where=self.slug,
@@ -202,6 +213,7 @@ class Scheme:
             spelled("gptq", method, Grid(bits, group, True))
             for bits, outputs in PACKED_OUTPUTS.items()
             if all(layer.out_features % outputs == 0 for layer in shapes)
+            and (group != PER_CHANNEL or all(layer.in_features % PACKED_INPUTS[bits] == 0 for layer in shapes))
         ]
         return Problem(
             what=f"{self.slug} cannot pack {collapsed(bad, outputs=True)}.",
@@ -211,6 +223,31 @@ class Scheme:
             if legal
             else "Choose another base: no scheme is legal on this one.",
         )
+
+    def _word_problem(self, shapes: Sequence[Linear]) -> Problem | None:
+        bad = self._part_words(shapes)
+        if not bad:
+            return None
+        near = self._per_channel(shapes)
+        return Problem(
+            what=f"{self.slug} cannot pack {collapsed(bad)}.",
+            where=self.slug,
+            why=f"The {self.bits}-bit codes of an output fill whole 32-bit words: {PACKED_INPUTS[self.bits]} inputs at "
+            "a time.",
+            next=f"Write {near}: its codes fill whole words here."
+            if near
+            else "Write nf4 or int8: GPTQ's packing takes no bits on this base.",
+        )
+
+    def _per_channel(self, shapes: Sequence[Linear]) -> str | None:
+        """Slug of the scheme with one scale an output that fits here, at the nearest bits; AWQ's is GPTQ."""
+        form: Form = "gptq" if self.form == "awq" else self.form
+        method: Method = "gptq" if self.method == "awq" else self.method
+        for bits in sorted(PACKED_INPUTS, key=lambda bits: (abs(bits - self.bits), -bits)):
+            grid = self.grid._replace(bits=bits, group_size=PER_CHANNEL)
+            if replace(self, form=form, method=method, grid=grid, rules=()).fits(shapes):
+                return spelled(form, method, grid, desc_act=self.desc_act)
+        return None
 
     def _fused_problem(self, shapes: Sequence[Linear]) -> Problem | None:
         """Servers fuse q, k, v into one weight and gate, up into another: one grid each (vllm#50214)."""

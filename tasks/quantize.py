@@ -59,7 +59,7 @@ def alone(
         stage="quantize",
         slug=slug,
         entry="tasks.jobs.quantize:run",
-        version=3,
+        version=4,
         params={**scheme.params(), **own, "seed": seed},
         inputs=inputs,
         tools=TOOLS[scheme.backend],

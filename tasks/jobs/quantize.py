@@ -6,13 +6,13 @@ import contextlib
 import gc
 import importlib
 import json
+import os
 import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
 from safetensors import safe_open
 
@@ -43,7 +43,7 @@ def run(job: Job) -> dict[str, Any]:
     Writes:
         model*.safetensors, config.json, quantize_config.json; tokenizer files and generation_config.json byte for
         byte from `model`; quantize.json: backend, packer, kernel at load, loss, tokens and damping a layer, and what
-        each attention and FFN lost; serve.json, serve.md.
+        each attention and FFN lost and its largest activation; serve.json, serve.md.
     Metrics:
         loss by layer, in the order of the layers; error of attention and FFN by decoder layer.
 
@@ -57,6 +57,9 @@ def run(job: Job) -> dict[str, Any]:
     clock = time.perf_counter()
     rows = _rows(job.inputs["calibset"].path) if scheme.needs_calibration else []
     options: dict[str, Any] = {"rows": rows, "params": params, "device": job.execution.device, "events": events}
+    os.environ["TORCHDYNAMO_DISABLE"] = (
+        "1"  # nothing is compiled here; bitsandbytes would import the compiler: 1 s, 48 MiB
+    )
     backend = importlib.import_module(f"tasks.jobs.backends.{scheme.backend.replace('-', '_')}")
     with contextlib.ExitStack() as stack:
         if "scales_from" in job.inputs:
@@ -71,9 +74,11 @@ def run(job: Job) -> dict[str, Any]:
     if rows and scheme.backend in MEASURED:
         gc.collect()  # of the backend's model
         seen = block_errors.measure(headers, job.out, rows=rows, device=job.execution.device)
+        if warning := seen.fp16_warning():
+            events.note("activations", warning)
     blocks = block_errors.records(
         headers,
-        errors=seen.errors if seen else {},
+        seen=seen,
         weight_errors={one.name: one.weight_error for one in done.layers if one.weight_error is not None},
     )
     summary = {
@@ -82,6 +87,7 @@ def run(job: Job) -> dict[str, Any]:
         "tokens": sum(map(len, rows)),
         "kernel": seen and seen.kernel,
         "error_tokens": seen.tokens if seen else 0,
+        "stream_max": seen and seen.stream_max,
         "blocks": [asdict(one) for one in blocks],
         **done.as_dict(),
     }
@@ -109,6 +115,8 @@ def run(job: Job) -> dict[str, Any]:
 
 def _rows(calibset: Path) -> list[list[int]]:
     """Token ids of the sequences, in the order of the file."""
+    import pyarrow.parquet as pq  # 39 MiB that schemes without rows do not need
+
     return pq.read_table(calibset / "calibset.parquet", columns=["input_ids"])["input_ids"].to_pylist()
 
 

@@ -1,8 +1,10 @@
 """`make bench`: each backend through Quench's quantize job against the bare library call; docs/results/quantizers.md.
 
 Both are processes of their own on one thread, started in turns: ours as a run starts it (tasks.runtime.child), the
-other a script of what one writes by hand, with the same rows and settings and the same environment variables. Both
-leave without interpreter shutdown. Times are of whole processes, imports included.
+other a script of what one writes by hand (tests/bench/bare.py), with the same rows and settings and the same
+environment variables, in the same Python environment. Both leave without interpreter shutdown. Times are of whole
+processes, imports included. Every pair is kept in docs/results/quantizers.json, so that one scheme can be measured
+again without the others.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,10 +22,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow.parquet as pq
 
-from recipes.slugs import parse_scheme
-from tasks.quantize import alone
-from tasks.runtime.environments import locked_versions
+from recipes.schemes import Scheme
+from recipes.slugs import by_backend, parse_scheme
+from tasks.jobs.backends.environment import GPTQMODEL
+from tasks.quantize import ENVIRONMENTS, alone
+from tasks.runtime.environments import environment_problem, interpreter, locked_versions
 from tasks.runtime.job import Job
 from tasks.runtime.launch import CHECKOUT, child_env
 from tasks.runtime.step import hardware
@@ -33,17 +37,38 @@ from tests.jobs.build import make_job
 RESULTS = CHECKOUT / "docs" / "results" / "quantizers.md"
 BASE = CHECKOUT / "recipes" / "quickstart" / "base"
 DATA = CHECKOUT / "recipes" / "quickstart" / "data" / "sql.jsonl"
-SLUGS = ("gptq-w4-g128", "awq-w4-g128", "nf4", "int8", "rtn-w4-g128")
+SLUGS = (
+    *("gptq-w4-g128", "awq-w4-g128", "nf4", "int8", "rtn-w4-g128", "ct-gptq-w4-g128", "ct-awq-w4-g128"),
+    *("gptq-w4-g128.auto-gptq", "awq-w4-g128.autoawq"),
+)
 ROWS = 256
+# Their calls take minutes; fewer rows make the comparison a harder one, since what Quench adds does not grow with them.
+FEWER = {"awq-w4-g128": 64, "ct-awq-w4-g128": 64, "awq-w4-g128.autoawq": 64}
 GOAL = 1.02
 
 
 class Run(NamedTuple):
-    """One process. `record_s`: of ours, after the library call: reload, comparison, checks, companions."""
+    """One process.
+
+    Attributes:
+        seconds: From its start to its end.
+        cpu_s: Seconds of CPU that it took, user and system: what a busy machine changes least.
+        peak_gib: Peak RSS.
+        record_s: Of ours, after the library call: reload, comparison, checks, companions.
+    """
 
     seconds: float
+    cpu_s: float
     peak_gib: float
     record_s: float
+
+
+class Pair(NamedTuple):
+    """Ours and the bare call, one right after the other; the machine's load average (1 min) before them."""
+
+    ours: Run
+    bare: Run
+    load: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,106 +83,94 @@ class Fixed:
     ours: float
 
 
-def bare(slug: str, calibset: Path, out: Path) -> None:
-    """The library call alone, with the rows that ours gives it."""
-    import torch
+class Rows(NamedTuple):
+    """The calibration set: as ours reads it, and as the bare script does."""
 
-    torch.set_num_threads(1)
-    if slug in ("nf4", "int8"):
-        _bare_bitsandbytes(slug, out)
-        return
-    from tasks.jobs.backends.environment import tame_gptqmodel
-
-    tame_gptqmodel()  # else it would first compile an extension for 31 s, or not start on two cores
-    import pyarrow.parquet as pq
-    from gptqmodel import BACKEND, GPTQModel
-    from gptqmodel.quantization import AWQConfig, GPTQConfig, RTNConfig
-
-    os.chdir(out)
-    rows = pq.read_table(calibset / "calibset.parquet")["input_ids"].to_pylist()
-    if slug.startswith("awq"):
-        stream = [token for row in rows for token in row]
-        length = len(stream) // len(rows)
-        rows = [stream[i * length : (i + 1) * length] for i in range(len(rows))]
-    samples = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows]
-    common = {"bits": 4, "group_size": 128, "offload_to_disk": False}
-    if slug.startswith("rtn"):
-        model = GPTQModel.load(str(BASE), RTNConfig(**common), device="cpu")
-        model.quantize(None)
-    elif slug.startswith("awq"):
-        model = GPTQModel.load(str(BASE), AWQConfig(**common, sym=False), device="cpu")
-        model.quantize(samples, batch_size=1, backend=BACKEND.AWQ_TORCH)
-    else:
-        model = GPTQModel.load(str(BASE), GPTQConfig(**common, damp_percent=0.05), device="cpu")
-        model.quantize(samples, batch_size=1)
-    model.save(str(out))
+    calibset: Path
+    ids: Path
+    tokens: int
 
 
-def _bare_bitsandbytes(slug: str, out: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+class Measured(NamedTuple):
+    """A scheme's pairs, and the calibration set that they had."""
 
-    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.bfloat16}
-    config = BitsAndBytesConfig(load_in_4bit=True, **nf4) if slug == "nf4" else BitsAndBytesConfig(load_in_8bit=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        BASE, dtype=torch.bfloat16, quantization_config=config, device_map={"": "cpu"}
-    )
-    model.save_pretrained(out)
+    rows: int
+    tokens: int
+    pairs: list[Pair]
 
 
-def timed(argv: list[str], *, log: Path) -> float:
-    """Seconds of a process, from its start to its end."""
+def scheme_of(slug: str) -> Scheme:
+    """A scheme by its slug, whose last part may name a backend."""
+    plain, _, backend = slug.partition(".")
+    return by_backend(parse_scheme(plain), backend) if backend else parse_scheme(plain)
+
+
+class Took(NamedTuple):
+    """Of a process: seconds from its start to its end, and of CPU."""
+
+    seconds: float
+    cpu_s: float
+
+
+def timed(argv: list[str], *, log: Path, more: dict[str, str] | None = None) -> Took:
+    """Run a process to its end."""
+    env = child_env(threads=1) | (more or {})
     with log.open("w", encoding="utf-8") as file:
         clock = time.perf_counter()
-        code = subprocess.call(argv, cwd=CHECKOUT, env=child_env(threads=1), stdout=file, stderr=subprocess.STDOUT)
+        child = subprocess.Popen(argv, cwd=CHECKOUT, env=env, stdout=file, stderr=subprocess.STDOUT)
+        _, status, used = os.wait4(child.pid, 0)
         seconds = time.perf_counter() - clock
-    if code:
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
         raise SystemExit(f"{argv}\n{log.read_text(encoding='utf-8')}")
-    return seconds
+    return Took(seconds, used.ru_utime + used.ru_stime)
 
 
-def ours(slug: str, calibset: Path, work: Path) -> Run:
+def ours(slug: str, rows: Rows, work: Path) -> Run:
     """The quantize job in the child process of a run."""
-    scheme = parse_scheme(slug)
-    inputs = {"model": BASE} | ({"calibset": calibset} if scheme.needs_calibration else {})
+    scheme = scheme_of(slug)
+    inputs = {"model": BASE} | ({"calibset": rows.calibset} if scheme.needs_calibration else {})
     job = make_job("quantize", work / "out", params=alone(slug, scheme, inputs={}).params, **inputs)
-    seconds, result = run(job, work)
-    return Run(seconds, result["peak_rss_gib"], result["record_s"])
+    took, result = run(job, work, environment=ENVIRONMENTS.get(scheme.backend))
+    return Run(*took, result["peak_rss_gib"], result["record_s"])
 
 
 class Finished(NamedTuple):
-    """Seconds of a child process, and what it answered."""
+    """What a child process took, and what it answered."""
 
-    seconds: float
+    took: Took
     result: dict[str, Any]
 
 
-def run(job: Job, work: Path) -> Finished:
+def run(job: Job, work: Path, *, environment: str | None = None) -> Finished:
     """A job as a run starts it. This process stays small: a child's peak RSS begins with its parent's."""
     job.dump(work / "job.json")
-    argv = [sys.executable, "-P", "-m", "tasks.runtime.child", "run", str(work / "job.json")]
-    seconds = timed(argv, log=work / "log")
+    argv = [str(interpreter(environment)), "-P", "-m", "tasks.runtime.child", "run", str(work / "job.json")]
+    took = timed(argv, log=work / "log")
     answer = json.loads((work / "result.json").read_text(encoding="utf-8"))
-    return Finished(seconds, {**answer["result"], "peak_rss_gib": answer["peak_rss_gib"]})
+    return Finished(took, {**answer["result"], "peak_rss_gib": answer["peak_rss_gib"]})
 
 
-def theirs(slug: str, calibset: Path, work: Path) -> Run:
+def theirs(slug: str, rows: Rows, work: Path) -> Run:
     """The bare call in a process of its own."""
-    (work / "out").mkdir()
-    words = ["bare", "--slug", slug, "--calibset", str(calibset), "--out", str(work / "out")]
-    seconds = timed([sys.executable, "-m", "tests.bench.quantizers", *words], log=work / "log")
-    return Run(seconds, float((work / "out" / "peak").read_text()), 0.0)
+    scheme, out, peak = scheme_of(slug), work / "out", work / "peak"
+    out.mkdir()
+    python = str(interpreter(ENVIRONMENTS.get(scheme.backend)))
+    words = [slug, str(BASE), str(rows.ids), str(out), str(peak)]
+    took = timed([python, "-P", "tests/bench/bare.py", *words], log=work / "log", more=GPTQMODEL)
+    return Run(*took, float(peak.read_text(encoding="utf-8")), 0.0)
 
 
-def pairs_of(slug: str, calibset: Path, *, pairs: int | None) -> list[tuple[Run, Run]]:
-    """Interleaved pairs (ours, bare), each pair in the other order than the one before."""
-    done: list[tuple[Run, Run]] = []
-    while len(done) < (pairs or (7 if not done or done[0][1].seconds < 60 else 3)):
+def pairs_of(slug: str, rows: Rows, *, pairs: int | None) -> list[Pair]:
+    """Interleaved pairs, each in the other order than the one before."""
+    done: list[Pair] = []
+    while len(done) < (pairs or (7 if not done or done[0].bare.seconds < 60 else 3)):
         made: dict[str, Run] = {}
+        load = os.getloadavg()[0]
         for name in ("ours", "bare") if len(done) % 2 == 0 else ("bare", "ours"):
             with tempfile.TemporaryDirectory() as folder:
-                made[name] = (ours if name == "ours" else theirs)(slug, calibset, Path(folder))
-        done.append((made["ours"], made["bare"]))
+                made[name] = (ours if name == "ours" else theirs)(slug, rows, Path(folder))
+        done.append(Pair(made["ours"], made["bare"], round(load, 1)))
         print(slug, *done[-1], flush=True)
     return done
 
@@ -177,7 +190,9 @@ def fixed() -> Fixed:
         return statistics.median(took)
 
     with tempfile.TemporaryDirectory() as folder:
-        start = statistics.median(timed([sys.executable, "-c", "pass"], log=Path(folder) / "log") for _ in range(3))
+        start = statistics.median(
+            timed([sys.executable, "-c", "pass"], log=Path(folder) / "log").seconds for _ in range(3)
+        )
     models = "from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel"
     tame = "from tasks.jobs.backends.environment import tame_gptqmodel\ntame_gptqmodel()"
     return Fixed(
@@ -198,49 +213,77 @@ def interval(ratios: list[float]) -> str:
     return f"{statistics.median(ratios):.3f} [{low:.3f}, {high:.3f}]"
 
 
-def table(measured: dict[str, list[tuple[Run, Run]]]) -> str:
+def table(measured: dict[str, Measured]) -> str:
     """A row a scheme."""
     lines = [
-        "| scheme | pairs | bare, s | ours, s | of it record | time | time but for record | peak RSS, GiB | peak RSS |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| scheme | tokens | pairs | load | bare, s | ours, s | of it record | time | CPU time "
+        "| CPU time but for record | peak RSS, GiB | peak RSS |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for slug, pairs in measured.items():
+    for slug in sorted(measured, key=SLUGS.index):
+        _, tokens, pairs = measured[slug]
         median = {
-            "bare": statistics.median(bare.seconds for _, bare in pairs),
-            "ours": statistics.median(own.seconds for own, _ in pairs),
-            "record": statistics.median(own.record_s for own, _ in pairs),
-            "peak": statistics.median(own.peak_gib for own, _ in pairs),
+            "load": statistics.median(pair.load for pair in pairs),
+            "bare": statistics.median(pair.bare.seconds for pair in pairs),
+            "ours": statistics.median(pair.ours.seconds for pair in pairs),
+            "record": statistics.median(pair.ours.record_s for pair in pairs),
+            "peak": statistics.median(pair.ours.peak_gib for pair in pairs),
         }
         cells = [
-            f"{slug} | {len(pairs)} | {median['bare']:.2f} | {median['ours']:.2f} | {median['record']:.2f}",
-            interval([own.seconds / bare.seconds for own, bare in pairs]),
-            interval([(own.seconds - own.record_s) / bare.seconds for own, bare in pairs]),
+            f"{slug} | {tokens if scheme_of(slug).needs_calibration else ''} | {len(pairs)} | {median['load']:.1f}",
+            f"{median['bare']:.2f} | {median['ours']:.2f}",
+            f"{median['record']:.2f}",
+            interval([pair.ours.seconds / pair.bare.seconds for pair in pairs]),
+            interval([pair.ours.cpu_s / pair.bare.cpu_s for pair in pairs]),
+            interval([_own_cpu(pair.ours) / pair.bare.cpu_s for pair in pairs]),
             f"{median['peak']:.2f}",
-            interval([own.peak_gib / bare.peak_gib for own, bare in pairs]),
+            interval([pair.ours.peak_gib / pair.bare.peak_gib for pair in pairs]),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def page(measured: dict[str, list[tuple[Run, Run]]], costs: Fixed, *, sequences: int, tokens: int) -> str:
+def _own_cpu(run: Run) -> float:
+    """CPU seconds but for the record's, which takes its part of them as it does of the time."""
+    return run.cpu_s * (1 - run.record_s / run.seconds)
+
+
+def versions(slugs: list[str]) -> str:
+    """Of what was measured, by environment."""
+    found: dict[str, str] = {}
+    for slug in sorted(slugs, key=SLUGS.index):
+        scheme = scheme_of(slug)
+        environment = ENVIRONMENTS.get(scheme.backend)
+        locked = locked_versions(environment)
+        tools = alone(slug, scheme, inputs={}).tools
+        found |= {f"{tool} {locked[tool]}": environment or "main" for tool in tools}
+    return ", ".join(found)
+
+
+def page(measured: dict[str, Measured], costs: dict[str, float]) -> str:
     """docs/results/quantizers.md."""
-    machine, versions = hardware(), locked_versions()
-    tools = ("torch", "transformers", "gptqmodel", "bitsandbytes")
-    once = "\n".join(f"| {name} | {seconds:.2f} |" for name, seconds in asdict(costs).items())
-    return f"""<!-- Written by `make bench`. -->
+    machine = hardware()
+    fewer = ", ".join(f"{rows} for {slug}" for slug, rows in FEWER.items())
+    once = "\n".join(f"| {name} | {seconds:.2f} |" for name, seconds in costs.items())
+    return f"""<!-- Written by `make bench` from quantizers.json. -->
 # Quantizers, measured
 
-The quickstart's base (5.8 M parameters, 42 linear layers), {ROWS} rows packed into {sequences} sequences, {tokens}
-tokens. Each backend through Quench's quantize job, as a run starts it, against the library call alone; both are
-processes of their own on one thread, imports included, started in turns. Ratios are ours / bare: medians of pairs with
-95 % bootstrap intervals; goal: at most {GOAL}. Same rows, settings and environment variables: without the variables
-GPTQModel compiles an extension for 31 s first. RTN is our own code; bare is GPTQModel's RTN.
+The quickstart's base (5.8 M parameters, 42 linear layers), {ROWS} rows of its data, {fewer}.
+Each backend through Quench's quantize job, as a run starts it, against the library call alone (tests/bench/bare.py,
+which imports nothing of Quench's); both are processes of their own on one thread, in the same Python environment,
+imports included, started in turns. Ratios are ours / bare: medians of pairs with 95 % bootstrap intervals; goal: at
+most {GOAL}. Same rows, settings and environment variables: without the variables GPTQModel compiles an extension for
+31 s first. RTN is our own code; bare is GPTQModel's RTN.
 
 {table(measured)}
 
-*Record* is what the library does not do: the written folder is loaded again beside the bf16 model and each attention
-and FFN compared (schemes with calibration), stored floats are checked for inf and NaN, companions copied. It takes two
-loads and two forward passes of 512 tokens, whatever the number of calibration rows.
+*Load* is the machine's load average before a pair, the median: above 1 other programs ran, at a lower priority. They
+slow both halves of a pair; seconds of such rows are no measure of the library, ratios are, those of CPU time first.
+*Record* is what the library
+does not do: the written folder is loaded again beside the bf16 model and each attention and FFN compared (schemes with
+calibration, but for the archived backends), stored floats are checked for inf and NaN, companions copied. It takes two
+loads and two forward passes of 512 tokens, whatever the number of calibration rows. RTN, NF4 and int8 see no rows; the
+same look at their outputs would add a quarter to RTN's step and a sixth to theirs, so their record is of weights alone.
 
 ## Paid once by every process, seconds
 
@@ -252,45 +295,80 @@ loads and two forward passes of 512 tokens, whatever the number of calibration r
 transformers. The bare call pays all but `ours`.
 
 {machine["cpu"]}, {machine["cores"]} cores, {machine["memory_gib"]} GiB;
-{", ".join(f"{name} {versions[name]}" for name in tools)}.
+{versions(list(measured))}.
 """
 
 
-def main(slugs: list[str], *, pairs: int | None, out: Path) -> None:
-    """Measure and write the page."""
+def calibrated(folder: Path, rows: int) -> Rows:
+    """A calibration set of so many rows, made by the job of a run."""
+    folder.mkdir()
+    params: dict[str, Any] = {
+        "rows": rows,
+        "seq_len": 512,
+        "seed": 0,
+        "stratify": "proportional",
+        "min_tokens": 0,
+        "max_near_duplicates": 0.0,
+    }
+    data, ids = folder / "rows.jsonl", folder / "ids.json"
+    data.write_text("\n".join(DATA.read_text(encoding="utf-8").splitlines()[:1000]) + "\n", encoding="utf-8")
+    job = replace(
+        make_job("calibrate", folder / "calibset", params=params, rows=data, tokenizer=BASE),
+        entry="tasks.jobs.calibrate_rows:run",
+    )
+    made = run(job, folder).result
+    stored = pq.read_table(job.out / "calibset.parquet", columns=["input_ids"])["input_ids"].to_pylist()
+    ids.write_text(json.dumps(stored), encoding="utf-8")
+    return Rows(job.out, ids, made["tokens"])
+
+
+def kept(path: Path) -> dict[str, Any]:
+    """What was measured before, by scheme, and fixed costs."""
+    if not path.exists():
+        return {"schemes": {}}
+    read = json.loads(path.read_text(encoding="utf-8"))
+    schemes = {
+        slug: Measured(rows, tokens, [Pair(Run(*own), Run(*bare), load) for own, bare, load in pairs])
+        for slug, (rows, tokens, pairs) in read["schemes"].items()
+    }
+    return {**read, "schemes": schemes}
+
+
+def main(slugs: list[str], *, pairs: int | None, add: bool, out: Path) -> None:
+    """Measure, keep what was measured, and write the page.
+
+    Args:
+        slugs: What to measure.
+        pairs: How many; default: 7, or 3 where a call takes a minute.
+        add: Keep a scheme's earlier pairs beside the new ones.
+        out: The page; the pairs are kept beside it.
+    """
+    raw = out.with_suffix(".json")
     with tempfile.TemporaryDirectory() as folder:
-        params: dict[str, Any] = {
-            "rows": ROWS,
-            "seq_len": 512,
-            "seed": 0,
-            "stratify": "proportional",
-            "min_tokens": 0,
-            "max_near_duplicates": 0.0,
-        }
-        data = Path(folder) / "rows.jsonl"
-        data.write_text("\n".join(DATA.read_text(encoding="utf-8").splitlines()[:1000]) + "\n", encoding="utf-8")
-        paths = {"rows": data, "tokenizer": BASE}
-        job = replace(
-            make_job("calibrate", Path(folder) / "calibset", params=params, **paths),
-            entry="tasks.jobs.calibrate_rows:run",
-        )
-        made = run(job, Path(folder))[1]
-        measured = {slug: pairs_of(slug, job.out, pairs=pairs) for slug in slugs}
-    out.write_text(page(measured, fixed(), sequences=made["sequences"], tokens=made["tokens"]), encoding="utf-8")
+        for slug in slugs:
+            if problem := environment_problem(ENVIRONMENTS.get(scheme_of(slug).backend)):
+                print(f"{slug} is left out: {problem.what} {problem.next}")
+                continue
+            number = FEWER.get(slug, ROWS)
+            rows = calibrated(Path(folder) / slug, number)
+            found = pairs_of(slug, rows, pairs=pairs)
+            known = kept(raw)
+            before = known["schemes"][slug].pairs if add else []
+            known["schemes"][slug] = Measured(number, rows.tokens, [*before, *found])
+            raw.write_text(json.dumps(known, sort_keys=True) + "\n", encoding="utf-8")
+        known = kept(raw)
+        if "fixed" not in known or slugs == list(SLUGS):
+            known["fixed"] = asdict(fixed())
+            raw.write_text(json.dumps(known, sort_keys=True) + "\n", encoding="utf-8")
+    out.write_text(page(known["schemes"], known["fixed"]), encoding="utf-8")
     print(f"wrote {out}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", nargs="?", choices=("bare",))
-    parser.add_argument("--slug", action="append")
+    parser.add_argument("--slug", action="append", choices=SLUGS)
     parser.add_argument("--pairs", type=int, help="default: 7, or 3 where a call takes a minute")
-    parser.add_argument("--calibset", type=Path)
+    parser.add_argument("--add", action="store_true", help="keep a scheme's earlier pairs")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    if args.part == "bare":
-        bare(args.slug[0], args.calibset, args.out)
-        (args.out / "peak").write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)))
-        sys.stdout.flush()
-        os._exit(0)
-    main(args.slug or list(SLUGS), pairs=args.pairs, out=args.out)
+    main(args.slug or list(SLUGS), pairs=args.pairs, add=args.add, out=args.out)

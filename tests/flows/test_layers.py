@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from flows.layers import errors_plot, lines, weights_plot, worst
+from flows.evidence import read_run
+from flows.layers import errors_plot, layers_of, lines, weights_plot, worst
 from flows.report import render
 from tests.flows.synthetic_run import SHAPES, SyntheticRun
 
@@ -40,3 +41,14 @@ def test_a_run_from_before_has_no_such_section(tmp_path: Path) -> None:
         path.write_text(json.dumps({"layers": []}))
     render(folder, tmp_path)
     assert "Which layers suffer" not in (folder / "report.html").read_text()
+
+
+def test_the_kernel_is_that_of_the_evaluation_where_the_writer_loads_nothing(tmp_path: Path) -> None:
+    run = SyntheticRun(tmp_path)
+    folder = run.write()
+    (path,) = tmp_path.glob("store/evaluate/rtn-w4-g128-*/manifest.json")
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"result": {**manifest["result"], "kernel": "TorchFusedLinear"}}))
+    layers = layers_of(read_run(folder, tmp_path))
+    assert layers["rtn-w4-g128"]["kernel"] == "TorchFusedLinear"
+    assert layers["rtn-w3-g128"]["kernel"] is None and layers["gptq-w4-g128"]["kernel"] == "TorchLinear"

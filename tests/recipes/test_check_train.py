@@ -64,6 +64,13 @@ def test_experts_are_refused_from_the_headers(tmp_path: Path):
     assert dropout.where.endswith("train.dropout")
 
 
+@pytest.mark.parametrize("slug", ["gptq-w4-g128", "awq-w4-g128", "rtn-w4-g128", "ct-gptq-w4-g128", "ct-awq-w4-g128"])
+def test_no_backend_calibrates_experts_and_check_says_so(slug: str, tmp_path: Path):
+    """So there is no scheme whose experts would see too few tokens: tokens an expert are nowhere to be logged."""
+    (problem,) = problems(write_experts(tmp_path), f"quantize.schemes=[{slug}]", "train.accept_unquantized=true")
+    assert "experts" in problem.what and "nf4 or int8" in problem.next and problem.where.endswith("quantize.schemes.0")
+
+
 def test_processes_share_the_batch(tmp_path: Path):
     recipe = write_project(tmp_path)
     assert load(recipe, sets=("run.processes=4",)).recipe.micro_batch == 4

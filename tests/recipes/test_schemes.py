@@ -129,6 +129,23 @@ def test_outputs_that_cannot_be_packed():
     assert [scheme.slug for scheme in legal_schemes(narrow) if scheme.form == "awq"] == []
 
 
+def test_inputs_that_fill_no_words_are_refused_per_channel():
+    """Fused layers (Phi-3) may have an odd number of inputs behind an even number of outputs."""
+    odd = [Linear("model.layers.0.mlp.gate_up_proj", 128, 96), Linear("model.layers.0.mlp.down_proj", 48, 128)]
+    (problem,) = parse_scheme("gptq-w3").check(odd)
+    assert "model.layers.*.mlp.down_proj (in_features 48" in problem.what and "gate_up" not in problem.what
+    assert "32 inputs at a time" in problem.why and "Write gptq-w4:" in problem.next
+    assert not parse_scheme("gptq-w3").fits(odd) and parse_scheme("ct-gptq-w3").fits(odd)
+    assert parse_scheme("gptq-w4").check(odd) == parse_scheme("rtn-w2").check(odd) == []
+    for slug, instead in (("rtn-w3-g32", "rtn-w4"), ("gptq-w3-g128", "gptq-w4")):  # 3 bits would be wrong, too
+        (problem,) = parse_scheme(slug).check(odd)
+        assert f"write {instead}, one scale an output" in problem.next
+    (problem,) = parse_scheme("rtn-w4").check([Linear("h.0.x", 12, 64)])
+    assert "Write rtn-w8" in problem.next
+    (problem,) = parse_scheme("rtn-w8").check([Linear("h.0.x", 10, 64)])
+    assert "nf4 or int8" in problem.next
+
+
 def test_collapsed_keeps_sizes_apart():
     text = collapsed([Linear("a.0.x", 8, 8), Linear("a.1.x", 8, 8), Linear("a.2.x", 16, 8)])
     assert text == "a.*.x (in_features 8, 2 layers), a.*.x (in_features 16, 1 layer)"
