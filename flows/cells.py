@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from flows.comparisons import REFERENCE
 from flows.evidence import Arm, RowScores, Run, TokenKL, read_kl, read_scores
-from flows.metrics import HEADLINE, METRICS, PER_DOMAIN, SPEED, Metric
+from flows.metrics import HEADLINE, METRICS, PER_DOMAIN, SPEED, TASK, Metric, further
 from flows.sizes import size_bytes
 from flows.stats import (
     QUANTILE_RESAMPLES,
@@ -67,6 +67,7 @@ class ArmEvidence:
         failure: Why its cells are null; None where it was evaluated.
         scores: Metric of scores.parquet -> rows of its published split.
         unlike: Why its rows cannot stand beside the other arms'; None where they are the same.
+        problems: Metric of scores.parquet -> why the arm has no rows of it, where the job said so.
     """
 
     arm: Arm
@@ -74,6 +75,7 @@ class ArmEvidence:
     scores: Mapping[str, RowScores]
     kl: TokenKL | None
     unlike: str | None = None
+    problems: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 def gather(run: Run) -> dict[str, ArmEvidence]:
@@ -87,6 +89,7 @@ def gather(run: Run) -> dict[str, ArmEvidence]:
             failure=failure,
             scores=read_scores(files) if files else {},
             kl=read_kl(files) if files else None,
+            problems={} if failure else run.steps[arm.evaluate].problems,
         )
     scored = [one for one in found.values() if one.failure is None]
     if not scored:
@@ -117,12 +120,12 @@ def _against(one: ArmEvidence, yardstick: ArmEvidence) -> ArmEvidence:
     if not other:
         return one
     reason = f"{', '.join(other)}: scored on other rows or tokens than {yardstick.arm.slug}"
-    return ArmEvidence(arm=one.arm, failure=one.failure, scores=one.scores, kl=one.kl, unlike=reason)
+    return replace(one, unlike=reason)
 
 
 def headline(evidence: Iterable[ArmEvidence]) -> list[str]:
     """What an arm must have to be ranked. Plain texts have no prompt, so that no arm has a task score."""
-    prompts = any("task" in one.scores for one in evidence)
+    prompts = any("task" in one.scores or "task" in one.problems for one in evidence)
     return [name for name in HEADLINE if name != "task" or prompts]
 
 
@@ -137,7 +140,9 @@ def not_ranked(one: ArmEvidence, cells: Mapping[str, Cell], needed: Sequence[str
 def cells_of(one: ArmEvidence, run: Run, draws: Draws) -> dict[str, Cell]:
     """All published metrics of an arm."""
     quality = {
-        metric.name: _quality(metric, one, run, draws) for metric in METRICS.values() if metric.source is not None
+        metric.name: _quality(metric, one, run, draws)
+        for metric in (*METRICS.values(), *further(run.recipe))
+        if metric.source is not None
     }
     size, reason = size_bytes(one.arm, run)
     counted = Cell(value=size, n=None if size is None else 1, reason=reason)
@@ -152,14 +157,15 @@ def _quality(metric: Metric, one: ArmEvidence, run: Run, draws: Draws) -> Cell:
         value, n = (0.0 if metric.source == "kl" else 1.0), (rows.n if rows else None)
         return Cell(value=value, n=n, split=metric.split, reason="the reference itself: so by definition")
     if rows is None:
-        return Cell(value=None, split=metric.split, reason=_no_rows(metric, run))
+        reason = one.problems.get(metric.source or "") or _no_rows(metric, run)
+        return Cell(value=None, split=metric.split, reason=reason)
     return rows_cell(metric, rows, one.kl, draws)
 
 
 def _no_rows(metric: Metric, run: Run) -> str:
     if metric.split == "general" and not (run.recipe.get("data") or {}).get("general"):
         return "the recipe has no data.general"
-    if metric.source == "task":
+    if metric.source == "task" or (metric.source or "").startswith(TASK):
         return "no row of test has a prompt to answer"
     return f"the arm's scores have no {metric.source} rows of {metric.split}"
 
@@ -174,11 +180,12 @@ def rows_cell(metric: Metric, rows: RowScores, kl: TokenKL | None, draws: Draws)
     value, interval, reason = rows.sums.value, None, None
     if len(rows.groups) < 2:
         reason = "one group of rows only: nothing can be said about the spread"
-    elif metric.interval == "wilson":
+    elif metric.interval == "wilson" and (metric.source == "agree" or rows.binary):
         interval = proportion_interval(rows.sums)
     else:
         low, high = mean_interval(studentized([Estimand(rows.sums)], draws(rows.groups))[0])
-        interval = Interval(max(low, 0.0), high)  # losses and KL are not negative
+        most = 1.0 if metric.interval == "wilson" else np.inf
+        interval = Interval(max(low, 0.0), min(high, most))  # losses and KL are not negative, scores end at 1
     if metric.name.startswith("ppl"):
         value = float(np.exp(value))
         interval = interval and Interval(*(float(np.exp(end)) for end in interval))

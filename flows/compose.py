@@ -13,7 +13,8 @@ from recipes.headers import read_headers
 from recipes.load import Loaded
 from recipes.problem import RecipeError
 from recipes.rows import source_name
-from recipes.schema import Recipe, SqlExecution
+from recipes.schema import Recipe
+from recipes.scorers import LmEval, Scorer, SqlExecution, input_name
 from tasks import calibrate, choose, evaluate, measure, merge, prepare, quantize, reference, train
 from tasks.runtime.leases import cpu_slots
 from tasks.runtime.pin import (
@@ -29,6 +30,9 @@ from tasks.runtime.pin import (
 from tasks.runtime.step import External, Limits, Step, resolve_device
 from tasks.runtime.tokenizer_files import TOKENIZER_FILES
 
+# What a folder of lm-evaluation-harness tasks can hold that shapes a score.
+TASK_FILES = tuple(f"**/*.{end}" for end in ("yaml", "py", "json", "jsonl", "csv", "tsv", "parquet", "txt"))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pins:
@@ -39,7 +43,7 @@ class Pins:
     data: tuple[External, ...]
     general: External | None
     template: External | None
-    databases: External | None
+    scorers: dict[str, External]
     adapter: External | None = None
     calibration_text: External | None = None
 
@@ -88,12 +92,11 @@ def pin(loaded: Loaded, home: Path) -> Pins:
     template = (
         external_file("template", loaded.resolve(named), digests=digests) if named and named != "chatml" else None
     )
-    scorer = recipe.evaluate.scorer
-    databases = (
-        external_folder("databases", loaded.resolve(scorer.databases), patterns=("*.sql",), digests=digests)
-        if isinstance(scorer, SqlExecution)
-        else None
-    )
+    scorers = {
+        input_name(number): _content(one, path, number, digests=digests)
+        for number, one in enumerate(recipe.evaluate.scorers)
+        if (path := loaded.content(one)) is not None
+    }
     adapter = recipe.train.adapter and external_folder(
         "adapter",
         (there := fetched.get("train.adapter") or _local(loaded, recipe.train.adapter)).folder,
@@ -108,7 +111,7 @@ def pin(loaded: Loaded, home: Path) -> Pins:
         data=data,
         general=general or None,
         template=template,
-        databases=databases,
+        scorers=scorers,
         adapter=adapter or None,
         calibration_text=text or None,
     )
@@ -153,6 +156,15 @@ def _source(loaded: Loaded, number: int, *, fetched: Mapping[str, Snapshot], dig
         return external_file(name, there.folder, digests=digests, source=there.source)
     files = [glob.escape(str(file.relative_to(there.folder))) for file in data_files(there.folder)]
     return external_folder(name, there.folder, patterns=files, digests=digests, source=there.source)
+
+
+def _content(scorer: Scorer, path: Path, number: int, *, digests: Digests) -> External:
+    """What a scorer reads: a file, or the files of a folder that it looks at."""
+    name = input_name(number)
+    if isinstance(scorer, SqlExecution | LmEval):
+        patterns = ("*.sql",) if isinstance(scorer, SqlExecution) else TASK_FILES
+        return external_folder(name, path, patterns=patterns, digests=digests)
+    return external_file(name, path, digests=digests)
 
 
 def limits(recipe: Recipe) -> Limits:
@@ -201,7 +213,7 @@ def compose(recipe: Recipe, pins: Pins, do: Callable[[Step], object]) -> Matrix:
         return _there(model=models[arm.slug] or pins.base, dataset=dataset, adapter=adapter if arm.adapter else None)
 
     def score(arm: Arm) -> None:
-        inputs = {**loads(arm), **_there(reference=scored_against, databases=pins.databases)}
+        inputs = {**loads(arm), "reference": scored_against, **pins.scorers}
         scores[arm.slug] = made(evaluate.step(recipe, arm.slug, kind=arm.kind, inputs=inputs))
 
     every = arms(recipe)

@@ -126,7 +126,7 @@ class Session:
         self.tracker.step(vars(record))
 
     def collect(self) -> bool:
-        """Wait for every task; record what never ran. True where all steps have their artifact."""
+        """Wait for every task; record what never ran. True where all steps have their artifact and all their scores."""
         wait(list(self.futures.values()))
         for key, future in self.futures.items():
             record = self.record.records.get(key)
@@ -134,7 +134,14 @@ class Session:
                 self.record.add(self.steps[key], "skipped", problem=self._skipped(key))
             elif record is None or (record.status != "failed" and not future.state.is_completed()):
                 future.result()  # not a step's failure but ours: let it be seen
-        return all(one.status in ("hit", "made") for one in self.record.records.values())
+        made = all(one.status in ("hit", "made") for one in self.record.records.values())
+        return made and not self.unscored
+
+    @property
+    def unscored(self) -> list[str]:
+        """`evaluate/ARM (METRIC)` where a scorer failed: the artifact says why, and has the arm's other scores."""
+        found = {key: made.manifest["result"].get("problems", ()) for key, made in self.artifacts.items()}
+        return [f"{key} ({', '.join(problems)})" for key, problems in found.items() if problems]
 
     def _skipped(self, key: str) -> dict[str, str]:
         needs = [one.key for one in self.steps[key].inputs.values() if isinstance(one, Step)]
@@ -212,7 +219,7 @@ def finetune_and_quantize(recipe: str, sets: list[str] | None = None) -> str:
                 session.display.line(f"MLflow is behind: {line}", style="yellow")
     if record.status == "failed":
         failed = [one.key for one in record.records.values() if one.status == "failed"]
-        raise RunFailed(f"{', '.join(failed)} failed; see {record.folder / 'report.md'}")
+        raise RunFailed(f"{', '.join([*failed, *session.unscored])} failed; see {record.folder / 'report.md'}")
     return str(record.folder)
 
 

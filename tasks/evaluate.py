@@ -6,22 +6,25 @@ from recipes.schema import Recipe
 from tasks.quantize import readers
 from tasks.runtime.step import External, Step
 
+SCORERS = {"json-schema": "jsonschema", "lm-eval": "lm-eval"}  # kind -> package that decides its scores
+
 
 def step(recipe: Recipe, arm: str, *, kind: str, inputs: dict[str, Step | External]) -> Step:
-    """Scores of an arm. `inputs` has model, dataset, reference and, where there are, adapter and databases."""
+    """Scores of an arm. `inputs` has model, dataset, reference, where there is one adapter, and what scorers read."""
     asked = recipe.evaluate
-    scorer = asked.scorer.model_dump(exclude={"databases"})  # its content is an input
+    scorers = [one.params() for one in asked.scorers]
+    packages = {SCORERS[one["kind"]] for one in scorers if one["kind"] in SCORERS}
     return Step(
         stage="evaluate",
         slug=arm,
         entry="tasks.jobs.evaluate:run",
-        version=1,
+        version=2,
         params={
             "kind": kind,
-            "scorer": scorer,
+            "scorers": scorers,
             **asked.model_dump(include={"max_new_tokens", "batch_size", "seed"}),
         },
         inputs=inputs,
-        tools=readers(inputs["model"]),
+        tools=(*readers(inputs["model"]), *sorted(packages)),
         gpus=1,
     )

@@ -11,14 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoTokenizer
 
-from recipes.problem import Problem
 from tasks.jobs.backends.load import kernel_of, load_arm, setup
-from tasks.jobs.conversation import behind_thinking
-from tasks.jobs.scorers import Scorer, make_scorer
+from tasks.jobs.grading import ask_harnesses, grade, open_graders, open_tokenizer, refuse_references
 from tasks.jobs.scoring import Model, Row, answers, batches, forced, greedy_config, read_general, read_rows
-from tasks.runtime.errors import StageError
 from tasks.runtime.job import Job
 
 SCORES = pa.schema(
@@ -28,52 +24,55 @@ SCORES = pa.schema(
 TOKENS = pa.schema([(name, pa.string()) for name in ("row", "group", "split")] + [("kl", pa.float32())])
 ANSWERS = pa.schema(
     [(name, pa.string()) for name in ("row", "split", "domain", "prompt", "reference", "answer")]
-    + [("score", pa.float64()), ("error", pa.string())]
+    + [("score", pa.float64()), ("error", pa.string()), ("scores", pa.string())]
 )
-SHOWN = 20
 
 
 def run(job: Job) -> dict[str, Any]:
     """Score an arm.
 
     Reads:
-        model: folder. adapter: PEFT folder (optional). dataset, reference. databases: folder (sql-execution).
+        model: folder. adapter: PEFT folder (optional). dataset, reference. scorer-N: what entry N of the scorers reads.
     Writes:
         scores.parquet: row, group, split, domain, metric, sum, n. Metrics: nll and nll_general (nats, n tokens),
-        kl (KL(reference || arm) in nats, n tokens), agree (top-1 agreements, n tokens), task (score, n = 1).
-        kl.parquet: KL a token. answers.parquet: what was asked, expected and answered. Rows without a prompt (plain
-        texts) have no task and no answer.
+        kl (KL(reference || arm) in nats, n tokens), agree (top-1 agreements, n tokens), task (the first scorer's score,
+        n = 1), task.NAME (another one's; documents of lm-eval tasks are rows of their own). kl.parquet: KL a token.
+        answers.parquet: what was asked, expected and answered, with `score` and `error` of the first scorer and
+        `scores`, JSON {NAME: {score, error}} of all. Rows without a prompt (plain texts) have no task and no answer.
     Metrics:
-        The mean of each, by split.
+        The mean of each, by split. `problems` of the result: metric -> why the arm has no score of it.
 
     Raises:
-        StageError: Logits are inf or NaN; the scorer rejects a reference answer.
+        StageError: Logits are inf or NaN; a scorer cannot be loaded or rejects a reference answer.
     """
     setup(job)
     if job.execution.device == "cpu":
         os.environ["GPTQ_TORCH_CACHE_WEIGHTS"] = "1"  # 2- and 3-bit layers dequantize once, not in every forward
     params, dataset = job.params, job.inputs["dataset"].path
     rows, general = read_rows(dataset, "dev", "test"), read_general(dataset)
-    asked = [row for row in rows if row.prompt_ids]
+    asked = [row for row in rows if row.prompt_ids]  # one sample a conversation
     if len(asked) < len(rows):
         job.events.note(
             "task", f"{len(rows) - len(asked)} of {len(rows)} rows are plain text: no prompt, so no task score"
         )
-    databases = job.inputs["databases"].path if "databases" in job.inputs else None
-    score = make_scorer(params["scorer"], databases)
-    asked = [row for row in rows if row.prompt_ids]  # one sample a conversation
-    _refuse_references(asked, score)
+    graders = open_graders(job)
+    refuse_references(asked, graders.answers)
     adapter = job.inputs["adapter"].path if "adapter" in job.inputs else None
     model = load_arm(params["kind"], job.inputs["model"].path, adapter=adapter, device=job.execution.device)
     job.events.note("kernel", f"{kernel_of(model)} on {job.execution.device}")
     progress = _Progress(job, [rows, asked, general])
     scores, tokens = _forced_scores(model, rows, job, progress)
     scores += _general_scores(model, general, job, progress)
-    answered = _task(model, asked, job, score, progress)
-    scores += [_score(row, "task", one["score"], 1) for row, one in zip(asked, answered, strict=True)]
+    answered = _answers(model, asked, job, progress)
+    graded = grade(asked, [one["answer"] for one in answered], graders.answers)
+    scores += [_score(row, metric, value, 1) for metric, values in graded.scores.items() for row, value in values]
+    answered = [one | said for one, said in zip(answered, graded.said, strict=True)]
+    documents, problems = ask_harnesses(model, graders.harnesses, job)
+    scores += documents
     for name, lines, schema in (("scores", scores, SCORES), ("kl", tokens, TOKENS), ("answers", answered, ANSWERS)):
         pq.write_table(pa.Table.from_pylist(lines, schema=schema), job.out / f"{name}.parquet")
-    return {"kernel": kernel_of(model), **_means(scores, job)}
+    problems = {metric: problem.as_dict() for metric, problem in (graded.problems | problems).items()}
+    return {"kernel": kernel_of(model), **({"problems": problems} if problems else {}), **_means(scores, job)}
 
 
 class _Progress:
@@ -166,45 +165,27 @@ def _general_scores(model: Model, rows: list[Row], job: Job, progress: _Progress
     return scores
 
 
-def _task(model: Model, rows: list[Row], job: Job, score: Scorer, progress: _Progress) -> list[dict[str, Any]]:
-    """Greedy answers and their scores, in the order of `rows`.
+def _answers(model: Model, rows: list[Row], job: Job, progress: _Progress) -> list[dict[str, Any]]:
+    """Greedy answers, decoded once for all scorers, in the order of `rows`.
 
     Rows with answers of like length share a batch: it decodes until its last answer has ended.
     """
     words = job.inputs["dataset"].path / "tokenizer"
-    tokenizer = AutoTokenizer.from_pretrained(str(words), local_files_only=True, trust_remote_code=False)
+    tokenizer = open_tokenizer(words)
     config = greedy_config(words, max_new_tokens=job.params["max_new_tokens"])
     found: dict[str, dict[str, Any]] = {}
     for group in batches(rows, job.params["batch_size"], key=lambda row: row.answer_tokens):
         for row, tokens in zip(group, answers(model, group, config), strict=True):
-            text = tokenizer.decode(tokens, skip_special_tokens=True)
-            verdict = score(behind_thinking(text), row.answer, row.columns)
             found[row.row] = {
                 "row": row.row,
                 "split": row.split,
                 "domain": row.domain,
                 "prompt": tokenizer.decode(row.prompt_ids),
                 "reference": row.answer,
-                "answer": text,
-                "score": verdict.score,
-                "error": verdict.error,
+                "answer": tokenizer.decode(tokens, skip_special_tokens=True),
             }
         progress.step("answers")
     return [found[row.row] for row in rows]
-
-
-def _refuse_references(rows: list[Row], score: Scorer) -> None:
-    """Raise StageError where the data's own answer would score less than 1: then no arm's score means anything."""
-    wrong = [row.row for row in rows if score(row.answer, row.answer, row.columns).score < 1]
-    if wrong:
-        raise StageError(
-            Problem(
-                what=f"the scorer rejects the reference answers of {len(wrong)} row(s)",
-                where=f"rows {', '.join(wrong[:SHOWN])}",
-                why="an arm that answers as the data says would be counted as wrong",
-                next="correct these rows, or choose another evaluate.scorer",
-            )
-        )
 
 
 def _means(scores: list[dict[str, Any]], job: Job) -> dict[str, float]:
