@@ -28,7 +28,7 @@ from flows.stats import (
 )
 
 MERGED = "evaluate/merged-"
-UPSTREAM = ("prepare", "train", "merge", "reference", "calibrate", "choose", "quantize")
+UPSTREAM = ("prepare", "rehearse", "train", "merge", "reference", "calibrate", "choose", "quantize")
 
 
 @dataclass(frozen=True, kw_only=True)

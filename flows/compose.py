@@ -15,7 +15,7 @@ from recipes.problem import RecipeError
 from recipes.rows import source_name
 from recipes.schema import Recipe
 from recipes.scorers import LmEval, Scorer, SqlExecution, input_name
-from tasks import calibrate, choose, evaluate, measure, merge, prepare, quantize, reference, train
+from tasks import calibrate, choose, evaluate, measure, merge, prepare, quantize, reference, rehearse, train
 from tasks.runtime.leases import cpu_slots
 from tasks.runtime.pin import (
     ADAPTER_FILES,
@@ -197,7 +197,8 @@ def compose(recipe: Recipe, pins: Pins, do: Callable[[Step], object]) -> Matrix:
     dataset = made(
         prepare.step(recipe, data=pins.data, tokenizer=pins.tokenizer, general=pins.general, template=pins.template)
     )
-    adapter = made(train.step(recipe, dataset=dataset, base=pins.base, adapter=pins.adapter))
+    rehearsed = made(rehearse.step(recipe, dataset=dataset, scorers=pins.scorers))
+    adapter = made(train.step(recipe, dataset=dataset, base=pins.base, adapter=pins.adapter, after=(rehearsed,)))
     merged = {
         onto: made(merge.step(recipe, base=pins.base, adapter=adapter, onto=onto))
         for onto in ("dequantized", "original")

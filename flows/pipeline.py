@@ -91,7 +91,7 @@ class Session:
         if inputs is not None and (found := lookup(step, inputs, self.store).artifact):
             self._done(step, Made(artifact=found, hit=True))
             return
-        needs = [one.key for one in step.inputs.values() if isinstance(one, Step)]
+        needs = [one.key for one in (*step.inputs.values(), *step.after) if isinstance(one, Step)]
         if step.whole_machine:  # it would hold the gate while others wait: let them finish first
             wait(list(self.futures.values()))
         self.futures[step.key] = self.task.submit(  # pyright: ignore[reportCallIssue]
@@ -144,7 +144,8 @@ class Session:
         return [f"{key} ({', '.join(problems)})" for key, problems in found.items() if problems]
 
     def _skipped(self, key: str) -> dict[str, str]:
-        needs = [one.key for one in self.steps[key].inputs.values() if isinstance(one, Step)]
+        step = self.steps[key]
+        needs = [one.key for one in (*step.inputs.values(), *step.after) if isinstance(one, Step)]
         missing = [one for one in needs if one not in self.artifacts]
         return {
             "what": "not run",

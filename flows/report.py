@@ -22,7 +22,18 @@ from flows.report_text import arm_rows, markdown, print_report
 from flows.stats import QUANTILE_RESAMPLES, RESAMPLES, SEED
 
 SCHEMA_VERSION = 1
-STAGES = ("prepare", "train", "merge", "reference", "calibrate", "choose", "quantize", "evaluate", "measure")
+STAGES = (
+    "prepare",
+    "rehearse",
+    "train",
+    "merge",
+    "reference",
+    "calibrate",
+    "choose",
+    "quantize",
+    "evaluate",
+    "measure",
+)
 NOT_SERVING = "not a serving kernel"
 METHOD = {
     "bootstrap": f"paired, over groups of rows, {RESAMPLES:,} resamples, seed {SEED}; all arms see the same draws",

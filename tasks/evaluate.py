@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from recipes.schema import Recipe
 from tasks.quantize import readers
+from tasks.rehearse import packages
 from tasks.runtime.step import External, Step
-
-SCORERS = {"json-schema": "jsonschema", "lm-eval": "lm-eval"}  # kind -> package that decides its scores
 
 
 def step(recipe: Recipe, arm: str, *, kind: str, inputs: dict[str, Step | External]) -> Step:
     """Scores of an arm. `inputs` has model, dataset, reference, where there is one adapter, and what scorers read."""
     asked = recipe.evaluate
-    scorers = [one.params() for one in asked.scorers]
-    packages = {SCORERS[one["kind"]] for one in scorers if one["kind"] in SCORERS}
     return Step(
         stage="evaluate",
         slug=arm,
@@ -21,10 +18,10 @@ def step(recipe: Recipe, arm: str, *, kind: str, inputs: dict[str, Step | Extern
         version=2,
         params={
             "kind": kind,
-            "scorers": scorers,
+            "scorers": [one.params() for one in asked.scorers],
             **asked.model_dump(include={"max_new_tokens", "batch_size", "seed"}),
         },
         inputs=inputs,
-        tools=(*readers(inputs["model"]), *sorted(packages)),
+        tools=(*readers(inputs["model"]), *packages(recipe)),
         gpus=1,
     )

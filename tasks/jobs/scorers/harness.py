@@ -69,6 +69,13 @@ class Harness:
                 task.set_config(key="num_fewshot", value=0)
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
 
+    @property
+    def documents(self) -> dict[str, int]:
+        """Documents that are asked, by task."""
+        limit = self._params["limit"]
+        sizes = {name: len(task.eval_docs) for name, task in self._loaded["tasks"].items()}
+        return {name: size if limit is None else min(size, limit) for name, size in sorted(sizes.items())}
+
     def _load(self, names: Sequence[str], folders: set[Path], include: Path | None) -> Any:
         """The named tasks, from an index of the folders that they are in; of all, where a group reaches further."""
         own = [include] if include else []
