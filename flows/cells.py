@@ -212,7 +212,7 @@ def domain_cells(one: ArmEvidence, draws: Draws) -> dict[str, Cell]:
     if len(domains) < 2:
         return {}
     found: dict[str, Cell] = {}
-    for name in PER_DOMAIN:
+    for name in (*PER_DOMAIN, *(metric for metric in one.scores if metric.startswith(TASK))):
         metric = METRICS[name]
         rows = one.scores.get(metric.source or "")
         if rows is None or (one.arm.slug == REFERENCE and metric.source in ("kl", "agree")):

@@ -37,7 +37,7 @@ BATCH = 500  # MLflow's limit for one log_batch is 1,000 metrics
 PARAM_CHARS = 6000
 NOTE_CHARS = 8000  # a tag's
 DIGEST_CHARS = 36  # a dataset's
-STAGES = ("prepare", "rehearse", "train", "merge", "reference", "calibrate", "quantize")
+STAGES = ("prepare", "train", "merge", "reference", "calibrate", "quantize")
 P = ParamSpec("P")
 HEADLINE = ("task", "ppl_test", "ppl_general", "kl_mean", "top1_agreement", "size_bytes")
 

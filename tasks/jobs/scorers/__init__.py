@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,11 @@ class ScorerFailed(Exception):
 
 Scorer = Callable[[str, str, Mapping[str, Any]], Verdict]
 """(answer, reference, the row's other columns) -> Verdict. Raises ScorerFailed."""
+
+
+def is_share(value: Any) -> bool:
+    """True for a number from 0 to 1, of Python or numpy, and for a bool."""
+    return isinstance(value, Real) and 0 <= float(value) <= 1
 
 
 def make_scorer(params: Mapping[str, Any], content: Path | None) -> Scorer:

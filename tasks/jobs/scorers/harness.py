@@ -7,8 +7,6 @@ counts from its folder.
 from __future__ import annotations
 
 import contextlib
-import math
-import numbers
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from recipes.lm_eval_tasks import find_tasks
 from recipes.problem import Problem
-from tasks.jobs.scorers import ScorerFailed
+from tasks.jobs.scorers import ScorerFailed, is_share
 from tasks.runtime.errors import StageError
 
 FEWSHOT_SEED = 1234  # lm_eval's own default
@@ -78,8 +76,8 @@ class Harness:
 
     def _load(self, names: Sequence[str], folders: set[Path], include: Path | None) -> Any:
         """The named tasks, from an index of the folders that they are in; of all, where a group reaches further."""
-        own = [include] if include else []
-        few = [*sorted(folders - set(own)), *own]  # later ones win
+        own: list[str | Path] = [include] if include else []
+        few: list[str | Path] = [*sorted(folders - set(own)), *own]  # later ones win
         try:
             return TaskManager(include_path=few, include_defaults=False).load(list(names))
         except (KeyError, ValueError):
@@ -87,9 +85,9 @@ class Harness:
         except (OSError, RuntimeError, NotImplementedError) as error:
             raise _not_here(names, error) from error
 
-    def _load_from_all(self, names: Sequence[str], own: Sequence[Path]) -> Any:
+    def _load_from_all(self, names: Sequence[str], own: list[str | Path]) -> Any:
         try:
-            return TaskManager(include_path=list(own)).load(list(names))
+            return TaskManager(include_path=own).load(list(names))
         except (KeyError, ValueError, OSError, RuntimeError, NotImplementedError) as error:
             raise _not_here(names, error) from error
 
@@ -99,7 +97,7 @@ class Harness:
         Raises:
             StageError: The task has no such metric, or less of it is better.
         """
-        better: Mapping[str, bool] = task.higher_is_better()
+        better: Mapping[str, bool] = task.higher_is_better() or {}
         metric, _, chosen = (self._params["metric"] or next(iter(better), "")).partition(",")
         if not better.get(metric, False):
             more = [name for name, higher in better.items() if higher]
@@ -129,8 +127,9 @@ class Harness:
         """
         pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         model.generation_config = GenerationConfig(do_sample=False, eos_token_id=list(ends), pad_token_id=pad)
-        results = evaluate(
-            lm=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+        lm: Any = HFLM
+        results: Any = evaluate(
+            lm=lm(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
             task_dict=self._loaded,
             limit=self._params["limit"],
             bootstrap_iters=0,
@@ -152,7 +151,7 @@ class Harness:
             if one["filter"] != chosen:
                 continue
             value = one.get(metric)
-            if not isinstance(value, numbers.Real) or not math.isfinite(value) or not 0 <= value <= 1:
+            if not is_share(value):
                 raise ScorerFailed(f"{metric} of {task.task_name} gives a document {value!r}, no number from 0 to 1")
             row = f"{task.task_name}/{one['doc_id']}-{one['doc_hash'][:8]}"
             yield Document(row, task.task_name, float(value))

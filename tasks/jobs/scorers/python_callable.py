@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import math
-import numbers
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from recipes.problem import Problem
-from tasks.jobs.scorers import Scorer, ScorerFailed, Verdict
+from tasks.jobs.scorers import Scorer, ScorerFailed, Verdict, is_share
 from tasks.runtime.errors import StageError
 
 
@@ -40,7 +38,7 @@ def _scorer(function: Callable[..., Any], name: str) -> Scorer:
             value = function(answer, reference, dict(columns))
         except Exception as error:  # the user's code, as above
             raise ScorerFailed(f"{name} raised {_said(error)}") from error
-        if not isinstance(value, numbers.Real) or not math.isfinite(value) or not 0 <= value <= 1:
+        if not is_share(value):
             raise ScorerFailed(f"{name} returned {value!r}, which is no number from 0 to 1")
         return Verdict(float(value))
 
