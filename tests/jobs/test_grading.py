@@ -89,6 +89,8 @@ def tasks(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_jsonl(folder / "docs.jsonl", [{"question": one[0]["content"], "answer": one[1]["content"]} for one in rows])
     (folder / "sky.yaml").write_text(TASK.format(name="sky-answers") + GENERATE)
     (folder / "pick.yaml").write_text(TASK.format(name="sky-choices") + CHOOSE)
+    broken = GENERATE.replace("{{answer}}", "{{answer[0][1][2].x}}")
+    (folder / "broken.yaml").write_text(TASK.format(name="sky-broken") + broken)
     return folder
 
 
@@ -233,6 +235,7 @@ def test_an_answer_runs_on_where_its_end_is_only_a_stop_string(world: Path, trai
     [
         ({"tasks": ["sky-answer"]}, r"no task sky-answer\n.*\n.*\n.*did you mean sky-answers\?"),
         ({"tasks": ["sky-answers"], "metric": "f1"}, "has no metric `f1`"),
+        ({"tasks": ["sky-broken"]}, "the first document of the task sky-broken cannot be asked"),
         ({"tasks": ["hellaswag"]}, r"task\(s\) hellaswag cannot be loaded"),
     ],
 )

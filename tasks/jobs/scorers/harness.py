@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,8 @@ from tasks.jobs.scorers import ScorerFailed, is_share
 from tasks.runtime.errors import StageError
 
 FEWSHOT_SEED = 1234  # lm_eval's own default
+# What loading a task raises: no data set and no network, a loading script, a function that its YAML names.
+LOADING = (OSError, RuntimeError, NotImplementedError, ImportError, AttributeError)
 
 
 class Document(NamedTuple):
@@ -62,6 +65,7 @@ class Harness:
             self._loaded = self._load(names, folders, include)
         for task in self._loaded["tasks"].values():
             _refuse(task)
+            _render(task)
             self._metric(task)
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
@@ -82,13 +86,13 @@ class Harness:
             return TaskManager(include_path=few, include_defaults=False).load(list(names))
         except (KeyError, ValueError):
             return self._load_from_all(names, own)
-        except (OSError, RuntimeError, NotImplementedError) as error:
+        except LOADING as error:
             raise _not_here(names, error) from error
 
     def _load_from_all(self, names: Sequence[str], own: list[str | Path]) -> Any:
         try:
             return TaskManager(include_path=own).load(list(names))
-        except (KeyError, ValueError, OSError, RuntimeError, NotImplementedError) as error:
+        except (KeyError, ValueError, *LOADING) as error:
             raise _not_here(names, error) from error
 
     def _metric(self, task: Task) -> tuple[str, str | None]:
@@ -129,7 +133,13 @@ class Harness:
         model.generation_config = GenerationConfig(do_sample=False, eos_token_id=list(ends), pad_token_id=pad)
         lm: Any = HFLM
         results: Any = evaluate(
-            lm=lm(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            # A rendered template has its own beginning-of-text token, or none.
+            lm=lm(
+                pretrained=model,
+                tokenizer=tokenizer,
+                batch_size=batch_size,
+                add_bos_token=False if self._params["chat_template"] else None,
+            ),
             task_dict=self._loaded,
             limit=self._params["limit"],
             bootstrap_iters=0,
@@ -177,6 +187,24 @@ def _refuse(task: Task) -> None:
                     next="leave it out",
                 )
             )
+
+
+def _render(task: Task) -> None:
+    """Raise StageError where the first document cannot be asked: templates and functions of a task are its author's."""
+    for document in islice(task.eval_docs, 1):
+        try:
+            task.doc_to_text(document)
+            task.doc_to_target(document)
+        except Exception as error:  # the task's own code: whatever it raises is told
+            raise StageError(
+                Problem(
+                    what=f"the first document of the task {task.task_name} cannot be asked",
+                    where="evaluate.scorers, kind lm-eval",
+                    why=f"{type(error).__name__}: {error}",
+                    next="correct doc_to_text and doc_to_target of the task; its documents have the columns "
+                    f"{', '.join(map(str, document))}",
+                )
+            ) from error
 
 
 def _unknown(near: Mapping[str, str]) -> StageError:
