@@ -204,7 +204,9 @@ def _beside(found: Findings) -> list[str]:
 def _schemes(found: Findings) -> list[str]:
     """Ranked schemes on the merged model, smallest KL first."""
     merged = [
-        slug for slug in found.ranked if (arm := found.arms[slug]).scheme and not arm.on_base and not arm.is_control
+        slug
+        for slug in found.ranked
+        if (arm := found.arms[slug]).scheme and not arm.on_base and not arm.is_control and arm.kv is None
     ]
     return sorted(merged, key=lambda slug: (found.cells[slug]["kl_mean"].value or 0.0, slug))
 

@@ -28,6 +28,7 @@ from flows.stats import (
 )
 
 MERGED = "evaluate/merged-"
+SIMULATED = "simulated: storage only"  # what the figures of a quantized KV cache are
 UPSTREAM = ("prepare", "rehearse", "train", "merge", "reference", "calibrate", "choose", "quantize")
 
 
@@ -83,7 +84,8 @@ def gather(run: Run) -> dict[str, ArmEvidence]:
     found: dict[str, ArmEvidence] = {}
     for arm in run.arms:
         failure = _failure(arm, run)
-        files = None if failure else run.steps[arm.evaluate].files
+        scored = None if failure else run.step(arm.evaluate)
+        files = scored.files if scored else None
         found[arm.slug] = ArmEvidence(
             arm=arm,
             failure=failure,
@@ -99,6 +101,8 @@ def gather(run: Run) -> dict[str, ArmEvidence]:
 
 
 def _failure(arm: Arm, run: Run) -> str | None:
+    if arm.unavailable:
+        return arm.unavailable
     scored = run.step(arm.evaluate)
     if scored is not None and (scored.ok or scored.status == "failed"):
         return None if scored.ok else scored.trouble
@@ -108,7 +112,7 @@ def _failure(arm: Arm, run: Run) -> str | None:
         behind += [step for key, step in run.steps.items() if step.status == "failed" and key.startswith(MERGED)]
     if behind:
         return behind[0].trouble
-    return scored.trouble if scored else f"the run ended before {arm.evaluate}"
+    return scored.trouble if scored else f"the run ended before evaluate/{arm.slug}"
 
 
 def _against(one: ArmEvidence, yardstick: ArmEvidence) -> ArmEvidence:
@@ -144,7 +148,7 @@ def cells_of(one: ArmEvidence, run: Run, draws: Draws) -> dict[str, Cell]:
         for metric in (*METRICS.values(), *further(run.recipe))
         if metric.source is not None
     }
-    size, reason = size_bytes(one.arm, run)
+    size, reason = (None, one.failure) if one.arm.unavailable else size_bytes(one.arm, run)
     counted = Cell(value=size, n=None if size is None else 1, reason=reason)
     return {**quality, "size_bytes": counted, **_speed(one, run)}
 
@@ -225,11 +229,16 @@ def domain_cells(one: ArmEvidence, draws: Draws) -> dict[str, Cell]:
 
 
 def _speed(one: ArmEvidence, run: Run) -> dict[str, Cell]:
-    reason = _unmeasured(one.arm, run)
+    loaded = next((arm for arm in run.arms if arm.slug == one.arm.of), one.arm)  # whose files they are
+    reason = one.arm.unavailable or _unmeasured(loaded, run)
     if reason:
         return {name: Cell(value=None, reason=reason) for name in SPEED}
-    measured = speed_record(one.arm, run)
-    return {name: _timed(measured.get(name), name) for name in SPEED}
+    measured = speed_record(loaded, run)
+    cells = {name: _timed(measured.get(name), name) for name in SPEED}
+    if one.arm.kv is None:
+        return cells
+    simulated = Cell(value=None, reason=SIMULATED)
+    return {name: cell if name == "resident_bytes" else simulated for name, cell in cells.items()}
 
 
 def _unmeasured(arm: Arm, run: Run) -> str | None:

@@ -63,7 +63,7 @@ def _named(a: str, b: str) -> Pairs:
 
 
 def _merged_schemes(arms: Sequence[Arm]) -> list[Arm]:
-    return [arm for arm in arms if arm.scheme and not arm.on_base and not arm.is_control]
+    return [arm for arm in arms if arm.scheme and not arm.on_base and not arm.is_control and arm.kv is None]
 
 
 def _against_merge(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
@@ -89,14 +89,14 @@ def _against_on_base(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
     """Every scheme on the merged model against the same scheme on the base with the adapter on top."""
     merged = {arm.slug for arm in _merged_schemes(arms)}
     for arm in arms:
-        if arm.on_base and arm.scheme in merged:
+        if arm.on_base and arm.kv is None and arm.scheme in merged:
             yield arm.scheme, arm.slug
 
 
 def _against_controls(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
     """Every scheme that has controls against each of them, and against rounding with the same bits and groups."""
     for arm in _merged_schemes(arms):
-        controls = [one.slug for one in arms if one.is_control and one.scheme == arm.slug]
+        controls = [one.slug for one in arms if one.is_control and one.kv is None and one.scheme == arm.slug]
         if controls:
             same = SchemeParts("rtn", arm.parts.bits, arm.parts.group_size)
             controls += [one.slug for one in _merged_schemes(arms) if one.parts == same]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from recipes.adapters import read_adapter
 from recipes.arms import Arm, Calibration, arms, controls
 from recipes.files import data_files
 from recipes.headers import read_headers
@@ -50,12 +51,16 @@ class Pins:
 
 @dataclass(frozen=True, kw_only=True)
 class ArmSteps:
-    """An arm and the steps that make it, score it and time it; `model` is None for the untouched base."""
+    """An arm and the steps that make it, score it and time it.
+
+    `model` is None for the untouched base; `evaluate` for an arm that cannot be; `measure` also where only the KV cache
+    differs, which no kernel of ours stores smaller.
+    """
 
     arm: Arm
     model: Step | None
     adapter: Step | None
-    evaluate: Step
+    evaluate: Step | None
     measure: Step | None
 
 
@@ -214,17 +219,20 @@ def compose(recipe: Recipe, pins: Pins, do: Callable[[Step], object]) -> Matrix:
         return _there(model=models[arm.slug] or pins.base, dataset=dataset, adapter=adapter if arm.adapter else None)
 
     def score(arm: Arm) -> None:
-        inputs = {**loads(arm), "reference": scored_against, **pins.scorers}
-        scores[arm.slug] = made(evaluate.step(recipe, arm.slug, kind=arm.kind, inputs=inputs))
+        calibset = own if arm.kv == "fp8-calibrated" else None
+        inputs = {**loads(arm), **_there(reference=scored_against, calibset=calibset), **pins.scorers}
+        scores[arm.slug] = made(evaluate.step(recipe, arm.slug, kind=arm.kind, kv=arm.kv, inputs=inputs))
 
-    every = arms(recipe)
-    schemes = {arm: arm.scheme for arm in every if arm.scheme}
+    matrix = arms(recipe, adapter=read_adapter(pins.adapter.path).config if pins.adapter else None)
+    every = [arm for arm in matrix if arm.unavailable is None]
+    own_files = [arm for arm in every if arm.of is None]
+    schemes = {arm: arm.scheme for arm in own_files if arm.scheme}
     for kind in controls(every):
         calibsets[kind] = made(
             calibrate.control(recipe, kind, dataset=dataset, calibset=own, general=pins.calibration_text)
         )
     for arm in filter(
-        lambda one: one not in schemes, every
+        lambda one: one not in schemes, own_files
     ):  # before the choice, which may read the scores of the merged models
         models[arm.slug] = merged.get(arm.merge_base or "")
         score(arm)
@@ -250,31 +258,40 @@ def compose(recipe: Recipe, pins: Pins, do: Callable[[Step], object]) -> Matrix:
         )
     for arm in schemes:
         score(arm)
-    rows: list[ArmSteps] = []
-    there = limits(recipe)
     for arm in every:
-        speed = None
-        if recipe.measure.enabled:
-            speed = made(
-                measure.step(
-                    recipe,
-                    arm.slug,
-                    kind=arm.kind,
-                    device=there.device,
-                    threads=there.threads,
-                    inputs=loads(arm),
-                )
-            )
-        rows.append(
-            ArmSteps(
-                arm=arm,
-                model=models[arm.slug],
-                adapter=adapter if arm.adapter else None,
-                evaluate=scores[arm.slug],
-                measure=speed,
-            )
+        if arm.of is not None:
+            models[arm.slug] = models[arm.of]
+            score(arm)
+    speeds = _measured(recipe, own_files, loads, made)
+    rows = [
+        ArmSteps(
+            arm=arm,
+            model=models.get(arm.slug),
+            adapter=adapter if arm.adapter and arm.unavailable is None else None,
+            evaluate=scores.get(arm.slug),
+            measure=speeds.get(arm.slug),
         )
+        for arm in matrix
+    ]
     return Matrix(steps=tuple(steps), arms=tuple(rows))
+
+
+def _measured(
+    recipe: Recipe,
+    every: Sequence[Arm],
+    loads: Callable[[Arm], dict[str, Step | External]],
+    made: Callable[[Step], Step],
+) -> dict[str, Step]:
+    """The measure step of each of these arms, by slug."""
+    if not recipe.measure.enabled:
+        return {}
+    there = limits(recipe)
+    return {
+        arm.slug: made(
+            measure.step(recipe, arm.slug, kind=arm.kind, device=there.device, threads=there.threads, inputs=loads(arm))
+        )
+        for arm in every
+    }
 
 
 def _there(**inputs: Step | External | None) -> dict[str, Step | External]:

@@ -84,6 +84,10 @@ class Arm:
         quantization: The scheme's params(): method, bits, group_size (-1: per channel) and so on.
         refused: Why the recipe's serve.engine does not read it; None where it does, or the recipe names none.
         calibration: `domain`, the run's own set; `generic`, `mixed` and `random` are controls.
+        kv: How its KV cache is stored (simulated): `fp8`, `fp8-calibrated`, `int8`; None for bf16.
+        of: Slug of the arm whose files it loads, where it differs from that arm in its KV cache alone.
+        external: A model that this pipeline did not make.
+        unavailable: Why this arm could not be, known before the run; it has no steps then.
     """
 
     slug: str
@@ -96,9 +100,13 @@ class Arm:
     scales_from_base: bool = False
     model: str | None
     adapter: str | None
-    evaluate: str
+    evaluate: str | None
     measure: str | None
     refused: str | None = None
+    kv: str | None = None
+    of: str | None = None
+    external: bool = False
+    unavailable: str | None = None
 
     @property
     def is_control(self) -> bool:

@@ -155,6 +155,15 @@ def _find(run: Run, slug: str) -> Arm:
             f"It has {', '.join(arms) or 'none'}.",
             f"Did you mean {near[0]}?" if near else "Name one of these.",
         )
+    if arm.unavailable:
+        raise _refused(f"{slug} cannot be.", str(run.folder), f"{arm.unavailable}.", "Name another arm.")
+    if arm.of is not None:
+        raise _refused(
+            f"{slug} has no files of its own.",
+            str(run.folder),
+            f"It is {arm.of} with a KV cache whose storage was simulated; a server is told to do that when it starts.",
+            f"Export {arm.of}; vLLM takes --kv-cache-dtype fp8.",
+        )
     if arm.model is None and arm.adapter is None:
         raise _refused(
             f"{slug} is the untouched base.",

@@ -91,6 +91,24 @@ METRICS = Known(
             meaning="exp of the mean loss over completion tokens of test",
         ),
         Metric(
+            name="ppl_all",
+            label="ppl, all tokens",
+            better="lower",
+            source="nll_all",
+            split="test",
+            interval="studentized",
+            meaning="exp of the mean loss over all tokens of test, prompts and template included, but each row's first",
+        ),
+        Metric(
+            name="bits_per_byte",
+            label="bits/byte",
+            better="lower",
+            source="bits",
+            split="test",
+            interval="studentized",
+            meaning="bits that the completions of test cost, a byte of their text: compares models of any tokenizer",
+        ),
+        Metric(
             name="ppl_general",
             label="general ppl",
             better="lower",
@@ -175,7 +193,7 @@ METRICS = Known(
 )
 HEADLINE = ("task", "ppl_test", "kl_mean", "size_bytes")  # an arm without one of these is not ranked
 SPEED = ("resident_bytes", "load_s", "prefill_tokens_per_s", "decode_tokens_per_s")
-PER_DOMAIN = ("task", "ppl_test", "kl_mean", "top1_agreement")
+PER_DOMAIN = ("task", "ppl_test", "ppl_all", "bits_per_byte", "kl_mean", "top1_agreement")
 _SHARES = ("task", "top1_agreement")
 _MINUS = "−"
 

@@ -229,11 +229,11 @@ def predict(recipe: Recipe, headers: Headers, *, device: str = "cpu", rows: RowS
     steps = [_prepare(sizes), _train(sizes)]
     steps += [_merge(sizes, onto) for onto in ("dequantized", "original")]
     steps += [_reference(sizes), _calibrate(sizes)]
-    every = arms(recipe)
+    every = [arm for arm in arms(recipe) if arm.unavailable is None]
     steps += [_control(sizes, kind) for kind in controls(every)]
-    steps += [_quantize(sizes, arm, arm.scheme) for arm in every if arm.scheme]
+    steps += [_quantize(sizes, arm, arm.scheme) for arm in every if arm.scheme and arm.of is None]
     steps += [_evaluate(sizes, arm) for arm in every]
-    steps += [_measure(sizes, arm) for arm in every if recipe.measure.enabled]
+    steps += [_measure(sizes, arm) for arm in every if arm.of is None and recipe.measure.enabled]
     return steps
 
 

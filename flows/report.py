@@ -12,7 +12,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flows.answers import Answer, Findings, answers
-from flows.cells import ArmEvidence, Cell, Draws, cells_of, domain_cells, gather, headline, not_ranked, speed_record
+from flows.cells import (
+    SIMULATED,
+    ArmEvidence,
+    Cell,
+    Draws,
+    cells_of,
+    domain_cells,
+    gather,
+    headline,
+    not_ranked,
+    speed_record,
+)
 from flows.comparisons import FAMILIES, REFERENCE, compare
 from flows.evidence import Arm, Run, Step, notes, read_run
 from flows.layers import layers_of
@@ -39,7 +50,8 @@ METHOD = {
     "bootstrap": f"paired, over groups of rows, {RESAMPLES:,} resamples, seed {SEED}; all arms see the same draws",
     "differences": "symmetric studentized bootstrap; ci95_adjusted holds together over the family "
     "(max-|t| of the bootstrap, each comparison on its own scale); the verdict follows from ci95_adjusted alone",
-    "means": "ppl and kl_mean: equal-tailed studentized bootstrap (perplexity: of the loss, then the exponential)",
+    "means": "ppl, bits_per_byte and kl_mean: equal-tailed studentized bootstrap (perplexity: of the loss, then the "
+    "exponential)",
     "proportions": "task, task.NAME and top1_agreement: Wilson's interval with the effective sample size between "
     "groups; scores that are not all 0 or 1: as means",
     "quantiles": f"kl_p99: percentile bootstrap over groups, {QUANTILE_RESAMPLES:,} resamples",
@@ -170,10 +182,11 @@ def _cells(cells: Mapping[str, Cell]) -> dict[str, Any]:
 
 def _arm(one: ArmEvidence, run: Run, cells: Mapping[str, Cell], *, ranked: bool) -> dict[str, Any]:
     return {
-        "status": "failed" if one.failure else "ok",
+        "status": "unavailable" if one.arm.unavailable else "failed" if one.failure else "ok",
         "ranked": ranked,
         "refused": one.arm.refused,
         "merge_base": one.arm.merge_base,
+        "kv_cache": {"kind": one.arm.kv, "of": one.arm.of, "label": SIMULATED} if one.arm.kv else None,
         "path": _files(one.arm.model, run),
         "adapter_path": _files(one.arm.adapter, run),
         "metrics": _cells(cells),

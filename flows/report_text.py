@@ -92,6 +92,7 @@ def overview(report: Mapping[str, Any]) -> list[str]:
         [[name_of(slug, arm), *(_cell(name, arm["metrics"][name]) for name in COLUMNS)] for slug, arm in arms.items()],
     )
     lines += _further(report)
+    lines += [f"\n{line}" for line in simulated(report)]
     lines += [f"\nNot served: {slug}: {arm['refused']}" for slug, arm in arms.items() if arm["refused"]]
     return [*lines, *(f"\nNot ranked: {slug}: {why}." for slug, why in report["not_ranked"].items())]
 
@@ -109,6 +110,17 @@ def _further(report: Mapping[str, Any]) -> list[str]:
 def further_tasks(report: Mapping[str, Any]) -> list[str]:
     """Metrics of all scorers but the first."""
     return [one["metric"] for one in report["scorers"][1:]]
+
+
+def simulated(report: Mapping[str, Any]) -> list[str]:
+    """One line that names the arms whose KV cache was simulated, and says how; none where there is no such arm."""
+    slugs = [slug for slug, arm in report["arms"].items() if arm["kv_cache"]]
+    if not slugs:
+        return []
+    return [
+        f"KV cache simulated, storage only: {', '.join(slugs)}. What storage gives back is what attention reads; size "
+        "and memory are those of the arm whose files are loaded."
+    ]
 
 
 def _failures(report: Mapping[str, Any]) -> list[str]:

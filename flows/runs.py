@@ -140,7 +140,11 @@ def _arm(one: ArmSteps) -> dict[str, Any]:
         "scales_from_base": one.arm.scales_from_base,
         "model": one.model.key if one.model else None,
         "adapter": one.adapter.key if one.adapter else None,
-        "evaluate": one.evaluate.key,
+        "kv": one.arm.kv,
+        "of": one.arm.of,
+        "external": one.arm.external,
+        "unavailable": one.arm.unavailable,
+        "evaluate": one.evaluate.key if one.evaluate else None,
         "measure": one.measure.key if one.measure else None,
     }
 

@@ -188,7 +188,7 @@ class Tracker:
                 self._numbers(run, {f"{name}.low": low, f"{name}.high": high})
             self._params(run, {"arm": slug, "merge_base": arm["merge_base"], "ranked": arm["ranked"]})
             self._tag(run, {"quench.status": arm["status"]})
-            self._client.set_terminated(run, "FINISHED" if arm["status"] == "ok" else "FAILED")
+            self._client.set_terminated(run, "FAILED" if arm["status"] == "failed" else "FINISHED")
             self._numbers(self.parent, {f"{name}/{slug}": metrics.get(name) for name in HEADLINE})
         if choice := report["choice"]:
             self._params(self.parent, {"merge.chosen": choice["candidate"]})

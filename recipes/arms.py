@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from recipes.problem import Problem, RecipeError
 from recipes.schema import LayerRule, Recipe, SchemeSpec
 from recipes.schemes import PER_CHANNEL, Grid, Rule, Scheme
 from recipes.slugs import by_backend, parse_scheme
 
-Kind = Literal["bf16", "nf4", "quantized"]
+Kind = Literal["bf16", "nf4", "quantized", "external"]
+KV = Literal["fp8", "fp8-calibrated", "int8"]
 MergeBase = Literal["dequantized", "original", "auto"]
 Calibration = Literal["domain", "generic", "mixed", "random"]
 CONTROLS: tuple[Calibration, ...] = ("generic", "mixed", "random")
+KV_CACHES: tuple[KV, ...] = ("fp8", "fp8-calibrated", "int8")
+NO_DORA = {"gptq": "GPTQLoraLinear", "awq": "AwqLoraLinear"}  # format -> PEFT 0.21.2's layer, which raises
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,10 @@ class Arm:
         adapter: The adapter is loaded on top.
         calibration: The calibration set; `domain` is the run's own, the others are controls.
         scales_from_base: AWQ's scales and clipping are those that it finds on the base.
+        kv: How its KV cache is stored (simulated); None for bf16.
+        of: Slug of the arm whose files it loads, where it differs from that arm in its KV cache alone.
+        external: A model that this pipeline did not make.
+        unavailable: Why this arm cannot be, known before the run; None where it can.
     """
 
     slug: str
@@ -41,6 +48,10 @@ class Arm:
     adapter: bool = False
     calibration: Calibration = "domain"
     scales_from_base: bool = False
+    kv: KV | None = None
+    of: str | None = None
+    external: bool = False
+    unavailable: str | None = None
 
     @property
     def is_control(self) -> bool:
@@ -48,11 +59,16 @@ class Arm:
         return self.calibration != "domain" or self.scales_from_base
 
 
-def arms(recipe: Recipe) -> tuple[Arm, ...]:
+def arms(recipe: Recipe, *, adapter: Mapping[str, Any] | None = None) -> tuple[Arm, ...]:
     """All arms in the order of the report.
 
+    Args:
+        recipe: The recipe.
+        adapter: adapter_config.json of `train.adapter`, where that stands in the place of training.
+
     Raises:
-        RecipeError: A slug names no scheme; two specs have one name; a control of no scheme of the recipe.
+        RecipeError: A slug names no scheme; two specs have one name; a control of no scheme of the recipe; a KV cache
+            of no arm.
     """
     schemes = [specified(entry) for entry in recipe.quantize.schemes]
     on_base = [parse_scheme(slug) for slug in recipe.evaluate.on_base]
@@ -62,21 +78,59 @@ def arms(recipe: Recipe) -> tuple[Arm, ...]:
         raise RecipeError(problems)
     controlled = [one for one in schemes if one.slug in recipe.calibrate.controls]
     schemes += _rounded(controlled, schemes)
-    return (
+    dora = recipe.train.dora if adapter is None else bool(adapter.get("use_dora"))
+    plain = (
         Arm(slug="base", kind="bf16"),
+        Arm(slug="base-nf4", kind="nf4"),
         Arm(slug="nf4-adapter", kind="nf4", adapter=True),
         Arm(slug="merged-dequantized", kind="bf16", merge_base="dequantized"),
         Arm(slug="merged-original", kind="bf16", merge_base="original"),
         *(Arm(slug=one.slug, kind="quantized", merge_base=recipe.merge.base, scheme=one) for one in schemes),
         *(arm for one in controlled for arm in _controls(one, recipe.merge.base)),
-        *(Arm(slug=f"{one.slug}.on-base", kind="quantized", scheme=one, on_base=True, adapter=True) for one in on_base),
+        *(_on_base(one, dora=dora) for one in on_base),
     )
+    if problems := list(_no_arms(recipe.evaluate.kv_cache, plain)):
+        raise RecipeError(problems)
+    named = {arm.slug: arm for arm in plain}
+    return (*plain, *(arm for slug in recipe.evaluate.kv_cache for arm in _kv_caches(named[slug])))
 
 
 def controls(every: Sequence[Arm]) -> list[Calibration]:
     """The control sets that these arms are calibrated on."""
     found = {arm.calibration for arm in every}
     return [kind for kind in CONTROLS if kind in found]
+
+
+def _on_base(scheme: Scheme, *, dora: bool) -> Arm:
+    layer = NO_DORA.get(scheme.form) if dora else None
+    return Arm(
+        slug=f"{scheme.slug}.on-base",
+        kind="quantized",
+        scheme=scheme,
+        on_base=True,
+        adapter=True,
+        unavailable=f"PEFT puts no DoRA on {scheme.form} layers: {layer} does not support DoRA yet" if layer else None,
+    )
+
+
+def _kv_caches(arm: Arm) -> Iterator[Arm]:
+    for kv in KV_CACHES:
+        yield replace(arm, slug=f"{arm.slug}.kv-{kv}", kv=kv, of=arm.slug)
+
+
+def _no_arms(asked: Sequence[str], every: Sequence[Arm]) -> Iterator[Problem]:
+    """Entries of evaluate.kv_cache that name no arm, or one twice."""
+    stored = [arm.slug for arm in every if arm.scheme and arm.scheme.kv_scales]
+    able = [arm.slug for arm in every if arm.slug not in stored]
+    for index, slug in enumerate(asked):
+        if slug not in able or slug in asked[:index]:
+            what = f"{slug} stands twice." if slug in asked[:index] else f"The matrix has no arm {slug}."
+            yield Problem(
+                what=f"{slug} has KV scales of its own, which enter its figures." if slug in stored else what,
+                where=f"evaluate.kv_cache.{index}",
+                why="Each entry is an arm of this recipe, which is evaluated again with its KV cache quantized.",
+                next=f"Write one of {', '.join(one for one in able if one not in asked)}.",
+            )
 
 
 def _controls(scheme: Scheme, merge_base: MergeBase) -> Iterator[Arm]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from recipes.arms import arms, specified
 from recipes.check_adapter import beside, fit_problems, folder_problems
+from recipes.check_arms import kv_cache_problems
 from recipes.check_rows import RowCheck, check_data, general_files, general_problems
 from recipes.check_scorers import scorer_problems
 from recipes.check_serving import entries, length_problems
@@ -73,7 +74,7 @@ def check_base(loaded: Loaded, folder: Path) -> list[Problem]:
     except RecipeError as error:
         return list(error.problems)
     found = [*_chat_template(loaded, headers), *_shapes(loaded, headers), *_lengths(loaded, headers)]
-    found += length_problems(loaded, headers)
+    found += [*length_problems(loaded, headers), *kv_cache_problems(loaded, headers)]
     found += [*train_problems(loaded, headers), *(fit_problems(loaded.adapter, headers) if loaded.adapter else [])]
     return [loaded.placed(problem) for problem in found]
 

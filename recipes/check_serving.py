@@ -1,11 +1,16 @@
-"""What the engine of serve.engine would not serve: warnings, since an arm may be wanted for its figures alone."""
+"""What is warned of: arms that cannot be, and what the engine of serve.engine would not serve.
+
+No refusals, since an arm may be wanted for its figures alone, and a run without one is still a run.
+"""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 
 from recipes.arms import specified
+from recipes.check_arms import unavailable
 from recipes.headers import Headers, read_headers
 from recipes.load import Loaded
 from recipes.problem import Problem, RecipeError
@@ -14,18 +19,16 @@ from recipes.serving import cautions, refusals
 
 
 def warnings(loaded: Loaded) -> list[Problem]:
-    """Every scheme that the engine refuses, or serves in some versions only.
+    """Every arm that cannot be, every scheme that the engine refuses, or serves in some versions only.
 
-    A recipe that `check` refuses, and a base that is not local, say nothing here.
+    A recipe that `check` refuses says nothing here, nor does a base that is not local about the engine.
     """
+    found = list(unavailable(loaded))
     serve, base = loaded.recipe.serve, loaded.base
-    if serve.engine == "none" or base is None:
-        return []
-    try:
-        headers = read_headers(base)
-    except RecipeError:
-        return []  # check says so
-    return [loaded.placed(problem) for problem in _of_schemes(loaded, headers)]
+    if serve.engine != "none" and base is not None:
+        with contextlib.suppress(RecipeError):  # check says so
+            found += _of_schemes(loaded, read_headers(base))
+    return [loaded.placed(problem) for problem in found]
 
 
 def length_problems(loaded: Loaded, headers: Headers) -> Iterator[Problem]:

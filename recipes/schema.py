@@ -284,6 +284,10 @@ class Evaluate(Section):
     answers: the first one is the metric `task`, which ranks, and every other one `task.NAME`. docs/scorers.md."""
     on_base: list[str] = []
     """Schemes that are also applied to the base, with the adapter on top (arms `SLUG.on-base`)."""
+    kv_cache: list[str] = []
+    """Arms that are also evaluated with a quantized KV cache: `ARM.kv-fp8` (e4m3, scale 1), `ARM.kv-fp8-calibrated`
+    (e4m3, a scale each for keys and values of a layer, from the calibration set), `ARM.kv-int8` (a scale a token and
+    head). Simulated: what storage would give back is what attention reads, in bf16; nothing gets smaller or faster."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 256
     """Longest answer that is decoded."""
     batch_size: Annotated[int, Field(ge=1)] = 16

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from recipes.arms import KV
 from recipes.schema import Recipe
 from tasks.quantize import readers
 from tasks.rehearse import packages
 from tasks.runtime.step import External, Step
 
 
-def step(recipe: Recipe, arm: str, *, kind: str, inputs: dict[str, Step | External]) -> Step:
-    """Scores of an arm. `inputs` has model, dataset, reference, where there is one adapter, and what scorers read."""
+def step(recipe: Recipe, arm: str, *, kind: str, inputs: dict[str, Step | External], kv: KV | None = None) -> Step:
+    """Scores of an arm.
+
+    Args:
+        recipe: The recipe.
+        arm: Its slug.
+        kind: How its model is loaded.
+        inputs: model, dataset, reference, adapter where there is one, what scorers read; calibset for KV scales.
+        kv: How its KV cache is stored; None for bf16.
+    """
     asked = recipe.evaluate
     return Step(
         stage="evaluate",
@@ -18,6 +27,7 @@ def step(recipe: Recipe, arm: str, *, kind: str, inputs: dict[str, Step | Extern
         version=2,
         params={
             "kind": kind,
+            "kv": kv,
             "scorers": [one.params() for one in asked.scorers],
             **asked.model_dump(include={"max_new_tokens", "batch_size", "seed"}),
         },

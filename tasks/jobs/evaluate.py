@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +16,19 @@ from torch import Tensor
 
 from tasks.jobs.backends.load import kernel_of, load_arm, setup
 from tasks.jobs.grading import ask_harnesses, grade, open_graders, open_tokenizer, refuse_references
-from tasks.jobs.scoring import Model, Row, answers, batches, forced, greedy_config, read_general, read_rows
+from tasks.jobs.kv_cache import KVCache, calibrated
+from tasks.jobs.scoring import (
+    Model,
+    Predicted,
+    Row,
+    answers,
+    batches,
+    completion_bytes,
+    forced,
+    greedy_config,
+    read_general,
+    read_rows,
+)
 from tasks.runtime.job import Job
 
 SCORES = pa.schema(
@@ -33,17 +47,22 @@ def run(job: Job) -> dict[str, Any]:
 
     Reads:
         model: folder. adapter: PEFT folder (optional). dataset, reference. scorer-N: what entry N of the scorers reads.
+        calibset (params.kv is fp8-calibrated).
     Writes:
-        scores.parquet: row, group, split, domain, metric, sum, n. Metrics: nll and nll_general (nats, n tokens),
-        kl (KL(reference || arm) in nats, n tokens), agree (top-1 agreements, n tokens), task (the first scorer's score,
-        n = 1), task.NAME (another one's; documents of lm-eval tasks are rows of their own). kl.parquet: KL a token.
-        answers.parquet: what was asked, expected and answered, with `score` and `error` of the first scorer and
-        `scores`, JSON {NAME: {score, error}} of all. Rows without a prompt (plain texts) have no task and no answer.
+        scores.parquet: row, group, split, domain, metric, sum, n. Metrics: nll (nats, n completion tokens), nll_all
+        (nats, n all tokens of the row but the first), nll_general (the same of the hold-out), bits (nll in bits, n
+        UTF-8 bytes of the completions' text), kl (KL(reference || arm) in nats, n completion tokens), agree (top-1
+        agreements, n completion tokens), task (the first scorer's score, n = 1), task.NAME (another one's; documents of
+        lm-eval tasks are rows of their own).
+        kl.parquet: KL a token. answers.parquet: what was asked, expected and answered, with `score` and `error` of the
+        first scorer and `scores`, JSON {NAME: {score, error}} of all. Rows without a prompt (plain texts) have no task
+        and no answer. kv_cache.json: how a quantized KV cache was simulated (params.kv).
     Metrics:
         The mean of each, by split. `problems` of the result: metric -> why the arm has no score of it.
 
     Raises:
-        StageError: Logits are inf or NaN; a scorer cannot be loaded or rejects a reference answer.
+        StageError: Logits are inf or NaN; a scorer cannot be loaded or rejects a reference answer; the model has no KV
+            cache.
     """
     setup(job)
     if job.execution.device == "cpu":
@@ -60,19 +79,48 @@ def run(job: Job) -> dict[str, Any]:
     adapter = job.inputs["adapter"].path if "adapter" in job.inputs else None
     model = load_arm(params["kind"], job.inputs["model"].path, adapter=adapter, device=job.execution.device)
     job.events.note("kernel", f"{kernel_of(model)} on {job.execution.device}")
+    arm = _Loaded(model, open_tokenizer(dataset / "tokenizer"), _kv_cache(model, job))
     progress = _Progress(job, [rows, asked, general])
-    scores, tokens = _forced_scores(model, rows, job, progress)
-    scores += _general_scores(model, general, job, progress)
-    answered = _answers(model, asked, job, progress)
+    scores, tokens = _forced_scores(arm, rows, job, progress)
+    scores += _general_scores(arm, general, job, progress)
+    answered = _answers(arm, asked, job, progress)
     graded = grade(asked, [one["answer"] for one in answered], graders.answers)
     scores += [_score(row, metric, value, 1) for metric, values in graded.scores.items() for row, value in values]
     answered = [one | said for one, said in zip(answered, graded.said, strict=True)]
-    documents, problems = ask_harnesses(model, graders.harnesses, job)
+    documents, problems = ask_harnesses(model, graders.harnesses, job, caches=arm.caches)
     scores += documents
     for name, lines, schema in (("scores", scores, SCORES), ("kl", tokens, TOKENS), ("answers", answered, ANSWERS)):
         pq.write_table(pa.Table.from_pylist(lines, schema=schema), job.out / f"{name}.parquet")
     problems = {metric: problem.as_dict() for metric, problem in (graded.problems | problems).items()}
-    return {"kernel": kernel_of(model), **({"problems": problems} if problems else {}), **_means(scores, job)}
+    said = {"problems": problems} if problems else {}
+    return {"kernel": kernel_of(model), **_stored(arm.caches, job), **said, **_means(scores, job)}
+
+
+class _Loaded(NamedTuple):
+    """The arm, the dataset's tokenizer, and what makes the arm's KV caches where they are quantized."""
+
+    model: Model
+    tokenizer: Any
+    caches: KVCache | None
+
+
+def _kv_cache(model: Model, job: Job) -> KVCache | None:
+    """What params.kv asks for; `fp8-calibrated` runs over the calibration set first."""
+    kind = job.params.get("kv")
+    if kind is None:
+        return None
+    scales = calibrated(model, job.inputs["calibset"].path) if kind == "fp8-calibrated" else {}
+    return KVCache(config=model.config, kind=kind, scales=scales)
+
+
+def _stored(caches: KVCache | None, job: Job) -> dict[str, Any]:
+    """Record how the KV cache was stored, in kv_cache.json, a note and the manifest."""
+    if caches is None:
+        return {}
+    record = caches.record()
+    (job.out / "kv_cache.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    job.events.note("kv cache", caches.note)
+    return {"kv_cache": {"kind": record["kind"], "label": record["label"], "layers": len(record["layers"])}}
 
 
 class _Progress:
@@ -97,12 +145,6 @@ def _score(row: Row, metric: str, value: float, n: int) -> dict[str, Any]:
     }
 
 
-def _nll(logits: Tensor, targets: Tensor) -> float:
-    """Sum of -log p over tokens, in nats. logits [n, vocabulary], targets [n]."""
-    chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1).double()
-    return (logits.float().logsumexp(-1).double() - chosen).sum().item()
-
-
 class _Forced(NamedTuple):
     """Lines of scores.parquet and of kl.parquet."""
 
@@ -110,16 +152,18 @@ class _Forced(NamedTuple):
     tokens: list[dict[str, Any]]
 
 
-def _forced_scores(model: Model, rows: list[Row], job: Job, progress: _Progress) -> _Forced:
+def _forced_scores(arm: _Loaded, rows: list[Row], job: Job, progress: _Progress) -> _Forced:
     """Loss of every row; KL and agreement of the rows that the reference holds."""
     reference = _Reference(job.inputs["reference"].path)
     found = _Forced([], [])
     for group in batches(rows, job.params["batch_size"], key=lambda row: len(row.ids)):
-        for row, logits, targets in forced(model, group):
-            found.scores.append(_score(row, "nll", _nll(logits, targets), row.n))
+        for one in forced(arm.model, group, arm.caches):
+            row = one.row
+            found.scores.extend(_losses(one, arm.tokenizer))
             wanted = reference.logits(row)
             if wanted is None:
                 continue
+            logits = one.logits
             wanted = wanted.to(logits.device)
             kl = divergence(wanted, logits)
             agree = (wanted.argmax(-1) == logits.argmax(-1)).sum().item()
@@ -129,6 +173,15 @@ def _forced_scores(model: Model, rows: list[Row], job: Job, progress: _Progress)
             found.tokens.extend({**place, "kl": value} for value in kl.tolist())
         progress.step("completions")
     return found
+
+
+def _losses(one: Predicted, tokenizer: Any) -> list[dict[str, Any]]:
+    """nll, nll_all and bits of a row; no bits for completions without any text."""
+    row, losses = one.row, one.losses()
+    nll = losses[one.counted].sum().item()
+    n_bytes = completion_bytes(row, tokenizer)
+    found = [_score(row, "nll", nll, row.n), _score(row, "nll_all", losses.sum().item(), len(losses))]
+    return [*found, _score(row, "bits", nll / math.log(2), n_bytes)] if n_bytes else found
 
 
 def divergence(reference: Tensor, logits: Tensor) -> Tensor:
@@ -156,33 +209,31 @@ class _Reference:
         return self._logits[start:end]
 
 
-def _general_scores(model: Model, rows: list[Row], job: Job, progress: _Progress) -> list[dict[str, Any]]:
+def _general_scores(arm: _Loaded, rows: list[Row], job: Job, progress: _Progress) -> list[dict[str, Any]]:
     scores = []
     for group in batches(rows, job.params["batch_size"], key=lambda row: len(row.ids)):
-        for row, logits, targets in forced(model, group):
-            scores.append(_score(row, "nll_general", _nll(logits, targets), row.n))
+        for one in forced(arm.model, group, arm.caches):
+            scores.append(_score(one.row, "nll_general", one.losses().sum().item(), one.row.n))
         progress.step("general text")
     return scores
 
 
-def _answers(model: Model, rows: list[Row], job: Job, progress: _Progress) -> list[dict[str, Any]]:
+def _answers(arm: _Loaded, rows: list[Row], job: Job, progress: _Progress) -> list[dict[str, Any]]:
     """Greedy answers, decoded once for all scorers, in the order of `rows`.
 
     Rows with answers of like length share a batch: it decodes until its last answer has ended.
     """
-    words = job.inputs["dataset"].path / "tokenizer"
-    tokenizer = open_tokenizer(words)
-    config = greedy_config(words, max_new_tokens=job.params["max_new_tokens"])
+    config = greedy_config(job.inputs["dataset"].path / "tokenizer", max_new_tokens=job.params["max_new_tokens"])
     found: dict[str, dict[str, Any]] = {}
     for group in batches(rows, job.params["batch_size"], key=lambda row: row.answer_tokens):
-        for row, tokens in zip(group, answers(model, group, config), strict=True):
+        for row, tokens in zip(group, answers(arm.model, group, config, arm.caches), strict=True):
             found[row.row] = {
                 "row": row.row,
                 "split": row.split,
                 "domain": row.domain,
-                "prompt": tokenizer.decode(row.prompt_ids),
+                "prompt": arm.tokenizer.decode(row.prompt_ids),
                 "reference": row.answer,
-                "answer": tokenizer.decode(tokens, skip_special_tokens=True),
+                "answer": arm.tokenizer.decode(tokens, skip_special_tokens=True),
             }
         progress.step("answers")
     return [found[row.row] for row in rows]

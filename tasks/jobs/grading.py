@@ -13,7 +13,7 @@ from recipes.problem import Problem
 from recipes.scorers import input_name
 from tasks.jobs.conversation import behind_thinking
 from tasks.jobs.scorers import Scorer, ScorerFailed, make_scorer
-from tasks.jobs.scoring import Model, Row, greedy_config
+from tasks.jobs.scoring import Caches, Model, Row, greedy_config
 from tasks.runtime.errors import StageError
 from tasks.runtime.job import Job
 
@@ -165,7 +165,7 @@ def _failed(grader: Grader, failed: Sequence[tuple[Row, str, str]], *, of: int) 
 
 
 def ask_harnesses(
-    model: Model, harnesses: Mapping[str, Harness], job: Job
+    model: Model, harnesses: Mapping[str, Harness], job: Job, *, caches: Caches | None = None
 ) -> tuple[list[dict[str, Any]], dict[str, Problem]]:
     """Lines of scores.parquet of all lm-eval tasks (split `test`), and what went wrong, by metric."""
     lines: list[dict[str, Any]] = []
@@ -174,7 +174,9 @@ def ask_harnesses(
     for metric, harness in harnesses.items():
         ends = greedy_config(words, max_new_tokens=1).eos_token_id
         try:
-            made = harness.run(model, open_tokenizer(words), ends=ends, batch_size=job.params["batch_size"])
+            made = harness.run(
+                model, open_tokenizer(words), ends=ends, batch_size=job.params["batch_size"], caches=caches
+            )
         except ScorerFailed as error:
             problems[metric] = Problem(
                 what=f"no score of {metric}",

@@ -56,9 +56,10 @@ def run(job: Job) -> dict[str, Any]:
     with (job.out / "reference.safetensors").open("wb") as file:
         file.write(_header(shape, example.dtype))
         for done, group in enumerate(groups, start=1):
-            for row, logits, _ in forced(model, group):
+            for one in forced(model, group):
+                row = one.row
                 if row.row in chosen:
-                    file.write(logits.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                    file.write(one.logits.cpu().contiguous().view(torch.uint8).numpy().tobytes())
                     places.append({"row": row.row, "split": row.split, "start": start, "n": row.n})
                     start += row.n
             job.events.progress(done, len(groups), unit="batch")

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,12 +18,15 @@ import pyarrow.parquet as pq
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import Cache, GenerationConfig, PreTrainedModel
 
 from recipes.problem import Problem
 from tasks.runtime.errors import StageError
 
 Model = PreTrainedModel | PeftModel
+Caches = Callable[[], Cache]
+"""An empty KV cache for a batch."""
+LOSS_TOKENS = 256  # fp32 logits of so many tokens at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,17 +61,30 @@ class Row:
 
 
 class Predicted(NamedTuple):
-    """What a model predicts for the n tokens of a row that count.
+    """What a model predicts for a row of T tokens, n of which count.
 
     Attributes:
         row: The row.
-        logits: [n, vocabulary] in the model's output type.
-        targets: [n] the tokens that came.
+        every: [T - 1, vocabulary] in the model's output type, for all tokens but the first.
+        followed: [T - 1] the tokens that came.
+        counted: [n] places in both of the tokens that count.
     """
 
     row: Row
-    logits: Tensor
-    targets: Tensor
+    every: Tensor
+    followed: Tensor
+    counted: Tensor
+
+    @property
+    def logits(self) -> Tensor:
+        """[n, vocabulary] of the tokens that count."""
+        return self.every[self.counted]
+
+    def losses(self) -> Tensor:
+        """[T - 1] -log p in nats, fp64."""
+        chosen = self.every.gather(-1, self.followed.unsqueeze(-1)).squeeze(-1).double()
+        whole = [part.float().logsumexp(-1).double() for part in self.every.split(LOSS_TOKENS)]
+        return torch.cat(whole) - chosen
 
 
 def read_rows(dataset: Path, *splits: str) -> list[Row]:
@@ -109,20 +127,23 @@ def batches(rows: Sequence[Row], size: int, *, key: Callable[[Row], int]) -> lis
 
 
 @torch.inference_mode()
-def forced(model: Model, rows: Sequence[Row]) -> Iterator[Predicted]:
-    """Teacher forcing on one batch, padded on the right.
+def forced(model: Model, rows: Sequence[Row], caches: Caches | None = None) -> Iterator[Predicted]:
+    """Teacher forcing on one batch, padded on the right, through a KV cache where one is given.
 
     Raises:
         StageError: Logits are inf or NaN; names the rows.
     """
     ids, mask = _padded([row.ids for row in rows], left=False)
-    logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    cached: dict[str, Any] = {"past_key_values": caches(), "use_cache": True} if caches else {"use_cache": False}
+    logits = model(input_ids=ids, attention_mask=mask, **cached).logits
     broken = []
     for i, row in enumerate(rows):
-        counted = torch.tensor(row.counted).nonzero().squeeze(1)
-        own = logits[i, counted.to(logits.device) - 1]  # position t - 1 predicts token t
+        last = len(row.ids) - 1  # position t - 1 predicts token t
+        own = logits[i, :last]
         if torch.isfinite(own).all():
-            yield Predicted(row, own, ids[i, counted].to(logits.device))
+            counted = torch.tensor(row.counted[1:], device=own.device).nonzero().squeeze(1)
+            yield Predicted(row, own, ids[i, 1 : last + 1].to(own.device), counted)
         else:
             broken.append(row.row)
     if broken:
@@ -134,6 +155,17 @@ def forced(model: Model, rows: Sequence[Row]) -> Iterator[Predicted]:
                 next="look at the step that made the model; an fp16 kernel on a bf16 model overflows like this",
             )
         )
+
+
+def completion_bytes(row: Row, tokenizer: Any) -> int:
+    """UTF-8 bytes of the text that the tokens that count stand for, special ones left out."""
+    size = 0
+    for counts, tokens in groupby(zip(row.counted, row.ids, strict=True), key=itemgetter(0)):
+        if counts:
+            ids = [token for _, token in tokens]
+            text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            size += len(text.encode())
+    return size
 
 
 def greedy_config(folder: Path, *, max_new_tokens: int) -> GenerationConfig:
@@ -149,13 +181,16 @@ def greedy_config(folder: Path, *, max_new_tokens: int) -> GenerationConfig:
 
 
 @torch.inference_mode()
-def answers(model: Model, rows: Sequence[Row], config: GenerationConfig) -> list[list[int]]:
+def answers(
+    model: Model, rows: Sequence[Row], config: GenerationConfig, caches: Caches | None = None
+) -> list[list[int]]:
     """Tokens of the greedy answers of one batch from the true history, padded on the left, without the end token."""
     ids, mask = _padded([row.prompt_ids for row in rows], left=True)
     generator: Any = model
     generator.generation_config = config  # generate() fills what is unset from the checkpoint's own
+    cached = {"past_key_values": caches()} if caches else {}
     made = generator.generate(
-        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
+        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config, **cached
     )
     return [_before_end(line, config.eos_token_id) for line in made[:, ids.shape[1] :].tolist()]
 

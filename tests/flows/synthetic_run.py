@@ -36,6 +36,8 @@ class Shape:
     on_base: bool = False
     calibration: str = "domain"
     scales_from_base: bool = False
+    kv: str | None = None
+    unavailable: str | None = None
 
 
 SHAPES: dict[str, Shape] = {
@@ -137,8 +139,12 @@ class SyntheticRun:
         self._step("calibrate/quickstart", {"calibset.parquet": 61_000}, seconds=2.2)
 
     def _arm(self, slug: str, shape: Shape, index: int) -> dict[str, Any]:
-        model = None
-        if shape.scheme:
+        model, of = None, slug.partition(".kv-")[0] if shape.kv else None
+        if shape.unavailable:
+            return self._record(slug, shape, model=None, evaluate=None, measure=None)
+        if of is not None:
+            model = f"quantize/{of}" if shape.scheme else None
+        elif shape.scheme:
             model = f"quantize/{slug}"
             note = [("kernel", "TorchLinear: no AVX512 kernel for 3 bits")] if "w3" in slug else []
             if files := self._step(model, model_files(shape.weights or 0), seconds=20.0 + index, notes=note):
@@ -148,8 +154,17 @@ class SyntheticRun:
         evaluate, measure = f"evaluate/{slug}", f"measure/{slug}"
         if files := self._step(evaluate, {}, seconds=14.0 + index / 3, needs=model):
             self._scores(files, slug, shape, np.random.default_rng([self.seed, index]))
-        if self.measured and (files := self._step(measure, {}, seconds=8.0, needs=model)):
+        if self.measured and of is None and (files := self._step(measure, {}, seconds=8.0, needs=model)):
             dump(files / "speed.json", speed(shape, np.random.default_rng([self.seed, index, 1])))
+        return self._record(
+            slug, shape, model=model, evaluate=evaluate, measure=measure if self.measured and of is None else None
+        )
+
+    def _record(
+        self, slug: str, shape: Shape, *, model: str | None, evaluate: str | None, measure: str | None
+    ) -> dict[str, Any]:
+        """An arm of steps.json."""
+        on_top = shape.on_base or slug.startswith("nf4-adapter")
         return {
             "slug": slug,
             "kind": shape.kind,
@@ -161,9 +176,13 @@ class SyntheticRun:
             "calibration": shape.calibration,
             "scales_from_base": shape.scales_from_base,
             "model": model,
-            "adapter": "train/quickstart" if shape.kind == "nf4" or shape.on_base else None,
+            "kv": shape.kv,
+            "of": slug.partition(".kv-")[0] if shape.kv else None,
+            "external": False,
+            "unavailable": shape.unavailable,
+            "adapter": "train/quickstart" if on_top and not shape.unavailable else None,
             "evaluate": evaluate,
-            "measure": measure if self.measured else None,
+            "measure": measure,
         }
 
     def _step(
@@ -247,6 +266,8 @@ class SyntheticRun:
         ones = np.ones(self.test)
         for split in ("dev", "test"):
             add(split, "nll", nll, self.tokens, rows)
+            add(split, "nll_all", nll + 3.1 * self.tokens, 2 * self.tokens, rows)
+            add(split, "bits", nll / np.log(2), 3 * self.tokens, rows)
             add(split, "kl", kl_sum, self.tokens, rows)
             add(split, "agree", agree if shape.kl else self.tokens, self.tokens, rows)
             if self.prompts:

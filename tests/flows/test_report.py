@@ -75,8 +75,8 @@ def test_every_arm_has_every_metric_in_the_agreed_form(report: dict[str, Any]) -
     assert report["schema_version"] == 1
     assert list(report["arms"]) == list(SHAPES)
     for slug, arm in report["arms"].items():
-        assert set(arm) == {"status", "ranked", "refused", "merge_base", "path", "adapter_path", "metrics"}
-        assert arm["refused"] is None
+        assert set(arm) == {"status", "ranked", "refused", "merge_base", "kv_cache", "path", "adapter_path", "metrics"}
+        assert arm["refused"] is None and arm["kv_cache"] is None
         assert (arm["status"], arm["ranked"]) == ("ok", True), slug
         assert set(arm["metrics"]) == NAMES
         for name, cell in arm["metrics"].items():
@@ -147,6 +147,8 @@ def test_figures_equal_those_of_pandas(home: Path, report: dict[str, Any], slug:
         return rows["sum"].sum() / rows["n"].sum()
 
     assert metrics["ppl_test"]["value"] == pytest.approx(np.exp(mean("nll", "test")), rel=1e-12)
+    assert metrics["ppl_all"]["value"] == pytest.approx(np.exp(mean("nll_all", "test")), rel=1e-12)
+    assert metrics["bits_per_byte"]["value"] == pytest.approx(mean("bits", "test"), rel=1e-12)
     assert metrics["ppl_general"]["value"] == pytest.approx(np.exp(mean("nll_general", "general")), rel=1e-12)
     assert metrics["kl_mean"]["value"] == pytest.approx(mean("kl", "test"), rel=1e-12)
     assert metrics["task"]["value"] == pytest.approx(mean("task", "test"), rel=1e-12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from tasks.jobs import evaluate, prepare, reference
 from tasks.jobs.backends.load import load_bf16
 from tasks.jobs.evaluate import divergence
-from tasks.jobs.scoring import _before_end
+from tasks.jobs.scoring import Row, _before_end, completion_bytes
 from tasks.runtime.errors import StageError
 from tests.jobs.build import curve, make_job, notes, write_jsonl
 from tests.jobs.test_merge import plant_adapter
@@ -26,7 +28,7 @@ from tests.tiny import write_base
 
 EXACT = {"kind": "exact-match", "name": "exact-match"}
 PARAMS = {"kind": "bf16", "scorers": [EXACT], "max_new_tokens": 12, "batch_size": 4, "seed": 0}
-SCORED = ("nll", "kl", "agree", "task")
+SCORED = ("nll", "nll_all", "bits", "kl", "agree", "task")
 ANSWERS = ("blue", "the sky is blue", "SELECT name FROM books")  # of different lengths
 
 
@@ -60,7 +62,7 @@ def refer(world: Path, out: Path, *, gib: float = 4.0) -> dict[str, Any]:
 
 def score(world: Path, out: Path, *, model: Path | None = None, **changed: Any) -> dict[str, Any]:
     inputs = {name: world / name for name in ("dataset", "reference")} | {"model": model or world / "base"}
-    inputs |= {name: changed.pop(name) for name in ("adapter", "reference", "dataset") if name in changed}
+    inputs |= {name: changed.pop(name) for name in ("adapter", "reference", "dataset", "calibset") if name in changed}
     return evaluate.run(make_job("evaluate", out, params=PARAMS | changed, **inputs))
 
 
@@ -98,14 +100,18 @@ def test_sums_are_those_of_a_loop_over_single_rows(world: Path, tmp_path: Path) 
         place = places[row["row"]]
         log_p = stored[place["start"] : place["start"] + place["n"]].double().log_softmax(-1)
         kl = (log_p.exp() * (log_p - log_q[predicted])).sum().item()
-        for metric, value in (("nll", nll), ("kl", kl)):
+        every = -sum(log_q[i, ids[i + 1]].item() for i in range(len(ids) - 1))
+        text = row["answer"].encode()  # the answer is all that is trained here, but for the token that ends it
+        counts = {"nll": len(predicted), "kl": place["n"], "nll_all": len(ids) - 1, "bits": len(text)}
+        assert counts["nll"] == counts["kl"]
+        for metric, value in (("nll", nll), ("kl", kl), ("nll_all", every), ("bits", nll / math.log(2))):
             line = found[row["row"], metric]
-            assert line["n"] == len(predicted) == place["n"]
+            assert line["n"] == counts[metric]
             assert line["sum"] == pytest.approx(value, rel=0.02)  # bf16 sums differ with the batch: 0.3 % here
         tokens = [line["kl"] for line in lines(tmp_path / "out", "kl") if line["row"] == row["row"]]
         assert sum(tokens) == pytest.approx(found[row["row"], "kl"]["sum"], rel=1e-5)  # stored as fp32
     assert {key[1] for key in found} == {*SCORED, "nll_general"}
-    assert len(found) == 4 * len(rows) + 6
+    assert len(found) == len(SCORED) * len(rows) + 6
     general = [line for line in found.values() if line["metric"] == "nll_general"]
     assert {line["split"] for line in general} == {"general"}
     texts = pq.read_table(world / "dataset" / "general.parquet").to_pylist()
@@ -218,6 +224,40 @@ def test_an_end_that_is_no_special_token_is_cut_off_too() -> None:
     assert _before_end([9, 8], [7]) == [9, 8]
 
 
+def test_bytes_are_those_of_the_counted_text(world: Path) -> None:
+    """Two spans, special tokens in both, a character of three bytes that the tokenizer splits."""
+    tokenizer = AutoTokenizer.from_pretrained(str(world / "base"))
+    ids: list[int] = []
+    counted: list[bool] = []
+    for text, inside in (
+        ("<|im_start|>what ", False),
+        ("blue €<|im_end|>", True),
+        ("\n?", False),
+        (" sky<|im_end|>", True),
+    ):
+        part = tokenizer(text)["input_ids"]
+        ids, counted = [*ids, *part], [*counted, *[inside] * len(part)]
+    row = Row(row="r", group="r", split="test", ids=ids, counted=counted)
+    assert completion_bytes(row, tokenizer) == len("blue €".encode()) + len(" sky") == 12
+
+
+def test_completions_without_text_have_no_bits(world: Path, tmp_path: Path) -> None:
+    dataset = tmp_path / "dataset"
+    shutil.copytree(world / "dataset", dataset)
+    rows = pq.read_table(dataset / "rows.parquet").to_pylist()
+    silent = next(row for row in rows if row["split"] == "test")
+    silent["completion_mask"] = [
+        token == 2 and inside for token, inside in zip(silent["input_ids"], silent["completion_mask"], strict=True)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, schema=prepare.ROWS), dataset / "rows.parquet")
+    (tmp_path / "base").symlink_to(world / "base")
+    (tmp_path / "adapter").symlink_to(world / "adapter")
+    refer(tmp_path, tmp_path / "reference")
+    score(tmp_path, tmp_path / "out")
+    metrics = {line["metric"] for line in lines(tmp_path / "out") if line["row"] == silent["row"]}
+    assert metrics == {*SCORED} - {"bits"}
+
+
 def test_plain_text_has_a_loss_and_no_task(world: Path, tmp_path: Path) -> None:
     (tmp_path / "base").symlink_to(world / "base")
     (tmp_path / "adapter").symlink_to(world / "adapter")
@@ -228,12 +268,12 @@ def test_plain_text_has_a_loss_and_no_task(world: Path, tmp_path: Path) -> None:
     job = make_job("evaluate", tmp_path / "out", params=PARAMS, model=world / "base", dataset=tmp_path / "dataset")
     means = score(tmp_path, tmp_path / "out")
     rows = held_out(tmp_path)
-    assert {name for name in means if name != "kernel"} == {f"{a}/{b}" for a in SCORED[:3] for b in ("dev", "test")}
+    assert {name for name in means if name != "kernel"} == {f"{a}/{b}" for a in SCORED[:-1] for b in ("dev", "test")}
     assert all(
         one["n"] == len(row["input_ids"]) - 1
         for row in rows
         for one in lines(tmp_path / "out")
-        if one["row"] == row["row"]
+        if one["row"] == row["row"] and one["metric"] != "bits"
     )
     assert lines(tmp_path / "out", "answers") == []
     assert notes(job)["task"].startswith(f"{len(rows)} of {len(rows)} rows are plain text")

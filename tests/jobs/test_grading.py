@@ -212,6 +212,23 @@ def test_documents_are_asked_by_the_template_and_end_with_the_turn(
     assert rows[0] == rows[1]  # paired by document
 
 
+def test_documents_are_asked_through_the_arms_kv_cache(world: Path, trained: Path, tasks: Path) -> None:
+    from tasks.jobs.backends.load import load_bf16
+    from tasks.jobs.grading import open_tokenizer
+    from tasks.jobs.kv_cache import KVCache
+    from tasks.jobs.scorers.harness import Harness
+
+    (scorer,) = Evaluate.model_validate(
+        {"scorers": [{"kind": "exact-match"}, {"kind": "lm-eval", "tasks": ["sky-answers", "sky-choices"], "limit": 3}]}
+    ).scorers[1:]
+    model, tokenizer = load_bf16(trained, device="cpu"), open_tokenizer(world / "dataset" / "tokenizer")
+    caches = KVCache(config=model.config, kind="int8")
+    ends = [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    made = Harness(scorer.params(), tasks).run(model, tokenizer, ends=ends, batch_size=3, caches=caches)
+    assert len(made) == 6 and sum(one.score for one in made) >= 5  # int8 costs a model that knows them by heart little
+    assert caches.layers == {0, 1}
+
+
 def test_an_answer_runs_on_where_its_end_is_only_a_stop_string(world: Path, trained: Path, tasks: Path) -> None:
     from tasks.jobs.backends.load import load_bf16
     from tasks.jobs.grading import open_tokenizer

@@ -12,15 +12,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from recipes.lm_eval_tasks import find_tasks
 from recipes.problem import Problem
 from tasks.jobs.scorers import ScorerFailed, is_share
+from tasks.jobs.scoring import Caches
 from tasks.runtime.errors import StageError
 
 FEWSHOT_SEED = 1234  # lm_eval's own default
@@ -116,7 +119,13 @@ class Harness:
         return metric, chosen or None
 
     def run(
-        self, model: Any, tokenizer: PreTrainedTokenizerBase, *, ends: Sequence[int], batch_size: int
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        ends: Sequence[int],
+        batch_size: int,
+        caches: Caches | None = None,
     ) -> list[Document]:
         """Ask all documents.
 
@@ -125,16 +134,18 @@ class Harness:
             tokenizer: The data set's, with the chat template.
             ends: Token ids that end an answer. Stop strings never match the end-of-turn token, which is special.
             batch_size: Documents a forward pass.
+            caches: Makes the arm's KV caches where they are quantized.
 
         Raises:
             ScorerFailed: A document has no score from 0 to 1.
         """
         pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         model.generation_config = GenerationConfig(do_sample=False, eos_token_id=list(ends), pad_token_id=pad)
-        lm: Any = HFLM
+        lm: Any = _Arm
         results: Any = evaluate(
             # A rendered template has its own beginning-of-text token, or none.
             lm=lm(
+                caches=caches,
                 pretrained=model,
                 tokenizer=tokenizer,
                 batch_size=batch_size,
@@ -165,6 +176,24 @@ class Harness:
                 raise ScorerFailed(f"{metric} of {task.task_name} gives a document {value!r}, no number from 0 to 1")
             row = f"{task.task_name}/{one['doc_id']}-{one['doc_hash'][:8]}"
             yield Document(row, task.task_name, float(value))
+
+
+class _Arm(HFLM):
+    """A loaded arm as lm_eval asks it: through the arm's own KV cache where that is quantized."""
+
+    def __init__(self, *, caches: Caches | None, **more: Any) -> None:
+        super().__init__(**more)
+        self._caches = caches
+
+    def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        if self._caches is None:
+            return super()._model_call(inps, attn_mask, labels)
+        with torch.no_grad():
+            return self.model(inps, past_key_values=self._caches(), use_cache=True).logits
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **more: Any) -> Tensor:
+        cached = {} if self._caches is None else {"past_key_values": self._caches()}
+        return super()._model_generate(context, max_length, stop, **more, **cached)
 
 
 @contextlib.contextmanager
