@@ -13,11 +13,17 @@ from flows.metrics import decimals, difference_text, interval_text, significant,
 
 UNKNOWN = "No difference that this much data can show"
 _NEARER = {  # by verdict on KL
-    "better": "stays closer to the trained model than",
-    "worse": "is further from the trained model than",
+    "better": "stays closer to {judge} than",
+    "worse": "is further from {judge} than",
     "no difference shown": "shows no difference from",
 }
-_NOUN = {"task": "task score", "ppl_test": "perplexity", "ppl_general": "general perplexity", "kl_mean": "KL"}
+_NOUN = {
+    "task": "task score",
+    "ppl_test": "perplexity",
+    "ppl_general": "general perplexity",
+    "kl_mean": "KL",
+    "bits_per_byte": "bits a byte",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +34,13 @@ class Answer:
         question: As its family asks it.
         short: One sentence for the top of the page.
         text: All of it, sentences.
+        said: The run can say it.
     """
 
     question: str
     short: str
     text: tuple[str, ...]
+    said: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +51,7 @@ class Findings:
         choice: What the choose step said; None where it was not made.
         error_over_delta: What the merge into the dequantized base said about it (tasks/jobs/weight_error.py).
         adapter: What the train step said about the adapter's origin; None where it was trained in this pipeline.
+        reference: Slug of what KL is measured against; None without one.
     """
 
     arms: Mapping[str, Arm]
@@ -52,6 +61,16 @@ class Findings:
     choice: Mapping[str, Any] | None = None
     error_over_delta: Mapping[str, Any] | None = None
     adapter: Mapping[str, Any] | None = None
+    reference: str | None = REFERENCE
+
+    @property
+    def judge(self) -> str:
+        """What KL is measured against, in words."""
+        return "the trained model" if self.reference == REFERENCE else str(self.reference)
+
+    def nearer(self, verdict: str) -> str:
+        """`stays closer to the trained model than`, by verdict on KL."""
+        return _NEARER[verdict].format(judge=self.judge)
 
     def pair(self, a: str, b: str, metric: str) -> Comparison | None:
         """The comparison of a with b, whichever of the two came first."""
@@ -97,7 +116,7 @@ def _sentence(one: Comparison) -> str:
 
 
 def answers(found: Findings) -> tuple[Answer, ...]:
-    """The questions in the order of the families; the one for calibration only where a recipe asks for controls."""
+    """The questions in the order of the families; those for controls and external models only where there are any."""
     question = {family.name: family.question for family in FAMILIES}
     controlled = any(arm.is_control for arm in found.arms.values())
     return (
@@ -106,12 +125,24 @@ def answers(found: Findings) -> tuple[Answer, ...]:
         _scheme(found, question["schemes"]),
         _merge_first(found, question["merge-first"]),
         *([_calibration(found, question["calibration"])] if controlled else []),
+        *([_external(found, question["external"])] if any(arm.external for arm in found.arms.values()) else []),
     )
+
+
+def verdict(answered: Sequence[Answer]) -> list[str]:
+    """Three sentences for the top: fine-tuning, scheme, merge-first.
+
+    In the place of what the run cannot say stands what else it can.
+    """
+    first = [answered[index] for index in (0, 2, 3)]
+    rest = [one for one in answered if one.said and one not in first]
+    told = [one if one.said or not rest else rest.pop() for one in first]
+    return [one.short for one in told]
 
 
 def _cannot(question: str, why: str) -> Answer:
     text = f"This run cannot say: {why}."
-    return Answer(question=question, short=text, text=(text,))
+    return Answer(question=question, short=text, text=(text,), said=False)
 
 
 def _fine_tuning(found: Findings, question: str) -> Answer:
@@ -145,7 +176,7 @@ def _merge(found: Findings, question: str) -> Answer:
     for slug in ("merged-dequantized", "merged-original"):
         parts = [_sentence(one) for metric in ("task", "ppl_test") if (one := found.pair(slug, REFERENCE, metric))]
         if slug in found.ranked:
-            told = "; ".join([f"KL {found.shown(slug, 'kl_mean')} to the model as it was trained", *parts])
+            told = "; ".join([f"KL {found.shown(slug, 'kl_mean')} to {found.judge}", *parts])
             text.append(f"{slug}: {told}.")
     if between is None:
         return (
@@ -156,8 +187,8 @@ def _merge(found: Findings, question: str) -> Answer:
     text.append(f"merged-dequantized against merged-original: {_sentence(between)}.")
     text += _beside(found)
     short = {
-        "better": f"Merging into the dequantized base stays closer to what was trained (KL {_difference(between)}).",
-        "worse": f"Merging into the original base stays closer to what was trained (KL {_difference(between)}).",
+        "better": f"Merging into the dequantized base stays closer to {found.judge} (KL {_difference(between)}).",
+        "worse": f"Merging into the original base stays closer to {found.judge} (KL {_difference(between)}).",
     }.get(between.verdict, f"{UNKNOWN} between the two merge bases (KL {_difference(between)}).")
     return Answer(question=question, short=short, text=tuple(text))
 
@@ -193,7 +224,7 @@ def _beside(found: Findings) -> list[str]:
             f"{significant(ratio['median'], 2)} of {ratio['modules']} modules, largest {significant(ratio['max'], 2)} "
             f"({ratio['max_module']}); medians by kind: {kinds}. It decides nothing."
         )
-    if found.adapter:
+    if found.adapter and found.reference == REFERENCE:
         text.append(
             f"The adapter was trained elsewhere; the weights under it there: {found.adapter['provenance']}. KL is "
             "measured against it on NF4 weights: where it was trained on others, KL favours the dequantized base."
@@ -276,7 +307,9 @@ def _merge_first(found: Findings, question: str) -> Answer:
         if on_base in found.ranked:
             parts.append(f"{size(found.bytes_of(merged))} against {size(found.bytes_of(on_base))}")
         text.append(f"{merged} against {on_base}: {'; '.join(parts)}.")
-    short = "; it ".join(f"{_NEARER[word]} quantized base + adapter: KL {', '.join(of)}" for word, of in words.items())
+    short = "; it ".join(
+        f"{found.nearer(word)} quantized base + adapter: KL {', '.join(of)}" for word, of in words.items()
+    )
     return Answer(question=question, short=f"Merged-then-quantized {short}.", text=tuple(text))
 
 
@@ -292,8 +325,29 @@ def _calibration(found: Findings, question: str) -> Answer:
     words: dict[str, list[str]] = {}
     for one in (one for one in made if one.metric == "kl_mean"):
         words.setdefault(one.verdict, []).append(f"{_control(found.arms[one.b])} for {one.a} (KL {_difference(one)})")
-    short = "; it ".join(f"{_NEARER[word]} {', '.join(which)}" for word, which in words.items())
+    short = "; it ".join(f"{found.nearer(word)} {', '.join(which)}" for word, which in words.items())
     return Answer(question=question, short=f"Calibration on the domain {short}.", text=tuple(text))
+
+
+def _external(found: Findings, question: str) -> Answer:
+    """Every external model against ours; the task score, or bits a byte, for the short answer."""
+    made = [one for one in found.comparisons if one.family == "external"]
+    if not made:
+        return _cannot(question, "no external model was scored on the same rows as one of ours")
+    pairs: dict[tuple[str, str], list[Comparison]] = {}
+    for one in made:
+        pairs.setdefault((one.a, one.b), []).append(one)
+    text: list[str] = []
+    short: list[str] = []
+    for (a, b), every in pairs.items():
+        sizes = [known for slug in (a, b) if (known := found.cells[slug]["size_bytes"].value) is not None]
+        parts = [*map(_sentence, every), *([f"{size(sizes[0])} against {size(sizes[1])}"] if len(sizes) == 2 else [])]
+        text.append(f"{a} against {b}: {'; '.join(parts)}.")
+        short.append(f"{a} against {b}: {_sentence(every[0])}")
+        reason = found.cells[a]["ppl_test"].reason
+        if reason and found.cells[a]["ppl_test"].value is None:
+            text.append(f"{a} has no perplexity and no KL: {reason}.")
+    return Answer(question=question, short=f"{'; '.join(short)}.", text=tuple(text))
 
 
 def _control(arm: Arm) -> str:

@@ -102,7 +102,7 @@ def _figures(made: Provenance, report: Mapping[str, Any]) -> Iterator[str]:
         cell, metric = own[name], METRICS[name]
         beside = _cell(name, other[name]) if name in other else "-"
         count = f"{cell['n']:,}" if cell["n"] else "-"
-        yield f"| {metric.label} | {_cell(name, cell)} | {count} | {beside} | {_escaped(metric.meaning)} |"
+        yield f"| {metric.label} | {_cell(name, cell)} | {count} | {beside} | {_escaped(report['meanings'][name])} |"
     if why := report["not_ranked"].get(made.arm.slug):
         yield f"\nNot ranked among the arms of its run: {why}."
     if made.arm.is_control:

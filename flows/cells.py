@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from flows.comparisons import REFERENCE
-from flows.evidence import Arm, RowScores, Run, TokenKL, read_kl, read_scores
+from flows.evidence import REFERENCE, Arm, RowScores, Run, TokenKL, read_kl, read_scores
 from flows.metrics import HEADLINE, METRICS, PER_DOMAIN, SPEED, TASK, Metric, further
 from flows.sizes import size_bytes
 from flows.stats import (
@@ -68,7 +67,9 @@ class ArmEvidence:
         failure: Why its cells are null; None where it was evaluated.
         scores: Metric of scores.parquet -> rows of its published split.
         unlike: Why its rows cannot stand beside the other arms'; None where they are the same.
-        problems: Metric of scores.parquet -> why the arm has no rows of it, where the job said so.
+        problems: Metric of scores.parquet -> why a scorer could not give it; the run ends with 1 for it.
+        absent: Metric of scores.parquet -> why the arm has none, where its job said so.
+        is_reference: KL and agreement are measured against it.
     """
 
     arm: Arm
@@ -77,6 +78,8 @@ class ArmEvidence:
     kl: TokenKL | None
     unlike: str | None = None
     problems: Mapping[str, str] = field(default_factory=dict[str, str])
+    absent: Mapping[str, str] = field(default_factory=dict)
+    is_reference: bool = False
 
 
 def gather(run: Run) -> dict[str, ArmEvidence]:
@@ -91,12 +94,14 @@ def gather(run: Run) -> dict[str, ArmEvidence]:
             failure=failure,
             scores=read_scores(files) if files else {},
             kl=read_kl(files) if files else None,
-            problems={} if failure else run.steps[arm.evaluate].problems,
+            problems=scored.problems if scored else {},
+            absent=(scored.manifest or {}).get("result", {}).get("absent", {}) if scored else {},
+            is_reference=arm.slug == run.reference,
         )
     scored = [one for one in found.values() if one.failure is None]
     if not scored:
         return found
-    yardstick = found[REFERENCE] if REFERENCE in found and found[REFERENCE].failure is None else scored[0]
+    yardstick = min(scored, key=lambda one: (not one.is_reference, one.arm.slug != REFERENCE))
     return {slug: _against(one, yardstick) for slug, one in found.items()}
 
 
@@ -128,9 +133,13 @@ def _against(one: ArmEvidence, yardstick: ArmEvidence) -> ArmEvidence:
 
 
 def headline(evidence: Iterable[ArmEvidence]) -> list[str]:
-    """What an arm must have to be ranked. Plain texts have no prompt, so that no arm has a task score."""
-    prompts = any("task" in one.scores or "task" in one.problems for one in evidence)
-    return [name for name in HEADLINE if name != "task" or prompts]
+    """What an arm must have to be ranked.
+
+    Plain texts have no prompt, so that no arm has a task score; without a reference none has a KL.
+    """
+    scored = {metric for one in evidence for metric in (*one.scores, *one.problems)}
+    lacking = {name for name, source in (("task", "task"), ("kl_mean", "kl")) if source not in scored}
+    return [name for name in HEADLINE if name not in lacking]
 
 
 def not_ranked(one: ArmEvidence, cells: Mapping[str, Cell], needed: Sequence[str]) -> str | None:
@@ -157,16 +166,17 @@ def _quality(metric: Metric, one: ArmEvidence, run: Run, draws: Draws) -> Cell:
     if one.failure:
         return Cell(value=None, split=metric.split, reason=one.failure)
     rows = one.scores.get(metric.source or "")
-    if one.arm.slug == REFERENCE and metric.source in ("kl", "agree"):
+    if one.is_reference and metric.source in ("kl", "agree"):
         value, n = (0.0 if metric.source == "kl" else 1.0), (rows.n if rows else None)
         return Cell(value=value, n=n, split=metric.split, reason="the reference itself: so by definition")
     if rows is None:
-        reason = one.problems.get(metric.source or "") or _no_rows(metric, run)
-        return Cell(value=None, split=metric.split, reason=reason)
+        return Cell(value=None, split=metric.split, reason=_no_rows(metric, one, run))
     return rows_cell(metric, rows, one.kl, draws)
 
 
-def _no_rows(metric: Metric, run: Run) -> str:
+def _no_rows(metric: Metric, one: ArmEvidence, run: Run) -> str:
+    if why := one.problems.get(metric.source or "") or one.absent.get(metric.source or ""):
+        return why
     if metric.split == "general" and not (run.recipe.get("data") or {}).get("general"):
         return "the recipe has no data.general"
     if metric.source == "task" or (metric.source or "").startswith(TASK):
@@ -210,16 +220,17 @@ def _tail_cell(metric: Metric, kl: TokenKL | None, draws: Draws) -> Cell:
 
 def domain_cells(one: ArmEvidence, draws: Draws) -> dict[str, Cell]:
     """`<metric>@<domain>` for every domain that the rows name; empty where there is at most one."""
-    if one.failure or "nll" not in one.scores:
+    rows = one.scores.get("nll", one.scores.get("bits"))
+    if one.failure or rows is None:
         return {}
-    domains = sorted({str(name) for name in one.scores["nll"].domain})
+    domains = sorted({str(name) for name in rows.domain})
     if len(domains) < 2:
         return {}
     found: dict[str, Cell] = {}
     for name in (*PER_DOMAIN, *(metric for metric in one.scores if metric.startswith(TASK))):
         metric = METRICS[name]
         rows = one.scores.get(metric.source or "")
-        if rows is None or (one.arm.slug == REFERENCE and metric.source in ("kl", "agree")):
+        if rows is None or (one.is_reference and metric.source in ("kl", "agree")):
             continue
         for domain in domains:
             part = rows.of_domain(domain)

@@ -77,11 +77,12 @@ def _plan(args: argparse.Namespace) -> int:
     from flows.vet import vet
     from tasks.runtime.store import find_home
 
-    vetted = vet(args.recipe, sets=args.set, home=find_home())
+    vetted = vet(args.recipe, sets=args.set, home=find_home(), only=args.only)
     _warn(vetted.warnings)
     planned, pins = vetted.plan, vetted.pins
     hits = sum(one.hit for one in planned)
-    commits = [f"pin   {one.name:<34} {one.source}" for one in (pins.base, *pins.data) if "@" in one.source]
+    outside = (pins.base, *pins.data, *pins.externals.values())
+    commits = [f"pin   {one.name:<34} {one.source}" for one in outside if "@" in one.source]
     lines = [*commits, *(str(one) for one in planned), f"{hits} of {len(planned)} steps are in the store"]
     _print([vars(one) for one in planned], "\n".join(lines), as_json=args.json)
     return DONE
@@ -100,7 +101,7 @@ def _run(args: argparse.Namespace) -> int:
     os.environ["QUENCH_HOME"] = str(home)
     os.environ.update(prefect_settings(home))
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-    _warn(vet(args.recipe, sets=args.set, home=home).warnings)  # refuse before a server is started
+    _warn(vet(args.recipe, sets=args.set, home=home, only=args.only).warnings)  # refuse before a server is started
     with Launcher() as launcher:
         server = OwnServer(home, launcher)
         server.start()
@@ -110,7 +111,7 @@ def _run(args: argparse.Namespace) -> int:
         server.wait()
         print(f"Prefect, while this runs: {server.ui}", file=sys.stderr)
         try:
-            folder = Path(finetune_and_quantize(recipe=str(args.recipe), sets=list(args.set)))
+            folder = Path(finetune_and_quantize(recipe=str(args.recipe), sets=args.set, only=args.only))
             code = DONE
         except RunFailed as error:
             print(f"error: {error}", file=sys.stderr)
@@ -338,8 +339,12 @@ def _parser() -> argparse.ArgumentParser:
     start.add_argument("--force", action="store_true", help="overwrite")
     checked = command("check", _check, "Check a recipe from config and headers alone.", recipe=True)
     checked.add_argument("--data", action="store_true", help="read all rows too")
-    command("plan", _plan, "Show each step as hit or make, and which field differs.", recipe=True)
-    command("run", _run, "Run a recipe; running it again resumes.", recipe=True)
+    planned = command("plan", _plan, "Show each step as hit or make, and which field differs.", recipe=True)
+    command("run", _run, "Run a recipe; running it again resumes.", recipe=True).set_defaults(only=[])
+    scored = command("evaluate", _run, "Evaluate some arms; nothing is made that they do not need.", recipe=True)
+    for parser in (planned, scored):
+        text = "arms of the recipe, or `external` for every external model and the base; default: all"
+        parser.add_argument("--only", nargs="+", action="extend", default=[], metavar="ARM", help=text)
     merged = command("merge", _merge, "Merge an adapter into its base; both are folders or hub ids.")
     merged.add_argument("base", metavar="BASE", help="model folder or hub id")
     merged.add_argument("adapter", metavar="ADAPTER", help="PEFT adapter: folder or hub id")

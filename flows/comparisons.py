@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from flows.evidence import Arm, RowScores, SchemeParts
+from flows.evidence import REFERENCE, Arm, RowScores, SchemeParts
 from flows.metrics import METRICS, TASK
 from flows.stats import Counts, Estimand, Interval, Studentized, difference_intervals, studentized
 
 Verdict = Literal["better", "worse", "no difference shown"]
-REFERENCE = "nf4-adapter"
 _METHODS = ("rtn", "awq", "gptq")  # of two schemes the one that comes first here is a
 
 
@@ -103,6 +102,15 @@ def _against_controls(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
         yield from ((arm.slug, control) for control in controls)
 
 
+def _against_external(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
+    """Every external model against the merged model that is quantized; the base where this run merged nothing."""
+    there = {arm.slug for arm in arms}
+    chosen = [f"merged-{arm.merge_base}" for arm in _merged_schemes(arms)]
+    ours = next((slug for slug in (*chosen, "merged-dequantized", "merged-original", "base") if slug in there), None)
+    if ours is not None:
+        yield from ((arm.slug, ours) for arm in arms if arm.external)
+
+
 FAMILIES: tuple[Family, ...] = (
     Family(
         name="fine-tuning",
@@ -139,6 +147,11 @@ FAMILIES: tuple[Family, ...] = (
         name="calibration",
         question="Did the calibration data matter here?",
         members=((_against_controls, ("kl_mean", "task")),),
+    ),
+    Family(
+        name="external",
+        question="How do models from elsewhere compare?",
+        members=((_against_external, ("task", "bits_per_byte", "ppl_test", "kl_mean")),),
     ),
 )
 
@@ -181,7 +194,12 @@ def verdict(metric: str, adjusted: Interval) -> Verdict:
 
 
 def compare(
-    arms: Sequence[Arm], scores: Mapping[str, Mapping[str, RowScores]], draws: Callable[[tuple[str, ...]], Counts]
+    arms: Sequence[Arm],
+    scores: Mapping[str, Mapping[str, RowScores]],
+    draws: Callable[[tuple[str, ...]], Counts],
+    *,
+    reference: str | None = REFERENCE,
+    absent: Mapping[str, Mapping[str, str]] | None = None,
 ) -> tuple[list[Comparison], list[LeftOut]]:
     """All families over these arms.
 
@@ -189,6 +207,8 @@ def compare(
         arms: Every arm of the run, whatever became of it.
         scores: Metric of scores.parquet -> rows, for each arm that has them.
         draws: The resamples of some groups; equal groups get equal draws.
+        reference: What KL is measured against: its own is zero.
+        absent: Why an arm has no scores of a metric, where its job said so.
     """
     made: list[Comparison] = []
     left_out: list[LeftOut] = []
@@ -196,29 +216,38 @@ def compare(
     for family in FAMILIES:
         possible: list[Pair] = []
         for pair in family.pairs(arms, tasks):
-            reason = _obstacle(pair, scores)
+            reason = _obstacle(pair, scores, reference, absent or {})
             if reason:
                 left_out.append(LeftOut(**pair._asdict(), family=family.name, reason=reason))
             else:
                 possible.append(pair)
-        made += _family(family.name, possible, scores, draws)
+        made += _family(family.name, possible, scores, draws, reference)
     return made, left_out
 
 
-def _rows(pair: Pair, scores: Mapping[str, Mapping[str, RowScores]]) -> tuple[RowScores | None, RowScores | None]:
+def _rows(
+    pair: Pair, scores: Mapping[str, Mapping[str, RowScores]], reference: str | None
+) -> tuple[RowScores | None, RowScores | None]:
     """Rows of a and b. The reference differs from itself by exactly nothing, so its KL is zero on b's rows."""
     source = METRICS[pair.metric].source or ""
     a, b = (scores.get(slug, {}).get(source) for slug in (pair.a, pair.b))
-    if source == "kl" and pair.b == REFERENCE and a is not None and pair.b in scores:
+    if source == "kl" and pair.b == reference and a is not None and pair.b in scores:
         b = a.zeros()
     return a, b
 
 
-def _obstacle(pair: Pair, scores: Mapping[str, Mapping[str, RowScores]]) -> str | None:
-    a, b = _rows(pair, scores)
+def _obstacle(
+    pair: Pair,
+    scores: Mapping[str, Mapping[str, RowScores]],
+    reference: str | None,
+    absent: Mapping[str, Mapping[str, str]],
+) -> str | None:
+    a, b = _rows(pair, scores, reference)
     missing = [slug for slug, rows in ((pair.a, a), (pair.b, b)) if rows is None]
     if a is None or b is None:
-        return f"{' and '.join(missing)}: no such scores"
+        told = [absent.get(slug, {}).get(METRICS[pair.metric].source or "") for slug in missing]
+        why = next(filter(None, told), "no such scores")
+        return f"{' and '.join(missing)}: {why}"
     if not a.same_rows(b):
         return "the two arms were not scored on the same rows and tokens"
     if broken := [slug for slug, rows in ((pair.a, a), (pair.b, b)) if not rows.finite]:
@@ -231,12 +260,13 @@ def _family(
     pairs: Sequence[Pair],
     scores: Mapping[str, Mapping[str, RowScores]],
     draws: Callable[[tuple[str, ...]], Counts],
+    reference: str | None,
 ) -> list[Comparison]:
     """Bootstrap a family; pairs on the same groups share one matrix product."""
     batches: dict[tuple[str, ...], list[int]] = {}
     estimands: list[Estimand] = []
     for index, pair in enumerate(pairs):
-        a, b = _rows(pair, scores)
+        a, b = _rows(pair, scores, reference)
         assert a is not None and b is not None  # _obstacle has seen both
         estimands.append(Estimand(a.sums, b.sums, METRICS[pair.metric].link))
         batches.setdefault(a.groups, []).append(index)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from recipes.adapters import read_adapter
-from recipes.arms import Arm, Calibration, arms, controls
+from recipes.arms import EXTERNAL, TRAINED, Arm, Calibration, arms, controls
 from recipes.files import data_files
 from recipes.headers import read_headers
 from recipes.load import Loaded
@@ -47,14 +47,15 @@ class Pins:
     scorers: dict[str, External]
     adapter: External | None = None
     calibration_text: External | None = None
+    externals: Mapping[str, External] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArmSteps:
     """An arm and the steps that make it, score it and time it.
 
-    `model` is None for the untouched base; `evaluate` for an arm that cannot be; `measure` also where only the KV cache
-    differs, which no kernel of ours stores smaller.
+    `model` is None for the untouched base and for an external model; `evaluate` for an arm that cannot be; `measure`
+    also where only the KV cache differs, which no kernel of ours stores smaller.
     """
 
     arm: Arm
@@ -66,10 +67,11 @@ class ArmSteps:
 
 @dataclass(frozen=True, kw_only=True)
 class Matrix:
-    """All steps in the order in which they were composed, and the arms."""
+    """All steps in the order in which they were composed, the arms, and the slug of what they are measured against."""
 
     steps: tuple[Step, ...]
     arms: tuple[ArmSteps, ...]
+    reference: str | None
 
 
 def pin(loaded: Loaded, home: Path) -> Pins:
@@ -109,6 +111,10 @@ def pin(loaded: Loaded, home: Path) -> Pins:
         digests=digests,
         source=there.source,
     )
+    externals = {
+        name: _model(name, fetched.get(f"evaluate.external.{name}") or _local(loaded, one.path), digests)
+        for name, one in recipe.evaluate.externals.items()
+    }
     digests.save()
     return Pins(
         base=base,
@@ -119,7 +125,14 @@ def pin(loaded: Loaded, home: Path) -> Pins:
         scorers=scorers,
         adapter=adapter or None,
         calibration_text=text or None,
+        externals=externals,
     )
+
+
+def _model(name: str, there: Snapshot, digests: Digests) -> External:
+    """An external model with its tokenizer."""
+    patterns = (*MODEL_FILES, *TOKENIZER_FILES)
+    return external_folder(name, there.folder, patterns=patterns, digests=digests, source=there.source)
 
 
 def _local(loaded: Loaded, path: str) -> Snapshot:
@@ -135,10 +148,14 @@ def fetchable(loaded: Loaded) -> list[HubId]:
         asked.append(HubId(name=model.base, revision=model.revision, kind="model", field="model.base"))
     for number, (part, here) in enumerate(zip(recipe.data.parts, loaded.data, strict=True)):
         if here is None:
-            field = recipe.data.field(number)
-            asked.append(HubId(name=part.path, revision=part.revision, kind="dataset", field=field))
+            where = recipe.data.field(number)
+            asked.append(HubId(name=part.path, revision=part.revision, kind="dataset", field=where))
     if recipe.train.adapter and loaded.adapter is None:
         asked.append(HubId(name=recipe.train.adapter, revision=None, kind="adapter", field="train.adapter"))
+    for name, one in recipe.evaluate.externals.items():
+        if loaded.externals[name] is None:
+            where = f"evaluate.external.{name}"
+            asked.append(HubId(name=one.path, revision=one.revision, kind="model", field=where))
     return asked
 
 
@@ -187,18 +204,25 @@ def limits(recipe: Recipe) -> Limits:
     )
 
 
-def compose(recipe: Recipe, pins: Pins, do: Callable[[Step], object]) -> Matrix:
+def compose(recipe: Recipe, pins: Pins, do: Callable[[Step], object], *, only: Sequence[str] = ()) -> Matrix:
     """Spell the pipeline out, step by step; `do` is called once a step, after the steps that it needs.
 
     With `do` = submit Prefect runs it, with `do` = a lookup it is the plan: they cannot drift apart.
+
+    Args:
+        recipe: The recipe.
+        pins: What it reads from outside.
+        do: What is done with a step.
+        only: Slugs of the arms that are wanted, or `external` for all of those: what they do not need is not done.
     """
     steps: list[Step] = []
 
     def made(step: Step) -> Step:
         steps.append(step)
-        do(step)
         return step
 
+    matrix = arms(recipe, adapter=read_adapter(pins.adapter.path).config if pins.adapter else None)
+    wanted = [arm for arm in matrix if _is_wanted(arm, only)]
     dataset = made(
         prepare.step(recipe, data=pins.data, tokenizer=pins.tokenizer, general=pins.general, template=pins.template)
     )
@@ -208,7 +232,8 @@ def compose(recipe: Recipe, pins: Pins, do: Callable[[Step], object]) -> Matrix:
         onto: made(merge.step(recipe, base=pins.base, adapter=adapter, onto=onto))
         for onto in ("dequantized", "original")
     }
-    scored_against = made(reference.step(recipe, dataset=dataset, base=pins.base, adapter=adapter))
+    judge = _judge(recipe, wanted)
+    scored_against = made(_reference(recipe, pins, judge, dataset=dataset, adapter=adapter)) if judge else None
     widest = read_headers(pins.base.path).largest_in_features
     own = made(calibrate.step(recipe, dataset=dataset, largest_in_features=widest))
     calibsets: dict[Calibration, Step] = {"domain": own}
@@ -216,14 +241,16 @@ def compose(recipe: Recipe, pins: Pins, do: Callable[[Step], object]) -> Matrix:
     scores: dict[str, Step] = {}
 
     def loads(arm: Arm) -> dict[str, Step | External]:
-        return _there(model=models[arm.slug] or pins.base, dataset=dataset, adapter=adapter if arm.adapter else None)
+        model = pins.externals[arm.slug] if arm.external else models[arm.slug] or pins.base
+        return _there(model=model, dataset=dataset, adapter=adapter if arm.adapter else None)
 
     def score(arm: Arm) -> None:
         calibset = own if arm.kv == "fp8-calibrated" else None
         inputs = {**loads(arm), **_there(reference=scored_against, calibset=calibset), **pins.scorers}
-        scores[arm.slug] = made(evaluate.step(recipe, arm.slug, kind=arm.kind, kv=arm.kv, inputs=inputs))
+        scores[arm.slug] = made(
+            evaluate.step(recipe, arm.slug, kind=arm.kind, kv=arm.kv, inputs=inputs, after=(rehearsed,))
+        )
 
-    matrix = arms(recipe, adapter=read_adapter(pins.adapter.path).config if pins.adapter else None)
     every = [arm for arm in matrix if arm.unavailable is None]
     own_files = [arm for arm in every if arm.of is None]
     schemes = {arm: arm.scheme for arm in own_files if arm.scheme}
@@ -271,9 +298,46 @@ def compose(recipe: Recipe, pins: Pins, do: Callable[[Step], object]) -> Matrix:
             evaluate=scores.get(arm.slug),
             measure=speeds.get(arm.slug),
         )
-        for arm in matrix
+        for arm in wanted
     ]
-    return Matrix(steps=tuple(steps), arms=tuple(rows))
+    reached = _reached(steps, rows) if only else tuple(steps)
+    _each(reached, do)
+    return Matrix(steps=reached, arms=tuple(rows), reference=judge)
+
+
+def _each(steps: Sequence[Step], do: Callable[[Step], object]) -> None:
+    for step in steps:
+        do(step)
+
+
+def _judge(recipe: Recipe, wanted: Sequence[Arm]) -> str | None:
+    """What KL is measured against: nf4-adapter only where something trained is wanted anyway."""
+    return recipe.evaluate.reference or (TRAINED if any(arm.is_trained for arm in wanted) else None)
+
+
+def _reference(recipe: Recipe, pins: Pins, judge: str, *, dataset: Step, adapter: Step) -> Step:
+    if judge == TRAINED:
+        return reference.step(recipe, dataset=dataset, base=pins.base, adapter=adapter)
+    return reference.external(recipe, dataset=dataset, model=pins.externals[judge])
+
+
+def _is_wanted(arm: Arm, only: Sequence[str]) -> bool:
+    """All are without `only`; the base goes with the external models, which are compared with it."""
+    if not only or arm.slug in only:
+        return True
+    return EXTERNAL in only and (arm.external or arm.slug == "base")
+
+
+def _reached(steps: Sequence[Step], rows: Sequence[ArmSteps]) -> tuple[Step, ...]:
+    """The steps that these arms are made, scored and timed by, in their order."""
+    found: dict[str, Step] = {}
+    ahead = [step for row in rows for step in (row.model, row.adapter, row.evaluate, row.measure) if step]
+    while ahead:
+        step = ahead.pop()
+        if step.key not in found:
+            found[step.key] = step
+            ahead += [one for one in (*step.inputs.values(), *step.after) if isinstance(one, Step)]
+    return tuple(step for step in steps if step.key in found)
 
 
 def _measured(

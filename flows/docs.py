@@ -108,7 +108,7 @@ def _words(annotation: Any) -> str:
         return f"{_words(get_args(annotation)[1])} by name"
     parts = [part for part in get_args(annotation) if part is not type(None)]
     if any(sections(part) for part in parts if get_origin(part) is not list):
-        return "section with `kind`"
+        return "text or section" if str in parts else "section with `kind`"
     if parts:
         return " or ".join(dict.fromkeys(_words(part) for part in parts if not isinstance(part, FieldInfo)))
     return WORDS.get(getattr(annotation, "__name__", ""), "value")
@@ -120,7 +120,7 @@ def _default(info: FieldInfo) -> str:
     value = info.default
     if isinstance(value, list) and any(isinstance(one, BaseModel) for one in value):
         return f"`[{', '.join(f'{{kind: {one.kind}}}' for one in value)}]`"
-    if value is None or value == "" or value == []:
+    if value is None or value in ("", [], {}):
         return "none"
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 

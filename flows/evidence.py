@@ -18,6 +18,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from flows.stats import Floats, Sums
+from recipes.arms import TRAINED
+
+REFERENCE = TRAINED  # where the recipe names no other
 
 
 class SchemeParts(NamedTuple):
@@ -135,8 +138,16 @@ class Run:
     @property
     def base(self) -> Path | None:
         """The untouched base model's folder, or None where it has gone."""
-        named = (self.raw.get("base") or {}).get("path")
-        return Path(named) if named and Path(named).is_dir() else None
+        return _folder(self.raw.get("base"))
+
+    def external(self, slug: str) -> Path | None:
+        """The folder of an external model, or None where it has gone."""
+        return _folder((self.raw.get("external") or {}).get(slug))
+
+    @property
+    def reference(self) -> str | None:
+        """Slug of what KL and agreement are measured against; None for a run that has no reference."""
+        return self.raw.get("reference", REFERENCE)  # older runs do not say
 
     def step(self, key: str | None) -> Step | None:
         """A step by key; None where the run never came to it."""
@@ -174,6 +185,11 @@ def _arm(raw: Mapping[str, Any], decided: str) -> Arm:
     """An arm; where the recipe left the merge base to the run, with the one that was chosen."""
     arm = Arm(**{name: raw[name] for name in Arm.__dataclass_fields__ if name in raw})  # older runs say less
     return replace(arm, merge_base=decided) if arm.merge_base == "auto" else arm
+
+
+def _folder(origin: Mapping[str, str] | None) -> Path | None:
+    path = Path(origin["path"]) if origin else None
+    return path if path is not None and path.is_dir() else None
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -166,7 +166,7 @@ def _find(run: Run, slug: str) -> Arm:
         )
     if arm.model is None and arm.adapter is None:
         raise _refused(
-            f"{slug} is the untouched base.",
+            f"{slug} is a model from elsewhere." if arm.external else f"{slug} is the untouched base.",
             str(run.folder),
             "Nothing was made of it, so there is nothing to export.",
             "Copy it from where it came from, or name another arm.",

@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, cast
 from uuid import UUID
@@ -189,12 +189,13 @@ def artifact_key(*parts: str) -> str:
     task_runner=ThreadPoolTaskRunner(max_workers=WAITING_TASKS),  # pyright: ignore[reportArgumentType]
     persist_result=False,
 )
-def finetune_and_quantize(recipe: str, sets: list[str] | None = None) -> str:
+def finetune_and_quantize(recipe: str, sets: list[str] | None = None, only: list[str] | None = None) -> str:
     """One recipe in; evaluated 4-bit models and a report out.
 
     Args:
         recipe: Path of the recipe file.
         sets: Overrides of single fields, as `train.rank=32`.
+        only: Arms that are wanted, `external` for every external model; what they do not need is not made.
 
     Returns:
         The run's folder.
@@ -204,13 +205,13 @@ def finetune_and_quantize(recipe: str, sets: list[str] | None = None) -> str:
         RunFailed: A step failed; everything that finished is in the store and in the report.
     """
     home = find_home()
-    vetted = vet(Path(recipe), sets=sets or [], home=home)
+    vetted = vet(Path(recipe), sets=sets or [], home=home, only=only or [])
     record = RunRecord(home, vetted.loaded)
     with Launcher() as launcher, watched(launcher):
         session = Session(vetted, Store(home), launcher, record)
         try:
             with session.display:
-                _work(session, vetted)
+                _work(session, vetted, only=only or [])
         finally:
             launcher.end_all()  # before anything that may have to wait
             if record.status == "running":
@@ -256,10 +257,10 @@ def _obey_cancel(flow_run: UUID, launcher: Launcher, done: threading.Event) -> N
                     return
 
 
-def _work(session: Session, vetted: Vetted) -> None:
+def _work(session: Session, vetted: Vetted, *, only: Sequence[str]) -> None:
     """Plan, make, report."""
     record = session.record
-    record.pinned(vetted.pins)
+    record.pinned(vetted.pins, only=only)
     write_json(record.folder / "preflight.json", vetted.preflight)
     (record.folder / "plan.txt").write_text("\n".join(str(line) for line in vetted.plan) + "\n", encoding="utf-8")
     session.tracker.start(vetted.recipe.model_dump(mode="json"), tags={"mlflow.source.name": str(vetted.loaded.path)})
@@ -267,7 +268,7 @@ def _work(session: Session, vetted: Vetted) -> None:
     hits = sum(one.hit for one in vetted.plan)
     log.info("run %s: %d of %d steps are in the store", record.id, hits, len(vetted.plan))
     create_markdown_artifact(_plan_markdown(vetted), key="plan", description="hit or make, before the run")
-    matrix = compose(vetted.recipe, vetted.pins, session.do)
+    matrix = compose(vetted.recipe, vetted.pins, session.do, only=only)
     record.composed(matrix)
     whole = session.collect()
     record.composed(matrix)

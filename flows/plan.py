@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flows.compose import Pins, compose
@@ -43,8 +44,8 @@ def known_inputs(step: Step, artifacts: dict[str, Artifact]) -> dict[str, Artifa
     return found
 
 
-def plan(recipe: Recipe, pins: Pins, store: Store) -> list[Planned]:
-    """Dry run of `compose`: the same lookups as a run, nothing is started."""
+def plan(recipe: Recipe, pins: Pins, store: Store, *, only: Sequence[str] = ()) -> list[Planned]:
+    """Dry run of `compose`: the same lookups as a run, nothing is started; `only` as there."""
     artifacts: dict[str, Artifact] = {}
     lines: list[Planned] = []
 
@@ -73,5 +74,5 @@ def plan(recipe: Recipe, pins: Pins, store: Store) -> list[Planned]:
         )
         lines.append(line)
 
-    compose(recipe, pins, look)
+    compose(recipe, pins, look, only=only)
     return lines

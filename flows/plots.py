@@ -106,7 +106,7 @@ def kl_against_size(arms: Mapping[str, Any]) -> str:
         left, right = min(point.x for point in points), max(point.x for point in points)
         room = max(right - left, right * 0.1)
         axes.set_xlim(left - 0.08 * room, right + 0.14 * room)
-        plain_axes(axes, x="size, MB (what a server fetches)", y="KL to the model as trained, nats a token")
+        plain_axes(axes, x="size, MB (what a server fetches)", y="KL to the reference, nats a token")
         axes.yaxis.set_major_locator(LogLocator(base=10))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: significant(value, 1)))
         axes.yaxis.set_minor_formatter(NullFormatter())
@@ -127,7 +127,7 @@ def kl_against_size(arms: Mapping[str, Any]) -> str:
             ]
             centres.append((float(centre[0]), float(centre[1])))
         _labels(axes, canvas, points, centres, boxes)
-        return as_svg(figure, "KL to the trained model against size, one point an arm, with 95 % intervals")
+        return as_svg(figure, "KL to the reference against size, one point an arm, with 95 % intervals")
 
 
 def task_by_arm(arms: Mapping[str, Any]) -> str:

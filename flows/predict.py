@@ -16,6 +16,7 @@ from typing import NamedTuple
 from recipes.arms import Arm, arms, controls
 from recipes.files import data_files, parquet_rows
 from recipes.headers import Headers
+from recipes.plain import is_mapping
 from recipes.rows import TEXT, Origin, Row
 from recipes.schema import Recipe
 from recipes.schemes import Linear, Scheme
@@ -30,7 +31,12 @@ GPTQMODEL = 0.66
 AWQ = 0.85
 RTN = 0.45
 LLM_COMPRESSOR = 0.67
-LOAD = {"bf16": 0.55, "nf4": 0.60, "quantized": 0.66}  # reference, evaluate, measure, by the arm's kind
+LOAD = {
+    "bf16": 0.55,
+    "nf4": 0.60,
+    "quantized": 0.66,
+    "external": 0.66,
+}  # reference, evaluate, measure, by the arm's kind
 CUDA_HOST = 3.0  # with the CUDA libraries
 CUDA_CONTEXT = 0.6  # GPU memory that no allocator counts
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight: code, 8-bit absmax of 64, fp32 absmax of 256 of those
@@ -193,6 +199,12 @@ class _Sizes:
         return stored + (headers.embedding_parameters if headers.tied and "lm_head".endswith(ends) else 0)
 
     @property
+    def mlp(self) -> int:
+        """Inputs and outputs of an FFN layer by config.json; four times as wide as the model where it says nothing."""
+        wide = self.headers.text_config.get("intermediate_size")
+        return self.headers.hidden + (wide if isinstance(wide, int) else 4 * self.headers.hidden)
+
+    @property
     def hessians(self) -> float:
         """fp32 Hessians of one decoder layer, and of its widest linear layer the inverse and a Cholesky factor."""
         inputs = [layer.in_features for layer in self.headers.decoder_layer]
@@ -208,7 +220,7 @@ class _Sizes:
 
     def forward(self, *, batch: int, tokens: int) -> dict[str, float]:
         """What an evaluation forward holds beside the weights."""
-        widest = max(layer.in_features + layer.out_features for layer in self.headers.linears)
+        widest = max((one.in_features + one.out_features for one in self.headers.linears), default=self.mlp)
         return {
             "logits": EVAL_LOGIT_BYTES * batch * tokens * self.headers.vocabulary,
             "activations": 2 * 4 * widest * batch * tokens,
@@ -216,7 +228,14 @@ class _Sizes:
         }
 
 
-def predict(recipe: Recipe, headers: Headers, *, device: str = "cpu", rows: RowSizes | None = None) -> list[Predicted]:
+def predict(
+    recipe: Recipe,
+    headers: Headers,
+    *,
+    device: str = "cpu",
+    rows: RowSizes | None = None,
+    externals: Mapping[str, Headers] | None = None,
+) -> list[Predicted]:
     """Peak memory and output of every step, in the order of the pipeline.
 
     Args:
@@ -224,16 +243,20 @@ def predict(recipe: Recipe, headers: Headers, *, device: str = "cpu", rows: RowS
         headers: Of the base.
         device: `cpu` or `cuda`.
         rows: Sizes of the data's rows; None counts every row as data.max_length tokens.
+        externals: Headers of the external models by name; one that is not there is left out.
     """
+    others = externals or {}
     sizes = _Sizes(recipe=recipe, headers=headers, device=device, rows=rows)
     steps = [_prepare(sizes), _train(sizes)]
     steps += [_merge(sizes, onto) for onto in ("dequantized", "original")]
-    steps += [_reference(sizes), _calibrate(sizes)]
-    every = [arm for arm in arms(recipe) if arm.unavailable is None]
+    judge = others.get(recipe.evaluate.reference or "")
+    steps += [_reference(sizes, judge), _calibrate(sizes)]
+    every = [arm for arm in arms(recipe) if arm.unavailable is None and (not arm.external or arm.slug in others)]
+    of = {arm: replace(sizes, headers=others[arm.slug]) if arm.external else sizes for arm in every}
     steps += [_control(sizes, kind) for kind in controls(every)]
     steps += [_quantize(sizes, arm, arm.scheme) for arm in every if arm.scheme and arm.of is None]
-    steps += [_evaluate(sizes, arm) for arm in every]
-    steps += [_measure(sizes, arm) for arm in every if arm.of is None and recipe.measure.enabled]
+    steps += [_evaluate(of[arm], arm) for arm in every]
+    steps += [_measure(of[arm], arm) for arm in every if arm.of is None and recipe.measure.enabled]
     return steps
 
 
@@ -327,9 +350,11 @@ def _reference_bytes(sizes: _Sizes) -> float:
     return min(limit, 2 * tokens * sizes.headers.vocabulary)
 
 
-def _reference(sizes: _Sizes) -> Predicted:
+def _reference(sizes: _Sizes, external: Headers | None) -> Predicted:
     batch = sizes.recipe.evaluate.batch_size
-    parts = {"weights nf4": sizes.nf4, **sizes.file, **sizes.forward(batch=batch, tokens=sizes.length)}
+    weights = {"weights": _stored(external)} if external else {"weights nf4": sizes.nf4, **sizes.file}
+    there = replace(sizes, headers=external) if external else sizes
+    parts = {**weights, **there.forward(batch=batch, tokens=sizes.length)}
     disk = _reference_bytes(sizes)
     return _step(sizes, f"reference/{sizes.recipe.name}", parts, process=LOAD["nf4"], disk=disk)
 
@@ -361,6 +386,13 @@ def _quantize(sizes: _Sizes, arm: Arm, scheme: Scheme) -> Predicted:
     return _step(sizes, f"quantize/{arm.slug}", parts, process=process, disk=disk)
 
 
+def _stored(headers: Headers) -> float:
+    """Bytes of an external model once loaded; 4-bit codes of compressed-tensors become bf16."""
+    quantized = headers.config.get("quantization_config")
+    unpacked = is_mapping(quantized) and quantized.get("quant_method") == "compressed-tensors"
+    return headers.weight_bytes * (4 if unpacked else 1)
+
+
 def _process(arm: Arm) -> float:
     """What unpacks compressed-tensors is small: 0.01 GiB more than for bf16; GPTQModel's kernels are not."""
     unpacked = arm.scheme is not None and arm.scheme.form == "compressed-tensors"
@@ -369,6 +401,8 @@ def _process(arm: Arm) -> float:
 
 def _weights(sizes: _Sizes, arm: Arm) -> dict[str, float]:
     """An arm's weights as they are resident, and its adapter."""
+    if arm.external:
+        return {"weights": _stored(sizes.headers)}
     parts = {"adapter": 4.0 * sizes.lora_parameters} if arm.adapter else {}
     if arm.kind == "nf4":
         return {"weights nf4": sizes.nf4, **parts, **sizes.file}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ import psutil
 
 from flows.plan import Planned
 from flows.predict import CUDA_CONTEXT, FILES, GIB, Predicted, RowSizes, data_bytes, predict, row_sizes, tokens_per_byte
+from recipes.check_external import external_headers
 from recipes.check_train import device_problems
 from recipes.headers import Headers, read_headers
 from recipes.load import Loaded
@@ -162,6 +163,7 @@ def refuse(
     rows: RowSizes | None = None,
     slots: int = 1,
     make: frozenset[str] | None = None,
+    externals: Mapping[str, Headers] | None = None,
 ) -> list[Problem]:
     """Steps that cannot fit, each stage once, with the largest batch and length that would.
 
@@ -173,10 +175,11 @@ def refuse(
         rows: Sizes of the data's rows, where they are known.
         slots: Steps that may run at once on CPU.
         make: Keys of the steps that are not in the store; None for all.
+        externals: Headers of the external models by name.
     """
 
     def steps(asked: Recipe) -> list[Predicted]:
-        every = predict(asked, headers, device=device, rows=rows)
+        every = predict(asked, headers, device=device, rows=rows, externals=externals)
         return [step for step in every if make is None or step.key in make]
 
     too_large: dict[str, Predicted] = {}
@@ -267,12 +270,22 @@ def preflight(loaded: Loaded, planned: Sequence[Planned], *, home: Path, base: P
     recipe, headers = loaded.recipe, read_headers(base)
     rows = sampled(loaded, headers)
     memory, make = available(), frozenset(line.key for line in planned if not line.hit)
-    steps = predict(recipe, headers, device=limits.device, rows=rows)
+    externals = {name: external_headers(folder) for name, folder in loaded.externals.items() if folder}
+    steps = predict(recipe, headers, device=limits.device, rows=rows, externals=externals)
     slots = 1 if limits.device == "cuda" else max(1, cpu_slots() // limits.threads)
     problems = list(device_problems(recipe, device=limits.device, gpus=len(visible_gpus())))
     problems += environment_problems(planned)
-    problems += refuse(recipe, headers, memory=memory, device=limits.device, rows=rows, slots=slots, make=make)
-    few = calibration_problem(recipe, headers, rows)
+    problems += refuse(
+        recipe,
+        headers,
+        memory=memory,
+        device=limits.device,
+        rows=rows,
+        slots=slots,
+        make=make,
+        externals=externals,
+    )
+    few = calibration_problem(recipe, headers, rows) if f"calibrate/{recipe.name}" in make else None
     full = disk_problem([step for step in steps if step.key in make], home)
     if problems or full or few:
         raise RecipeError([*problems, *filter(None, (full, few))])

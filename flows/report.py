@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from flows.answers import Answer, Findings, answers
+from flows.answers import Answer, Findings, answers, verdict
 from flows.cells import (
     SIMULATED,
     ArmEvidence,
@@ -105,7 +105,13 @@ def evaluate(run: Run) -> dict[str, Any]:
     cells = {slug: cells_of(one, run, draws) for slug, one in evidence.items()}
     needed = headline(evidence.values())
     unranked = {slug: why for slug, one in evidence.items() if (why := not_ranked(one, cells[slug], needed))}
-    comparisons, left_out = compare(run.arms, {slug: one.scores for slug, one in evidence.items()}, draws)
+    comparisons, left_out = compare(
+        run.arms,
+        {slug: one.scores for slug, one in evidence.items()},
+        draws,
+        reference=run.reference,
+        absent={slug: one.absent for slug, one in evidence.items()},
+    )
     found = Findings(
         arms={arm.slug: arm for arm in run.arms},
         cells=cells,
@@ -114,16 +120,19 @@ def evaluate(run: Run) -> dict[str, Any]:
         choice=run.choice,
         error_over_delta=_result(run, "merged-dequantized", "model").get("error_over_delta"),
         adapter=_origin(run),
+        reference=run.reference,
     )
     answered = answers(found)
     published = (*METRICS.values(), *further(run.recipe))
     return {
         "schema_version": SCHEMA_VERSION,
         **{name: run.raw.get(name) for name in ("id", "name", "status", "started_at", "finished_at")},
-        "verdict": [answered[index].short for index in (0, 2, 3)],
+        "verdict": verdict(answered),
         "answers": [_answer(one) for one in answered],
         "arms": {slug: _arm(one, run, cells[slug], ranked=slug not in unranked) for slug, one in evidence.items()},
         "not_ranked": unranked,
+        "reference": run.reference,
+        "only": list(run.raw.get("only") or []),
         "choice": found.choice and dict(found.choice),
         "error_over_delta": found.error_over_delta,
         "adapter": found.adapter,
@@ -139,7 +148,7 @@ def evaluate(run: Run) -> dict[str, Any]:
             for family in FAMILIES
         ],
         "directions": {metric.name: metric.better for metric in published},
-        "meanings": {metric.name: metric.meaning for metric in published},
+        "meanings": {one.name: one.meaning.replace(REFERENCE, run.reference or REFERENCE) for one in published},
         "method": METHOD,
         "data": _data(evidence),
         **_scorers(run),
@@ -185,6 +194,7 @@ def _arm(one: ArmEvidence, run: Run, cells: Mapping[str, Cell], *, ranked: bool)
         "status": "unavailable" if one.arm.unavailable else "failed" if one.failure else "ok",
         "ranked": ranked,
         "refused": one.arm.refused,
+        "external": _source(run.raw["external"][one.arm.slug]) if one.arm.external else None,
         "merge_base": one.arm.merge_base,
         "kv_cache": {"kind": one.arm.kv, "of": one.arm.of, "label": SIMULATED} if one.arm.kv else None,
         "path": _files(one.arm.model, run),
@@ -239,7 +249,11 @@ def _memory(step: Step, predicted: Mapping[str, float | None]) -> dict[str, Any]
 def _sources(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Where base, data (data, data-1 ...) and adapter came from, without their paths on this machine."""
     found = {name: one for name, one in raw.items() if name in ("base", "data", "adapter") or name.startswith("data-")}
-    return {name: {"source": one.get("source"), "digest": one.get("digest")} for name, one in found.items()}
+    return {name: _source(one) for name, one in found.items()}
+
+
+def _source(origin: Mapping[str, Any]) -> dict[str, Any]:
+    return {"source": origin.get("source"), "digest": origin.get("digest")}
 
 
 def _step(step: Step) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from markupsafe import Markup, escape
 from flows.layers import errors_plot, weights_plot, worst
 from flows.metrics import METRICS, difference_text, interval_text, significant, value_text
 from flows.plots import kl_against_size, task_by_arm
-from flows.report_text import COLUMNS, SPEEDS, data_line, further_tasks, hardware_line, heading, left_out, ran_on
+from flows.report_text import SPEEDS, columns, data_line, further_tasks, hardware_line, heading, left_out, ran_on
 
 TEMPLATES = Path(__file__).parent / "templates"
 OPEN_UP_TO = 8  # comparisons of a family that is shown unfolded
@@ -34,7 +34,7 @@ def page(report: Mapping[str, Any]) -> str:
     arms = report["arms"]
     return template.render(
         r=report,
-        columns=COLUMNS,
+        columns=columns(report),
         speeds=SPEEDS,
         further=further_tasks(report),
         metrics=METRICS,
@@ -130,6 +130,8 @@ def memory(report: Mapping[str, Any]) -> list[MemoryLine]:
 def loading(slug: str, arm: Mapping[str, Any]) -> str:
     """Python that loads an arm's artifact; paths are relative to QUENCH_HOME."""
     path = repr(arm["path"]) if arm["path"] else "BASE"
+    if arm["external"]:
+        path = repr(arm["external"]["source"].partition("@")[0])
     lines: list[str] = []
     if slug == "nf4-adapter":
         lines = [

@@ -13,8 +13,14 @@ from rich.text import Text
 from flows.metrics import METRICS, TASK, difference_text, interval_text, value_text
 
 COLUMNS = ("size_bytes", "task", "kl_mean", "ppl_test", "top1_agreement", "ppl_general")
+OF_ANY_TOKENIZER = ("bits_per_byte",)  # beside these where there are external models
 SPEEDS = ("load_s", "prefill_tokens_per_s", "decode_tokens_per_s")
 MARKS = {"better": "+", "worse": "−", "no difference shown": "="}
+
+
+def columns(report: Mapping[str, Any]) -> tuple[str, ...]:
+    """Metrics of the table of all arms."""
+    return (*COLUMNS, *OF_ANY_TOKENIZER) if any(arm["external"] for arm in report["arms"].values()) else COLUMNS
 
 
 def _cell(metric: str, cell: Mapping[str, Any], *, joint: str = " ") -> str:
@@ -34,7 +40,10 @@ def heading(metric: str, directions: Mapping[str, str]) -> str:
 def arm_rows(report: Mapping[str, Any]) -> list[dict[str, str]]:
     """One row an arm, every figure with its interval."""
     return [
-        {"arm": name_of(slug, arm), **{METRICS[name].label: _cell(name, arm["metrics"][name]) for name in COLUMNS}}
+        {
+            "arm": name_of(slug, arm),
+            **{METRICS[name].label: _cell(name, arm["metrics"][name]) for name in columns(report)},
+        }
         for slug, arm in report["arms"].items()
     ]
 
@@ -85,11 +94,14 @@ def overview(report: Mapping[str, Any]) -> list[str]:
     lines += [*report["verdict"], ""]
     lines += _failures(report)
     lines += ["## Arms", "", "95 % intervals in brackets; arrows point to better.", ""]
-    head = ["arm", *(heading(name, report["directions"]) for name in COLUMNS)]
+    head = ["arm", *(heading(name, report["directions"]) for name in columns(report))]
     arms = report["arms"]
     lines += _table(
         head,
-        [[name_of(slug, arm), *(_cell(name, arm["metrics"][name]) for name in COLUMNS)] for slug, arm in arms.items()],
+        [
+            [name_of(slug, arm), *(_cell(name, arm["metrics"][name]) for name in columns(report))]
+            for slug, arm in arms.items()
+        ],
     )
     lines += _further(report)
     lines += [f"\n{line}" for line in simulated(report)]
@@ -215,7 +227,9 @@ def hardware_line(hardware: Mapping[str, Any]) -> str:
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:
     """Print the comparison of all arms, as many columns as fit, and the answers."""
-    cells = {name: [_rich_cell(name, arm["metrics"][name]) for arm in report["arms"].values()] for name in COLUMNS}
+    cells = {
+        name: [_rich_cell(name, arm["metrics"][name]) for arm in report["arms"].values()] for name in columns(report)
+    }
     table = Table(title=f"{report['name']}: {data_line(report)}", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("arm", no_wrap=True)
     names = {slug: name_of(slug, arm) for slug, arm in report["arms"].items()}

@@ -6,7 +6,7 @@ import datetime as dt
 import secrets
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from recipes.problem import Problem, RecipeError
 from recipes.schemes import Linear, Scheme
 from recipes.serving import refusals
 from tasks.runtime.environments import locked_versions
-from tasks.runtime.step import Step, hardware
+from tasks.runtime.step import External, Step, hardware
 from tasks.runtime.store import read_json, write_json
 
 SHOWN_VERSIONS = ("torch", "transformers", "peft", "trl", "bitsandbytes", "gptqmodel", "prefect", "mlflow")
@@ -67,11 +67,13 @@ class RunRecord:
         (self.folder / "recipe.yaml").write_text(loaded.text, encoding="utf-8")
         write_json(self.folder / "recipe.resolved.json", loaded.recipe.model_dump(mode="json"))
 
-    def pinned(self, pins: Pins) -> None:
-        """Note where base and data came from."""
+    def pinned(self, pins: Pins, *, only: Sequence[str] = ()) -> None:
+        """Note where base, data and external models came from, and which arms are wanted (none named: all)."""
         self._linears = read_headers(pins.base.path).linears
         for one in filter(None, (pins.base, *pins.data, pins.adapter)):
-            self._raw[one.name] = {"path": str(one.path), "digest": one.digest, "source": one.source}
+            self._raw[one.name] = _origin(one)
+        self._raw["external"] = {name: _origin(one) for name, one in pins.externals.items()}
+        self._raw["only"] = list(only)
         self._write()
 
     def add(self, step: Step, status: str, **more: Any) -> StepRecord:
@@ -85,7 +87,8 @@ class RunRecord:
         return record
 
     def composed(self, matrix: Matrix) -> None:
-        """Record the arms, and put the steps into the order of the composition."""
+        """Record the arms and their reference, and put the steps into the order of the composition."""
+        self._raw["reference"] = matrix.reference
         self._raw["arms"] = [{**_arm(one), "refused": self._refused(one.arm.scheme)} for one in matrix.arms]
         with self._lock:
             self._steps = {step.key: self._steps[step.key] for step in matrix.steps if step.key in self._steps}
@@ -126,6 +129,10 @@ class RunRecord:
             steps = [asdict(record) for record in self._steps.values()]
             seconds = round(time.monotonic() - self._clock, 3)
             write_json(self.folder / "steps.json", {**self._raw, "seconds": seconds, "steps": steps})
+
+
+def _origin(one: External) -> dict[str, str]:
+    return {"path": str(one.path), "digest": one.digest, "source": one.source}
 
 
 def _arm(one: ArmSteps) -> dict[str, Any]:

@@ -75,15 +75,16 @@ def _model_files(arm: Arm, run: Run) -> dict[str, int]:
         if step is None or step.manifest is None:
             raise FileNotFoundError(f"{arm.model} is not in the store")
         return _wanted({name: one["size"] for name, one in step.manifest["files"].items()}, (*WEIGHTS, *BESIDE))
-    if run.base is None:
-        raise FileNotFoundError("the base model's folder is not there any more")
+    folder = run.external(arm.slug) if arm.external else run.base
+    if folder is None:
+        raise FileNotFoundError(f"the folder of {arm.slug if arm.external else 'the base model'} has gone")
     if arm.kind == "nf4":
-        return {**_folder(run.base, BESIDE), "weights in NF4": nf4_weight_bytes(read_headers(run.base))}
-    index = run.base / "model.safetensors.index.json"
+        return {**_folder(folder, BESIDE), "weights in NF4": nf4_weight_bytes(read_headers(folder))}
+    index = folder / "model.safetensors.index.json"
     if not index.exists():
-        return _folder(run.base, (*WEIGHTS, *BESIDE))
+        return _folder(folder, (*WEIGHTS, *BESIDE))
     shards = tuple(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    return _folder(run.base, (*shards, index.name, *BESIDE))
+    return _folder(folder, (*shards, index.name, *BESIDE))
 
 
 def _folder(folder: Path, patterns: tuple[str, ...]) -> dict[str, int]:

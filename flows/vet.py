@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from flows.compose import Pins, fetchable, limits, pin
 from flows.plan import Planned, plan
 from flows.preflight import preflight
+from recipes.arms import EXTERNAL, arms
 from recipes.check import check, check_data, load_and_check
 from recipes.check_serving import warnings
 from recipes.load import Loaded
@@ -34,20 +36,49 @@ class Vetted:
         return self.loaded.recipe
 
 
-def vet(path: Path, *, sets: Sequence[str], home: Path) -> Vetted:
+def vet(path: Path, *, sets: Sequence[str], home: Path, only: Sequence[str] = ()) -> Vetted:
     """Load, check, pin, plan and predict.
+
+    Args:
+        path: Recipe file.
+        sets: Overrides `a.b=c`.
+        home: QUENCH_HOME.
+        only: Arms that are wanted, see `compose`; none is all.
 
     Raises:
         RecipeError: Everything that is wrong with recipe, base and rows; else with what they need of this machine.
     """
     loaded = load_and_check(path, sets=sets, data=True)
+    if problems := list(_unknown(only, loaded.recipe)):
+        raise RecipeError(problems)
     pins = pin(loaded, home)
     here = fetched(loaded, pins)
     if problems := [*check(here), *check_data(here).problems] if here is not loaded else []:
         raise RecipeError(problems)
-    planned = plan(loaded.recipe, pins, Store(home))
+    planned = plan(loaded.recipe, pins, Store(home), only=only)
     predicted = preflight(here, planned, home=home, base=pins.base.path, limits=limits(loaded.recipe))
     return Vetted(loaded=loaded, pins=pins, plan=planned, preflight=predicted, warnings=warnings(here))
+
+
+def _unknown(only: Sequence[str], recipe: Recipe) -> Iterator[Problem]:
+    """Words of --only that name no arm of the recipe, or external models where there are none."""
+    slugs = [arm.slug for arm in arms(recipe)]
+    for name in only:
+        if name == EXTERNAL and not recipe.evaluate.external:
+            yield Problem(
+                what="The recipe names no external model.",
+                where="--only external",
+                why="evaluate.external is empty, so there is nothing to evaluate.",
+                next="Write evaluate: {external: {NAME: FOLDER_OR_HUB_ID}}, or --set evaluate.external.NAME=FOLDER.",
+            )
+        elif name != EXTERNAL and name not in slugs:
+            near = get_close_matches(name, slugs, n=1)
+            yield Problem(
+                what=f"The recipe has no arm {name}.",
+                where=f"--only {name}",
+                why=f"It has {', '.join(slugs)}.",
+                next=f"Did you mean {near[0]}?" if near else "Name one of these, or `external`.",
+            )
 
 
 def fetched(loaded: Loaded, pins: Pins) -> Loaded:
@@ -61,4 +92,10 @@ def fetched(loaded: Loaded, pins: Pins) -> Loaded:
     ]
     data = recipe.data.model_copy(update={"sources": parts} if recipe.data.sources else {"path": parts[0].path})
     train = recipe.train.model_copy(update={"adapter": str(pins.adapter.path)}) if pins.adapter else recipe.train
-    return replace(loaded, recipe=recipe.model_copy(update={"model": model, "data": data, "train": train}))
+    external = {
+        name: one.model_copy(update={"path": str(pins.externals[name].path)})
+        for name, one in recipe.evaluate.externals.items()
+    }
+    evaluate = recipe.evaluate.model_copy(update={"external": external})
+    sections = {"model": model, "data": data, "train": train, "evaluate": evaluate}
+    return replace(loaded, recipe=recipe.model_copy(update=sections))

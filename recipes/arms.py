@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -15,6 +15,8 @@ Kind = Literal["bf16", "nf4", "quantized", "external"]
 KV = Literal["fp8", "fp8-calibrated", "int8"]
 MergeBase = Literal["dequantized", "original", "auto"]
 Calibration = Literal["domain", "generic", "mixed", "random"]
+TRAINED = "nf4-adapter"  # the model as it was trained
+EXTERNAL = "external"  # --only external: every external model
 CONTROLS: tuple[Calibration, ...] = ("generic", "mixed", "random")
 KV_CACHES: tuple[KV, ...] = ("fp8", "fp8-calibrated", "int8")
 NO_DORA = {"gptq": "GPTQLoraLinear", "awq": "AwqLoraLinear"}  # format -> PEFT 0.21.2's layer, which raises
@@ -36,7 +38,7 @@ class Arm:
         scales_from_base: AWQ's scales and clipping are those that it finds on the base.
         kv: How its KV cache is stored (simulated); None for bf16.
         of: Slug of the arm whose files it loads, where it differs from that arm in its KV cache alone.
-        external: A model that this pipeline did not make.
+        external: A model that this pipeline did not make, loaded as its config.json says.
         unavailable: Why this arm cannot be, known before the run; None where it can.
     """
 
@@ -54,6 +56,11 @@ class Arm:
     unavailable: str | None = None
 
     @property
+    def is_trained(self) -> bool:
+        """Holds what was trained: on top, or merged in."""
+        return self.adapter or self.merge_base is not None
+
+    @property
     def is_control(self) -> bool:
         """Made to be compared with, not to be shipped."""
         return self.calibration != "domain" or self.scales_from_base
@@ -68,7 +75,7 @@ def arms(recipe: Recipe, *, adapter: Mapping[str, Any] | None = None) -> tuple[A
 
     Raises:
         RecipeError: A slug names no scheme; two specs have one name; a control of no scheme of the recipe; a KV cache
-            of no arm.
+            of no arm; an external model with the name of another arm.
     """
     schemes = [specified(entry) for entry in recipe.quantize.schemes]
     on_base = [parse_scheme(slug) for slug in recipe.evaluate.on_base]
@@ -82,17 +89,33 @@ def arms(recipe: Recipe, *, adapter: Mapping[str, Any] | None = None) -> tuple[A
     plain = (
         Arm(slug="base", kind="bf16"),
         Arm(slug="base-nf4", kind="nf4"),
-        Arm(slug="nf4-adapter", kind="nf4", adapter=True),
+        Arm(slug=TRAINED, kind="nf4", adapter=True),
         Arm(slug="merged-dequantized", kind="bf16", merge_base="dequantized"),
         Arm(slug="merged-original", kind="bf16", merge_base="original"),
         *(Arm(slug=one.slug, kind="quantized", merge_base=recipe.merge.base, scheme=one) for one in schemes),
         *(arm for one in controlled for arm in _controls(one, recipe.merge.base)),
         *(_on_base(one, dora=dora) for one in on_base),
     )
-    if problems := list(_no_arms(recipe.evaluate.kv_cache, plain)):
-        raise RecipeError(problems)
     named = {arm.slug: arm for arm in plain}
-    return (*plain, *(arm for slug in recipe.evaluate.kv_cache for arm in _kv_caches(named[slug])))
+    if problems := [*_no_arms(recipe.evaluate.kv_cache, plain), *_taken(recipe.evaluate.external, named)]:
+        raise RecipeError(problems)
+    return (
+        *plain,
+        *(arm for slug in recipe.evaluate.kv_cache for arm in _kv_caches(named[slug])),
+        *(Arm(slug=name, kind="external", external=True) for name in recipe.evaluate.external),
+    )
+
+
+def _taken(names: Iterable[str], made: Collection[str]) -> Iterator[Problem]:
+    """External models with the name of another arm, or the word for all of them."""
+    for name in names:
+        if name == EXTERNAL or name in made:
+            yield Problem(
+                what=f"An external model cannot be called {name}.",
+                where=f"evaluate.external.{name}",
+                why="Another arm has this name." if name in made else "`--only external` means all external models.",
+                next="Give it a name of its own, for example production.",
+            )
 
 
 def controls(every: Sequence[Arm]) -> list[Calibration]:

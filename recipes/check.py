@@ -12,6 +12,8 @@ from pathlib import Path
 from recipes.arms import arms, specified
 from recipes.check_adapter import beside, fit_problems, folder_problems
 from recipes.check_arms import kv_cache_problems
+from recipes.check_external import folder_problems as external_problems
+from recipes.check_external import reference_problems
 from recipes.check_rows import RowCheck, check_data, general_files, general_problems
 from recipes.check_scorers import scorer_problems
 from recipes.check_serving import entries, length_problems
@@ -59,7 +61,7 @@ def check(loaded: Loaded) -> list[Problem]:
     A base or data set that is a hub id is not local and says nothing here: `check_base` looks at it when it is pinned.
     """
     problems = [*_shadows(), *_schemes(loaded), *_data(loaded), *scorer_problems(loaded), *_template(loaded)]
-    problems += [*beside(loaded), *_adapter(loaded)]
+    problems += [*beside(loaded), *_adapter(loaded), *_externals(loaded)]
     problems += device_problems(loaded.recipe, device=loaded.recipe.run.device)
     base = loaded.base
     if base is not None:
@@ -85,6 +87,8 @@ def unchecked(loaded: Loaded) -> list[str]:
     named = {"model.base": (loaded.recipe.model.base, loaded.base)}
     named |= {asked.field(i): (part.path, loaded.data[i]) for i, part in enumerate(asked.parts)}
     named |= {"train.adapter": (loaded.recipe.train.adapter or "", loaded.adapter)}
+    for name, one in loaded.recipe.evaluate.externals.items():
+        named[f"evaluate.external.{name}"] = (one.path, loaded.externals[name])
     return [f"{field} {name}: checked when it is pinned" for field, (name, here) in named.items() if name and not here]
 
 
@@ -187,6 +191,15 @@ def _adapter(loaded: Loaded) -> list[Problem]:
     if folder is None:
         return []
     return folder_problems(folder) if folder.is_dir() else [missing(folder, field="train.adapter", kind="folder")]
+
+
+def _externals(loaded: Loaded) -> Iterator[Problem]:
+    for name, folder in loaded.externals.items():
+        if folder is not None and not folder.is_dir():
+            yield missing(folder, field=f"evaluate.external.{name}", kind="folder")
+        elif folder is not None:
+            yield from external_problems(name, folder)
+    yield from reference_problems(loaded)
 
 
 # ---- data, template

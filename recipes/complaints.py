@@ -14,7 +14,7 @@ from recipes.plain import is_list, is_mapping
 from recipes.problem import Problem
 from recipes.schema import Recipe
 
-# What a field has to be, by the kind of error; {x} are the bounds that the schema gives. Only `name` has a pattern.
+# What a field has to be, by the kind of error; {x} are the bounds that the schema gives. Only names have a pattern.
 NEEDS = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -52,6 +52,10 @@ def explain(error: ValidationError, values: dict[str, Any]) -> list[Complaint]:
     by_field: dict[str, list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
         by_field.setdefault(_field(detail, values), []).append(detail)
+    for field, details in list(by_field.items()):  # text or section: the section was meant, and its keys are wrong
+        meant = all(one["type"] == "string_type" and is_mapping(one["input"]) for one in details)
+        if meant and any(other.startswith(f"{field}.") for other in by_field):
+            del by_field[field]
     return [Complaint(field, _problem(field, details)) for field, details in by_field.items()]
 
 
@@ -149,8 +153,9 @@ def _doc(field: str) -> str:
 
 
 def _unnumbered(field: str) -> str:
-    """`data.sources.1.path` as the schema has it: `data.sources.path`."""
-    return ".".join(part for part in field.split(".") if not part.isdigit())
+    """`data.sources.1.path` as the schema has it: `data.sources.path`; a model's own name is left out, too."""
+    parts = [part for part in field.split(".") if not part.isdigit()]
+    return ".".join(parts[:2] + parts[3:] if parts[:2] == ["evaluate", "external"] else parts)
 
 
 def fields() -> dict[str, str]:

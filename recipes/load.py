@@ -79,6 +79,11 @@ class Loaded:
         return None if named is None else self._local(named)
 
     @property
+    def externals(self) -> dict[str, Path | None]:
+        """Folder of each external model by name; None for a hub id."""
+        return {name: self._local(one.path) for name, one in self.recipe.evaluate.externals.items()}
+
+    @property
     def origins(self) -> dict[str, Origin]:
         """Sources of the data that are here, by the field that names their path."""
         asked, scorers = self.recipe.data, self.recipe.evaluate.scorers
@@ -288,7 +293,7 @@ def _deep(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 
 def _rebase(values: dict[str, Any], *, written_in: Path, folder: Path, only: str | None = None) -> None:
     """Make relative paths that were written elsewhere count from `folder`; hub ids and missing files stay."""
-    for field in (*PATH_FIELDS, *_numbered(values)):
+    for field in (*PATH_FIELDS, *_listed(values)):
         if only is not None and field != only and not field.startswith(f"{only}."):
             continue
         *sections, last = field.split(".")
@@ -301,14 +306,18 @@ def _rebase(values: dict[str, Any], *, written_in: Path, folder: Path, only: str
                 inner[last] = os.path.relpath(written_in / path, folder) + function
 
 
-def _numbered(values: dict[str, Any]) -> list[str]:
-    """Names of the paths inside lists of sections."""
+def _listed(values: dict[str, Any]) -> list[str]:
+    """Names of the paths inside lists of sections, and of external models."""
     found: list[str] = []
     for section, name, fields in (("data", "sources", ("path",)), ("evaluate", "scorers", SCORER_PATHS)):
         around = values.get(section)
         entries = around.get(name) if is_mapping(around) else None
         count = len(entries) if is_list(entries) else 0
         found += [f"{section}.{name}.{number}.{field}" for number in range(count) for field in fields]
+    evaluated = values.get("evaluate")
+    external = evaluated.get("external") if is_mapping(evaluated) else None
+    for name in external if is_mapping(external) else ():
+        found += [f"evaluate.external.{name}", f"evaluate.external.{name}.path"]
     return found
 
 

@@ -278,6 +278,18 @@ class Quantize(Section):
     """Seed of the quantizer."""
 
 
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")]
+
+
+class ExternalModel(Section):
+    path: str
+    """A model folder or a hub id (`org/name`)."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit); pinned to a commit when the run starts."""
+    chat_template: Literal["chatml"] | None = None
+    """Only for a model whose tokenizer has no chat template, and is another one than the base's."""
+
+
 class Evaluate(Section):
     scorers: Annotated[list[Scorer], Field(min_length=1)] = [ExactMatch()]
     """How the last turn's answer, decoded greedily from its true history, is scored. All of them score the same
@@ -288,6 +300,14 @@ class Evaluate(Section):
     """Arms that are also evaluated with a quantized KV cache: `ARM.kv-fp8` (e4m3, scale 1), `ARM.kv-fp8-calibrated`
     (e4m3, a scale each for keys and values of a layer, from the calibration set), `ARM.kv-int8` (a scale a token and
     head). Simulated: what storage would give back is what attention reads, in bf16; nothing gets smaller or faster."""
+    external: dict[Name, str | ExternalModel] = {}
+    """Models from elsewhere that join the matrix under a name: what is in production now, a checkpoint of another tool,
+    a bigger model as yardstick. A folder or hub id that transformers loads, in bf16, fp16, fp32 or as its config.json
+    says that it is quantized; a section where it needs a revision or a template. One with another tokenizer is scored
+    with its own template and compared by task score and bits a byte."""
+    reference: Name | None = None
+    """External model that KL and top-1 agreement are measured against, in place of nf4-adapter; it has to have the
+    base's tokenizer."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 256
     """Longest answer that is decoded."""
     batch_size: Annotated[int, Field(ge=1)] = 16
@@ -309,6 +329,23 @@ class Evaluate(Section):
             raise ValueError(
                 "evaluate.scorers begins with lm-eval: the first scorer is `task`, which ranks arms and is read on "
                 "dev, where lm-eval has no documents; write one of the rows' answers before it (`- kind: exact-match`)"
+            )
+        return self
+
+    @property
+    def externals(self) -> dict[str, ExternalModel]:
+        """External models by name, each as a section."""
+        return {
+            name: one if isinstance(one, ExternalModel) else ExternalModel(path=one)
+            for name, one in self.external.items()
+        }
+
+    @model_validator(mode="after")
+    def _reference_is_external(self) -> Evaluate:
+        if self.reference is not None and self.reference not in self.external:
+            raise ValueError(
+                f"evaluate.reference names {self.reference}, which is no external model: `evaluate.external` has "
+                f"{', '.join(self.external) or 'none'}; without evaluate.reference it is nf4-adapter"
             )
         return self
 

@@ -9,17 +9,28 @@ from tasks.rehearse import packages
 from tasks.runtime.step import External, Step
 
 
-def step(recipe: Recipe, arm: str, *, kind: str, inputs: dict[str, Step | External], kv: KV | None = None) -> Step:
+def step(
+    recipe: Recipe,
+    arm: str,
+    *,
+    kind: str,
+    inputs: dict[str, Step | External],
+    kv: KV | None = None,
+    after: tuple[Step, ...] = (),
+) -> Step:
     """Scores of an arm.
 
     Args:
         recipe: The recipe.
         arm: Its slug.
         kind: How its model is loaded.
-        inputs: model, dataset, reference, adapter where there is one, what scorers read; calibset for KV scales.
+        inputs: model, dataset and, where there are, reference, adapter, calibset (KV scales), what scorers read.
         kv: How its KV cache is stored; None for bf16.
+        after: What has to be found right before.
     """
     asked = recipe.evaluate
+    external = asked.externals.get(arm)
+    template = external.chat_template if external else None
     return Step(
         stage="evaluate",
         slug=arm,
@@ -30,8 +41,10 @@ def step(recipe: Recipe, arm: str, *, kind: str, inputs: dict[str, Step | Extern
             "kv": kv,
             "scorers": [one.params() for one in asked.scorers],
             **asked.model_dump(include={"max_new_tokens", "batch_size", "seed"}),
+            **({"chat_template": template} if template else {}),
         },
         inputs=inputs,
         tools=(*readers(inputs["model"]), *packages(recipe)),
+        after=after,
         gpus=1,
     )

@@ -69,7 +69,11 @@ def alone(
 
 
 def readers(model: Step | External) -> tuple[str, ...]:
-    """What loads an arm's model in the main environment and shapes its logits, by who made it."""
+    """What loads an arm's model in the main environment and shapes its logits, by who made it.
+
+    A model from elsewhere may be in any format; the base is unquantized.
+    """
+    foreign = isinstance(model, External) and model.name != "base"
     own = model.tools if isinstance(model, Step) else ()
     every = ("torch", "transformers", "peft", "bitsandbytes", "gptqmodel")
-    return (*every, "compressed-tensors") if "compressed-tensors" in own else every
+    return (*every, "compressed-tensors") if foreign or "compressed-tensors" in own else every

@@ -43,6 +43,7 @@ def write_base(
     tied: bool = True,
     bos: bool = False,
     seed: int = 0,
+    tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> Path:
     """Write config, bf16 safetensors, tokenizer and generation config of a 0.5 M-parameter model.
 
@@ -54,15 +55,20 @@ def write_base(
         tied: Output embeddings are the input embeddings.
         bos: The tokenizer puts a beginning-of-text token before plain text.
         seed: Of the weights.
+        tokenizer: Another one, see `other_tokenizer`; with its own template.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = _tokenizer(bos=bos)
-    named = {True: "marked", False: "none"}.get(chat_template, chat_template)
-    tokenizer.chat_template = TEMPLATES.get(named, named)
+    ends = [2, 0]
+    if tokenizer is None:
+        tokenizer = _tokenizer(bos=bos)
+        named = {True: "marked", False: "none"}.get(chat_template, chat_template)
+        tokenizer.chat_template = TEMPLATES.get(named, named)
+    else:
+        ends = [tokenizer.eos_token_id]
     tokenizer.save_pretrained(folder)
     torch.manual_seed(seed)
     model = _model(architecture, len(tokenizer), tied=tied)
-    model.generation_config = GenerationConfig(eos_token_id=[2, 0], pad_token_id=0)
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=ends[-1])
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
 
@@ -91,6 +97,31 @@ def write_tokenizer(
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     return folder
+
+
+OTHER = (
+    "{%- for message in messages -%}{{- '<|' + message['role'] + '|>' + message['content'] + '<|stop|>' -}}"
+    "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
+)
+
+
+def other_tokenizer(*, chat_template: str | None = OTHER, vocabulary: int = 320) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with other merges, special tokens and template; `<|stop|>` (id 0) ends a turn and a text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        ["the answer is green or red , an answer of many colours ; INSERT INTO shelves VALUES ( 7 )"],
+        trainers.BpeTrainer(
+            vocab_size=vocabulary,
+            special_tokens=["<|stop|>", "<|system|>", "<|user|>", "<|assistant|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|stop|>", pad_token="<|stop|>")
+    made.chat_template = chat_template
+    return made
 
 
 def _tokenizer(*, bos: bool, special: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:

@@ -15,8 +15,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tasks.jobs.backends.load import kernel_of, load_arm, setup
-from tasks.jobs.grading import ask_harnesses, grade, open_graders, open_tokenizer, refuse_references
+from tasks.jobs.grading import Asking, ask_harnesses, grade, open_graders, open_tokenizer, refuse_references
 from tasks.jobs.kv_cache import KVCache, calibrated
+from tasks.jobs.own_tokenizer import OwnReading, own_reading
 from tasks.jobs.scoring import (
     Model,
     Predicted,
@@ -40,14 +41,15 @@ ANSWERS = pa.schema(
     [(name, pa.string()) for name in ("row", "split", "domain", "prompt", "reference", "answer")]
     + [("score", pa.float64()), ("error", pa.string()), ("scores", pa.string())]
 )
+NO_REFERENCE = "no reference: nothing was trained in this run, and evaluate.reference names no model"
 
 
 def run(job: Job) -> dict[str, Any]:
     """Score an arm.
 
     Reads:
-        model: folder. adapter: PEFT folder (optional). dataset, reference. scorer-N: what entry N of the scorers reads.
-        calibset (params.kv is fp8-calibrated).
+        model: folder. adapter: PEFT folder (optional). dataset. reference (optional). scorer-N: what entry N of the
+        scorers reads. calibset (params.kv is fp8-calibrated).
     Writes:
         scores.parquet: row, group, split, domain, metric, sum, n. Metrics: nll (nats, n completion tokens), nll_all
         (nats, n all tokens of the row but the first), nll_general (the same of the hold-out), bits (nll in bits, n
@@ -57,12 +59,14 @@ def run(job: Job) -> dict[str, Any]:
         kl.parquet: KL a token. answers.parquet: what was asked, expected and answered, with `score` and `error` of the
         first scorer and `scores`, JSON {NAME: {score, error}} of all. Rows without a prompt (plain texts) have no task
         and no answer. kv_cache.json: how a quantized KV cache was simulated (params.kv).
+        Without a reference there is no kl and no agree; a model with another tokenizer has bits and task scores alone.
+        `absent` of the result says why, by metric.
     Metrics:
         The mean of each, by split. `problems` of the result: metric -> why the arm has no score of it.
 
     Raises:
         StageError: Logits are inf or NaN; a scorer cannot be loaded or rejects a reference answer; the model has no KV
-            cache.
+            cache; an external model cannot read the rows.
     """
     setup(job)
     if job.execution.device == "cpu":
@@ -77,23 +81,42 @@ def run(job: Job) -> dict[str, Any]:
     graders = open_graders(job)
     refuse_references(asked, graders.answers)
     adapter = job.inputs["adapter"].path if "adapter" in job.inputs else None
+    own = _own_reading(rows, job)
     model = load_arm(params["kind"], job.inputs["model"].path, adapter=adapter, device=job.execution.device)
     job.events.note("kernel", f"{kernel_of(model)} on {job.execution.device}")
     arm = _Loaded(model, open_tokenizer(dataset / "tokenizer"), _kv_cache(model, job))
-    progress = _Progress(job, [rows, asked, general])
-    scores, tokens = _forced_scores(arm, rows, job, progress)
-    scores += _general_scores(arm, general, job, progress)
-    answered = _answers(arm, asked, job, progress)
+    progress = _Progress(job, [own.rows, asked] if own else [rows, asked, general])
+    if own:
+        scores, tokens, absent = _own_scores(arm, own, rows, job, progress)
+    else:
+        scores, tokens, absent = _forced_scores(arm, rows, job, progress)
+        scores += _general_scores(arm, general, job, progress)
+    answered = _answers(arm, asked, job, progress, own=own)
     graded = grade(asked, [one["answer"] for one in answered], graders.answers)
     scores += [_score(row, metric, value, 1) for metric, values in graded.scores.items() for row, value in values]
     answered = [one | said for one, said in zip(answered, graded.said, strict=True)]
-    documents, problems = ask_harnesses(model, graders.harnesses, job, caches=arm.caches)
+    asking = Asking(own.tokenizer, own.ends) if own else Asking.of(dataset / "tokenizer")
+    documents, problems = ask_harnesses(model, graders.harnesses, job, asking=asking, caches=arm.caches)
     scores += documents
     for name, lines, schema in (("scores", scores, SCORES), ("kl", tokens, TOKENS), ("answers", answered, ANSWERS)):
         pq.write_table(pa.Table.from_pylist(lines, schema=schema), job.out / f"{name}.parquet")
     problems = {metric: problem.as_dict() for metric, problem in (graded.problems | problems).items()}
-    said = {"problems": problems} if problems else {}
-    return {"kernel": kernel_of(model), **_stored(arm.caches, job), **said, **_means(scores, job)}
+    said = {"absent": absent, "problems": problems}
+    given = {name: one for name, one in said.items() if one}
+    return {"kernel": kernel_of(model), **given, **_stored(arm.caches, job), **_means(scores, job)}
+
+
+def _own_reading(rows: list[Row], job: Job) -> OwnReading | None:
+    """The rows as an external model with another tokenizer reads them; None for every other arm."""
+    if job.params["kind"] != "external":
+        return None
+    model, dataset = job.inputs["model"].path, job.inputs["dataset"].path
+    own = own_reading(model, dataset, rows, chat_template=job.params.get("chat_template"))
+    if own is not None:
+        job.events.note("tokenizer", f"{own.why}: scored by bits a byte and by its answers, in its own tokens")
+        if job.params.get("chat_template"):
+            job.events.note("chat template", "it has none of its own: ChatML, as evaluate.external says")
+    return own
 
 
 class _Loaded(NamedTuple):
@@ -146,25 +169,41 @@ def _score(row: Row, metric: str, value: float, n: int) -> dict[str, Any]:
 
 
 class _Forced(NamedTuple):
-    """Lines of scores.parquet and of kl.parquet."""
+    """Lines of scores.parquet and of kl.parquet; and why a metric has none."""
 
     scores: list[dict[str, Any]]
     tokens: list[dict[str, Any]]
+    absent: dict[str, str]
+
+
+def _own_scores(arm: _Loaded, own: OwnReading, rows: list[Row], job: Job, progress: _Progress) -> _Forced:
+    """Bits of every row's completions in the model's own tokens, over the bytes that every other arm's stand over."""
+    nll = dict.fromkeys((row.row for row in rows), 0.0)
+    for group in batches(own.rows, job.params["batch_size"], key=lambda row: len(row.ids)):
+        for one in forced(arm.model, group):
+            nll[one.row.row] += one.losses()[one.counted].sum().item()
+        progress.step("completions")
+    sizes = {row.row: completion_bytes(row, arm.tokenizer) for row in rows}
+    scores = [_score(row, "bits", nll[row.row] / math.log(2), sizes[row.row]) for row in rows if sizes[row.row]]
+    return _Forced(scores, [], dict.fromkeys(("nll", "nll_all", "nll_general", "kl", "agree"), own.why))
 
 
 def _forced_scores(arm: _Loaded, rows: list[Row], job: Job, progress: _Progress) -> _Forced:
     """Loss of every row; KL and agreement of the rows that the reference holds."""
-    reference = _Reference(job.inputs["reference"].path)
-    found = _Forced([], [])
+    reference = _Reference(job.inputs["reference"].path) if "reference" in job.inputs else None
+    found = _Forced([], [], {} if reference else dict.fromkeys(("kl", "agree"), NO_REFERENCE))
     for group in batches(rows, job.params["batch_size"], key=lambda row: len(row.ids)):
         for one in forced(arm.model, group, arm.caches):
             row = one.row
             found.scores.extend(_losses(one, arm.tokenizer))
-            wanted = reference.logits(row)
+            wanted = reference.logits(row) if reference else None
             if wanted is None:
                 continue
-            logits = one.logits
-            wanted = wanted.to(logits.device)
+            wanted, logits = _shared(wanted.to(one.every.device), one.logits)
+            if logits.shape[-1] < len(arm.tokenizer):
+                why = f"{logits.shape[-1]:,} logits, fewer than the {len(arm.tokenizer):,} tokens of the vocabulary"
+                found.absent.update(dict.fromkeys(("kl", "agree"), why))
+                continue
             kl = divergence(wanted, logits)
             agree = (wanted.argmax(-1) == logits.argmax(-1)).sum().item()
             found.scores.append(_score(row, "kl", kl.sum().item(), row.n))
@@ -182,6 +221,15 @@ def _losses(one: Predicted, tokenizer: Any) -> list[dict[str, Any]]:
     n_bytes = completion_bytes(row, tokenizer)
     found = [_score(row, "nll", nll, row.n), _score(row, "nll_all", losses.sum().item(), len(losses))]
     return [*found, _score(row, "bits", nll / math.log(2), n_bytes)] if n_bytes else found
+
+
+def _shared(reference: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The columns that both have: models of one tokenizer pad the vocabulary differently, with tokens that never come.
+
+    Both [n, vocabulary].
+    """
+    width = min(reference.shape[-1], logits.shape[-1])
+    return reference[:, :width], logits[:, :width]
 
 
 def divergence(reference: Tensor, logits: Tensor) -> Tensor:
@@ -218,22 +266,26 @@ def _general_scores(arm: _Loaded, rows: list[Row], job: Job, progress: _Progress
     return scores
 
 
-def _answers(arm: _Loaded, rows: list[Row], job: Job, progress: _Progress) -> list[dict[str, Any]]:
-    """Greedy answers, decoded once for all scorers, in the order of `rows`.
+def _answers(
+    arm: _Loaded, rows: list[Row], job: Job, progress: _Progress, *, own: OwnReading | None
+) -> list[dict[str, Any]]:
+    """Greedy answers, decoded once for all scorers, in the order of `rows`; from the prompts of `own` where there are.
 
     Rows with answers of like length share a batch: it decodes until its last answer has ended.
     """
-    config = greedy_config(job.inputs["dataset"].path / "tokenizer", max_new_tokens=job.params["max_new_tokens"])
+    words, longest = job.inputs["dataset"].path / "tokenizer", job.params["max_new_tokens"]
+    config = own.greedy(max_new_tokens=longest) if own else greedy_config(words, max_new_tokens=longest)
+    tokenizer = own.tokenizer if own else arm.tokenizer
     found: dict[str, dict[str, Any]] = {}
-    for group in batches(rows, job.params["batch_size"], key=lambda row: row.answer_tokens):
+    for group in batches(own.prompts if own else rows, job.params["batch_size"], key=lambda row: row.answer_tokens):
         for row, tokens in zip(group, answers(arm.model, group, config, arm.caches), strict=True):
             found[row.row] = {
                 "row": row.row,
                 "split": row.split,
                 "domain": row.domain,
-                "prompt": arm.tokenizer.decode(row.prompt_ids),
+                "prompt": tokenizer.decode(row.prompt_ids),
                 "reference": row.answer,
-                "answer": arm.tokenizer.decode(tokens, skip_special_tokens=True),
+                "answer": tokenizer.decode(tokens, skip_special_tokens=True),
             }
         progress.step("answers")
     return [found[row.row] for row in rows]

@@ -164,19 +164,28 @@ def _failed(grader: Grader, failed: Sequence[tuple[Row, str, str]], *, of: int) 
     )
 
 
+class Asking(NamedTuple):
+    """How documents are asked: a tokenizer with its template, and the token ids that end an answer."""
+
+    tokenizer: PreTrainedTokenizerBase
+    ends: list[int]
+
+    @classmethod
+    def of(cls, folder: Path) -> Asking:
+        """As the rows are, with the data set's tokenizer."""
+        return cls(open_tokenizer(folder), greedy_config(folder, max_new_tokens=1).eos_token_id)
+
+
 def ask_harnesses(
-    model: Model, harnesses: Mapping[str, Harness], job: Job, *, caches: Caches | None = None
+    model: Model, harnesses: Mapping[str, Harness], job: Job, *, asking: Asking, caches: Caches | None = None
 ) -> tuple[list[dict[str, Any]], dict[str, Problem]]:
     """Lines of scores.parquet of all lm-eval tasks (split `test`), and what went wrong, by metric."""
     lines: list[dict[str, Any]] = []
     problems: dict[str, Problem] = {}
-    words = job.inputs["dataset"].path / "tokenizer"
+    size = job.params["batch_size"]
     for metric, harness in harnesses.items():
-        ends = greedy_config(words, max_new_tokens=1).eos_token_id
         try:
-            made = harness.run(
-                model, open_tokenizer(words), ends=ends, batch_size=job.params["batch_size"], caches=caches
-            )
+            made = harness.run(model, asking.tokenizer, ends=asking.ends, batch_size=size, caches=caches)
         except ScorerFailed as error:
             problems[metric] = Problem(
                 what=f"no score of {metric}",

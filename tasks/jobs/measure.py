@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from tasks.jobs.backends.load import kernel_of, load_arm, setup
 from tasks.jobs.scoring import Model
@@ -38,7 +39,8 @@ def run(job: Job) -> dict[str, Any]:
     setup(job)
     params, device = job.params, job.execution.device
     model, loads = _load(job)
-    ids = _prompt(job.inputs["dataset"].path, params["batch"], params["prompt_tokens"]).to(device)
+    own = job.inputs["model"].path if params["kind"] == "external" else None
+    ids = _prompt(job.inputs["dataset"].path, params["batch"], params["prompt_tokens"], own=own).to(device)
     once = []
     for repeat in range(params["repeats"] + 1):  # the first is not counted
         once.append(_once(model, ids, params["new_tokens"], device=device))
@@ -91,11 +93,26 @@ def _load(job: Job) -> _Loaded:
     return _Loaded(model, seconds)
 
 
-def _prompt(dataset: Path, batch: int, length: int) -> Tensor:
-    """[batch, length] token ids: rows of the dataset, one after the other, from the start again where they end."""
+def _prompt(dataset: Path, batch: int, length: int, *, own: Path | None = None) -> Tensor:
+    """[batch, length] token ids: rows of the dataset, one after the other, from the start again where they end.
+
+    Args:
+        dataset: The dataset.
+        batch: Sequences.
+        length: Tokens a sequence.
+        own: Model folder whose own tokenizer reads the same text.
+    """
     column = pq.read_table(dataset / "rows.parquet", columns=["input_ids"])["input_ids"]
-    stream = torch.tensor(column.combine_chunks().values.to_pylist()[: batch * length])
+    ids = column.combine_chunks().values.to_pylist()[: batch * length]
+    if own is not None:
+        text = _tokenizer(dataset / "tokenizer").decode(ids, skip_special_tokens=True)
+        ids = _tokenizer(own)(text, add_special_tokens=False)["input_ids"]
+    stream = torch.tensor(ids)
     return stream.repeat(-(-batch * length // len(stream)))[: batch * length].view(batch, length)
+
+
+def _tokenizer(folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
 
 
 class _Once(NamedTuple):

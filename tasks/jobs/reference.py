@@ -1,4 +1,4 @@
-"""Logits of nf4-adapter, the model as it was trained, over the completions of dev and test."""
+"""Logits of nf4-adapter, the model as it was trained, or of an external model, over completions of dev and test."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from recipes.problem import Problem
 from tasks.jobs.backends.load import load_arm, setup
+from tasks.jobs.own_tokenizer import another
 from tasks.jobs.scoring import Model, Row, batches, forced, read_rows
 from tasks.runtime.errors import StageError
 from tasks.runtime.job import Job
@@ -28,7 +29,8 @@ def run(job: Job) -> dict[str, Any]:
     """Store the logits in the type in which the model gives them, so nothing is lost.
 
     Reads:
-        dataset: rows.parquet. base: model folder. adapter: PEFT folder.
+        dataset: rows.parquet. base: model folder. adapter: PEFT folder. In their place model, where an external model
+        is the reference.
     Writes:
         reference.safetensors: `logits` [tokens, vocabulary]; their log-softmax is the log-probabilities.
         reference.parquet: row, split, start, n: where a row's completion tokens stand, in order.
@@ -36,12 +38,12 @@ def run(job: Job) -> dict[str, Any]:
         None.
 
     Raises:
-        StageError: Logits are inf or NaN; no row fits into reference_gib.
+        StageError: Logits are inf or NaN; no row fits into reference_gib; an external model has another tokenizer.
     """
     setup(job)
     params = job.params
-    model = load_arm("nf4", job.inputs["base"].path, adapter=job.inputs["adapter"].path, device=job.execution.device)
     every = read_rows(job.inputs["dataset"].path, "dev", "test")
+    model = _model(job, every)
     example = _example(model)
     kept = _sample(every, limit=int(params["reference_gib"] * GIB) // example.nbytes, seed=params["seed"])
     if len(kept) < len(every):
@@ -66,6 +68,24 @@ def run(job: Job) -> dict[str, Any]:
     pq.write_table(pa.Table.from_pylist(places, schema=PLACES), job.out / "reference.parquet")
     _check(job.out / "reference.safetensors", _header(shape, example.dtype), shape[0] * example.nbytes)
     return {"rows": len(kept), "of_rows": len(every), "tokens": shape[0], "vocabulary": shape[1]}
+
+
+def _model(job: Job, rows: list[Row]) -> Model:
+    device = job.execution.device
+    if job.params.get("kind") != "external":
+        return load_arm("nf4", job.inputs["base"].path, adapter=job.inputs["adapter"].path, device=device)
+    folder = job.inputs["model"].path
+    why = another(folder, job.inputs["dataset"].path, rows)
+    if why is None:
+        return load_arm("external", folder, device=device)
+    raise StageError(
+        Problem(
+            what=f"the reference has {why}",
+            where="evaluate.reference",
+            why="KL and agreement compare probabilities token by token",
+            next="name a model with the base's tokenizer, or leave evaluate.reference out",
+        )
+    )
 
 
 def _header(shape: tuple[int, int], dtype: torch.dtype) -> bytes:

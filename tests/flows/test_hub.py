@@ -137,3 +137,14 @@ def test_a_run_from_the_hub_keeps_the_token_to_itself(hub: Hub, tmp_path: Path):
     assert any(name.endswith("manifest.json") for name in kept) and any("prefect.db" in name for name in kept)
     assert [name for name, data in kept.items() if TOKEN.encode() in data] == []
     assert TOKEN not in log.read_text()
+
+
+def test_an_external_model_is_pinned_as_the_base_is(hub: Hub, tmp_path: Path):
+    hub.add("org/prod", QUICKSTART / "base")
+    commit = hub.repositories["org/prod"].branches["main"]
+    found = plan(hub, tmp_path, "--set", "evaluate.external.prod=org/prod", "--only", "prod")
+    assert found.pins["prod"] == f"org/prod@{commit}"
+    assert set(found.steps) == {"prepare/small", "evaluate/prod", "measure/prod"}
+    named = "evaluate.external={prod: {path: org/prod, revision: v9}}"
+    said = quench(hub, tmp_path, "plan", "--set", named, token=TOKEN, check=2).stderr
+    assert "model org/prod@v9 has no such revision" in said and "evaluate.external.prod" in said

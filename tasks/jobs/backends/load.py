@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # PEFT and bitsandbytes add about a quarter to the import tim
     from bitsandbytes.nn.modules import Linear4bit
     from peft import PeftModel
 
-Kind = Literal["bf16", "nf4", "quantized"]
+Kind = Literal["bf16", "nf4", "quantized", "external"]
 
 
 def setup(job: Job) -> None:
@@ -128,15 +128,18 @@ def load_arm(kind: Kind, folder: Path, *, device: str, adapter: Path | None = No
     """An arm as it is shipped: bf16, NF4 or quantized checkpoint, with the adapter on top if there is one.
 
     Args:
-        kind: `bf16`, `nf4` (quantized while loading) or `quantized` (the checkpoint's own quantization_config;
-            transformers picks the kernel, see `kernel_of`).
+        kind: `bf16`, `nf4` (quantized while loading), `quantized` (the checkpoint's own quantization_config;
+            transformers picks the kernel, see `kernel_of`) or `external` (whatever its config.json says).
         folder: Model folder.
         device: `cpu` or `cuda`.
         adapter: PEFT folder or None.
 
     Raises:
-        StageError: No safetensors in a folder, or kind and checkpoint contradict each other.
+        StageError: No safetensors in a folder, weights that are missing there, or kind and checkpoint contradict each
+            other.
     """
+    if kind == "external":
+        return _load_external(folder, device=device)
     if kind == "nf4":
         model = load_nf4(folder, device=device)
     else:
@@ -151,6 +154,14 @@ def load_arm(kind: Kind, folder: Path, *, device: str, adapter: Path | None = No
             )
         )
     return attach(model, adapter) if adapter else model
+
+
+def _load_external(folder: Path, *, device: str) -> PreTrainedModel:
+    """A checkpoint from elsewhere, in the type of its files; a quantized one computes in bf16 like every other arm."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config.get("quantization_config"):
+        return _load_quantized(folder, device=device)
+    return _load(folder, device=device, whole=True, dtype="auto")
 
 
 def _load_quantized(folder: Path, *, device: str) -> PreTrainedModel:
@@ -206,13 +217,21 @@ def _refuse_missing(names: list[str], folder: Path) -> None:
                 what=f"{len(names)} weights of the model are not in the checkpoint: {', '.join(names[:5])}",
                 where=str(folder),
                 why="transformers would use random numbers in their place; packed experts of mixtures are such a case",
-                next="write another scheme for this model; quench schemes lists them",
+                next="write another scheme for this model (quench schemes lists them); of an external model, name a "
+                "folder that is whole",
             )
         )
 
 
-def _load(folder: Path, *, device: str, **extra: Any) -> PreTrainedModel:
-    """from_pretrained with what holds for every arm; `extra` are more of its arguments."""
+def _load(folder: Path, *, device: str, whole: bool = False, **extra: Any) -> PreTrainedModel:
+    """from_pretrained with what holds for every arm; `extra` are more of its arguments.
+
+    Args:
+        folder: Model folder.
+        device: `cpu` or `cuda`.
+        whole: Refuse missing weights, as is always done of a quantized checkpoint.
+        extra: More arguments of from_pretrained.
+    """
     if not any(folder.glob("*.safetensors")):
         raise StageError(
             Problem(
@@ -223,10 +242,9 @@ def _load(folder: Path, *, device: str, **extra: Any) -> PreTrainedModel:
             )
         )
     gpu = int(os.environ.get("LOCAL_RANK", "0"))  # of the lease's, where several processes train together
-    settings = {"device_map": {"": gpu if device == "cuda" else device}, **extra}
+    settings = {"device_map": {"": gpu if device == "cuda" else device}, "dtype": torch.bfloat16, **extra}
     loaded: Any = AutoModelForCausalLM.from_pretrained(  # the stub knows no pair
         str(folder),
-        dtype=torch.bfloat16,
         local_files_only=True,
         use_safetensors=True,
         trust_remote_code=False,
@@ -234,7 +252,7 @@ def _load(folder: Path, *, device: str, **extra: Any) -> PreTrainedModel:
         **settings,
     )
     model, info = loaded
-    if getattr(model, "is_quantized", False):
+    if whole or getattr(model, "is_quantized", False):
         _refuse_missing(sorted(info["missing_keys"]), folder)
     if getattr(model, "is_loaded_in_4bit", False):
         for layer in linear4bit(model).values():
