@@ -20,6 +20,7 @@ from tasks.runtime.job import Job
 if TYPE_CHECKING:
     from tasks.jobs.scorers.harness import Harness  # importing lm_eval takes 2 s
 
+ROUNDING = 1e-9  # of a score of 1 that a function computes
 SHOWN = 20  # rows that are named
 SHOWN_CHARS = 200  # of an answer
 
@@ -102,7 +103,7 @@ def refuse_references(rows: Sequence[Row], graders: Sequence[Grader]) -> None:
             except ScorerFailed as error:
                 wrong[row.row] = str(error)
             else:
-                if verdict.score < 1:
+                if verdict.score < 1 - ROUNDING:
                     wrong[row.row] = verdict.error or f"it scores {verdict.score:g}"
         if wrong:
             raise _rejects(grader, wrong)

@@ -47,6 +47,7 @@ metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 """
 CHOOSE = """
 output_type: multiple_choice
+target_delimiter: ""
 doc_to_choice: ["blue", "the sky is blue", "SELECT name FROM books"]
 doc_to_target: "{{['blue', 'the sky is blue', 'SELECT name FROM books'].index(answer)}}"
 metric_list: [{metric: acc}]
@@ -122,7 +123,7 @@ def test_a_scorer_that_fails_leaves_no_mean_and_all_other_scores(
     rows = held_out(world)
     assert metric == "task"
     assert problem["what"] == f"the scorer {function} failed on {len(rows)} of {len(rows)} answers"
-    assert any(row["row"] in problem["where"] for row in rows) and "answer '" in problem["where"]
+    assert any(row["row"] in problem["where"] for row in rows) and ", answer " in problem["where"]
     assert why in problem["why"]
     found = {line["metric"] for line in lines(tmp_path / "out")}
     assert "task" not in found and {"task.exact-match", "nll", "kl"} <= found
