@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from jinja2 import TemplateError
 from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
@@ -87,6 +88,8 @@ class Harness:
         few: list[str | Path] = [*sorted(folders - set(own)), *own]  # later ones win
         try:
             return TaskManager(include_path=few, include_defaults=False).load(list(names))
+        except TemplateError as error:  # the library itself renders the first document, too
+            raise _unaskable(", ".join(names), error) from error
         except (KeyError, ValueError):
             return self._load_from_all(names, own)
         except LOADING as error:
@@ -225,15 +228,18 @@ def _render(task: Task) -> None:
             task.doc_to_text(document)
             task.doc_to_target(document)
         except Exception as error:  # the task's own code: whatever it raises is told
-            raise StageError(
-                Problem(
-                    what=f"the first document of the task {task.task_name} cannot be asked",
-                    where="evaluate.scorers, kind lm-eval",
-                    why=f"{type(error).__name__}: {error}",
-                    next="correct doc_to_text and doc_to_target of the task; its documents have the columns "
-                    f"{', '.join(map(str, document))}",
-                )
-            ) from error
+            raise _unaskable(task.task_name, error) from error
+
+
+def _unaskable(task: str, error: Exception) -> StageError:
+    return StageError(
+        Problem(
+            what=f"the first document of the task {task} cannot be asked",
+            where="evaluate.scorers, kind lm-eval",
+            why=f"{type(error).__name__}: {error}",
+            next="correct doc_to_text and doc_to_target of the task: they name columns of its documents",
+        )
+    )
 
 
 def _unknown(near: Mapping[str, str]) -> StageError:
