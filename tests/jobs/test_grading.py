@@ -14,7 +14,7 @@ from recipes.schema import Evaluate
 from tasks.jobs import evaluate, prepare, rehearse
 from tasks.runtime.errors import StageError
 from tests.jobs.build import make_job, write_jsonl
-from tests.jobs.test_evaluate import PARAMS, held_out, lines, train_to_answer, world
+from tests.jobs.test_evaluate import ANSWERS, PARAMS, held_out, lines, train_to_answer, world
 
 __all__ = ["world"]  # a fixture
 OWN = """
@@ -230,22 +230,25 @@ def test_documents_are_asked_through_the_arms_kv_cache(world: Path, trained: Pat
     assert caches.layers == {0, 1}
 
 
-def test_an_answer_runs_on_where_its_end_is_only_a_stop_string(world: Path, trained: Path, tasks: Path) -> None:
+def test_an_answer_ends_with_its_turn_and_not_by_a_stop_string(world: Path, trained: Path, tasks: Path) -> None:
+    """The task has a stop string of its own, and the tokenizer does not call the end of a turn its end."""
     from tasks.jobs.backends.load import load_bf16
     from tasks.jobs.grading import open_tokenizer
     from tasks.jobs.scorers.harness import Harness
 
-    (scorer,) = Evaluate.model_validate(
-        {"scorers": [{"kind": "exact-match"}, {"kind": "lm-eval", "tasks": ["sky-answers"], "limit": 4}]}
-    ).scorers[1:]
+    unended = GENERATE.replace("<|im_end|>", "never said")
+    (tasks / "unended.yaml").write_text(TASK.format(name="sky-unended") + unended)
+    scorers = [{"kind": "exact-match"}, {"kind": "lm-eval", "tasks": ["sky-unended"]}]
+    scorer = Evaluate.model_validate({"scorers": scorers}).scorers[1]
     model, tokenizer = load_bf16(trained, device="cpu"), open_tokenizer(world / "dataset" / "tokenizer")
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    right, wrong = (
+    tokenizer.eos_token = "<|endoftext|>"
+    first = [tokenizer(text)["input_ids"][0] for text in ANSWERS]
+    ended, cut = (
         [one.score for one in Harness(scorer.params(), tasks).run(model, tokenizer, ends=ends, batch_size=4)]
-        for ends in ([end], [tokenizer.convert_tokens_to_ids("<|begin|>")])
+        for ends in ([tokenizer.convert_tokens_to_ids("<|im_end|>")], first)
     )
-    assert right == [1.0] * 4
-    assert sum(wrong) < 4  # `until: ["<|im_end|>"]` of the task never matches: the token is decoded to nothing
+    assert set(ended) == {1.0}
+    assert sum(cut) < len(cut)  # the ids that are given are what ends an answer: here, its first token
 
 
 @pytest.mark.parametrize(
