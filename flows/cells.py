@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from flows.evidence import REFERENCE, Arm, RowScores, Run, TokenKL, read_kl, read_scores
-from flows.metrics import HEADLINE, METRICS, PER_DOMAIN, SPEED, Metric
+from flows.metrics import HEADLINE, METRICS, PER_DOMAIN, SPEED, TASK, Metric, further
 from flows.sizes import size_bytes
 from flows.stats import (
     QUANTILE_RESAMPLES,
@@ -28,7 +28,7 @@ from flows.stats import (
 
 MERGED = "evaluate/merged-"
 SIMULATED = "simulated: storage only"  # what the figures of a quantized KV cache are
-UPSTREAM = ("prepare", "train", "merge", "reference", "calibrate", "choose", "quantize")
+UPSTREAM = ("prepare", "rehearse", "train", "merge", "reference", "calibrate", "choose", "quantize")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,7 @@ class ArmEvidence:
         failure: Why its cells are null; None where it was evaluated.
         scores: Metric of scores.parquet -> rows of its published split.
         unlike: Why its rows cannot stand beside the other arms'; None where they are the same.
+        problems: Metric of scores.parquet -> why a scorer could not give it; the run ends with 1 for it.
         absent: Metric of scores.parquet -> why the arm has none, where its job said so.
         is_reference: KL and agreement are measured against it.
     """
@@ -76,6 +77,7 @@ class ArmEvidence:
     scores: Mapping[str, RowScores]
     kl: TokenKL | None
     unlike: str | None = None
+    problems: Mapping[str, str] = field(default_factory=dict[str, str])
     absent: Mapping[str, str] = field(default_factory=dict)
     is_reference: bool = False
 
@@ -92,6 +94,7 @@ def gather(run: Run) -> dict[str, ArmEvidence]:
             failure=failure,
             scores=read_scores(files) if files else {},
             kl=read_kl(files) if files else None,
+            problems=scored.problems if scored else {},
             absent=(scored.manifest or {}).get("result", {}).get("absent", {}) if scored else {},
             is_reference=arm.slug == run.reference,
         )
@@ -134,7 +137,7 @@ def headline(evidence: Iterable[ArmEvidence]) -> list[str]:
 
     Plain texts have no prompt, so that no arm has a task score; without a reference none has a KL.
     """
-    scored = {metric for one in evidence for metric in one.scores}
+    scored = {metric for one in evidence for metric in (*one.scores, *one.problems)}
     lacking = {name for name, source in (("task", "task"), ("kl_mean", "kl")) if source not in scored}
     return [name for name in HEADLINE if name not in lacking]
 
@@ -150,7 +153,9 @@ def not_ranked(one: ArmEvidence, cells: Mapping[str, Cell], needed: Sequence[str
 def cells_of(one: ArmEvidence, run: Run, draws: Draws) -> dict[str, Cell]:
     """All published metrics of an arm."""
     quality = {
-        metric.name: _quality(metric, one, run, draws) for metric in METRICS.values() if metric.source is not None
+        metric.name: _quality(metric, one, run, draws)
+        for metric in (*METRICS.values(), *further(run.recipe))
+        if metric.source is not None
     }
     size, reason = (None, one.failure) if one.arm.unavailable else size_bytes(one.arm, run)
     counted = Cell(value=size, n=None if size is None else 1, reason=reason)
@@ -170,11 +175,11 @@ def _quality(metric: Metric, one: ArmEvidence, run: Run, draws: Draws) -> Cell:
 
 
 def _no_rows(metric: Metric, one: ArmEvidence, run: Run) -> str:
-    if why := one.absent.get(metric.source or ""):
+    if why := one.problems.get(metric.source or "") or one.absent.get(metric.source or ""):
         return why
     if metric.split == "general" and not (run.recipe.get("data") or {}).get("general"):
         return "the recipe has no data.general"
-    if metric.source == "task":
+    if metric.source == "task" or (metric.source or "").startswith(TASK):
         return "no row of test has a prompt to answer"
     return f"the arm's scores have no {metric.source} rows of {metric.split}"
 
@@ -189,11 +194,12 @@ def rows_cell(metric: Metric, rows: RowScores, kl: TokenKL | None, draws: Draws)
     value, interval, reason = rows.sums.value, None, None
     if len(rows.groups) < 2:
         reason = "one group of rows only: nothing can be said about the spread"
-    elif metric.interval == "wilson":
+    elif metric.interval == "wilson" and (metric.source == "agree" or rows.binary):
         interval = proportion_interval(rows.sums)
     else:
         low, high = mean_interval(studentized([Estimand(rows.sums)], draws(rows.groups))[0])
-        interval = Interval(max(low, 0.0), high)  # losses and KL are not negative
+        most = 1.0 if metric.interval == "wilson" else np.inf
+        interval = Interval(max(low, 0.0), min(high, most))  # losses and KL are not negative, scores end at 1
     if metric.name.startswith("ppl"):
         value = float(np.exp(value))
         interval = interval and Interval(*(float(np.exp(end)) for end in interval))
@@ -221,7 +227,7 @@ def domain_cells(one: ArmEvidence, draws: Draws) -> dict[str, Cell]:
     if len(domains) < 2:
         return {}
     found: dict[str, Cell] = {}
-    for name in PER_DOMAIN:
+    for name in (*PER_DOMAIN, *(metric for metric in one.scores if metric.startswith(TASK))):
         metric = METRICS[name]
         rows = one.scores.get(metric.source or "")
         if rows is None or (one.is_reference and metric.source in ("kl", "agree")):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from flows.evidence import REFERENCE, Arm, RowScores, SchemeParts
-from flows.metrics import METRICS
+from flows.metrics import METRICS, TASK
 from flows.stats import Counts, Estimand, Interval, Studentized, difference_intervals, studentized
 
 Verdict = Literal["better", "worse", "no difference shown"]
@@ -32,15 +32,25 @@ Pairs = Callable[[Sequence[Arm]], Iterator[tuple[str, str]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One question and all comparisons that answer it."""
+    """One question and all comparisons that answer it.
+
+    Attributes:
+        every_task: Compares on the scores of all scorers, not of the first alone.
+    """
 
     name: str
     question: str
     members: tuple[tuple[Pairs, tuple[str, ...]], ...]
+    every_task: bool = False
 
-    def pairs(self, arms: Sequence[Arm]) -> list[Pair]:
-        """Every comparison of this family among these arms."""
-        return [Pair(a, b, metric) for pairs, metrics in self.members for a, b in pairs(arms) for metric in metrics]
+    def pairs(self, arms: Sequence[Arm], tasks: Sequence[str] = ()) -> list[Pair]:
+        """Every comparison of this family among these arms; `tasks` are the scores of further scorers."""
+        return [
+            Pair(a, b, metric)
+            for pairs, metrics in self.members
+            for a, b in pairs(arms)
+            for metric in (*metrics, *(tasks if self.every_task else ()))
+        ]
 
 
 def _named(a: str, b: str) -> Pairs:
@@ -114,6 +124,7 @@ FAMILIES: tuple[Family, ...] = (
         name="fine-tuning",
         question="How much did fine-tuning bring?",
         members=((_named(REFERENCE, "base"), ("task", "ppl_test", "ppl_general")),),
+        every_task=True,
     ),
     Family(
         name="merge",
@@ -128,6 +139,7 @@ FAMILIES: tuple[Family, ...] = (
         name="quantization",
         question="What did quantizing the merged model cost?",
         members=((_against_merge, ("kl_mean", "task", "ppl_test")),),
+        every_task=True,
     ),
     Family(
         name="schemes",
@@ -218,9 +230,10 @@ def compare(
     """
     made: list[Comparison] = []
     left_out: list[LeftOut] = []
+    tasks = sorted({metric for rows in scores.values() for metric in rows if metric.startswith(TASK)})
     for family in FAMILIES:
         possible: list[Pair] = []
-        for pair in family.pairs(arms):
+        for pair in family.pairs(arms, tasks):
             reason = _obstacle(pair, scores, reference, absent or {})
             if reason:
                 left_out.append(LeftOut(**pair._asdict(), family=family.name, reason=reason))

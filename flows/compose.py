@@ -14,8 +14,9 @@ from recipes.headers import read_headers
 from recipes.load import Loaded
 from recipes.problem import RecipeError
 from recipes.rows import source_name
-from recipes.schema import Recipe, SqlExecution
-from tasks import calibrate, choose, evaluate, measure, merge, prepare, quantize, reference, train
+from recipes.schema import Recipe
+from recipes.scorers import LmEval, Scorer, SqlExecution, input_name
+from tasks import calibrate, choose, evaluate, measure, merge, prepare, quantize, reference, rehearse, train
 from tasks.runtime.leases import cpu_slots
 from tasks.runtime.pin import (
     ADAPTER_FILES,
@@ -30,6 +31,9 @@ from tasks.runtime.pin import (
 from tasks.runtime.step import External, Limits, Step, resolve_device
 from tasks.runtime.tokenizer_files import TOKENIZER_FILES
 
+# What a folder of lm-evaluation-harness tasks can hold that shapes a score.
+TASK_FILES = tuple(f"**/*.{end}" for end in ("yaml", "py", "json", "jsonl", "csv", "tsv", "parquet", "txt"))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pins:
@@ -40,7 +44,7 @@ class Pins:
     data: tuple[External, ...]
     general: External | None
     template: External | None
-    databases: External | None
+    scorers: dict[str, External]
     adapter: External | None = None
     calibration_text: External | None = None
     externals: Mapping[str, External] = field(default_factory=dict)
@@ -95,12 +99,11 @@ def pin(loaded: Loaded, home: Path) -> Pins:
     template = (
         external_file("template", loaded.resolve(named), digests=digests) if named and named != "chatml" else None
     )
-    scorer = recipe.evaluate.scorer
-    databases = (
-        external_folder("databases", loaded.resolve(scorer.databases), patterns=("*.sql",), digests=digests)
-        if isinstance(scorer, SqlExecution)
-        else None
-    )
+    scorers = {
+        input_name(number): _content(one, path, number, digests=digests)
+        for number, one in enumerate(recipe.evaluate.scorers)
+        if (path := loaded.content(one)) is not None
+    }
     adapter = recipe.train.adapter and external_folder(
         "adapter",
         (there := fetched.get("train.adapter") or _local(loaded, recipe.train.adapter)).folder,
@@ -119,7 +122,7 @@ def pin(loaded: Loaded, home: Path) -> Pins:
         data=data,
         general=general or None,
         template=template,
-        databases=databases,
+        scorers=scorers,
         adapter=adapter or None,
         calibration_text=text or None,
         externals=externals,
@@ -177,6 +180,15 @@ def _source(loaded: Loaded, number: int, *, fetched: Mapping[str, Snapshot], dig
     return external_folder(name, there.folder, patterns=files, digests=digests, source=there.source)
 
 
+def _content(scorer: Scorer, path: Path, number: int, *, digests: Digests) -> External:
+    """What a scorer reads: a file, or the files of a folder that it looks at."""
+    name = input_name(number)
+    if isinstance(scorer, SqlExecution | LmEval):
+        patterns = ("*.sql",) if isinstance(scorer, SqlExecution) else TASK_FILES
+        return external_folder(name, path, patterns=patterns, digests=digests)
+    return external_file(name, path, digests=digests)
+
+
 def limits(recipe: Recipe) -> Limits:
     """The recipe's `run:` section with its defaults filled in for this machine."""
     device = resolve_device(recipe.run.device)
@@ -214,7 +226,8 @@ def compose(recipe: Recipe, pins: Pins, do: Callable[[Step], object], *, only: S
     dataset = made(
         prepare.step(recipe, data=pins.data, tokenizer=pins.tokenizer, general=pins.general, template=pins.template)
     )
-    adapter = made(train.step(recipe, dataset=dataset, base=pins.base, adapter=pins.adapter))
+    rehearsed = made(rehearse.step(recipe, dataset=dataset, scorers=pins.scorers))
+    adapter = made(train.step(recipe, dataset=dataset, base=pins.base, adapter=pins.adapter, after=(rehearsed,)))
     merged = {
         onto: made(merge.step(recipe, base=pins.base, adapter=adapter, onto=onto))
         for onto in ("dequantized", "original")
@@ -233,8 +246,10 @@ def compose(recipe: Recipe, pins: Pins, do: Callable[[Step], object], *, only: S
 
     def score(arm: Arm) -> None:
         calibset = own if arm.kv == "fp8-calibrated" else None
-        inputs = {**loads(arm), **_there(reference=scored_against, databases=pins.databases, calibset=calibset)}
-        scores[arm.slug] = made(evaluate.step(recipe, arm.slug, kind=arm.kind, kv=arm.kv, inputs=inputs))
+        inputs = {**loads(arm), **_there(reference=scored_against, calibset=calibset), **pins.scorers}
+        scores[arm.slug] = made(
+            evaluate.step(recipe, arm.slug, kind=arm.kind, kv=arm.kv, inputs=inputs, after=(rehearsed,))
+        )
 
     every = [arm for arm in matrix if arm.unavailable is None]
     own_files = [arm for arm in every if arm.of is None]
@@ -321,7 +336,7 @@ def _reached(steps: Sequence[Step], rows: Sequence[ArmSteps]) -> tuple[Step, ...
         step = ahead.pop()
         if step.key not in found:
             found[step.key] = step
-            ahead += [one for one in step.inputs.values() if isinstance(one, Step)]
+            ahead += [one for one in (*step.inputs.values(), *step.after) if isinstance(one, Step)]
     return tuple(step for step in steps if step.key in found)
 
 

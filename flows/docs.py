@@ -118,8 +118,8 @@ def _default(info: FieldInfo) -> str:
     if info.is_required():
         return "required"
     value = info.default
-    if isinstance(value, BaseModel):
-        return f"kind: {value.model_dump()['kind']}"
+    if isinstance(value, list) and any(isinstance(one, BaseModel) for one in value):
+        return f"`[{', '.join(f'{{kind: {one.kind}}}' for one in value)}]`"
     if value is None or value in ("", [], {}):
         return "none"
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"

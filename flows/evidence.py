@@ -59,13 +59,23 @@ class Step:
         return self.status in ("hit", "made") and self.manifest is not None
 
     @property
+    def problems(self) -> dict[str, str]:
+        """Metric -> why an evaluate step has no scores of it, in one sentence; empty where it has all."""
+        found = (self.manifest or {}).get("result", {}).get("problems", {})
+        return {metric: _sentence(one) for metric, one in found.items()}
+
+    @property
     def trouble(self) -> str:
         """Why there is no artifact, in one sentence."""
         if self.problem:
-            return f"{self.key}: {self.problem['what'].rstrip('.')} ({self.problem['why'].rstrip('.')})"
+            return f"{self.key}: {_sentence(self.problem)}"
         if self.status in ("hit", "made"):
             return f"{self.key} is not in the store any more"
         return f"{self.key} {self.status}"
+
+
+def _sentence(problem: Mapping[str, str]) -> str:
+    return f"{problem['what'].rstrip('.')} ({problem['why'].rstrip('.')})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,6 +243,11 @@ class RowScores:
     def finite(self) -> bool:
         """No NaN and no infinity anywhere."""
         return bool(np.isfinite(self.total).all())
+
+    @property
+    def binary(self) -> bool:
+        """Every row scores 0 or 1."""
+        return bool(np.isin(self.total, (0.0, 1.0)).all())
 
     @property
     def n(self) -> int:

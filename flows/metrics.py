@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from flows.stats import Link
 
@@ -42,8 +43,34 @@ class Metric:
         return "share" if self.interval == "wilson" else "mean"
 
 
-METRICS: dict[str, Metric] = {
-    one.name: one
+TASK = "task."  # begins the metric of every scorer but the first
+
+
+class Known(dict[str, Metric]):
+    """The metrics of every run, by name; `task.NAME` of a recipe's further scorers is made when it is asked for."""
+
+    def __missing__(self, name: str) -> Metric:
+        """The metric of a further scorer.
+
+        Raises:
+            KeyError: It is no such name.
+        """
+        if not name.startswith(TASK):
+            raise KeyError(name)
+        return Metric(
+            name=name,
+            label=name,
+            better="higher",
+            source=name,
+            split="test",
+            interval="wilson",
+            meaning=f"mean score from 0 to 1 of the scorer `{name.removeprefix(TASK)}` over test answers, decoded "
+            "greedily; of lm-eval tasks: over their documents",
+        )
+
+
+METRICS = Known(
+    (one.name, one)
     for one in (
         Metric(
             name="task",
@@ -163,7 +190,7 @@ METRICS: dict[str, Metric] = {
             meaning="generated tokens a second",
         ),
     )
-}
+)
 HEADLINE = ("task", "ppl_test", "kl_mean", "size_bytes")  # an arm without one of these is not ranked
 SPEED = ("resident_bytes", "load_s", "prefill_tokens_per_s", "decode_tokens_per_s")
 PER_DOMAIN = ("task", "ppl_test", "ppl_all", "bits_per_byte", "kl_mean", "top1_agreement")
@@ -171,8 +198,15 @@ _SHARES = ("task", "top1_agreement")
 _MINUS = "−"
 
 
+def further(recipe: Mapping[str, Any]) -> list[Metric]:
+    """Metrics of all scorers of a resolved recipe but the first, in its order."""
+    scorers = (recipe.get("evaluate") or {}).get("scorers") or []
+    return [METRICS[f"{TASK}{one.get('name') or one['kind']}"] for one in scorers[1:]]
+
+
 def _base(metric: str) -> str:
-    return metric.split("@")[0]
+    """The metric without its domain; all task scores are written alike."""
+    return "task" if metric.startswith(TASK) else metric.split("@")[0]
 
 
 def _unit(metric: str) -> str:

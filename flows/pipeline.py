@@ -93,7 +93,7 @@ class Session:
         if inputs is not None and (found := lookup(step, inputs, self.store).artifact):
             self._done(step, Made(artifact=found, hit=True))
             return
-        needs = [one.key for one in step.inputs.values() if isinstance(one, Step)]
+        needs = [one.key for one in (*step.inputs.values(), *step.after) if isinstance(one, Step)]
         if step.whole_machine:  # it would hold the gate while others wait: let them finish first
             wait(list(self.futures.values()))
         self.futures[step.key] = self.task.submit(  # pyright: ignore[reportCallIssue]
@@ -128,7 +128,7 @@ class Session:
         self.tracker.step(vars(record))
 
     def collect(self) -> bool:
-        """Wait for every task; record what never ran. True where all steps have their artifact."""
+        """Wait for every task; record what never ran. True where all steps have their artifact and all their scores."""
         wait(list(self.futures.values()))
         for key, future in self.futures.items():
             record = self.record.records.get(key)
@@ -136,10 +136,18 @@ class Session:
                 self.record.add(self.steps[key], "skipped", problem=self._skipped(key))
             elif record is None or (record.status != "failed" and not future.state.is_completed()):
                 future.result()  # not a step's failure but ours: let it be seen
-        return all(one.status in ("hit", "made") for one in self.record.records.values())
+        made = all(one.status in ("hit", "made") for one in self.record.records.values())
+        return made and not self.unscored
+
+    @property
+    def unscored(self) -> list[str]:
+        """`evaluate/ARM (METRIC)` where a scorer failed: the artifact says why, and has the arm's other scores."""
+        found = {key: made.manifest["result"].get("problems", ()) for key, made in self.artifacts.items()}
+        return [f"{key} ({', '.join(problems)})" for key, problems in found.items() if problems]
 
     def _skipped(self, key: str) -> dict[str, str]:
-        needs = [one.key for one in self.steps[key].inputs.values() if isinstance(one, Step)]
+        step = self.steps[key]
+        needs = [one.key for one in (*step.inputs.values(), *step.after) if isinstance(one, Step)]
         missing = [one for one in needs if one not in self.artifacts]
         return {
             "what": "not run",
@@ -217,7 +225,7 @@ def finetune_and_quantize(recipe: str, sets: list[str] | None = None, only: list
     flush_log()
     if record.status == "failed":
         failed = [one.key for one in record.records.values() if one.status == "failed"]
-        raise RunFailed(f"{', '.join(failed)} failed; see {record.folder / 'report.md'}")
+        raise RunFailed(f"{', '.join([*failed, *session.unscored])} failed; see {record.folder / 'report.md'}")
     return str(record.folder)
 
 

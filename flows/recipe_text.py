@@ -197,8 +197,8 @@ def _quantize(recipe: Recipe, found: Found) -> Iterator[str]:
 
 def _evaluate(fitted: Fitted) -> Iterator[str]:
     asked = fitted.recipe.evaluate
-    yield "  scorer:"
-    yield "    kind: exact-match".ljust(COLUMN - 1) + " # the answer is the reference, but for white space around it"
+    yield "  scorers:"
+    yield "    - kind: exact-match".ljust(COLUMN - 1) + " # the answer is the reference, but for white space around it"
     yield _line("on_base", asked.on_base, "the base quantized, the adapter on top: the alternative to merging")
     yield _line("max_new_tokens", asked.max_new_tokens, "the longest answer in the data, estimated")
     yield _line("batch_size", asked.batch_size, f"evaluation {fitted.needs('evaluate')}")

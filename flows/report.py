@@ -29,7 +29,7 @@ from flows.decision import gate_of
 from flows.evidence import Arm, Run, Step, notes, read_run
 from flows.fit import fit_of
 from flows.layers import layers_of
-from flows.metrics import METRICS
+from flows.metrics import METRICS, further
 from flows.power import power
 from flows.report_html import page
 from flows.report_text import arm_rows, markdown, print_report
@@ -37,7 +37,18 @@ from flows.stats import QUANTILE_RESAMPLES, RESAMPLES, SEED
 from flows.waterfall import waterfall
 
 SCHEMA_VERSION = 1
-STAGES = ("prepare", "train", "merge", "reference", "calibrate", "choose", "quantize", "evaluate", "measure")
+STAGES = (
+    "prepare",
+    "rehearse",
+    "train",
+    "merge",
+    "reference",
+    "calibrate",
+    "choose",
+    "quantize",
+    "evaluate",
+    "measure",
+)
 NOT_SERVING = "not a serving kernel"
 METHOD = {
     "bootstrap": f"paired, over groups of rows, {RESAMPLES:,} resamples, seed {SEED}; all arms see the same draws",
@@ -45,7 +56,8 @@ METHOD = {
     "(max-|t| of the bootstrap, each comparison on its own scale); the verdict follows from ci95_adjusted alone",
     "means": "ppl, bits_per_byte and kl_mean: equal-tailed studentized bootstrap (perplexity: of the loss, then the "
     "exponential)",
-    "proportions": "task and top1_agreement: Wilson's interval with the effective sample size between groups",
+    "proportions": "task, task.NAME and top1_agreement: Wilson's interval with the effective sample size between "
+    "groups; scores that are not all 0 or 1: as means",
     "quantiles": f"kl_p99: percentile bootstrap over groups, {QUANTILE_RESAMPLES:,} resamples",
     "repeats": "load_s and tokens/s: geometric mean of the repeats, t interval of the logarithms",
     "counted": "size_bytes has no interval; resident_bytes is counted, so its interval is the value",
@@ -115,6 +127,7 @@ def evaluate(run: Run) -> dict[str, Any]:
         reference=run.reference,
     )
     answered = answers(found)
+    published = (*METRICS.values(), *further(run.recipe))
     return {
         "schema_version": SCHEMA_VERSION,
         **{name: run.raw.get(name) for name in ("id", "name", "status", "started_at", "finished_at")},
@@ -140,11 +153,11 @@ def evaluate(run: Run) -> dict[str, Any]:
         ],
         "waterfall": waterfall(evidence, draws),
         "power": power(evidence),
-        "directions": {metric.name: metric.better for metric in METRICS.values()},
-        "meanings": {one.name: one.meaning.replace(REFERENCE, run.reference or REFERENCE) for one in METRICS.values()},
+        "directions": {metric.name: metric.better for metric in published},
+        "meanings": {one.name: one.meaning.replace(REFERENCE, run.reference or REFERENCE) for one in published},
         "method": METHOD,
         "data": _data(evidence),
-        "scorer": ((run.recipe.get("evaluate") or {}).get("scorer") or {}).get("kind"),
+        **_scorers(run),
         "speed": {arm.slug: _speed(arm, run) for arm in run.arms if speed_record(arm, run)},
         "layers": layers_of(run),
         "gate": gate_of(run, evidence, draws),
@@ -156,7 +169,8 @@ def evaluate(run: Run) -> dict[str, Any]:
         "versions": run.raw["versions"],
         "sources": _sources(run.raw),
         "steps": [_step(step) for step in run.steps.values()],
-        "failures": [_trouble(step, run) for step in run.steps.values() if not step.ok],
+        "failures": [_trouble(step, run) for step in run.steps.values() if not step.ok]
+        + [one for step in run.steps.values() for one in _unscored(step, run)],
         "notes": [one._asdict() for one in notes(list(run.steps.values()))],
     }
 
@@ -259,6 +273,33 @@ def _step(step: Step) -> dict[str, Any]:
         "fingerprint": step.fingerprint,
         **{name: manifest.get(name) for name in ("digest", "seconds", "attempts", "finished_at", "execution")},
     }
+
+
+def _scorers(run: Run) -> dict[str, Any]:
+    """Kind of the first scorer, and metric and kind of all."""
+    asked = (run.recipe.get("evaluate") or {}).get("scorers") or []
+    metrics = ["task", *(one.name for one in further(run.recipe))]
+    return {
+        "scorer": asked[0]["kind"] if asked else None,
+        "scorers": [{"metric": metric, "kind": one["kind"]} for metric, one in zip(metrics, asked, strict=False)],
+    }
+
+
+def _unscored(step: Step, run: Run) -> list[dict[str, Any]]:
+    """Scores that an evaluate step could not give, though it has its other ones."""
+    found = (step.manifest or {}).get("result", {}).get("problems", {})
+    touched = [arm.slug for arm in run.arms if step.key == arm.evaluate]
+    return [
+        {
+            "step": step.key,
+            "status": "partial",
+            "problem": dict(problem),
+            "why": f"{step.key}, {metric}: {step.problems[metric]}",
+            "log": None,
+            "arms": touched,
+        }
+        for metric, problem in found.items()
+    ]
 
 
 def _trouble(step: Step, run: Run) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from markupsafe import Markup, escape
 from flows.layers import errors_plot, weights_plot, worst
 from flows.metrics import METRICS, difference_text, interval_text, significant, value_text
 from flows.plots import kl_against_size, task_by_arm
-from flows.report_text import SPEEDS, columns, data_line, hardware_line, heading, left_out, ran_on
+from flows.report_text import SPEEDS, columns, data_line, further_tasks, hardware_line, heading, left_out, ran_on
 
 TEMPLATES = Path(__file__).parent / "templates"
 OPEN_UP_TO = 8  # comparisons of a family that is shown unfolded
@@ -36,6 +36,7 @@ def page(report: Mapping[str, Any]) -> str:
         r=report,
         columns=columns(report),
         speeds=SPEEDS,
+        further=further_tasks(report),
         metrics=METRICS,
         open_up_to=OPEN_UP_TO,
         heading=lambda name: heading(name, report["directions"]),

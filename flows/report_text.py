@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.fit_text import fitting, section
-from flows.metrics import METRICS, difference_text, interval_text, value_text
+from flows.metrics import METRICS, TASK, difference_text, interval_text, value_text
 from flows.power import sentence
 
 COLUMNS = ("size_bytes", "task", "kl_mean", "ppl_test", "top1_agreement", "ppl_general")
@@ -33,7 +33,8 @@ def _cell(metric: str, cell: Mapping[str, Any], *, joint: str = " ") -> str:
 
 def heading(metric: str, directions: Mapping[str, str]) -> str:
     """`KL ↓`: label and the better direction."""
-    unit = {"task": " %", "top1_agreement": " %", "load_s": " s"}.get(metric, "")
+    unit = {"top1_agreement": " %", "load_s": " s"}.get(metric, "")
+    unit = " %" if metric == "task" or metric.startswith(TASK) else unit
     unit = " tok/s" if metric.endswith("per_s") else unit
     return f"{METRICS[metric].label}{unit} {'↓' if directions[metric] == 'lower' else '↑'}"
 
@@ -105,9 +106,25 @@ def overview(report: Mapping[str, Any]) -> list[str]:
             for slug, arm in arms.items()
         ],
     )
+    lines += _further(report)
     lines += [f"\n{line}" for line in simulated(report)]
     lines += [f"\nNot served: {slug}: {arm['refused']}" for slug, arm in arms.items() if arm["refused"]]
     return [*lines, *(f"\nNot ranked: {slug}: {why}." for slug, why in report["not_ranked"].items())]
+
+
+def _further(report: Mapping[str, Any]) -> list[str]:
+    """The table of the scorers behind the first; none where there is one scorer."""
+    tasks = further_tasks(report)
+    if not tasks:
+        return []
+    head = ["arm", *(heading(name, report["directions"]) for name in tasks)]
+    rows = [[slug, *(_cell(name, arm["metrics"][name]) for name in tasks)] for slug, arm in report["arms"].items()]
+    return ["", *_table(head, rows)]
+
+
+def further_tasks(report: Mapping[str, Any]) -> list[str]:
+    """Metrics of all scorers but the first."""
+    return [one["metric"] for one in report["scorers"][1:]]
 
 
 def simulated(report: Mapping[str, Any]) -> list[str]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,14 +17,15 @@ from recipes.check_external import folder_problems as external_problems
 from recipes.check_external import reference_problems
 from recipes.check_gate import preferred
 from recipes.check_rows import RowCheck, check_data, general_files, general_problems
+from recipes.check_scorers import scorer_problems
 from recipes.check_serving import entries, length_problems
 from recipes.check_train import device_problems, train_problems
 from recipes.claims import limit_problems
 from recipes.headers import Headers, read_headers
-from recipes.load import InvalidRecipe, Loaded, load, shown
+from recipes.load import InvalidRecipe, Loaded, load, missing
 from recipes.problem import Problem, RecipeError
 from recipes.rows import read_origin
-from recipes.schema import SchemeSpec, SqlExecution
+from recipes.schema import SchemeSpec
 from recipes.schemes import Scheme
 
 __all__ = ["Checked", "RowCheck", "check", "check_base", "check_data", "load_and_check", "load_and_read", "unchecked"]
@@ -76,12 +76,12 @@ def check(loaded: Loaded) -> list[Problem]:
 
     A base or data set that is a hub id is not local and says nothing here: `check_base` looks at it when it is pinned.
     """
-    problems = [*_shadows(), *_schemes(loaded), *_data(loaded), *_scorer(loaded), *_template(loaded)]
+    problems = [*_shadows(), *_schemes(loaded), *_data(loaded), *scorer_problems(loaded), *_template(loaded)]
     problems += [*beside(loaded), *_adapter(loaded), *_externals(loaded), *preferred(loaded.recipe)]
     problems += device_problems(loaded.recipe, device=loaded.recipe.run.device)
     base = loaded.base
     if base is not None:
-        problems += check_base(loaded, base) if base.is_dir() else [_missing(base, field="model.base", kind="folder")]
+        problems += check_base(loaded, base) if base.is_dir() else [missing(base, field="model.base", kind="folder")]
     return [loaded.placed(problem) for problem in problems]
 
 
@@ -106,17 +106,6 @@ def unchecked(loaded: Loaded) -> list[str]:
     for name, one in loaded.recipe.evaluate.externals.items():
         named[f"evaluate.external.{name}"] = (one.path, loaded.externals[name])
     return [f"{field} {name}: checked when it is pinned" for field, (name, here) in named.items() if name and not here]
-
-
-def _missing(path: Path, *, field: str, kind: str) -> Problem:
-    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = get_close_matches(path.name, siblings, n=1)
-    return Problem(
-        what=f"{field} names a {kind} that is not there: {shown(path)}.",
-        where=field,
-        why="Relative paths count from the folder of the file in which they are written.",
-        next=f"Did you mean {shown(path.parent / near[0])}?" if near else "Correct the path.",
-    )
 
 
 # ---- the checkout
@@ -217,51 +206,35 @@ def _adapter(loaded: Loaded) -> list[Problem]:
     folder = loaded.adapter
     if folder is None:
         return []
-    return folder_problems(folder) if folder.is_dir() else [_missing(folder, field="train.adapter", kind="folder")]
+    return folder_problems(folder) if folder.is_dir() else [missing(folder, field="train.adapter", kind="folder")]
 
 
 def _externals(loaded: Loaded) -> Iterator[Problem]:
     for name, folder in loaded.externals.items():
         if folder is not None and not folder.is_dir():
-            yield _missing(folder, field=f"evaluate.external.{name}", kind="folder")
+            yield missing(folder, field=f"evaluate.external.{name}", kind="folder")
         elif folder is not None:
             yield from external_problems(name, folder)
     yield from reference_problems(loaded)
 
 
-# ---- data, scorer, template
+# ---- data, template
 
 
 def _data(loaded: Loaded) -> Iterator[Problem]:
     for i, path in enumerate(loaded.data):
         if path is not None and not path.exists():
-            yield _missing(path, field=loaded.recipe.data.field(i), kind="file")
+            yield missing(path, field=loaded.recipe.data.field(i), kind="file")
     for origin in loaded.origins.values():
         yield from read_origin(origin, max_rows=1).problems
     for field, path in general_files(loaded).items():
         if not path.is_file():
-            yield _missing(path, field=field, kind="file")
+            yield missing(path, field=field, kind="file")
         else:
             yield from general_problems(path, max_rows=1)
-
-
-def _scorer(loaded: Loaded) -> Iterator[Problem]:
-    scorer = loaded.recipe.evaluate.scorer
-    if not isinstance(scorer, SqlExecution):
-        return
-    folder = loaded.resolve(scorer.databases)
-    if not folder.is_dir():
-        yield _missing(folder, field="evaluate.scorer.databases", kind="folder")
-    elif not any(folder.glob("*.sql")):
-        yield Problem(
-            what=f"There is no *.sql file in {shown(folder)}.",
-            where="evaluate.scorer.databases",
-            why="The scorer builds one sqlite3 database from each, to run answers on.",
-            next=f"Put a SCHEMA.sql with tables and rows there for each value of `{scorer.schema_column}`.",
-        )
 
 
 def _template(loaded: Loaded) -> Iterator[Problem]:
     chosen = loaded.recipe.model.chat_template
     if chosen is not None and chosen != "chatml" and not loaded.resolve(chosen).is_file():
-        yield _missing(loaded.resolve(chosen), field="model.chat_template", kind="file")
+        yield missing(loaded.resolve(chosen), field="model.chat_template", kind="file")

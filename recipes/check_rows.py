@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from recipes.check_gate import gate_warnings
+from recipes.check_scorers import row_problems
 from recipes.headers import read_headers
 from recipes.load import Loaded, shown
 from recipes.plain import is_mapping
@@ -30,7 +31,7 @@ from recipes.rows import (
     read_origin,
     side,
 )
-from recipes.schema import LEAST_ROWS, MOST_ROWS, TOKENS_PER_INPUT, Data, SqlExecution
+from recipes.schema import LEAST_ROWS, MOST_ROWS, TOKENS_PER_INPUT, Data
 
 
 class RowCheck(NamedTuple):
@@ -72,7 +73,8 @@ def check_data(loaded: Loaded) -> RowCheck:
     problems = list(_malformed_rows(origins, reads))
     rows = [row for read in reads for row in read.rows]
     sides = split_rows(rows, loaded.recipe.data)
-    problems += [*_torn(loaded, sides), *_general_rows(loaded), *_databases(loaded, rows)]
+    held_out = [*sides.rows["dev"], *sides.rows["test"]]
+    problems += [*_torn(loaded, sides), *_general_rows(loaded), *row_problems(loaded, rows, held_out)]
     if len(origins) == len(loaded.data) and all(read.rows and not read.wrong for read in reads):
         problems += [*_empty_sides(loaded, sides), *_calibration(loaded, sides)]  # what sides hold is known only then
     summary = _summary(loaded, sides) | {"format": formats(origins, reads)} | away
@@ -190,24 +192,6 @@ def general_problems(path: Path, *, max_rows: int | None = None) -> list[Problem
             next='Write one object with `text` a line: {"text": "..."}, or leave the field out.',
         )
     ]
-
-
-def _databases(loaded: Loaded, rows: Sequence[Row]) -> Iterator[Problem]:
-    scorer = loaded.recipe.evaluate.scorer
-    if not isinstance(scorer, SqlExecution):
-        return
-    folder = loaded.resolve(scorer.databases)
-    first: dict[str, str] = {}
-    for row in rows:
-        first.setdefault(str(row.columns[scorer.schema_column]), row.where)
-    missing = [name for name in first if not (folder / f"{name}.sql").is_file()]
-    if missing and folder.is_dir():
-        yield Problem(
-            what=f"{len(missing)} databases are missing: {', '.join(f'{name}.sql' for name in missing[:SHOWN])}.",
-            where=first[missing[0]],
-            why=f"Rows name them in `{scorer.schema_column}`, and their answers are run on them.",
-            next=f"Put them into {shown(folder)}.",
-        )
 
 
 def _empty_sides(loaded: Loaded, sides: Sides) -> Iterator[Problem]:

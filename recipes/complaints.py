@@ -33,6 +33,10 @@ NEEDS = {
     "union_tag_invalid": "{expected_tags}",
     "string_pattern_mismatch": "40 small letters, digits and dashes at most, a dash not the first",
 }
+# Keys that were there once, and what to write now.
+RENAMED = {
+    "evaluate.scorer": "Write a list: `scorers:` with `- kind: ...` for each; the first one is the metric `task`.",
+}
 WHY_CLOSED = "Keys are a closed set: a misspelled one would silently leave a default in force."
 
 
@@ -132,7 +136,9 @@ def _unknown(field: str) -> Problem:
     siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == section]
     near = get_close_matches(key, siblings, n=1, cutoff=0.5)
     elsewhere = [name for name in known if name.rpartition(".")[2] == key]
-    if len(elsewhere) == 1:
+    if field in RENAMED:
+        remedy = RENAMED[field]
+    elif len(elsewhere) == 1:
         remedy = f"Did you mean `{elsewhere[0]}`?"
     elif near:
         remedy = f"Did you mean `{near[0]}`?"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +19,8 @@ from recipes.complaints import explain
 from recipes.plain import is_list, is_mapping
 from recipes.problem import Problem, RecipeError
 from recipes.rows import Origin, origins
-from recipes.schema import Recipe, SqlExecution, is_hub_id
+from recipes.schema import Recipe, is_hub_id
+from recipes.scorers import CALLABLE, PythonCallable, Scorer, SqlExecution
 from recipes.yamlfile import Document, parse, parse_value
 
 # A relative path counts from where it is written: the file that holds it, or the current folder for --set.
@@ -27,8 +31,8 @@ PATH_FIELDS = (
     "data.general",
     "calibrate.general",
     "train.adapter",
-    "evaluate.scorer.databases",
 )
+SCORER_PATHS = ("databases", "schema_file", "include", "callable")  # of each entry of evaluate.scorers
 HUB_NEVER = (".jsonl", ".json", ".csv", ".parquet")  # endings of a file
 
 
@@ -82,13 +86,20 @@ class Loaded:
     @property
     def origins(self) -> dict[str, Origin]:
         """Sources of the data that are here, by the field that names their path."""
-        asked, scorer = self.recipe.data, self.recipe.evaluate.scorer
-        columns = (asked.group, scorer.schema_column if isinstance(scorer, SqlExecution) else None)
+        asked, scorers = self.recipe.data, self.recipe.evaluate.scorers
+        columns = (asked.group, *(one.schema_column for one in scorers if isinstance(one, SqlExecution)))
         sources = [source.model_dump() for source in asked.parts]
         paths = [path or Path() for path in self.data]
         found = origins(paths, sources, domain=asked.domain, columns=columns)
         here = [path is not None and path.exists() for path in self.data]
         return {asked.field(i): origin for i, origin in enumerate(found) if here[i]}
+
+    def content(self, scorer: Scorer) -> Path | None:
+        """The file or folder that a scorer reads; None where it reads none. A callable's need not exist."""
+        if isinstance(scorer, PythonCallable):
+            source = scorer.parts.source
+            return self.resolve(source) if source.endswith(".py") else module_file(source, folder=self.folder)
+        return None if scorer.path is None else self.resolve(scorer.path)
 
     def _local(self, name: str) -> Path | None:
         """A hub id has no file's ending, and its first part is no folder here."""
@@ -167,6 +178,35 @@ def _without(values: dict[str, Any], fields: Sequence[str]) -> Recipe | None:
         return Recipe.model_validate(rest, strict=True)
     except ValidationError:
         return None
+
+
+def module_file(name: str, *, folder: Path) -> Path:
+    """Source of a module, found without importing anything: below `folder`, else where Python would look.
+
+    Where there is none, the file that it would be below `folder`.
+    """
+    first, *rest = name.split(".")
+    spec = PathFinder.find_spec(first, [str(folder), *sys.path])
+    here = folder / Path(*name.split(".")).with_suffix(".py")
+    if spec is None:
+        return here
+    if not rest:
+        return Path(spec.origin) if spec.origin else here
+    below = [Path(place, *rest) for place in spec.submodule_search_locations or ()]
+    files = [file for path in below for file in (path.with_suffix(".py"), path / "__init__.py")]
+    return next((file for file in files if file.is_file()), here)
+
+
+def missing(path: Path, *, field: str, kind: str) -> Problem:
+    """A file or folder that a field names and that is not there, with the nearest name."""
+    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = get_close_matches(path.name, siblings, n=1)
+    return Problem(
+        what=f"{field} names a {kind} that is not there: {shown(path)}.",
+        where=field,
+        why="Relative paths count from the folder of the file in which they are written.",
+        next=f"Did you mean {shown(path.parent / near[0])}?" if near else "Correct the path.",
+    )
 
 
 def shown(path: Path) -> str:
@@ -253,15 +293,7 @@ def _deep(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 
 def _rebase(values: dict[str, Any], *, written_in: Path, folder: Path, only: str | None = None) -> None:
     """Make relative paths that were written elsewhere count from `folder`; hub ids and missing files stay."""
-    data = values.get("data")
-    sources = data.get("sources") if is_mapping(data) else None
-    count = len(sources) if is_list(sources) else 0
-    evaluated = values.get("evaluate")
-    external = evaluated.get("external") if is_mapping(evaluated) else None
-    fields = [*PATH_FIELDS, *(f"data.sources.{number}.path" for number in range(count))]
-    for name in external if is_mapping(external) else ():
-        fields += [f"evaluate.external.{name}", f"evaluate.external.{name}.path"]
-    for field in fields:
+    for field in (*PATH_FIELDS, *_listed(values)):
         if only is not None and field != only and not field.startswith(f"{only}."):
             continue
         *sections, last = field.split(".")
@@ -269,9 +301,32 @@ def _rebase(values: dict[str, Any], *, written_in: Path, folder: Path, only: str
         for section in sections:
             inner = inner[int(section)] if is_list(inner) else inner.get(section) if is_mapping(inner) else None
         if is_mapping(inner) and isinstance(inner.get(last), str):
-            written = Path(inner[last])
-            if not written.is_absolute() and (written_in / written).exists():
-                inner[last] = os.path.relpath(written_in / written, folder)
+            path, function = _path_and_function(inner[last]) if last == "callable" else (inner[last], "")
+            if path and not Path(path).is_absolute() and (written_in / path).exists():
+                inner[last] = os.path.relpath(written_in / path, folder) + function
+
+
+def _listed(values: dict[str, Any]) -> list[str]:
+    """Names of the paths inside lists of sections, and of external models."""
+    found: list[str] = []
+    for section, name, fields in (("data", "sources", ("path",)), ("evaluate", "scorers", SCORER_PATHS)):
+        around = values.get(section)
+        entries = around.get(name) if is_mapping(around) else None
+        count = len(entries) if is_list(entries) else 0
+        found += [f"{section}.{name}.{number}.{field}" for number in range(count) for field in fields]
+    evaluated = values.get("evaluate")
+    external = evaluated.get("external") if is_mapping(evaluated) else None
+    for name in external if is_mapping(external) else ():
+        found += [f"evaluate.external.{name}", f"evaluate.external.{name}.path"]
+    return found
+
+
+def _path_and_function(written: str) -> tuple[str, str]:
+    """`dir/file.py:f` -> (`dir/file.py`, `:f`); a module has no path."""
+    found = CALLABLE.fullmatch(written)
+    if found is None or not found["source"].endswith(".py"):
+        return "", written
+    return found["source"], f":{found['function']}"
 
 
 # ---- --set

@@ -10,20 +10,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from recipes.rows import Format
 from recipes.schemes import Backend
+from recipes.scorers import ExactMatch, LmEval, Scorer
+from recipes.section import Section
 
 Fraction = Annotated[float, Field(gt=0, lt=0.5)]
 LEAST_ROWS, MOST_ROWS = 128, 512  # of a calibration set; Calibrate says why
 TOKENS_PER_INPUT = 4  # calibration tokens an input of the widest layer: with fewer its Hessian is badly estimated
-
-
-class Section(BaseModel):
-    """Closed and frozen: unknown keys are refused, nothing is changed after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
 
 
 class Model(Section):
@@ -283,23 +279,6 @@ class Quantize(Section):
     """Seed of the quantizer."""
 
 
-class ExactMatch(Section):
-    kind: Literal["exact-match"] = "exact-match"
-    """Answer and reference are equal after stripping white space."""
-
-
-class SqlExecution(Section):
-    kind: Literal["sql-execution"]
-    """Answer and reference return the same rows from sqlite3 (order counts only where the reference orders)."""
-    databases: str
-    """Folder with one SCHEMA.sql a database: tables and rows."""
-    schema_column: str = "schema"
-    """Column of the data that names the row's database."""
-
-
-Scorer = Annotated[ExactMatch | SqlExecution, Field(discriminator="kind")]
-
-
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")]
 
 
@@ -313,8 +292,9 @@ class ExternalModel(Section):
 
 
 class Evaluate(Section):
-    scorer: Scorer = ExactMatch()
-    """How the last turn's answer, decoded greedily from its true history, is scored (metric `task`)."""
+    scorers: Annotated[list[Scorer], Field(min_length=1)] = [ExactMatch()]
+    """How the last turn's answer, decoded greedily from its true history, is scored. All of them score the same
+    answers: the first one is the metric `task`, which ranks, and every other one `task.NAME`. docs/scorers.md."""
     on_base: list[str] = []
     """Schemes that are also applied to the base, with the adapter on top (arms `SLUG.on-base`)."""
     kv_cache: list[str] = []
@@ -337,6 +317,21 @@ class Evaluate(Section):
     """Size limit of the stored reference logits; a seeded sample of whole rows where not all rows fit."""
     seed: int = 0
     """Draws the sample of rows for KL."""
+
+    @model_validator(mode="after")
+    def _scorers_apart(self) -> Evaluate:
+        names = [one.called for one in self.scorers]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(
+                f"evaluate.scorers has {', '.join(twice)} twice: scores are published as task.NAME, so one of them "
+                "needs another `name:`"
+            )
+        if isinstance(self.scorers[0], LmEval):
+            raise ValueError(
+                "evaluate.scorers begins with lm-eval: the first scorer is `task`, which ranks arms and is read on "
+                "dev, where lm-eval has no documents; write one of the rows' answers before it (`- kind: exact-match`)"
+            )
+        return self
 
     @property
     def externals(self) -> dict[str, ExternalModel]:

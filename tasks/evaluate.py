@@ -5,21 +5,30 @@ from __future__ import annotations
 from recipes.arms import KV
 from recipes.schema import Recipe
 from tasks.quantize import readers
+from tasks.rehearse import packages
 from tasks.runtime.step import External, Step
 
 
-def step(recipe: Recipe, arm: str, *, kind: str, inputs: dict[str, Step | External], kv: KV | None = None) -> Step:
+def step(
+    recipe: Recipe,
+    arm: str,
+    *,
+    kind: str,
+    inputs: dict[str, Step | External],
+    kv: KV | None = None,
+    after: tuple[Step, ...] = (),
+) -> Step:
     """Scores of an arm.
 
     Args:
         recipe: The recipe.
         arm: Its slug.
         kind: How its model is loaded.
-        inputs: model, dataset and, where there are, reference, adapter and databases; calibset for KV scales from it.
+        inputs: model, dataset and, where there are, reference, adapter, calibset (KV scales), what scorers read.
         kv: How its KV cache is stored; None for bf16.
+        after: What has to be found right before.
     """
     asked = recipe.evaluate
-    scorer = asked.scorer.model_dump(exclude={"databases"})  # its content is an input
     external = asked.externals.get(arm)
     template = external.chat_template if external else None
     return Step(
@@ -30,11 +39,12 @@ def step(recipe: Recipe, arm: str, *, kind: str, inputs: dict[str, Step | Extern
         params={
             "kind": kind,
             "kv": kv,
-            "scorer": scorer,
+            "scorers": [one.params() for one in asked.scorers],
             **asked.model_dump(include={"max_new_tokens", "batch_size", "seed"}),
             **({"chat_template": template} if template else {}),
         },
         inputs=inputs,
-        tools=readers(inputs["model"]),
+        tools=(*readers(inputs["model"]), *packages(recipe)),
+        after=after,
         gpus=1,
     )

@@ -6,8 +6,18 @@ from recipes.schema import Recipe
 from tasks.runtime.step import External, Step
 
 
-def step(recipe: Recipe, *, dataset: Step, base: External, adapter: External | None = None) -> Step:
-    """The adapter of a recipe: trained, or taken from elsewhere (train.adapter)."""
+def step(
+    recipe: Recipe, *, dataset: Step, base: External, adapter: External | None = None, after: tuple[Step, ...] = ()
+) -> Step:
+    """The adapter of a recipe: trained, or taken from elsewhere (train.adapter).
+
+    Args:
+        recipe: The recipe.
+        dataset: The dataset.
+        base: The base model.
+        adapter: The adapter that stands in place of training.
+        after: What has to be found right before training is paid for.
+    """
     if adapter is not None:
         return Step(
             stage="train",
@@ -26,6 +36,7 @@ def step(recipe: Recipe, *, dataset: Step, base: External, adapter: External | N
         params=recipe.train.model_dump(exclude={"adapter"}),
         inputs={"dataset": dataset, "base": base},
         tools=("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes"),
+        after=after,
         gpus=1,
         distributed=True,
     )

@@ -114,7 +114,7 @@ train: {{rank: 8, learning_rate: 2.0e-3, batch_size: 16, max_steps: 8, checkpoin
 calibrate: {{rows: 128, seq_len: 512}}
 quantize: {{schemes: [gptq-w4-g128, rtn-w4-g128]}}
 evaluate:
-  scorer: {{kind: sql-execution, databases: {QUICKSTART / "data" / "databases"}}}
+  scorers: [{{kind: sql-execution, databases: {QUICKSTART / "data" / "databases"}}}]
   max_new_tokens: 12
   batch_size: 50
 measure: {{prompt_tokens: 16, new_tokens: 4}}

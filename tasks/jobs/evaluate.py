@@ -13,14 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoTokenizer
 
-from recipes.problem import Problem
 from tasks.jobs.backends.load import kernel_of, load_arm, setup
-from tasks.jobs.conversation import behind_thinking
+from tasks.jobs.grading import Asking, ask_harnesses, grade, open_graders, open_tokenizer, refuse_references
 from tasks.jobs.kv_cache import KVCache, calibrated
 from tasks.jobs.own_tokenizer import OwnReading, own_reading
-from tasks.jobs.scorers import Scorer, make_scorer
 from tasks.jobs.scoring import (
     Model,
     Predicted,
@@ -33,7 +30,6 @@ from tasks.jobs.scoring import (
     read_general,
     read_rows,
 )
-from tasks.runtime.errors import StageError
 from tasks.runtime.job import Job
 
 SCORES = pa.schema(
@@ -43,9 +39,8 @@ SCORES = pa.schema(
 TOKENS = pa.schema([(name, pa.string()) for name in ("row", "group", "split")] + [("kl", pa.float32())])
 ANSWERS = pa.schema(
     [(name, pa.string()) for name in ("row", "split", "domain", "prompt", "reference", "answer")]
-    + [("score", pa.float64()), ("error", pa.string())]
+    + [("score", pa.float64()), ("error", pa.string()), ("scores", pa.string())]
 )
-SHOWN = 20
 NO_REFERENCE = "no reference: nothing was trained in this run, and evaluate.reference names no model"
 
 
@@ -53,55 +48,62 @@ def run(job: Job) -> dict[str, Any]:
     """Score an arm.
 
     Reads:
-        model: folder. adapter: PEFT folder (optional). dataset. reference (optional). databases: folder
-        (sql-execution). calibset (params.kv is fp8-calibrated).
+        model: folder. adapter: PEFT folder (optional). dataset. reference (optional). scorer-N: what entry N of the
+        scorers reads. calibset (params.kv is fp8-calibrated).
     Writes:
         scores.parquet: row, group, split, domain, metric, sum, n. Metrics: nll (nats, n completion tokens), nll_all
         (nats, n all tokens of the row but the first), nll_general (the same of the hold-out), bits (nll in bits, n
         UTF-8 bytes of the completions' text), kl (KL(reference || arm) in nats, n completion tokens), agree (top-1
-        agreements, n completion tokens), task (score, n = 1).
-        kl.parquet: KL a token. answers.parquet: what was asked, expected and answered. Rows without a prompt (plain
-        texts) have no task and no answer. kv_cache.json: how a quantized KV cache was simulated (params.kv).
-        Without a reference there is no kl and no agree; a model with another tokenizer has bits and task alone.
+        agreements, n completion tokens), task (the first scorer's score, n = 1), task.NAME (another one's; documents of
+        lm-eval tasks are rows of their own).
+        kl.parquet: KL a token. answers.parquet: what was asked, expected and answered, with `score` and `error` of the
+        first scorer and `scores`, JSON {NAME: {score, error}} of all. Rows without a prompt (plain texts) have no task
+        and no answer. kv_cache.json: how a quantized KV cache was simulated (params.kv).
+        Without a reference there is no kl and no agree; a model with another tokenizer has bits and task scores alone.
         `absent` of the result says why, by metric.
     Metrics:
-        The mean of each, by split.
+        The mean of each, by split. `problems` of the result: metric -> why the arm has no score of it.
 
     Raises:
-        StageError: Logits are inf or NaN; the scorer rejects a reference answer; the model has no KV cache; an external
-            model cannot read the rows.
+        StageError: Logits are inf or NaN; a scorer cannot be loaded or rejects a reference answer; the model has no KV
+            cache; an external model cannot read the rows.
     """
     setup(job)
     if job.execution.device == "cpu":
         os.environ["GPTQ_TORCH_CACHE_WEIGHTS"] = "1"  # 2- and 3-bit layers dequantize once, not in every forward
     params, dataset = job.params, job.inputs["dataset"].path
     rows, general = read_rows(dataset, "dev", "test"), read_general(dataset)
-    asked = [row for row in rows if row.prompt_ids]
+    asked = [row for row in rows if row.prompt_ids]  # one sample a conversation
     if len(asked) < len(rows):
         job.events.note(
             "task", f"{len(rows) - len(asked)} of {len(rows)} rows are plain text: no prompt, so no task score"
         )
-    databases = job.inputs["databases"].path if "databases" in job.inputs else None
-    score = make_scorer(params["scorer"], databases)
-    asked = [row for row in rows if row.prompt_ids]  # one sample a conversation
-    _refuse_references(asked, score)
+    graders = open_graders(job)
+    refuse_references(asked, graders.answers)
     adapter = job.inputs["adapter"].path if "adapter" in job.inputs else None
     own = _own_reading(rows, job)
     model = load_arm(params["kind"], job.inputs["model"].path, adapter=adapter, device=job.execution.device)
     job.events.note("kernel", f"{kernel_of(model)} on {job.execution.device}")
-    arm = _Loaded(model, _tokenizer(dataset), _kv_cache(model, job))
+    arm = _Loaded(model, open_tokenizer(dataset / "tokenizer"), _kv_cache(model, job))
     progress = _Progress(job, [own.rows, asked] if own else [rows, asked, general])
     if own:
         scores, tokens, absent = _own_scores(arm, own, rows, job, progress)
     else:
         scores, tokens, absent = _forced_scores(arm, rows, job, progress)
         scores += _general_scores(arm, general, job, progress)
-    answered = _task(arm, asked, job, score, progress, own=own)
-    scores += [_score(row, "task", one["score"], 1) for row, one in zip(asked, answered, strict=True)]
+    answered = _answers(arm, asked, job, progress, own=own)
+    graded = grade(asked, [one["answer"] for one in answered], graders.answers)
+    scores += [_score(row, metric, value, 1) for metric, values in graded.scores.items() for row, value in values]
+    answered = [one | said for one, said in zip(answered, graded.said, strict=True)]
+    asking = Asking(own.tokenizer, own.ends) if own else Asking.of(dataset / "tokenizer")
+    documents, problems = ask_harnesses(model, graders.harnesses, job, asking=asking, caches=arm.caches)
+    scores += documents
     for name, lines, schema in (("scores", scores, SCORES), ("kl", tokens, TOKENS), ("answers", answered, ANSWERS)):
         pq.write_table(pa.Table.from_pylist(lines, schema=schema), job.out / f"{name}.parquet")
-    said: dict[str, Any] = {"kernel": kernel_of(model), **({"absent": absent} if absent else {})}
-    return {**said, **_stored(arm.caches, job), **_means(scores, job)}
+    problems = {metric: problem.as_dict() for metric, problem in (graded.problems | problems).items()}
+    said = {"absent": absent, "problems": problems}
+    given = {name: one for name, one in said.items() if one}
+    return {"kernel": kernel_of(model), **given, **_stored(arm.caches, job), **_means(scores, job)}
 
 
 def _own_reading(rows: list[Row], job: Job) -> OwnReading | None:
@@ -123,10 +125,6 @@ class _Loaded(NamedTuple):
     model: Model
     tokenizer: Any
     caches: KVCache | None
-
-
-def _tokenizer(dataset: Path) -> Any:
-    return AutoTokenizer.from_pretrained(str(dataset / "tokenizer"), local_files_only=True, trust_remote_code=False)
 
 
 def _kv_cache(model: Model, job: Job) -> KVCache | None:
@@ -268,10 +266,10 @@ def _general_scores(arm: _Loaded, rows: list[Row], job: Job, progress: _Progress
     return scores
 
 
-def _task(
-    arm: _Loaded, rows: list[Row], job: Job, score: Scorer, progress: _Progress, *, own: OwnReading | None
+def _answers(
+    arm: _Loaded, rows: list[Row], job: Job, progress: _Progress, *, own: OwnReading | None
 ) -> list[dict[str, Any]]:
-    """Greedy answers and their scores, in the order of `rows`; from the prompts of `own` where there are.
+    """Greedy answers, decoded once for all scorers, in the order of `rows`; from the prompts of `own` where there are.
 
     Rows with answers of like length share a batch: it decodes until its last answer has ended.
     """
@@ -281,34 +279,16 @@ def _task(
     found: dict[str, dict[str, Any]] = {}
     for group in batches(own.prompts if own else rows, job.params["batch_size"], key=lambda row: row.answer_tokens):
         for row, tokens in zip(group, answers(arm.model, group, config, arm.caches), strict=True):
-            text = tokenizer.decode(tokens, skip_special_tokens=True)
-            verdict = score(behind_thinking(text), row.answer, row.columns)
             found[row.row] = {
                 "row": row.row,
                 "split": row.split,
                 "domain": row.domain,
                 "prompt": tokenizer.decode(row.prompt_ids),
                 "reference": row.answer,
-                "answer": text,
-                "score": verdict.score,
-                "error": verdict.error,
+                "answer": tokenizer.decode(tokens, skip_special_tokens=True),
             }
         progress.step("answers")
     return [found[row.row] for row in rows]
-
-
-def _refuse_references(rows: list[Row], score: Scorer) -> None:
-    """Raise StageError where the data's own answer would score less than 1: then no arm's score means anything."""
-    wrong = [row.row for row in rows if score(row.answer, row.answer, row.columns).score < 1]
-    if wrong:
-        raise StageError(
-            Problem(
-                what=f"the scorer rejects the reference answers of {len(wrong)} row(s)",
-                where=f"rows {', '.join(wrong[:SHOWN])}",
-                why="an arm that answers as the data says would be counted as wrong",
-                next="correct these rows, or choose another evaluate.scorer",
-            )
-        )
 
 
 def _means(scores: list[dict[str, Any]], job: Job) -> dict[str, float]:

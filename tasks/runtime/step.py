@@ -56,6 +56,7 @@ class Step:
         tools: Distributions that shape the bytes; their versions are read from the environment's lock.
         lineage: Replaces `inputs` in the identity. Only a choice uses it: what comes after depends on what was
             chosen (its digest), not on how.
+        after: Steps that have to be made before this one starts, and shape none of its bytes.
         whole_machine: Runs alone (speed is measured, or nothing can run beside it).
         gpus: GPUs wanted where the device is cuda; of each process, where `distributed`.
         distributed: May be made by several processes together (`run.processes`).
@@ -70,6 +71,7 @@ class Step:
     inputs: Mapping[str, Step | External]
     tools: tuple[str, ...] = ()
     lineage: Mapping[str, Step | External] | None = None
+    after: tuple[Step, ...] = ()
     whole_machine: bool = False
     gpus: int = 0
     distributed: bool = False

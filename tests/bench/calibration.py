@@ -159,7 +159,13 @@ def _make_arm(out: Path, made: Made, scheme: str, kind: str, seed: int) -> None:
     if kind == "scales-from-base":
         inputs["scales_from"] = made.artifacts["base"]
     quantize.run(make_job("quantize", out / "model", params=params, **inputs))
-    asked = {"kind": "quantized", "scorer": {"kind": "exact-match"}, "max_new_tokens": 1, "batch_size": 50, "seed": 0}
+    asked = {
+        "kind": "quantized",
+        "scorers": [{"kind": "exact-match", "name": "exact-match"}],
+        "max_new_tokens": 1,
+        "batch_size": 50,
+        "seed": 0,
+    }
     common = {"dataset": made.artifacts["prepare/quickstart"], "reference": made.artifacts["reference/quickstart"]}
     evaluate.run(make_job("evaluate", out / "scores", params=asked, model=out / "model", **common))
     shutil.rmtree(out / "model")

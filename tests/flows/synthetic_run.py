@@ -120,7 +120,7 @@ class SyntheticRun:
                 "name": "quickstart",
                 "model": {"base": "base"},
                 "data": {"path": "domain.jsonl", "general": "general.jsonl" if self.general else None},
-                "evaluate": {"scorer": {"kind": "sql-execution"}},
+                "evaluate": {"scorers": [{"kind": "sql-execution", "name": None}]},
                 "measure": {"enabled": self.measured, "batch": 1, "prompt_tokens": 128, "new_tokens": 32},
             },
         )

@@ -50,7 +50,11 @@ def test_external_models_alone_need_no_training(recipe: Path, tmp_path: Path):
     loaded = load(recipe)
     found = steps(loaded, tmp_path, "external")
     arms = ("base", "prod", "big")
-    assert set(found) == {"prepare/test", *(f"{stage}/{arm}" for stage in ("evaluate", "measure") for arm in arms)}
+    assert set(found) == {
+        "prepare/test",
+        "rehearse/test",
+        *(f"{stage}/{arm}" for stage in ("evaluate", "measure") for arm in arms),
+    }
     assert "reference" not in found["evaluate/prod"].inputs
     with_one = steps(load(recipe, sets=["evaluate.reference=prod"]), tmp_path, "external")
     assert set(with_one) == {*found, "reference/test"}

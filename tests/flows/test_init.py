@@ -62,7 +62,7 @@ def test_it_passes_the_check_and_says_what_it_found(tmp_path: Path):
     for name in ("dev", "test"):
         assert f"{counts[name]['rows']} rows" in text
     assert "32, 64, 128" in text and f"{counts['train']['rows']} are left for train" in text
-    assert loaded.recipe.evaluate.scorer.kind == "exact-match"
+    assert loaded.recipe.evaluate.scorers[0].kind == "exact-match"
     assert 128 <= loaded.recipe.calibrate.rows <= min(256, counts["train"]["rows"])
 
 

@@ -22,7 +22,7 @@ GONE_S = 10.0
 RUNNING = FlowRunFilter.model_validate({"state": {"name": {"any_": ["Running"]}}})
 # Each case drops one stage from a finished home, so that the run starts there.
 FAST = ["train", "quantize"]
-STAGES = ["prepare", "merge", "reference", "calibrate", "choose", "evaluate", "measure"]
+STAGES = ["prepare", "rehearse", "merge", "reference", "calibrate", "choose", "evaluate", "measure"]
 
 
 def quick(stage: str) -> tuple[str, ...]:

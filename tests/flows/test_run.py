@@ -132,7 +132,7 @@ def test_a_remade_adapter_with_other_bytes_makes_everything_below_again(world: W
     before = adapter_digest(world.home)
     world.drop("train")
     planned = world.plan()
-    above = {"prepare/small", "calibrate/small", "measure/base"}
+    above = {"prepare/small", "rehearse/small", "calibrate/small", "measure/base", "measure/base-nf4"}
     assert {key for key, hit in planned.items() if hit} == above
     # Four forward passes a step in place of one: execution, not identity, and another order of summation.
     world.quench("run", str(world.recipe), "--set", "measure.enabled=false", "--set", "run.micro_batch=4")

@@ -26,7 +26,8 @@ from tests.jobs.test_merge import plant_adapter
 from tests.jobs.test_prepare import PARAMS as PREPARE
 from tests.tiny import write_base
 
-PARAMS = {"kind": "bf16", "scorer": {"kind": "exact-match"}, "max_new_tokens": 12, "batch_size": 4, "seed": 0}
+EXACT = {"kind": "exact-match", "name": "exact-match"}
+PARAMS = {"kind": "bf16", "scorers": [EXACT], "max_new_tokens": 12, "batch_size": 4, "seed": 0}
 SCORED = ("nll", "nll_all", "bits", "kl", "agree", "task")
 ANSWERS = ("blue", "the sky is blue", "SELECT name FROM books")  # of different lengths
 
@@ -208,11 +209,11 @@ def test_a_reference_answer_that_its_own_scorer_rejects_is_refused(world: Path, 
     job = make_job(
         "evaluate",
         tmp_path / "out",
-        params=PARAMS | {"scorer": {"kind": "sql-execution", "schema_column": "schema"}},
+        params=PARAMS | {"scorers": [{"kind": "sql-execution", "name": "sql-execution", "schema_column": "schema"}]},
         reference=world / "reference",
         model=world / "base",
         dataset=dataset,
-        databases=tmp_path / "sql",
+        **{"scorer-0": tmp_path / "sql"},
     )
     with pytest.raises(StageError, match="a reference answer does not run"):
         evaluate.run(job)

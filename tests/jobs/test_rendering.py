@@ -382,7 +382,13 @@ def test_a_conversation_of_several_samples_is_answered_once(talks: Path, tmp_pat
     inputs = {name: world / name for name in ("dataset", "base", "adapter")}
     params = {"batch_size": 16, "reference_gib": 4.0, "seed": 0}
     reference.run(make_job("reference", world / "reference", params=params, **inputs))
-    params = {"kind": "bf16", "scorer": {"kind": "exact-match"}, "max_new_tokens": 4, "batch_size": 16, "seed": 0}
+    params = {
+        "kind": "bf16",
+        "scorers": [{"kind": "exact-match", "name": "exact-match"}],
+        "max_new_tokens": 4,
+        "batch_size": 16,
+        "seed": 0,
+    }
     inputs = {"dataset": world / "dataset", "reference": world / "reference", "model": world / "base"}
     evaluate.run(make_job("evaluate", tmp_path / "scores", params=params, **inputs))
     scores = pq.read_table(tmp_path / "scores" / "scores.parquet").to_pylist()

@@ -175,7 +175,7 @@ def test_general_rows_need_text(tmp_path: Path):
 
 
 def test_sql_scorer_needs_its_databases(tmp_path: Path):
-    recipe = write_project(tmp_path, extra="evaluate:\n  scorer: {kind: sql-execution, databases: db}\n")
+    recipe = write_project(tmp_path, extra="evaluate:\n  scorers: [{kind: sql-execution, databases: db}]\n")
     write_rows(tmp_path / "rows.jsonl", (chat(number, schema="shop") for number in range(260)))
     assert "not there" in only(recipe).what
     (tmp_path / "db").mkdir()

@@ -155,7 +155,7 @@ def test_an_empty_side_is_refused(tmp_path: Path, name: str):
 
 
 def test_every_general_row_and_database(tmp_path: Path):
-    recipe = write_project(tmp_path, extra="evaluate:\n  scorer: {kind: sql-execution, databases: db}\n")
+    recipe = write_project(tmp_path, extra="evaluate:\n  scorers: [{kind: sql-execution, databases: db}]\n")
     (tmp_path / "db").mkdir()
     (tmp_path / "db" / "shop.sql").write_text("")
     rows = [chat(number, schema="zoo" if number == 100 else "shop") for number in range(260)]

@@ -38,7 +38,7 @@ def test_schema_to_yaml_to_schema_is_the_identity(tmp_path: Path):
             "data": {"path": "rows.jsonl", "domain": "kind", "dev": 0.2, "salt": "2026"},
             "train": {"learning_rate": 2e-5, "targets": ["q_proj"], "max_steps": 7, "alpha": 3.0},
             "quantize": {"schemes": ["rtn-w2-g32"]},
-            "evaluate": {"scorer": {"kind": "sql-execution", "databases": "db"}, "on_base": ["awq-w4-g64"]},
+            "evaluate": {"scorers": [{"kind": "sql-execution", "databases": "db"}], "on_base": ["awq-w4-g64"]},
             "run": {"micro_batch": 4, "device": "cpu"},
         }
     )
@@ -78,7 +78,7 @@ def test_unknown_keys_get_the_nearest_name_and_the_line(tmp_path: Path, monkeypa
         ("run.device", "gpu", "'auto' or 'cpu' or 'cuda'"),
         ("quantize.schemes", "rtn-w4-g32", "a list"),
         ("measure", "3", "a section"),
-        ("evaluate.scorer", "{kind: sql}", "'exact-match' or 'sql-execution'"),
+        ("evaluate.scorers", "[{kind: sql}]", "'exact-match' or 'number' or 'json-schema'"),
         ("name", "My Run", "small letters"),
     ],
 )
@@ -166,11 +166,16 @@ def test_extends_merges_sections_and_replaces_lists(tmp_path: Path):
     assert child.where("train.seed").endswith("recipe.yaml:3 train.seed")  # a default stands where its section does
 
 
-def test_another_scorer_brings_none_of_the_old_ones_keys(tmp_path: Path):
-    scorer = "evaluate: {scorer: {kind: sql-execution, databases: db}}\n"
-    write(tmp_path, MINIMAL + scorer, "base.yaml")
-    child = loaded(tmp_path, "extends: base.yaml\nevaluate: {scorer: {kind: exact-match}}\n")
-    assert child.recipe.evaluate.scorer.kind == "exact-match"
+def test_scorers_are_a_list_and_replaced_as_one(tmp_path: Path):
+    write(tmp_path, MINIMAL + "evaluate: {scorers: [{kind: sql-execution, databases: db}]}\n", "base.yaml")
+    child = loaded(tmp_path, "extends: base.yaml\nevaluate: {scorers: [{kind: exact-match}]}\n")
+    assert [one.kind for one in child.recipe.evaluate.scorers] == ["exact-match"]
+
+
+def test_a_scorer_of_an_older_recipe_says_what_to_write(tmp_path: Path):
+    (problem,) = refused(write(tmp_path, MINIMAL + "evaluate: {scorer: {kind: exact-match}}\n"))
+    assert problem.where.endswith("recipe.yaml:4 evaluate.scorer")
+    assert "`scorers:` with `- kind: ...`" in problem.next
 
 
 def test_an_error_in_the_extended_file_is_placed_there(tmp_path: Path):

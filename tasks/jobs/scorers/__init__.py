@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,22 +15,45 @@ class Verdict(NamedTuple):
     error: str = ""
 
 
+class ScorerFailed(Exception):
+    """A scorer that could not say anything about an answer: the arm then has no score of it at all."""
+
+
 Scorer = Callable[[str, str, Mapping[str, Any]], Verdict]
-"""(answer, reference, the row's other columns) -> Verdict."""
+"""(answer, reference, the row's other columns) -> Verdict. Raises ScorerFailed."""
 
 
-def make_scorer(params: Mapping[str, Any], databases: Path | None) -> Scorer:
-    """The scorer that a recipe's `evaluate.scorer` names.
+def is_share(value: Any) -> bool:
+    """True for a number from 0 to 1, of Python or numpy, and for a bool."""
+    return isinstance(value, Real) and 0 <= float(value) <= 1
+
+
+def make_scorer(params: Mapping[str, Any], content: Path | None) -> Scorer:
+    """The scorer that an entry of `evaluate.scorers` names; lm-eval is none, since it asks for its own answers.
 
     Args:
-        params: Dump of schema.Scorer.
-        databases: Folder with one SCHEMA.sql a database, for sql-execution.
+        params: What recipes.scorers says of it, `params()`.
+        content: The file or folder that it reads.
+
+    Raises:
+        StageError: That file is not what its kind needs.
     """
     from tasks.jobs.scorers.exact_match import exact_match
+    from tasks.jobs.scorers.json_schema import JsonSchema
+    from tasks.jobs.scorers.number import Number
+    from tasks.jobs.scorers.python_callable import load_function
     from tasks.jobs.scorers.sql_execution import SqlExecution
 
-    if params["kind"] == "sql-execution" and databases is not None:
-        return SqlExecution(databases, column=params["schema_column"])
-    if params["kind"] == "exact-match":
-        return exact_match
-    raise ValueError(f"no scorer {params['kind']} (databases: {databases})")
+    match params["kind"], content:
+        case "exact-match", _:
+            return exact_match
+        case "number", _:
+            return Number(params["pattern"], absolute=params["absolute"], relative=params["relative"])
+        case "json-schema", Path():
+            return JsonSchema(content, equal=params["match"] == "equal")
+        case "sql-execution", Path():
+            return SqlExecution(content, column=params["schema_column"])
+        case "python", Path():
+            return load_function(content, params["function"])
+        case _:
+            raise ValueError(f"no scorer {params['kind']} (it reads: {content})")

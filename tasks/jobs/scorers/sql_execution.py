@@ -111,7 +111,7 @@ def _no_database(schema: str, column: str, there: list[str]) -> StageError:
     return StageError(
         Problem(
             what=f"no database for `{column}` {schema}",
-            where="evaluate.scorer.databases",
+            where="evaluate.scorers, kind sql-execution: databases",
             why=f"the folder has {', '.join(there) or 'no .sql file'}",
             next=f"add {schema}.sql, or correct column `{column}` of the data",
         )

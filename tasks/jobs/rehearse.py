@@ -1,0 +1,32 @@
+"""The scorers on the data's own answers: what would fail in every arm's evaluation fails before training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tasks.jobs.grading import open_graders, refuse_references
+from tasks.jobs.scoring import read_rows
+from tasks.runtime.job import Job
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Open all scorers, and score every reference answer of dev and test by itself.
+
+    Reads:
+        dataset. scorer-N: what entry N of the scorers reads.
+    Writes:
+        Nothing: the result says how many answers and documents there are.
+    Metrics:
+        None.
+
+    Raises:
+        StageError: A scorer cannot be loaded or rejects a reference answer; an lm-eval task is not on this machine.
+    """
+    graders = open_graders(job)
+    asked = [row for row in read_rows(job.inputs["dataset"].path, "dev", "test") if row.prompt_ids]
+    refuse_references(asked, graders.answers)
+    documents = {metric: harness.documents for metric, harness in graders.harnesses.items()}
+    named = ", ".join(f"{count} documents of {task}" for tasks in documents.values() for task, count in tasks.items())
+    scorers = ", ".join(grader.name for grader in graders.answers)
+    job.events.note("scorers", f"{scorers} accept all {len(asked)} reference answers{'; ' if named else ''}{named}")
+    return {"references": len(asked), "documents": documents}

@@ -1,0 +1,270 @@
+"""Tasks of lm-evaluation-harness: their documents, asked of a loaded model, a score a document.
+
+The data sets of tasks are read as all children read: from this machine. A relative path in a task of the recipe's own
+counts from its folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jinja2 import TemplateError
+from lm_eval.api.task import Task
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from recipes.lm_eval_tasks import find_tasks
+from recipes.problem import Problem
+from tasks.jobs.scorers import ScorerFailed, is_share
+from tasks.jobs.scoring import Caches
+from tasks.runtime.errors import StageError
+
+FEWSHOT_SEED = 1234  # lm_eval's own default
+# What loading a task raises: no data set and no network, a loading script, a function that its YAML names.
+LOADING = (OSError, RuntimeError, NotImplementedError, ImportError, AttributeError)
+
+
+class Document(NamedTuple):
+    """One document's score.
+
+    Attributes:
+        row: `task/number-hash`: arms are paired by it, and a document with other content is another row.
+        task: Its task.
+        score: 0 to 1.
+    """
+
+    row: str
+    task: str
+    score: float
+
+
+class Harness:
+    """The tasks of one entry of `evaluate.scorers`, loaded; no model is needed for that."""
+
+    def __init__(self, params: Mapping[str, Any], include: Path | None) -> None:
+        """Load the tasks and their documents.
+
+        Args:
+            params: What recipes.scorers says of an lm-eval entry.
+            include: Folder of the recipe's own tasks.
+
+        Raises:
+            StageError: No such task, no data set on this machine, a task that runs generated code, no such metric.
+        """
+        self._params = params
+        names = list(params["tasks"])
+        found = find_tasks(names, include)
+        if found.near:
+            raise _unknown(found.near)
+        folders = {path.parent for files in found.files.values() for path in files}
+        with _inside(include):
+            self._loaded = self._load(names, folders, include)
+        for task in self._loaded["tasks"].values():
+            _refuse(task)
+            _render(task)
+            self._metric(task)
+            if task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=0)
+            task.set_fewshot_seed(seed=FEWSHOT_SEED)
+
+    @property
+    def documents(self) -> dict[str, int]:
+        """Documents that are asked, by task."""
+        limit = self._params["limit"]
+        sizes = {name: len(task.eval_docs) for name, task in self._loaded["tasks"].items()}
+        return {name: size if limit is None else min(size, limit) for name, size in sorted(sizes.items())}
+
+    def _load(self, names: Sequence[str], folders: set[Path], include: Path | None) -> Any:
+        """The named tasks, from an index of the folders that they are in; of all, where a group reaches further."""
+        own: list[str | Path] = [include] if include else []
+        few: list[str | Path] = [*sorted(folders - set(own)), *own]  # later ones win
+        try:
+            return TaskManager(include_path=few, include_defaults=False).load(list(names))
+        except TemplateError as error:  # the library itself renders the first document, too
+            raise _unaskable(", ".join(names), error) from error
+        except (KeyError, ValueError):
+            return self._load_from_all(names, own)
+        except LOADING as error:
+            raise _not_here(names, error) from error
+
+    def _load_from_all(self, names: Sequence[str], own: list[str | Path]) -> Any:
+        try:
+            return TaskManager(include_path=own).load(list(names))
+        except (KeyError, ValueError, *LOADING) as error:
+            raise _not_here(names, error) from error
+
+    def _metric(self, task: Task) -> tuple[str, str | None]:
+        """Metric and filter (None: the first) of a task.
+
+        Raises:
+            StageError: The task has no such metric, or less of it is better.
+        """
+        better: Mapping[str, bool] = task.higher_is_better() or {}
+        metric, _, chosen = (self._params["metric"] or next(iter(better), "")).partition(",")
+        if not better.get(metric, False):
+            more = [name for name, higher in better.items() if higher]
+            raise StageError(
+                Problem(
+                    what=f"the task {task.task_name} has no metric `{metric}` of which more is better",
+                    where="evaluate.scorers, kind lm-eval",
+                    why=f"it has {', '.join(more) or 'none'}",
+                    next=f"write `metric: {more[0]}`" if more else "leave this task out",
+                )
+            )
+        return metric, chosen or None
+
+    def run(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        ends: Sequence[int],
+        batch_size: int,
+        caches: Caches | None = None,
+    ) -> list[Document]:
+        """Ask all documents.
+
+        Args:
+            model: A loaded arm.
+            tokenizer: The data set's, with the chat template.
+            ends: Token ids that end an answer. Stop strings never match the end-of-turn token, which is special.
+            batch_size: Documents a forward pass.
+            caches: Makes the arm's KV caches where they are quantized.
+
+        Raises:
+            ScorerFailed: A document has no score from 0 to 1.
+        """
+        pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        model.generation_config = GenerationConfig(do_sample=False, eos_token_id=list(ends), pad_token_id=pad)
+        lm: Any = _Arm
+        results: Any = evaluate(
+            # A rendered template has its own beginning-of-text token, or none.
+            lm=lm(
+                caches=caches,
+                pretrained=model,
+                tokenizer=tokenizer,
+                batch_size=batch_size,
+                add_bos_token=False if self._params["chat_template"] else None,
+            ),
+            task_dict=self._loaded,
+            limit=self._params["limit"],
+            bootstrap_iters=0,
+            log_samples=True,
+            apply_chat_template=self._params["chat_template"],
+        )
+        tasks = self._loaded["tasks"]
+        return [
+            one for name, samples in sorted(results["samples"].items()) for one in self._scores(tasks[name], samples)
+        ]
+
+    def _scores(self, task: Task, samples: Sequence[Mapping[str, Any]]) -> Iterator[Document]:
+        metric, chosen = self._metric(task)
+        filters = list(dict.fromkeys(one["filter"] for one in samples))
+        chosen = chosen or filters[0]
+        if chosen not in filters:
+            raise ScorerFailed(f"the task {task.task_name} has no filter `{chosen}`, but {', '.join(filters)}")
+        for one in samples:
+            if one["filter"] != chosen:
+                continue
+            value = one.get(metric)
+            if not is_share(value):
+                raise ScorerFailed(f"{metric} of {task.task_name} gives a document {value!r}, no number from 0 to 1")
+            row = f"{task.task_name}/{one['doc_id']}-{one['doc_hash'][:8]}"
+            yield Document(row, task.task_name, float(value))
+
+
+class _Arm(HFLM):
+    """A loaded arm as lm_eval asks it: through the arm's own KV cache where that is quantized."""
+
+    def __init__(self, *, caches: Caches | None, **more: Any) -> None:
+        super().__init__(**more)
+        self._caches = caches
+
+    def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        if self._caches is None:
+            return super()._model_call(inps, attn_mask, labels)
+        with torch.no_grad():
+            return self.model(inps, past_key_values=self._caches(), use_cache=True).logits
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **more: Any) -> Tensor:
+        cached = {} if self._caches is None else {"past_key_values": self._caches()}
+        return super()._model_generate(context, max_length, stop, **more, **cached)
+
+
+@contextlib.contextmanager
+def _inside(folder: Path | None) -> Iterator[None]:
+    with contextlib.chdir(folder) if folder else contextlib.nullcontext():
+        yield
+
+
+def _refuse(task: Task) -> None:
+    """Raise StageError for what no arm can be asked."""
+    name = task.task_name
+    reasons = {"UNSAFE_CODE": "it runs code that the model writes", "MULTIMODAL": "it shows pictures"}
+    for attribute, why in reasons.items():
+        if getattr(task, attribute, False):
+            raise StageError(
+                Problem(
+                    what=f"the task {name} cannot be scored here",
+                    where="evaluate.scorers, kind lm-eval",
+                    why=why,
+                    next="leave it out",
+                )
+            )
+
+
+def _render(task: Task) -> None:
+    """Raise StageError where the first document cannot be asked: templates and functions of a task are its author's."""
+    for document in islice(task.eval_docs, 1):
+        try:
+            task.doc_to_text(document)
+            task.doc_to_target(document)
+        except Exception as error:  # the task's own code: whatever it raises is told
+            raise _unaskable(task.task_name, error) from error
+
+
+def _unaskable(task: str, error: Exception) -> StageError:
+    return StageError(
+        Problem(
+            what=f"the first document of the task {task} cannot be asked",
+            where="evaluate.scorers, kind lm-eval",
+            why=f"{type(error).__name__}: {error}",
+            next="correct doc_to_text and doc_to_target of the task: they name columns of its documents",
+        )
+    )
+
+
+def _unknown(near: Mapping[str, str]) -> StageError:
+    guesses = [name for name in near.values() if name]
+    return StageError(
+        Problem(
+            what=f"lm-evaluation-harness has no task {', '.join(near)}",
+            where="evaluate.scorers, kind lm-eval",
+            why="neither a task nor a group or tag bears that name",
+            next=f"did you mean {', '.join(guesses)}?" if guesses else "`.venv/bin/lm-eval ls tasks` lists all names",
+        )
+    )
+
+
+def _not_here(names: Sequence[str], error: Exception) -> StageError:
+    """The library found the task and could not load it: as a rule its data set is on a hub."""
+    listed = ", ".join(map(repr, names))
+    return StageError(
+        Problem(
+            what=f"the lm-eval task(s) {', '.join(names)} cannot be loaded",
+            where="evaluate.scorers, kind lm-eval",
+            why=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}; jobs read what "
+            "is on this machine and fetch nothing",
+            next="fetch the data set once, with a network: "
+            f'.venv/bin/python -c "from lm_eval.tasks import TaskManager; TaskManager().load([{listed}])"; '
+            "or name a YAML task with `data_files` by `include:`",
+        )
+    )
