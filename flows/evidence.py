@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from flows.stats import Floats, Sums
+
+
+Role = Literal["base", "reference", "merged", "scheme", "on-base", "control", "kv-cache", "external"]
 
 
 class SchemeParts(NamedTuple):
@@ -74,6 +77,10 @@ class Arm:
         quantization: The scheme's params(): method, bits, group_size (-1: per channel) and so on.
         refused: Why the recipe's serve.engine does not read it; None where it does, or the recipe names none.
         calibration: `domain`, the run's own set; `generic`, `mixed` and `random` are controls.
+        kv: How its KV cache is stored (simulated): `fp8`, `fp8-calibrated`, `int8`; None for bf16.
+        of: Slug of the arm whose files it loads, where it differs from that arm in its KV cache alone.
+        external: A model that this pipeline did not make.
+        unavailable: Why this arm could not be, known before the run; it has no steps then.
     """
 
     slug: str
@@ -89,6 +96,24 @@ class Arm:
     evaluate: str
     measure: str | None
     refused: str | None = None
+    kv: str | None = None
+    of: str | None = None
+    external: bool = False
+    unavailable: str | None = None
+
+    @property
+    def role(self) -> Role:
+        """What it is there for: the page draws what can be shipped, and keeps controls to their own section."""
+        chosen: tuple[tuple[bool, Role], ...] = (
+            (self.external, "external"),
+            (self.is_control, "control"),
+            (self.kv is not None, "kv-cache"),
+            (self.on_base, "on-base"),
+            (self.scheme is not None, "scheme"),
+            (self.merge_base is not None, "merged"),
+            (self.adapter is not None, "reference"),
+        )
+        return next((role for holds, role in chosen if holds), "base")
 
     @property
     def is_control(self) -> bool:

@@ -16,9 +16,11 @@ from flows.cells import ArmEvidence, Cell, Draws, cells_of, domain_cells, gather
 from flows.comparisons import FAMILIES, REFERENCE, compare
 from flows.evidence import Arm, Run, Step, notes, read_run
 from flows.layers import layers_of
+from flows.loading import loading_of
 from flows.metrics import METRICS
 from flows.report_html import page
 from flows.report_text import arm_rows, markdown, print_report
+from flows.samples import samples_of
 from flows.stats import QUANTILE_RESAMPLES, RESAMPLES, SEED
 
 SCHEMA_VERSION = 1
@@ -120,6 +122,8 @@ def evaluate(run: Run) -> dict[str, Any]:
         "scorer": ((run.recipe.get("evaluate") or {}).get("scorer") or {}).get("kind"),
         "speed": {arm.slug: _speed(arm, run) for arm in run.arms if speed_record(arm, run)},
         "layers": layers_of(run),
+        "samples": samples_of(run),
+        "loading": loading_of(run),
         "seconds": _stage_seconds(run),
         "wall_seconds": run.raw.get("seconds"),
         "memory": [_memory(step, run.predicted[step.key]) for step in run.steps.values() if step.key in run.predicted],
@@ -158,6 +162,7 @@ def _arm(one: ArmEvidence, run: Run, cells: Mapping[str, Cell], *, ranked: bool)
     return {
         "status": "failed" if one.failure else "ok",
         "ranked": ranked,
+        "role": one.arm.role,
         "refused": one.arm.refused,
         "merge_base": one.arm.merge_base,
         "path": _files(one.arm.model, run),

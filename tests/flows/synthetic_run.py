@@ -258,6 +258,8 @@ class SyntheticRun:
                 "general", "nll_general", far * count + rng.normal(0, 9, self.general), count, list(range(self.general))
             )
         pq.write_table(pa.table(table), files / "scores.parquet")
+        if self.prompts:
+            pq.write_table(pa.Table.from_pylist(self._answers(slug, right, rows)), files / "answers.parquet")
         owner = np.repeat(self.groups, self.tokens)
         tokens = {
             "row": np.concatenate([np.repeat(self.rows, self.tokens)] * 2),
@@ -266,6 +268,35 @@ class SyntheticRun:
             "kl": np.concatenate([kl * 2, kl]).astype(np.float32),
         }
         pq.write_table(pa.table(tokens), files / "kl.parquet")
+
+    def _answers(self, slug: str, right: np.ndarray, rows: list[int]) -> list[dict[str, Any]]:
+        """answers.parquet: dev and test rows, one table of patients."""
+        return [
+            {
+                "row": self.rows[index],
+                "split": split,
+                "domain": self.domains[index],
+                "prompt": f"<|im_start|>user\npatients(id, name, age)\nWho is over {20 + index % 60}?<|im_end|>\n",
+                "reference": reference_of(index),
+                "answer": answer_to(index, right=bool(right[index]), slug=slug),
+                "score": float(right[index]) if slug != "base" else 0.0,
+                "error": None if right[index] else "other rows than the reference answer's",
+            }
+            for split in ("dev", "test")
+            for index in rows
+        ]
+
+
+def answer_to(index: int, *, right: bool, slug: str) -> str:
+    """The answer of an arm: as the reference, one word off, or what an untuned base writes."""
+    if slug == "base":
+        return "The question asks for the names of all patients. To answer it,"
+    return reference_of(index) if right else reference_of(index).replace("age >", "age >=")
+
+
+def reference_of(index: int) -> str:
+    """The answer that the data has."""
+    return f"SELECT name FROM patients WHERE age > {20 + index % 60} ORDER BY name"
 
 
 def blocks(shape: Shape, rng: np.random.Generator) -> dict[str, Any]:
