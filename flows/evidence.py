@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from flows.stats import Floats, Sums
 
-
 Role = Literal["base", "reference", "merged", "scheme", "on-base", "control", "kv-cache", "external"]
 
 
@@ -104,16 +103,16 @@ class Arm:
     @property
     def role(self) -> Role:
         """What it is there for: the page draws what can be shipped, and keeps controls to their own section."""
-        chosen: tuple[tuple[bool, Role], ...] = (
-            (self.external, "external"),
-            (self.is_control, "control"),
-            (self.kv is not None, "kv-cache"),
-            (self.on_base, "on-base"),
-            (self.scheme is not None, "scheme"),
-            (self.merge_base is not None, "merged"),
-            (self.adapter is not None, "reference"),
-        )
-        return next((role for holds, role in chosen if holds), "base")
+        held: dict[Role, bool] = {
+            "external": self.external,
+            "control": self.is_control,
+            "kv-cache": self.kv is not None,
+            "on-base": self.on_base,
+            "scheme": self.scheme is not None,
+            "merged": self.merge_base is not None,
+            "reference": self.adapter is not None,
+        }
+        return next((role for role, holds in held.items() if holds), "base")
 
     @property
     def is_control(self) -> bool:

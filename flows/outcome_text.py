@@ -14,7 +14,6 @@ from flows.plot_waterfall import signed
 GATE_MARKS = {"pass": "✓", "worse": "▼", "undecided": "?", "none": "–"}
 
 
-
 def label(metric: str) -> str:
     """A metric as a column is headed; metrics of the gate alone as they are written."""
     return METRICS[metric].label if metric in METRICS else metric.replace("_", " ")

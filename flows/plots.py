@@ -349,6 +349,9 @@ def as_picture(svg: str) -> str:
     for variable, colour in LIGHT.items():
         svg = svg.replace(f"var({variable})", colour)
     width, height = (float(one) for one in re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)[0])
-    ground = f'<rect width="{width:g}" height="{height:g}" fill="{LIGHT["--paper"]}"/>'
+    style = (
+        f"<style>text{{paint-order:stroke;stroke:{LIGHT['--paper']};stroke-width:3px;stroke-linejoin:round}}</style>"
+    )
+    ground = style + f'<rect width="{width:g}" height="{height:g}" fill="{LIGHT["--paper"]}"/>'
     size = f'width="{width * PICTURE_SCALE:g}" height="{height * PICTURE_SCALE:g}" font-family="sans-serif"'
     return re.sub(r"(<svg)([^>]*>)", rf"\1 {size}\2{ground}", svg, count=1)

@@ -75,7 +75,7 @@ def page(report: Mapping[str, Any]) -> str:
         domains_plot=drawn.get("domains"),
         errors_plot=drawn.get("layer-errors"),
         weights_plot=drawn.get("layer-weights"),
-        worst=worst(report["layers"]),
+        worst=worst(drawn_layers(report)),
         strips=strips(report),
         domains=domains(report),
         memory=memory(report),
@@ -85,15 +85,21 @@ def page(report: Mapping[str, Any]) -> str:
 
 def figures(report: Mapping[str, Any]) -> dict[str, str]:
     """Every figure of the page as SVG by its name; those that have nothing to show are left out."""
+    layers = drawn_layers(report)
     drawn = {
         "kl-against-size": against_size(report["arms"], "kl_mean"),
         "task-against-size": against_size(report["arms"], "task"),
         "waterfall": waterfall_plot(report.get("waterfall")),
         "domains": domains_plot(report),
-        "layer-errors": errors_plot(report["layers"]),
-        "layer-weights": weights_plot(report["layers"]),
+        "layer-errors": errors_plot(layers),
+        "layer-weights": weights_plot(layers),
     }
     return {name: svg for name, svg in drawn.items() if svg}
+
+
+def drawn_layers(report: Mapping[str, Any]) -> dict[str, Any]:
+    """`layers` of the schemes on the merged model; variants of them would cover each other."""
+    return {slug: one for slug, one in report["layers"].items() if report["arms"][slug]["role"] == "scheme"}
 
 
 def verdict(report: Mapping[str, Any]) -> list[str]:

@@ -1,7 +1,7 @@
 """Answers side by side: a dozen test rows chosen by a rule that knows no taste, and what every arm answered.
 
-The rule (also in report.json): rows of test that have a prompt, in the order of a seeded hash of their name; first rows
-on which arms differ in score, then any others. The untouched base does not count for "differ": it differs nearly always.
+The rule (also in report.json): rows of test that have a prompt, in the order of a seeded hash of their name; first
+rows on which arms differ in score, then others. The untouched base does not count there: it differs nearly always.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ SEED = 20_260_101
 ROWS, DIFFERING = 12, 8  # shown in all; of these at most so many because arms differ in score
 PROMPT_CHARS = 1_200  # the end of a prompt is kept: the question stands there
 ANSWER_CHARS = 1_200
+ALIKE = 0.4  # share of words in common from which differences are worth marking one by one
 COLUMNS = ("row", "domain", "prompt", "reference", "answer", "score", "error")
 LEFT_OUT = ("control",)  # roles whose answers decide nothing
 
@@ -44,8 +45,8 @@ def samples_of(run: Run) -> dict[str, Any] | None:
     first = differing[:DIFFERING]
     more = [row for row in _shuffled(shared) if row not in first][: ROWS - len(first)]
     return {
-        "rule": f"rows of test with a prompt that every arm answered, in the order of sha256('{SEED}:' + row): first up to "
-        f"{DIFFERING} on which arms other than the untouched base differ in score, then others, {ROWS} in all",
+        "rule": f"rows of test with a prompt that every arm answered, in the order of sha256('{SEED}:' + row): first "
+        f"up to {DIFFERING} on which arms other than the untouched base differ in score, then others, {ROWS} in all",
         "seed": SEED,
         "rows": len(shared),
         "differing": len(differing),
@@ -97,9 +98,15 @@ def _beginning(text: str) -> str:
 
 
 def marked(reference: str, answer: str) -> list[Piece]:
-    """The answer in pieces, compared with the reference by words, spaces and signs."""
+    """The answer in pieces, compared with the reference by words, spaces and signs.
+
+    Of an answer that shares little with the reference, nothing is marked off: it is all one added piece.
+    """
     wanted, got = (_words(text.strip()) for text in (reference, answer))
-    return list(_pieces(wanted, got, SequenceMatcher(None, wanted, got, autojunk=False)))
+    matcher = SequenceMatcher(None, wanted, got, autojunk=False)
+    if matcher.ratio() < ALIKE:
+        return [Piece("added", "".join(got))]
+    return list(_pieces(wanted, got, matcher))
 
 
 def _words(text: str) -> list[str]:
