@@ -100,13 +100,3 @@ def fit_sentences(fit: Mapping[str, Any] | None) -> Iterator[str]:
     for one in (fit or {}).get("examples", []):
         best = one["best"] or "nothing of this run"
         yield f"{one['vram_gib']:g} GiB, {one['batch']} x {one['context']:,} tokens: {best}"
-
-
-def outcomes(report: Mapping[str, Any]) -> list[str]:
-    """All that is there, a sentence each."""
-    found = (
-        gate_sentence(report.get("gate")),
-        waterfall_sentence(report.get("waterfall")),
-        power_sentence(report.get("power")),
-    )
-    return [sentence for sentence in found if sentence]

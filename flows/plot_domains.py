@@ -57,7 +57,7 @@ def domains_plot(report: Mapping[str, Any]) -> str:
             plain_axes(panel, x="task score, %" if bottom else "", y="")
             panel.tick_params(axis="x", labelbottom=bottom)
             panel.grid(visible=False, axis="y")
-            panel.set_yticks(range(len(arms)), arms if index % 2 == 0 else [""] * len(arms), fontsize=8.5)
+            panel.set_yticks(range(len(arms)), arms if index % 2 == 0 else [""] * len(arms), fontsize=9)
             panel.tick_params(axis="y", colors=INK)
         return as_svg(figure, "Task score by domain, a bar an arm, with 95 % intervals")
 

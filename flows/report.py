@@ -18,7 +18,7 @@ from flows.evidence import Arm, Run, Step, notes, read_run
 from flows.layers import layers_of
 from flows.loading import loading_of
 from flows.metrics import METRICS
-from flows.report_html import page
+from flows.report_html import figures, page, pictures
 from flows.report_text import arm_rows, markdown, print_report
 from flows.samples import samples_of
 from flows.stats import QUANTILE_RESAMPLES, RESAMPLES, SEED
@@ -49,12 +49,14 @@ class Report:
         json: What report.json holds.
         markdown: What report.md holds.
         table: One row an arm, written out: for a table artifact.
+        pictures: The page's figures by name, as SVG files of their own.
     """
 
     folder: Path
     json: dict[str, Any]
     markdown: str
     table: list[dict[str, str]]
+    pictures: dict[str, str]
 
 
 def render(run_folder: Path, home: Path) -> Report:
@@ -65,15 +67,15 @@ def render(run_folder: Path, home: Path) -> Report:
         home: QUENCH_HOME, which the store's paths are relative to.
     """
     data = evaluate(read_run(run_folder, home))
-    text = markdown(data)
+    text, drawn = markdown(data), figures(data)
     written = {
         "report.json": json.dumps(data, indent=2, allow_nan=False) + "\n",
         "report.md": text,
-        "report.html": page(data),
+        "report.html": page(data, drawn),
     }
     for name, content in written.items():
         (run_folder / name).write_text(content, encoding="utf-8")
-    return Report(folder=run_folder, json=data, markdown=text, table=arm_rows(data))
+    return Report(folder=run_folder, json=data, markdown=text, table=arm_rows(data), pictures=pictures(drawn))
 
 
 def evaluate(run: Run) -> dict[str, Any]:

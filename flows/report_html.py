@@ -16,7 +16,7 @@ from flows.metrics import METRICS, difference_text, interval_text, significant, 
 from flows.outcome_text import GATE_MARKS, gate_sentence, label, margin_text, power_sentence, test_difference
 from flows.plot_domains import domains_plot
 from flows.plot_waterfall import waterfall_plot
-from flows.plots import LIGHT, against_size, family_of, look
+from flows.plots import LIGHT, against_size, as_picture, family_of, look
 from flows.report_text import COLUMNS, SPEEDS, data_line, hardware_line, heading, left_out, ran_on
 from flows.samples import marked
 
@@ -24,8 +24,8 @@ TEMPLATES = Path(__file__).parent / "templates"
 OPEN_UP_TO = 8  # comparisons of a family that is shown unfolded
 
 
-def page(report: Mapping[str, Any]) -> str:
-    """The whole page."""
+def page(report: Mapping[str, Any], svgs: Mapping[str, str]) -> str:
+    """The whole page, with the figures that `figures` made."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -34,7 +34,7 @@ def page(report: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    drawn = {name: Markup(svg) for name, svg in figures(report).items()}
+    drawn = {name: Markup(svg) for name, svg in svgs.items()}
     controls = [slug for slug, arm in report["arms"].items() if arm["role"] == "control"]
     return environment.get_template("report.html.j2").render(
         r=report,
@@ -95,6 +95,11 @@ def figures(report: Mapping[str, Any]) -> dict[str, str]:
         "layer-weights": weights_plot(layers),
     }
     return {name: svg for name, svg in drawn.items() if svg}
+
+
+def pictures(svgs: Mapping[str, str]) -> dict[str, str]:
+    """The figures as files of their own."""
+    return {name: as_picture(svg) for name, svg in svgs.items()}
 
 
 def drawn_layers(report: Mapping[str, Any]) -> dict[str, Any]:

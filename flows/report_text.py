@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.metrics import METRICS, difference_text, interval_text, value_text
+from flows.outcome_text import fit_sentences, gate_sentence, power_sentence, waterfall_sentence
 
 COLUMNS = ("size_bytes", "task", "kl_mean", "ppl_test", "top1_agreement", "ppl_general")
 SPEEDS = ("load_s", "prefill_tokens_per_s", "decode_tokens_per_s")
@@ -185,7 +186,23 @@ def hardware_line(hardware: Mapping[str, Any]) -> str:
 
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:
-    """Print the comparison of all arms, as many columns as fit, and the answers."""
+    """Print the gate's word, the comparison of all arms, as many columns as fit, what failed, and the answers."""
+    if told := gate_sentence(report.get("gate")):
+        console.print(Text(told, style="bold"))
+        console.print()
+    _print_arms(report, console)
+    for line in _trouble(report):
+        console.print(Text(line, style="yellow"))
+    console.print()
+    told = [(one["question"], one["short"]) for one in report["answers"]]
+    for question, sentence in (*told, *_asides(report)):
+        console.print(Text(question, style="bold"))
+        console.print(Text(sentence))
+        console.print()
+
+
+def _print_arms(report: Mapping[str, Any], console: Console) -> None:
+    """The table of arms; columns that find no room are named below it."""
     cells = {name: [_rich_cell(name, arm["metrics"][name]) for arm in report["arms"].values()] for name in COLUMNS}
     table = Table(title=f"{report['name']}: {data_line(report)}", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("arm", no_wrap=True)
@@ -202,16 +219,31 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
     for row, (slug, arm) in enumerate(report["arms"].items()):
         table.add_row(Text(names[slug], style="" if arm["ranked"] else "dim"), *(cells[name][row] for name in shown))
     console.print(table)
+    if hidden := [METRICS[name].label for name in COLUMNS if name not in shown]:
+        console.print(Text(f"no room for {', '.join(hidden)}: a wider terminal or report.html has them", style="dim"))
+
+
+def _trouble(report: Mapping[str, Any]) -> Iterator[str]:
+    """What failed with its remedy, what is not served, what is not ranked."""
+    for one in report["failures"]:
+        if one["status"] != "skipped":
+            remedy = f". Next: {one['problem']['next'].rstrip('.')}." if one["problem"] else ""
+            yield f"{one['status']}: {one['why']}{remedy}"
     for slug, arm in report["arms"].items():
         if arm["refused"]:
-            console.print(Text(f"not served: {slug}: {arm['refused']}", style="yellow"))
+            yield f"not served: {slug}: {arm['refused']}"
     for slug, why in report["not_ranked"].items():
-        console.print(Text(f"not ranked: {slug}: {why}", style="yellow"))
-    console.print()
-    for one in report["answers"]:
-        console.print(Text(one["question"], style="bold"))
-        console.print(Text(one["short"]))
-        console.print()
+        yield f"not ranked: {slug}: {why}"
+
+
+def _asides(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What stands beside the answers where the run has it."""
+    if told := waterfall_sentence(report.get("waterfall")):
+        yield "Where does the loss go?", told
+    if told := power_sentence(report.get("power")):
+        yield "Are there enough test rows?", told
+    if told := "; ".join(fit_sentences(report.get("fit"))):
+        yield "What fits?", f"{told}."
 
 
 def _rich_cell(metric: str, cell: Mapping[str, Any]) -> Text:

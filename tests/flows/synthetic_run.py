@@ -64,6 +64,10 @@ class SyntheticRun:
         drop_rows: Arms that are scored on one test row less.
         nan_rows: Arms with NaN in one loss.
         prompts: Rows have prompts; plain texts have none, so no task score.
+        run_id: Of the run's folder.
+        salt: Another one puts the artifacts elsewhere in the store, so that two runs share a home.
+        remade: Another one gives all artifacts other digests.
+        part: Which of the `test` rows are there: two parts that overlap make runs that share some rows.
     """
 
     home: Path
@@ -73,6 +77,10 @@ class SyntheticRun:
     seed: int = 0
     measured: bool = True
     prompts: bool = True
+    run_id: str = "20261124-120000-quickstart-ab12"
+    salt: str = ""
+    remade: str = ""
+    part: slice = field(default_factory=lambda: slice(None))
     broken: dict[str, dict[str, str]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     drop_rows: frozenset[str] = frozenset()
@@ -81,18 +89,20 @@ class SyntheticRun:
 
     def __post_init__(self) -> None:
         rng = np.random.default_rng(self.seed)
-        self.rows = [hashlib.sha256(f"row {i}".encode()).hexdigest()[:16] for i in range(self.test)]
-        self.groups = np.repeat(np.arange(self.test), rng.integers(1, 4, self.test))[: self.test]
+        every, own = self.test, self.part
+        self.rows = [hashlib.sha256(f"row {i}".encode()).hexdigest()[:16] for i in range(every)][own]
+        self.groups = np.repeat(np.arange(every), rng.integers(1, 4, every))[:every][own]
         self.domains = [DOMAINS[group % len(DOMAINS)] for group in self.groups]
-        self.tokens = rng.integers(12, 40, self.test)
-        self.luck = rng.random(self.test)  # how hard a row is, the same for every arm
-        self.hardness = rng.lognormal(0, 1.2, self.test)
-        self.loss = rng.gamma(0.5, 0.17, self.test)
+        self.tokens = rng.integers(12, 40, every)[own]
+        self.luck = rng.random(every)[own]  # how hard a row is, the same for every arm
+        self.hardness = rng.lognormal(0, 1.2, every)[own]
+        self.loss = rng.gamma(0.5, 0.17, every)[own]
+        self.test = len(self.rows)
 
     def write(self) -> Path:
         """Write store and run; returns the run's folder."""
         self.steps = []
-        folder = self.home / "runs" / "20261124-120000-quickstart-ab12"
+        folder = self.home / "runs" / self.run_id
         folder.mkdir(parents=True)
         self._common()
         arms = [self._arm(slug, shape, index) for index, (slug, shape) in enumerate(self.shapes.items())]
@@ -177,7 +187,7 @@ class SyntheticRun:
     ) -> Path | None:
         """Record a step; returns its files/ folder where it was made."""
         stage, slug = key.split("/")
-        mark = hashlib.sha256(key.encode()).hexdigest()
+        mark = hashlib.sha256(f"{self.salt}{key}".encode()).hexdigest()
         record = {"key": key, "stage": stage, "slug": slug, "fingerprint": mark, "log": None, "problem": None}
         self.steps.append(record)
         if problem := self.broken.get(key):
@@ -200,7 +210,7 @@ class SyntheticRun:
                 "stage": stage,
                 "slug": slug,
                 "fingerprint": mark,
-                "digest": hashlib.sha256(f"{key} bytes".encode()).hexdigest(),
+                "digest": hashlib.sha256(f"{key} bytes{self.remade}".encode()).hexdigest(),
                 "identity": {"stage": stage, "version": 1, "params": {}},
                 "inputs": {},
                 "files": {name: {"sha256": "0" * 64, "size": size} for name, size in files.items()}
