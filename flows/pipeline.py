@@ -38,6 +38,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.compose import compose, limits
 from flows.plan import known_inputs
+from flows.plots import title_of
 from flows.progress import Display
 from flows.report import Report, render
 from flows.runs import RunRecord
@@ -285,7 +286,7 @@ def _prefect_report(report: Report) -> None:
     create_table_artifact(report.table, key="arms", description="published metrics, test")
     for name, svg in report.pictures.items():
         image = f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
-        create_image_artifact(image, key=artifact_key(name), description=name.replace("-", " "))
+        create_image_artifact(image, key=artifact_key(name), description=title_of(svg))
     place = (report.folder / "report.html").as_uri()
     create_link_artifact(place, link_text=place, key="report-page", description="browsers open it from the address bar")
 

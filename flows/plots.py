@@ -355,3 +355,8 @@ def as_picture(svg: str) -> str:
     ground = style + f'<rect width="{width:g}" height="{height:g}" fill="{LIGHT["--paper"]}"/>'
     size = f'width="{width * PICTURE_SCALE:g}" height="{height * PICTURE_SCALE:g}" font-family="sans-serif"'
     return re.sub(r"(<svg)([^>]*>)", rf"\1 {size}\2{ground}", svg, count=1)
+
+
+def title_of(svg: str) -> str:
+    """What `as_svg` was told that the figure shows."""
+    return re.findall(r'aria-label="([^"]*)"', svg)[0]
