@@ -11,6 +11,7 @@ from flows.comparisons import FAMILIES, REFERENCE, Comparison
 from flows.evidence import Arm
 from flows.metrics import decimals, difference_text, interval_text, significant, size, value_text
 
+CANNOT = "This run cannot say"
 UNKNOWN = "No difference that this much data can show"
 _NEARER = {  # by verdict on KL
     "better": "stays closer to the trained model than",
@@ -110,7 +111,7 @@ def answers(found: Findings) -> tuple[Answer, ...]:
 
 
 def _cannot(question: str, why: str) -> Answer:
-    text = f"This run cannot say: {why}."
+    text = f"{CANNOT}: {why}."
     return Answer(question=question, short=text, text=(text,))
 
 

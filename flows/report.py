@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from flows.answers import Answer, Findings, answers
+from flows.answers import CANNOT, Answer, Findings, answers
 from flows.cells import ArmEvidence, Cell, Draws, cells_of, domain_cells, gather, headline, not_ranked, speed_record
 from flows.comparisons import FAMILIES, REFERENCE, compare
 from flows.evidence import Arm, Run, Step, notes, read_run
@@ -99,7 +99,7 @@ def evaluate(run: Run) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         **{name: run.raw.get(name) for name in ("id", "name", "status", "started_at", "finished_at")},
-        "verdict": [answered[index].short for index in (0, 2, 3)],
+        "verdict": verdict_of(answered),
         "answers": [_answer(one) for one in answered],
         "arms": {slug: _arm(one, run, cells[slug], ranked=slug not in unranked) for slug, one in evidence.items()},
         "not_ranked": unranked,
@@ -136,6 +136,14 @@ def evaluate(run: Run) -> dict[str, Any]:
         "failures": [_trouble(step, run) for step in run.steps.values() if not step.ok],
         "notes": [one._asdict() for one in notes(list(run.steps.values()))],
     }
+
+
+def verdict_of(answered: Sequence[Answer]) -> list[str]:
+    """Three sentences: fine-tuning, scheme, merge-first, merge; what this run cannot say only where three are lacking."""
+    ordered = [answered[index] for index in (0, 2, 3, 1)]
+    told = [one.short for one in ordered if not one.short.startswith(CANNOT)]
+    unsaid = [f"{one.question} {one.short}" for one in ordered if one.short.startswith(CANNOT)]
+    return [*told, *unsaid][:3]
 
 
 def _result(run: Run, slug: str, part: Literal["model", "adapter"]) -> Mapping[str, Any]:

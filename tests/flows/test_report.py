@@ -295,6 +295,8 @@ def test_one_domain_or_few_arms_are_fine(tmp_path: Path) -> None:
     assert report["domains"] == {slug: {} for slug in few}
     assert {one["family"] for one in report["comparisons"]} == {"fine-tuning", "merge", "quantization"}
     assert "cannot say" in report["answers"][3]["short"]
+    assert len(report["verdict"]) == 3 and not any("cannot say" in one for one in report["verdict"][:2])
+    assert report["verdict"][2].startswith("Is merged-then-quantized better or worse")  # and then that it cannot say
 
 
 def test_plain_texts_are_ranked_without_a_task_score(tmp_path: Path) -> None:
