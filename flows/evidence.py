@@ -112,7 +112,8 @@ class Arm:
             "merged": self.merge_base is not None,
             "reference": self.adapter is not None,
         }
-        return next((role for role, holds in held.items() if holds), "base")
+        roles: list[Role] = [role for role, holds in held.items() if holds]
+        return roles[0] if roles else "base"
 
     @property
     def is_control(self) -> bool:

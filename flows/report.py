@@ -139,7 +139,7 @@ def evaluate(run: Run) -> dict[str, Any]:
 
 
 def verdict_of(answered: Sequence[Answer]) -> list[str]:
-    """Three sentences: fine-tuning, scheme, merge-first, merge; what this run cannot say only where three are lacking."""
+    """Three sentences: fine-tuning, scheme, merge-first, merge; what the run cannot say only where three lack."""
     ordered = [answered[index] for index in (0, 2, 3, 1)]
     told = [one.short for one in ordered if not one.short.startswith(CANNOT)]
     unsaid = [f"{one.question} {one.short}" for one in ordered if one.short.startswith(CANNOT)]

@@ -182,7 +182,8 @@ def _machine(report: Mapping[str, Any]) -> Iterator[str]:
 def hardware_line(hardware: Mapping[str, Any]) -> str:
     """`AMD EPYC, 2 cores, 23.5 GiB, no GPU`."""
     gpus = ", ".join(hardware["gpus"]) or "no GPU"
-    return f"{hardware['cpu']}, {hardware['cores']} core{'' if hardware['cores'] == 1 else 's'}, {hardware['memory_gib']:g} GiB, {gpus}"
+    cores = f"{hardware['cores']} core{'' if hardware['cores'] == 1 else 's'}"
+    return f"{hardware['cpu']}, {cores}, {hardware['memory_gib']:g} GiB, {gpus}"
 
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:
