@@ -129,17 +129,6 @@ def answers(found: Findings) -> tuple[Answer, ...]:
     )
 
 
-def verdict(answered: Sequence[Answer]) -> list[str]:
-    """Three sentences for the top: fine-tuning, scheme, merge-first.
-
-    In the place of what the run cannot say stands what else it can.
-    """
-    first = [answered[index] for index in (0, 2, 3)]
-    rest = [one for one in answered if one.said and one not in first]
-    told = [one if one.said or not rest else rest.pop() for one in first]
-    return [one.short for one in told]
-
-
 def _cannot(question: str, why: str) -> Answer:
     text = f"This run cannot say: {why}."
     return Answer(question=question, short=text, text=(text,), said=False)

@@ -288,6 +288,22 @@ def _report(args: argparse.Namespace) -> int:
     return DONE
 
 
+def _compare(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from flows.compare_runs import compare_runs, print_compared
+    from flows.runs import find_run
+    from tasks.runtime.store import find_home
+
+    home = find_home()
+    found = compare_runs(find_run(home, args.before), find_run(home, args.after), home)
+    if args.json:
+        print(json.dumps(found.as_dict(), indent=2))
+    else:
+        print_compared(found, Console())
+    return DONE
+
+
 def _store_ls(args: argparse.Namespace) -> int:
     from tasks.runtime.store import Store, find_home, read_json
 
@@ -423,6 +439,9 @@ def _parser() -> argparse.ArgumentParser:
     chosen.add_argument("--context", type=int, required=True, metavar="TOKENS", help="prompt and answer")
     chosen.add_argument("--batch", type=int, default=1, help="sequences at once; default: 1")
     chosen.add_argument("--engine", choices=("vllm", "transformers", "exllamav2"), help="default: the recipe's")
+    compared = command("compare", _compare, "Compare two runs, arm by arm, on the test rows that both have.")
+    compared.add_argument("before", help="run id or its beginning, or latest")
+    compared.add_argument("after", help="run id or its beginning, or latest")
     exported = command("export", _export, "Copy an arm out of the store, with everything that serves it.")
     exported.add_argument("words", nargs="+", metavar="[RUN] ARM DEST", help="run (default: the latest), arm, folder")
     exported.add_argument("--push", metavar="ORG/NAME", help="then send it to a hub; a new repository is private")

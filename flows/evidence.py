@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +21,8 @@ from flows.stats import Floats, Sums
 from recipes.arms import TRAINED
 
 REFERENCE = TRAINED  # where the recipe names no other
+
+Role = Literal["base", "reference", "merged", "scheme", "on-base", "control", "kv-cache", "external"]
 
 
 class SchemeParts(NamedTuple):
@@ -110,6 +112,21 @@ class Arm:
     of: str | None = None
     external: bool = False
     unavailable: str | None = None
+
+    @property
+    def role(self) -> Role:
+        """What it is there for: the page draws what can be shipped, and keeps controls to their own section."""
+        held: dict[Role, bool] = {
+            "external": self.external,
+            "control": self.is_control,
+            "kv-cache": self.kv is not None,
+            "on-base": self.on_base,
+            "scheme": self.scheme is not None,
+            "merged": self.merge_base is not None,
+            "reference": self.adapter is not None,
+        }
+        roles: list[Role] = [role for role, holds in held.items() if holds]
+        return roles[0] if roles else "base"
 
     @property
     def is_control(self) -> bool:

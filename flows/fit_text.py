@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 RULE = "the lowest KL to the model as it was trained, among the arms that fit; then the fewest bytes"
@@ -25,12 +25,3 @@ def section(fit: Mapping[str, Any]) -> Iterator[str]:
     yield f"On the Pareto front of bytes and KL: {', '.join(ahead) or 'none'}. Best is {RULE}."
     yield f"{100 * fit['free_share']:.0f} % of the card stays free; `quench choose` takes other cards and lengths."
     yield ""
-
-
-def fitting(fit: Mapping[str, Any]) -> Sequence[str]:
-    """The same in a line, for the terminal."""
-    if fit["reason"]:
-        return [f"What fits where cannot be computed: {fit['reason']}."]
-    first = fit["examples"][0]
-    every = ", ".join(f"{one['vram_gib']:g} GiB {one['best'] or 'none'}" for one in fit["examples"])
-    return [f"Best that fits {first['batch']} x {first['context']:,} tokens: {every}."]

@@ -6,6 +6,7 @@ matrix; the exit code still says so.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import logging
 import os
@@ -20,6 +21,8 @@ from uuid import UUID
 import httpx
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import (
+    create_image_artifact,
+    create_link_artifact,
     create_markdown_artifact,
     create_progress_artifact,
     create_table_artifact,
@@ -36,8 +39,9 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.compose import compose, limits
 from flows.plan import known_inputs
+from flows.plots import title_of
 from flows.progress import Display
-from flows.report import render
+from flows.report import Report, render
 from flows.runs import RunRecord
 from flows.track import Tracker
 from flows.vet import Vetted, vet
@@ -52,6 +56,7 @@ from tasks.runtime.store import Artifact, Store, find_home, write_json
 WAITING_TASKS = 32
 PROGRESS_S = 2.0
 CANCEL_POLL_S = 2.0
+MLFLOW_UI = "needs MLflow's pages: `quench run` prints the command at its end"
 
 
 class RunFailed(Exception):
@@ -220,6 +225,8 @@ def finetune_and_quantize(recipe: str, sets: list[str] | None = None, only: list
             if record.status == "running":
                 record.finish("stopped")
             session.tracker.end(record.status)
+            if url := session.tracker.compare_url:
+                create_link_artifact(url, link_text="compare the arms in MLflow", key="mlflow", description=MLFLOW_UI)
             for line in dict.fromkeys(session.tracker.trouble):
                 session.display.line(f"MLflow is behind: {line}", style="yellow")
     flush_log()
@@ -290,13 +297,23 @@ def _work(session: Session, vetted: Vetted, *, only: Sequence[str]) -> None:
     record.composed(matrix)
     record.finish("completed" if whole else "failed")
     report = render(record.folder, session.store.home)
-    create_markdown_artifact(report.markdown, key="report", description="the comparison of all arms")
-    create_table_artifact(report.table, key="arms", description="published metrics, test")
+    _prefect_report(report)
     record.publish()
-    session.tracker.report(report.json, record.folder)
+    session.tracker.report(report.json, record.folder, pictures=report.pictures)
     for sentence in report.json["verdict"]:
         log.info(sentence)
     log.info("report: %s", record.folder / "report.html")
+
+
+def _prefect_report(report: Report) -> None:
+    """The report as Prefect artifacts: text, table, pictures, and where the whole page lies."""
+    create_markdown_artifact(report.markdown, key="report", description="the comparison of all arms")
+    create_table_artifact(report.table, key="arms", description="published metrics, test")
+    for name, svg in report.pictures.items():
+        image = f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
+        create_image_artifact(image, key=artifact_key(name), description=title_of(svg))
+    place = (report.folder / "report.html").as_uri()
+    create_link_artifact(place, link_text=place, key="report-page", description="browsers open it from the address bar")
 
 
 def flush_log() -> None:

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -22,14 +22,31 @@ from flows.metrics import significant
 
 # Placeholder -> CSS variable of the page. Matplotlib wants colours; the SVG gets the variables.
 INK, MUTED, GRID, PAPER = "#010101", "#020202", "#030303", "#040404"
+GOOD, BAD = "#0a0a0a", "#0b0b0b"
 FAMILY_COLOUR = {"merged": "#050505", "gptq": "#060606", "awq": "#070707", "rtn": "#080808", "other": "#090909"}
 _VARIABLES = {
     INK: "--ink",
     MUTED: "--muted",
     GRID: "--grid",
     PAPER: "--paper",
+    GOOD: "--good",
+    BAD: "--bad",
     **{colour: f"--{name}" for name, colour in FAMILY_COLOUR.items()},
 }
+LIGHT = {  # the page's colours on white paper, and those of a picture that stands alone
+    "--paper": "#ffffff",
+    "--ink": "#15181d",
+    "--muted": "#5b6472",
+    "--grid": "#e1e5ea",
+    "--good": "#00694c",
+    "--bad": "#b03a00",
+    "--gptq": "#0072b2",
+    "--awq": "#d55e00",
+    "--rtn": "#00805f",
+    "--merged": "#a14a86",
+    "--other": "#5b6472",
+}
+PICTURE_SCALE = 2.0  # pixels a point of a picture that stands alone
 WIDTH_IN = 5.0  # 360 pt: text of 10 pt is 9 px high on a phone of 390 px; on a desktop two stand side by side
 SIDE_BY_SIDE_PT = 5.0  # points of equal size are set this far apart
 
@@ -61,14 +78,29 @@ class Point:
     y: float
     low: float
     high: float
+    small: bool = False
 
 
-def look(slug: str) -> tuple[str, str, bool]:
-    """Colour, marker and fill of an arm: colour and shape say the method, a hollow mark is base + adapter."""
-    method = slug.split("-")[0]
-    markers = {"gptq": "o", "awq": "D", "rtn": "^", "merged": "s"}
-    colour = FAMILY_COLOUR.get(method, FAMILY_COLOUR["other"])
-    return colour, markers.get(method, "s"), not (slug.endswith(".on-base") or slug == "nf4-adapter")
+class Look(NamedTuple):
+    """How an arm is drawn."""
+
+    colour: str
+    marker: str
+    filled: bool
+
+
+def family_of(slug: str) -> str:
+    """Method that an arm's colour stands for: merged, gptq, awq, rtn or other; compressed-tensors as its method."""
+    method = slug.removeprefix("ct-").split("-")[0]
+    return method if method in FAMILY_COLOUR else "other"
+
+
+def look(slug: str) -> Look:
+    """Colour and shape say the method, a hollow mark is base + adapter."""
+    markers = {"gptq": "o", "awq": "D", "rtn": "^", "merged": "s", "other": "s"}
+    method = family_of(slug)
+    hollow = slug.endswith(".on-base") or slug == "nf4-adapter"
+    return Look(FAMILY_COLOUR[method], markers[method], not hollow)
 
 
 def _point(slug: str, arm: Mapping[str, Any], metric: str, scale: float = 1.0) -> Point:
@@ -84,15 +116,24 @@ def _point(slug: str, arm: Mapping[str, Any], metric: str, scale: float = 1.0) -
         y=cell["value"] * scale,
         low=low * scale,
         high=high * scale,
+        small=arm["role"] == "on-base",
     )
 
 
-def kl_against_size(arms: Mapping[str, Any]) -> str:
-    """SVG: kl_mean (log axis) against size_bytes. Without base (far off) and the reference (zero by definition)."""
+NOT_DRAWN = ("base", "control", "kv-cache")  # far off; in their own section; in the waterfall
+
+
+def against_size(arms: Mapping[str, Any], metric: Literal["kl_mean", "task"]) -> str:
+    """SVG: a metric against size_bytes, with intervals, and the front: points that none beats in both.
+
+    KL (log axis) leaves the reference out, which is zero by definition. Quantized base + adapter: small, hollow, and
+    named only where it is on the front.
+    """
+    kl = metric == "kl_mean"
     points = [
-        _point(slug, arm, "kl_mean")
+        _point(slug, arm, metric, 1 if kl else 100)
         for slug, arm in arms.items()
-        if arm["ranked"] and slug != "base" and arm["metrics"]["kl_mean"]["value"]
+        if arm["ranked"] and arm["role"] not in NOT_DRAWN and _drawable(arm, metric)
     ]
     if not points:
         return ""
@@ -100,68 +141,78 @@ def kl_against_size(arms: Mapping[str, Any]) -> str:
         figure = Figure(figsize=(WIDTH_IN, 4.2), dpi=72, layout="constrained")
         canvas = FigureCanvasAgg(figure)
         axes = figure.add_subplot()
-        axes.set_yscale("log")
-        floor = min(point.y for point in points) / 10
-        axes.set_ylim(min(max(point.low, floor) for point in points) / 1.8, max(point.high for point in points) * 2.2)
+        floor = min(point.y for point in points) / 10 if kl else 0.0
+        lows, highs = [max(point.low, floor) for point in points], [point.high for point in points]
+        if kl:
+            axes.set_yscale("log")
+            axes.set_ylim(min(lows) / 1.8, max(highs) * 2.2)
+        else:
+            room = 0.12 * max(max(highs) - min(lows), 1.0)
+            axes.set_ylim(max(min(lows) - room, -1), min(max(highs) + room, 101))
         left, right = min(point.x for point in points), max(point.x for point in points)
         room = max(right - left, right * 0.1)
         axes.set_xlim(left - 0.08 * room, right + 0.14 * room)
-        plain_axes(axes, x="size, MB (what a server fetches)", y="KL to the reference, nats a token")
-        axes.yaxis.set_major_locator(LogLocator(base=10))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: significant(value, 1)))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        wanted = "KL to the reference, nats a token" if kl else "task score, % of test answers"
+        plain_axes(axes, x="size, MB (what a server fetches)", y=wanted)
+        _ticks(axes, kl)
         canvas.draw()
         figure.set_layout_engine("none")  # labels are placed in the frame as it stands now
-        boxes: list[Box] = []
-        centres: list[tuple[float, float]] = []
-        for point, shift in zip(points, _side_by_side(points, axes), strict=True):
-            low = max(point.low, floor)
-            pixel = axes.transData.transform((point.x, point.y))
-            x = axes.transData.inverted().transform((pixel[0] + shift, pixel[1]))[0]
-            _mark(axes, x, point, low)
-            centre = axes.transData.transform((x, point.y))
-            bar = [axes.transData.transform((x, end))[1] for end in (low, point.high)]
-            boxes += [
-                Box(centre[0] - 4.5, centre[1] - 4.5, centre[0] + 4.5, centre[1] + 4.5),
-                Box(centre[0] - 1.5, bar[0], centre[0] + 1.5, bar[1]),
-            ]
-            centres.append((float(centre[0]), float(centre[1])))
-        _labels(axes, canvas, points, centres, boxes)
-        return as_svg(figure, "KL to the reference against size, one point an arm, with 95 % intervals")
+        best = front(points, lower=kl)
+        axes.step(
+            [*(point.x for point in best), axes.get_xlim()[1]],
+            [*(point.y for point in best), best[-1].y],
+            where="post",
+            color=MUTED,
+            linewidth=1,
+            linestyle=(0, (4, 3)),
+            zorder=0,
+        )
+        _place(axes, canvas, points, floor, {point.slug for point in best})
+        what = "KL to the reference" if kl else "Task score"
+        return as_svg(figure, f"{what} against size, one point an arm, with 95 % intervals; the front as a line")
 
 
-def task_by_arm(arms: Mapping[str, Any]) -> str:
-    """SVG: the task score of every ranked arm with its interval, the trained model's as a line."""
-    scored = {slug: arm for slug, arm in arms.items() if arm["metrics"]["task"]["value"] is not None}
-    points = [_point(slug, arm, "task", 100) for slug, arm in scored.items() if arm["ranked"] and slug != "base"]
-    if not points:
-        return ""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH_IN, 4.2), dpi=72, layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        for row, point in enumerate(reversed(points)):
-            axes.plot([point.low, point.high], [row, row], color=point.colour, linewidth=1.6, solid_capstyle="round")
-            axes.plot(
-                point.y,
-                row,
-                marker=point.marker,
-                color=point.colour,
-                markerfacecolor=point.colour if point.filled else PAPER,
-                markersize=7,
-                markeredgewidth=1.6,
-            )
-        for point in points:
-            if point.slug == "nf4-adapter":
-                axes.axvline(point.y, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
-        axes.set_yticks(range(len(points)), [point.slug for point in reversed(points)])
-        axes.set_ylim(-0.7, len(points) - 0.3)
-        axes.margins(x=0.04)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
-        plain_axes(axes, x="task score, % of test answers", y="")
-        axes.grid(visible=False, axis="y")
-        axes.tick_params(axis="y", colors=INK)
-        return as_svg(figure, "Task score of every arm with 95 % intervals")
+def _drawable(arm: Mapping[str, Any], metric: str) -> bool:
+    value = arm["metrics"][metric]["value"]
+    return value is not None and (metric == "task" or value > 0) and bool(arm["metrics"]["size_bytes"]["value"])
+
+
+def _ticks(axes: Axes, log: bool) -> None:
+    if not log:
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+        return
+    axes.yaxis.set_major_locator(LogLocator(base=10))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: significant(value, 1)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def front(points: Sequence[Point], *, lower: bool) -> list[Point]:
+    """Points that no other beats or equals in size and is better in y, by size; of equal points the first."""
+    found: list[Point] = []
+    for point in sorted(points, key=lambda one: (one.x, one.y if lower else -one.y)):
+        if not found or (point.y < found[-1].y if lower else point.y > found[-1].y):
+            found.append(point)
+    return found
+
+
+def _place(axes: Axes, canvas: FigureCanvasAgg, points: Sequence[Point], floor: float, best: set[str]) -> None:
+    """Draw all points, side by side where they are equally large, and name them."""
+    boxes: list[Box] = []
+    centres: dict[str, tuple[float, float]] = {}
+    for point, shift in zip(points, _side_by_side(points, axes), strict=True):
+        low = max(point.low, floor)
+        pixel = axes.transData.transform((point.x, point.y))
+        x = axes.transData.inverted().transform((pixel[0] + shift, pixel[1]))[0]
+        _mark(axes, x, point, low)
+        centre = axes.transData.transform((x, point.y))
+        bar = [axes.transData.transform((x, end))[1] for end in (low, point.high)]
+        boxes += [
+            Box(centre[0] - 4.5, centre[1] - 4.5, centre[0] + 4.5, centre[1] + 4.5),
+            Box(centre[0] - 1.5, bar[0], centre[0] + 1.5, bar[1]),
+        ]
+        centres[point.slug] = float(centre[0]), float(centre[1])
+    named = [point for point in points if not point.small or point.slug in best]
+    _labels(axes, canvas, named, [centres[point.slug] for point in named], boxes)
 
 
 STYLE: Any = {  # rcParams
@@ -189,15 +240,16 @@ def plain_axes(axes: Axes, *, x: str, y: str) -> None:
 
 
 def _mark(axes: Axes, x: float, point: Point, low: float) -> None:
-    axes.plot([x, x], [low, point.high], color=point.colour, linewidth=1.6, solid_capstyle="round")
+    width = 0.8 if point.small else 1.6
+    axes.plot([x, x], [low, point.high], color=point.colour, linewidth=width, solid_capstyle="round")
     axes.plot(
         x,
         point.y,
         marker=point.marker,
         color=point.colour,
         markerfacecolor=point.colour if point.filled else PAPER,
-        markersize=7,
-        markeredgewidth=1.6,
+        markersize=4.5 if point.small else 7,
+        markeredgewidth=width,
         linestyle="none",
     )
 
@@ -290,3 +342,21 @@ def as_svg(figure: Figure, title: str) -> str:
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     return text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1).strip()
+
+
+def as_picture(svg: str) -> str:
+    """A page's figure as an SVG file of its own: light colours, a white ground, a size, a typeface."""
+    for variable, colour in LIGHT.items():
+        svg = svg.replace(f"var({variable})", colour)
+    width, height = (float(one) for one in re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)[0])
+    style = (
+        f"<style>text{{paint-order:stroke;stroke:{LIGHT['--paper']};stroke-width:3px;stroke-linejoin:round}}</style>"
+    )
+    ground = style + f'<rect width="{width:g}" height="{height:g}" fill="{LIGHT["--paper"]}"/>'
+    size = f'width="{width * PICTURE_SCALE:g}" height="{height * PICTURE_SCALE:g}" font-family="sans-serif"'
+    return re.sub(r"(<svg)([^>]*>)", rf"\1 {size}\2{ground}", svg, count=1)
+
+
+def title_of(svg: str) -> str:
+    """What `as_svg` was told that the figure shows."""
+    return re.findall(r'aria-label="([^"]*)"', svg)[0]

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from flows.answers import Answer, Findings, answers, verdict
+from flows.answers import Answer, Findings, answers
 from flows.cells import (
     SIMULATED,
     ArmEvidence,
@@ -29,10 +29,12 @@ from flows.decision import gate_of
 from flows.evidence import Arm, Run, Step, notes, read_run
 from flows.fit import fit_of
 from flows.layers import layers_of
+from flows.loading import loading_of
 from flows.metrics import METRICS, further
 from flows.power import power
-from flows.report_html import page
+from flows.report_html import figures, page, pictures
 from flows.report_text import arm_rows, markdown, print_report
+from flows.samples import samples_of
 from flows.stats import QUANTILE_RESAMPLES, RESAMPLES, SEED
 from flows.waterfall import waterfall
 
@@ -75,12 +77,14 @@ class Report:
         json: What report.json holds.
         markdown: What report.md holds.
         table: One row an arm, written out: for a table artifact.
+        pictures: The page's figures by name, as SVG files of their own.
     """
 
     folder: Path
     json: dict[str, Any]
     markdown: str
     table: list[dict[str, str]]
+    pictures: dict[str, str]
 
 
 def render(run_folder: Path, home: Path) -> Report:
@@ -91,15 +95,15 @@ def render(run_folder: Path, home: Path) -> Report:
         home: QUENCH_HOME, which the store's paths are relative to.
     """
     data = evaluate(read_run(run_folder, home))
-    text = markdown(data)
+    text, drawn = markdown(data), figures(data)
     written = {
         "report.json": json.dumps(data, indent=2, allow_nan=False) + "\n",
         "report.md": text,
-        "report.html": page(data),
+        "report.html": page(data, drawn),
     }
     for name, content in written.items():
         (run_folder / name).write_text(content, encoding="utf-8")
-    return Report(folder=run_folder, json=data, markdown=text, table=arm_rows(data))
+    return Report(folder=run_folder, json=data, markdown=text, table=arm_rows(data), pictures=pictures(drawn))
 
 
 def evaluate(run: Run) -> dict[str, Any]:
@@ -131,7 +135,7 @@ def evaluate(run: Run) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         **{name: run.raw.get(name) for name in ("id", "name", "status", "started_at", "finished_at")},
-        "verdict": verdict(answered),
+        "verdict": verdict_of(answered),
         "answers": [_answer(one) for one in answered],
         "arms": {slug: _arm(one, run, cells[slug], ranked=slug not in unranked) for slug, one in evidence.items()},
         "not_ranked": unranked,
@@ -162,6 +166,8 @@ def evaluate(run: Run) -> dict[str, Any]:
         "layers": layers_of(run),
         "gate": gate_of(run, evidence, draws),
         "fit": fit_of(run, cells),
+        "samples": samples_of(run),
+        "loading": loading_of(run),
         "seconds": _stage_seconds(run),
         "wall_seconds": run.raw.get("seconds"),
         "memory": [_memory(step, run.predicted[step.key]) for step in run.steps.values() if step.key in run.predicted],
@@ -173,6 +179,14 @@ def evaluate(run: Run) -> dict[str, Any]:
         + [one for step in run.steps.values() for one in _unscored(step, run)],
         "notes": [one._asdict() for one in notes(list(run.steps.values()))],
     }
+
+
+def verdict_of(answered: Sequence[Answer]) -> list[str]:
+    """Three sentences: fine-tuning, scheme, merge-first, merge; what the run cannot say only where three lack."""
+    ordered = [answered[index] for index in (0, 2, 3, 1)]
+    told = [one.short for one in ordered if one.said]
+    unsaid = [f"{one.question} {one.short}" for one in ordered if not one.said]
+    return [*told, *unsaid][:3]
 
 
 def _result(run: Run, slug: str, part: Literal["model", "adapter"]) -> Mapping[str, Any]:
@@ -201,6 +215,7 @@ def _arm(one: ArmEvidence, run: Run, cells: Mapping[str, Cell], *, ranked: bool)
     return {
         "status": "unavailable" if one.arm.unavailable else "failed" if one.failure else "ok",
         "ranked": ranked,
+        "role": one.arm.role,
         "refused": one.arm.refused,
         "external": _source(run.raw["external"][one.arm.slug]) if one.arm.external else None,
         "merge_base": one.arm.merge_base,

@@ -12,16 +12,21 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from flows.layers import errors_plot, weights_plot, worst
-from flows.metrics import METRICS, difference_text, interval_text, significant, value_text
-from flows.plots import kl_against_size, task_by_arm
+from flows.metrics import METRICS, difference_text, interval_text, significant, size, value_text
+from flows.outcome_text import GATE_MARKS, gate_sentence, label, margin_text, test_difference
+from flows.plot_domains import domains_plot
+from flows.plot_waterfall import waterfall_plot
+from flows.plots import LIGHT, against_size, as_picture, family_of, look
+from flows.power import sentence as power_sentence
 from flows.report_text import SPEEDS, columns, data_line, further_tasks, hardware_line, heading, left_out, ran_on
+from flows.samples import marked
 
 TEMPLATES = Path(__file__).parent / "templates"
 OPEN_UP_TO = 8  # comparisons of a family that is shown unfolded
 
 
-def page(report: Mapping[str, Any]) -> str:
-    """The whole page."""
+def page(report: Mapping[str, Any], svgs: Mapping[str, str]) -> str:
+    """The whole page, with the figures that `figures` made."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -30,35 +35,98 @@ def page(report: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    template = environment.get_template("report.html.j2")
-    arms = report["arms"]
-    return template.render(
+    drawn = {name: Markup(svg) for name, svg in svgs.items()}
+    controls = [slug for slug, arm in report["arms"].items() if arm["role"] == "control"]
+    return environment.get_template("report.html.j2").render(
         r=report,
+        light=LIGHT,
         columns=columns(report),
         speeds=SPEEDS,
         further=further_tasks(report),
         metrics=METRICS,
         open_up_to=OPEN_UP_TO,
+        verdict=verdict(report),
+        gate=report.get("gate"),
+        gate_sentence=gate_sentence(report.get("gate")),
+        gate_marks=GATE_MARKS,
+        power=power_sentence(report["power"]),
+        fit=report.get("fit"),
+        controls=controls,
+        shipped=[slug for slug in report["arms"] if slug not in controls],
+        failed=[one for one in report["failures"] if one["status"] != "skipped"],
+        family=family_of,
+        hollow=lambda slug: not look(slug).filled,
         heading=lambda name: heading(name, report["directions"]),
         value=value_text,
         interval=interval_text,
         difference=difference_text,
+        test_difference=test_difference,
+        margin=margin_text,
+        label=label,
+        bytes=byte_text,
         significant=significant,
         quiet=quiet,
+        marked=marked,
+        score_mark=score_mark,
         ran_on=ran_on,
         data_line=data_line(report),
         hardware_line=hardware_line(report["hardware"]),
-        kl_plot=Markup(kl_against_size(arms)),
-        task_plot=Markup(task_by_arm(arms)),
-        errors_plot=Markup(errors_plot(report["layers"])),
-        weights_plot=Markup(weights_plot(report["layers"])),
-        worst=worst(report["layers"]),
+        kl_plot=drawn.get("kl-against-size"),
+        task_plot=drawn.get("task-against-size"),
+        waterfall_plot=drawn.get("waterfall"),
+        domains_plot=drawn.get("domains"),
+        errors_plot=drawn.get("layer-errors"),
+        weights_plot=drawn.get("layer-weights"),
+        worst=worst(drawn_layers(report)),
         strips=strips(report),
         domains=domains(report),
         memory=memory(report),
         left_out=left_out(report),
-        loading={slug: loading(slug, arm) for slug, arm in arms.items() if arm["status"] == "ok"},
     )
+
+
+def figures(report: Mapping[str, Any]) -> dict[str, str]:
+    """Every figure of the page as SVG by its name; those that have nothing to show are left out."""
+    layers = drawn_layers(report)
+    drawn = {
+        "kl-against-size": against_size(report["arms"], "kl_mean"),
+        "task-against-size": against_size(report["arms"], "task"),
+        "waterfall": waterfall_plot(report.get("waterfall")),
+        "domains": domains_plot(report),
+        "layer-errors": errors_plot(layers),
+        "layer-weights": weights_plot(layers),
+    }
+    return {name: svg for name, svg in drawn.items() if svg}
+
+
+def pictures(svgs: Mapping[str, str]) -> dict[str, str]:
+    """The figures as files of their own."""
+    return {name: as_picture(svg) for name, svg in svgs.items()}
+
+
+def drawn_layers(report: Mapping[str, Any]) -> dict[str, Any]:
+    """`layers` of the schemes on the merged model; variants of them would cover each other."""
+    return {slug: one for slug, one in report["layers"].items() if report["arms"][slug]["role"] == "scheme"}
+
+
+def verdict(report: Mapping[str, Any]) -> list[str]:
+    """The page's first three sentences: the gate's, where it judged, comes first and the last one gives way."""
+    told = gate_sentence(report.get("gate"))
+    return [told, *report["verdict"][:2]] if told else list(report["verdict"])
+
+
+def byte_text(value: float) -> str:
+    """Bytes, with decimal prefixes from a thousand on."""
+    if value < 1e3:
+        return f"{value:g} B"
+    return size(value) if value >= 1e6 else f"{significant(value / 1e3)} kB"
+
+
+def score_mark(score: float | None) -> str:
+    """Right, wrong, or the score in between."""
+    if score is None:
+        return "no score:"
+    return {1.0: "✓", 0.0: "✗"}.get(score, f"{significant(score, 2)}:")
 
 
 def quiet(sentence: str) -> Markup:
@@ -125,25 +193,3 @@ def memory(report: Mapping[str, Any]) -> list[MemoryLine]:
             if before is None or (measured or 0.0) > (before.measured or 0.0):
                 largest[stage, device] = line
     return list(largest.values())
-
-
-def loading(slug: str, arm: Mapping[str, Any]) -> str:
-    """Python that loads an arm's artifact; paths are relative to QUENCH_HOME."""
-    path = repr(arm["path"]) if arm["path"] else "BASE"
-    if arm["external"]:
-        path = repr(arm["external"]["source"].partition("@")[0])
-    lines: list[str] = []
-    if slug == "nf4-adapter":
-        lines = [
-            "nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4',",
-            "    bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)",
-            f"model = AutoModelForCausalLM.from_pretrained({path}, quantization_config=nf4)",
-        ]
-    else:
-        lines = [f"model = AutoModelForCausalLM.from_pretrained({path}, dtype='auto')"]
-    if arm["adapter_path"]:
-        lines.append(f"model = PeftModel.from_pretrained(model, '{arm['adapter_path']}')")
-        lines.append(f"tokenizer = AutoTokenizer.from_pretrained('{arm['adapter_path']}/tokenizer')")
-    else:
-        lines.append(f"tokenizer = AutoTokenizer.from_pretrained({path})")
-    return "\n".join(lines)

@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flows.fit_text import fitting, section
+from flows.fit_text import section
 from flows.metrics import METRICS, TASK, difference_text, interval_text, value_text
-from flows.power import sentence
+from flows.outcome_text import fit_sentences, gate_sentence, waterfall_sentence
+from flows.power import sentence as power_sentence
 
 COLUMNS = ("size_bytes", "task", "kl_mean", "ppl_test", "top1_agreement", "ppl_general")
 OF_ANY_TOKENIZER = ("bits_per_byte",)  # beside these where there are external models
@@ -165,7 +166,7 @@ def _comparisons(report: Mapping[str, Any]) -> Iterator[str]:
             yield from _table(["a / b", "metric", "difference", "verdict"], rows)
     for reason, pairs in left_out(report).items():
         yield f"\nLeft out, {reason}: {', '.join(pairs)}."
-    if told := sentence(report["power"]):
+    if told := power_sentence(report["power"]):
         yield f"\n{told}"
     yield ""
 
@@ -227,11 +228,28 @@ def _machine(report: Mapping[str, Any]) -> Iterator[str]:
 def hardware_line(hardware: Mapping[str, Any]) -> str:
     """`AMD EPYC, 2 cores, 23.5 GiB, no GPU`."""
     gpus = ", ".join(hardware["gpus"]) or "no GPU"
-    return f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['memory_gib']:g} GiB, {gpus}"
+    cores = f"{hardware['cores']} core{'' if hardware['cores'] == 1 else 's'}"
+    return f"{hardware['cpu']}, {cores}, {hardware['memory_gib']:g} GiB, {gpus}"
 
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:
-    """Print the comparison of all arms, as many columns as fit, and the answers."""
+    """Print the gate's word, the comparison of all arms, as many columns as fit, what failed, and the answers."""
+    if told := gate_sentence(report.get("gate")):
+        console.print(Text(told, style="bold"))
+        console.print()
+    _print_arms(report, console)
+    for line in _trouble(report):
+        console.print(Text(line, style="yellow"))
+    console.print()
+    told = [(one["question"], one["short"]) for one in report["answers"]]
+    for question, sentence in (*told, *_asides(report)):
+        console.print(Text(question, style="bold"))
+        console.print(Text(sentence))
+        console.print()
+
+
+def _print_arms(report: Mapping[str, Any], console: Console) -> None:
+    """The table of arms; columns that find no room are named below it."""
     cells = {
         name: [_rich_cell(name, arm["metrics"][name]) for arm in report["arms"].values()] for name in columns(report)
     }
@@ -250,20 +268,31 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
     for row, (slug, arm) in enumerate(report["arms"].items()):
         table.add_row(Text(names[slug], style="" if arm["ranked"] else "dim"), *(cells[name][row] for name in shown))
     console.print(table)
+    if hidden := [METRICS[name].label for name in cells if name not in shown]:
+        console.print(Text(f"no room for {', '.join(hidden)}: a wider terminal or report.html has them", style="dim"))
+
+
+def _trouble(report: Mapping[str, Any]) -> Iterator[str]:
+    """What failed with its remedy, what is not served, what is not ranked."""
+    for one in report["failures"]:
+        if one["status"] != "skipped":
+            remedy = f". Next: {one['problem']['next'].rstrip('.')}." if one["problem"] else ""
+            yield f"{one['status']}: {one['why']}{remedy}"
     for slug, arm in report["arms"].items():
         if arm["refused"]:
-            console.print(Text(f"not served: {slug}: {arm['refused']}", style="yellow"))
+            yield f"not served: {slug}: {arm['refused']}"
     for slug, why in report["not_ranked"].items():
-        console.print(Text(f"not ranked: {slug}: {why}", style="yellow"))
-    console.print()
-    for one in report["answers"]:
-        console.print(Text(one["question"], style="bold"))
-        console.print(Text(one["short"]))
-        console.print()
-    console.print(Text("Can it be promoted?", style="bold"))
-    for line in (*report["gate"]["text"], *fitting(report["fit"])):
-        console.print(Text(line))
-    console.print()
+        yield f"not ranked: {slug}: {why}"
+
+
+def _asides(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What stands beside the answers where the run has it."""
+    if told := waterfall_sentence(report.get("waterfall")):
+        yield "Where does the loss go?", told
+    if told := power_sentence(report["power"]):
+        yield "Are there enough test rows?", told
+    if told := "; ".join(fit_sentences(report.get("fit"))):
+        yield "What fits?", f"{told}."
 
 
 def _rich_cell(metric: str, cell: Mapping[str, Any]) -> Text:

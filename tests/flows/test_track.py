@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
-from mlflow.entities import Run
+from mlflow.entities import DatasetInput, Run
 from mlflow.tracking import MlflowClient
 from mlflow.utils.file_utils import local_file_uri_to_path
 
@@ -72,11 +73,59 @@ def test_the_calibration_set_is_a_dataset_of_every_run_that_reads_it(runs: dict[
     (folder,) = (small.home / "store" / "calibrate").glob("small-*")
     digest = json.loads((folder / "manifest.json").read_text())["digest"]
     for name in ("parent", "calibrate/small", "quantize/gptq-w4-g128"):
-        (logged,) = runs[name].inputs.dataset_inputs
+        (logged,) = used(runs[name], "calibration")
         assert (logged.dataset.name, logged.dataset.digest) == (folder.name, digest[:36]), name
         assert {tag.key: tag.value for tag in logged.tags}["sha256"] == digest
         assert json.loads(logged.dataset.source)["uri"] == str(folder / "files" / "calibset.parquet")
     assert not runs["quantize/rtn-w4-g128"].inputs.dataset_inputs
+
+
+def used(run: Run, context: str) -> list[DatasetInput]:
+    """Data sets that a run used for something."""
+    return [one for one in run.inputs.dataset_inputs if tag(one, "mlflow.data.context") == context]
+
+
+def tag(logged: DatasetInput, key: str) -> str | None:
+    return {one.key: one.value for one in logged.tags}.get(key)
+
+
+def test_every_split_is_a_dataset_of_the_runs_that_read_it(runs: dict[str, Run], small: World):
+    (folder,) = (small.home / "store" / "prepare").glob("small-*")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    words = {"train": "training", "dev": "validation", "test": "test"}
+    for split, context in words.items():
+        (logged,) = used(runs["parent"], context)
+        assert (logged.dataset.name, tag(logged, "sha256")) == (f"small-{split}", manifest["digest"])
+        assert json.loads(logged.dataset.profile)["num_rows"] == manifest["result"]["rows"][split]
+        assert json.loads(logged.dataset.source)["uri"] == str(folder / "files" / "rows.parquet")
+    assert {tag(one, "mlflow.data.context") for one in runs["train/small"].inputs.dataset_inputs} == {
+        "training",
+        "validation",
+    }
+    for slug in ARMS:
+        assert [one.dataset.name for one in runs[slug].inputs.dataset_inputs] == ["small-test"]
+
+
+def table(path: str) -> pd.DataFrame:
+    """A table as log_table writes it."""
+    return pd.read_json(path, orient="split")
+
+
+def test_tables_and_figures_are_on_the_parent(runs: dict[str, Run], small: World):
+    client = MlflowClient(f"sqlite:///{small.home / 'mlflow.db'}")
+    report, parent = small.report(), runs["parent"].info.run_id
+    arms = table(client.download_artifacts(parent, "tables/arms.json"))
+    assert list(arms["arm"]) == list(report["arms"])
+    for slug, value, low in zip(arms["arm"], arms["kl_mean"], arms["kl_mean.low"], strict=True):
+        cell = report["arms"][slug]["metrics"]["kl_mean"]
+        assert value == pytest.approx(cell["value"], abs=1e-9)  # ten decimals are written
+        assert low == pytest.approx(cell["ci95"][0], abs=1e-9) if cell["ci95"] else low != low  # NaN
+    made = table(client.download_artifacts(parent, "tables/comparisons.json"))
+    assert list(made["verdict"]) == [one["verdict"] for one in report["comparisons"]]
+    figures = {one.path for one in client.list_artifacts(parent, "figures")}
+    assert figures >= {"figures/kl-against-size.svg", "figures/layer-errors.svg"}
+    drawn = Path(client.download_artifacts(parent, "figures/kl-against-size.svg")).read_text()
+    assert "gptq-w4-g128" in drawn and "var(--" not in drawn
 
 
 def test_the_report_is_on_the_parent(runs: dict[str, Run], small: World):
