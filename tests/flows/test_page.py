@@ -14,9 +14,10 @@ from playwright.sync_api import Browser
 from rich.console import Console
 
 from flows.evidence import read_run
-from flows.outcome_text import gate_sentence, power_sentence, waterfall_sentence
+from flows.outcome_text import gate_sentence, waterfall_sentence
 from flows.plot_waterfall import bars
 from flows.plots import Point, as_picture, front
+from flows.power import sentence as power_sentence
 from flows.report import evaluate, print_report
 from flows.report_html import figures, page, verdict
 from recipes.headers import read_headers
@@ -163,8 +164,8 @@ def test_a_check_that_could_not_be_made_says_why(plain: dict[str, Any]) -> None:
 
 def test_power_says_whether_there_are_enough_rows() -> None:
     assert power_sentence(outcomes.power()) == (
-        "To show a loss of 3 points of the task score with 80 % takes up to 612 test rows (gptq-w4-g128 against "
-        "merged-dequantized); there are 400: too few."
+        "To show a loss of 3 points of task score with 80 % probability, in one comparison with the merged model at "
+        "95 %, test needs 612 rows (gptq-w4-g128); it has 400, enough for 0 of 1 schemes."
     )
     assert power_sentence(outcomes.power()[1:]) is None
 
