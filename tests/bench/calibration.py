@@ -53,6 +53,7 @@ SETS = [
     f"calibrate.controls=[{', '.join(SCHEMES)}]",
     "calibrate.general=data/general_calibration.jsonl",
     "evaluate.on_base=[]",
+    "evaluate.kv_cache=[]",
 ]
 
 

@@ -26,7 +26,12 @@ RESULTS = CHECKOUT / "docs" / "results"
 CHANGE = "quantize.schemes.2=gptq-w4-g64"  # was gptq-w4-g32
 CHECKS = 5
 VARIANTS = ("train.seed=1", "data.salt=b")
-SHORT = ("quantize.schemes=[gptq-w3-g128, rtn-w3-g128]", "evaluate.on_base=[]", "measure.enabled=false")
+SHORT = (
+    "quantize.schemes=[gptq-w3-g128, rtn-w3-g128]",
+    "evaluate.on_base=[]",
+    "evaluate.kv_cache=[]",
+    "measure.enabled=false",
+)
 
 
 class Timed(NamedTuple):

@@ -24,7 +24,7 @@ model: {base: base}
 data: {path: rows.jsonl, max_length: 256}
 train: {rank: 32, batch_size: 32}
 quantize: {schemes: [awq-w4-g128, gptq-w4-g128, gptq-w4-g32, rtn-w4-g128, rtn-w3-g128]}
-evaluate: {on_base: [gptq-w4-g128], kv_cache: [gptq-w4-g128], max_new_tokens: 96, batch_size: 50}
+evaluate: {on_base: [gptq-w4-g128], kv_cache: [gptq-w4-g128.on-base], max_new_tokens: 96, batch_size: 50}
 """
 
 

@@ -27,6 +27,8 @@ from tests.flows.synthetic_run import BASE, SHAPES, SyntheticRun
 
 NAMES = {
     "ppl_test",
+    "ppl_all",
+    "bits_per_byte",
     "ppl_general",
     "kl_mean",
     "kl_p99",

@@ -9,9 +9,11 @@ import pytest
 
 from tests.conftest import World
 
-ARMS = ["base", "nf4-adapter", "merged-dequantized", "merged-original", "gptq-w4-g128", "rtn-w4-g128"]
+ARMS = ["base", "base-nf4", "nf4-adapter", "merged-dequantized", "merged-original", "gptq-w4-g128", "rtn-w4-g128"]
 METRICS = [
     "ppl_test",
+    "ppl_all",
+    "bits_per_byte",
     "ppl_general",
     "kl_mean",
     "kl_p99",
@@ -58,7 +60,7 @@ def test_paths_of_the_report_load_where_they_say(small: World):
     for slug, arm in small.report()["arms"].items():
         if arm["path"] is not None:
             assert (small.home / arm["path"] / "config.json").is_file(), slug
-        assert (arm["path"] is None) == (slug in ("base", "nf4-adapter"))
+        assert (arm["path"] is None) == (slug in ("base", "base-nf4", "nf4-adapter"))
         assert (arm["adapter_path"] is not None) == (slug == "nf4-adapter")
 
 
