@@ -77,8 +77,9 @@ def test_every_arm_has_every_metric_in_the_agreed_form(report: dict[str, Any]) -
     assert report["schema_version"] == 1
     assert list(report["arms"]) == list(SHAPES)
     for slug, arm in report["arms"].items():
-        assert set(arm) == {"status", "ranked", "refused", "merge_base", "kv_cache", "path", "adapter_path", "metrics"}
-        assert arm["refused"] is None and arm["kv_cache"] is None
+        none = {"refused", "external", "kv_cache"}
+        assert set(arm) == {"status", "ranked", "merge_base", "path", "adapter_path", "metrics"} | none
+        assert all(arm[name] is None for name in none)
         assert (arm["status"], arm["ranked"]) == ("ok", True), slug
         assert set(arm["metrics"]) == NAMES
         for name, cell in arm["metrics"].items():
@@ -132,6 +133,7 @@ def test_the_agreed_comparisons_are_there_with_what_was_planted(report: dict[str
         "schemes": 30,
         "merge-first": 4,
         "calibration": 0,
+        "external": 0,
     }
     assert report["comparisons_left_out"] == []
 

@@ -13,13 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tasks.jobs import measure, quantize, reference
+from recipes.slugs import parse_scheme
+from tasks.jobs import evaluate, measure, quantize, reference
 from tasks.jobs.backends.load import load_arm, load_bf16
 from tasks.jobs.own_tokenizer import read_rows_as
 from tasks.jobs.scoring import read_rows
 from tasks.runtime.errors import StageError
 from tests.jobs.build import make_job, notes
-from tests.jobs.test_evaluate import held_out, lines, score, train_to_answer, world  # noqa: F401  (a fixture)
+from tests.jobs.test_evaluate import PARAMS, held_out, lines, score, train_to_answer, world  # noqa: F401  (a fixture)
 from tests.tiny import other_tokenizer, write_base
 
 
@@ -55,9 +56,6 @@ def test_the_same_tokenizer_has_everything_in_the_type_of_its_files(world: Path,
 
 
 def test_without_a_reference_only_kl_and_agreement_are_missing(world: Path, tmp_path: Path):  # noqa: F811
-    from tasks.jobs import evaluate
-    from tests.jobs.test_evaluate import PARAMS
-
     inputs = {"dataset": world / "dataset", "model": world / "base"}
     job = make_job("evaluate", tmp_path / "out", params=PARAMS | {"kind": "external"}, **inputs)
     means = evaluate.run(job)
@@ -119,11 +117,10 @@ def test_a_padded_vocabulary_is_compared_over_the_tokens_that_both_have(world: P
     )
 
 
-def test_a_quantized_checkpoint_is_loaded_as_its_config_says(world: Path, tmp_path: Path):  # noqa: F811
-    from recipes.slugs import parse_scheme
-
-    made = tmp_path / "rtn"
-    params = {**parse_scheme("rtn-w4-g32").params(), "seed": 0, "damp": 0.05}
+@pytest.mark.parametrize("scheme", ["rtn-w4-g32", "nf4"])
+def test_a_quantized_checkpoint_is_loaded_as_its_config_says(world: Path, tmp_path: Path, scheme: str):  # noqa: F811
+    made = tmp_path / "quantized"
+    params = {**parse_scheme(scheme).params(), "seed": 0, "damp": 0.05}
     quantize.run(make_job("quantize", made, params=params, model=world / "base"))
     external = score(world, tmp_path / "external", model=made, kind="external")
     assert external == score(world, tmp_path / "own", model=made, kind="quantized")

@@ -14,7 +14,7 @@ from tasks.jobs.scoring import Row, read_rows
 from tasks.runtime.errors import StageError
 from tests.jobs.build import make_job, write_jsonl
 from tests.jobs.test_prepare import PARAMS as PREPARE
-from tests.tiny import PLAIN, other_tokenizer, write_base
+from tests.tiny import OTHER, PLAIN, other_tokenizer, write_base
 
 FORGETFUL = (  # thinking of earlier turns is left out, as Qwen3's template does
     "{%- for message in messages -%}{{- '<|' + message['role'] + '|>' -}}"
@@ -105,10 +105,9 @@ def test_a_template_that_forgets_earlier_turns_gives_a_piece_a_turn(world: Path,
     number = talks[0].answer.rsplit(maxsplit=1)[-1]
     assert told == [f"thinking . blue {number}<|stop|>", f"{talks[0].answer}<|stop|>"]
     prompt = next(one for one in found.prompts if one.row == talks[0].row).prompt_ids
-    assert own.decode(
-        prompt
-    ) == f"<|user|> ?<|assistant|> blue {number}<|stop|><|user|>and the sky ?<|stop|><|assistant|>".replace(
-        "<|user|> ?", f"<|user|>what is {number} ?"
+    assert own.decode(prompt) == (
+        f"<|user|>what is {number} ?<|stop|><|assistant|> blue {number}<|stop|>"
+        "<|user|>and the sky ?<|stop|><|assistant|>"
     )
 
 
@@ -126,8 +125,6 @@ def test_without_a_template_it_is_refused_or_chatml(world: Path, rows: list[Row]
 
 def test_what_it_cannot_take_is_refused_with_the_rows(world: Path, rows: list[Row], tmp_path: Path):
     strict = "{%- if messages|length > 2 -%}{{ raise_exception('one exchange only') }}{%- endif -%}"
-    from tests.tiny import OTHER
-
     folder = write_base(tmp_path / "strict", tokenizer=other_tokenizer(chat_template=strict + OTHER))
     with pytest.raises(StageError, match="cannot render") as refused:
         read(folder, world, rows)
