@@ -278,12 +278,14 @@ most {GOAL}. Same rows, settings and environment variables: without the variable
 {table(measured)}
 
 *Load* is the machine's load average before a pair, the median: above 1 other programs ran, at a lower priority. They
-slow both halves of a pair; seconds of such rows are no measure of the library, ratios are, those of CPU time first.
-*Record* is what the library
-does not do: the written folder is loaded again beside the bf16 model and each attention and FFN compared (schemes with
-calibration, but for the archived backends), stored floats are checked for inf and NaN, companions copied. It takes two
-loads and two forward passes of 512 tokens, whatever the number of calibration rows. RTN, NF4 and int8 see no rows; the
-same look at their outputs would add a quarter to RTN's step and a sixth to theirs, so their record is of weights alone.
+slow both halves of a pair, not equally. Seconds and time ratios of such rows are no measure of anything; read those of
+CPU time, and measure again on a quiet machine where they decide.
+
+*Record* is what the library does not do: the written folder is loaded again beside the bf16 model and each attention
+and FFN compared (schemes with calibration, but for the archived backends), stored floats are checked for inf and NaN,
+companions copied. It takes two loads and two forward passes of 512 tokens, whatever the number of calibration rows.
+RTN, NF4 and int8 see no rows; the same look at their outputs would add a quarter to RTN's step and a fifth to theirs,
+so their record is of weights alone.
 
 ## Paid once by every process, seconds
 
