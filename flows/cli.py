@@ -315,6 +315,16 @@ def _schemes(args: argparse.Namespace) -> int:
     return DONE
 
 
+def _up(args: argparse.Namespace) -> int:
+    from flows.up import Asked, up
+    from tasks.runtime.store import find_home
+
+    signal.signal(signal.SIGTERM, _terminated)
+    asked = Asked(host=args.host, prefect_port=args.prefect_port, mlflow_port=args.mlflow_port)
+    up(find_home(), asked, lambda text: print(text, flush=True))
+    os._exit(DONE)  # everything has ended; tearing down the modules would take 2 of the 10 s that a stop may
+
+
 def _parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(prog="quench", description="One recipe in, a 4-bit model with the proof out.")
     commands = root.add_subparsers(required=True, metavar="COMMAND")
@@ -368,6 +378,10 @@ def _parser() -> argparse.ArgumentParser:
     exported = command("export", _export, "Copy an arm out of the store, with everything that serves it.")
     exported.add_argument("words", nargs="+", metavar="[RUN] ARM DEST", help="run (default: the latest), arm, folder")
     exported.add_argument("--push", metavar="ORG/NAME", help="then send it to a hub; a new repository is private")
+    served = command("up", _up, "Prefect, MLflow and what executes deployments, until Ctrl-C.")
+    served.add_argument("--prefect-port", type=int, metavar="N", help="default: 4200, or the next that is free")
+    served.add_argument("--mlflow-port", type=int, metavar="N", help="default: 5000, or the next that is free")
+    served.add_argument("--host", default="127.0.0.1", help="listen elsewhere than on loopback; says what that exposes")
     command("schemes", _schemes, "List the quantization schemes.")
     store = commands.add_parser("store", help="look into the store").add_subparsers(required=True, metavar="COMMAND")
     command("ls", _store_ls, "List artifacts.", under=store)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +27,12 @@ DOMAIN_NAMES = ("domain", "category", "topic", "task", "intent", "family", "type
 GROUP_NAMES = ("group", "conversation_id", "document_id")
 DOMAIN_VALUES = range(2, 51)
 SPARE = 0.8  # of the free memory is planned with: other programs want some, too
+PYPROJECT = """\
+# Lets `prefect deployment run finetune-and-quantize --param recipe=recipe.yaml --watch` work in this folder, while
+# `quench up` runs: Prefect loads Quench's plug-in here.
+[tool.prefect.plugins]
+enabled = true
+"""
 LEAST_STEPS = 100  # optimizer steps that an adapter needs to settle
 
 
@@ -88,7 +95,23 @@ def init(
         else:
             out.write_text(before, encoding="utf-8")
         raise
-    return InitResult(path=out, notes=notes(fitted, found), next=f"quench run {shown(out)}")
+    told = notes(fitted, found) | _enable_prefect(out.parent)
+    return InitResult(path=out, notes=told, next=f"quench run {shown(out)}")
+
+
+def _enable_prefect(folder: Path) -> dict[str, str]:
+    """Write pyproject.toml where there is none; say what is missing in one that does not enable Prefect's plug-ins."""
+    path = folder / "pyproject.toml"
+    if not path.exists():
+        path.write_text(PYPROJECT, encoding="utf-8")
+        return {
+            "prefect": f"{shown(path)}: `prefect deployment run finetune-and-quantize` works here, after `quench up`"
+        }
+    tools = tomllib.loads(path.read_text(encoding="utf-8")).get("tool", {})
+    if tools.get("prefect", {}).get("plugins", {}).get("enabled"):
+        return {}
+    table = "[tool.prefect.plugins] enabled = true"
+    return {"prefect": f"for `prefect deployment run finetune-and-quantize`, add {table} to {shown(path)}"}
 
 
 # ---- looking

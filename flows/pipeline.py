@@ -40,6 +40,7 @@ from flows.report import render
 from flows.runs import RunRecord
 from flows.track import Tracker
 from flows.vet import Vetted, vet
+from recipes.problem import RecipeError
 from tasks.runtime.errors import StepFailed
 from tasks.runtime.launch import Launcher
 from tasks.runtime.leases import Leases
@@ -185,8 +186,8 @@ def finetune_and_quantize(recipe: str, sets: list[str] | None = None) -> str:
     """One recipe in; evaluated 4-bit models and a report out.
 
     Args:
-        recipe: Path of the recipe file.
-        sets: Overrides of single fields, as `train.rank=32`.
+        recipe: Path of the recipe file, absolute or seen from the folder where the command is typed.
+        sets: Overrides of single fields, as ["train.rank=32"].
 
     Returns:
         The run's folder.
@@ -196,7 +197,8 @@ def finetune_and_quantize(recipe: str, sets: list[str] | None = None) -> str:
         RunFailed: A step failed; everything that finished is in the store and in the report.
     """
     home = find_home()
-    vetted = vet(Path(recipe), sets=sets or [], home=home)
+    with refusals_logged():
+        vetted = vet(Path(recipe), sets=sets or [], home=home)
     record = RunRecord(home, vetted.loaded)
     with Launcher() as launcher, watched(launcher):
         session = Session(vetted, Store(home), launcher, record)
@@ -210,10 +212,23 @@ def finetune_and_quantize(recipe: str, sets: list[str] | None = None) -> str:
             session.tracker.end(record.status)
             for line in dict.fromkeys(session.tracker.trouble):
                 session.display.line(f"MLflow is behind: {line}", style="yellow")
+    flush_log()
     if record.status == "failed":
         failed = [one.key for one in record.records.values() if one.status == "failed"]
         raise RunFailed(f"{', '.join(failed)} failed; see {record.folder / 'report.md'}")
     return str(record.folder)
+
+
+@contextlib.contextmanager
+def refusals_logged() -> Generator[None]:
+    """Send what is wrong with the input to the run's log before its state is Failed: then `--watch` shows it."""
+    try:
+        yield
+    except RecipeError as error:
+        for one in error.problems:
+            get_run_logger().error("%s", one)
+        flush_log()
+        raise
 
 
 @contextlib.contextmanager
@@ -274,10 +289,15 @@ def _work(session: Session, vetted: Vetted) -> None:
     log.info("report: %s", record.folder / "report.html")
 
 
-def drain() -> None:
-    """Send what Prefect's background workers still hold, before the server of this run ends."""
+def flush_log() -> None:
+    """Send what the run has logged so far."""
     for handler in logging.getLogger("prefect.flow_runs").handlers:
         handler.flush()
+
+
+def drain() -> None:
+    """Send what Prefect's background workers still hold, before the server of this run ends."""
+    flush_log()
     EventsWorker.drain_all(timeout=5)
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from recipes.problem import Problem, RecipeError
@@ -47,6 +48,58 @@ def prefect_settings(home: Path) -> dict[str, str]:
     }
 
 
+def start_prefect(
+    home: Path,
+    launcher: Launcher,
+    *,
+    port: int,
+    log: Path,
+    host: str = "127.0.0.1",
+    settings: Mapping[str, str] | None = None,
+) -> Child:
+    """Start a Prefect server with its database below QUENCH_HOME, or as `settings` say. Does not wait.
+
+    Args:
+        home: QUENCH_HOME.
+        launcher: Owns the child.
+        port: TCP port.
+        log: Is appended to.
+        host: Address to listen at.
+        settings: More of Prefect's environment variables.
+    """
+    (home / "prefect").mkdir(parents=True, exist_ok=True)
+    program = Path(sys.executable).with_name("prefect")
+    own = {"PREFECT_SERVER_LOGGING_LEVEL": "WARNING", "PREFECT_SERVER_UI_API_URL": f"http://127.0.0.1:{port}/api"}
+    env = child_env(secrets=True) | prefect_settings(home) | own | dict(settings or {})
+    env.pop("HF_TOKEN", None)  # whoever pins a recipe asks a hub, nobody else
+    words = [str(program), "server", "start", "--host", host, "--port", str(port)]
+    return launcher.start(["exec", "--", *words], env=env, cwd=home, log=log)
+
+
+def wait_for(ready: Callable[[], bool], what: str, *, at: str, child: Child | None, log: Path) -> None:
+    """Return when a server answers.
+
+    Raises:
+        RecipeError: It ended or did not answer in time; with the end of its log.
+    """
+    deadline = time.monotonic() + START_S
+    while not ready():
+        ended = child is not None and child.ended.done()
+        if ended or time.monotonic() > deadline:
+            there = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+            raise RecipeError(
+                [
+                    Problem(
+                        what=f"{what} {'ended' if ended else f'did not answer within {START_S} s'}",
+                        where=at,
+                        why=" | ".join(there[-5:]) or "its log is empty",
+                        next=f"read {log}; running the same command again starts it anew",
+                    )
+                ]
+            )
+        time.sleep(0.1)
+
+
 class OwnServer:
     """A Prefect server that lives as long as the launcher that started it."""
 
@@ -66,17 +119,7 @@ class OwnServer:
                 return
         port = free_port()
         self.api = f"http://127.0.0.1:{port}/api"
-        (self._home / "prefect").mkdir(parents=True, exist_ok=True)
-        program = Path(sys.executable).with_name("prefect")
-        own = {"PREFECT_SERVER_LOGGING_LEVEL": "WARNING", "PREFECT_SERVER_UI_API_URL": self.api}
-        env = child_env(secrets=True) | prefect_settings(self._home) | own
-        env.pop("HF_TOKEN", None)  # this process alone asks a hub
-        self._child = self._launcher.start(
-            ["exec", "--", str(program), "server", "start", "--host", "127.0.0.1", "--port", str(port)],
-            env=env,
-            cwd=self._home,
-            log=self._log,
-        )
+        self._child = start_prefect(self._home, self._launcher, port=port, log=self._log)
 
     def wait(self) -> None:
         """Return when the server answers.
@@ -84,22 +127,7 @@ class OwnServer:
         Raises:
             RecipeError: It ended or did not answer in time; with the end of its log.
         """
-        deadline = time.monotonic() + START_S
-        while not answers(self.api):
-            ended = self._child is not None and self._child.ended.done()
-            if ended or time.monotonic() > deadline:
-                tail = self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
-                raise RecipeError(
-                    [
-                        Problem(
-                            what="the Prefect server ended" if ended else f"no answer within {START_S} s",
-                            where=self.api,
-                            why=" | ".join(tail) or "its log is empty",
-                            next=f"read {self._log}; or start `prefect server start` and set PREFECT_API_URL",
-                        )
-                    ]
-                )
-            time.sleep(0.1)
+        wait_for(lambda: answers(self.api), "the Prefect server", at=self.api, child=self._child, log=self._log)
 
     @property
     def ui(self) -> str:

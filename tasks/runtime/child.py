@@ -3,8 +3,8 @@
 `run JOB.json` imports the job's body and runs it; result.json beside job.json is what the parent reads:
 {"ok": true, "result", "peak_rss_gib", "peak_gpu_gib"} or {"ok": false, "problem", "type"}.
 Where several processes do a job together, it turns into `accelerate launch`, which starts it once a rank.
-`exec -- PROGRAM ARGS` turns into a program that is not ours.
-Both die with the parent, also when it is killed by SIGKILL (Linux: PR_SET_PDEATHSIG).
+`exec -- PROGRAM ARGS` turns into a program that is not ours, `guard -- PROGRAM ARGS` starts one that has children.
+All die with the parent, also when it is killed by SIGKILL (Linux: PR_SET_PDEATHSIG).
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ import re
 import resource
 import signal
 import socket
+import subprocess
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +45,11 @@ LOWER = {
 }
 
 
-def die_with_parent() -> None:
-    """Ask the kernel for SIGKILL when the spawning thread ends; leave at once if the parent is gone already."""
+def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
+    """Ask the kernel for a signal when the spawning thread ends; leave at once if the parent is gone already."""
     parent = os.environ.pop("QUENCH_PARENT", None)
     if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)
     if parent is not None and os.getppid() != int(parent):
         os._exit(1)
 
@@ -63,6 +65,27 @@ def verify_checkout() -> None:
         origin = Path(importlib.import_module(name).__file__ or "").resolve()
         if checkout not in origin.parents:
             raise SystemExit(f"{name} comes from {origin}, not from {checkout}: rename that module or run elsewhere")
+
+
+def guard(words: Sequence[str]) -> int:
+    """Run a program and return its exit code; when the parent dies, kill its whole process group.
+
+    The kernel's signal reaches only who asked for it, not the processes that an MLflow server or a Prefect worker
+    starts in turn: they would outlive a parent that was killed. SIGTERM is sent to the group, the program included.
+    """
+
+    def end_group(number: int, frame: object) -> None:
+        os.killpg(0, signal.SIGKILL)
+
+    def leave_it(number: int, frame: object) -> None:  # SIG_IGN would be inherited by the program
+        return
+
+    signal.signal(signal.SIGHUP, end_group)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, leave_it)
+    die_with_parent(signal.SIGHUP)
+    code = subprocess.Popen(words).wait()
+    return code if code >= 0 else 128 - code  # as a shell says which signal it was
 
 
 def _peak_gpu_gib() -> float | None:
@@ -162,7 +185,11 @@ def _as_problem(job: Job, error: Exception) -> Problem:
 
 def main(argv: list[str]) -> int:
     """Command line of a child."""
-    die_with_parent()
+    match argv:
+        case ["guard", "--", *words]:
+            return guard(words)
+        case _:
+            die_with_parent()
     match argv:
         case ["run", path]:
             verify_checkout()
@@ -170,7 +197,9 @@ def main(argv: list[str]) -> int:
         case ["exec", "--", program, *rest]:
             os.execvp(program, [program, *rest])
         case _:
-            print("usage: python -P -m tasks.runtime.child run JOB.json | exec -- PROGRAM ARGS", file=sys.stderr)
+            print(
+                "usage: python -P -m tasks.runtime.child run JOB.json | {exec,guard} -- PROGRAM ARGS", file=sys.stderr
+            )
             return 2
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import threading
 import time
@@ -66,7 +67,8 @@ class Leases:
         every = range(cpu_slots())
         want_cpus = len(every) if cpus == 0 else min(cpus, len(every))
         with contextlib.ExitStack() as held:
-            with flocked(self.folder / "gate.lock", stop=stop):
+            first = functools.partial(say, f"waiting behind another step, for {want_cpus} cpu and {gpus} gpu")
+            with flocked(self.folder / "gate.lock", stop=stop, waits=first):
                 got_cpus = self._some("cpu", tuple(every), want_cpus, held=held, stop=stop, say=say)
                 got_gpus = self._some("gpu", visible_gpus(), gpus, held=held, stop=stop, say=say)
             yield Lease(cpus=got_cpus, gpus=got_gpus)

@@ -173,13 +173,13 @@ def run_step(step: Step, inputs: Mapping[str, Artifact], kitchen: Kitchen) -> Ma
     if problem := environment_problem(step.environment):
         raise StepFailed(step.key, problem, log="none: no child was started", returncode=1)
     stop = kitchen.launcher.stop
-    with kitchen.store.lock(step.stage, step.fingerprint, stop=stop):
+    say = functools.partial(kitchen.on_line, step)
+    with kitchen.store.lock(step.stage, step.fingerprint, stop=stop, say=say):
         if found := lookup(step, inputs, kitchen.store).artifact:
             return Made(artifact=found, hit=True)
         digests = {name: one.digest for name, one in inputs.items()}
         if finished := kitchen.store.take_up(step.stage, step.slug, step.fingerprint, inputs=digests):
             return Made(artifact=finished, hit=True)
-        say = functools.partial(kitchen.on_line, step)
         processes = _processes(step, kitchen)
         gpus = step.gpus * processes if kitchen.limits.device == "cuda" else 0
         cpus = 0 if step.whole_machine else kitchen.limits.threads * processes

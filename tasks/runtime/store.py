@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import shutil
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,15 +163,29 @@ class Store:
         return best
 
     @contextlib.contextmanager
-    def lock(self, stage: str, print_: str, *, stop: threading.Event | None = None) -> Generator[None]:
+    def lock(
+        self,
+        stage: str,
+        print_: str,
+        *,
+        stop: threading.Event | None = None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> Generator[None]:
         """Hold the step's lock: it saves double work. A dead owner's lock is free.
+
+        Args:
+            stage: The step's stage.
+            print_: The step's fingerprint.
+            stop: Ends the waiting.
+            say: Is told once where another run has the lock.
 
         Raises:
             InterruptedError: `stop` was set while waiting.
         """
         folder = self.home / "locks"
         folder.mkdir(parents=True, exist_ok=True)
-        with flocked(folder / f"{stage}-{print_[:12]}.lock", stop=stop):
+        waits = functools.partial(say, "waiting for another run that makes the same step")
+        with flocked(folder / f"{stage}-{print_[:12]}.lock", stop=stop, waits=waits):
             yield
 
     def begin(self, stage: str, name: str, print_: str, *, inputs: Mapping[str, str]) -> Attempt:
@@ -273,9 +288,21 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def flocked(path: Path, *, stop: threading.Event | None = None) -> Generator[None]:
-    """Hold an exclusive flock on `path`, waiting in steps of 50 ms so that a stop gets through."""
+def flocked(
+    path: Path, *, stop: threading.Event | None = None, waits: Callable[[], None] = lambda: None
+) -> Generator[None]:
+    """Hold an exclusive flock on `path`, waiting in steps of 50 ms so that a stop gets through.
+
+    Args:
+        path: The lock file.
+        stop: Ends the waiting.
+        waits: Is called once where the lock is not free at once.
+
+    Raises:
+        InterruptedError: `stop` was set while waiting.
+    """
     with path.open("a") as file:
+        said = False
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -283,5 +310,8 @@ def flocked(path: Path, *, stop: threading.Event | None = None) -> Generator[Non
             except BlockingIOError:
                 if stop is not None and stop.is_set():
                     raise InterruptedError(f"stopped while waiting for {path.name}") from None
+                if not said:
+                    waits()
+                    said = True
                 time.sleep(0.05)
         yield

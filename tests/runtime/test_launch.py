@@ -83,6 +83,42 @@ time.sleep(600)
     wait_gone(pids)
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_guarded_program_takes_its_own_children_along(tmp_path: Path, number: signal.Signals):
+    script = """
+import sys, time
+from pathlib import Path
+from tasks.runtime.launch import Launcher, child_env
+program = (
+    "import subprocess, sys, time;"
+    "print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']).pid, flush=True);"
+    "time.sleep(600)"
+)
+log = Path("log.txt")
+argv = ["guard", "--", sys.executable, "-c", program]
+child = Launcher().start(argv, env=child_env(), cwd=Path("."), log=log)
+while not log.exists() or not log.read_text().strip():
+    time.sleep(0.05)
+print(child.pid, log.read_text(), flush=True)
+time.sleep(600)
+"""
+    env = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+    parent = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
+    pids = [int(one) for one in parent.stdout.readline().split()]
+    assert len(pids) == 2 and all(alive(pid) for pid in pids)
+    parent.send_signal(number)
+    parent.wait()
+    wait_gone(pids)
+
+
+def test_a_guarded_programs_exit_code_is_passed_on(tmp_path: Path):
+    with Launcher() as launcher:
+        for code, wanted in (("import sys; sys.exit(7)", 7), ("import os; os.kill(os.getpid(), 9)", 137)):
+            argv = ["guard", "--", sys.executable, "-c", code]
+            child = launcher.start(argv, env=child_env(), cwd=tmp_path, log=tmp_path / "log.txt")
+            assert child.wait(30) == wanted
+
+
 def test_a_users_tasks_cannot_stand_in_for_ours(tmp_path: Path):
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "__init__.py").write_text("raise SystemExit('stand-in')")
@@ -104,15 +140,21 @@ def test_leases_exclude_and_the_whole_machine_waits_for_all(tmp_path: Path, monk
         with Leases(tmp_path).take(0, say=said.append) as lease:
             got.append(f"whole {lease.cpus}")
 
+    def small() -> None:
+        with Leases(tmp_path).take(1, say=said.append):
+            got.append("small")
+
     with leases.take(1) as one, leases.take(1) as two:
         assert sorted(one.cpus + two.cpus) == [0, 1]
-        thread = threading.Thread(target=whole)
-        thread.start()
-        time.sleep(0.3)
+        threads = [threading.Thread(target=body) for body in (whole, small)]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.3)
         assert got == []
-    thread.join(10)
-    assert got == ["whole (0, 1)"]
-    assert said == ["waiting for 2 more cpu of 2"]
+    for thread in threads:
+        thread.join(10)
+    assert got == ["whole (0, 1)", "small"]
+    assert said == ["waiting for 2 more cpu of 2", "waiting behind another step, for 1 cpu and 0 gpu"]
 
 
 def test_waiting_for_a_lease_ends_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

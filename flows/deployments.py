@@ -1,0 +1,101 @@
+"""What `quench up` registers with Prefect: a work pool of processes on this machine, and one deployment a flow."""
+
+from __future__ import annotations
+
+import datetime as dt
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prefect import Flow
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter, WorkPoolFilter
+from prefect.client.schemas.objects import FlowRun
+from prefect.deployments.runner import EntrypointType
+from prefect.states import Crashed
+from prefect.workers.process import ProcessWorker
+
+from flows.evaluate_only import evaluate_only
+from flows.pipeline import finetune_and_quantize
+
+POOL = "quench"
+NAME = "default"
+WORKER = "quench up"
+FLOWS: tuple[Flow[..., Any], ...] = (
+    finetune_and_quantize,
+    evaluate_only,
+)  # those of infra/prefect.yaml; a test compares
+UNDER_WAY = ("PENDING", "RUNNING", "CANCELLING")
+PAGE = 200
+NOT_ENDED = TaskRunFilter.model_validate({"state": {"type": {"any_": ["SCHEDULED", *UNDER_WAY]}}})
+
+
+def register(folder: Path) -> list[str]:
+    """Create or update pool and deployments.
+
+    Args:
+        folder: Where flow runs start when nobody says otherwise: relative paths of recipes are seen from there.
+
+    Returns:
+        Full names of the deployments.
+    """
+    with get_client(sync_client=True) as client:
+        pool = WorkPoolCreate(
+            name=POOL, type=ProcessWorker.type, base_job_template=job_template(), description="processes of quench up"
+        )
+        client.create_work_pool(pool, overwrite=True)
+    names = []
+    for one in FLOWS:
+        deployment = one.to_deployment(
+            NAME,
+            work_pool_name=POOL,
+            job_variables={"working_dir": str(folder)},
+            entrypoint_type=EntrypointType.MODULE_PATH,
+        )
+        deployment.apply()
+        names.append(f"{one.name}/{NAME}")
+    return names
+
+
+def job_template() -> dict[str, Any]:
+    """Prefect's own template of a process, with our interpreter and without the current folder on its module path."""
+    template = ProcessWorker.get_default_base_job_template()
+    command = template["variables"]["properties"]["command"]
+    command["default"] = shlex.join([sys.executable, "-P", "-m", "prefect.engine"])
+    return template
+
+
+def worker_answers(since: dt.datetime) -> bool:
+    """True where our worker has sent a heartbeat since then."""
+    with get_client(sync_client=True) as client:
+        found = client.read_workers_for_work_pool(POOL)
+    return any(one.name == WORKER and one.last_heartbeat_time and one.last_heartbeat_time >= since for one in found)
+
+
+def mark_crashed(why: str) -> list[str]:
+    """Mark the pool's runs that nobody executes any more, to be called while no worker lives; returns their names.
+
+    Prefect itself leaves them Running for ever.
+    """
+    marked: list[str] = []
+    crashed = Crashed(message=why)
+    with get_client(sync_client=True) as client:
+        while runs := _under_way(client):
+            for run in runs:
+                of_run = FlowRunFilter.model_validate({"id": {"any_": [run.id]}})
+                for task in client.read_task_runs(flow_run_filter=of_run, task_run_filter=NOT_ENDED):
+                    client.set_task_run_state(task.id, crashed, force=True)
+                client.set_flow_run_state(run.id, crashed, force=True)
+            marked += [run.name for run in runs]
+    return marked
+
+
+def _under_way(client: SyncPrefectClient) -> Sequence[FlowRun]:
+    return client.read_flow_runs(
+        flow_run_filter=FlowRunFilter.model_validate({"state": {"type": {"any_": UNDER_WAY}}}),
+        work_pool_filter=WorkPoolFilter.model_validate({"name": {"any_": [POOL]}}),
+        limit=PAGE,
+    )

@@ -1,0 +1,52 @@
+"""The evaluate-only flow: scores again what is in the store, and makes nothing that takes training or quantizing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefect import flow
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows.pipeline import WAITING_TASKS, finetune_and_quantize, refusals_logged
+from flows.plan import Planned
+from flows.vet import vet
+from recipes.problem import Problem, RecipeError
+from tasks.runtime.store import find_home
+
+SCORING = ("reference", "choose", "evaluate", "measure", "reload")
+
+
+@flow(  # pyright: ignore[reportCallIssue]
+    name="evaluate-only",
+    flow_run_name="{recipe}",
+    task_runner=ThreadPoolTaskRunner(max_workers=WAITING_TASKS),  # pyright: ignore[reportArgumentType]
+    persist_result=False,
+)
+def evaluate_only(recipe: str, sets: list[str] | None = None) -> str:
+    """Evaluate again what an earlier run made: new scorers, more rows, speed; no training, no quantizing.
+
+    Args:
+        recipe: Path of the recipe file, absolute or seen from the folder where the command is typed.
+        sets: Overrides of single fields, as ["evaluate.max_new_tokens=64"].
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        RecipeError: Bad input, or something that only finetune-and-quantize makes is not in the store.
+        RunFailed: A step failed; the report says which and why.
+    """
+    with refusals_logged():
+        vetted = vet(Path(recipe), sets=sets or [], home=find_home())
+        if problems := [_missing(one) for one in vetted.plan if not one.hit and one.key.split("/")[0] not in SCORING]:
+            raise RecipeError(problems)
+    return finetune_and_quantize.fn(recipe, sets)
+
+
+def _missing(step: Planned) -> Problem:
+    return Problem(
+        what=f"{step.key} is not in the store.",
+        where="evaluate-only",
+        why=f"It would have to be made ({step.why}), and this flow makes only scores.",
+        next="Run finetune-and-quantize with this recipe first.",
+    )

@@ -1,0 +1,215 @@
+"""`quench up` with its real servers: the user's command, Ctrl-C, SIGKILL, and what the next start finds."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flows.up import Asked, exposed, take_port, up
+from recipes.problem import RecipeError
+from tests.conftest import World
+from tests.flows.test_resume import GONE_S, processes_of, wait_gone
+
+READY = r"ready  prefect (http://127\.0\.0\.1:\d+)  mlflow (http://127\.0\.0\.1:\d+)"
+START_S = 120  # 20 s on two idle cores
+PYPROJECT = "[tool.prefect.plugins]\nenabled = true\n"
+NO_SPEED = 'sets=["measure.enabled=false"]'
+
+
+class Project:
+    """A folder as `quench init` leaves it, its `.quench` filled by a finished run, and `quench up` in it."""
+
+    def __init__(self, world: World, folder: Path) -> None:
+        self.folder = folder
+        self.home = folder / ".quench"
+        folder.mkdir()
+        world.home.rename(self.home)
+        for path in world.recipe.parent.iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+        (folder / "pyproject.toml").write_text(PYPROJECT)
+        # No variable of the tests' own server, and none that names the home: the folder does.
+        self.env = {name: text for name, text in os.environ.items() if not name.startswith(("PREFECT_", "QUENCH_"))}
+        self.env |= {"QUENCH_CPU_SLOTS": "1", "COLUMNS": "300"}
+        self.out = folder / "up.out"
+
+    def up(self) -> subprocess.Popen[bytes]:
+        """Start `quench up` and wait for its ready line."""
+        with self.out.open("wb") as out:
+            words = [sys.executable, "-m", "flows.cli", "up"]
+            process = subprocess.Popen(words, cwd=self.folder, env=self.env, stdout=out, stderr=out)
+        deadline = time.monotonic() + START_S
+        while not re.search(READY, self.out.read_text()):
+            assert process.poll() is None and time.monotonic() < deadline, self.out.read_text()
+            time.sleep(0.1)
+        return process
+
+    def prefect(self, *words: str, name: str = "finetune-and-quantize") -> subprocess.CompletedProcess[str]:
+        """Type `prefect deployment run NAME ...` in the folder."""
+        program = str(Path(sys.executable).with_name("prefect"))
+        return subprocess.run(
+            [program, "deployment", "run", name, *words],
+            cwd=self.folder,
+            env={**self.env, "HOME": str(self.folder)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    def states(self) -> list[str]:
+        """States of all flow runs, oldest first, as the database has them."""
+        with contextlib.closing(sqlite3.connect(self.home / "prefect" / "prefect.db")) as database:
+            return [name for (name,) in database.execute("select state_name from flow_run order by created")]
+
+    def run_status(self) -> str:
+        """Status of the newest run's record."""
+        runs = sorted(path for path in (self.home / "runs").iterdir() if path.name != "latest")
+        return json.loads((runs[-1] / "steps.json").read_text())["status"]
+
+    def wait_training(self) -> None:
+        """Return when a child trains."""
+        deadline = time.monotonic() + START_S
+        while not any("partial/train/" in words for words in processes_of(self.home).values()):
+            assert time.monotonic() < deadline, (self.home / "up" / "worker.log").read_text()
+            time.sleep(0.1)
+
+
+@pytest.fixture
+def project(world: World, tmp_path: Path) -> Iterator[Project]:
+    made = Project(world, tmp_path / "project with spaces")
+    yield made
+    for pid in processes_of(made.home):  # what a failed test left
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_the_users_command_runs_through_and_ctrl_c_leaves_nothing(project: Project):
+    process = project.up()
+    told = json.loads((project.home / "up.json").read_text())
+    assert told["deployments"] == ["finetune-and-quantize/default", "evaluate-only/default"]
+    second = subprocess.run(
+        [sys.executable, "-m", "flows.cli", "up"], cwd=project.folder, env=project.env, capture_output=True, text=True
+    )
+    assert second.returncode == 2 and f"process {process.pid}" in second.stderr
+    ran = project.prefect("--param", "recipe=recipe.yaml", "--param", NO_SPEED, "--watch")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "report.html" in ran.stdout  # the flow's log came along
+    steps = json.loads((project.home / "runs" / "latest" / "steps.json").read_text())
+    assert {one["status"] for one in steps["steps"]} == {"hit"} and steps["status"] == "completed"
+    clock = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0
+    wait_gone(project.home)
+    assert time.monotonic() - clock < GONE_S
+    assert project.states() == ["Completed"]
+    assert not (project.home / "up.json").exists()
+
+
+@pytest.mark.slow
+def test_stopped_and_killed_with_a_run_under_way(project: Project):
+    for folder in (project.home / "store" / "train").iterdir():
+        folder.rename(project.home / folder.name)
+    words = ("--param", "recipe=recipe.yaml", "--param", NO_SPEED)
+    process = project.up()
+    assert project.prefect(*words).returncode == 0
+    project.wait_training()
+    process.kill()
+    process.wait()
+    wait_gone(project.home)
+    assert project.states() == ["Running"]
+
+    process = project.up()  # finds what the killed one left
+    assert "marked as crashed: recipe.yaml" in project.out.read_text()
+    assert project.states() == ["Crashed"]
+    assert project.prefect(*words).returncode == 0
+    project.wait_training()
+    clock = time.monotonic()
+    process.terminate()
+    assert process.wait(60) == 0
+    wait_gone(project.home)
+    assert time.monotonic() - clock < GONE_S
+    assert project.states() == ["Crashed", "Crashed"]
+    assert project.run_status() == "stopped"
+
+
+@pytest.mark.slow
+def test_a_part_that_ends_is_started_again_and_its_runs_are_marked(project: Project):
+    for folder in (project.home / "store" / "train").iterdir():
+        folder.rename(project.home / folder.name)
+    process = project.up()
+    assert project.prefect("--param", "recipe=recipe.yaml", "--param", NO_SPEED).returncode == 0
+    project.wait_training()
+    (worker,) = [
+        pid
+        for pid, words in processes_of(project.home).items()
+        if "bin/prefect worker" in words and "guard" not in words
+    ]
+    os.kill(worker, signal.SIGKILL)
+    deadline = time.monotonic() + START_S
+    while project.states() != ["Crashed"]:
+        assert time.monotonic() < deadline, project.out.read_text()
+        time.sleep(0.2)
+    assert "worker ended and is started again" in project.out.read_text()
+    assert not any("partial/train/" in words for words in processes_of(project.home).values())
+    ran = project.prefect("--param", "recipe=recipe.yaml", "--param", NO_SPEED, "--watch")
+    assert ran.returncode == 0, ran.stdout
+    process.terminate()
+    assert process.wait(60) == 0
+    wait_gone(project.home)
+
+
+@pytest.mark.slow
+def test_wrong_input_is_refused_with_everything_that_is_wrong(project: Project):
+    recipe = (project.folder / "recipe.yaml").read_text()
+    (project.folder / "bad.yaml").write_text(
+        recipe.replace("rank: 8", "rank: -8").replace("seq_len: 512", "seq_len: x")
+    )
+    process = project.up()
+    for name in ("finetune-and-quantize", "finetune-and-quantize/default"):
+        refused = project.prefect("--param", "recipe=bad.yaml", "--watch", name=name)
+        assert refused.returncode == 1
+        assert "train.rank" in refused.stdout and "calibrate.seq_len" in refused.stdout
+    missing = project.prefect("--param", "recipe=none.yaml", "--watch")
+    assert missing.returncode == 1 and "none.yaml cannot be read" in missing.stdout
+    unknown = project.prefect("--param", "recipe=recipe.yaml", "--param", "nonsense=1")
+    assert unknown.returncode == 1 and "nonsense" in unknown.stdout + unknown.stderr
+    for folder in (project.home / "store" / "quantize").glob("gptq-*"):
+        folder.rename(project.home / folder.name)
+    unmade = project.prefect("--param", "recipe=recipe.yaml", "--watch", name="evaluate-only")
+    assert unmade.returncode == 1 and "quantize/gptq-w4-g128 is not in the store" in unmade.stdout
+    process.terminate()
+    assert process.wait(60) == 0
+    assert project.states() == ["Failed"] * 4
+
+
+def test_a_wanted_port_that_is_taken_is_refused_and_a_usual_one_is_passed_over():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(RecipeError, match=f"port {port} is taken"):
+            take_port("127.0.0.1", port, 4200, option="--prefect-port")
+        assert take_port("127.0.0.1", None, port, option="--prefect-port") > port
+    assert take_port("127.0.0.1", None, port, option="--mlflow-port", but=port) > port
+
+
+def test_a_taken_port_starts_nothing(tmp_path: Path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(RecipeError):
+            up(tmp_path / "home", Asked(mlflow_port=taken.getsockname()[1]), say=lambda text: None)
+    assert not processes_of(tmp_path / "home")
+
+
+def test_another_host_says_what_it_exposes():
+    assert "without a password" in exposed("0.0.0.0", 4200, 5000) and "4200" in exposed("0.0.0.0", 4200, 5000)
