@@ -122,8 +122,7 @@ def _run(args: argparse.Namespace) -> int:
     if not args.json:
         print(f"\n{time.monotonic() - clock:.0f} s. What to look at:")
         print(f"  {folder / 'report.html'}")
-        print(f"  .venv/bin/mlflow ui --backend-store-uri sqlite:///{home / 'mlflow.db'}")
-        print(f"  PREFECT_HOME={home / 'prefect'} .venv/bin/prefect server start")
+        print("  quench up, and the pages of MLflow and Prefect that it names")
     return code
 
 
@@ -319,7 +318,8 @@ def _up(args: argparse.Namespace) -> int:
     from flows.up import Asked, up
     from tasks.runtime.store import find_home
 
-    signal.signal(signal.SIGTERM, _terminated)
+    for number in (signal.SIGTERM, signal.SIGINT):  # a shell's background job starts with SIGINT ignored
+        signal.signal(number, _terminated)
     asked = Asked(host=args.host, prefect_port=args.prefect_port, mlflow_port=args.mlflow_port)
     up(find_home(), asked, lambda text: print(text, flush=True))
     os._exit(DONE)  # everything has ended; tearing down the modules would take 2 of the 10 s that a stop may

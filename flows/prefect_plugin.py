@@ -1,7 +1,7 @@
 """Prefect's start-up hook: `prefect deployment run finetune-and-quantize` works bare in a folder that enables it.
 
-Prefect loads this on every start below a pyproject.toml with `[tool.prefect.plugins] enabled = true` (docs/adr/0011).
-It names the API of the `quench up` of this folder's home, and acts on one command alone.
+Prefect loads this on every start in a folder whose pyproject.toml enables it (docs/adr/0011).
+It names the API of the `quench up` of this home, else of the only one that runs, and acts on one command alone.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 from prefect.plugins import HookContext, SetupResult, register_hook
 
@@ -23,20 +22,32 @@ def setup_environment(*, ctx: HookContext) -> SetupResult | None:
     ours = complete(sys.argv, Path.cwd())
     if "PREFECT_API_URL" in os.environ:
         return None
-    from flows.server import answers
-    from tasks.runtime.store import find_home, read_json
+    from flows.server import serving
+    from tasks.runtime.store import find_home
 
     home = find_home()
-    told: dict[str, Any] = read_json(home / "up.json") if (home / "up.json").exists() else {}
-    if told and answers(told["prefect"], timeout_s=10.0):
-        return SetupResult(env={"PREFECT_API_URL": told["prefect"]}, note=f"quench up of {home}")
+    found = serving(home)
+    if len(found) == 1:
+        return SetupResult(env={"PREFECT_API_URL": found[0]["prefect"]}, note=f"quench up of {found[0]['home']}")
     if ours and ctx.api_url is None:
-        raise SystemExit(
-            f"error: no Prefect server answers for {home}\n"
-            "  why: `quench up` starts it, with MLflow and what executes deployments, and it is not running\n"
-            "  next: run `quench up` here, in another terminal; or set QUENCH_HOME or PREFECT_API_URL to one that runs"
-        )
+        raise SystemExit(_nobody(home) if not found else _several([one["home"] for one in found]))
     return None
+
+
+def _nobody(home: Path) -> str:
+    return (
+        f"error: no Prefect server answers for {home}\n"
+        "  why: `quench up` starts it, with MLflow and what executes deployments, and it is not running\n"
+        "  next: run `quench up` here, in another terminal; or set QUENCH_HOME or PREFECT_API_URL to one that runs"
+    )
+
+
+def _several(homes: list[str]) -> str:
+    return (
+        f"error: `quench up` runs on {len(homes)} homes, and none is this folder's\n"
+        f"  why: {', '.join(homes)}: each has its own runs and its own store\n"
+        "  next: set QUENCH_HOME to one of them"
+    )
 
 
 def complete(argv: list[str], folder: Path) -> bool:

@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from recipes.problem import Problem, RecipeError
 from tasks.runtime.launch import Child, Launcher, child_env
@@ -46,6 +47,22 @@ def prefect_settings(home: Path) -> dict[str, str]:
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "DO_NOT_TRACK": "1",
     }
+
+
+def links() -> Path:
+    """Folder of links to the up.json of each `quench up` of this user, by process id."""
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(state) / "quench"
+
+
+def serving(home: Path) -> list[dict[str, Any]]:
+    """What up.json says of the `quench up` of this home; without one, of all that this user runs. Those that answer."""
+    own = home / "up.json"
+    for paths in ([own], sorted(links().glob("up-*.json"))):
+        told = [read_json(path) for path in paths if path.exists()]
+        if found := [one for one in told if answers(one["prefect"], timeout_s=10)]:
+            return found
+    return []
 
 
 def start_prefect(

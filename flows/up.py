@@ -23,7 +23,7 @@ from pathlib import Path
 
 import psutil
 
-from flows.server import answers, prefect_settings, start_prefect, wait_for
+from flows.server import answers, links, prefect_settings, start_prefect, wait_for
 from recipes.problem import Problem, RecipeError
 from tasks.runtime.launch import CHECKOUT, Child, Launcher
 from tasks.runtime.store import read_json, write_json
@@ -104,6 +104,7 @@ class Services:
         near = "127.0.0.1" if host in (*LOOPBACK, "0.0.0.0") else host
         self.prefect_url, self.mlflow_url = f"http://{near}:{prefect}", f"http://{near}:{mlflow}"
         self.api = f"{self.prefect_url}/api"
+        self.link = links() / f"up-{os.getpid()}.json"
         self.folder = home / "up"
         self.folder.mkdir(exist_ok=True)
 
@@ -153,9 +154,23 @@ class Services:
             self._mlflow_answers, "the MLflow server", at=self.mlflow_url, child=self.mlflow.child, log=self.mlflow.log
         )
         wait_for(self._worker_answers, "the worker", at=self.api, child=self.worker.child, log=self.worker.log)
-        told = {"pid": os.getpid(), "prefect": self.api, "mlflow": self.mlflow_url, "deployments": names}
-        write_json(self.home / "up.json", {**told, "folder": str(Path.cwd())})
+        told = {"pid": os.getpid(), "home": str(self.home), "folder": str(Path.cwd())}
+        told |= {"prefect": self.api, "mlflow": self.mlflow_url, "deployments": names}
+        write_json(self.home / "up.json", told)
+        self._link()
         self.say(f"ready  prefect {self.prefect_url}  mlflow {self.mlflow_url}")
+
+    def _link(self) -> None:
+        """Let folders with a home of their own find this one; forget those that were killed."""
+        try:
+            self.link.parent.mkdir(parents=True, exist_ok=True)
+            for one in self.link.parent.glob("up-*.json"):
+                if not psutil.pid_exists(int(one.stem.removeprefix("up-"))):
+                    one.unlink(missing_ok=True)
+            self.link.unlink(missing_ok=True)
+            self.link.symlink_to(self.home / "up.json")
+        except OSError as error:
+            self.say(f"other folders need QUENCH_HOME={self.home} to find this: {error}")
 
     def _again(self, part: Part) -> None:
         """Start a part that ended; runs that a worker took along are marked.
@@ -186,6 +201,7 @@ class Services:
             self.worker.child.signal(signal.SIGKILL)
             self._mark("`quench up` was stopped; running it again resumes")
         (self.home / "up.json").unlink(missing_ok=True)
+        self.link.unlink(missing_ok=True)
         self.launcher.end_all()
 
     def _end_flows(self, worker: Child) -> None:

@@ -1,6 +1,7 @@
 """`quench init`: the recipe it writes passes the check as it is, and what cannot be used is refused."""
 
 import json
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -266,3 +267,16 @@ def test_pinned_sources_are_the_inputs_of_prepare(tmp_path: Path):
     assert step(both).fingerprint == first.fingerprint
     write_rows(tmp_path / "more" / "train.jsonl", map(chat, range(300, 401)))
     assert step(both).fingerprint != first.fingerprint
+
+
+def test_it_enables_prefects_plugin_and_leaves_a_pyproject_alone(tmp_path: Path):
+    project(tmp_path)
+    made = start(tmp_path)
+    path = tmp_path / "pyproject.toml"
+    assert tomllib.loads(path.read_text())["tool"]["prefect"]["plugins"] == {"enabled": True}
+    assert "finetune-and-quantize" in made.notes["prefect"]
+    assert "prefect" not in start(tmp_path, force=True).notes  # it is as it should be
+    path.write_text("[project]\nname = 'mine'\n")
+    told = start(tmp_path, force=True).notes["prefect"]
+    assert "add [tool.prefect.plugins] enabled = true" in told
+    assert path.read_text() == "[project]\nname = 'mine'\n"

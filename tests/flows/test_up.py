@@ -39,7 +39,7 @@ class Project:
         (folder / "pyproject.toml").write_text(PYPROJECT)
         # No variable of the tests' own server, and none that names the home: the folder does.
         self.env = {name: text for name, text in os.environ.items() if not name.startswith(("PREFECT_", "QUENCH_"))}
-        self.env |= {"QUENCH_CPU_SLOTS": "1", "COLUMNS": "300"}
+        self.env |= {"QUENCH_CPU_SLOTS": "1", "COLUMNS": "300", "XDG_STATE_HOME": str(folder / "state")}
         self.out = folder / "up.out"
 
     def up(self) -> subprocess.Popen[bytes]:
@@ -53,12 +53,14 @@ class Project:
             time.sleep(0.1)
         return process
 
-    def prefect(self, *words: str, name: str = "finetune-and-quantize") -> subprocess.CompletedProcess[str]:
+    def prefect(
+        self, *words: str, name: str = "finetune-and-quantize", folder: Path | None = None
+    ) -> subprocess.CompletedProcess[str]:
         """Type `prefect deployment run NAME ...` in the folder."""
         program = str(Path(sys.executable).with_name("prefect"))
         return subprocess.run(
             [program, "deployment", "run", name, *words],
-            cwd=self.folder,
+            cwd=folder or self.folder,
             env={**self.env, "HOME": str(self.folder)},
             capture_output=True,
             text=True,
@@ -174,6 +176,13 @@ def test_wrong_input_is_refused_with_everything_that_is_wrong(project: Project):
         recipe.replace("rank: 8", "rank: -8").replace("seq_len: 512", "seq_len: x")
     )
     process = project.up()
+    # A folder with no home of its own finds the only `quench up`; relative paths are seen from it.
+    other = project.folder.with_name("other")
+    other.mkdir()
+    (other / "pyproject.toml").write_text(PYPROJECT)
+    (other / "worse.yaml").write_text(recipe.replace("rank: 8", "rank: -9"))
+    elsewhere = project.prefect("--param", "recipe=worse.yaml", "--watch", folder=other)
+    assert elsewhere.returncode == 1 and "`train.rank` is -9" in elsewhere.stdout, elsewhere.stderr
     for name in ("finetune-and-quantize", "finetune-and-quantize/default"):
         refused = project.prefect("--param", "recipe=bad.yaml", "--watch", name=name)
         assert refused.returncode == 1
@@ -188,7 +197,7 @@ def test_wrong_input_is_refused_with_everything_that_is_wrong(project: Project):
     assert unmade.returncode == 1 and "quantize/gptq-w4-g128 is not in the store" in unmade.stdout
     process.terminate()
     assert process.wait(60) == 0
-    assert project.states() == ["Failed"] * 4
+    assert project.states() == ["Failed"] * 5
 
 
 def test_a_wanted_port_that_is_taken_is_refused_and_a_usual_one_is_passed_over():
