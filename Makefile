@@ -45,8 +45,9 @@ check: install   ## linters, types, import rules, recipes, generated docs
 test: install    ## the tests that fit two cores and six minutes
 	$(BIN)/python -m pytest -n 2 -m "not slow and not system and not gpu"
 
-test-all: install $(ENVIRONMENTS:%=env-%)  ## everything that needs no GPU; installs environments and Debian's Chromium
+test-all: install $(ENVIRONMENTS:%=env-%)  ## everything that needs no GPU; installs environments, Debian's Chromium and PostgreSQL
 	@command -v chromium >/dev/null || (apt-get update -qq && apt-get install -y -qq chromium)
+	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || (apt-get update -qq && apt-get install -y -qq postgresql)
 	$(BIN)/python -m pytest -n 2 -m "not gpu"
 
 test-gpu: install  ## what needs an NVIDIA GPU

@@ -320,8 +320,8 @@ def _up(args: argparse.Namespace) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):  # a shell's background job starts with SIGINT ignored
         signal.signal(number, _terminated)
-    asked = Asked(host=args.host, prefect_port=args.prefect_port, mlflow_port=args.mlflow_port)
-    up(find_home(), asked, lambda text: print(text, flush=True))
+    names = ("host", "prefect_port", "mlflow_port", "postgres")
+    up(find_home(), Asked(**{name: getattr(args, name) for name in names}), lambda text: print(text, flush=True))
     os._exit(DONE)  # everything has ended; tearing down the modules would take 2 of the 10 s that a stop may
 
 
@@ -382,6 +382,9 @@ def _parser() -> argparse.ArgumentParser:
     served.add_argument("--prefect-port", type=int, metavar="N", help="default: 4200, or the next that is free")
     served.add_argument("--mlflow-port", type=int, metavar="N", help="default: 5000, or the next that is free")
     served.add_argument("--host", default="127.0.0.1", help="listen elsewhere than on loopback; says what that exposes")
+    served.add_argument(
+        "--postgres", metavar="URL", help="in place of SQLite: postgresql://USER:PASSWORD@HOST/DATABASE"
+    )
     command("schemes", _schemes, "List the quantization schemes.")
     store = commands.add_parser("store", help="look into the store").add_subparsers(required=True, metavar="COMMAND")
     command("ls", _store_ls, "List artifacts.", under=store)

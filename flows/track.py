@@ -43,8 +43,10 @@ HEADLINE = ("task", "ppl_test", "ppl_general", "kl_mean", "top1_agreement", "siz
 
 
 def tracking_uri(home: Path) -> str:
-    """MLFLOW_TRACKING_URI, else SQLite below QUENCH_HOME."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
+    """MLFLOW_TRACKING_URI, else the server of a `quench up --postgres`, else SQLite below QUENCH_HOME."""
+    up = home / "up.json"
+    named = os.environ.get("MLFLOW_TRACKING_URI") or (read_json(up).get("tracking") if up.exists() else None)
+    return named or f"sqlite:///{home / 'mlflow.db'}"
 
 
 def told(body: Callable[Concatenate[Tracker, P], None]) -> Callable[Concatenate[Tracker, P], None]:
@@ -113,7 +115,8 @@ class Tracker:
                         what="MLflow does not answer",
                         where=self.uri,
                         why=str(error).splitlines()[0],
-                        next="start that server, or unset MLFLOW_TRACKING_URI to use SQLite below QUENCH_HOME",
+                        next="start that server; or, for SQLite below QUENCH_HOME, unset MLFLOW_TRACKING_URI and remove "
+                        "the up.json that a killed `quench up` left",
                     )
                 ]
             ) from error

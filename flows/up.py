@@ -18,11 +18,12 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
 
+from flows.postgres import Stores, stores
 from flows.server import answers, links, prefect_settings, start_prefect, wait_for
 from recipes.problem import Problem, RecipeError
 from tasks.runtime.launch import CHECKOUT, Child, Launcher
@@ -49,6 +50,7 @@ class Asked:
     host: str = "127.0.0.1"
     prefect_port: int | None = None
     mlflow_port: int | None = None
+    postgres: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -77,7 +79,7 @@ def up(home: Path, asked: Asked, say: Callable[[str], None]) -> None:
 
     Args:
         home: QUENCH_HOME.
-        asked: Host and ports.
+        asked: Host, ports, and the URL of a PostgreSQL database that takes the place of SQLite.
         say: Prints a line.
 
     Raises:
@@ -90,37 +92,34 @@ def up(home: Path, asked: Asked, say: Callable[[str], None]) -> None:
         mlflow = take_port(asked.host, asked.mlflow_port, MLFLOW_PORT, option="--mlflow-port", but=prefect)
         if asked.host not in LOOPBACK:
             say(exposed(asked.host, prefect, mlflow))
+        chosen = replace(asked, prefect_port=prefect, mlflow_port=mlflow)
         with Launcher() as launcher:
-            Services(home, launcher, host=asked.host, prefect=prefect, mlflow=mlflow, say=say).run()
+            Services(home, launcher, chosen, say=say).run()
 
 
 class Services:
     """The parts, in the order in which they start and against which they end."""
 
-    def __init__(
-        self, home: Path, launcher: Launcher, *, host: str, prefect: int, mlflow: int, say: Callable[[str], None]
-    ) -> None:
-        self.home, self.launcher, self.say = home, launcher, say
-        near = "127.0.0.1" if host in (*LOOPBACK, "0.0.0.0") else host
-        self.prefect_url, self.mlflow_url = f"http://{near}:{prefect}", f"http://{near}:{mlflow}"
+    def __init__(self, home: Path, launcher: Launcher, asked: Asked, *, say: Callable[[str], None]) -> None:
+        self.home, self.launcher, self.asked, self.say = home, launcher, asked, say
+        near = "127.0.0.1" if asked.host in (*LOOPBACK, "0.0.0.0") else asked.host
+        self.prefect_url, self.mlflow_url = f"http://{near}:{asked.prefect_port}", f"http://{near}:{asked.mlflow_port}"
         self.api = f"{self.prefect_url}/api"
+        self.stores: Stores | None = stores(asked.postgres) if asked.postgres else None
         self.link = links() / f"up-{os.getpid()}.json"
         self.folder = home / "up"
         self.folder.mkdir(exist_ok=True)
-
-        def part(name: str, start: Callable[[Path], Child]) -> Part:
-            log = self.folder / f"{name}.log"
-            if log.exists():
-                log.replace(log.with_suffix(".log.before"))
-            return Part(name=name, start=lambda: start(log), log=log)
-
-        self.prefect = part(
-            "prefect", lambda log: start_prefect(home, launcher, port=prefect, host=host, log=log, settings=STREAM)
-        )
-        self.mlflow = part("mlflow", lambda log: self._start_mlflow(host, mlflow, log))
-        self.worker = part("worker", self._start_worker)
+        self.prefect = self._part("prefect", self._start_prefect)
+        self.mlflow = self._part("mlflow", self._start_mlflow)
+        self.worker = self._part("worker", self._start_worker)
         self.parts = (self.prefect, self.mlflow, self.worker)
         self._worker_since = dt.datetime.now(dt.UTC)
+
+    def _part(self, name: str, start: Callable[[Path], Child]) -> Part:
+        log = self.folder / f"{name}.log"
+        if log.exists():
+            log.replace(log.with_suffix(".log.before"))
+        return Part(name=name, start=lambda: start(log), log=log)
 
     def run(self) -> None:
         """Start, keep, and end it all."""
@@ -156,6 +155,7 @@ class Services:
         wait_for(self._worker_answers, "the worker", at=self.api, child=self.worker.child, log=self.worker.log)
         told = {"pid": os.getpid(), "home": str(self.home), "folder": str(Path.cwd())}
         told |= {"prefect": self.api, "mlflow": self.mlflow_url, "deployments": names}
+        told |= {"tracking": self.mlflow_url} if self.stores else {}
         write_json(self.home / "up.json", told)
         self._link()
         self.say(f"ready  prefect {self.prefect_url}  mlflow {self.mlflow_url}")
@@ -224,19 +224,28 @@ class Services:
             for name in mark_crashed(why):
                 self.say(f"marked as crashed: {name}")
 
-    def _start_mlflow(self, host: str, port: int, log: Path) -> Child:
+    def _start_prefect(self, log: Path) -> Child:
+        more = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": self.stores.prefect} if self.stores else {}
+        port = int(self.prefect_url.rsplit(":", 1)[1])
+        settings = {**STREAM, **more}
+        return start_prefect(self.home, self.launcher, port=port, host=self.asked.host, log=log, settings=settings)
+
+    def _start_mlflow(self, log: Path) -> Child:
         """MLflow on the SQLite file that runs write to; artifacts are local files, so weights pass no server."""
-        stores = ["--backend-store-uri", f"sqlite:///{self.home / 'mlflow.db'}"]
+        port = self.mlflow_url.rsplit(":", 1)[1]
         files = ["--no-serve-artifacts", "--default-artifact-root", (self.home / "mlartifacts").as_uri()]
-        words = ["server", "--host", host, "--port", str(port), "--workers", "1", *stores, *files]
-        env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **self._modules()}
-        return self._guarded("mlflow", words, env=env, log=log)
+        words = ["server", "--host", self.asked.host, "--port", port, "--workers", "1", *files]
+        store = self.stores.mlflow if self.stores else f"sqlite:///{self.home / 'mlflow.db'}"
+        own = {"MLFLOW_BACKEND_STORE_URI": store, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        return self._guarded("mlflow", words, env={**os.environ, **own, **self._modules()}, log=log)
 
     def _start_worker(self, log: Path) -> Child:
         from flows.deployments import POOL, WORKER
 
         words = ["worker", "start", "--pool", POOL, "--name", WORKER, "--type", "process", "--install-policy", "never"]
         env = {**os.environ, "PREFECT_WORKER_QUERY_SECONDS": str(WORKER_QUERY_S), **self._modules()}
+        if self.stores:
+            env.setdefault("MLFLOW_TRACKING_URI", self.mlflow_url)
         return self._guarded("prefect", words, env=env, log=log)
 
     def _guarded(self, program: str, words: list[str], *, env: Mapping[str, str], log: Path) -> Child:

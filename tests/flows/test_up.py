@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import sqlite3
@@ -13,8 +14,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psycopg2
 import pytest
 
+from flows.postgres import stores
+from flows.server import free_port
 from flows.up import Asked, exposed, take_port, up
 from recipes.problem import RecipeError
 from tests.conftest import World
@@ -42,10 +46,10 @@ class Project:
         self.env |= {"QUENCH_CPU_SLOTS": "1", "COLUMNS": "300", "XDG_STATE_HOME": str(folder / "state")}
         self.out = folder / "up.out"
 
-    def up(self) -> subprocess.Popen[bytes]:
+    def up(self, *more: str) -> subprocess.Popen[bytes]:
         """Start `quench up` and wait for its ready line."""
         with self.out.open("wb") as out:
-            words = [sys.executable, "-m", "flows.cli", "up"]
+            words = [sys.executable, "-m", "flows.cli", "up", *more]
             process = subprocess.Popen(words, cwd=self.folder, env=self.env, stdout=out, stderr=out)
         deadline = time.monotonic() + START_S
         while not re.search(READY, self.out.read_text()):
@@ -198,6 +202,61 @@ def test_wrong_input_is_refused_with_everything_that_is_wrong(project: Project):
     process.terminate()
     assert process.wait(60) == 0
     assert project.states() == ["Failed"] * 5
+
+
+@pytest.fixture
+def postgres(tmp_path: Path) -> Iterator[str]:
+    """URL of an empty database of a PostgreSQL server of our own, which does not run as root."""
+    programs = max(Path("/usr/lib/postgresql").glob("*/bin"))
+    folder = tmp_path.parent / f"{tmp_path.name}-postgres"
+    folder.mkdir()
+    for parent in (folder, *folder.parents[:3]):
+        parent.chmod(0o755)
+    as_user = ["runuser", "-u", "nobody", "--"] if os.geteuid() == 0 else []
+    if as_user:
+        shutil.chown(folder, "nobody")
+    data, port = str(folder / "data"), free_port()
+    made = [*as_user, str(programs / "initdb"), "-D", data, "-U", "quench", "-A", "trust"]
+    subprocess.run(made, check=True, capture_output=True)
+    words = [str(programs / "postgres"), "-D", data, "-p", str(port), "-c", f"unix_socket_directories={folder}"]
+    with subprocess.Popen([*as_user, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        url = f"postgresql://quench@127.0.0.1:{port}/postgres"
+        deadline = time.monotonic() + START_S
+        while True:
+            with contextlib.suppress(psycopg2.OperationalError):
+                psycopg2.connect(url).close()
+                break
+            assert server.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        yield url
+        server.terminate()
+
+
+@pytest.mark.system
+def test_both_servers_on_postgresql(project: Project, postgres: str):
+    process = project.up("--postgres", postgres)
+    ran = project.prefect("--param", "recipe=recipe.yaml", "--param", NO_SPEED, "--watch")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    database = psycopg2.connect(postgres)
+    with database.cursor() as cursor:
+        cursor.execute("select state_name from flow_run")
+        assert cursor.fetchall() == [("Completed",)]
+        cursor.execute("select count(*) from mlflow.runs where status = 'FINISHED'")
+        assert cursor.fetchone()[0] > 10
+    database.close()
+    weights = list((project.home / "mlartifacts").rglob("*.safetensors"))
+    assert weights and all(path.stat().st_nlink > 1 for path in weights)
+    assert not list(project.home.rglob("*.db"))
+    process.terminate()
+    assert process.wait(60) == 0
+    wait_gone(project.home)
+
+
+def test_what_is_no_postgresql_is_refused_without_its_password():
+    for url in ("mysql://a:geheim@127.0.0.1/x", f"postgresql://a:geheim@127.0.0.1:{free_port()}/x"):
+        with pytest.raises(RecipeError) as caught:
+            stores(url)
+        assert "PostgreSQL" in str(caught.value) and "geheim" not in str(caught.value)
 
 
 def test_a_wanted_port_that_is_taken_is_refused_and_a_usual_one_is_passed_over():
