@@ -7,15 +7,16 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from prefect import Flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter, WorkPoolFilter
 from prefect.client.schemas.objects import FlowRun
-from prefect.deployments.runner import EntrypointType
+from prefect.deployments.runner import RunnerDeployment
 from prefect.states import Crashed
+from prefect.types.entrypoint import EntrypointType
 from prefect.workers.process import ProcessWorker
 
 from flows.evaluate_only import evaluate_only
@@ -49,7 +50,8 @@ def register(folder: Path) -> list[str]:
         client.create_work_pool(pool, overwrite=True)
     names = []
     for one in FLOWS:
-        deployment = one.to_deployment(
+        deployment = RunnerDeployment.from_flow(
+            one,
             NAME,
             work_pool_name=POOL,
             job_variables={"working_dir": str(folder)},

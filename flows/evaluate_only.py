@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
-from prefect import flow
+from prefect import Flow, flow
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.pipeline import WAITING_TASKS, finetune_and_quantize, refusals_logged
@@ -40,7 +41,7 @@ def evaluate_only(recipe: str, sets: list[str] | None = None) -> str:
         vetted = vet(Path(recipe), sets=sets or [], home=find_home())
         if problems := [_missing(one) for one in vetted.plan if not one.hit and one.key.split("/")[0] not in SCORING]:
             raise RecipeError(problems)
-    return finetune_and_quantize.fn(recipe, sets)
+    return cast("Flow[..., str]", finetune_and_quantize).fn(recipe, sets)
 
 
 def _missing(step: Planned) -> Problem:

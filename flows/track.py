@@ -115,8 +115,8 @@ class Tracker:
                         what="MLflow does not answer",
                         where=self.uri,
                         why=str(error).splitlines()[0],
-                        next="start that server; or, for SQLite below QUENCH_HOME, unset MLFLOW_TRACKING_URI and remove "
-                        "the up.json that a killed `quench up` left",
+                        next="start that server; or, for SQLite below QUENCH_HOME, unset MLFLOW_TRACKING_URI and "
+                        "remove the up.json that a killed `quench up` left",
                     )
                 ]
             ) from error
