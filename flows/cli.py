@@ -306,6 +306,15 @@ def _store_verify(args: argparse.Namespace) -> int:
     return FAILED if damage else DONE
 
 
+def _store_gc(args: argparse.Namespace) -> int:
+    from flows.store_gc import collect
+    from tasks.runtime.store import find_home
+
+    told, text = collect(find_home(), remove=args.yes)
+    _print(told, text, as_json=args.json)
+    return DONE
+
+
 def _schemes(args: argparse.Namespace) -> int:
     from flows.scheme_list import listed_schemes, text
 
@@ -389,6 +398,8 @@ def _parser() -> argparse.ArgumentParser:
     store = commands.add_parser("store", help="look into the store").add_subparsers(required=True, metavar="COMMAND")
     command("ls", _store_ls, "List artifacts.", under=store)
     command("verify", _store_verify, "Verify every file's sha256.", under=store)
+    freed = command("gc", _store_gc, "Say what no run and no promotion reaches; with --yes, remove it.", under=store)
+    freed.add_argument("--yes", action="store_true", help="remove it")
     return root
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
-import fcntl
 import os
 import signal
 import socket
@@ -27,7 +26,7 @@ from flows.postgres import Stores, stores
 from flows.server import answers, links, prefect_settings, start_prefect, wait_for
 from recipes.problem import Problem, RecipeError
 from tasks.runtime.launch import CHECKOUT, Child, Launcher
-from tasks.runtime.store import read_json, write_json
+from tasks.runtime.store import locked_now, read_json, write_json
 
 LOOPBACK = ("127.0.0.1", "localhost")
 PREFECT_PORT, MLFLOW_PORT = 4200, 5000
@@ -276,10 +275,8 @@ def only_one(home: Path) -> Generator[None]:
     Raises:
         RecipeError: Another `quench up` holds it.
     """
-    with (home / "up.lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with locked_now(home / "up.lock") as ours:
+        if not ours:
             told = read_json(home / "up.json") if (home / "up.json").exists() else {}
             at = f"process {told['pid']}, Prefect at {told['prefect']}" if told else "still starting"
             problem = Problem(
@@ -288,7 +285,7 @@ def only_one(home: Path) -> Generator[None]:
                 why=f"{at}; two workers on one database would execute each other's runs",
                 next="use that one, or end it by Ctrl-C or SIGTERM; or set another QUENCH_HOME",
             )
-            raise RecipeError([problem]) from None
+            raise RecipeError([problem])
         yield
 
 

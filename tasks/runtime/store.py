@@ -182,11 +182,15 @@ class Store:
         Raises:
             InterruptedError: `stop` was set while waiting.
         """
+        waits = functools.partial(say, "waiting for another run that makes the same step")
+        with flocked(self.lock_file(stage, print_), stop=stop, waits=waits):
+            yield
+
+    def lock_file(self, stage: str, print_: str) -> Path:
+        """The step's lock file, in a folder that exists."""
         folder = self.home / "locks"
         folder.mkdir(parents=True, exist_ok=True)
-        waits = functools.partial(say, "waiting for another run that makes the same step")
-        with flocked(folder / f"{stage}-{print_[:12]}.lock", stop=stop, waits=waits):
-            yield
+        return folder / f"{stage}-{print_[:12]}.lock"
 
     def begin(self, stage: str, name: str, print_: str, *, inputs: Mapping[str, str]) -> Attempt:
         """Open the next attempt in the step's partial folder (under its lock).
@@ -315,3 +319,15 @@ def flocked(
                     said = True
                 time.sleep(0.05)
         yield
+
+
+@contextlib.contextmanager
+def locked_now(path: Path) -> Generator[bool]:
+    """Hold an exclusive flock on `path` where it is free now; says whether it was."""
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True

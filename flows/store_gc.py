@@ -1,0 +1,112 @@
+"""`quench store gc`: what no run, no decision about what ships and no step under way reaches, goes.
+
+A run is a folder below runs/: removing it is how its artifacts become free. Reached is what a run's steps.json or
+promotions.jsonl names, and everything that it was made from.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tasks.runtime.store import MANIFEST, Store, locked_now, read_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unreached:
+    """A committed artifact that can go.
+
+    Attributes:
+        name: `<stage>/<folder>`.
+        size: Bytes of its files.
+        linked: Bytes of these that stay, because MLflow or an export has a hard link.
+    """
+
+    name: str
+    size: int
+    linked: int
+
+
+def unreached(home: Path) -> list[Unreached]:
+    """Artifacts that nothing reaches, by name."""
+    kept = reached(home)
+    folders = [path.parent for path in Store(home).manifests() if path.parent not in kept]
+    return [_measured(folder) for folder in folders]
+
+
+def reached(home: Path) -> set[Path]:
+    """Folders of artifacts that runs and promotions.jsonl name, with all that they were made from."""
+    todo = [home / path for path in (*_of_runs(home), *_of_promotions(home))]
+    found: set[Path] = set()
+    while todo:
+        folder = _artifact(todo.pop(), home)
+        if folder is not None and folder not in found:
+            found.add(folder)
+            todo += [home / one["path"] for one in read_json(folder / MANIFEST)["inputs"].values()]
+    return found
+
+
+def collect(home: Path, *, remove: bool) -> tuple[dict[str, Any], str]:
+    """What can go, as JSON and as text; with `remove` it has gone."""
+    found = unreached(home)
+    gone = removed(home, [one.name for one in found]) if remove else []
+    lines = [
+        f"{'removed' if one.name in gone else 'unreached':<10}{one.name:<60} {one.size / 1e6:10.1f} MB" for one in found
+    ]
+    taken = [one for one in found if one.name in gone or not remove]
+    free, linked = sum(one.size - one.linked for one in taken), sum(one.linked for one in taken)
+    lines.append(
+        f"{len(taken)} artifacts that no run and no promotion reaches: {free / 1e6:.1f} MB "
+        f"{'are free now' if remove else 'would be free'}, {linked / 1e6:.1f} MB have links elsewhere (MLflow, exports)"
+    )
+    lines += ["nothing was removed: --yes does it"] if found and not remove else []
+    return {"unreached": [vars(one) for one in found], "removed": gone}, "\n".join(lines)
+
+
+def removed(home: Path, names: list[str]) -> list[str]:
+    """Remove artifacts that still nothing reaches and no step under way holds; returns the names of the removed."""
+    gone: list[str] = []
+    for name in names:
+        folder = home / "store" / name
+        manifest = read_json(folder / MANIFEST)
+        with locked_now(Store(home).lock_file(manifest["stage"], manifest["fingerprint"])) as ours:
+            if ours and folder not in reached(home):
+                aside = folder.with_name(f".gone-{folder.name}")  # at once: half an artifact is none
+                folder.rename(aside)
+                shutil.rmtree(aside)
+                gone.append(name)
+    return gone
+
+
+def _of_runs(home: Path) -> Iterator[str]:
+    for path in (home / "runs").glob("*/steps.json"):
+        yield from (one["path"] for one in read_json(path)["steps"] if one["path"])
+
+
+def _of_promotions(home: Path) -> Iterator[str]:
+    path = home / "promotions.jsonl"
+    if path.exists():
+        whole = path.read_text(encoding="utf-8").rpartition("\n")[0]  # the last line may be half written
+        yield from (json.loads(line)["path"] for line in whole.splitlines())
+
+
+def _artifact(path: Path, home: Path) -> Path | None:
+    """Folder of the artifact that a path lies in; None for what is not in the store, or not any more."""
+    store = home / "store"
+    if not path.is_relative_to(store) or len(path.relative_to(store).parts) < 2:
+        return None
+    folder = store.joinpath(*path.relative_to(store).parts[:2])
+    return folder if (folder / MANIFEST).exists() else None
+
+
+def _measured(folder: Path) -> Unreached:
+    stats = [path.stat() for path in (folder / "files").rglob("*") if path.is_file()]
+    return Unreached(
+        name=f"{folder.parent.name}/{folder.name}",
+        size=sum(one.st_size for one in stats),
+        linked=sum(one.st_size for one in stats if one.st_nlink > 1),
+    )
