@@ -315,6 +315,15 @@ def _store_gc(args: argparse.Namespace) -> int:
     return DONE
 
 
+def _track_sync(args: argparse.Namespace) -> int:
+    from flows.track_sync import sync
+    from tasks.runtime.store import find_home
+
+    written = sync(find_home(), lambda text: print(text, file=sys.stderr))
+    _print({"written": written}, f"{len(written)} runs written", as_json=args.json)
+    return DONE
+
+
 def _schemes(args: argparse.Namespace) -> int:
     from flows.scheme_list import listed_schemes, text
 
@@ -400,6 +409,8 @@ def _parser() -> argparse.ArgumentParser:
     command("verify", _store_verify, "Verify every file's sha256.", under=store)
     freed = command("gc", _store_gc, "Say what no run and no promotion reaches; with --yes, remove it.", under=store)
     freed.add_argument("--yes", action="store_true", help="remove it")
+    track = commands.add_parser("track", help="MLflow's view").add_subparsers(required=True, metavar="COMMAND")
+    command("sync", _track_sync, "Write to MLflow what it does not have whole, from the runs' records.", under=track)
     return root
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import fcntl
 import secrets
 import threading
 import time
@@ -19,8 +20,9 @@ from recipes.schemes import Linear, Scheme
 from recipes.serving import refusals
 from tasks.runtime.environments import locked_versions
 from tasks.runtime.step import Step, hardware
-from tasks.runtime.store import read_json, write_json
+from tasks.runtime.store import locked_now, read_json, write_json
 
+ALIVE = ".alive"  # locked by the process that works on the run
 SHOWN_VERSIONS = ("torch", "transformers", "peft", "trl", "bitsandbytes", "gptqmodel", "prefect", "mlflow")
 
 
@@ -48,6 +50,8 @@ class RunRecord:
         self.id = f"{stamp}-{loaded.recipe.name}-{secrets.token_hex(2)}"
         self.folder = home / "runs" / self.id
         self.folder.mkdir(parents=True)
+        self._alive = (self.folder / ALIVE).open("w")  # as long as this process works on the run, or until `finish`
+        fcntl.flock(self._alive, fcntl.LOCK_EX)
         self._lock = threading.Lock()
         self._clock = time.monotonic()
         self._steps: dict[str, StepRecord] = {}
@@ -104,6 +108,7 @@ class RunRecord:
         self._raw["status"] = status
         self._raw["finished_at"] = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
         self._write()
+        self._alive.close()
 
     @property
     def status(self) -> str:
@@ -126,6 +131,23 @@ class RunRecord:
             steps = [asdict(record) for record in self._steps.values()]
             seconds = round(time.monotonic() - self._clock, 3)
             write_json(self.folder / "steps.json", {**self._raw, "seconds": seconds, "steps": steps})
+
+
+def is_under_way(folder: Path) -> bool:
+    """True where a process works on the run now."""
+    with locked_now(folder / ALIVE) as free:
+        return not free
+
+
+def stop_dead(home: Path) -> list[Path]:
+    """Let runs whose process was killed say that they were stopped; returns their folders."""
+    stopped: list[Path] = []
+    for path in sorted((home / "runs").glob("*/steps.json")):
+        raw = read_json(path)
+        if raw["status"] == "running" and not path.parent.is_symlink() and not is_under_way(path.parent):
+            write_json(path, {**raw, "status": "stopped"})
+            stopped.append(path.parent)
+    return stopped
 
 
 def _arm(one: ArmSteps) -> dict[str, Any]:

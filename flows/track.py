@@ -21,8 +21,9 @@ from typing import Any, Concatenate, ParamSpec
 from urllib.parse import quote
 
 import mlflow
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.store.entities.paged_list import PagedList
 from mlflow.tracking import MlflowClient
 from mlflow.utils.file_utils import local_file_uri_to_path
 
@@ -126,6 +127,22 @@ class Tracker:
         place = (self.home / "mlartifacts" / experiment).as_uri() if local else None
         return self._client.create_experiment(experiment, artifact_location=place)
 
+    def known(self) -> dict[str, str]:
+        """What MLflow has of this run: key of a step or an arm, empty for the parent -> status."""
+        return {run.data.tags.get("quench.key", ""): run.info.status for run in self._found()}
+
+    def forget(self) -> None:
+        """Delete what MLflow has of this run: it is written anew."""
+        for run in self._found():
+            self._client.delete_run(run.info.run_id)
+
+    def close(self) -> None:
+        """End the thread of a tracker that writes nothing."""
+        self.thread.shutdown()
+
+    def _found(self) -> PagedList[Run]:
+        return self._client.search_runs([self.experiment], f"tags.`quench.run` = '{self.run}'", max_results=1000)
+
     @told
     def start(self, recipe: Mapping[str, Any], *, tags: Mapping[str, str]) -> None:
         """Create the parent run with the recipe as parameters."""
@@ -204,10 +221,10 @@ class Tracker:
         note = "\n".join([f"[Compare the arms]({link})", "", *overview(report)])
         self._client.set_tag(self.parent, "mlflow.note.content", note[:NOTE_CHARS])
 
-    def end(self, status: str) -> None:
-        """Close the parent run (completed, failed or stopped) and wait; after a stop, for a short time only."""
+    def end(self, status: str, *, hurry: bool = True) -> None:
+        """Close the parent run (completed, failed or stopped) and wait; in a hurry after a stop for a short time only."""
         self._close(status)
-        undone = wait(self.asked, timeout=STOP_S if status == "stopped" else None).not_done
+        undone = wait(self.asked, timeout=STOP_S if status == "stopped" and hurry else None).not_done
         self.thread.shutdown(wait=False, cancel_futures=True)
         if undone:
             self.trouble.append(f"{len(undone)} calls were not made within {STOP_S:g} s of the stop")

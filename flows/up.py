@@ -139,6 +139,8 @@ class Services:
         self.prefect.child = self.prefect.start()
         self.mlflow.child = self.mlflow.start()
         from flows.deployments import mark_crashed, register  # 8 s of imports while the servers start
+        from flows.runs import stop_dead
+        from flows.track_sync import sync_run
 
         wait_for(
             lambda: answers(self.api), "the Prefect server", at=self.api, child=self.prefect.child, log=self.prefect.log
@@ -151,6 +153,8 @@ class Services:
         wait_for(
             self._mlflow_answers, "the MLflow server", at=self.mlflow_url, child=self.mlflow.child, log=self.mlflow.log
         )
+        for folder in stop_dead(self.home):
+            sync_run(self.home, folder)
         wait_for(self._worker_answers, "the worker", at=self.api, child=self.worker.child, log=self.worker.log)
         told = {"pid": os.getpid(), "home": str(self.home), "folder": str(Path.cwd())}
         told |= {"prefect": self.api, "mlflow": self.mlflow_url, "deployments": names}

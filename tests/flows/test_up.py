@@ -76,6 +76,12 @@ class Project:
         with contextlib.closing(sqlite3.connect(self.home / "prefect" / "prefect.db")) as database:
             return [name for (name,) in database.execute("select state_name from flow_run order by created")]
 
+    def mlflow_states(self) -> set[str]:
+        """States of all runs that MLflow shows."""
+        with contextlib.closing(sqlite3.connect(self.home / "mlflow.db")) as database:
+            rows = database.execute("select status from runs where lifecycle_stage = 'active'")
+            return {name for (name,) in rows}
+
     def run_status(self) -> str:
         """Status of the newest run's record."""
         runs = sorted(path for path in (self.home / "runs").iterdir() if path.name != "latest")
@@ -136,6 +142,8 @@ def test_stopped_and_killed_with_a_run_under_way(project: Project):
     process = project.up()  # finds what the killed one left
     assert "marked as crashed: recipe.yaml" in project.out.read_text()
     assert project.states() == ["Crashed"]
+    assert project.run_status() == "stopped"
+    assert "RUNNING" not in project.mlflow_states()
     assert project.prefect(*words).returncode == 0
     project.wait_training()
     clock = time.monotonic()
@@ -145,6 +153,7 @@ def test_stopped_and_killed_with_a_run_under_way(project: Project):
     assert time.monotonic() - clock < GONE_S
     assert project.states() == ["Crashed", "Crashed"]
     assert project.run_status() == "stopped"
+    assert "RUNNING" not in project.mlflow_states()
 
 
 @pytest.mark.slow

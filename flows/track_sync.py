@@ -1,0 +1,60 @@
+"""`quench track sync`: MLflow again from the runs' records, for runs that it does not have whole.
+
+A run that was killed, or whose MLflow was away, is written anew from runs/<id>/steps.json, manifests and events;
+what is whole is left alone, so that sending twice adds nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from flows.report import render
+from flows.runs import is_under_way
+from flows.track import STAGES, Tracker
+from tasks.runtime.store import read_json
+
+REPORTED = ("completed", "failed")
+
+
+def sync(home: Path, say: Callable[[str], None]) -> list[str]:
+    """Write every run that MLflow does not have whole; returns their ids, oldest first.
+
+    Raises:
+        RecipeError: MLflow does not answer.
+    """
+    folders = sorted(path.parent for path in (home / "runs").glob("*/steps.json") if not path.parent.is_symlink())
+    written: list[str] = []
+    for folder in folders:
+        if is_under_way(folder):
+            say(f"under way  {folder.name}")
+        elif sync_run(home, folder):
+            say(f"written    {folder.name}")
+            written.append(folder.name)
+    return written
+
+
+def sync_run(home: Path, folder: Path) -> bool:
+    """Write one run that nobody works on, unless MLflow has it whole; True where it was written."""
+    raw = read_json(folder / "steps.json")
+    tracker = Tracker(home, experiment=raw["name"], run=raw["id"])
+    known = tracker.known()
+    if set(known) == _wanted(raw) and "RUNNING" not in known.values():
+        tracker.close()
+        return False
+    tracker.forget()
+    tracker.start(read_json(folder / "recipe.resolved.json"), tags={"mlflow.source.name": raw["recipe"]})
+    for record in raw["steps"]:
+        tracker.step(record)
+    if raw["status"] in REPORTED:
+        tracker.report(render(folder, home).json, folder)
+    tracker.end(raw["status"], hurry=False)
+    return True
+
+
+def _wanted(raw: Mapping[str, Any]) -> set[str]:
+    """Keys of the MLflow runs of a whole run; the parent's is empty."""
+    steps = {one["key"] for one in raw["steps"] if one["stage"] in STAGES}
+    arms = {f"arm/{one['slug']}" for one in raw["arms"]} if raw["status"] in REPORTED else set[str]()
+    return {"", *steps, *arms}
