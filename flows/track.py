@@ -222,7 +222,7 @@ class Tracker:
         self._client.set_tag(self.parent, "mlflow.note.content", note[:NOTE_CHARS])
 
     def end(self, status: str, *, hurry: bool = True) -> None:
-        """Close the parent run (completed, failed or stopped) and wait; in a hurry after a stop for a short time only."""
+        """Close the parent run (completed, failed or stopped) and wait; after a stop, in a hurry, not for long."""
         self._close(status)
         undone = wait(self.asked, timeout=STOP_S if status == "stopped" and hurry else None).not_done
         self.thread.shutdown(wait=False, cancel_futures=True)

@@ -240,7 +240,9 @@ class Services:
         words = ["server", "--host", self.asked.host, "--port", port, "--workers", "1", *files]
         store = self.stores.mlflow if self.stores else f"sqlite:///{self.home / 'mlflow.db'}"
         own = {"MLFLOW_BACKEND_STORE_URI": store, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        return self._guarded("mlflow", words, env={**os.environ, **own, **self._modules()}, log=log)
+        env = {**os.environ, **own, **self._modules()}
+        env.pop("HF_TOKEN", None)
+        return self._guarded("mlflow", words, env=env, log=log)
 
     def _start_worker(self, log: Path) -> Child:
         from flows.deployments import POOL, WORKER
