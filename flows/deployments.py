@@ -77,15 +77,18 @@ def worker_answers(since: dt.datetime) -> bool:
     return any(one.name == WORKER and one.last_heartbeat_time and one.last_heartbeat_time >= since for one in found)
 
 
-def mark_crashed(why: str) -> list[str]:
-    """Mark the pool's runs that nobody executes any more, to be called while no worker lives; returns their names.
+def mark_crashed(why: str, *, dead: Sequence[str] = ()) -> list[str]:
+    """Mark runs that nobody executes any more, which Prefect itself leaves Running for ever; returns their names.
 
-    Prefect itself leaves them Running for ever.
+    Args:
+        why: Message of the state.
+        dead: Ids of flow runs that `quench run` started and whose process is gone. Those of the pool are looked up: no
+            worker may live while this is called.
     """
     marked: list[str] = []
     crashed = Crashed(message=why)
     with get_client(sync_client=True) as client:
-        while runs := _under_way(client):
+        while runs := [*(_under_way(client, {"id": {"any_": dead}}) if dead else ()), *_under_way(client, {}, POOL)]:
             for run in runs:
                 of_run = FlowRunFilter.model_validate({"id": {"any_": [run.id]}})
                 for task in client.read_task_runs(flow_run_filter=of_run, task_run_filter=NOT_ENDED):
@@ -95,9 +98,10 @@ def mark_crashed(why: str) -> list[str]:
     return marked
 
 
-def _under_way(client: SyncPrefectClient) -> Sequence[FlowRun]:
+def _under_way(client: SyncPrefectClient, which: dict[str, Any], pool: str | None = None) -> Sequence[FlowRun]:
+    state = {"state": {"type": {"any_": UNDER_WAY}}}
     return client.read_flow_runs(
-        flow_run_filter=FlowRunFilter.model_validate({"state": {"type": {"any_": UNDER_WAY}}}),
-        work_pool_filter=WorkPoolFilter.model_validate({"name": {"any_": [POOL]}}),
+        flow_run_filter=FlowRunFilter.model_validate({**which, **state}),
+        work_pool_filter=WorkPoolFilter.model_validate({"name": {"any_": [pool]}}) if pool else None,
         limit=PAGE,
     )

@@ -30,6 +30,7 @@ from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.events.worker import EventsWorker
 from prefect.futures import PrefectConcurrentFuture, wait
+from prefect.runtime import flow_run
 from prefect.states import Cancelled
 from prefect.task_runners import ThreadPoolTaskRunner
 
@@ -199,7 +200,7 @@ def finetune_and_quantize(recipe: str, sets: list[str] | None = None) -> str:
     home = find_home()
     with refusals_logged():
         vetted = vet(Path(recipe), sets=sets or [], home=home)
-    record = RunRecord(home, vetted.loaded)
+    record = RunRecord(home, vetted.loaded, flow_run=flow_run.id)
     with Launcher() as launcher, watched(launcher):
         session = Session(vetted, Store(home), launcher, record)
         try:

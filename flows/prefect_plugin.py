@@ -13,12 +13,15 @@ from pathlib import Path
 from prefect.plugins import HookContext, SetupResult, register_hook
 
 NAMES = ("finetune-and-quantize", "evaluate-only")
+PROGRAM = ("prefect", "-m")  # -m: what sys.argv has while Python looks for the module of `python -m prefect`
 COMMAND = ["deployment", "run"]
 
 
 @register_hook
 def setup_environment(*, ctx: HookContext) -> SetupResult | None:
-    """Complete the command, and say where Prefect answers."""
+    """Complete the command, and say where Prefect answers: to the program `prefect`, not to all that imports it."""
+    if Path(sys.argv[0]).name not in PROGRAM:
+        return None
     ours = complete(sys.argv, Path.cwd())
     if "PREFECT_API_URL" in os.environ:
         return None
@@ -60,7 +63,7 @@ def complete(argv: list[str], folder: Path) -> bool:
     Returns:
         Whether it is this command and one of our deployments.
     """
-    if Path(argv[0]).name not in ("prefect", "-m", "__main__.py") or argv[1:3] != COMMAND or len(argv) < 4:
+    if Path(argv[0]).name not in PROGRAM or argv[1:3] != COMMAND or len(argv) < 4:
         return False
     if argv[3] not in (*NAMES, *(f"{name}/default" for name in NAMES)):
         return False

@@ -136,6 +136,7 @@ class Services:
             self._stop()
 
     def _start(self) -> None:
+        (self.home / "up.json").unlink(missing_ok=True)  # of one that was killed
         self.prefect.child = self.prefect.start()
         self.mlflow.child = self.mlflow.start()
         from flows.deployments import mark_crashed, register  # 8 s of imports while the servers start
@@ -145,22 +146,24 @@ class Services:
         wait_for(
             lambda: answers(self.api), "the Prefect server", at=self.api, child=self.prefect.child, log=self.prefect.log
         )
-        for name in mark_crashed("the `quench up` that executed it was killed; running it again resumes"):
-            self.say(f"marked as crashed: {name}, left by a `quench up` that was killed")
+        stopped = stop_dead(self.home)
+        dead = [id for folder in stopped if (id := read_json(folder / "steps.json").get("flow_run"))]
+        for name in mark_crashed("the process that executed it was killed; running it again resumes", dead=dead):
+            self.say(f"marked as crashed: {name}, whose process was killed")
         names = register(Path.cwd())
         self._worker_since = dt.datetime.now(dt.UTC)
         self.worker.child = self.worker.start()
         wait_for(
             self._mlflow_answers, "the MLflow server", at=self.mlflow_url, child=self.mlflow.child, log=self.mlflow.log
         )
-        for folder in stop_dead(self.home):
-            sync_run(self.home, folder)
         wait_for(self._worker_answers, "the worker", at=self.api, child=self.worker.child, log=self.worker.log)
         told = {"pid": os.getpid(), "home": str(self.home), "folder": str(Path.cwd())}
         told |= {"prefect": self.api, "mlflow": self.mlflow_url, "deployments": names}
         told |= {"tracking": self.mlflow_url} if self.stores else {}
         write_json(self.home / "up.json", told)
         self._link()
+        for folder in stopped:
+            sync_run(self.home, folder)
         self.say(f"ready  prefect {self.prefect_url}  mlflow {self.mlflow_url}")
 
     def _link(self) -> None:

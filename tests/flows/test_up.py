@@ -137,11 +137,22 @@ def test_stopped_and_killed_with_a_run_under_way(project: Project):
     process.kill()
     process.wait()
     wait_gone(project.home)
-    assert project.states() == ["Running"]
+    run = subprocess.Popen(  # with a server of its own, on the same database
+        [sys.executable, "-m", "flows.cli", "run", "recipe.yaml"],
+        cwd=project.folder,
+        env=project.env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    project.wait_training()
+    run.kill()
+    run.wait()
+    wait_gone(project.home)
+    assert project.states() == ["Running", "Running"]
 
-    process = project.up()  # finds what the killed one left
-    assert "marked as crashed: recipe.yaml" in project.out.read_text()
-    assert project.states() == ["Crashed"]
+    process = project.up()  # finds what the killed ones left
+    assert "marked as crashed: recipe.yaml, whose process was killed" in project.out.read_text()
+    assert project.states() == ["Crashed", "Crashed"]
     assert project.run_status() == "stopped"
     assert "RUNNING" not in project.mlflow_states()
     assert project.prefect(*words).returncode == 0
@@ -151,7 +162,7 @@ def test_stopped_and_killed_with_a_run_under_way(project: Project):
     assert process.wait(60) == 0
     wait_gone(project.home)
     assert time.monotonic() - clock < GONE_S
-    assert project.states() == ["Crashed", "Crashed"]
+    assert project.states() == ["Crashed", "Crashed", "Crashed"]
     assert project.run_status() == "stopped"
     assert "RUNNING" not in project.mlflow_states()
 
