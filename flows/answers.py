@@ -319,7 +319,7 @@ def _calibration(found: Findings, question: str) -> Answer:
 
 
 def _external(found: Findings, question: str) -> Answer:
-    """Every external model against ours; the task score, or bits a byte, for the short answer."""
+    """Every external model against ours; task score and bits a byte for the short answer."""
     made = [one for one in found.comparisons if one.family == "external"]
     if not made:
         return _cannot(question, "no external model was scored on the same rows as one of ours")
@@ -332,7 +332,7 @@ def _external(found: Findings, question: str) -> Answer:
         sizes = [known for slug in (a, b) if (known := found.cells[slug]["size_bytes"].value) is not None]
         parts = [*map(_sentence, every), *([f"{size(sizes[0])} against {size(sizes[1])}"] if len(sizes) == 2 else [])]
         text.append(f"{a} against {b}: {'; '.join(parts)}.")
-        short.append(f"{a} against {b}: {_sentence(every[0])}")
+        short.append(f"{a} against {b}: {'; '.join(map(_sentence, every[:2]))}")
         reason = found.cells[a]["ppl_test"].reason
         if reason and found.cells[a]["ppl_test"].value is None:
             text.append(f"{a} has no perplexity and no KL: {reason}.")
