@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from flows.compose import limits
+from flows.compose import limits, scorer_content
 from flows.evidence import Arm, Run, Step, read_scores
 from flows.gate import CHAMPION
 from flows.promotions import Promotion
@@ -20,12 +20,11 @@ from tasks import evaluate
 from tasks.runtime.fingerprint import file_digest
 from tasks.runtime.launch import Launcher
 from tasks.runtime.leases import Leases
-from tasks.runtime.pin import Digests, external_file, external_folder
+from tasks.runtime.pin import Digests
 from tasks.runtime.step import External, Kitchen, run_step
 from tasks.runtime.store import Store, read_json
 
 TRAIN_ROWS = "train_rows.json"
-OUTSIDE = {"databases": ("*.sql",)}  # folders that evaluate reads from outside of the store
 OWN_TOKENS = "It reads other tokens ({}): compared by its answers and by bits a byte, not on the general hold-out."
 WORDS = ("tokenizer.json", "tokenizer.model", "chat_template.jinja")
 
@@ -111,12 +110,12 @@ def evaluated(present: Promotion, run: Run, candidate: Arm, home: Path) -> Rival
     store, folder = Store(home), home / present.path
     if problem := stale(store, present):
         raise RecipeError([problem])
-    inputs = _inputs(scored, home)
+    recipe = Recipe.model_validate(run.recipe)
+    inputs = _inputs(scored, recipe, home)
     other = _other_words(folder / "files", inputs["dataset"].path / "tokenizer")
     if other:  # then there is nothing that its logits could be compared with
         inputs.pop("reference", None)
     inputs["model"] = External(name="model", path=folder / "files", digest=present.digest, source=present.path)
-    recipe = Recipe.model_validate(run.recipe)
     kind = "external" if other else present.kind  # which reads the rows in the model's own tokens
     step = evaluate.step(recipe, CHAMPION, kind=kind, inputs=dict(inputs))
     if "compressed-tensors" in read_json(folder / "manifest.json")["identity"]["tools"]:  # External has no tools
@@ -160,7 +159,7 @@ def stale(store: Store, one: Promotion) -> Problem | None:
     )
 
 
-def _inputs(scored: Step, home: Path) -> dict[str, External]:
+def _inputs(scored: Step, recipe: Recipe, home: Path) -> dict[str, External]:
     """What the candidate was scored with, but for the model itself.
 
     Raises:
@@ -173,7 +172,7 @@ def _inputs(scored: Step, home: Path) -> dict[str, External]:
         if name in ("model", "adapter", "calibset"):
             continue
         path = home / one["path"]  # an absolute path stays what it is
-        now = one["digest"] if path.is_relative_to(home) else _digest(name, path, digests)
+        now = one["digest"] if path.is_relative_to(home) else _digest(name, path, recipe, digests)
         if now != one["digest"] or not path.exists():
             raise RecipeError(
                 [
@@ -189,12 +188,12 @@ def _inputs(scored: Step, home: Path) -> dict[str, External]:
     return found
 
 
-def _digest(name: str, path: Path, digests: Digests) -> str | None:
+def _digest(name: str, path: Path, recipe: Recipe, digests: Digests) -> str | None:
+    """Of what a scorer reads outside of the store (scorer-N), as it is now."""
     if not path.exists():
         return None
-    if path.is_file():
-        return external_file(name, path, digests=digests).digest
-    return external_folder(name, path, patterns=OUTSIDE[name], digests=digests).digest
+    number = int(name.removeprefix("scorer-"))
+    return scorer_content(recipe.evaluate.scorers[number], path, number, digests=digests).digest
 
 
 def _other_words(model: Path, dataset: Path) -> list[str]:

@@ -188,7 +188,7 @@ def _unlike(metric: Metric, before: Run, after: Run) -> str | None:
 def _scoring(run: Run) -> list[Any]:
     """What decides whether an answer is right."""
     said: Mapping[str, Any] = run.recipe.get("evaluate") or {}
-    return [said.get(name) for name in ("scorer", "scorers", "max_new_tokens")]
+    return [said.get(name) for name in ("scorers", "max_new_tokens")]
 
 
 def _digest(run: Run, stage: str) -> str | None:

@@ -100,7 +100,7 @@ def pin(loaded: Loaded, home: Path) -> Pins:
         external_file("template", loaded.resolve(named), digests=digests) if named and named != "chatml" else None
     )
     scorers = {
-        input_name(number): _content(one, path, number, digests=digests)
+        input_name(number): scorer_content(one, path, number, digests=digests)
         for number, one in enumerate(recipe.evaluate.scorers)
         if (path := loaded.content(one)) is not None
     }
@@ -180,7 +180,7 @@ def _source(loaded: Loaded, number: int, *, fetched: Mapping[str, Snapshot], dig
     return external_folder(name, there.folder, patterns=files, digests=digests, source=there.source)
 
 
-def _content(scorer: Scorer, path: Path, number: int, *, digests: Digests) -> External:
+def scorer_content(scorer: Scorer, path: Path, number: int, *, digests: Digests) -> External:
     """What a scorer reads: a file, or the files of a folder that it looks at."""
     name = input_name(number)
     if isinstance(scorer, SqlExecution | LmEval):

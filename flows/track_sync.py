@@ -48,7 +48,8 @@ def sync_run(home: Path, folder: Path) -> bool:
     for record in raw["steps"]:
         tracker.step(record)
     if raw["status"] in REPORTED:
-        tracker.report(render(folder, home).json, folder)
+        report = render(folder, home)
+        tracker.report(report.json, folder, pictures=report.pictures)
     tracker.end(raw["status"], hurry=False)
     return True
 

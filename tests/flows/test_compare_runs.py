@@ -94,7 +94,7 @@ def test_kl_to_another_reference_is_not_compared(tmp_path: Path) -> None:
 def test_another_scorer_is_not_compared(tmp_path: Path) -> None:
     before, after = write(tmp_path), later(tmp_path)
     recipe = json.loads((after / "recipe.resolved.json").read_text())
-    recipe["evaluate"]["scorer"]["kind"] = "exact-match"
+    recipe["evaluate"]["scorers"][0]["kind"] = "exact-match"
     (after / "recipe.resolved.json").write_text(json.dumps(recipe))
     found = compare_runs(before, after, tmp_path)
     assert {one.metric for one in found.left_out} == {"task"}

@@ -99,7 +99,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = SyntheticRun(home, shapes=SHAPED, test=1000, general=40).write()
     recipe = json.loads((folder / "recipe.resolved.json").read_text())
     recipe |= {"model": {"base": "base"}, "data": {"path": "domain.jsonl", "general": "general.jsonl"}}
-    recipe["evaluate"]["scorer"]["databases"] = "databases"
+    recipe["evaluate"]["scorers"][0]["databases"] = "databases"
     (folder / "recipe.resolved.json").write_text(json.dumps(recipe))
     for path in [*home.glob("store/quantize/*"), *home.glob("store/merge/*")]:
         real(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from numbers import Real
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 
 class Verdict(NamedTuple):
@@ -23,7 +23,7 @@ Scorer = Callable[[str, str, Mapping[str, Any]], Verdict]
 """(answer, reference, the row's other columns) -> Verdict. Raises ScorerFailed."""
 
 
-def is_share(value: Any) -> bool:
+def is_share(value: Any) -> TypeGuard[float]:
     """True for a number from 0 to 1, of Python or numpy, and for a bool."""
     return isinstance(value, Real) and 0 <= float(value) <= 1
 

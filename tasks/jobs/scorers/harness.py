@@ -190,13 +190,13 @@ class _Arm(HFLM):
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         if self._caches is None:
-            return super()._model_call(inps, attn_mask, labels)
+            return super()._model_call(inps, attn_mask, labels)  # pyright: ignore[reportAttributeAccessIssue]  # HFLM is untyped
         with torch.no_grad():
-            return self.model(inps, past_key_values=self._caches(), use_cache=True).logits
+            return self.model(inps, past_key_values=self._caches(), use_cache=True).logits  # pyright: ignore[reportAttributeAccessIssue]
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **more: Any) -> Tensor:
         cached = {} if self._caches is None else {"past_key_values": self._caches()}
-        return super()._model_generate(context, max_length, stop, **more, **cached)
+        return super()._model_generate(context, max_length, stop, **more, **cached)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @contextlib.contextmanager
