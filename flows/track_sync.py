@@ -13,6 +13,7 @@ from typing import Any
 from flows.report import render
 from flows.runs import is_under_way
 from flows.track import STAGES, Tracker
+from recipes.problem import Problem, RecipeError
 from tasks.runtime.store import read_json
 
 REPORTED = ("completed", "failed")
@@ -22,7 +23,7 @@ def sync(home: Path, say: Callable[[str], None]) -> list[str]:
     """Write every run that MLflow does not have whole; returns their ids, oldest first.
 
     Raises:
-        RecipeError: MLflow does not answer.
+        RecipeError: MLflow does not answer, or refuses something.
     """
     folders = sorted(path.parent for path in (home / "runs").glob("*/steps.json") if not path.parent.is_symlink())
     written: list[str] = []
@@ -36,7 +37,11 @@ def sync(home: Path, say: Callable[[str], None]) -> list[str]:
 
 
 def sync_run(home: Path, folder: Path) -> bool:
-    """Write one run that nobody works on, unless MLflow has it whole; True where it was written."""
+    """Write one run that nobody works on, unless MLflow has it whole; True where it was written.
+
+    Raises:
+        RecipeError: MLflow does not answer, or refuses something.
+    """
     raw = read_json(folder / "steps.json")
     tracker = Tracker(home, experiment=raw["name"], run=raw["id"])
     known = tracker.known()
@@ -51,7 +56,18 @@ def sync_run(home: Path, folder: Path) -> bool:
         report = render(folder, home)
         tracker.report(report.json, folder, pictures=report.pictures)
     tracker.end(raw["status"], hurry=False)
+    if tracker.trouble:
+        raise RecipeError([_refused(tracker, folder, one) for one in dict.fromkeys(tracker.trouble)])
     return True
+
+
+def _refused(tracker: Tracker, folder: Path, why: str) -> Problem:
+    return Problem(
+        what=f"MLflow does not take run {folder.name}",
+        where=tracker.uri,
+        why=why,
+        next="mend that and run `quench track sync` again: it writes what is not whole",
+    )
 
 
 def _wanted(raw: Mapping[str, Any]) -> set[str]:
