@@ -168,8 +168,8 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         said="NF4 is the only format with gradient flow",
         extra=GRADIENTS,
-        limits="kernels of a CPU; fused inference kernels of a GPU may have no backward. nf4 here is of merged weights, "
-        "which changes them most (see the claim above)",
+        limits="CPU kernels; fused inference kernels of a GPU may have no backward. nf4 is of merged weights here, "
+        "which moves them most (see the claim above)",
     ),
     Claim(
         said="bitsandbytes is 20-40 % slower than AWQ",

@@ -146,10 +146,10 @@ def page(runs: dict[str, dict[int, Run]], flows: list[Flow]) -> str:
 What is repeated about 4-bit models, a row a claim: measured on the quickstart (5.8 M parameters, questions to SQL),
 computed, or not testable here. `tests/bench/folklore.yaml` with train.seed {named}: the same data and splits, another
 adapter, merged into the dequantized base unless a line says otherwise. Differences are paired, on test, with the 95 %
-interval of that one comparison (groups resampled, flows/stats.py), not adjusted for the number of rows in this table; KL
-is to the model as it was trained (nf4-adapter). A claim is *shown* in a seed where its interval lies wholly on the claimed side, and the opposite is
-shown where it lies wholly on the other; the rest is open. Seeds of one task on one tiny model settle nothing about
-7 B; they tell what would have to be measured there.
+interval of that one comparison (groups resampled, flows/stats.py), not adjusted for the number of rows in this table;
+KL is to the model as it was trained (nf4-adapter). A claim is *shown* in a seed where its interval lies wholly on the
+claimed side, and the opposite is shown where it lies wholly on the other; the rest is open. Seeds of one task on one
+tiny model settle nothing about 7 B; they tell what would have to be measured there.
 
 {table}
 
