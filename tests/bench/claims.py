@@ -119,10 +119,9 @@ CLAIMS: tuple[Claim, ...] = (
             Equal("awq-w4-g128", "gptq-w4-g32"),
             Equal("awq-w4-g32", "gptq-w4-g32"),
             Better("gptq-w4-g32", "gptq-w4-g128"),
-            Better("gptq-w4-g128", "nf4"),
-            Better("gptq-w4-g128", "nf4", "task"),
+            Better("gptq-w4-g128", "nf4", merge="original"),
+            Better("gptq-w4-g128", "nf4", "task", merge="original"),
         ),
-        limits=f"{SIZE}. NF4 of the merged model, which was trained on NF4 weights of the base",
     ),
     Claim(
         said="3-bit GPTQ g128 is competitive with 4-bit AWQ",
@@ -158,14 +157,19 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     Claim(
         said="NF4 beats int4 at equal bits",
-        probes=(Better("nf4", "rtn-w4-g128"), Better("nf4", "rtn-w4-g128", "task")),
-        limits=f"{SIZE}. 4.13 bits a weight against 4.16, both without calibration; the model was trained on NF4 "
-        "weights of the base, of which its own NF4 codes keep something",
+        probes=(
+            Better("nf4", "rtn-w4-g128", merge="original"),
+            Better("nf4", "rtn-w4-g128", "task", merge="original"),
+            Better("nf4", "rtn-w4-g128"),
+        ),
+        limits=f"{SIZE}. 4.13 bits a weight against 4.16, both without calibration. Merged into the dequantized base, "
+        "weights are NF4's own values plus the adapter's small change, of which NF4 rounds a part away again",
     ),
     Claim(
         said="NF4 is the only format with gradient flow",
         extra=GRADIENTS,
-        limits="plain torch kernels on a CPU; fused inference kernels of a GPU may have no backward",
+        limits="CPU kernels; fused inference kernels of a GPU may have no backward. nf4 is of merged weights here, "
+        "which moves them most (see the claim above)",
     ),
     Claim(
         said="bitsandbytes is 20-40 % slower than AWQ",

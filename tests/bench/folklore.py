@@ -25,10 +25,11 @@ from tasks.runtime.store import find_home
 from tests.bench.claims import CLAIMS, GRADIENTS, Claim
 from tests.bench.gradient_flow import FORMATS, ROWS, Flow, flows_of, told
 from tests.bench.gradient_flow import verdict as flow_verdict
-from tests.bench.probes import Evidence, Missing, Probe, Seen, verdict
+from tests.bench.probes import DEQUANTIZED, Better, Evidence, Missing, Probe, Seen, verdict
 
 RESULTS = CHECKOUT / "docs" / "results" / "folklore.md"
 RECIPE = CHECKOUT / "tests" / "bench" / "folklore.yaml"
+ORIGINAL = RECIPE.with_name("folklore-original.yaml")  # the same trainings, merged into the original base
 SEEDS = (0, 1, 2)
 
 
@@ -60,7 +61,7 @@ def finished(recipe: Path, home: Path) -> dict[int, Run]:
         if folder.is_symlink() or not resolved.exists() or not (folder / "report.json").exists():
             continue
         raw = json.loads(resolved.read_text(encoding="utf-8"))
-        if all(raw[part] == wanted[part] for part in ("name", "quantize", "data")):
+        if all(raw[part] == wanted[part] for part in ("name", "quantize", "data", "merge")):
             found[raw["train"]["seed"]] = read_run(folder, home)
     return found
 
@@ -81,11 +82,16 @@ def gradient_flow(run: Run, home: Path) -> list[Flow]:
     return found
 
 
-def asked(probe: Probe, seeds: dict[int, Evidence]) -> Told:
+Seeds = dict[str, dict[int, Evidence]]
+"""Base of the merge -> seed -> what its run left."""
+
+
+def asked(probe: Probe, seeds: Seeds) -> Told:
     """One probe over all seeds."""
     seen: dict[int, Seen] = {}
     missing: dict[int, str] = {}
-    for seed, evidence in seeds.items():
+    merge = probe.merge if isinstance(probe, Better) else DEQUANTIZED
+    for seed, evidence in seeds.get(merge, {}).items():
         try:
             seen[seed] = probe.seen(evidence)
         except Missing as error:
@@ -93,7 +99,7 @@ def asked(probe: Probe, seeds: dict[int, Evidence]) -> Told:
     return Told(probe.label, seen, missing, verdict(probe, list(seen.values())))
 
 
-def row(claim: Claim, seeds: dict[int, Evidence], flows: list[Flow]) -> list[str]:
+def row(claim: Claim, seeds: Seeds, flows: list[Flow]) -> list[str]:
     """The cells of one claim."""
     answers = [asked(probe, seeds) for probe in claim.probes]
     found = [_figures(one) for one in answers]
@@ -104,10 +110,10 @@ def row(claim: Claim, seeds: dict[int, Evidence], flows: list[Flow]) -> list[str
     if claim.untestable:
         found.append(claim.untestable)
     n = "; ".join(sorted({seen.n for one in answers for seen in one.seen.values()}))
-    if claim.probes and seeds:
-        n += f"; seeds {', '.join(map(str, seeds))}"
-    elif claim.extra and seeds:
-        n = f"{ROWS} rows; seed {min(seeds)}"
+    if claim.probes:
+        n += f"; seeds {', '.join(str(seed) for seed in seeds[DEQUANTIZED])}"
+    elif claim.extra:
+        n = f"{ROWS} rows; seed {min(seeds[DEQUANTIZED])}"
     return [claim.said, claim.how, "<br>".join(found), n, claim.limits]
 
 
@@ -128,22 +134,22 @@ def _lines(cells: list[list[str]]) -> Iterator[str]:
         yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |"
 
 
-def page(runs: dict[int, Run], flows: list[Flow]) -> str:
+def page(runs: dict[str, dict[int, Run]], flows: list[Flow]) -> str:
     """docs/results/folklore.md."""
-    seeds = {seed: Evidence.of(run) for seed, run in sorted(runs.items())}
+    seeds = {merge: {seed: Evidence.of(run) for seed, run in sorted(some.items())} for merge, some in runs.items()}
     table = "\n".join(_lines([row(claim, seeds, flows) for claim in CLAIMS]))
-    raw: dict[str, Any] = dict(next(iter(runs.values())).raw)
-    machine = raw["hardware"]
+    raw: dict[str, Any] = dict(next(iter(runs[DEQUANTIZED].values())).raw)
+    machine, named = raw["hardware"], ", ".join(map(str, seeds[DEQUANTIZED]))
     return f"""<!-- Written by `python -m tests.bench.folklore`. -->
 # Folklore, measured
 
 What is repeated about 4-bit models, a row a claim: measured on the quickstart (5.8 M parameters, questions to SQL),
-computed, or not testable here. `tests/bench/folklore.yaml` with train.seed {", ".join(map(str, seeds))}: the same data
-and splits, another adapter. Differences are paired, on test, with the 95 % interval of that one comparison (groups
-resampled, flows/stats.py), not adjusted for the number of rows in this table; KL is to the model as it was trained
-(nf4-adapter). A claim is *shown* in a seed where its interval lies wholly on the claimed side, and the opposite is
-shown where it lies wholly on the other; the rest is open. Seeds of one task on one tiny model settle nothing about
-7 B; they tell what would have to be measured there.
+computed, or not testable here. `tests/bench/folklore.yaml` with train.seed {named}: the same data and splits, another
+adapter, merged into the dequantized base unless a line says otherwise. Differences are paired, on test, with the 95 %
+interval of that one comparison (groups resampled, flows/stats.py), not adjusted for the number of rows in this table;
+KL is to the model as it was trained (nf4-adapter). A claim is *shown* in a seed where its interval lies wholly on the
+claimed side, and the opposite is shown where it lies wholly on the other; the rest is open. Seeds of one task on one
+tiny model settle nothing about 7 B; they tell what would have to be measured there.
 
 {table}
 
@@ -157,21 +163,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--home", type=Path, help="QUENCH_HOME of the runs")
     parser.add_argument("--recipe", type=Path, default=RECIPE)
+    parser.add_argument("--original", type=Path, default=ORIGINAL, help="the same with merge.base: original")
     parser.add_argument("--seed", type=int, action="append", help="default: 0, 1, 2")
     parser.add_argument("--render", action="store_true", help="run nothing")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     home, seeds = (args.home or find_home()).resolve(), args.seed or list(SEEDS)
+    recipes = {DEQUANTIZED: args.recipe, "original": args.original}
     if not args.render:
-        done = {seed for seed, run in finished(args.recipe, home).items() if run.raw["status"] == "completed"}
-        for seed in sorted(set(seeds) - done):
-            run_seed(args.recipe, seed, home)
-    runs = {seed: run for seed, run in finished(args.recipe, home).items() if seed in seeds}
-    if not runs:
+        for recipe in recipes.values():
+            done = {seed for seed, run in finished(recipe, home).items() if run.raw["status"] == "completed"}
+            for seed in sorted(set(seeds) - done):
+                run_seed(recipe, seed, home)
+    runs = {
+        merge: {seed: run for seed, run in finished(recipe, home).items() if seed in seeds}
+        for merge, recipe in recipes.items()
+    }
+    main_runs = runs[DEQUANTIZED]
+    if not main_runs:
         raise SystemExit(f"no finished run of {args.recipe} with train.seed {seeds} in {home}")
-    flows = gradient_flow(runs[min(runs)], home)
+    flows = gradient_flow(main_runs[min(main_runs)], home)
     args.out.write_text(page(runs, flows), encoding="utf-8")
-    print(f"wrote {args.out}, seeds {sorted(runs)}")
+    print(f"wrote {args.out}, seeds {sorted(main_runs)}")
 
 
 if __name__ == "__main__":

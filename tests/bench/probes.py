@@ -15,6 +15,7 @@ from flows.layers import layers_of, part_of
 from flows.metrics import METRICS, difference_text, significant
 from flows.stats import Estimand, Interval, Sums, difference_intervals, studentized
 
+DEQUANTIZED = "dequantized"
 NO_BOUND = -100.0  # per cent: no perplexity falls by more
 Outcome = Literal["shown", "refuted", "open"]
 
@@ -95,16 +96,18 @@ def behind(rows: RowScores) -> str:
 
 @dataclass(frozen=True)
 class Better:
-    """a is better than b on a metric: the sign of the difference."""
+    """a is better than b on a metric: the sign of the difference; `merge` is the base that the run merged into."""
 
     a: str
     b: str
     metric: str = "kl_mean"
+    merge: str = DEQUANTIZED
 
     @property
     def label(self) -> str:
         """What is subtracted from what."""
-        return f"{METRICS[self.metric].label}, {self.a} − {self.b}"
+        where = "" if self.merge == DEQUANTIZED else f" (merged into the {self.merge} base)"
+        return f"{METRICS[self.metric].label}, {self.a} − {self.b}{where}"
 
     def seen(self, evidence: Evidence) -> Seen:
         """The difference a - b."""
@@ -226,5 +229,7 @@ def verdict(probe: Probe, seen: list[Seen]) -> str:
     if isinstance(probe, Adds):
         return f"another sum than the two costs in {count['refuted']} of {n} seeds"
     agree = sum(bool(one.agrees) for one in seen)
-    what = "inside the claimed range" if isinstance(probe, Rise) else "as claimed"
-    return f"{what} in {agree} of {n} seeds; shown in {count['shown']}, the opposite shown in {count['refuted']}"
+    if isinstance(probe, Rise):
+        inside, outside = count["shown"], count["refuted"]
+        return f"inside the claimed range in {agree} of {n} seeds; all of the interval in {inside}, none in {outside}"
+    return f"as claimed in {agree} of {n} seeds; shown in {count['shown']}, the opposite shown in {count['refuted']}"

@@ -59,11 +59,11 @@ def test_variances_are_read_from_the_record(evidence: Evidence) -> None:
 
 def test_every_claim_has_a_row_and_what_is_missing_is_said(evidence: Evidence) -> None:
     assert len(CLAIMS) == 16
-    text = page({0: evidence.run}, [])
+    text = page({"dequantized": {0: evidence.run}}, [])
     rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith(("| claim", "| ---"))]
     assert len(rows) == len(CLAIMS) and all(row.count(" | ") == 4 for row in rows)
     assert "*not measured* (awq-w4-g32: no such arm)" in text
-    told = asked(Better("nf4", "rtn-w4-g128"), {0: evidence})
+    told = asked(Better("nf4", "rtn-w4-g128"), {"dequantized": {0: evidence}})
     assert (told.missing, told.verdict) == ({0: "nf4: no such arm"}, "not measured")
 
 
