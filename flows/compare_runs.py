@@ -255,7 +255,7 @@ def print_compared(found: Compared, console: Console) -> None:
     for split, rows in found.rows.items():
         told = f"{split}: {rows.both:,} rows in both are compared; {rows.only_before:,} only before and "
         console.print(Text(f"{told}{rows.only_after:,} only after are left out"))
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("arm", "metric"):
         table.add_column(name, no_wrap=True)
     for name in ("before", "after", "after - before"):

@@ -182,8 +182,8 @@ def evaluate(run: Run) -> dict[str, Any]:
 
 
 def verdict_of(answered: Sequence[Answer]) -> list[str]:
-    """Three sentences: fine-tuning, scheme, merge-first, merge; what the run cannot say only where three lack."""
-    ordered = [answered[index] for index in (0, 2, 3, 1)]
+    """Three sentences: fine-tuning, scheme, merge-first, merge, others; what cannot be said only where three lack."""
+    ordered = [*(answered[index] for index in (0, 2, 3, 1)), *answered[4:]]
     told = [one.short for one in ordered if one.said]
     unsaid = [f"{one.question} {one.short}" for one in ordered if not one.said]
     return [*told, *unsaid][:3]

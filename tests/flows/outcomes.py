@@ -103,6 +103,7 @@ def fit() -> dict[str, Any]:
             {"vram_gib": 8, "context": 4096, "batch": 8, "best": "gptq-w4-g128"},
             {"vram_gib": 24, "context": 131_072, "batch": 64, "best": None},
         ],
+        "reason": None,
     }
 
 

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from flows.cli import main
-from flows.compare_runs import Compared, Shared, compare_runs, print_compared
+from flows.compare_runs import COMPARED, Compared, Shared, compare_runs, print_compared
 from recipes.problem import RecipeError
 from tests.flows.synthetic_run import SHAPES, SyntheticRun
 
@@ -43,7 +43,7 @@ def test_the_same_scores_in_two_runs_are_never_different(tmp_path: Path) -> None
     assert {(one.arm, one.metric) for one in found.changes} == {
         (arm, metric)
         for arm in FEW
-        for metric in ("task", "ppl_test", "kl_mean", "ppl_general")
+        for metric in COMPARED
         if (arm, metric) != ("nf4-adapter", "kl_mean")  # zero by definition, in both
     }
 
@@ -84,7 +84,7 @@ def folder_mark(run: Path) -> str:
 
 def test_kl_to_another_reference_is_not_compared(tmp_path: Path) -> None:
     found = compare_runs(write(tmp_path), later(tmp_path, remade="again"), tmp_path)
-    assert {one.metric for one in found.changes} == {"task", "ppl_test", "ppl_general"}
+    assert {one.metric for one in found.changes} == {*COMPARED} - {"kl_mean"}
     assert {(one.metric, one.reason) for one in found.left_out} == {
         ("kl_mean", "each run's KL is to its own nf4-adapter, and they are not the same")
     }
