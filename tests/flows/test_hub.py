@@ -144,7 +144,7 @@ def test_an_external_model_is_pinned_as_the_base_is(hub: Hub, tmp_path: Path):
     commit = hub.repositories["org/prod"].branches["main"]
     found = plan(hub, tmp_path, "--set", "evaluate.external.prod=org/prod", "--only", "prod")
     assert found.pins["prod"] == f"org/prod@{commit}"
-    assert set(found.steps) == {"prepare/small", "evaluate/prod", "measure/prod"}
+    assert set(found.steps) == {"prepare/small", "rehearse/small", "evaluate/prod", "measure/prod"}
     named = "evaluate.external={prod: {path: org/prod, revision: v9}}"
     said = quench(hub, tmp_path, "plan", "--set", named, token=TOKEN, check=2).stderr
     assert "model org/prod@v9 has no such revision" in said and "evaluate.external.prod" in said

@@ -402,7 +402,7 @@ def test_the_page_is_self_contained(folder: Path, home: Path, report: dict[str, 
     html = (folder / "report.html").read_text()
     assert not re.search(r"(src|href)=\"(?!#)", html)
     assert "<script" not in html and "@import" not in html and "url(http" not in html
-    assert html.count("<svg role=") == 5
+    assert html.count("<svg role=") == 6  # KL and task by size, waterfall, domains, layers twice
     assert not re.search(r"#0[1-9ab]0[1-9ab]0[1-9ab]\b", html), "a placeholder colour was left in a plot"
     for text in ("report.html", "report.md", "report.json"):
         assert str(home) not in (folder / text).read_text()
