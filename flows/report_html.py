@@ -115,8 +115,10 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
     return [told, *report["verdict"][:2]] if told else list(report["verdict"])
 
 
-def byte_text(value: float) -> str:
-    """Bytes, with decimal prefixes from a thousand on."""
+def byte_text(value: float | None) -> str:
+    """Bytes, with decimal prefixes from a thousand on; a dash where there are none."""
+    if value is None:
+        return "–"
     if value < 1e3:
         return f"{value:g} B"
     return size(value) if value >= 1e6 else f"{significant(value / 1e3)} kB"

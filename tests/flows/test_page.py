@@ -198,8 +198,16 @@ def test_sections_stand_in_order_and_only_with_their_keys(
     ]
     left_out = {"The gate", "Where the loss goes", "What fits"}
     fewer = {name: svg for name, svg in drawn.items() if name != "waterfall"}
-    without = {**plain, "gate": None, "waterfall": None, "power": [], "fit": None}
-    assert re.findall(r"<h2[^>]*>(.*?)</h2>", html(without, fewer)) == [one for one in headings if one not in left_out]
+    older = {name: value for name, value in plain.items() if name not in ("gate", "waterfall", "fit")}
+    assert re.findall(r"<h2[^>]*>(.*?)</h2>", html(older, fewer)) == [one for one in headings if one not in left_out]
+
+
+def test_an_arm_without_files_and_a_cache_that_cannot_be_computed_leave_a_page(plain: dict[str, Any]) -> None:
+    failed = next(one for one in plain["fit"]["arms"] if one["arm"] == "gptq-w4-g32")
+    assert failed["weights_bytes"] is None
+    assert "gptq-w4-g32 – – –" in words(html(plain)).partition("What fits ")[2]
+    unknown = {"kv_bytes_per_token": None, "arms": [], "examples": [], "reason": "config.json has kv_lora_rank"}
+    assert "What fits Cannot be computed: config.json has kv_lora_rank." in words(html({**plain, "fit": unknown}))
 
 
 def test_controls_stand_with_their_comparisons(plain: dict[str, Any]) -> None:
