@@ -58,7 +58,8 @@ def candidate(run: Run, draws: Draw) -> Candidate:
         else:
             contenders.append(found)
     if not contenders:
-        return Candidate(arm=None, reason=_none(left_out), left_out=left_out)
+        none = "no scheme of this run is fit for it" if left_out else "no scheme was evaluated in this run"
+        return Candidate(arm=None, reason=none, left_out=left_out)
     smallest = min(one.size for one in contenders)
     equal = [one for one in contenders if one.size <= smallest * (1 + TIE)]
     best = min(equal, key=lambda one: (-one.task, one.size, one.arm.slug))
@@ -66,12 +67,6 @@ def candidate(run: Run, draws: Draw) -> Candidate:
         if one is not best:
             left_out[one.arm.slug] = "more bytes" if one not in equal else f"no higher task score than {best.arm.slug}"
     return Candidate(arm=best.arm, reason=f"named on dev: {RULE}", left_out=left_out)
-
-
-def _none(left_out: Mapping[str, str]) -> str:
-    if not left_out:
-        return "no scheme was evaluated in this run"
-    return "no scheme can be promoted: " + "; ".join(f"{slug}: {why}" for slug, why in left_out.items())
 
 
 def _preferred(run: Run, slug: str) -> Candidate:

@@ -40,7 +40,7 @@ def gate_of(run: Run, evidence: Mapping[str, ArmEvidence], draws: Draw) -> dict[
         "domains": [one for one in told if one["domain"] is not None],
         "champion": champion and _shown(champion, checked=any(one.against == CHAMPION for one in checks), same=same),
     }
-    return {**made, "text": list(_sentences(made))}
+    return {**made, "text": list(sentences(made))}
 
 
 def _asked(
@@ -76,10 +76,11 @@ def _shown(champion: Mapping[str, Any], *, checked: bool, same: bool) -> dict[st
     return {**named, "removed": len(champion["removed"]), "same": same, "compared": checked}
 
 
-def _sentences(made: Mapping[str, Any]) -> Iterator[str]:
-    """The verdict first."""
+def sentences(made: Mapping[str, Any]) -> Iterator[str]:
+    """All of `gate` in words: the verdict first, then the checks that did not pass, those that are worse before."""
     if made["candidate"] is None:
         yield f"Nothing can be promoted: {made['reason']}."
+        yield from (f"{slug}: {why.rstrip('.')}." for slug, why in made["left_out"].items())
         return
     gating = [one for one in (*made["tests"], *made["domains"]) if one["gates"]]
     open_ = [one for one in gating if one["outcome"] != "pass"]

@@ -25,3 +25,10 @@ def section(fit: Mapping[str, Any]) -> Iterator[str]:
     yield f"On the Pareto front of bytes and KL: {', '.join(ahead) or 'none'}. Best is {RULE}."
     yield f"{100 * fit['free_share']:.0f} % of the card stays free; `quench choose` takes other cards and lengths."
     yield ""
+
+
+def sentences(fit: Mapping[str, Any] | None) -> Iterator[str]:
+    """The best arm for each size of card that was computed; nothing without the part."""
+    for one in (fit or {}).get("examples", []):
+        best = one["best"] or "no arm fits"
+        yield f"{one['vram_gib']:g} GiB, {one['batch']} x {one['context']:,} tokens: {best}"

@@ -19,7 +19,17 @@ from typing import Any, Literal
 import numpy as np
 
 from flows.evidence import RowScores
-from flows.stats import Counts, Estimand, Interval, Link, Studentized, difference_intervals, studentized
+from flows.stats import (
+    Z_POWER,
+    Counts,
+    Estimand,
+    Interval,
+    Link,
+    Studentized,
+    Z,
+    difference_intervals,
+    studentized,
+)
 from recipes.schema import Gate
 
 Outcome = Literal["pass", "worse", "undecided", "none"]
@@ -27,7 +37,6 @@ Unit = Literal["share", "nats", "bits"]  # a share of the answers, nats a token,
 Draw = Callable[[tuple[str, ...]], Counts]
 Scores = Mapping[str, RowScores]  # metric of scores.parquet -> rows
 DOMAIN_ROWS = 200  # a slice with fewer is shown and gates nothing
-Z_POWER = 1.959964 + 0.841621  # half-widths of 95 % that decide 4 times in 5
 MOST_ROWS = 10_000_000  # a larger n_needed only says: never
 BASE, CHAMPION = "base", "champion"
 LABELS = {"general_loss": "general loss", "bits_per_byte": "bits a byte"}
@@ -119,6 +128,11 @@ class Check:
         """JSON-able."""
         intervals = {name: getattr(self, name) and list(getattr(self, name)) for name in ("ci95", "ci95_adjusted")}
         return {**vars(self), **intervals, "text": told(self)}
+
+    @classmethod
+    def of(cls, said: Mapping[str, Any]) -> Check:
+        """From a check of report.json."""
+        return cls(**{name: value for name, value in said.items() if name != "text"})
 
 
 def asked(candidate: Scores, other: Scores, against: str, gate: Gate) -> Iterator[Asked]:
@@ -247,7 +261,7 @@ def _needed(room: float, boot: Studentized, n: int) -> int | None:
     """Rows at which the distance from estimate to margin is as wide as an interval that decides 4 times in 5."""
     if room <= 0:
         return None
-    rows = n * max((Z_POWER * boot.se / room) ** 2, boot.least / room)  # least falls by 1 / n, se by its root
+    rows = n * max(((Z + Z_POWER) * boot.se / room) ** 2, boot.least / room)  # least falls by 1 / n, se by its root
     return math.ceil(max(rows, n + 1)) if rows <= MOST_ROWS else None
 
 
@@ -271,10 +285,10 @@ def _unmade(one: Asked) -> Check:
 def told(one: Check) -> str:
     """`task against merged-dequantized: -0.4 [-1.3, +0.5] points, may lose 2: pass`."""
     where = f" in {one.domain}" if one.domain else ""
-    name = f"{LABELS.get(one.metric, one.metric)}{where} against {one.against}"
+    name = f"{label(one.metric)}{where} against {one.against}"
     if one.difference is None or one.ci95 is None:
         return f"{name}: undecided, {one.reason}"
-    limit = f"may lose {_margin(one)}" if one.margin else "has to be better"
+    limit = f"may lose {margin(one)}" if one.margin else "has to be better"
     text = f"{name}: {difference(one)}, {limit}: {one.outcome}"
     if not one.gates:
         return f"{text} (shown only: {one.n:,} rows, {DOMAIN_ROWS} gate)"
@@ -287,9 +301,15 @@ def _decides(one: Check) -> str:
     return f"about {one.n_needed:,} would decide" if one.n_needed else "no number of rows like these would decide"
 
 
+def label(metric: str) -> str:
+    """The metric as it is told."""
+    return LABELS.get(metric, metric)
+
+
 def difference(one: Check) -> str:
-    """`-0.4 [-1.3, +0.5] points` or `+0.0013 [+0.0002, +0.0024] nats`."""
-    assert one.difference is not None and one.ci95 is not None
+    """`-0.4 [-1.3, +0.5] points` or `+0.0013 [+0.0002, +0.0024] nats`; the reason where it could not be made."""
+    if one.difference is None or one.ci95 is None:
+        return str(one.reason)
     scale, unit = (100.0, "points") if one.unit == "share" else (1.0, one.unit)
     shown = [scale * value for value in (one.difference, *one.ci95)]
     half = (shown[2] - shown[1]) / 2
@@ -299,7 +319,8 @@ def difference(one: Check) -> str:
     return f"{plain[0]} [{plain[1]}, {plain[2]}] {unit}"
 
 
-def _margin(one: Check) -> str:
+def margin(one: Check) -> str:
+    """What may be lost: `2 points`, `0.02 nats`."""
     return f"{100 * one.margin:g} points" if one.unit == "share" else f"{one.margin:.3g} {one.unit}"
 
 

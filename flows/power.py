@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 from flows.cells import ArmEvidence
 from flows.comparisons import merged_schemes
 from flows.evidence import RowScores
-from flows.stats import Estimand, Z, standard_error
+from flows.stats import Z_POWER, Estimand, Z, standard_error
 
 LOSS = 0.03  # of the task score: 3 points
-POWER = 0.8
-Z_POWER = 0.841621  # 80 % quantile of the normal distribution
+POWER = 0.8  # flows.stats.Z_POWER is its quantile
 
 
 class Needed(NamedTuple):

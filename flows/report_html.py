@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from flows import gate
 from flows.layers import errors_plot, weights_plot, worst
 from flows.metrics import METRICS, difference_text, interval_text, significant, size, value_text
-from flows.outcome_text import GATE_MARKS, gate_sentence, label, margin_text, test_difference
+from flows.outcome_text import gate_sentence
 from flows.plot_domains import domains_plot
 from flows.plot_waterfall import waterfall_plot
 from flows.plots import LIGHT, against_size, as_picture, family_of, look
@@ -22,6 +23,7 @@ from flows.report_text import SPEEDS, columns, data_line, further_tasks, hardwar
 from flows.samples import marked
 
 TEMPLATES = Path(__file__).parent / "templates"
+GATE_MARKS = {"pass": "✓", "worse": "▼", "undecided": "?", "none": "–"}
 OPEN_UP_TO = 8  # comparisons of a family that is shown unfolded
 
 
@@ -47,7 +49,6 @@ def page(report: Mapping[str, Any], svgs: Mapping[str, str]) -> str:
         open_up_to=OPEN_UP_TO,
         verdict=verdict(report),
         gate=report.get("gate"),
-        gate_sentence=gate_sentence(report.get("gate")),
         gate_marks=GATE_MARKS,
         power=power_sentence(report["power"]),
         fit=report.get("fit"),
@@ -60,9 +61,7 @@ def page(report: Mapping[str, Any], svgs: Mapping[str, str]) -> str:
         value=value_text,
         interval=interval_text,
         difference=difference_text,
-        test_difference=test_difference,
-        margin=margin_text,
-        label=label,
+        checks=checks(report.get("gate")),
         bytes=byte_text,
         significant=significant,
         quiet=quiet,
@@ -113,6 +112,29 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
     """The page's first three sentences: the gate's, where it judged, comes first and the last one gives way."""
     told = gate_sentence(report.get("gate"))
     return [told, *report["verdict"][:2]] if told else list(report["verdict"])
+
+
+class CheckLine(NamedTuple):
+    """A line of the gate's table."""
+
+    check: gate.Check
+    name: str
+    margin: str
+    difference: str
+
+
+def checks(said: Mapping[str, Any] | None) -> list[CheckLine]:
+    """Every check of the gate, those within a domain last."""
+    every = [gate.Check.of(one) for one in (*said["tests"], *said["domains"])] if said else []
+    return [
+        CheckLine(
+            one,
+            gate.label(one.metric) + (f" in {one.domain}" if one.domain else ""),
+            gate.margin(one) if one.margin else "better than it",
+            gate.difference(one),
+        )
+        for one in every
+    ]
 
 
 def byte_text(value: float | None) -> str:

@@ -11,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.fit_text import section
+from flows.fit_text import sentences as fit_sentences
 from flows.metrics import METRICS, TASK, difference_text, interval_text, value_text
-from flows.outcome_text import fit_sentences, gate_sentence, waterfall_sentence
+from flows.outcome_text import gate_sentence, waterfall_sentence
 from flows.power import sentence as power_sentence
 
 COLUMNS = ("size_bytes", "task", "kl_mean", "ppl_test", "top1_agreement", "ppl_general")
@@ -144,7 +145,7 @@ def _failures(report: Mapping[str, Any]) -> list[str]:
     for one in report["failures"]:
         if one["status"] != "skipped":
             log = f" Log: `{one['log']}`." if one["log"] else ""
-            remedy = f" Next: {one['problem']['next']}." if one["problem"] else ""
+            remedy = f" Next: {one['problem']['next'].rstrip('.')}." if one["problem"] else ""
             lines.append(f"- **{one['status']}** {one['why']}.{remedy}{log}")
     return ["## What failed", "", *lines, ""] if lines else []
 

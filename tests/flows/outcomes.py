@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
+
+from flows.decision import sentences
+from flows.gate import Check, Outcome
+from flows.stats import Interval
 
 
 def step(step: str, before: str, after: str, difference: float, half: float) -> dict[str, Any]:
@@ -58,35 +63,48 @@ def power() -> list[dict[str, Any]]:
     ]
 
 
-def gate(outcome: str = "undecided") -> dict[str, Any]:
-    """A candidate whose task test has the given outcome; the loss passes."""
+def gate(outcome: Outcome = "undecided") -> dict[str, Any]:
+    """A candidate whose task check has the given outcome; loss and base pass, a slice of 57 rows is only shown."""
     difference, ci95 = {
-        "pass": (-0.002, [-0.009, 0.005]),
-        "worse": (-0.08, [-0.11, -0.05]),
-        "undecided": (-0.012, [-0.031, 0.007]),
+        "pass": (-0.002, Interval(-0.009, 0.005)),
+        "worse": (-0.08, Interval(-0.11, -0.05)),
+        "undecided": (-0.012, Interval(-0.031, 0.007)),
     }[outcome]
-    task = {
-        "metric": "task",
-        "against": "merged-dequantized",
-        "margin": 0.02,
-        "difference": difference,
-        "ci95": ci95,
-        "outcome": outcome,
-        "n": 400,
-        "n_needed": 1_900 if outcome == "undecided" else None,
-    }
-    loss = {**task, "metric": "loss", "difference": 0.0011, "ci95": [0.0006, 0.0016], "outcome": "pass"}
-    beaten = {**task, "against": "base", "margin": 0.0, "difference": 0.88, "ci95": [0.85, 0.91], "outcome": "pass"}
-    slice_ = {**task, "domain": "join", "gates": False, "n": 57, "outcome": "undecided"}
-    tests = [{**one, "n_needed": None} for one in (loss, beaten)]
-    return {
+    task = Check(
+        metric="task",
+        against="merged-dequantized",
+        margin=0.02,
+        unit="share",
+        outcome=outcome,
+        difference=difference,
+        ci95=ci95,
+        ci95_adjusted=ci95,
+        n=400,
+        n_needed=1_900 if outcome == "undecided" else None,
+    )
+    even = Interval(0.0006, 0.0016)
+    loss = replace(task, metric="loss", unit="nats", difference=0.0011, ci95=even, outcome="pass", n_needed=None)
+    bits = replace(loss, metric="bits_per_byte", unit="bits", against="champion", margin=0.006)
+    won = Interval(0.85, 0.91)
+    beaten = replace(loss, metric="task", unit="share", against="base", margin=0.0, difference=0.88, ci95=won)
+    slice_ = replace(task, domain="join", gates=False, n=57, outcome="undecided")
+    made = {
         "candidate": "gptq-w4-g128",
         "reason": "fewest bytes of the arms that are no worse on dev",
+        "left_out": {},
         "outcome": outcome,
-        "tests": [task, *tests],
-        "domains": [slice_],
+        "tests": [one.as_dict() for one in (task, loss, beaten, bits)],
+        "domains": [slice_.as_dict()],
         "champion": None,
     }
+    return {**made, "text": list(sentences(made))}
+
+
+def no_gate() -> dict[str, Any]:
+    """No candidate."""
+    made = {"candidate": None, "reason": "no scheme of this run is fit for it", "outcome": "none", "tests": []}
+    made |= {"domains": [], "champion": None, "left_out": {"gptq-w4-g128": "vLLM does not read it."}}
+    return {**made, "text": list(sentences(made))}
 
 
 def fit() -> dict[str, Any]:

@@ -14,6 +14,7 @@ from playwright.sync_api import Browser
 from rich.console import Console
 
 from flows.evidence import read_run
+from flows.gate import Outcome
 from flows.outcome_text import gate_sentence, waterfall_sentence
 from flows.plot_waterfall import bars
 from flows.plots import Point, as_picture, front
@@ -128,20 +129,21 @@ def test_the_waterfall_says_where_the_loss_goes() -> None:
 @pytest.mark.parametrize(
     ("outcome", "sentence"),
     [
-        ("pass", "gptq-w4-g128 passes the gate: within every margin of 3 tests against merged-dequantized and base."),
+        ("pass", "gptq-w4-g128 passes the gate (4 of 4 checks on test are within their margins)."),
         (
             "worse",
-            "gptq-w4-g128 does not pass the gate: task −8.0 [−11.0, −5.0] points against merged-dequantized, "
-            "margin 2 points.",
+            "gptq-w4-g128 does not pass the gate: it is worse (3 of 4 checks on test are within their margins). Task "
+            "against merged-dequantized: −8.0 [−11.0, −5.0] points, may lose 2 points: worse.",
         ),
         (
             "undecided",
-            "The gate is undecided about gptq-w4-g128: task −1.2 [−3.1, +0.7] points against merged-dequantized, "
-            "margin 2 points; about 1,900 rows would decide, 400 are there.",
+            "gptq-w4-g128 does not pass the gate: this much data cannot tell (3 of 4 checks on test are within their "
+            "margins). Task against merged-dequantized: −1.2 [−3.1, +0.7] points, may lose 2 points: undecided; "
+            "400 rows, about 1,900 would decide.",
         ),
     ],
 )
-def test_the_gate_comes_first_in_three_sentences(plain: dict[str, Any], outcome: str, sentence: str) -> None:
+def test_the_gate_comes_first_in_three_sentences(plain: dict[str, Any], outcome: Outcome, sentence: str) -> None:
     report = {**plain, "gate": outcomes.gate(outcome)}
     assert verdict(report) == [sentence, *plain["verdict"][:2]]
     text = words(html(report))
@@ -150,9 +152,17 @@ def test_the_gate_comes_first_in_three_sentences(plain: dict[str, Any], outcome:
 
 
 def test_without_a_candidate_the_reason_is_told(plain: dict[str, Any]) -> None:
-    gate = {"candidate": None, "reason": "no arm is served by vllm", "outcome": "none", "tests": [], "domains": []}
-    assert gate_sentence(gate) == "The gate judged nothing: no arm is served by vllm."
-    assert "The gate judged nothing: no arm is served by vllm." in words(html({**plain, "gate": gate}))
+    sentence = "Nothing can be promoted: no scheme of this run is fit for it."
+    assert gate_sentence(outcomes.no_gate()) == sentence
+    assert f"{sentence} {plain['verdict'][0]}" in words(html({**plain, "gate": outcomes.no_gate()}))
+    assert outcomes.no_gate()["text"][1:] == ["gptq-w4-g128: vLLM does not read it."]
+
+
+def test_every_check_has_its_own_unit(plain: dict[str, Any]) -> None:
+    text = words(html({**plain, "gate": outcomes.gate()}))
+    assert "bits a byte champion 0.006 bits +0.00110 [+0.00060, +0.00160] bits" in text
+    assert "loss merged-dequantized 0.02 nats" in text
+    assert "task base better than it +88.0 [+85.0, +91.0] points" in text
 
 
 def test_a_check_that_could_not_be_made_says_why(plain: dict[str, Any]) -> None:
@@ -250,11 +260,11 @@ def test_a_terminal_gets_the_same_words(full: dict[str, Any], width: int) -> Non
         print_report(full, console)
     lines = captured.get().splitlines()
     text = " ".join(" ".join(lines).split())
-    assert max(map(len, lines)) <= width and text.startswith("The gate is undecided about gptq-w4-g128")
+    assert max(map(len, lines)) <= width and text.startswith("gptq-w4-g128 does not pass the gate: this much")
     for sentence in (waterfall_sentence(full["waterfall"]), power_sentence(full["power"])):
         assert sentence and sentence in text
     assert "failed: quantize/gptq-w4-g32: Scales are NaN (a channel is zero). Next: raise calibrate.rows." in text
-    assert "24 GiB, 64 x 131,072 tokens: nothing of this run." in text
+    assert "24 GiB, 64 x 131,072 tokens: no arm fits." in text
     assert ("no room for" in text) == (width < 160)
 
 
@@ -290,7 +300,7 @@ def test_everything_is_seen_and_nothing_sticks_out(browser: Browser, written: Pa
         )
         == []
     )
-    for text in ("The gate is undecided about", "Where the loss goes", "Nobody picked them", "vllm serve"):
+    for text in ("this much data cannot tell", "Where the loss goes", "Nobody picked them", "vllm serve"):
         assert text in shown.inner_text("main") or text in shown.content()
     labels = shown.evaluate("[...document.querySelectorAll('figure svg text')].map(t => t.textContent)")
     assert "gptq-w4-g128.kv-fp8" in labels and "loss above the model as trained, nats a token" in labels
