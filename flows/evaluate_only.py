@@ -14,7 +14,7 @@ from flows.vet import vet
 from recipes.problem import Problem, RecipeError
 from tasks.runtime.store import find_home
 
-SCORING = ("reference", "choose", "evaluate", "measure", "reload")
+SCORING = ("rehearse", "reference", "choose", "evaluate", "measure")
 
 
 @flow(  # pyright: ignore[reportCallIssue]
@@ -24,7 +24,7 @@ SCORING = ("reference", "choose", "evaluate", "measure", "reload")
     persist_result=False,
 )
 def evaluate_only(recipe: str, sets: list[str] | None = None, only: list[str] | None = None) -> str:
-    """Evaluate again what an earlier run made: new scorers, more rows, speed; no training, no quantizing.
+    """Evaluate again what an earlier run made: new scorers, longer answers, speed; no training, no quantizing.
 
     Args:
         recipe: Path of the recipe file, absolute or seen from the folder where the command is typed.

@@ -1,7 +1,7 @@
 """`quench store gc`: what no run, no decision about what ships and no step under way reaches, goes.
 
-A run is a folder below runs/: removing it is how its artifacts become free. Reached is what a run's steps.json or
-promotions.jsonl names, and everything that it was made from.
+A run is a folder below runs/: removing it is how its artifacts become free. Reached is what a run's steps.json,
+the champion's scores in its promotion.json or promotions.jsonl name, and everything that it was made from.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flows.decision import PROMOTION
 from tasks.runtime.store import MANIFEST, Store, locked_now, read_json
 
 
@@ -85,6 +86,9 @@ def removed(home: Path, names: list[str]) -> list[str]:
 def _of_runs(home: Path) -> Iterator[str]:
     for path in (home / "runs").glob("*/steps.json"):
         yield from (one["path"] for one in read_json(path)["steps"] if one["path"])
+    for path in (home / "runs").glob(f"*/{PROMOTION}"):  # without these scores the run's report would change
+        rival = read_json(path)["champion"]
+        yield from [rival["evaluate"]] if rival and rival["evaluate"] else ()
 
 
 def _of_promotions(home: Path) -> Iterator[str]:

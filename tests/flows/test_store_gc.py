@@ -76,6 +76,16 @@ def test_a_promotion_keeps_its_artifact_and_what_it_was_made_from(home: Path):
     assert names(home) == ["quantize/none", "train/none"]
 
 
+def test_the_champions_scores_of_a_run_are_kept(home: Path):
+    made = commit(Store(home), "evaluate", "champion", inputs={})
+    champion = {"evaluate": str(made.folder.relative_to(home))}
+    for name, said in (("one", champion), ("two", None)):
+        (home / "runs" / name / "promotion.json").write_text(json.dumps({"champion": said}))
+    assert names(home) == ["quantize/none", "train/none"]
+    shutil.rmtree(home / "runs" / "one")
+    assert "evaluate/champion" in names(home)
+
+
 def test_a_step_under_way_keeps_its_artifact(home: Path):
     (folder,) = (home / "store" / "train").glob("none-*")
     manifest = json.loads((folder / "manifest.json").read_text())
