@@ -18,9 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.cells import ArmEvidence, Draws, gather
-from flows.comparisons import REFERENCE, LeftOut, verdict
+from flows.comparisons import LeftOut, verdict
 from flows.evidence import RowScores, Run, read_run
-from flows.metrics import METRICS, Metric, difference_text, value_text
+from flows.metrics import METRICS, TASK, Metric, difference_text, value_text
 from flows.stats import Estimand, Interval, Studentized, difference_intervals, studentized
 from recipes.problem import Problem, RecipeError
 
@@ -111,11 +111,10 @@ def compare_runs(before: Path, after: Path, home: Path) -> Compared:
     runs = read_run(before, home), read_run(after, home)
     old, new = (gather(run) for run in runs)
     shared = [slug for slug in new if slug in old]
-    names = [METRICS[name] for name in COMPARED if name in METRICS]
     pairs: dict[tuple[str, str], Paired] = {}
     left_out: list[LeftOut] = []
     for slug in shared:
-        for metric in _of_interest(names, old[slug], new[slug]):
+        for metric in _of_interest(old[slug], new[slug]):
             found = _pair(metric, old[slug], new[slug], runs)
             if isinstance(found, str):
                 left_out.append(LeftOut(a=slug, b=slug, metric=metric.name, family=FAMILY, reason=found))
@@ -140,10 +139,11 @@ def _refused(what: str, where: str, why: str, remedy: str) -> RecipeError:
     return RecipeError([Problem(what=what, where=where, why=why, next=remedy)])
 
 
-def _of_interest(names: Sequence[Metric], old: ArmEvidence, new: ArmEvidence) -> Iterator[Metric]:
+def _of_interest(old: ArmEvidence, new: ArmEvidence) -> Iterator[Metric]:
     """Metrics that one of the two has; the reference's KL to itself is zero in both runs."""
-    for metric in names:
-        if metric.source == "kl" and new.arm.slug == REFERENCE:
+    further = sorted({name for name in (*old.scores, *new.scores) if name.startswith(TASK)})
+    for metric in (METRICS[name] for name in (*COMPARED, *further)):
+        if metric.source == "kl" and old.is_reference and new.is_reference:
             continue
         if (metric.source in old.scores) or (metric.source in new.scores):
             yield metric
@@ -157,7 +157,7 @@ def _pair(metric: Metric, old: ArmEvidence, new: ArmEvidence, runs: tuple[Run, R
     if reason := _unlike(metric, *runs):
         return reason
     both = np.intersect1d(before.rows, after.rows)
-    a, b = (RowScores(*_kept(rows, both)) for rows in (after, before))
+    a, b = (rows.where(np.isin(rows.rows, both)) for rows in (after, before))
     if len(both) == 0:
         return "the two test sets share no row"
     if len(a.rows) != len(both) or len(b.rows) != len(both):
@@ -171,15 +171,10 @@ def _pair(metric: Metric, old: ArmEvidence, new: ArmEvidence, runs: tuple[Run, R
     return Paired(before=b, after=a) if len(a.groups) > 1 else "one group of shared rows only"
 
 
-def _kept(rows: RowScores, names: Any) -> tuple[Any, ...]:
-    keep = np.isin(rows.rows, names)
-    return tuple(one[keep] for one in (rows.rows, rows.group, rows.domain, rows.total, rows.count))
-
-
 def _unlike(metric: Metric, before: Run, after: Run) -> str | None:
     """Why a metric means something else in the two runs."""
     if metric.source == "kl" and _digest(before, "reference") != _digest(after, "reference"):
-        return "each run's KL is to its own nf4-adapter, and they are not the same"
+        return "each run's KL is to its own reference, and they are not the same"
     if (metric.source or "").split(".")[0] == "task" and _scoring(before) != _scoring(after):
         return "the two recipes score answers otherwise (evaluate)"
     return None
@@ -201,7 +196,8 @@ def _files(run: Run, slug: str) -> list[Any]:
     arm = next(one for one in run.arms if one.slug == slug)
     steps = [run.step(key) for key in (arm.model, arm.adapter) if key]
     base = (run.raw.get("base") or {}).get("digest")
-    return [base, *(step.manifest["digest"] if step and step.manifest else object() for step in steps)]
+    elsewhere = (run.raw.get("external") or {}).get(slug, {}).get("digest")
+    return [elsewhere or base, *(step.manifest["digest"] if step and step.manifest else object() for step in steps)]
 
 
 def _rows(old: Mapping[str, ArmEvidence], new: Mapping[str, ArmEvidence], shared: Sequence[str]) -> dict[str, Shared]:
@@ -250,7 +246,7 @@ def _shown(metric: str, rows: RowScores) -> float:
 
 
 def print_compared(found: Compared, console: Console) -> None:
-    """A table a metric would be long: one table, a line an arm and metric, and what was left out below."""
+    """Print one table, a line an arm and metric, and what was left out below."""
     console.print(Text(f"before {found.before}\nafter  {found.after}"))
     for split, rows in found.rows.items():
         told = f"{split}: {rows.both:,} rows in both are compared; {rows.only_before:,} only before and "

@@ -86,7 +86,7 @@ def test_kl_to_another_reference_is_not_compared(tmp_path: Path) -> None:
     found = compare_runs(write(tmp_path), later(tmp_path, remade="again"), tmp_path)
     assert {one.metric for one in found.changes} == {*COMPARED} - {"kl_mean"}
     assert {(one.metric, one.reason) for one in found.left_out} == {
-        ("kl_mean", "each run's KL is to its own nf4-adapter, and they are not the same")
+        ("kl_mean", "each run's KL is to its own reference, and they are not the same")
     }
     assert found.same_files == ["base"]
 
@@ -133,6 +133,27 @@ def test_arms_of_one_run_only_are_named(tmp_path: Path) -> None:
     more = {**FEW, "rtn-w4-g128": SHAPES["rtn-w4-g128"]}
     found = compare_runs(write(tmp_path, shapes=more), later(tmp_path), tmp_path)
     assert (found.only_before, found.only_after) == (["rtn-w4-g128"], [])
+
+
+def test_models_from_elsewhere_are_the_same_files_by_their_digest(tmp_path: Path) -> None:
+    folders = write(tmp_path), later(tmp_path)
+    for folder, digest in zip(folders, ("1" * 64, "2" * 64), strict=True):
+        steps = json.loads((folder / "steps.json").read_text())
+        arm = next(one for one in steps["arms"] if one["slug"] == "base") | {"slug": "served", "external": True}
+        origin = {"served": {"path": "served", "digest": digest, "source": "served"}}
+        (folder / "steps.json").write_text(json.dumps({**steps, "arms": [*steps["arms"], arm], "external": origin}))
+    found = compare_runs(*folders, tmp_path)
+    assert set(found.same_files) == set(FEW) and "served" in {one.arm for one in found.changes}
+
+
+def test_scores_of_further_scorers_are_compared(tmp_path: Path) -> None:
+    folders = write(tmp_path), later(tmp_path)
+    for path in tmp_path.glob("store/evaluate/*/files/scores.parquet"):
+        table = pd.read_parquet(path)
+        more = table[table.metric == "task"].assign(metric="task.polite")
+        pd.concat([table, more]).to_parquet(path)
+    found = compare_runs(*folders, tmp_path)
+    assert {one.arm for one in found.changes if one.metric == "task.polite"} == set(FEW)
 
 
 @pytest.mark.parametrize("width", [80, 120])
