@@ -26,6 +26,7 @@ from recipes.problem import Problem, RecipeError
 
 COMPARED = ("task", "ppl_test", "ppl_all", "bits_per_byte", "kl_mean", "ppl_general")
 FAMILY = "runs"
+WIDE, INTERVAL_CHARS = 105, 24  # columns of a terminal with room for all; `[−0.000012, +0.000034]` on a line of its own
 STYLES = {"better": "green", "worse": "red"}
 
 
@@ -254,20 +255,24 @@ def print_compared(found: Compared, console: Console) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("arm", "metric"):
         table.add_column(name, no_wrap=True)
-    for name in ("before", "after", "after - before"):
-        table.add_column(name, justify="right", no_wrap=name != "after - before")
+    values = ("before", "after") if console.width >= WIDE else ()
+    for name in values:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("after - before", justify="right", min_width=INTERVAL_CHARS)
     table.add_column("after is", no_wrap=True)
     last = ""
     for one in found.changes:
         ci95 = list(one.ci95_adjusted)
-        values = [value_text(one.metric, value, ci95) for value in (one.before, one.after)]
+        shown = [value_text(one.metric, getattr(one, name), ci95) for name in values]
         word = Text("no diff. shown" if one.verdict == "no difference shown" else one.verdict)
         word.stylize(STYLES.get(one.verdict, "dim"))
         difference = difference_text(one.metric, one.difference, ci95)
         name = one.arm if one.arm != last else ""
-        table.add_row(name, METRICS[one.metric].label, *values, difference, word, end_section=False)
+        table.add_row(name, METRICS[one.metric].label, *shown, difference, word)
         last = one.arm
     console.print(table)
+    if not values:
+        console.print(Text("no room for before, after: a wider terminal or --json has them", style="dim"))
     console.print(Text(f"Intervals hold together over all {len(found.changes)} comparisons.", style="dim"))
     for line in _remarks(found):
         console.print(Text(line, style="dim"))

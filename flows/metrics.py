@@ -92,7 +92,7 @@ METRICS = Known(
         ),
         Metric(
             name="ppl_all",
-            label="ppl, all tokens",
+            label="ppl, all",
             better="lower",
             source="nll_all",
             split="test",

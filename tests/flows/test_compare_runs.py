@@ -167,7 +167,8 @@ def test_it_prints_in_a_terminal(tmp_path: Path, width: int) -> None:
     text = captured.get()
     assert "…" not in text and max(map(len, text.splitlines())) <= width
     assert "220 rows in both are compared; 80 only before and 80" in " ".join(text.split())
-    assert "worse" in text and "gptq-w4-g128" in text
+    assert "worse" in text and "gptq-w4-g128" in text and text.count("points") == len(FEW)
+    assert ("no room for before, after" in text) == (width < 100)
 
 
 def test_the_command_prints_json_or_refuses(
