@@ -56,7 +56,7 @@ from tasks.runtime.store import Artifact, Store, find_home, write_json
 WAITING_TASKS = 32
 PROGRESS_S = 2.0
 CANCEL_POLL_S = 2.0
-MLFLOW_UI = "needs MLflow's pages: `quench run` prints the command at its end"
+MLFLOW_UI = "needs MLflow's pages: `quench up` serves them"
 
 
 class RunFailed(Exception):

@@ -232,7 +232,7 @@ def command(args: argparse.Namespace) -> int:
     else:
         print("\n".join(told(made)))
     for line in made.trouble:
-        say(f"MLflow is behind: {line}")
+        say(f"MLflow is behind promotions.jsonl: {line}")
     return 0 if made.event in ("promoted", "nothing", "rolled back") else 1
 
 

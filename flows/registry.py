@@ -41,7 +41,7 @@ def sync(home: Path, model: str, lines: Sequence[Promotion]) -> list[str]:
     try:
         return _Registry(home, model).sync(lines)
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        return [f"the registry is behind promotions.jsonl: {str(error).splitlines()[0]}"]
+        return [f"the registry was not written: {str(error).splitlines()[0]}"]
 
 
 class _Registry:

@@ -201,8 +201,3 @@ def find_run(home: Path, name: str | None) -> Path:
             )
         ]
     )
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    """steps.json of a run."""
-    return read_json(folder / "steps.json")

@@ -41,7 +41,7 @@ DIGEST_CHARS = 36  # a dataset's
 STAGES = ("prepare", "train", "merge", "reference", "calibrate", "quantize")
 P = ParamSpec("P")
 SPLITS = {"train": "training", "dev": "validation", "test": "test"}  # split -> MLflow's word for its use
-LOCAL_UI = "http://127.0.0.1:5000"  # where `mlflow ui` listens
+LOCAL_UI = "http://127.0.0.1:5000"  # where `quench up` and `mlflow ui` listen unless the port is taken
 HEADLINE = ("task", "ppl_test", "ppl_general", "kl_mean", "top1_agreement", "size_bytes")
 
 
@@ -240,9 +240,14 @@ class Tracker:
             self._client.log_text(self.parent, svg, f"figures/{name}.svg")
         arms = json.dumps([self._nested[f"arm/{slug}"] for slug in report["arms"]], separators=(",", ":"))
         link = f"#/compare-runs?runs={quote(arms)}&experiments={quote(json.dumps([self.experiment]))}"
-        self.compare_url = f"{self.uri if self.uri.startswith('http') else LOCAL_UI}/{link}"
+        self.compare_url = f"{self._pages()}/{link}"
         note = "\n".join([f"[Compare the arms]({link})", "", *overview(report)])
         self._client.set_tag(self.parent, "mlflow.note.content", note[:NOTE_CHARS])
+
+    def _pages(self) -> str:
+        """Address of MLflow's pages: of the server that is written to, else of this home's `quench up`."""
+        up = self.home / "up.json"
+        return self.uri if self.uri.startswith("http") else read_json(up)["mlflow"] if up.exists() else LOCAL_UI
 
     def end(self, status: str, *, hurry: bool = True) -> None:
         """Close the parent run (completed, failed or stopped) and wait; after a stop, in a hurry, not for long."""
