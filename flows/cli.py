@@ -1,4 +1,4 @@
-"""The `quench` command. Exit codes: 0 done, 1 a stage or arm failed or the answer is no, 2 bad input, 130 interrupted."""
+"""The `quench` command. Exit codes: 0 done, 1 something failed or the answer is no, 2 bad input, 130 interrupted."""
 
 from __future__ import annotations
 
