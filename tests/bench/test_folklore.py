@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 
 from flows.evidence import read_run
+from recipes.arms import arms
+from recipes.load import load
 from tests.bench.claims import CLAIMS, kv_cache, overhead
-from tests.bench.folklore import asked, page
+from tests.bench.folklore import ORIGINAL, RECIPE, asked, page
 from tests.bench.gradient_flow import Flow
 from tests.bench.gradient_flow import verdict as flow_verdict
-from tests.bench.probes import Better, Equal, Evidence, Missing, Rise, Variance, verdict
+from tests.bench.probes import Adds, Better, Equal, Evidence, Missing, Probe, Rise, Variance, verdict
 from tests.flows.synthetic_run import SHAPES, SyntheticRun
+
+RECIPES = {"dequantized": RECIPE, "original": ORIGINAL}
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +69,22 @@ def test_every_claim_has_a_row_and_what_is_missing_is_said(evidence: Evidence) -
     assert "*not measured* (awq-w4-g32: no such arm)" in text
     told = asked(Better("nf4", "rtn-w4-g128"), {"dequantized": {0: evidence}})
     assert (told.missing, told.verdict) == ({0: "nf4: no such arm"}, "not measured")
+
+
+def named(probe: Probe) -> set[str]:
+    match probe:
+        case Variance():
+            return {probe.arm}
+        case Adds():
+            return {slug + kv for slug in (probe.quantized, probe.plain) for kv in ("", f".{probe.kv}")}
+        case _:
+            return {probe.a, probe.b}
+
+
+def test_the_recipes_make_every_arm_that_is_asked_about() -> None:
+    made = {name: {arm.slug for arm in arms(load(path).recipe)} for name, path in RECIPES.items()}
+    for probe in (one for claim in CLAIMS for one in claim.probes):
+        assert named(probe) <= made[probe.merge if isinstance(probe, Better) else "dequantized"], probe.label
 
 
 def test_arithmetic_by_hand() -> None:
