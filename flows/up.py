@@ -233,7 +233,7 @@ class Services:
     def _start_prefect(self, log: Path) -> Child:
         more = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": self.stores.prefect} if self.stores else {}
         port = int(self.prefect_url.rsplit(":", 1)[1])
-        settings = {**STREAM, **more}
+        settings = {**STREAM, **more, "PREFECT_SERVER_UI_API_URL": self.api}  # browsers ask there
         return start_prefect(self.home, self.launcher, port=port, host=self.asked.host, log=log, settings=settings)
 
     def _start_mlflow(self, log: Path) -> Child:
