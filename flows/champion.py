@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +118,6 @@ def evaluated(present: Promotion, run: Run, candidate: Arm, home: Path) -> Rival
     inputs["model"] = External(name="model", path=folder / "files", digest=present.digest, source=present.path)
     kind = "external" if other else present.kind  # which reads the rows in the model's own tokens
     step = evaluate.step(recipe, CHAMPION, kind=kind, inputs=dict(inputs))
-    if "compressed-tensors" in read_json(folder / "manifest.json")["identity"]["tools"]:  # External has no tools
-        step = replace(step, tools=(*step.tools, "compressed-tensors"))
     _same_scoring(step.identity, scored.manifest["identity"], run)
     with Launcher() as launcher:
         kitchen = Kitchen(store=store, launcher=launcher, leases=Leases(home), limits=limits(recipe))

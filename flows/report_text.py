@@ -89,6 +89,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     for one in report["answers"]:
         lines += ["", f"## {one['question']}", "", *(f"- {sentence}" for sentence in one["text"])]
     lines += ["", "## Can it be promoted?", "", *(f"- {line}" for line in report["gate"]["text"])]
+    if told := waterfall_sentence(report["waterfall"]):
+        lines += ["", "## Where does the loss go?", "", f"- {told}"]
     lines += ["", *section(report["fit"]), *_comparisons(report), *_speed(report), *_machine(report)]
     return "\n".join(lines) + "\n"
 

@@ -11,6 +11,7 @@ import pytest
 from flows.cells import Draws
 from flows.comparisons import verdict
 from flows.evidence import RowScores, read_run
+from flows.outcome_text import waterfall_sentence
 from flows.power import sentence
 from flows.report import evaluate
 from flows.report_text import markdown
@@ -148,5 +149,5 @@ def test_the_report_has_both_and_every_scheme_has_its_path(tmp_path: Path) -> No
         assert total == pytest.approx(path["losses"][path["arm"]] - path["losses"]["nf4-adapter"], abs=1e-12)
         loss = np.log(report["arms"][path["arm"]]["metrics"]["ppl_test"]["value"])
         assert path["losses"][path["arm"]] == pytest.approx(loss, rel=1e-9)
-    told = sentence(report["power"])
-    assert told is not None and told in markdown(report)
+    for told in (sentence(report["power"]), waterfall_sentence(report["waterfall"])):
+        assert told is not None and told in markdown(report)
