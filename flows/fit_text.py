@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-RULE = "the lowest KL to the model as it was trained, among the arms that fit; then the fewest bytes"
+RULE = "the lowest KL to the reference among the arms that fit, then the fewest bytes"
 
 
 def section(fit: Mapping[str, Any]) -> Iterator[str]:
