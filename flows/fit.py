@@ -23,7 +23,7 @@ from recipes.serving import Engine, refusals
 
 Store = Literal["bf16", "fp8", "int8"]  # how keys and values are kept
 BYTES: dict[Store, float] = {"bf16": 2.0, "fp8": 1.0, "int8": 1.0}
-SCALE_BYTES: dict[Store, float] = {"bf16": 0.0, "fp8": 0.0, "int8": 2.0}  # a token and head; fp8 has one a tensor
+SCALE_BYTES: dict[Store, float] = {"bf16": 0.0, "fp8": 0.0, "int8": 4.0}  # fp32, a token and head
 FREE_SHARE = 0.1  # of the card: fragmentation, CUDA graphs; vLLM's --gpu-memory-utilization 0.9
 CHUNK_TOKENS = 2048  # of prompts in one forward pass; longer ones come in several (chunked prefill)
 LOGIT_BYTES = 8  # fp32 and a copy, for the last token of each sequence

@@ -31,7 +31,7 @@ def test_a_token_of_llama_3_8b_takes_128_kib() -> None:
     cache = cache_of(described(**LLAMA_8B))
     assert cache.per_token("bf16") == 2 * 32 * 8 * 128 * 2 == 131_072
     assert cache.per_token("fp8") == 65_536
-    assert cache.per_token("int8") == 65_536 + 2 * 32 * 8 * 2  # and a 2-byte scale a token and head
+    assert cache.per_token("int8") == 65_536 + 2 * 32 * 8 * 4  # and an fp32 scale a token and head
     assert cache.size("bf16", context=8192, batch=8) == 8 * GIB
 
 
