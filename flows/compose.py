@@ -258,9 +258,8 @@ def compose(recipe: Recipe, pins: Pins, do: Callable[[Step], object], *, only: S
         calibsets[kind] = made(
             calibrate.control(recipe, kind, dataset=dataset, calibset=own, general=pins.calibration_text)
         )
-    for arm in filter(
-        lambda one: one not in schemes, own_files
-    ):  # before the choice, which may read the scores of the merged models
+    unquantized = [arm for arm in own_files if arm not in schemes]
+    for arm in unquantized:  # before the choice, which may read the scores of the merged models
         models[arm.slug] = merged.get(arm.merge_base or "")
         score(arm)
     chosen = made(
