@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 
 from flows.compose import limits, scorer_content
 from flows.evidence import Arm, Run, Step, read_scores
-from flows.gate import CHAMPION
 from flows.promotions import Promotion
+from recipes.arms import CHAMPION
 from recipes.problem import Problem, RecipeError
 from recipes.schema import Recipe
 from tasks import evaluate

@@ -12,7 +12,8 @@ from typing import Any
 from flows.candidate import Candidate, candidate, margins
 from flows.cells import ArmEvidence
 from flows.evidence import Run, read_scores
-from flows.gate import BASE, CHAMPION, Asked, Draw, asked, better_than_base, judge, outcome_of, restricted
+from flows.gate import BASE, Asked, Draw, asked, better_than_base, judge, outcome_of, restricted
+from recipes.arms import CHAMPION
 from recipes.schema import Gate
 
 PROMOTION = "promotion.json"  # in the run's folder; flows/promote.py writes it

@@ -38,7 +38,7 @@ Draw = Callable[[tuple[str, ...]], Counts]
 Scores = Mapping[str, RowScores]  # metric of scores.parquet -> rows
 DOMAIN_ROWS = 200  # a slice with fewer is shown and gates nothing
 MOST_ROWS = 10_000_000  # a larger n_needed only says: never
-BASE, CHAMPION = "base", "champion"
+BASE = "base"
 LABELS = {"general_loss": "general loss", "bits_per_byte": "bits a byte"}
 
 

@@ -17,6 +17,7 @@ MergeBase = Literal["dequantized", "original", "auto"]
 Calibration = Literal["domain", "generic", "mixed", "random"]
 TRAINED = "nf4-adapter"  # the model as it was trained
 EXTERNAL = "external"  # --only external: every external model
+CHAMPION = "champion"  # what is in production, as the gate and its scores name it
 CONTROLS: tuple[Calibration, ...] = ("generic", "mixed", "random")
 KV_CACHES: tuple[KV, ...] = ("fp8", "fp8-calibrated", "int8")
 NO_DORA = {"gptq": "GPTQLoraLinear", "awq": "AwqLoraLinear"}  # format -> PEFT 0.21.2's layer, which raises
@@ -107,13 +108,17 @@ def arms(recipe: Recipe, *, adapter: Mapping[str, Any] | None = None) -> tuple[A
 
 
 def _taken(names: Iterable[str], made: Collection[str]) -> Iterator[Problem]:
-    """External models with the name of another arm, or the word for all of them."""
+    """External models with the name of another arm, the word for all of them, or the one that `quench promote` uses."""
+    reserved = {
+        EXTERNAL: "`--only external` means all external models.",
+        CHAMPION: "`quench promote` calls the promoted model so.",
+    }
     for name in names:
-        if name == EXTERNAL or name in made:
+        if name in reserved or name in made:
             yield Problem(
                 what=f"An external model cannot be called {name}.",
                 where=f"evaluate.external.{name}",
-                why="Another arm has this name." if name in made else "`--only external` means all external models.",
+                why=reserved.get(name, "Another arm has this name."),
                 next="Give it a name of its own, for example production.",
             )
 

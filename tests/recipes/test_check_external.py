@@ -40,7 +40,7 @@ def test_external_arms_stand_last_under_their_names(tmp_path: Path):
 
 def test_names_are_their_own(tmp_path: Path):
     recipe = write_project(tmp_path)
-    for name in ("base", "merged-original", "awq-w4-g128", "external"):
+    for name in ("base", "merged-original", "awq-w4-g128", "external", "champion"):
         (problem,) = problems(recipe, f"evaluate.external.{name}=base")
         assert problem.what == f"An external model cannot be called {name}."
         assert problem.where.endswith(f"evaluate.external.{name}")
