@@ -297,7 +297,7 @@ class Tracker:
         self._metrics(run, points)
 
     def _params(self, run: str, values: Mapping[str, Any]) -> None:
-        self._client.log_batch(run, params=[Param(key, str(value)[:PARAM_CHARS]) for key, value in values.items()])
+        self._client.log_batch(run, params=[Param(key, _text(value)[:PARAM_CHARS]) for key, value in values.items()])
 
     def _tag(self, run: str, tags: Mapping[str, str]) -> None:
         self._client.log_batch(run, tags=[RunTag(key, value) for key, value in tags.items()])
@@ -371,6 +371,11 @@ def _comparison_columns(report: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 def _point(event: Mapping[str, Any]) -> Metric:
     return Metric(key=event["name"], value=event["value"], timestamp=int(event["t"] * 1000), step=event["step"])
+
+
+def _text(value: Any) -> str:
+    """Lists as JSON with sorted keys: a recipe that was read back says the same."""
+    return json.dumps(value, sort_keys=True) if isinstance(value, list) else str(value)
 
 
 def _name(text: str) -> str:
