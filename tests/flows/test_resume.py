@@ -127,7 +127,12 @@ def test_interrupt_leaves_no_child_and_no_server(world: World, number: signal.Si
     world.drop("train")
     env = {name: value for name, value in world.env.items() if name != "PREFECT_API_URL"}
     run = subprocess.Popen(
-        world.argv("run", str(world.recipe)), env=env, cwd=world.home.parent, stdout=subprocess.PIPE, text=True
+        world.argv("run", str(world.recipe)),
+        env=env,
+        cwd=world.home.parent,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )
     wait_child(world, "train", run)
     assert any("prefect server start" in words for words in processes_of(world.home).values())
