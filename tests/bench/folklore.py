@@ -140,6 +140,8 @@ def page(runs: dict[str, dict[int, Run]], flows: list[Flow]) -> str:
     table = "\n".join(_lines([row(claim, seeds, flows) for claim in CLAIMS]))
     raw: dict[str, Any] = dict(next(iter(runs[DEQUANTIZED].values())).raw)
     machine, named = raw["hardware"], ", ".join(map(str, seeds[DEQUANTIZED]))
+    few = len(seeds[DEQUANTIZED]) < len(SEEDS)
+    interim = f" **Interim: {len(seeds[DEQUANTIZED])} of {len(SEEDS)} seeds.**" if few else ""
     return f"""<!-- Written by `python -m tests.bench.folklore`. -->
 # Folklore, measured
 
@@ -149,7 +151,7 @@ adapter, merged into the dequantized base unless a line says otherwise. Differen
 interval of that one comparison (groups resampled, flows/stats.py), not adjusted for the number of rows in this table;
 KL is to the model as it was trained (nf4-adapter). A claim is *shown* in a seed where its interval lies wholly on the
 claimed side, and the opposite is shown where it lies wholly on the other; the rest is open. Seeds of one task on one
-tiny model settle nothing about 7 B; they tell what would have to be measured there.
+tiny model settle nothing about 7 B; they tell what would have to be measured there.{interim}
 
 {table}
 

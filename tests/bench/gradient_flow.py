@@ -83,7 +83,7 @@ def _plain(slug: str, folder: Path) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, AwqConfig, GPTQConfig
 
-    config: Any = AwqConfig(backend="awq_torch") if slug.startswith("awq") else GPTQConfig(bits=4, backend="gptq_torch")
+    config: Any = AwqConfig(backend="torch_awq") if slug.startswith("awq") else GPTQConfig(bits=4, backend="gptq_torch")
     return AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.bfloat16, device_map={"": "cpu"}, quantization_config=config
     )
