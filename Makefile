@@ -42,7 +42,7 @@ check: install   ## linters, types, import rules, recipes, generated docs
 	@for recipe in $(wildcard recipes/*.yaml) recipes/quickstart/recipe.yaml; do $(BIN)/quench check $$recipe --data || exit 1; done
 	$(BIN)/python -m flows.docs --check
 
-test: install    ## the tests that fit two cores and six minutes
+test: install    ## the tests that fit two cores and some ten minutes
 	$(BIN)/python -m pytest -n 2 -m "not slow and not system and not gpu"
 
 test-all: install $(ENVIRONMENTS:%=env-%)  ## everything that needs no GPU; installs environments, Debian's Chromium and PostgreSQL
