@@ -186,7 +186,7 @@ def test_of_two_runs_at_once_the_second_faces_the_first(world: World) -> None:
 @pytest.mark.slow
 def test_a_damaged_artifact_is_evaluated_and_blocked(world: World) -> None:
     """The scales of one layer are half of what they were: everything loads and answers, and the gate says worse."""
-    promote(world, run_of(world, "good", prefer="gptq-w4-g128"), check=0)
+    promote(world, run_of(world, "good", prefer="rtn-w4-g128"), check=0)
 
     def halve(files: Path) -> None:
         tensors = load_file(files / "model.safetensors")
