@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -154,63 +154,9 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from flows.export import export
-    from flows.runs import find_run
-    from tasks.runtime.errors import StepFailed
-    from tasks.runtime.store import find_home
+    from flows.export_command import command
 
-    signal.signal(signal.SIGTERM, _terminated)
-    if len(args.words) not in (2, 3):
-        raise RecipeError([_words_problem(args.words)])
-    *run, arm, dest = args.words
-    if args.push:
-        from tasks.runtime import hub_push
-
-        hub_push.check(args.push)
-    home = find_home()
-    try:
-        made = export(
-            find_run(home, run[0] if run else None),
-            arm,
-            Path(dest),
-            home=home,
-            say=lambda text: print(text, file=sys.stderr),
-            again=args.push is not None,
-        )
-    except StepFailed as error:
-        return _failed(error, as_json=args.json)
-    told: dict[str, Any] = {"ok": True, "arm": made.arm, "folder": str(made.folder), "files": made.files}
-    told |= {"bytes": made.n_bytes, "reloaded": made.reloaded, "pushed": None}
-    loaded = "was there already"
-    if said := made.reloaded:
-        loaded = f"loaded in plain transformers ({said['kernel']}), logits differ by {said['largest_difference']:.1g}"
-    lines = [f"{made.folder}: {made.files} files, {made.n_bytes / 1e6:.1f} MB; {loaded}"]
-    if args.push:
-        from tasks.runtime import hub_push
-
-        try:
-            pushed = hub_push.push(made.folder, args.push)
-        except RecipeError as error:
-            if args.json:
-                print(
-                    json.dumps({**told, "ok": False, "problems": [one.as_dict() for one in error.problems]}, indent=2)
-                )
-            else:
-                print(f"error: {error}\n{made.folder} is complete: only the push failed", file=sys.stderr)
-            return FAILED
-        told["pushed"] = pushed._asdict()
-        lines.append(f"{pushed.url} at commit {pushed.commit[:12]}{', new and private' if pushed.created else ''}")
-    _print(told, "\n".join(lines), as_json=args.json)
-    return DONE
-
-
-def _words_problem(words: Sequence[str]) -> Problem:
-    return Problem(
-        what=f"`quench export {' '.join(words)}` is not [RUN] ARM DEST.",
-        where="quench export",
-        why="It takes an arm and a folder, and a run before them where it is not the latest.",
-        next="Write for example: quench export awq-w4-g128 out",
-    )
+    return _attempt(command, args)
 
 
 def _quantize(args: argparse.Namespace) -> int:
@@ -231,6 +177,17 @@ def _quantize(args: argparse.Namespace) -> int:
     )
     _print({"ok": True, "quantized": {"folder": str(args.out), **manifest}}, text, as_json=args.json)
     return DONE
+
+
+def _attempt(command: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """A command that makes steps: ended as by Ctrl-C on SIGTERM, and told where a step fails."""
+    from tasks.runtime.errors import StepFailed
+
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        return command(args)
+    except StepFailed as error:
+        return _failed(error, as_json=args.json)
 
 
 def _failed(error: StepFailed, *, as_json: bool) -> int:
@@ -259,13 +216,8 @@ def _show(folder: Path, home: Path, *, as_json: bool) -> None:
 
 def _promote(args: argparse.Namespace) -> int:
     from flows.promote import command
-    from tasks.runtime.errors import StepFailed
 
-    signal.signal(signal.SIGTERM, _terminated)
-    try:
-        return command(args)
-    except StepFailed as error:  # the champion does not load here: it stays
-        return _failed(error, as_json=args.json)
+    return _attempt(command, args)  # a champion that does not load here stays champion
 
 
 def _choose(args: argparse.Namespace) -> int:
@@ -305,38 +257,21 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _store_ls(args: argparse.Namespace) -> int:
-    from tasks.runtime.store import Store, find_home, read_json
+    from flows.store_command import listed
+    from tasks.runtime.store import find_home
 
-    rows = []
-    for path in Store(find_home()).manifests():
-        manifest = read_json(path)
-        size = sum(one["size"] for one in manifest["files"].values())
-        rows.append(
-            {
-                "artifact": f"{path.parent.parent.name}/{path.parent.name}",
-                "bytes": size,
-                "finished_at": manifest["finished_at"],
-                "digest": manifest["digest"],
-            }
-        )
-    lines = [f"{one['artifact']:<60} {one['bytes'] / 1e6:10.1f} MB  {one['finished_at']}" for one in rows]
-    _print(rows, "\n".join(lines) or "the store is empty", as_json=args.json)
+    rows, text = listed(find_home())
+    _print(rows, text, as_json=args.json)
     return DONE
 
 
 def _store_verify(args: argparse.Namespace) -> int:
-    from tasks.runtime.store import Store, find_home, read_json
+    from flows.store_command import verified
+    from tasks.runtime.store import find_home
 
-    store = Store(find_home())
-    damage = {}
-    for path in store.manifests():
-        if found := store.damage(path.parent, read_json(path), digests=True):
-            damage[f"{path.parent.parent.name}/{path.parent.name}"] = found
-    count = len(list(store.manifests()))
-    lines = [f"damaged  {name}: {what}" for name, what in damage.items()]
-    lines.append(f"{count} artifacts, {len(damage)} damaged" + ("; the next run makes them again" if damage else ""))
-    _print({"artifacts": count, "damaged": damage}, "\n".join(lines), as_json=args.json)
-    return FAILED if damage else DONE
+    told, text = verified(find_home())
+    _print(told, text, as_json=args.json)
+    return FAILED if told["damaged"] else DONE
 
 
 def _store_gc(args: argparse.Namespace) -> int:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
 
-from prefect import Flow, flow
+from prefect import flow
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.pipeline import WAITING_TASKS, finetune_and_quantize, refusals_logged
+from flows.pipeline import WAITING_TASKS, refusals_logged, run_vetted
 from flows.plan import Planned
 from flows.vet import vet
 from recipes.problem import Problem, RecipeError
@@ -42,7 +41,7 @@ def evaluate_only(recipe: str, sets: list[str] | None = None, only: list[str] | 
         vetted = vet(Path(recipe), sets=sets or [], home=find_home(), only=only or [])
         if problems := [_missing(one) for one in vetted.plan if not one.hit and one.key.split("/")[0] not in SCORING]:
             raise RecipeError(problems)
-    return cast("Flow[..., str]", finetune_and_quantize).fn(recipe, sets, only)
+    return run_vetted(vetted, only=only or [])
 
 
 def _missing(step: Planned) -> Problem:

@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.predict import Predicted, data_bytes, predict, row_sizes, row_tokens, tokens_per_byte
+from flows.predict import Predicted, predict
 from flows.preflight import SETTINGS, Memory, available, largest_fitting, refuse
 from flows.recipe_text import Fitted, Found, notes, render
+from flows.row_sizes import data_bytes, row_sizes, row_tokens, tokens_per_byte
 from recipes.check import load_and_check
 from recipes.check_rows import Sides, least_rows, split_rows
 from recipes.headers import Headers, read_headers

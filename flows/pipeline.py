@@ -211,15 +211,24 @@ def finetune_and_quantize(recipe: str, sets: list[str] | None = None, only: list
         RecipeError: Bad input, all of it at once, before anything is spent.
         RunFailed: A step failed; everything that finished is in the store and in the report.
     """
-    home = find_home()
     with refusals_logged():
-        vetted = vet(Path(recipe), sets=sets or [], home=home, only=only or [])
+        vetted = vet(Path(recipe), sets=sets or [], home=find_home(), only=only or [])
+    return run_vetted(vetted, only=only or [])
+
+
+def run_vetted(vetted: Vetted, *, only: Sequence[str]) -> str:
+    """Body of a flow: make what was vetted, tell Prefect and MLflow, report; returns the run's folder.
+
+    Raises:
+        RunFailed: A step failed; everything that finished is in the store and in the report.
+    """
+    home = find_home()
     record = RunRecord(home, vetted.loaded, flow_run=flow_run.id)
     with Launcher() as launcher, watched(launcher):
         session = Session(vetted, Store(home), launcher, record)
         try:
             with session.display:
-                _work(session, vetted, only=only or [])
+                _work(session, vetted, only=only)
         finally:
             launcher.end_all()  # before anything that may have to wait
             if record.status == "running":

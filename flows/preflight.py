@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import psutil
 
 from flows.plan import Planned
-from flows.predict import CUDA_CONTEXT, FILES, GIB, Predicted, RowSizes, data_bytes, predict, row_sizes, tokens_per_byte
+from flows.predict import CUDA_CONTEXT, FILES, GIB, Predicted, predict
+from flows.row_sizes import RowSizes, data_bytes, row_sizes, tokens_per_byte
 from recipes.check_external import external_headers
 from recipes.check_train import device_problems
 from recipes.headers import Headers, read_headers

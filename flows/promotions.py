@@ -20,6 +20,7 @@ from typing import Any, Literal
 from tasks.runtime.store import flocked
 
 Event = Literal["promoted", "blocked", "rolled back"]
+JOURNAL = "promotions.jsonl"  # below QUENCH_HOME
 MOVES = ("promoted", "rolled back")  # events after which the version is champion
 
 
@@ -73,20 +74,24 @@ def locked(home: Path) -> Generator[None]:
         yield
 
 
+def records(path: Path) -> list[dict[str, Any]]:
+    """Every line of promotions.jsonl, about any model, oldest first; a last one that is half written is none."""
+    if not path.exists():
+        return []
+    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
+    return [json.loads(line) for line in whole.splitlines()]
+
+
 class Journal:
     """The decisions about one model."""
 
     def __init__(self, home: Path, model: str) -> None:
-        self.path = home / "promotions.jsonl"
+        self.path = home / JOURNAL
         self.model = model
 
     def lines(self) -> list[Promotion]:
         """Every decision about this model, oldest first."""
-        if not self.path.exists():
-            return []
-        whole = self.path.read_text(encoding="utf-8").rpartition("\n")[0]
-        every = [Promotion(**json.loads(line)) for line in whole.splitlines()]
-        return [one for one in every if one.model == self.model]
+        return [Promotion(**one) for one in records(self.path) if one["model"] == self.model]
 
     def append(self, one: Promotion) -> None:
         """Write a decision so that it is on disk when this returns. Only under `locked`."""

@@ -6,7 +6,6 @@ the champion's scores in its promotion.json or promotions.jsonl name, and everyt
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.decision import PROMOTION
+from flows.promotions import JOURNAL, records
 from tasks.runtime.store import MANIFEST, Store, locked_now, read_json
 
 
@@ -92,10 +92,7 @@ def _of_runs(home: Path) -> Iterator[str]:
 
 
 def _of_promotions(home: Path) -> Iterator[str]:
-    path = home / "promotions.jsonl"
-    if path.exists():
-        whole = path.read_text(encoding="utf-8").rpartition("\n")[0]  # the last line may be half written
-        yield from (json.loads(line)["path"] for line in whole.splitlines())
+    yield from (one["path"] for one in records(home / JOURNAL))
 
 
 def _artifact(path: Path, home: Path) -> Path | None:

@@ -5,14 +5,13 @@ Standard library only, so that an adapter that cannot be merged is refused in mi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from recipes.headers import Tensor, read_file
-from recipes.plain import is_mapping
+from recipes.plain import is_mapping, json_object
 from recipes.problem import Problem, RecipeError
 
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "nf4.json"
@@ -56,7 +55,7 @@ def read_adapter(folder: Path) -> Adapter:
     Raises:
         RecipeError: No adapter, a broken one, one that changed its base at the start, one that is no sum of weights.
     """
-    config = _object(folder / CONFIG)
+    config = json_object(folder / CONFIG)
     if config is None or not (folder / WEIGHTS).is_file():
         missing = " and ".join(name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file())
         raise RecipeError(
@@ -79,14 +78,6 @@ def read_adapter(folder: Path) -> Adapter:
         raise RecipeError(problems)
     base_type, evidence = _base_type(folder, config)
     return Adapter(folder=folder, config=config, tensors=tensors, base_type=base_type, evidence=evidence)
-
-
-def _object(path: Path) -> Mapping[str, Any] | None:
-    try:
-        value: object = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
-        return None
-    return value if is_mapping(value) else None
 
 
 def _initialisation(folder: Path, config: Mapping[str, Any]) -> list[Problem]:
@@ -132,10 +123,10 @@ def _kind(folder: Path, config: Mapping[str, Any]) -> list[Problem]:
 
 def _base_type(folder: Path, config: Mapping[str, Any]) -> tuple[BaseType, str]:
     """From our record, else from what trainers leave beside an adapter, else from the name of its base."""
-    record = _object(folder / RECORD)
+    record = json_object(folder / RECORD)
     if record is not None:
         return ("nf4" if record.get("modules") else "bf16"), RECORD
-    model = _object(folder / "config.json") or {}
+    model = json_object(folder / "config.json") or {}
     quantization = model.get("quantization_config")
     if is_mapping(quantization) and quantization.get("load_in_4bit"):
         return ("nf4" if quantization.get("bnb_4bit_quant_type") == "nf4" else "unknown"), "config.json"

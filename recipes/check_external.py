@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +10,14 @@ from typing import Any
 
 from recipes.headers import TOKENIZERS, Headers, read_tensors
 from recipes.load import Loaded
-from recipes.plain import is_list, is_mapping
+from recipes.plain import is_list, is_mapping, json_object
 from recipes.problem import Problem, RecipeError
 
 
 def folder_problems(name: str, folder: Path) -> Iterator[Problem]:
     """What config.json, the safetensors headers and the tokenizer's files of an external model show."""
     field = f"evaluate.external.{name}"
-    config = _json(folder / "config.json")
+    config = json_object(folder / "config.json")
     if config is None:
         yield _no_config(name, field, folder)
         return
@@ -49,7 +48,7 @@ def external_headers(folder: Path) -> Headers:
     Raises:
         RecipeError: Its index and headers have problems.
     """
-    config = _json(folder / "config.json") or {}
+    config = json_object(folder / "config.json") or {}
     text = config.get("text_config", config)
     return Headers(
         folder=folder,
@@ -113,18 +112,10 @@ def _is_known(kind: str) -> bool:
 
 def _vocabulary(folder: Path) -> dict[str, Any] | None:
     """Token -> id of a byte-pair tokenizer.json; None for other kinds."""
-    held = _json(folder / "tokenizer.json") or {}
+    held = json_object(folder / "tokenizer.json") or {}
     model, added = held.get("model"), held.get("added_tokens")
     words = model.get("vocab") if is_mapping(model) else None
     if not is_mapping(words):
         return None
     more = [one for one in added if is_mapping(one)] if is_list(added) else []
     return {**words, **{str(one.get("content")): one.get("id") for one in more}}
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
-        return None
-    return value if is_mapping(value) else None

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipes.plain import is_mapping
+from recipes.plain import is_mapping, json_object
 from recipes.problem import Problem, RecipeError
 from recipes.schemes import Linear
 
@@ -228,17 +228,9 @@ def read_file(path: Path) -> dict[str, Tensor]:
     return {tensor.name: tensor for tensor in tensors}
 
 
-def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
-        return None
-    return value if is_mapping(value) else None
-
-
 def _config(folder: Path, problems: list[Problem]) -> dict[str, Any]:
     path = folder / "config.json"
-    config = _json(path)
+    config = json_object(path)
     if config is not None:
         if "quantization_config" in config:
             problems.append(
@@ -306,7 +298,7 @@ def _is_in(tensor: Tensor | None, file: str) -> bool:
 
 
 def _weight_map(index: Path, problems: list[Problem]) -> dict[str, str]:
-    weight_map = (_json(index) or {}).get("weight_map")
+    weight_map = (json_object(index) or {}).get("weight_map")
     if is_mapping(weight_map):
         return {name: str(file) for name, file in weight_map.items()}
     problems.append(
@@ -419,5 +411,5 @@ def _check_tokenizer(folder: Path, problems: list[Problem]) -> None:
 
 def _has_chat_template(folder: Path) -> bool:
     files = ("chat_template.jinja", "chat_template.json", "chat_templates")
-    in_config = (_json(folder / "tokenizer_config.json") or {}).get("chat_template")
+    in_config = (json_object(folder / "tokenizer_config.json") or {}).get("chat_template")
     return bool(in_config) or any((folder / name).exists() for name in files)

@@ -1,7 +1,9 @@
-"""Type guards for what JSON and YAML give. Standard library only."""
+"""What JSON and YAML give: type guards, and a file that may hold anything. Standard library only."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any, TypeGuard
 
 
@@ -13,3 +15,12 @@ def is_mapping(value: object) -> TypeGuard[dict[str, Any]]:
 def is_list(value: object) -> TypeGuard[list[Any]]:
     """True for a list."""
     return isinstance(value, list)
+
+
+def json_object(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None where there is no file, no JSON or no object."""
+    try:
+        value: object = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        return None
+    return value if is_mapping(value) else None

@@ -10,8 +10,9 @@ import pytest
 
 from flows.compose import pin
 from flows.init import InitResult, init
-from flows.predict import predict, row_sizes
+from flows.predict import predict
 from flows.preflight import Memory, sampled
+from flows.row_sizes import row_sizes
 from recipes.check import check, check_data
 from recipes.check_serving import warnings
 from recipes.headers import read_headers

@@ -20,7 +20,7 @@ from recipes.problem import RecipeError
 from tasks.runtime.step import Step
 from tests.conftest import World
 from tests.flows.synthetic_run import SHAPES, Shape, SyntheticRun
-from tests.recipes.folders import chat, write_base, write_rows
+from tests.recipes.folders import write_like_quickstart
 
 OF = "gptq-w4-g128"
 REASON = "PEFT puts no DoRA on awq layers: AwqLoraLinear does not support DoRA yet"
@@ -115,11 +115,7 @@ evaluate: {on_base: [nf4, gptq-w4-g128], kv_cache: [gptq-w4-g128, nf4-adapter, g
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
-    folder = tmp_path_factory.mktemp("recipe")
-    write_base(folder / "base", hidden=256, intermediate=768, kv=128, layers=6, vocabulary=4096)
-    write_rows(folder / "rows.jsonl", map(chat, range(300)))
-    (folder / "recipe.yaml").write_text(RECIPE)
-    return load(folder / "recipe.yaml")
+    return load(write_like_quickstart(tmp_path_factory.mktemp("recipe"), RECIPE))
 
 
 def test_a_kv_cache_shares_the_model_and_only_calibrated_scales_read_the_set(loaded: Loaded, tmp_path: Path) -> None:

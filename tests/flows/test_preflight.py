@@ -7,8 +7,9 @@ import pytest
 
 from flows.compose import compose, limits, pin
 from flows.plan import Planned, plan
-from flows.predict import NF4_BYTES, Predicted, RowSizes, predict, row_sizes
+from flows.predict import NF4_BYTES, Predicted, predict
 from flows.preflight import Memory, available, calibration_problem, disk_problem, preflight, refuse
+from flows.row_sizes import RowSizes, row_sizes
 from recipes.headers import Headers, read_headers
 from recipes.load import Loaded, load
 from recipes.problem import RecipeError
@@ -16,7 +17,7 @@ from recipes.rows import read_rows
 from recipes.schema import Recipe
 from tasks.runtime.step import Step
 from tasks.runtime.store import Store
-from tests.recipes.folders import chat, write_base, write_project, write_rows
+from tests.recipes.folders import chat, write_base, write_like_quickstart, write_project
 
 RECIPE = """
 name: like-quickstart
@@ -30,12 +31,7 @@ evaluate: {on_base: [gptq-w4-g128], kv_cache: [gptq-w4-g128.on-base], max_new_to
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
-    """A recipe on a base of the quickstart's shape, on which memory was measured."""
-    folder = tmp_path_factory.mktemp("like-quickstart")
-    write_base(folder / "base", hidden=256, intermediate=768, kv=128, layers=6, vocabulary=4096)
-    write_rows(folder / "rows.jsonl", map(chat, range(300)))
-    (folder / "recipe.yaml").write_text(RECIPE)
-    return load(folder / "recipe.yaml")
+    return load(write_like_quickstart(tmp_path_factory.mktemp("like-quickstart"), RECIPE))
 
 
 @pytest.fixture(scope="module")

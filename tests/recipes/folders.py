@@ -97,3 +97,11 @@ def write_project(folder: Path, *, rows: int = 260, extra: str = "", **base: Any
         + extra
     )
     return recipe
+
+
+def write_like_quickstart(folder: Path, recipe: str) -> Path:
+    """A project on a base of the quickstart's shape, on which memory was measured; returns the recipe's file."""
+    write_base(folder / "base", hidden=256, intermediate=768, kv=128, layers=6, vocabulary=4096)
+    write_rows(folder / "rows.jsonl", map(chat, range(300)))
+    (folder / "recipe.yaml").write_text(recipe)
+    return folder / "recipe.yaml"

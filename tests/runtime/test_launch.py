@@ -61,6 +61,17 @@ def test_leaving_the_launcher_ends_children_and_grandchildren(tmp_path: Path):
         launcher.start(argv, env=child_env(), cwd=tmp_path, log=log)
 
 
+def die_together(script: str, number: signal.Signals, folder: Path) -> None:
+    """Run a script that prints the pids of its two children, send it a signal, and see both gone."""
+    env = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+    parent = subprocess.Popen([sys.executable, "-c", script], cwd=folder, env=env, stdout=subprocess.PIPE, text=True)
+    pids = [int(one) for one in parent.stdout.readline().split()]
+    assert len(pids) == 2 and all(alive(pid) for pid in pids)
+    parent.send_signal(number)
+    parent.wait()
+    wait_gone(pids)
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_children_die_with_a_killed_parent(tmp_path: Path, number: signal.Signals):
     script = """
@@ -74,13 +85,7 @@ time.sleep(0.5)
 print(*pids, flush=True)
 time.sleep(600)
 """
-    env = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
-    parent = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
-    pids = [int(one) for one in parent.stdout.readline().split()]
-    assert len(pids) == 2 and all(alive(pid) for pid in pids)
-    parent.send_signal(number)
-    parent.wait()
-    wait_gone(pids)
+    die_together(script, number, tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -102,13 +107,7 @@ while not log.exists() or not log.read_text().strip():
 print(child.pid, log.read_text(), flush=True)
 time.sleep(600)
 """
-    env = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
-    parent = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
-    pids = [int(one) for one in parent.stdout.readline().split()]
-    assert len(pids) == 2 and all(alive(pid) for pid in pids)
-    parent.send_signal(number)
-    parent.wait()
-    wait_gone(pids)
+    die_together(script, number, tmp_path)
 
 
 def test_a_guarded_programs_exit_code_is_passed_on(tmp_path: Path):
