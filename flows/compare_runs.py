@@ -23,6 +23,7 @@ from flows.evidence import RowScores, Run, read_run
 from flows.metrics import METRICS, TASK, Metric, difference_text, value_text
 from flows.stats import Estimand, Interval, Studentized, difference_intervals, studentized
 from recipes.problem import Problem, RecipeError
+from recipes.scorers import input_name
 
 COMPARED = ("task", "ppl_test", "ppl_all", "bits_per_byte", "kl_mean", "ppl_general")
 FAMILY = "runs"
@@ -155,7 +156,7 @@ def _pair(metric: Metric, old: ArmEvidence, new: ArmEvidence, runs: tuple[Run, R
     before, after = (one.scores.get(metric.source or "") for one in (old, new))
     if before is None or after is None:
         return f"no such scores {'before' if before is None else 'after'}"
-    if reason := _unlike(metric, *runs):
+    if reason := _unlike(metric, *runs, arm=new.arm.evaluate):
         return reason
     both = np.intersect1d(before.rows, after.rows)
     a, b = (rows.where(np.isin(rows.rows, both)) for rows in (after, before))
@@ -172,19 +173,25 @@ def _pair(metric: Metric, old: ArmEvidence, new: ArmEvidence, runs: tuple[Run, R
     return Paired(before=b, after=a) if len(a.groups) > 1 else "one group of shared rows only"
 
 
-def _unlike(metric: Metric, before: Run, after: Run) -> str | None:
-    """Why a metric means something else in the two runs."""
+def _unlike(metric: Metric, before: Run, after: Run, *, arm: str | None) -> str | None:
+    """Why a metric means something else in the two runs; arm: key of the step that scored it."""
     if metric.source == "kl" and _digest(before, "reference") != _digest(after, "reference"):
         return "each run's KL is to its own reference, and they are not the same"
-    if (metric.source or "").split(".")[0] == "task" and _scoring(before) != _scoring(after):
+    scorer = metric.source or ""
+    if scorer.split(".")[0] == "task" and _scoring(before, scorer, arm) != _scoring(after, scorer, arm):
         return "the two recipes score answers otherwise (evaluate)"
     return None
 
 
-def _scoring(run: Run) -> list[Any]:
-    """What decides whether an answer is right."""
+def _scoring(run: Run, metric: str, arm: str | None) -> list[Any]:
+    """What decides whether an answer is right: one scorer, what it reads, and how long an answer may be."""
     said: Mapping[str, Any] = run.recipe.get("evaluate") or {}
-    return [said.get(name) for name in ("scorers", "max_new_tokens")]
+    scorers: list[dict[str, Any]] = said.get("scorers") or []
+    named = metric.removeprefix(TASK)  # of the first one, `task`: it is found by its place
+    at = next((n for n, one in enumerate(scorers) if n and (one.get("name") or one["kind"]) == named), 0)
+    step = run.step(arm)
+    reads = (step.manifest or {}).get("inputs", {}).get(input_name(at), {}).get("digest") if step else None
+    return [scorers[at : at + 1], reads, said.get("max_new_tokens")]
 
 
 def _digest(run: Run, stage: str) -> str | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from recipes.arms import arms
 from recipes.problem import Problem, RecipeError
-from recipes.rows import Row, content_hash
+from recipes.rows import Row, Side, content_hash
 from recipes.schema import Recipe
 
 CHANGED = 0.05  # share of the answers that turn from right to wrong or back between two models: an assumption
@@ -15,40 +16,72 @@ Z = 1.96
 NONE_CHANGED = 3.7  # over the number of groups: no interval of flows/stats.py is narrower (rule of three, two-sided)
 
 
-def gate_warnings(recipe: Recipe, test: Sequence[Row]) -> Iterator[Problem]:
+class Said(NamedTuple):
+    """What few rows of a split come to, where a share of the answers changes."""
+
+    what: str
+    where: str
+    outcome: str
+    otherwise: str
+    changed: float
+
+
+SAID: dict[Side, Said] = {
+    "test": Said(
+        "The gate can hardly pass",
+        f"Where {100 * CHANGED:g} % of the answers change",
+        "`quench promote` would say undecided.",
+        "",
+        CHANGED,
+    ),
+    "dev": Said(
+        "No scheme can be named for promotion",
+        "Even where no answer changes",
+        "The scheme that goes through the gate is one that is shown to be within the margins on dev.",
+        ", or name the arm yourself: promote.prefer",
+        0.0,
+    ),
+}
+
+
+def gate_warnings(recipe: Recipe, sides: Mapping[Side, Sequence[Row]]) -> Iterator[Problem]:
     """The task score's interval would be wider than the gate's margin even if nothing got worse.
+
+    On test that keeps the gate from passing; on dev it keeps the rule from naming an arm that could try.
 
     Args:
         recipe: The recipe.
-        test: Rows that fall on test. Plain texts have no task score; how a loss varies is not known beforehand.
+        sides: Rows by split. Plain texts have no task score; how a loss varies is not known beforehand.
     """
-    asked = [row for row in test if not row.is_text]
-    if not asked:
-        return
-    column = recipe.data.group
-    groups = len({str(row.columns[column]) if column else content_hash(row.messages) for row in asked})
-    margin, half = recipe.gate.task, half_width(len(asked), groups)
-    if half < margin:
-        return
-    enough = enough_rows(margin, each=len(asked) / groups)
-    yield Problem(
-        what=f"The gate can hardly pass: test has {len(asked):,} rows in {groups:,} groups.",
-        where="gate.task",
-        why=f"Where {100 * CHANGED:g} % of the answers change, the interval of the task score will reach "
-        f"{100 * half:.1f} points to each side; the margin is {100 * margin:g}. `quench promote` would say undecided.",
-        next=f"Give data of which about {enough:,} rows fall on test (data.test is {recipe.data.test:g}), or set "
-        f"gate.task to more than {100 * half:.1f} points ({_above(half):g}).",
-    )
+    margin = recipe.gate.task
+    for split, said in SAID.items():
+        if split == "dev" and recipe.promote.prefer:
+            continue
+        asked = [row for row in sides[split] if not row.is_text]
+        column = recipe.data.group
+        groups = len({str(row.columns[column]) if column else content_hash(row.messages) for row in asked})
+        if not groups or (half := half_width(len(asked), groups, changed=said.changed)) < margin:
+            continue
+        enough = enough_rows(margin, each=len(asked) / groups, changed=said.changed)
+        share = recipe.data.test if split == "test" else recipe.data.dev
+        yield Problem(
+            what=f"{said.what}: {split} has {len(asked):,} rows in {groups:,} groups.",
+            where="gate.task",
+            why=f"{said.where}, the interval of the task score will reach "
+            f"{100 * half:.1f} points to each side; the margin is {100 * margin:g}. {said.outcome}",
+            next=f"Give data of which about {enough:,} rows fall on {split} (data.{split} is {share:g}), or set "
+            f"gate.task to more than {100 * half:.1f} points ({_above(half):g}){said.otherwise}.",
+        )
 
 
-def half_width(rows: int, groups: int) -> float:
+def half_width(rows: int, groups: int, *, changed: float = CHANGED) -> float:
     """Of the 95 % interval of a difference in task score, where rows of a group change independently (at best)."""
-    return max(Z * math.sqrt(CHANGED / rows), NONE_CHANGED / groups)
+    return max(Z * math.sqrt(changed / rows), NONE_CHANGED / groups)
 
 
-def enough_rows(margin: float, *, each: float) -> int:
+def enough_rows(margin: float, *, each: float, changed: float = CHANGED) -> int:
     """Rows of test with which the interval is narrower than the margin. each: rows a group."""
-    return math.floor(max(CHANGED * (Z / margin) ** 2, each * NONE_CHANGED / margin)) + 1
+    return math.floor(max(changed * (Z / margin) ** 2, each * NONE_CHANGED / margin)) + 1
 
 
 def _above(half: float) -> float:

@@ -78,7 +78,7 @@ def check_data(loaded: Loaded) -> RowCheck:
     if len(origins) == len(loaded.data) and all(read.rows and not read.wrong for read in reads):
         problems += [*_empty_sides(loaded, sides), *_calibration(loaded, sides)]  # what sides hold is known only then
     summary = _summary(loaded, sides) | {"format": formats(origins, reads)} | away
-    few = () if away else tuple(gate_warnings(loaded.recipe, sides.rows["test"]))
+    few = () if away else tuple(gate_warnings(loaded.recipe, sides.rows))
     return RowCheck([loaded.placed(one) for one in problems], summary, tuple(map(loaded.placed, few)))
 
 

@@ -101,6 +101,24 @@ def test_another_scorer_is_not_compared(tmp_path: Path) -> None:
     assert "score answers otherwise" in found.left_out[0].reason
 
 
+def test_a_further_scorer_leaves_the_first_one_comparable(tmp_path: Path) -> None:
+    before, after = write(tmp_path), later(tmp_path)
+    recipe = json.loads((after / "recipe.resolved.json").read_text())
+    recipe["evaluate"]["scorers"].append({"kind": "exact-match", "name": None})
+    (after / "recipe.resolved.json").write_text(json.dumps(recipe))
+    assert "task" in {one.metric for one in compare_runs(before, after, tmp_path).changes}
+
+
+def test_a_scorer_that_reads_another_file_is_not_compared(tmp_path: Path) -> None:
+    before, after = write(tmp_path), later(tmp_path)
+    for path in tmp_path.glob(f"store/evaluate/*-{folder_mark(after)}/manifest.json"):
+        manifest = json.loads(path.read_text())
+        manifest.setdefault("inputs", {})["scorer-0"] = {"digest": "of another file"}
+        path.write_text(json.dumps(manifest))
+    found = compare_runs(before, after, tmp_path)
+    assert "task" in {one.metric for one in found.left_out}
+
+
 def test_other_tokens_of_the_same_rows_are_not_compared(tmp_path: Path) -> None:
     before, after = write(tmp_path), later(tmp_path)
     for path in tmp_path.glob(f"store/evaluate/*-{folder_mark(after)}/files/scores.parquet"):

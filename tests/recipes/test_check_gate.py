@@ -16,6 +16,8 @@ from recipes.check_gate import CHANGED, enough_rows, half_width
 from recipes.load import load
 from tests.conftest import QUICKSTART
 
+PREFER = "promote.prefer=gptq-w4-g128"
+
 
 def project(folder: Path, rows: int, *, text: bool = False, group: int = 1) -> Path:
     """A recipe with so many rows, `group` of them in one group, and the quickstart's base."""
@@ -35,15 +37,22 @@ def project(folder: Path, rows: int, *, text: bool = False, group: int = 1) -> P
 
 
 def test_few_rows_of_test_are_warned_of_with_the_number_that_would_do(tmp_path: Path) -> None:
-    (warned,) = load_and_read(project(tmp_path, 900)).rows.warnings
+    warned, _ = load_and_read(project(tmp_path, 900)).rows.warnings
     assert warned.what.startswith("The gate can hardly pass: test has 3")
     assert "about 481 rows fall on test (data.test is 0.4)" in warned.next and "gate.task" in warned.where
-    assert load_and_read(project(tmp_path, 900), sets=["gate.task=0.05"]).rows.warnings == ()
-    assert load_and_read(project(tmp_path, 1400)).rows.warnings == ()
+    assert load_and_read(project(tmp_path, 900), sets=["gate.task=0.05", PREFER]).rows.warnings == ()
+    assert load_and_read(project(tmp_path, 1400), sets=[PREFER]).rows.warnings == ()
+
+
+def test_few_rows_of_dev_are_warned_of_unless_the_recipe_names_the_arm(tmp_path: Path) -> None:
+    (warned,) = load_and_read(project(tmp_path, 1400)).rows.warnings
+    assert warned.what.startswith("No scheme can be named for promotion: dev has 1")
+    assert "about 186 rows fall on dev (data.dev is 0.1)" in warned.next and "promote.prefer" in warned.next
+    assert load_and_read(project(tmp_path, 1400), sets=["data.dev=0.2"]).rows.warnings == ()
 
 
 def test_rows_in_few_groups_are_too_few(tmp_path: Path) -> None:
-    (warned,) = load_and_read(project(tmp_path, 1400, group=5)).rows.warnings
+    (warned,) = load_and_read(project(tmp_path, 1400, group=5), sets=[PREFER]).rows.warnings
     assert " in 1" in warned.what.partition("rows")[2]  # some 110 groups: 3.7 / 110 is more than 2 points
     assert "about 9" in warned.next  # 185 groups of five
 
