@@ -96,12 +96,13 @@ class _Registry:
             self.client.log_model_artifacts(logged.model_id, str(files))
         self.client.finalize_logged_model(logged.model_id, "READY")
         card = record_folder(self.home, one) / "card.md"
-        # A logged model's URI is resolved by the process-wide tracking URI, which is ours only where a user set it; a
-        # server behind HTTP takes nothing else.
         made = self.client.create_model_version(
             self.model,
-            logged.model_uri if "MLFLOW_TRACKING_URI" in os.environ else place,
+            place,
             run_id=run,
+            # A server behind HTTP refuses a place that is not below a model that is named; without one, MLflow would
+            # look the model up in the process-wide store, which is ours only where a user set it.
+            model_id=logged.model_id if tracking_uri(self.home).startswith("http") else None,
             tags=self._tags(one, run, experiment),
             description=_described(card.read_text(encoding="utf-8")) if card.exists() else None,
         )

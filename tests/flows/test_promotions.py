@@ -12,14 +12,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 from mlflow.tracking import MlflowClient
 
 from flows.promote import model_name, promote, roll_back
 from flows.promotions import Journal, Promotion, challenger, champion, locked, version_of, versions
+from flows.server import answers, free_port, wait_for
 from flows.track import tracking_uri
 from recipes.problem import RecipeError
 from tasks.runtime.fingerprint import file_digest, fingerprint
+from tasks.runtime.launch import Launcher, child_env
 from tests.flows.synthetic_run import BASE, SHAPES, SyntheticRun
 
 SHAPED = {name: SHAPES[name] for name in ("base", "nf4-adapter", "merged-dequantized", "merged-original")}
@@ -175,6 +178,35 @@ def test_a_dead_registry_costs_the_promotion_nothing(home: Path, monkeypatch: py
         MlflowClient(tracking_uri(home)).get_model_version_by_alias("quickstart", "champion").tags["quench.version"]
         == "1"
     )
+
+
+@pytest.mark.slow
+def test_a_registry_behind_http_has_the_files_and_both_aliases(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow's own server, which proxies artifacts: no hard links there, the weights are sent."""
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    words = ["server", "--workers", "1", "--port", str(port), "--backend-store-uri", f"sqlite:///{tmp_path}/other.db"]
+    with Launcher() as launcher:
+        log = tmp_path / "log.txt"
+        child = launcher.start(
+            ["exec", "--", str(Path(sys.executable).with_name("mlflow")), *words],
+            env=child_env() | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            cwd=tmp_path,
+            log=log,
+        )
+        wait_for(lambda: answers(url), "MLflow", at=url, child=child, log=log)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+        decision = promote(only_run(home), home, say=quiet)
+        assert (decision.event, decision.trouble) == ("promoted", [])
+        client = MlflowClient(url)
+        found = client.get_model_version_by_alias("quickstart", "champion")
+        assert found.tags["quench.version"] == "1" and found.description
+        loaded = mlflow.artifacts.download_artifacts("models:/quickstart@champion", tracking_uri=url)
+        stored = next(home.glob("store/quantize/gptq-w4-g128-*")) / "files" / "model.safetensors"
+        assert file_digest(Path(loaded) / "model.safetensors") == file_digest(stored)
+        assert judged(home) == "nothing"  # and adds no second version
+        assert len(client.search_model_versions("name='quickstart'")) == 1
 
 
 def test_damaged_weights_are_not_promoted(home: Path) -> None:
