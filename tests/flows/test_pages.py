@@ -76,7 +76,9 @@ def test_prefect_shows_the_flow_with_its_artifacts(world: World, prefect_api: st
     replace(world, api=prefect_api).quench("run", str(world.recipe))
     url = prefect_api.removesuffix("/api")
     _open(page, f"{url}/artifacts")
+    search = page.get_by_role("searchbox", name="Search artifacts")  # the list itself holds only what is scrolled to
     for name in ("report", "arms", "plan", "kl-against-size", "report-page", "mlflow"):
+        search.fill(name)
         expect(page.get_by_text(name, exact=True).first).to_be_visible()
     page.goto(f"{url}/artifacts/key/report")
     page.locator("a[href^='/artifacts/artifact/']").first.click()
