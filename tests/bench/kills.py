@@ -172,10 +172,9 @@ def _digests(manifest: Mapping[str, Any]) -> dict[str, Any]:
 def _curve(home: Home) -> dict[str, float]:
     (path,) = (home.folder / "store" / "train").glob("*/files/events.jsonl")
     events = [event for event, _ in read_events(path) if event["kind"] == "metric" and event["name"] == "train/loss"]
-    curve = {str(event["step"]): event["value"] for event in events}
-    if len(curve) != len(events):
-        raise SystemExit(f"{path}: a step is told twice")
-    return curve
+    if [event["step"] for event in events] != list(range(1, len(events) + 1)):
+        raise SystemExit(f"{path}: a step is missing or told twice")
+    return {str(event["step"]): event["value"] for event in events}
 
 
 def left(home: Home, plain: Undisturbed) -> float:
@@ -195,13 +194,10 @@ def kill(home: Home, number: int, victim: str, *, share: float, plain: Undisturb
     moment = share * left(home, plain)
     with contextlib.suppress(subprocess.TimeoutExpired):
         run.wait(moment)
-    pid = _victim(home, run, victim)
-    if pid is None:
+    during = _kill(home, run, victim)
+    if during is None:
         return None
-    during, kept = home.under_way(), fingerprints(home.folder)
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-    killed = time.monotonic()
+    killed, kept = time.monotonic(), fingerprints(home.folder)
     code = run.wait(HANGS_S)
     ended = time.monotonic()
     wait_gone(home.folder)
@@ -216,6 +212,16 @@ def kill(home: Home, number: int, victim: str, *, share: float, plain: Undisturb
         exit=code,
         ended_s=round(ended - killed, 1),
     )
+
+
+def _kill(home: Home, run: subprocess.Popen[bytes], victim: str) -> str | None:
+    """Kill the victim; returns what was under way, None where the run ended before."""
+    while (pid := _victim(home, run, victim)) is not None:
+        during = home.under_way()
+        with contextlib.suppress(ProcessLookupError):  # it ended by itself: the next one
+            os.kill(pid, signal.SIGKILL)
+            return during
+    return None
 
 
 def _victim(home: Home, run: subprocess.Popen[bytes], victim: str) -> int | None:
@@ -237,18 +243,16 @@ def outcome(home: Home, plain: Undisturbed) -> Outcome:
     found = home.manifests()
     like = {key for key, one in found.items() if _digests(one)["inputs"] == plain.steps[key]["inputs"]}
     curve = _curve(home)
+    said = () if code == 0 else (f"the last run ended with {code}: {home.log()[-400:]}",)
     return Outcome(
         home=home.number,
         runs=home.runs,
-        faults=[
-            *([] if code == 0 else [f"the last run ended with {code}: {home.log()[-400:]}"]),
-            *_faults(home, plain),
-        ],
+        faults=[*said, *_faults(home, plain)],
         steps=len(plain.steps),
         equal=sum(found[key]["digest"] == plain.steps[key]["digest"] for key in like),
         compared=len(like),
         curve_points=len(curve),
-        curve_off=max(abs(curve.get(step, float("inf")) - value) for step, value in plain.curve.items()),
+        curve_off=max(abs(curve[step] - value) for step, value in plain.curve.items()),
         resumed_from_step=found["train/kills"]["result"]["resumed_from_step"],
     )
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from tasks.runtime.launch import CHECKOUT
 
 RESULTS = CHECKOUT / "docs" / "results"
-PAGE = RESULTS / "operations.md"
 
 
 def kills(told: dict[str, Any]) -> str:
@@ -36,8 +36,8 @@ def kills(told: dict[str, Any]) -> str:
 `python -m tests.bench.kills --runs {len(told["kills"])} --seed {told["seed"]}`: {len(told["kills"])} runs of a small
 recipe ({len(told["undisturbed"]["steps"])} steps, from prepare to evaluate), each with one SIGKILL ({victims}), in
 {len(homes)} homes. A home starts empty; its recipe is run again after each kill, at last to the end, and then compared
-with a run that nobody disturbed ({told["undisturbed"]["seconds"]:.0f} s). The moment is drawn evenly over what the run has
-left to do; where no such process lives then, the next one is killed.
+with a run that nobody disturbed ({told["undisturbed"]["seconds"]:.0f} s). The moment is drawn evenly over what the run
+has left to do; where no such process lives then, the next one is killed.
 
 A home holds where no committed step was made twice and none of its files changed, every step has the digest that it has
 in the undisturbed run, and the loss curve is that one's within {told["tolerance"]:g} (as in tests/jobs/test_train.py):
@@ -52,19 +52,19 @@ in the undisturbed run, and the loss curve is that one's within {told["tolerance
 SECTIONS = {"kills.json": kills}
 
 
-def page() -> str:
-    """The page."""
+def page(folder: Path) -> str:
+    """The page of the results in a folder."""
     parts = [
-        render(json.loads((RESULTS / name).read_text(encoding="utf-8")))
+        render(json.loads((folder / name).read_text(encoding="utf-8")))
         for name, render in SECTIONS.items()
-        if (RESULTS / name).exists()
+        if (folder / name).exists()
     ]
     return "\n".join(["<!-- Written by `python -m tests.bench.operations`. -->\n# Operations, measured\n", *parts])
 
 
-def write() -> None:
+def write(folder: Path = RESULTS) -> None:
     """Write the page again."""
-    PAGE.write_text(page(), encoding="utf-8")
+    (folder / "operations.md").write_text(page(folder), encoding="utf-8")
 
 
 if __name__ == "__main__":
