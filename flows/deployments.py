@@ -82,8 +82,8 @@ def mark_crashed(why: str, *, dead: Sequence[str] = ()) -> list[str]:
 
     Args:
         why: Message of the state.
-        dead: Ids of flow runs that `quench run` started and whose process is gone. Those of the pool are looked up: no
-            worker may live while this is called.
+        dead: Ids of flow runs that no process works on. Those of the pool are looked up: no worker may live while this
+            is called.
     """
     marked: list[str] = []
     crashed = Crashed(message=why)

@@ -163,6 +163,12 @@ def stop_dead(home: Path) -> list[Path]:
     return stopped
 
 
+def ended(home: Path) -> list[str]:
+    """Ids of the flow runs that no process works on. Where Prefect's server was killed it still has them Running."""
+    paths = [path for path in (home / "runs").glob("*/steps.json") if not path.parent.is_symlink()]
+    return [id for path in paths if not is_under_way(path.parent) and (id := read_json(path).get("flow_run"))]
+
+
 def _arm(one: ArmSteps) -> dict[str, Any]:
     return {
         "slug": one.arm.slug,

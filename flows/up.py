@@ -139,16 +139,15 @@ class Services:
         self.prefect.child = self.prefect.start()
         self.mlflow.child = self.mlflow.start()
         from flows.deployments import heartbeat, mark_crashed, register  # 8 s of imports while the servers start
-        from flows.runs import stop_dead
+        from flows.runs import ended, stop_dead
         from flows.track_sync import sync_run
 
         wait_for(
             lambda: answers(self.api), "the Prefect server", at=self.api, child=self.prefect.child, log=self.prefect.log
         )
         stopped = stop_dead(self.home)
-        dead = [id for folder in stopped if (id := read_json(folder / "steps.json").get("flow_run"))]
-        for name in mark_crashed("the process that executed it was killed; running it again resumes", dead=dead):
-            self.say(f"marked as crashed: {name}, whose process was killed")
+        for name in mark_crashed("nobody executes it any more; running it again resumes", dead=ended(self.home)):
+            self.say(f"marked as crashed: {name}, which nobody executes any more")
         names = register(Path.cwd())
         before = heartbeat()
         self.worker.child = self.worker.start()

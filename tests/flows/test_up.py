@@ -151,7 +151,7 @@ def test_stopped_and_killed_with_a_run_under_way(project: Project):
     assert project.states() == ["Running", "Running"]
 
     process = project.up()  # finds what the killed ones left
-    assert "marked as crashed: recipe.yaml, whose process was killed" in project.out.read_text()
+    assert "marked as crashed: recipe.yaml, which nobody executes any more" in project.out.read_text()
     assert project.states() == ["Crashed", "Crashed"]
     assert project.run_status() == "stopped"
     assert "RUNNING" not in project.mlflow_states()
