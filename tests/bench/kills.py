@@ -161,7 +161,8 @@ def undisturbed(home: Home) -> Undisturbed:
     code = home.start().wait(HANGS_S)
     if code != 0:
         raise SystemExit(f"the undisturbed run ended with {code}\n{home.log()}")
-    steps = {key: _digests(one) | {"seconds": one["seconds"]} for key, one in home.manifests().items()}
+    there = sorted(home.manifests().items(), key=lambda item: item[1]["finished_at"])
+    steps = {key: _digests(one) | {"seconds": one["seconds"]} for key, one in there}
     return Undisturbed(seconds=round(time.monotonic() - clock, 1), steps=steps, curve=_curve(home))
 
 
@@ -177,23 +178,33 @@ def _curve(home: Home) -> dict[str, float]:
     return {str(event["step"]): event["value"] for event in events}
 
 
-def left(home: Home, plain: Undisturbed) -> float:
-    """Seconds that a run of this home may take, by the undisturbed one."""
-    steps = {key: one["seconds"] for key, one in plain.steps.items()}
+def moment(home: Home, share: float, plain: Undisturbed) -> tuple[str, float]:
+    """Where a share of what a run has left lies, by the undisturbed one: a step, and seconds after its start.
+
+    By steps and not by the clock alone, since the machine is not as fast each time.
+    """
+    around = (plain.seconds - sum(one["seconds"] for one in plain.steps.values())) / 2
     there = home.manifests()
-    around = plain.seconds - sum(steps.values())
-    return around + sum(seconds for key, seconds in steps.items() if key not in there)
+    ahead = [("start", around), *((key, one["seconds"]) for key, one in plain.steps.items() if key not in there)]
+    after = share * sum(seconds for _, seconds in (*ahead, ("end", around)))
+    for key, seconds in ahead:
+        if after < seconds:
+            return key, after
+        after -= seconds
+    return "end", after
 
 
 def kill(home: Home, number: int, victim: str, *, share: float, plain: Undisturbed) -> Kill | None:
-    """Start a run and kill the victim after a share of the time that it may take.
-
-    Returns None where the run ended before.
-    """
+    """Start a run and kill the victim after a share of what is left to do; returns None where the run ended before."""
+    key, after = moment(home, share, plain)
     clock, run = time.monotonic(), home.start()
-    moment = share * left(home, plain)
+    while run.poll() is None and key not in ("start", home.under_way()):
+        there = home.manifests()
+        if key in there or (key == "end" and len(there) == len(plain.steps)):
+            break
+        time.sleep(0.1)
     with contextlib.suppress(subprocess.TimeoutExpired):
-        run.wait(moment)
+        run.wait(after)
     during = _kill(home, run, victim)
     if during is None:
         return None
@@ -289,17 +300,17 @@ def one_home(
     kills: list[Kill] = []
     for draw, victim, share in draws:
         done = kill(home, draw, victim, share=share, plain=plain)
-        if done is None:  # it ended before: the next draws are for another home
+        if done is None:  # it ended before: the home is done
             break
         kills.append(done)
     return kills, outcome(home, plain)
 
 
-def draw(seed: int, number: int) -> tuple[int, str, float]:
+def draw(seed: int, number: int, tried: int = 0) -> tuple[int, str, float]:
     """Victim and moment of a kill: victims in shuffled threes, so that each comes as often."""
     block = list(VICTIMS)
     random.Random(f"victims {seed} {number // len(VICTIMS)}").shuffle(block)
-    return number, block[number % len(VICTIMS)], random.Random(f"moment {seed} {number}").random()
+    return number, block[number % len(VICTIMS)], random.Random(f"moment {seed} {number} {tried}").random()
 
 
 def series(
@@ -312,10 +323,11 @@ def series(
         save()
     plain = Undisturbed(**told["undisturbed"])
     while (done := len(told["kills"])) < runs:
-        draws = [draw(seed, number) for number in range(done, min(done + kills_a_home, runs))]
+        tried = sum(home["kills"] == 0 for home in told["homes"])  # a draw that came too late is not drawn again
+        draws = [draw(seed, number, tried) for number in range(done, min(done + kills_a_home, runs))]
         kills, found = one_home(work / "killed", len(told["homes"]), draws, plain=plain, recipe=recipe)
         told["kills"] += map(asdict, kills)
-        told["homes"].append({**asdict(found), "holds": found.holds})
+        told["homes"].append({**asdict(found), "holds": found.holds, "kills": len(kills)})
         save()
         print(json.dumps([*map(asdict, kills), asdict(found)]), flush=True)
 
@@ -333,7 +345,7 @@ def main() -> None:
     told = before if same else {**head, "kills": [], "homes": []}
 
     def save() -> None:
-        RESULTS.write_text(json.dumps(told, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        RESULTS.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
         operations.write()
 
     with tempfile.TemporaryDirectory(prefix="quench-kills-") as work:

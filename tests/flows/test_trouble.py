@@ -18,6 +18,7 @@ from mlflow.entities import ViewType
 from mlflow.tracking import MlflowClient
 
 from flows.server import free_port
+from flows.tracking import silent
 from tasks.runtime.disk import LEAST_BYTES
 from tests.conftest import World
 from tests.flows.test_resume import asked, processes_of, start, wait_child, wait_gone
@@ -48,7 +49,7 @@ class MlflowServer:
                 [program, *words, *files], env=env, stdout=log, stderr=log, start_new_session=True
             )
         deadline = time.monotonic() + START_S
-        while subprocess.run(["curl", "-sf", f"{self.uri}/health"], capture_output=True).returncode:
+        while silent(self.uri):
             assert self.process.poll() is None and time.monotonic() < deadline, (self.folder / "log.txt").read_text()
             time.sleep(0.2)
 
