@@ -8,7 +8,7 @@ endif
 ENVIRONMENTS := llmcompressor autoawq autogptq
 
 .PHONY: help install env-llmcompressor env-autoawq env-autogptq quickstart check test test-all test-gpu bench folklore \
-        docs lock lock-envs clean
+        kills docs lock lock-envs clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -65,6 +65,9 @@ bench: quickstart env-autoawq env-autogptq  # whose models and readers the last 
 
 folklore: install env-llmcompressor  ## what the field repeats, three seeds: docs/results/folklore.md, resumes
 	$(BIN)/python -m tests.bench.folklore
+
+kills: install   ## 30 runs, each with a SIGKILL at a random moment: docs/results/operations.md, resumes
+	$(BIN)/python -m tests.bench.kills
 
 docs: install    ## write the generated pages again
 	$(BIN)/python -m flows.docs

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -28,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RecipeError as error:
         _refuse(error.problems, as_json=getattr(args, "json", False))
         return BAD_INPUT
+    except OSError as error:
+        return _no_space(error)
     except KeyboardInterrupt:
         print("stopped; what had finished is kept: the same command resumes", file=sys.stderr)
         return INTERRUPTED
@@ -40,6 +41,16 @@ def _refuse(problems: Sequence[Problem], *, as_json: bool) -> None:
     for one in problems:
         print(f"error: {one}\n", file=sys.stderr)
     print(f"{len(problems)} problem{'s' if len(problems) > 1 else ''}; nothing was started", file=sys.stderr)
+
+
+def _no_space(error: OSError) -> int:
+    from tasks.runtime.disk import full, is_full
+    from tasks.runtime.store import find_home
+
+    if not is_full(error):
+        raise error
+    print(f"error: {full(find_home(), error.filename or str(error))}", file=sys.stderr)
+    return FAILED
 
 
 def _warn(problems: Sequence[Problem]) -> None:
@@ -88,42 +99,10 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from flows.server import OwnServer, prefect_settings
-    from flows.vet import vet
-    from tasks.runtime.launch import Launcher
-    from tasks.runtime.store import find_home
+    from flows.run_command import command
 
     signal.signal(signal.SIGTERM, _terminated)
-    clock = time.monotonic()
-    home = find_home()
-    home.mkdir(parents=True, exist_ok=True)
-    os.environ["QUENCH_HOME"] = str(home)
-    os.environ.update(prefect_settings(home))
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-    _warn(vet(args.recipe, sets=args.set, home=home, only=args.only).warnings)  # refuse before a server is started
-    with Launcher() as launcher:
-        server = OwnServer(home, launcher)
-        server.start()
-        os.environ["PREFECT_API_URL"] = server.api
-        from flows.pipeline import RunFailed, drain, finetune_and_quantize  # 8 s of imports while the server starts
-
-        server.wait()
-        print(f"Prefect, while this runs: {server.ui}", file=sys.stderr)
-        try:
-            folder = Path(finetune_and_quantize(recipe=str(args.recipe), sets=args.set, only=args.only))
-            code = DONE
-        except RunFailed as error:
-            print(f"error: {error}", file=sys.stderr)
-            folder = (home / "runs" / "latest").resolve()
-            code = FAILED
-        finally:
-            drain()
-    _show(folder, home, as_json=args.json)
-    if not args.json:
-        print(f"\n{time.monotonic() - clock:.0f} s. What to look at:")
-        print(f"  {folder / 'report.html'}")
-        print("  quench up, and the pages of MLflow and Prefect that it names")
-    return code
+    return command(args, warn=_warn)
 
 
 def _merge(args: argparse.Namespace) -> int:
@@ -202,18 +181,6 @@ def _terminated(number: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _show(folder: Path, home: Path, *, as_json: bool) -> None:
-    from rich.console import Console
-
-    from flows.report import print_report
-
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    if as_json:
-        print(json.dumps(report, indent=2))
-    else:
-        print_report(report, Console())
-
-
 def _promote(args: argparse.Namespace) -> int:
     from flows.promote import command
 
@@ -228,13 +195,14 @@ def _choose(args: argparse.Namespace) -> int:
 
 def _report(args: argparse.Namespace) -> int:
     from flows.report import render
+    from flows.run_command import show
     from flows.runs import find_run
     from tasks.runtime.store import find_home
 
     home = find_home()
     folder = find_run(home, args.run)
     render(folder, home)
-    _show(folder, home, as_json=args.json)
+    show(folder, as_json=args.json)
     if not args.json:
         print(f"  {folder / 'report.html'}")
     return DONE
@@ -285,9 +253,12 @@ def _store_gc(args: argparse.Namespace) -> int:
 
 def _track_sync(args: argparse.Namespace) -> int:
     from flows.track_sync import sync
+    from tasks.runtime.home import open_home
     from tasks.runtime.store import find_home
 
-    written = sync(find_home(), lambda text: print(text, file=sys.stderr))
+    home = find_home()
+    open_home(home)
+    written = sync(home, lambda text: print(text, file=sys.stderr))
     _print({"written": written}, f"{len(written)} runs written", as_json=args.json)
     return DONE
 

@@ -70,11 +70,11 @@ def job_template() -> dict[str, Any]:
     return template
 
 
-def worker_answers(since: dt.datetime) -> bool:
-    """True where our worker has sent a heartbeat since then."""
+def heartbeat() -> dt.datetime | None:
+    """When our worker was last seen: another one than before tells that it lives, whatever the clock did meanwhile."""
     with get_client(sync_client=True) as client:
         found = client.read_workers_for_work_pool(POOL)
-    return any(one.name == WORKER and one.last_heartbeat_time and one.last_heartbeat_time >= since for one in found)
+    return next((one.last_heartbeat_time for one in found if one.name == WORKER), None)
 
 
 def mark_crashed(why: str, *, dead: Sequence[str] = ()) -> list[str]:
@@ -82,8 +82,8 @@ def mark_crashed(why: str, *, dead: Sequence[str] = ()) -> list[str]:
 
     Args:
         why: Message of the state.
-        dead: Ids of flow runs that `quench run` started and whose process is gone. Those of the pool are looked up: no
-            worker may live while this is called.
+        dead: Ids of flow runs that no process works on. Those of the pool are looked up: no worker may live while this
+            is called.
     """
     marked: list[str] = []
     crashed = Crashed(message=why)

@@ -6,28 +6,18 @@ matrix; the exit code still says so.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import logging
 import os
 import signal
 import threading
-import time
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from uuid import UUID
 
 import httpx
 from prefect import flow, get_run_logger, task
-from prefect.artifacts import (
-    create_image_artifact,
-    create_link_artifact,
-    create_markdown_artifact,
-    create_progress_artifact,
-    create_table_artifact,
-    update_progress_artifact,
-)
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext, TaskRunContext
@@ -39,11 +29,13 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.compose import compose, limits
 from flows.plan import known_inputs
-from flows.plots import title_of
+from flows.prefect_pages import PrefectPages
 from flows.progress import Display
-from flows.report import Report, render
-from flows.runs import RunRecord
+from flows.report import render
+from flows.runs import RunRecord, new_id
 from flows.track import Tracker
+from flows.track_sync import REPORTED, sync_run
+from flows.tracking import silent
 from flows.vet import Vetted, vet
 from recipes.problem import RecipeError
 from tasks.runtime.errors import StepFailed
@@ -54,9 +46,7 @@ from tasks.runtime.store import Artifact, Store, find_home, write_json
 
 # A task only waits for its child; what runs at once is decided by leases.
 WAITING_TASKS = 32
-PROGRESS_S = 2.0
 CANCEL_POLL_S = 2.0
-MLFLOW_UI = "needs MLflow's pages: `quench up` serves them"
 
 
 class RunFailed(Exception):
@@ -66,11 +56,12 @@ class RunFailed(Exception):
 class Session:
     """One run of the flow: submits steps, keeps their artifacts and tells everyone."""
 
-    def __init__(self, vetted: Vetted, store: Store, launcher: Launcher, record: RunRecord) -> None:
+    def __init__(self, vetted: Vetted, launcher: Launcher, record: RunRecord, tracker: Tracker) -> None:
+        store = Store(record.home)
         self.record = record
         self.store = store
         self.display = Display()
-        self.tracker = Tracker(store.home, experiment=vetted.recipe.name, run=record.id)
+        self.tracker = tracker
         self.kitchen = Kitchen(
             store=store,
             launcher=launcher,
@@ -82,7 +73,7 @@ class Session:
         self.steps: dict[str, Step] = {}
         self.artifacts: dict[str, Artifact] = {}
         self.futures: dict[str, PrefectConcurrentFuture[str]] = {}
-        self._progress: dict[str, tuple[UUID, float]] = {}
+        self.pages = PrefectPages()
 
         @task(task_run_name="{key}", cache_policy=NO_CACHE, persist_result=False)
         def make(key: str) -> str:
@@ -144,6 +135,21 @@ class Session:
         made = all(one.status in ("hit", "made") for one in self.record.records.values())
         return made and not self.unscored
 
+    def end(self) -> None:
+        """Close the run in MLflow; where MLflow was away and is back, write it anew; say what is behind."""
+        self.tracker.end(self.record.status)
+        if self.tracker.trouble and self.record.status in REPORTED and not silent(self.tracker.uri):
+            try:
+                self.tracker = sync_run(self.store.home, self.record.folder) or self.tracker
+            except RecipeError as error:
+                self.tracker.trouble += [one.what for one in error.problems]
+        if url := self.tracker.compare_url:
+            self.pages.link(url)
+        for line in dict.fromkeys(self.tracker.trouble):
+            self.display.line(f"MLflow is behind (`quench track sync` sends it): {line}", style="yellow")
+        for line in dict.fromkeys(self.pages.trouble):
+            self.display.line(f"Prefect does not show {line}", style="yellow")
+
     @property
     def unscored(self) -> list[str]:
         """`evaluate/ARM (METRIC)` where a scorer failed: the artifact says why, and has the arm's other scores."""
@@ -166,28 +172,12 @@ class Session:
         self.display.event(step.key, event)
         self.tracker.live(step.key, event)
         if event["kind"] == "progress" and TaskRunContext.get():
-            self._prefect_progress(step.key, 100.0 * event["done"] / max(event["total"], 1))
-
-    def _prefect_progress(self, key: str, percent: float) -> None:
-        now = time.monotonic()
-        if key not in self._progress:
-            made = create_progress_artifact(0.0, key=artifact_key("progress", key), description=key)
-            self._progress[key] = (cast("UUID", made), now)
-            return
-        name, before = self._progress[key]
-        if now - before > PROGRESS_S or percent >= 100.0:
-            update_progress_artifact(name, progress=percent)
-            self._progress[key] = (name, now)
+            self.pages.progress(step.key, 100.0 * event["done"] / max(event["total"], 1))
 
     def on_line(self, step: Step, line: str) -> None:
         """A line of a child's log: into the Prefect run's log."""
         if TaskRunContext.get():
             get_run_logger().info("%s | %s", step.key, line)
-
-
-def artifact_key(*parts: str) -> str:
-    """A Prefect artifact key: small letters, digits and dashes."""
-    return "".join(char if char.isalnum() else "-" for char in "-".join(parts).lower())
 
 
 @flow(  # pyright: ignore[reportCallIssue]
@@ -222,10 +212,12 @@ def run_vetted(vetted: Vetted, *, only: Sequence[str]) -> str:
     Raises:
         RunFailed: A step failed; everything that finished is in the store and in the report.
     """
-    home = find_home()
-    record = RunRecord(home, vetted.loaded, flow_run=flow_run.id)
+    home, run = find_home(), new_id(vetted.recipe.name)
+    with refusals_logged():
+        tracker = Tracker(home, experiment=vetted.recipe.name, run=run)
+    record = RunRecord(home, vetted.loaded, id=run, flow_run=flow_run.id)
     with Launcher() as launcher, watched(launcher):
-        session = Session(vetted, Store(home), launcher, record)
+        session = Session(vetted, launcher, record, tracker)
         try:
             with session.display:
                 _work(session, vetted, only=only)
@@ -233,11 +225,7 @@ def run_vetted(vetted: Vetted, *, only: Sequence[str]) -> str:
             launcher.end_all()  # before anything that may have to wait
             if record.status == "running":
                 record.finish("stopped")
-            session.tracker.end(record.status)
-            if url := session.tracker.compare_url:
-                create_link_artifact(url, link_text="compare the arms in MLflow", key="mlflow", description=MLFLOW_UI)
-            for line in dict.fromkeys(session.tracker.trouble):
-                session.display.line(f"MLflow is behind: {line}", style="yellow")
+            session.end()
     flush_log()
     if record.status == "failed":
         failed = [one.key for one in record.records.values() if one.status == "failed"]
@@ -299,30 +287,19 @@ def _work(session: Session, vetted: Vetted, *, only: Sequence[str]) -> None:
     log = get_run_logger()
     hits = sum(one.hit for one in vetted.plan)
     log.info("run %s: %d of %d steps are in the store", record.id, hits, len(vetted.plan))
-    create_markdown_artifact(_plan_markdown(vetted), key="plan", description="hit or make, before the run")
+    session.pages.plan(_plan_markdown(vetted))
     matrix = compose(vetted.recipe, vetted.pins, session.do, only=only)
     record.composed(matrix)
     whole = session.collect()
     record.composed(matrix)
     record.finish("completed" if whole else "failed")
     report = render(record.folder, session.store.home)
-    _prefect_report(report)
+    session.pages.report(report)
     record.publish()
     session.tracker.report(report.json, record.folder, pictures=report.pictures)
     for sentence in report.json["verdict"]:
         log.info(sentence)
     log.info("report: %s", record.folder / "report.html")
-
-
-def _prefect_report(report: Report) -> None:
-    """The report as Prefect artifacts: text, table, pictures, and where the whole page lies."""
-    create_markdown_artifact(report.markdown, key="report", description="the comparison of all arms")
-    create_table_artifact(report.table, key="arms", description="published metrics, test")
-    for name, svg in report.pictures.items():
-        image = f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
-        create_image_artifact(image, key=artifact_key(name), description=title_of(svg))
-    place = (report.folder / "report.html").as_uri()
-    create_link_artifact(place, link_text=place, key="report-page", description="browsers open it from the address bar")
 
 
 def flush_log() -> None:

@@ -15,6 +15,7 @@ import psutil
 from flows.plan import Planned
 from flows.predict import CUDA_CONTEXT, FILES, GIB, Predicted, predict
 from flows.row_sizes import RowSizes, data_bytes, row_sizes, tokens_per_byte
+from flows.tracking import silent, tracking_uri
 from recipes.check_external import external_headers
 from recipes.check_train import device_problems
 from recipes.headers import Headers, read_headers
@@ -266,7 +267,8 @@ def preflight(loaded: Loaded, planned: Sequence[Planned], *, home: Path, base: P
         limits: Device and threads.
 
     Raises:
-        RecipeError: Steps to make fit neither memory nor disk, or their environment is not installed.
+        RecipeError: Steps to make fit neither memory nor disk, their environment is not installed, or MLflow does not
+            answer.
     """
     recipe, headers = loaded.recipe, read_headers(base)
     rows = sampled(loaded, headers)
@@ -276,6 +278,7 @@ def preflight(loaded: Loaded, planned: Sequence[Planned], *, home: Path, base: P
     slots = 1 if limits.device == "cuda" else max(1, cpu_slots() // limits.threads)
     problems = list(device_problems(recipe, device=limits.device, gpus=len(visible_gpus())))
     problems += environment_problems(planned)
+    problems += filter(None, [silent(tracking_uri(home))])
     problems += refuse(
         recipe,
         headers,

@@ -25,6 +25,7 @@ from flows.runs import find_run
 from recipes.problem import Problem, RecipeError
 from recipes.schema import Recipe
 from tasks.runtime.fingerprint import file_digest
+from tasks.runtime.home import open_home
 from tasks.runtime.store import Store, find_home, read_json, write_json
 
 Say = Callable[[str], None]
@@ -221,6 +222,7 @@ def command(args: argparse.Namespace) -> int:
         RecipeError: No such run or version; files that are damaged; a champion that cannot be compared with.
     """
     home = find_home()
+    open_home(home)
     folder = find_run(home, args.run)
 
     def say(text: str) -> None:

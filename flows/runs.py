@@ -26,6 +26,12 @@ ALIVE = ".alive"  # locked by the process that works on the run
 SHOWN_VERSIONS = ("torch", "transformers", "peft", "trl", "bitsandbytes", "gptqmodel", "prefect", "mlflow")
 
 
+def new_id(name: str) -> str:
+    """Id of a new run. Its time is for readers: nothing is decided by the order of ids, so clocks may jump."""
+    stamp = dt.datetime.now(dt.UTC).strftime("%Y%m%d-%H%M%S")
+    return f"{stamp}-{name}-{secrets.token_hex(2)}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
     """What became of one step in this run. Status: hit, made, failed, or skipped (an input failed)."""
@@ -44,10 +50,9 @@ class StepRecord:
 class RunRecord:
     """Writes steps.json after every step, so that a killed run has its record too."""
 
-    def __init__(self, home: Path, loaded: Loaded, *, flow_run: str | None = None) -> None:
-        stamp = dt.datetime.now(dt.UTC).strftime("%Y%m%d-%H%M%S")
+    def __init__(self, home: Path, loaded: Loaded, *, id: str, flow_run: str | None = None) -> None:
         self.home = home
-        self.id = f"{stamp}-{loaded.recipe.name}-{secrets.token_hex(2)}"
+        self.id = id
         self.folder = home / "runs" / self.id
         self.folder.mkdir(parents=True)
         self._alive = (self.folder / ALIVE).open("w")  # as long as this process works on the run, or until `finish`
@@ -156,6 +161,12 @@ def stop_dead(home: Path) -> list[Path]:
             write_json(path, {**raw, "status": "stopped"})
             stopped.append(path.parent)
     return stopped
+
+
+def ended(home: Path) -> list[str]:
+    """Ids of the flow runs that no process works on. Where Prefect's server was killed it still has them Running."""
+    paths = [path for path in (home / "runs").glob("*/steps.json") if not path.parent.is_symlink()]
+    return [id for path in paths if not is_under_way(path.parent) and (id := read_json(path).get("flow_run"))]
 
 
 def _arm(one: ArmSteps) -> dict[str, Any]:

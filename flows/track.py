@@ -28,7 +28,8 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.file_utils import local_file_uri_to_path
 
 from flows.report_text import overview
-from recipes.problem import Problem, RecipeError
+from flows.tracking import no_answer, tracking_uri
+from recipes.problem import RecipeError
 from tasks.runtime.events import read_events
 from tasks.runtime.store import read_json
 
@@ -38,18 +39,12 @@ BATCH = 500  # MLflow's limit for one log_batch is 1,000 metrics
 PARAM_CHARS = 6000
 NOTE_CHARS = 8000  # a tag's
 DIGEST_CHARS = 36  # a dataset's
+WHOLE = "quench.whole"  # tag of a parent: nothing of the run is missing
 STAGES = ("prepare", "train", "merge", "reference", "calibrate", "quantize")
 P = ParamSpec("P")
 SPLITS = {"train": "training", "dev": "validation", "test": "test"}  # split -> MLflow's word for its use
 LOCAL_UI = "http://127.0.0.1:5000"  # where `quench up` and `mlflow ui` listen unless the port is taken
 HEADLINE = ("task", "ppl_test", "ppl_general", "kl_mean", "top1_agreement", "size_bytes")
-
-
-def tracking_uri(home: Path) -> str:
-    """MLFLOW_TRACKING_URI, else the server of a `quench up --postgres`, else SQLite below QUENCH_HOME."""
-    up = home / "up.json"
-    named = os.environ.get("MLFLOW_TRACKING_URI") or (read_json(up).get("tracking") if up.exists() else None)
-    return named or f"sqlite:///{home / 'mlflow.db'}"
 
 
 def told(body: Callable[Concatenate[Tracker, P], None]) -> Callable[Concatenate[Tracker, P], None]:
@@ -115,26 +110,16 @@ class Tracker:
             found = self._client.get_experiment_by_name(experiment)
             self.experiment = found.experiment_id if found else self._create(experiment)
         except MlflowException as error:
-            raise RecipeError(
-                [
-                    Problem(
-                        what="MLflow does not answer",
-                        where=self.uri,
-                        why=str(error).splitlines()[0],
-                        next="start that server; or, for SQLite below QUENCH_HOME, unset MLFLOW_TRACKING_URI and "
-                        "remove the up.json that a killed `quench up` left",
-                    )
-                ]
-            ) from error
+            raise RecipeError([no_answer(self.uri, str(error).splitlines()[0])]) from error
 
     def _create(self, experiment: str) -> str:
         local = self.uri.startswith("sqlite:")
         place = (self.home / "mlartifacts" / experiment).as_uri() if local else None
         return self._client.create_experiment(experiment, artifact_location=place)
 
-    def known(self) -> dict[str, str]:
-        """What MLflow has of this run: key of a step or an arm, empty for the parent -> status."""
-        return {run.data.tags.get("quench.key", ""): run.info.status for run in self._found()}
+    def is_whole(self) -> bool:
+        """True where MLflow took everything of this run."""
+        return any(WHOLE in run.data.tags for run in self._found())
 
     def forget(self) -> None:
         """Delete what MLflow has of this run: it is written anew."""
@@ -166,12 +151,11 @@ class Tracker:
             self._flush()
 
     def _flush(self) -> None:
-        for key, points in self._waiting.items():
+        self._flushed = time.monotonic()  # also where it fails: an outage costs one call every two seconds, not all
+        for key, points in list(self._waiting.items()):
             run = self._nested_run(key, kind="step")
             self._metrics(run, points)
-            self._sent[key] = self._sent.get(key, 0) + len(points)
-        self._waiting.clear()
-        self._flushed = time.monotonic()
+            self._sent[key] = self._sent.get(key, 0) + len(self._waiting.pop(key))
 
     @told
     def step(self, record: Mapping[str, Any]) -> None:
@@ -267,6 +251,8 @@ class Tracker:
                 if self._client.get_run(run).info.status == "RUNNING":
                     self._client.set_terminated(run, "KILLED")
             self._client.set_terminated(self.parent, mapped)
+            if not self.trouble:
+                self._tag(self.parent, {WHOLE: "yes"})
 
     def _nested_run(self, key: str, *, kind: str) -> str:
         if key not in self._nested:

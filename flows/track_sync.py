@@ -6,13 +6,12 @@ what is whole is left alone, so that sending twice adds nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from flows.report import render
 from flows.runs import is_under_way
-from flows.track import STAGES, Tracker
+from flows.track import Tracker
 from recipes.problem import Problem, RecipeError
 from tasks.runtime.store import read_json
 
@@ -36,18 +35,17 @@ def sync(home: Path, say: Callable[[str], None]) -> list[str]:
     return written
 
 
-def sync_run(home: Path, folder: Path) -> bool:
-    """Write one run that nobody works on, unless MLflow has it whole; True where it was written.
+def sync_run(home: Path, folder: Path) -> Tracker | None:
+    """Write one run that nobody works on, unless MLflow has it whole; returns what wrote it.
 
     Raises:
         RecipeError: MLflow does not answer, or refuses something.
     """
     raw = read_json(folder / "steps.json")
     tracker = Tracker(home, experiment=raw["name"], run=raw["id"])
-    known = tracker.known()
-    if set(known) == _wanted(raw) and "RUNNING" not in known.values():
+    if tracker.is_whole():
         tracker.close()
-        return False
+        return None
     tracker.forget()
     tracker.start(read_json(folder / "recipe.resolved.json"), tags={"mlflow.source.name": raw["recipe"]})
     for record in raw["steps"]:
@@ -58,7 +56,7 @@ def sync_run(home: Path, folder: Path) -> bool:
     tracker.end(raw["status"], hurry=False)
     if tracker.trouble:
         raise RecipeError([_refused(tracker, folder, one) for one in dict.fromkeys(tracker.trouble)])
-    return True
+    return tracker
 
 
 def _refused(tracker: Tracker, folder: Path, why: str) -> Problem:
@@ -68,10 +66,3 @@ def _refused(tracker: Tracker, folder: Path, why: str) -> Problem:
         why=why,
         next="mend that and run `quench track sync` again: it writes what is not whole",
     )
-
-
-def _wanted(raw: Mapping[str, Any]) -> set[str]:
-    """Keys of the MLflow runs of a whole run; the parent's is empty."""
-    steps = {one["key"] for one in raw["steps"] if one["stage"] in STAGES}
-    arms = {f"arm/{one['slug']}" for one in raw["arms"]} if raw["status"] in REPORTED else set[str]()
-    return {"", *steps, *arms}

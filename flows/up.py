@@ -8,7 +8,6 @@ Crashed: at the end, and at the next start where there was no end.
 from __future__ import annotations
 
 import contextlib
-import datetime as dt
 import os
 import signal
 import socket
@@ -25,6 +24,7 @@ import psutil
 from flows.postgres import Stores, stores
 from flows.server import answers, links, prefect_settings, start_prefect, wait_for
 from recipes.problem import Problem, RecipeError
+from tasks.runtime.home import open_home
 from tasks.runtime.launch import CHECKOUT, Child, Launcher
 from tasks.runtime.store import locked_now, read_json, write_json
 
@@ -85,7 +85,7 @@ def up(home: Path, asked: Asked, say: Callable[[str], None]) -> None:
         RecipeError: Another `quench up` has this home, a port is taken, a part does not start or keeps ending.
         KeyboardInterrupt: Never: an interrupt is the way to end it.
     """
-    home.mkdir(parents=True, exist_ok=True)
+    open_home(home)
     with only_one(home), contextlib.suppress(KeyboardInterrupt):
         prefect = take_port(asked.host, asked.prefect_port, PREFECT_PORT, option="--prefect-port")
         mlflow = take_port(asked.host, asked.mlflow_port, MLFLOW_PORT, option="--mlflow-port", but=prefect)
@@ -112,7 +112,6 @@ class Services:
         self.mlflow = self._part("mlflow", self._start_mlflow)
         self.worker = self._part("worker", self._start_worker)
         self.parts = (self.prefect, self.mlflow, self.worker)
-        self._worker_since = dt.datetime.now(dt.UTC)
 
     def _part(self, name: str, start: Callable[[Path], Child]) -> Part:
         log = self.folder / f"{name}.log"
@@ -139,24 +138,23 @@ class Services:
         (self.home / "up.json").unlink(missing_ok=True)  # of one that was killed
         self.prefect.child = self.prefect.start()
         self.mlflow.child = self.mlflow.start()
-        from flows.deployments import mark_crashed, register  # 8 s of imports while the servers start
-        from flows.runs import stop_dead
+        from flows.deployments import heartbeat, mark_crashed, register  # 8 s of imports while the servers start
+        from flows.runs import ended, stop_dead
         from flows.track_sync import sync_run
 
         wait_for(
             lambda: answers(self.api), "the Prefect server", at=self.api, child=self.prefect.child, log=self.prefect.log
         )
         stopped = stop_dead(self.home)
-        dead = [id for folder in stopped if (id := read_json(folder / "steps.json").get("flow_run"))]
-        for name in mark_crashed("the process that executed it was killed; running it again resumes", dead=dead):
-            self.say(f"marked as crashed: {name}, whose process was killed")
+        for name in mark_crashed("nobody executes it any more; running it again resumes", dead=ended(self.home)):
+            self.say(f"marked as crashed: {name}, which nobody executes any more")
         names = register(Path.cwd())
-        self._worker_since = dt.datetime.now(dt.UTC)
+        before = heartbeat()
         self.worker.child = self.worker.start()
         wait_for(
             self._mlflow_answers, "the MLflow server", at=self.mlflow_url, child=self.mlflow.child, log=self.mlflow.log
         )
-        wait_for(self._worker_answers, "the worker", at=self.api, child=self.worker.child, log=self.worker.log)
+        wait_for(lambda: heartbeat() != before, "the worker", at=self.api, child=self.worker.child, log=self.worker.log)
         told = {"pid": os.getpid(), "home": str(self.home), "folder": str(Path.cwd())}
         told |= {"prefect": self.api, "mlflow": self.mlflow_url, "deployments": names}
         told |= {"tracking": self.mlflow_url} if self.stores else {}
@@ -270,11 +268,6 @@ class Services:
                 return answer.status == 200
         except (urllib.error.URLError, OSError):
             return False
-
-    def _worker_answers(self) -> bool:
-        from flows.deployments import worker_answers
-
-        return worker_answers(self._worker_since)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from recipes.check_serving import warnings
 from recipes.load import Loaded
 from recipes.problem import Problem, RecipeError
 from recipes.schema import Recipe
+from tasks.runtime.home import open_home
 from tasks.runtime.store import Store
 
 
@@ -50,9 +51,11 @@ def vet(path: Path, *, sets: Sequence[str], home: Path, only: Sequence[str] = ()
         only: Arms that are wanted, see `compose`; none is all.
 
     Raises:
-        RecipeError: Everything that is wrong with recipe, base and rows; else with what they need of this machine.
+        RecipeError: Everything that is wrong with recipe, base and rows; else the home cannot be written; else with
+            what they need of this machine and of MLflow.
     """
     loaded, rows = load_and_read(path, sets=sets)
+    open_home(home)
     if problems := list(_unknown(only, loaded.recipe)):
         raise RecipeError(problems)
     pins = pin(loaded, home)

@@ -20,6 +20,7 @@ from tasks.runtime.store import flocked
 # One thread a child and one slot a run: xdist -n 2 has two of them on two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 QUICKSTART = CHECKOUT / "recipes" / "quickstart"
+UNUSUAL = "Öfen & Töpfe 窯"
 ROWS = 700  # of the quickstart's 6,000: enough for 128 calibration rows and some 80 test rows
 
 
@@ -127,7 +128,8 @@ measure: {{prompt_tokens: 16, new_tokens: 4}}
 @pytest.fixture(scope="session")
 def small(shared: Path, prefect_api: str) -> World:
     """The session's small run, finished. Read only: tests that change it take `world`."""
-    world = World(home=shared / "small" / "home", recipe=shared / "small" / "project" / "recipe.yaml", api=prefect_api)
+    # Spaces and letters beyond ASCII: what is tested on this run and on its copies is tested on such a home.
+    world = World(home=shared / "small" / UNUSUAL, recipe=shared / "small" / "project" / "recipe.yaml", api=prefect_api)
     with flocked(shared / "small.lock"):
         if not (world.home / "runs" / "latest").exists():
             write_small_recipe(world.recipe.parent)
@@ -143,7 +145,7 @@ def world(small: World, tmp_path: Path) -> World:
     def link(source: str, target: str) -> None:
         os.link(source, target)
 
-    home = tmp_path / "home"
+    home = tmp_path / UNUSUAL
     shutil.copytree(small.home / "store", home / "store", copy_function=link)
     shutil.copytree(small.home / "runs", home / "runs", symlinks=True)
     return World(home=home, recipe=small.recipe, api=small.api)

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.problem import Problem
+from tasks.runtime.disk import full, has_space, is_full
 from tasks.runtime.errors import StageError
 from tasks.runtime.job import Job
 
@@ -163,6 +164,8 @@ def asked_gib(error: Exception) -> float | None:
 
 def _as_problem(job: Job, error: Exception) -> Problem:
     where = f"{job.stage}/{job.slug}"
+    if is_full(error) or not has_space(job.out):
+        return full(job.out, where)
     if (asked := asked_gib(error)) is not None:
         on = "GPU" if type(error).__name__ == "OutOfMemoryError" else "host"
         fields = LOWER.get(job.stage)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.problem import Problem
+from tasks.runtime.disk import full, has_space, is_full
 from tasks.runtime.environments import described, environment_problem, interpreter, locked_versions
 from tasks.runtime.errors import StepFailed
 from tasks.runtime.events import read_events
@@ -186,7 +187,13 @@ def run_step(step: Step, inputs: Mapping[str, Artifact], kitchen: Kitchen) -> Ma
         gpus = step.gpus * processes if kitchen.limits.device == "cuda" else 0
         cpus = 0 if step.whole_machine else kitchen.limits.threads * processes
         with kitchen.leases.take(cpus, gpus, stop=stop, say=say) as lease:
-            return _make(step, inputs, kitchen, lease)
+            try:
+                return _make(step, inputs, kitchen, lease)
+            except OSError as error:
+                if not is_full(error):
+                    raise
+                problem = full(kitchen.store.home, error.filename or step.key)
+                raise StepFailed(step.key, problem, log="none: it could not be written", returncode=1) from error
 
 
 def _make(step: Step, inputs: Mapping[str, Artifact], kitchen: Kitchen, lease: Lease) -> Made:
@@ -325,6 +332,8 @@ def _answer(step: Step, kitchen: Kitchen, attempt: Attempt, code: int) -> dict[s
 def _no_result(step: Step, kitchen: Kitchen, code: int, log: Path) -> Problem:
     tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-3:]
     limit = kitchen.limits.time_limit_s
+    if not has_space(log.parent):
+        return full(kitchen.store.home, step.key)
     if code == -15 and limit:
         what = f"the child was ended at run.time_limit_s = {limit}"
     elif code == -9:

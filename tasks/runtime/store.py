@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -22,20 +23,26 @@ from pathlib import Path
 from typing import Any
 
 from tasks.runtime.fingerprint import difference, file_digest, fingerprint
+from tasks.runtime.home import check_layout
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
 
 
 def find_home(start: Path | None = None) -> Path:
-    """QUENCH_HOME, else the nearest `.quench` from the current folder upwards, else `.quench` here."""
-    if named := os.environ.get("QUENCH_HOME"):
-        return Path(named).expanduser().resolve()
+    """QUENCH_HOME, else the nearest `.quench` from the current folder upwards, else `.quench` here.
+
+    Raises:
+        RecipeError: Another layout stands in it than this Quench reads.
+    """
     here = (start or Path.cwd()).resolve()
-    for folder in (here, *here.parents):
-        if (folder / ".quench").is_dir():
-            return folder / ".quench"
-    return here / ".quench"
+    if named := os.environ.get("QUENCH_HOME"):
+        home = Path(named).expanduser().resolve()
+    else:
+        found = (folder / ".quench" for folder in (here, *here.parents))
+        home = next((folder for folder in found if folder.is_dir()), here / ".quench")
+    check_layout(home)
+    return home
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,9 +273,11 @@ class Store:
         target = wanted
         while target.exists():
             if self.damage(target, read_json(target / MANIFEST)):
-                aside = self.home / "damaged" / f"{target.parent.name}-{target.name}-{int(time.time())}"
-                aside.parent.mkdir(parents=True, exist_ok=True)
-                target.rename(aside)
+                name = f"{target.parent.name}-{target.name}"
+                aside = (self.home / "damaged" / f"{name}-{count}" for count in itertools.count(1))
+                place = next(path for path in aside if not path.exists())
+                place.parent.mkdir(parents=True, exist_ok=True)
+                target.rename(place)
                 break
             number += 1
             target = wanted.with_name(f"{wanted.name}-{number}")
@@ -283,12 +292,16 @@ def read_json(path: Path) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON with sorted keys so that it is on disk, whole or not at all, when this returns."""
     draft = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
-    with draft.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, sort_keys=True, default=str)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            json.dump(value, file, indent=2, sort_keys=True, default=str)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError:
+        draft.unlink(missing_ok=True)  # a full disk: what stood there stays
+        raise
 
 
 @contextlib.contextmanager

@@ -141,7 +141,7 @@ def test_a_kv_cache_shares_the_model_and_only_calibrated_scales_read_the_set(loa
 
 
 def test_steps_json_says_what_an_arm_is(loaded: Loaded, tmp_path: Path) -> None:
-    record = RunRecord(tmp_path, loaded)
+    record = RunRecord(tmp_path, loaded, id="kv")
     record.composed(compose(loaded.recipe, pin(loaded, tmp_path), lambda step: None))
     arms = {arm.slug: arm for arm in read_run(record.folder, tmp_path).arms}
     kv = arms["gptq-w4-g128.kv-fp8"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tasks.runtime.fingerprint import fingerprint
 from tests.conftest import World
 
 ARMS = ["base", "base-nf4", "nf4-adapter", "merged-dequantized", "merged-original", "gptq-w4-g128", "rtn-w4-g128"]
@@ -156,3 +157,18 @@ def adapter_digest(home: Path) -> str:
     """Digest of the one adapter in a home."""
     (path,) = (home / "store" / "train").glob("*/manifest.json")
     return json.loads(path.read_text())["digest"]
+
+
+def test_an_artifact_of_an_older_version_of_its_step_is_a_miss(world: World):
+    (path,) = (world.home / "store" / "quantize").glob("rtn-*/manifest.json")
+    manifest = json.loads(path.read_text())
+    version = manifest["identity"]["version"]
+    manifest["identity"]["version"] = version - 1
+    manifest["fingerprint"] = fingerprint(manifest["identity"])
+    path.write_text(json.dumps(manifest))
+    path.parent.rename(path.parent.with_name(f"rtn-w4-g128-{manifest['fingerprint'][:12]}"))
+    said = world.quench("plan", str(world.recipe)).stdout
+    assert f"version: {version - 1} -> {version}" in said
+    assert "make  quantize/rtn-w4-g128" in said and "hit   quantize/gptq-w4-g128" in said
+    (folder,) = (world.home / "store" / "quantize").glob("rtn-*")
+    assert folder.name.endswith(manifest["fingerprint"][:12])  # it stays where it is

@@ -21,7 +21,7 @@ from flows.postgres import stores
 from flows.server import free_port
 from flows.up import Asked, exposed, take_port, up
 from recipes.problem import RecipeError
-from tests.conftest import World
+from tests.conftest import UNUSUAL, World
 from tests.flows.test_resume import GONE_S, processes_of, wait_gone
 
 READY = r"ready  prefect (http://127\.0\.0\.1:\d+)  mlflow (http://127\.0\.0\.1:\d+)"
@@ -36,7 +36,7 @@ class Project:
     def __init__(self, world: World, folder: Path) -> None:
         self.folder = folder
         self.home = folder / ".quench"
-        folder.mkdir()
+        folder.mkdir(exist_ok=True, parents=True)
         world.home.rename(self.home)
         for path in world.recipe.parent.iterdir():
             (folder / path.name).write_bytes(path.read_bytes())
@@ -97,7 +97,7 @@ class Project:
 
 @pytest.fixture
 def project(world: World, tmp_path: Path) -> Iterator[Project]:
-    made = Project(world, tmp_path / "project with spaces")
+    made = Project(world, tmp_path / UNUSUAL / "project")
     yield made
     for pid in processes_of(made.home):  # what a failed test left
         with contextlib.suppress(ProcessLookupError):
@@ -151,7 +151,7 @@ def test_stopped_and_killed_with_a_run_under_way(project: Project):
     assert project.states() == ["Running", "Running"]
 
     process = project.up()  # finds what the killed ones left
-    assert "marked as crashed: recipe.yaml, whose process was killed" in project.out.read_text()
+    assert "marked as crashed: recipe.yaml, which nobody executes any more" in project.out.read_text()
     assert project.states() == ["Crashed", "Crashed"]
     assert project.run_status() == "stopped"
     assert "RUNNING" not in project.mlflow_states()

@@ -1,0 +1,69 @@
+"""QUENCH_HOME: can it be written, and is it laid out as this Quench reads it."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from recipes.problem import Problem, RecipeError
+
+# Raised when this Quench could no longer read the store, runs or promotions that another one wrote. A home without the
+# file is of the time before it: layout 1.
+LAYOUT = 1
+NAME = "layout"
+
+
+def open_home(home: Path) -> None:
+    """Make the folder where it is missing, and see that it can be written.
+
+    Raises:
+        RecipeError: It cannot, or another layout stands in it.
+    """
+    check_layout(home)
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        # Root passes every permission bit, and no bit tells a read-only mount: only writing does.
+        with tempfile.NamedTemporaryFile("w", dir=home, encoding="utf-8") as draft:
+            draft.write(f"{LAYOUT}\n")
+            draft.flush()
+            if not (home / NAME).exists():
+                Path(home / NAME).hardlink_to(draft.name)
+    except FileExistsError:
+        if not home.is_dir():
+            raise RecipeError([_unwritable(home, "it is a file")]) from None
+        # else another process was faster, with the same number
+    except OSError as error:
+        raise RecipeError([_unwritable(home, f"{error.strerror}: {error.filename or home}")]) from None
+
+
+def check_layout(home: Path) -> None:
+    """Nothing is read by wrong rules.
+
+    Raises:
+        RecipeError: An older or newer Quench wrote this home.
+    """
+    path = home / NAME
+    found = path.read_text(encoding="utf-8").strip() if path.is_file() else str(LAYOUT)
+    if found == str(LAYOUT):
+        return
+    older = found.isdigit() and int(found) < LAYOUT
+    raise RecipeError(
+        [
+            Problem(
+                what=f"this QUENCH_HOME has layout {found!r}; this Quench reads layout {LAYOUT}",
+                where=str(path),
+                why=f"{'an older' if older else 'a newer'} Quench wrote it, and reading it by other rules could take "
+                "one artifact for another",
+                next="set QUENCH_HOME to another folder, or use that other Quench on this one",
+            )
+        ]
+    )
+
+
+def _unwritable(home: Path, why: str) -> Problem:
+    return Problem(
+        what="QUENCH_HOME cannot be written",
+        where=str(home),
+        why=why,
+        next="make it writable, or set QUENCH_HOME to a folder that is; free space there if the disk is full",
+    )
