@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from flows.credentials import take_out_password
 from recipes.problem import Problem, RecipeError
 
 if TYPE_CHECKING:  # `quench check` imports no runtime
@@ -23,6 +24,7 @@ DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run one command, turn errors into exit codes."""
     args = _parser().parse_args(argv)
+    take_out_password()
     try:
         return args.body(args)
     except RecipeError as error:

@@ -29,6 +29,7 @@ from mlflow.utils.file_utils import local_file_uri_to_path
 
 from flows.report_text import overview
 from recipes.problem import Problem, RecipeError
+from recipes.secrets import hide
 from tasks.runtime.events import read_events
 from tasks.runtime.store import read_json
 
@@ -62,7 +63,7 @@ def told(body: Callable[Concatenate[Tracker, P], None]) -> Callable[Concatenate[
         try:
             body(self, *args, **more)
         except (MlflowException, OSError) as error:
-            self.trouble.append(f"{body.__name__}: {str(error).splitlines()[0]}")
+            self.trouble.append(f"{body.__name__}: {hide(str(error).splitlines()[0])}")
 
     @functools.wraps(body)
     def submitted(self: Tracker, *args: P.args, **more: P.kwargs) -> None:

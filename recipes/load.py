@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import ValidationError
 
+from recipes.check_secrets import override_problems
 from recipes.complaints import explain
 from recipes.plain import is_list, is_mapping
 from recipes.problem import Problem, RecipeError
@@ -142,6 +143,7 @@ def load(path: Path, *, sets: Sequence[str] = ()) -> Loaded:
         raise RecipeError(problems)
     merged = _extended(document, path=path, chain=(), problems=problems)
     for item in sets:
+        problems += override_problems(item)
         _override(merged, item, folder=path.parent, problems=problems)
 
     def loaded(recipe: Recipe) -> Loaded:
