@@ -226,6 +226,10 @@ def _machine(report: Mapping[str, Any]) -> Iterator[str]:
         + ", ".join(f"{name} {version}" for name, version in report["versions"].items())
         + "."
     )
+    for one in report["code"]:
+        yield ""
+        yield f"Code that the recipe names was run: `{one['source']}` ({one['field']}), allowed by {one['allowed_by']},"
+        yield f"sha256 {one['digest']}."
 
 
 def hardware_line(hardware: Mapping[str, Any]) -> str:

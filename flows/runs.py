@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.compose import ArmSteps, Matrix, Pins
+from recipes.check_python import named_python
 from recipes.headers import read_headers
 from recipes.load import Loaded
 from recipes.problem import Problem, RecipeError
@@ -57,6 +58,7 @@ class RunRecord:
         self._steps: dict[str, StepRecord] = {}
         self._serve = loaded.recipe.serve
         self._linears: tuple[Linear, ...] = ()
+        self._named = list(named_python(loaded))
         self._raw: dict[str, Any] = {
             "schema": 1,
             "id": self.id,
@@ -77,9 +79,23 @@ class RunRecord:
         self._linears = read_headers(pins.base.path).linears
         for one in filter(None, (pins.base, *pins.data, pins.adapter)):
             self._raw[one.name] = _origin(one)
+        self._raw["code"] = self._code(pins)
         self._raw["external"] = {name: _origin(one) for name, one in pins.externals.items()}
         self._raw["only"] = list(only)
         self._write()
+
+    def _code(self, pins: Pins) -> list[dict[str, str | None]]:
+        """Code that the recipe named and that somebody allowed, with the digest of what was read."""
+        read = {**pins.scorers, **pins.externals}
+        return [
+            {
+                "field": one.field,
+                "source": read[one.input].source if one.input in pins.externals else one.written,
+                "digest": read[one.input].digest,
+                "allowed_by": one.allowed,
+            }
+            for one in self._named
+        ]
 
     def add(self, step: Step, status: str, **more: Any) -> StepRecord:
         """Record what became of a step."""

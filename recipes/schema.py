@@ -289,6 +289,10 @@ class ExternalModel(Section):
     """Hub revision (branch, tag or commit); pinned to a commit when the run starts."""
     chat_template: Literal["chatml"] | None = None
     """Only for a model whose tokenizer has no chat template, and is another one than the base's."""
+    trust_remote_code: bool = False
+    """Run the Python that comes with a model whose type transformers does not have (`auto_map` in its config.json). A
+    hub id then needs a commit as `revision`, and whoever starts the run has to allow it: `--allow-python ORG/NAME`. Its
+    tokenizer has to do without code of its own."""
 
 
 class Evaluate(Section):
