@@ -202,7 +202,8 @@ def find_run(home: Path, name: str | None) -> Path:
         RecipeError: There is no such run, or more than one.
     """
     root = home / "runs"
-    found = [root / "latest"] if name is None else sorted(root.glob(f"{name}*"))
+    every = sorted(root.iterdir()) if root.is_dir() else []
+    found = [root / "latest"] if name is None else [folder for folder in every if folder.name.startswith(name)]
     found = [folder for folder in found if (folder / "steps.json").exists()]
     if len(found) == 1:
         return found[0].resolve()

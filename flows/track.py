@@ -27,7 +27,7 @@ from mlflow.store.entities.paged_list import PagedList
 from mlflow.tracking import MlflowClient
 from mlflow.utils.file_utils import local_file_uri_to_path
 
-from flows.report_text import overview
+from flows.report_text import no_tags, overview
 from recipes.problem import Problem, RecipeError
 from recipes.secrets import hide
 from tasks.runtime.events import read_events
@@ -37,6 +37,7 @@ LIVE_S = 2.0
 STOP_S = 5.0  # an interrupted run has to be gone within 10
 BATCH = 500  # MLflow's limit for one log_batch is 1,000 metrics
 PARAM_CHARS = 6000
+NAME_CHARS = 250
 NOTE_CHARS = 8000  # a tag's
 DIGEST_CHARS = 36  # a dataset's
 STAGES = ("prepare", "train", "merge", "reference", "calibrate", "quantize")
@@ -242,7 +243,7 @@ class Tracker:
         arms = json.dumps([self._nested[f"arm/{slug}"] for slug in report["arms"]], separators=(",", ":"))
         link = f"#/compare-runs?runs={quote(arms)}&experiments={quote(json.dumps([self.experiment]))}"
         self.compare_url = f"{self._pages()}/{link}"
-        note = "\n".join([f"[Compare the arms]({link})", "", *overview(report)])
+        note = "\n".join([f"[Compare the arms]({link})", "", no_tags("\n".join(overview(report)))])
         self._client.set_tag(self.parent, "mlflow.note.content", note[:NOTE_CHARS])
 
     def _pages(self) -> str:
@@ -298,7 +299,8 @@ class Tracker:
         self._metrics(run, points)
 
     def _params(self, run: str, values: Mapping[str, Any]) -> None:
-        self._client.log_batch(run, params=[Param(key, _text(value)[:PARAM_CHARS]) for key, value in values.items()])
+        told = {_name(key): _text(value)[:PARAM_CHARS] for key, value in values.items()}
+        self._client.log_batch(run, params=[Param(key, text) for key, text in told.items()])
 
     def _tag(self, run: str, tags: Mapping[str, str]) -> None:
         self._client.log_batch(run, tags=[RunTag(key, value) for key, value in tags.items()])
@@ -380,8 +382,9 @@ def _text(value: Any) -> str:
 
 
 def _name(text: str) -> str:
-    """MLflow takes letters, digits and `_ - . space : /` in a metric's name."""
-    return "".join(char if char.isalnum() or char in "_-. :/" else "_" for char in text)
+    """MLflow takes 250 letters, digits and `_ - . space : /`; no empty part, `.` or `..` between slashes."""
+    plain = "".join(char if char.isalnum() or char in "_-. :/" else "_" for char in text)
+    return "/".join(part if part.strip(".") else "_" for part in plain[:NAME_CHARS].split("/"))
 
 
 def _flat(values: Mapping[str, Any], *, separator: str = ".", before: str = "") -> dict[str, Any]:
