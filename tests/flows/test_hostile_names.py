@@ -1,7 +1,8 @@
-"""What data and models say, in a report: shown as text, never taken for HTML, a table's bar, a file's or metric's name."""
+"""What data and models say, in a report: text, never taken for HTML, a table's bar, the name of a file or a metric."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -79,7 +80,7 @@ def run(home: Path, *, hostile: bool) -> Report:
                 if column in table:
                     table[column] = [f"{text}{HOSTILE[n % 7]}" for n, text in enumerate(table[column])]
             pq.write_table(pa.table(table), path)
-        record: dict[str, Any] = __import__("json").loads((folder / "steps.json").read_text())
+        record: dict[str, Any] = json.loads((folder / "steps.json").read_text())
         record["name"] = "quickstart"
         record["base"]["source"] = f"org/{SCRIPT}"
         record["code"] = [{"field": "f", "source": SCRIPT, "digest": "0" * 64, "allowed_by": '"><script>'}]

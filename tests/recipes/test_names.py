@@ -134,7 +134,7 @@ def test_so_is_what_a_recipe_extends(tmp_path: Path, written: str) -> None:
         load(path)
 
 
-@pytest.mark.parametrize("written", ["-rf", "~nobody-here/x", "$(touch x)", "../../../../etc/passwd", "ａ/ｂ", "a b"])
+@pytest.mark.parametrize("written", ["-rf", "~nobody-here/x", "$(touch x)", "../../../../etc/passwd", "a b"])
 def test_a_path_that_leads_nowhere_is_said_to(tmp_path: Path, written: str) -> None:
     path = write_project(tmp_path)
     with pytest.raises(RecipeError) as refused:
