@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -31,7 +32,7 @@ BAD = {
 
 
 class Handler(BaseHTTPRequestHandler):
-    asked: list[str] = []
+    asked: ClassVar[list[str]] = []
 
     def do_POST(self) -> None:
         name = json.loads(self.rfile.read(int(self.headers["content-length"])))["package"]["name"]
@@ -63,7 +64,7 @@ def audit(folder: Path, url: str, *, accepted: str = "") -> subprocess.Completed
 def test_a_known_vulnerability_fails_until_it_is_accepted_with_reason_and_date(database: str, tmp_path: Path) -> None:
     found = audit(tmp_path, database)
     assert found.returncode == 1 and "2 packages, 1 known" in found.stdout, found.stdout + found.stderr
-    assert "attrs 26.1.0: GHSA-planted, CVE-2026-0001; fixed in 99.0" in found.stdout
+    assert "attrs 26.1.0: CVE-2026-0001, GHSA-planted; fixed in 99.0" in found.stdout
     assert set(Handler.asked) == {"attrs", "packaging"}
     for name in ("GHSA-planted", "CVE-2026-0001"):
         passed = audit(tmp_path, database, accepted=f"# ours\n{name} 2026-11-25 we never call it\n")
@@ -74,6 +75,5 @@ def test_a_known_vulnerability_fails_until_it_is_accepted_with_reason_and_date(d
 
 def test_no_database_is_no_verdict_and_says_so(tmp_path: Path) -> None:
     done = audit(tmp_path, f"http://127.0.0.1:{free_port()}/v1/query")
-    assert (
-        done.returncode == 0 and "not audited: main.txt: " in done.stdout and "audited: main.txt: 2" not in done.stdout
-    )
+    assert done.returncode == 0 and done.stdout.startswith("not audited: main.txt: "), done.stdout
+    assert len(done.stdout.splitlines()) == 1
