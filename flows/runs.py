@@ -86,16 +86,13 @@ class RunRecord:
 
     def _code(self, pins: Pins) -> list[dict[str, str | None]]:
         """Code that the recipe named and that somebody allowed, with the digest of what was read."""
-        read = {**pins.scorers, **pins.externals}
-        return [
-            {
-                "field": one.field,
-                "source": read[one.input].source if one.input in pins.externals else one.written,
-                "digest": read[one.input].digest,
-                "allowed_by": one.allowed,
-            }
-            for one in self._named
-        ]
+        found: list[dict[str, str | None]] = []
+        for one in self._named:
+            model = pins.externals[one.input] if one.is_model else None
+            read = model or pins.scorers[one.input]
+            source = model.source if model else one.written
+            found.append({"field": one.field, "source": source, "digest": read.digest, "allowed_by": one.allowed})
+        return found
 
     def add(self, step: Step, status: str, **more: Any) -> StepRecord:
         """Record what became of a step."""

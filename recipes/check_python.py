@@ -36,6 +36,11 @@ class Code(NamedTuple):
     entry: str
     allowed: str | None
 
+    @property
+    def is_model(self) -> bool:
+        """Code that comes with an external model."""
+        return self.field.startswith("evaluate.external.")
+
 
 def named_python(loaded: Loaded) -> Iterator[Code]:
     """Every place of the recipe that names Python.
@@ -79,6 +84,8 @@ def entries() -> list[str]:
 
 def allow(words: list[str]) -> None:
     """Let this process and its children import these; a path is kept as an absolute one."""
+    if not words:
+        return
     more = [str(Path(one).resolve()) if _is_path(one) else one for one in words]
     os.environ[VARIABLE] = os.pathsep.join([*entries(), *more])
 
