@@ -11,6 +11,7 @@ import getpass
 import json
 import logging
 import os
+import re
 import threading
 import time
 from collections import deque
@@ -382,9 +383,10 @@ def _text(value: Any) -> str:
 
 
 def _name(text: str) -> str:
-    """MLflow takes 250 letters, digits and `_ - . space : /`; no empty part, `.` or `..` between slashes."""
+    """MLflow takes 250 letters, digits and `_ - . space : /`, and nothing that a path could be: no part begins by dots."""
     plain = "".join(char if char.isalnum() or char in "_-. :/" else "_" for char in text)
-    return "/".join(part if part.strip(".") else "_" for part in plain[:NAME_CHARS].split("/"))
+    whole = "/".join(re.sub(r"^\.+", "_", part) or "_" for part in plain.split("/"))
+    return whole[:NAME_CHARS].rstrip("/")
 
 
 def _flat(values: Mapping[str, Any], *, separator: str = ".", before: str = "") -> dict[str, Any]:

@@ -94,6 +94,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Report]:
     return tuple(run(tmp_path_factory.mktemp("home"), hostile=one) for one in (False, True))  # pyright: ignore
 
 
+@pytest.mark.slow  # two reports with all their figures
 def test_the_page_has_no_element_that_data_brought(pages: tuple[Report, Report]) -> None:
     plain, hostile = (Page((one.folder / "report.html").read_text(encoding="utf-8")) for one in pages)
     assert hostile.names <= plain.names | {"dt", "dd"} and "script" not in hostile.names
@@ -106,6 +107,7 @@ def test_the_page_has_no_element_that_data_brought(pages: tuple[Report, Report])
     assert "49" not in re.findall(r"evil (\S+)", hostile.text)
 
 
+@pytest.mark.slow  # two reports with all their figures
 def test_pictures_are_drawings_alone(pages: tuple[Report, Report]) -> None:
     for name, svg in pages[1].pictures.items():
         found = Page(svg)
@@ -115,6 +117,7 @@ def test_pictures_are_drawings_alone(pages: tuple[Report, Report]) -> None:
         assert all(one.startswith("#") for one in found.targets())
 
 
+@pytest.mark.slow  # two reports with all their figures
 def test_markdown_has_no_tag_and_whole_tables(pages: tuple[Report, Report]) -> None:
     text = pages[1].markdown
     assert "&lt;script>" in text and not re.search(r"<[A-Za-z/!?]", text)
@@ -126,6 +129,7 @@ def test_markdown_has_no_tag_and_whole_tables(pages: tuple[Report, Report]) -> N
     assert heads >= 4
 
 
+@pytest.mark.slow  # two reports with all their figures
 def test_files_have_their_own_names(pages: tuple[Report, Report]) -> None:
     plain, hostile = (sorted(path.name for path in one.folder.rglob("*")) for one in pages)
     assert plain == hostile and "report.html" in hostile
