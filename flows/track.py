@@ -383,7 +383,7 @@ def _text(value: Any) -> str:
 
 
 def _name(text: str) -> str:
-    """MLflow takes 250 letters, digits and `_ - . space : /`, and nothing that a path could be: no part begins by dots."""
+    """MLflow takes 250 letters, digits and `_ - . space : /`, and nothing that leads elsewhere as a path."""
     plain = "".join(char if char.isalnum() or char in "_-. :/" else "_" for char in text)
     whole = "/".join(re.sub(r"^\.+", "_", part) or "_" for part in plain.split("/"))
     return whole[:NAME_CHARS].rstrip("/")
