@@ -7,7 +7,7 @@ endif
 
 ENVIRONMENTS := llmcompressor autoawq autogptq
 
-.PHONY: help install env-llmcompressor env-autoawq env-autogptq quickstart check test test-all test-gpu bench folklore \
+.PHONY: help install env-llmcompressor env-autoawq env-autogptq quickstart check audit test test-all test-gpu bench folklore \
         kills docs lock lock-envs clean
 
 help:            ## list the targets
@@ -41,6 +41,10 @@ check: install   ## linters, types, import rules, recipes, generated docs
 	$(BIN)/lint-imports
 	@for recipe in $(wildcard recipes/*.yaml) recipes/quickstart/recipe.yaml; do $(BIN)/quench check $$recipe --data || exit 1; done
 	$(BIN)/python -m flows.docs --check
+	@$(BIN)/python infra/audit.py
+
+audit: install   ## known vulnerabilities of what the locks install; says "not audited" where no database is reached
+	@$(BIN)/python infra/audit.py
 
 test: install    ## the tests that fit two cores and some ten minutes
 	$(BIN)/python -m pytest -n 2 -m "not slow and not system and not gpu"

@@ -10,7 +10,7 @@ import yaml
 
 from flows.evidence import Arm, Run, Step, notes
 from flows.metrics import METRICS, interval_text, value_text
-from flows.report_text import data_line, hardware_line
+from flows.report_text import data_line, hardware_line, no_tags
 from recipes.schemes import PER_CHANNEL
 from recipes.serve_file import python_lines, shell
 
@@ -50,7 +50,7 @@ def card(made: Provenance, report: Mapping[str, Any], served: Mapping[str, Any])
     if told := [f"* {one.about}: {one.text}" for one in notes(made.steps)]:
         lines += ["## What the tools did beside the plan", "", *told, ""]
     lines += ["Licence and terms of use are those of the base model and of the data.", ""]
-    return "\n".join(lines)
+    return no_tags("\n".join(lines))
 
 
 def _front(made: Provenance, report: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from flows.credentials import take_out_password
+from recipes.check_python import FLAG, allow
 from recipes.problem import Problem, RecipeError
 
 if TYPE_CHECKING:  # `quench check` imports no runtime
@@ -22,6 +24,8 @@ DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run one command, turn errors into exit codes."""
     args = _parser().parse_args(argv)
+    take_out_password()
+    allow(getattr(args, "allow_python", []))
     try:
         return args.body(args)
     except RecipeError as error:
@@ -295,7 +299,12 @@ def _parser() -> argparse.ArgumentParser:
             parser.add_argument(
                 "--set", action="append", default=[], metavar="A.B=C", help="override one field; may be repeated"
             )
+            allows(parser)
         return parser
+
+    def allows(parser: Any) -> None:
+        text = "file, folder or package with Python that the recipe names and that may run; may be repeated"
+        parser.add_argument(FLAG, action="append", default=[], metavar="WHAT", help=text)
 
     start = command("init", _init, "Write a commented recipe for a model and a data file.")
     start.add_argument("--model", required=True, help="local folder or hub id")
@@ -358,6 +367,7 @@ def _parser() -> argparse.ArgumentParser:
     served.add_argument(
         "--postgres", metavar="URL", help="in place of SQLite: postgresql://USER:PASSWORD@HOST/DATABASE"
     )
+    allows(served)
     command("schemes", _schemes, "List the quantization schemes.")
     store = commands.add_parser("store", help="look into the store").add_subparsers(required=True, metavar="COMMAND")
     command("ls", _store_ls, "List artifacts.", under=store)

@@ -20,6 +20,7 @@ from tasks import calibrate, choose, evaluate, measure, merge, prepare, quantize
 from tasks.runtime.leases import cpu_slots
 from tasks.runtime.pin import (
     ADAPTER_FILES,
+    CODE_FILES,
     MODEL_FILES,
     Digests,
     HubId,
@@ -111,10 +112,10 @@ def pin(loaded: Loaded, home: Path) -> Pins:
         digests=digests,
         source=there.source,
     )
-    externals = {
-        name: _model(name, fetched.get(f"evaluate.external.{name}") or _local(loaded, one.path), digests)
-        for name, one in recipe.evaluate.externals.items()
-    }
+    externals: dict[str, External] = {}
+    for name, one in recipe.evaluate.externals.items():
+        found = fetched.get(f"evaluate.external.{name}") or _local(loaded, one.path)
+        externals[name] = _model(name, found, digests, code=one.trust_remote_code)
     digests.save()
     return Pins(
         base=base,
@@ -129,9 +130,9 @@ def pin(loaded: Loaded, home: Path) -> Pins:
     )
 
 
-def _model(name: str, there: Snapshot, digests: Digests) -> External:
-    """An external model with its tokenizer."""
-    patterns = (*MODEL_FILES, *TOKENIZER_FILES)
+def _model(name: str, there: Snapshot, digests: Digests, *, code: bool) -> External:
+    """An external model with its tokenizer, and with its Python files where they are run."""
+    patterns = (*MODEL_FILES, *TOKENIZER_FILES, *(CODE_FILES if code else ()))
     return external_folder(name, there.folder, patterns=patterns, digests=digests, source=there.source)
 
 
@@ -155,7 +156,8 @@ def fetchable(loaded: Loaded) -> list[HubId]:
     for name, one in recipe.evaluate.externals.items():
         if loaded.externals[name] is None:
             where = f"evaluate.external.{name}"
-            asked.append(HubId(name=one.path, revision=one.revision, kind="model", field=where))
+            code = one.trust_remote_code
+            asked.append(HubId(name=one.path, revision=one.revision, kind="model", field=where, code=code))
     return asked
 
 

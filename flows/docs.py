@@ -15,6 +15,7 @@ from flows.scheme_list import LAYER, Listed, listed_schemes
 from recipes.complaints import sections
 from recipes.schema import Recipe
 from recipes.schemes import GROUP_SIZES
+from recipes.section import Place
 from recipes.serving import NAMES, READS, TILE_INPUTS, TILE_OUTPUTS
 from recipes.slugs import FAMILIES
 
@@ -106,7 +107,7 @@ def _words(annotation: Any) -> str:
         return "list of sections" if sections(annotation) else "list of texts"
     if get_origin(annotation) is dict:
         return f"{_words(get_args(annotation)[1])} by name"
-    parts = [part for part in get_args(annotation) if part is not type(None)]
+    parts = [str if part == Place else part for part in get_args(annotation) if part is not type(None)]
     if any(sections(part) for part in parts if get_origin(part) is not list):
         return "text or section" if str in parts else "section with `kind`"
     if parts:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prefect import flow
+from prefect import flow, get_run_logger
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from flows.credentials import settle
 from flows.pipeline import WAITING_TASKS, refusals_logged, run_vetted
 from flows.plan import Planned
 from flows.vet import vet
@@ -37,6 +38,7 @@ def evaluate_only(recipe: str, sets: list[str] | None = None, only: list[str] | 
         RecipeError: Bad input, or something that only finetune-and-quantize makes is not in the store.
         RunFailed: A step failed; the report says which and why.
     """
+    settle(get_run_logger())
     with refusals_logged():
         vetted = vet(Path(recipe), sets=sets or [], home=find_home(), only=only or [])
         if problems := [_missing(one) for one in vetted.plan if not one.hit and one.key.split("/")[0] not in SCORING]:

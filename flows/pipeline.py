@@ -28,6 +28,7 @@ from prefect.states import Cancelled
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.compose import compose, limits
+from flows.credentials import settle
 from flows.plan import known_inputs
 from flows.prefect_pages import PrefectPages
 from flows.progress import Display
@@ -201,6 +202,7 @@ def finetune_and_quantize(recipe: str, sets: list[str] | None = None, only: list
         RecipeError: Bad input, all of it at once, before anything is spent.
         RunFailed: A step failed; everything that finished is in the store and in the report.
     """
+    settle(get_run_logger())
     with refusals_logged():
         vetted = vet(Path(recipe), sets=sets or [], home=find_home(), only=only or [])
     return run_vetted(vetted, only=only or [])

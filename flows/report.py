@@ -174,6 +174,7 @@ def evaluate(run: Run) -> dict[str, Any]:
         "hardware": run.raw["hardware"],
         "versions": run.raw["versions"],
         "sources": _sources(run.raw),
+        "code": list(run.raw.get("code") or []),
         "steps": [_step(step) for step in run.steps.values()],
         "failures": [_trouble(step, run) for step in run.steps.values() if not step.ok]
         + [one for step in run.steps.values() for one in _unscored(step, run)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -59,6 +60,7 @@ def name_of(slug: str, arm: Mapping[str, Any]) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """A Markdown table with padded columns, so that it can be read as it is."""
+    rows = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(len(row[index]) for row in (head, *rows)) for index in range(len(head))]
     right = [name.endswith(("↓", "↑")) or name in ("difference", "seconds") for name in head]
 
@@ -92,7 +94,12 @@ def markdown(report: Mapping[str, Any]) -> str:
     if told := waterfall_sentence(report["waterfall"]):
         lines += ["", "## Where does the loss go?", "", f"- {told}"]
     lines += ["", *section(report["fit"]), *_comparisons(report), *_speed(report), *_machine(report)]
-    return "\n".join(lines) + "\n"
+    return no_tags("\n".join(lines)) + "\n"
+
+
+def no_tags(text: str) -> str:
+    """Markdown in which nothing of what data, models and exceptions say is taken for HTML."""
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)
 
 
 def overview(report: Mapping[str, Any]) -> list[str]:
@@ -226,6 +233,10 @@ def _machine(report: Mapping[str, Any]) -> Iterator[str]:
         + ", ".join(f"{name} {version}" for name, version in report["versions"].items())
         + "."
     )
+    for one in report["code"]:
+        yield ""
+        yield f"Code that the recipe names was run: `{one['source']}` ({one['field']}), allowed by {one['allowed_by']},"
+        yield f"sha256 {one['digest']}."
 
 
 def hardware_line(hardware: Mapping[str, Any]) -> str:

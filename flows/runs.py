@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.compose import ArmSteps, Matrix, Pins
+from recipes.check_python import named_python
 from recipes.headers import read_headers
 from recipes.load import Loaded
 from recipes.problem import Problem, RecipeError
@@ -62,6 +63,7 @@ class RunRecord:
         self._steps: dict[str, StepRecord] = {}
         self._serve = loaded.recipe.serve
         self._linears: tuple[Linear, ...] = ()
+        self._named = list(named_python(loaded))
         self._raw: dict[str, Any] = {
             "schema": 1,
             "id": self.id,
@@ -82,9 +84,20 @@ class RunRecord:
         self._linears = read_headers(pins.base.path).linears
         for one in filter(None, (pins.base, *pins.data, pins.adapter)):
             self._raw[one.name] = _origin(one)
+        self._raw["code"] = self._code(pins)
         self._raw["external"] = {name: _origin(one) for name, one in pins.externals.items()}
         self._raw["only"] = list(only)
         self._write()
+
+    def _code(self, pins: Pins) -> list[dict[str, str | None]]:
+        """Code that the recipe named and that somebody allowed, with the digest of what was read."""
+        found: list[dict[str, str | None]] = []
+        for one in self._named:
+            model = pins.externals[one.input] if one.is_model else None
+            read = model or pins.scorers[one.input]
+            source = model.source if model else one.written
+            found.append({"field": one.field, "source": source, "digest": read.digest, "allowed_by": one.allowed})
+        return found
 
     def add(self, step: Step, status: str, **more: Any) -> StepRecord:
         """Record what became of a step."""
@@ -197,7 +210,8 @@ def find_run(home: Path, name: str | None) -> Path:
         RecipeError: There is no such run, or more than one.
     """
     root = home / "runs"
-    found = [root / "latest"] if name is None else sorted(root.glob(f"{name}*"))
+    every = sorted(root.iterdir()) if root.is_dir() else []
+    found = [root / "latest"] if name is None else [folder for folder in every if folder.name.startswith(name)]
     found = [folder for folder in found if (folder / "steps.json").exists()]
     if len(found) == 1:
         return found[0].resolve()

@@ -19,6 +19,7 @@ from recipes.problem import Problem, RecipeError
 from tasks.runtime.launch import Child, Launcher, child_env
 from tasks.runtime.store import read_json
 
+SERVER_SECRETS = ("PREFECT_", "PG")  # its own settings, and PostgreSQL's PGPASSWORD
 START_S = 120  # 10 to 15 s on a new database on two cores; much more only when something is wrong
 
 
@@ -87,8 +88,7 @@ def start_prefect(
     (home / "prefect").mkdir(parents=True, exist_ok=True)
     program = Path(sys.executable).with_name("prefect")
     own = {"PREFECT_SERVER_LOGGING_LEVEL": "WARNING", "PREFECT_SERVER_UI_API_URL": f"http://127.0.0.1:{port}/api"}
-    env = child_env(secrets=True) | prefect_settings(home) | own | dict(settings or {})
-    env.pop("HF_TOKEN", None)  # whoever pins a recipe asks a hub, nobody else
+    env = child_env(keep=SERVER_SECRETS) | prefect_settings(home) | own | dict(settings or {})
     words = [str(program), "server", "start", "--host", host, "--port", str(port)]
     return launcher.start(["exec", "--", *words], env=env, cwd=home, log=log)
 

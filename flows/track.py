@@ -11,6 +11,7 @@ import getpass
 import json
 import logging
 import os
+import re
 import threading
 import time
 from collections import deque
@@ -27,9 +28,10 @@ from mlflow.store.entities.paged_list import PagedList
 from mlflow.tracking import MlflowClient
 from mlflow.utils.file_utils import local_file_uri_to_path
 
-from flows.report_text import overview
+from flows.report_text import no_tags, overview
 from flows.tracking import no_answer, tracking_uri
 from recipes.problem import RecipeError
+from recipes.secrets import hide
 from tasks.runtime.events import read_events
 from tasks.runtime.store import read_json
 
@@ -37,6 +39,7 @@ LIVE_S = 2.0
 STOP_S = 5.0  # an interrupted run has to be gone within 10
 BATCH = 500  # MLflow's limit for one log_batch is 1,000 metrics
 PARAM_CHARS = 6000
+NAME_CHARS = 250
 NOTE_CHARS = 8000  # a tag's
 DIGEST_CHARS = 36  # a dataset's
 WHOLE = "quench.whole"  # tag of a parent: nothing of the run is missing
@@ -57,7 +60,7 @@ def told(body: Callable[Concatenate[Tracker, P], None]) -> Callable[Concatenate[
         try:
             body(self, *args, **more)
         except (MlflowException, OSError) as error:
-            self.trouble.append(f"{body.__name__}: {str(error).splitlines()[0]}")
+            self.trouble.append(f"{body.__name__}: {hide(str(error).splitlines()[0])}")
 
     @functools.wraps(body)
     def submitted(self: Tracker, *args: P.args, **more: P.kwargs) -> None:
@@ -225,7 +228,7 @@ class Tracker:
         arms = json.dumps([self._nested[f"arm/{slug}"] for slug in report["arms"]], separators=(",", ":"))
         link = f"#/compare-runs?runs={quote(arms)}&experiments={quote(json.dumps([self.experiment]))}"
         self.compare_url = f"{self._pages()}/{link}"
-        note = "\n".join([f"[Compare the arms]({link})", "", *overview(report)])
+        note = "\n".join([f"[Compare the arms]({link})", "", no_tags("\n".join(overview(report)))])
         self._client.set_tag(self.parent, "mlflow.note.content", note[:NOTE_CHARS])
 
     def _pages(self) -> str:
@@ -283,7 +286,8 @@ class Tracker:
         self._metrics(run, points)
 
     def _params(self, run: str, values: Mapping[str, Any]) -> None:
-        self._client.log_batch(run, params=[Param(key, _text(value)[:PARAM_CHARS]) for key, value in values.items()])
+        told = {_name(key): _text(value)[:PARAM_CHARS] for key, value in values.items()}
+        self._client.log_batch(run, params=[Param(key, text) for key, text in told.items()])
 
     def _tag(self, run: str, tags: Mapping[str, str]) -> None:
         self._client.log_batch(run, tags=[RunTag(key, value) for key, value in tags.items()])
@@ -365,8 +369,10 @@ def _text(value: Any) -> str:
 
 
 def _name(text: str) -> str:
-    """MLflow takes letters, digits and `_ - . space : /` in a metric's name."""
-    return "".join(char if char.isalnum() or char in "_-. :/" else "_" for char in text)
+    """MLflow takes 250 letters, digits and `_ - . space : /`, and nothing that leads elsewhere as a path."""
+    plain = "".join(char if char.isalnum() or char in "_-. :/" else "_" for char in text)
+    whole = "/".join(re.sub(r"^\.+", "_", part) or "_" for part in plain.split("/"))
+    return whole[:NAME_CHARS].rstrip("/")
 
 
 def _flat(values: Mapping[str, Any], *, separator: str = ".", before: str = "") -> dict[str, Any]:

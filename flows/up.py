@@ -25,7 +25,7 @@ from flows.postgres import Stores, stores
 from flows.server import answers, links, prefect_settings, start_prefect, wait_for
 from recipes.problem import Problem, RecipeError
 from tasks.runtime.home import open_home
-from tasks.runtime.launch import CHECKOUT, Child, Launcher
+from tasks.runtime.launch import CHECKOUT, Child, Launcher, child_env
 from tasks.runtime.store import locked_now, read_json, write_json
 
 LOOPBACK = ("127.0.0.1", "localhost")
@@ -241,8 +241,7 @@ class Services:
         words = ["server", "--host", self.asked.host, "--port", port, "--workers", "1", *files]
         store = self.stores.mlflow if self.stores else f"sqlite:///{self.home / 'mlflow.db'}"
         own = {"MLFLOW_BACKEND_STORE_URI": store, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        env = {**os.environ, **own, **self._modules()}
-        env.pop("HF_TOKEN", None)
+        env = {**child_env(keep=("MLFLOW_", "PG")), **own, **self._modules()}
         return self._guarded("mlflow", words, env=env, log=log)
 
     def _start_worker(self, log: Path) -> Child:

@@ -14,8 +14,9 @@ from recipes.arms import arms, specified
 from recipes.check_adapter import beside, fit_problems, folder_problems
 from recipes.check_arms import kv_cache_problems
 from recipes.check_external import folder_problems as external_problems
-from recipes.check_external import reference_problems
+from recipes.check_external import needs_code, reference_problems, unpinned_problems
 from recipes.check_gate import preferred
+from recipes.check_python import python_problems
 from recipes.check_rows import RowCheck, check_data, general_files, general_problems
 from recipes.check_scorers import scorer_problems
 from recipes.check_serving import entries, length_problems
@@ -78,6 +79,7 @@ def check(loaded: Loaded) -> list[Problem]:
     """
     problems = [*_shadows(), *_schemes(loaded), *_data(loaded), *scorer_problems(loaded), *_template(loaded)]
     problems += [*beside(loaded), *_adapter(loaded), *_externals(loaded), *preferred(loaded.recipe)]
+    problems += python_problems(loaded)
     problems += device_problems(loaded.recipe, device=loaded.recipe.run.device)
     base = loaded.base
     if base is not None:
@@ -91,8 +93,8 @@ def check_base(loaded: Loaded, folder: Path) -> list[Problem]:
         headers = read_headers(folder)
     except RecipeError as error:
         return list(error.problems)
-    found = [*_chat_template(loaded, headers), *_shapes(loaded, headers), *_lengths(loaded, headers)]
-    found += [*length_problems(loaded, headers), *kv_cache_problems(loaded, headers)]
+    found = [*_own_code(headers), *_chat_template(loaded, headers), *_shapes(loaded, headers)]
+    found += [*_lengths(loaded, headers), *length_problems(loaded, headers), *kv_cache_problems(loaded, headers)]
     found += [*train_problems(loaded, headers), *(fit_problems(loaded.adapter, headers) if loaded.adapter else [])]
     return [loaded.placed(problem) for problem in found]
 
@@ -165,6 +167,18 @@ def _parsed(entry: str | SchemeSpec) -> Scheme | None:
         return None  # _schemes says so
 
 
+def _own_code(headers: Headers) -> Iterator[Problem]:
+    if needs_code(headers.config):
+        yield Problem(
+            what="The base needs code of its own: its config.json has an auto_map.",
+            where="model.base",
+            why=f"transformers here knows no model type {headers.config.get('model_type')}; training, merging and "
+            "quantizing run no code that comes with a model, and what they write would need it too.",
+            next="Name a base of a type that transformers has. As an external model it can be evaluated "
+            "(evaluate.external, trust_remote_code).",
+        )
+
+
 def _chat_template(loaded: Loaded, headers: Headers) -> Iterator[Problem]:
     chosen = loaded.recipe.model.chat_template
     if chosen is None and not headers.has_chat_template:
@@ -214,7 +228,9 @@ def _externals(loaded: Loaded) -> Iterator[Problem]:
         if folder is not None and not folder.is_dir():
             yield missing(folder, field=f"evaluate.external.{name}", kind="folder")
         elif folder is not None:
-            yield from external_problems(name, folder)
+            trusted = loaded.recipe.evaluate.externals[name].trust_remote_code
+            yield from external_problems(name, folder, trusted=trusted)
+    yield from unpinned_problems(loaded)
     yield from reference_problems(loaded)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,21 +14,30 @@ from recipes.load import Loaded
 from recipes.plain import is_list, is_mapping, json_object
 from recipes.problem import Problem, RecipeError
 
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
-def folder_problems(name: str, folder: Path) -> Iterator[Problem]:
-    """What config.json, the safetensors headers and the tokenizer's files of an external model show."""
+
+def folder_problems(name: str, folder: Path, *, trusted: bool) -> Iterator[Problem]:
+    """What config.json, the safetensors headers and the tokenizer's files of an external model show.
+
+    Args:
+        name: Its name.
+        folder: Its folder.
+        trusted: Code that comes with it may run.
+    """
     field = f"evaluate.external.{name}"
     config = json_object(folder / "config.json")
     if config is None:
         yield _no_config(name, field, folder)
         return
-    kind = str(config.get("model_type"))
-    if "auto_map" in config and not _is_known(kind):
+    if needs_code(config) and not trusted:
         yield Problem(
             what=f"{name} needs code of its own: its config.json has an auto_map.",
             where=field,
-            why=f"transformers here knows no model type {kind}, and no code that comes with a model is ever run.",
-            next="Name a model of a type that transformers has; convert this one with the tools of its makers.",
+            why=f"transformers here knows no model type {config.get('model_type')}, and code that comes with a model "
+            "runs as you, with your files.",
+            next="Name a model of a type that transformers has; or read that code, then write "
+            "`trust_remote_code: true` beside its path.",
         )
     try:
         read_tensors(folder)
@@ -40,6 +50,24 @@ def folder_problems(name: str, folder: Path) -> Iterator[Problem]:
             why=f"None of {', '.join(TOKENIZERS)} is in {folder}, so no row can become its tokens.",
             next="Copy the tokenizer files of the model that it was made from into its folder.",
         )
+
+
+def needs_code(config: Mapping[str, Any]) -> bool:
+    """True where only code that comes with the model can load it: transformers has its own for types that it knows."""
+    return "auto_map" in config and not _is_known(str(config.get("model_type")))
+
+
+def unpinned_problems(loaded: Loaded) -> Iterator[Problem]:
+    """Code of a hub's repository that a branch or tag names: it may be another one tomorrow."""
+    for name, one in loaded.recipe.evaluate.externals.items():
+        here = loaded.externals[name] is not None
+        if one.trust_remote_code and not here and not COMMIT.fullmatch(one.revision or ""):
+            yield Problem(
+                what=f"Code of {one.path} is to be run, and no commit is named.",
+                where=f"evaluate.external.{name}.revision",
+                why=f"{one.revision or 'The default branch'} may name other code tomorrow than what you have read.",
+                next="Write the commit that you have read as `revision`, 40 hex digits.",
+            )
 
 
 def external_headers(folder: Path) -> Headers:

@@ -170,7 +170,8 @@ def _row_databases(scorer: SqlExecution, folder: Path, rows: Sequence[Row]) -> I
     first: dict[str, str] = {}
     for row in rows:
         first.setdefault(str(row.columns[scorer.schema_column]), row.where)
-    absent = [name for name in first if not (folder / f"{name}.sql").is_file()]
+    there = {path.stem for path in folder.glob("*.sql")}  # a row's word is compared, it never becomes a path
+    absent = [name for name in first if name not in there]
     if absent and folder.is_dir():
         yield Problem(
             what=f"{len(absent)} databases are missing: {', '.join(f'{name}.sql' for name in absent[:SHOWN])}.",

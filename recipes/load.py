@@ -15,12 +15,14 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import ValidationError
 
+from recipes.check_secrets import override_problems
 from recipes.complaints import explain
 from recipes.plain import is_list, is_mapping
 from recipes.problem import Problem, RecipeError
 from recipes.rows import Origin, origins
 from recipes.schema import Recipe, is_hub_id
 from recipes.scorers import CALLABLE, PythonCallable, Scorer, SqlExecution
+from recipes.section import can_be_asked_for
 from recipes.yamlfile import Document, parse, parse_value
 
 # A relative path counts from where it is written: the file that holds it, or the current folder for --set.
@@ -60,7 +62,10 @@ class Loaded:
 
     def resolve(self, path: str) -> Path:
         """A path of the recipe as an absolute path."""
-        return (self.folder / Path(path).expanduser()).resolve()
+        try:
+            return (self.folder / Path(path).expanduser()).resolve()
+        except RuntimeError:  # ~NAME of nobody: a file's name like any other
+            return (self.folder / path).resolve()
 
     @property
     def base(self) -> Path | None:
@@ -142,6 +147,7 @@ def load(path: Path, *, sets: Sequence[str] = ()) -> Loaded:
         raise RecipeError(problems)
     merged = _extended(document, path=path, chain=(), problems=problems)
     for item in sets:
+        problems += override_problems(item)
         _override(merged, item, folder=path.parent, problems=problems)
 
     def loaded(recipe: Recipe) -> Loaded:
@@ -249,7 +255,7 @@ def _extended(document: Document, *, path: Path, chain: tuple[Path, ...], proble
 def _parent(
     name: object, *, path: Path, chain: tuple[Path, ...], where: str, problems: list[Problem]
 ) -> _Merged | None:
-    if not isinstance(name, str):
+    if not isinstance(name, str) or not can_be_asked_for(name):
         problems.append(
             Problem(
                 what="`extends` is not the path of one file.",
@@ -302,7 +308,7 @@ def _rebase(values: dict[str, Any], *, written_in: Path, folder: Path, only: str
             inner = inner[int(section)] if is_list(inner) else inner.get(section) if is_mapping(inner) else None
         if is_mapping(inner) and isinstance(inner.get(last), str):
             path, function = _path_and_function(inner[last]) if last == "callable" else (inner[last], "")
-            if path and not Path(path).is_absolute() and (written_in / path).exists():
+            if can_be_asked_for(path) and not Path(path).is_absolute() and (written_in / path).exists():
                 inner[last] = os.path.relpath(written_in / path, folder) + function
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+
+from recipes.secrets import hide
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One thing that is wrong, in the four parts that let a reader act on it.
+    """One thing that is wrong, in the four parts that let a reader act on it; secrets in them are hidden.
 
     Attributes:
         what: What is wrong, one sentence.
@@ -21,6 +23,10 @@ class Problem:
     where: str
     why: str
     next: str
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            object.__setattr__(self, one.name, hide(getattr(self, one.name)))  # frozen: no other way
 
     def __str__(self) -> str:
         return f"{self.what}\n  where: {self.where}\n  why:   {self.why}\n  next:  {self.next}"

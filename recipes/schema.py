@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from recipes.rows import Format
 from recipes.schemes import Backend
 from recipes.scorers import ExactMatch, LmEval, Scorer
-from recipes.section import Section
+from recipes.section import Place, Section
 
 Fraction = Annotated[float, Field(gt=0, lt=0.5)]
 LEAST_ROWS, MOST_ROWS = 128, 512  # of a calibration set; Calibrate says why
@@ -23,16 +23,16 @@ TOKENS_PER_INPUT = 4  # calibration tokens an input of the widest layer: with fe
 
 
 class Model(Section):
-    base: str
+    base: Place
     """Base model: a local folder or a hub id (`org/name`)."""
     revision: str | None = None
     """Hub revision (branch, tag or commit); pinned to a commit when the run starts."""
-    chat_template: str | None = None
+    chat_template: Place | None = None
     """`chatml` or the path of a Jinja file. Only for a base that has no chat template; saved into every artifact."""
 
 
 class Source(Section):
-    path: str
+    path: Place
     """A file, a folder or a hub data set id, as in `data.path`."""
     revision: str | None = None
     """Hub revision; pinned to a commit when the run starts."""
@@ -47,14 +47,14 @@ class Source(Section):
 
 
 class Data(Section):
-    path: str | None = None
+    path: Place | None = None
     """Training domain: a file (JSONL, JSON array, CSV with a header, parquet), a folder of such files (only its train*
     files, where it has any) or a hub data set id. Either this or `sources`."""
     revision: str | None = None
     """Hub revision of the data set; pinned to a commit when the run starts."""
     sources: list[Source] | None = None
     """Several sources in place of `path`."""
-    general: str | None = None
+    general: Place | None = None
     """JSONL file with rows `{"text": ...}` outside the domain: measures forgetting (ppl_general)."""
     format: Literal["auto"] | Format = "auto"
     """`messages` (turns with role and content), `prompt-completion` (texts, or lists of turns), `sharegpt`
@@ -111,7 +111,7 @@ class Data(Section):
 
 
 class Train(Section):
-    adapter: str | None = None
+    adapter: Place | None = None
     """LoRA adapter that was trained before, by any PEFT-based tool: a local folder or a hub id. Nothing is trained
     then, so no other field may stand beside it."""
     rank: Annotated[int, Field(ge=1, le=1024)] = 16
@@ -202,7 +202,7 @@ class Calibrate(Section):
     text), `.calib-mixed` (half and half), `.calib-random` (random token ids), rounding to nearest with the same bits
     and groups (none), and for AWQ `.scales-from-base` (scales and clipping found on the base). The report says whether
     it mattered."""
-    general: str | None = None
+    general: Place | None = None
     """JSONL file with rows `{"text": ...}`, the generic calibration text of `controls`; none of them in
     `data.general`, which is evaluated."""
     seed: int = 0
@@ -283,12 +283,16 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")]
 
 
 class ExternalModel(Section):
-    path: str
+    path: Place
     """A model folder or a hub id (`org/name`)."""
     revision: str | None = None
     """Hub revision (branch, tag or commit); pinned to a commit when the run starts."""
     chat_template: Literal["chatml"] | None = None
     """Only for a model whose tokenizer has no chat template, and is another one than the base's."""
+    trust_remote_code: bool = False
+    """Run the Python that comes with a model whose type transformers does not have (`auto_map` in its config.json). A
+    hub id then needs a commit as `revision`, and whoever starts the run has to allow it: `--allow-python ORG/NAME`. Its
+    tokenizer has to do without code of its own."""
 
 
 class Evaluate(Section):
@@ -301,7 +305,7 @@ class Evaluate(Section):
     """Arms that are also evaluated with a quantized KV cache: `ARM.kv-fp8` (e4m3, scale 1), `ARM.kv-fp8-calibrated`
     (e4m3, a scale each for keys and values of a layer, from the calibration set), `ARM.kv-int8` (a scale a token and
     head). Simulated: what storage would give back is what attention reads, in bf16; nothing gets smaller or faster."""
-    external: dict[Name, str | ExternalModel] = {}
+    external: dict[Name, Place | ExternalModel] = {}
     """Models from elsewhere that join the matrix under a name: what is in production now, a checkpoint of another tool,
     a bigger model as yardstick. A folder or hub id that transformers loads, in bf16, fp16, fp32 or as its config.json
     says that it is quantized; a section where it needs a revision or a template. One with another tokenizer is scored

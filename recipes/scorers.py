@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from recipes.section import Section
+from recipes.section import Place, Section
 
 # 7, -1,234.50, .5, 2e-3; a dash behind a letter or digit is no sign (3-5); − is the minus of print.
 NUMBER = r"((?:(?<!\w)[-+−])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)(?:[eE][-+]?\d+)?)"
@@ -78,7 +78,7 @@ class JsonSchema(Named):
 
     kind: Literal["json-schema"]
     """The answer is JSON that a JSON schema accepts."""
-    schema_file: str
+    schema_file: Place
     """The schema, a JSON file."""
     match: Literal["valid", "equal"] = "valid"
     """`equal`: it is also the same JSON value as the reference, whatever the order of its keys."""
@@ -89,7 +89,7 @@ class SqlExecution(Named):
 
     kind: Literal["sql-execution"]
     """Answer and reference return the same rows from sqlite3 (order counts only where the reference orders)."""
-    databases: str
+    databases: Place
     """Folder with one SCHEMA.sql a database: tables and rows."""
     schema_column: str = "schema"
     """Column of the data that names the row's database."""
@@ -100,7 +100,7 @@ class PythonCallable(Named):
 
     kind: Literal["python"]
     """A function of your own: `def score(answer, reference, columns)` returns a number from 0 to 1, or a bool."""
-    callable: str
+    callable: Place
     """`path/to/file.py:function`, or `package.module:function` of a file below the recipe's folder or of an installed
     package. It is loaded alone; it enters the identity by the digest of that one file, not of what this imports."""
 
@@ -129,7 +129,7 @@ class LmEval(Named):
     """Tasks of lm-evaluation-harness, scored a document: rows of their own beside those of test."""
     tasks: Annotated[list[str], Field(min_length=1)]
     """Names of tasks, groups or tags; their documents count alike."""
-    include: str | None = None
+    include: Place | None = None
     """Folder with YAML tasks of your own; a relative `data_files` in them counts from it."""
     metric: str | None = None
     """Metric of the tasks, `exact_match` or `exact_match,FILTER`, which gives each document 0 to 1, more is better;

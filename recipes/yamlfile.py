@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 
 import yaml
 
+from recipes.check_secrets import secret_problems
 from recipes.plain import is_mapping
 from recipes.problem import Problem
 
@@ -47,6 +48,7 @@ def parse(path: Path, *, shown: str, problems: list[Problem], wanted_by: str = "
     except (OSError, UnicodeDecodeError) as error:
         problems.append(_unreadable(path, shown=shown, error=error, wanted_by=wanted_by))
         return None
+    problems += secret_problems(text, shown=shown)
     try:
         node = cast("yaml.Node | None", yaml.compose(text, Loader))  # pyright: ignore[reportUnknownMemberType]
         values: object = yaml.load(text, Loader)

@@ -9,6 +9,12 @@ from tasks.rehearse import packages
 from tasks.runtime.step import External, Step
 
 
+def trusted(recipe: Recipe, arm: str) -> dict[str, bool]:
+    """Parameter of an arm whose own code may run; none of any other one, so that their identities stay."""
+    external = recipe.evaluate.externals.get(arm)
+    return {"trust_remote_code": True} if external and external.trust_remote_code else {}
+
+
 def step(
     recipe: Recipe,
     arm: str,
@@ -42,6 +48,7 @@ def step(
             "scorers": [one.params() for one in asked.scorers],
             **asked.model_dump(include={"max_new_tokens", "batch_size", "seed"}),
             **({"chat_template": template} if template else {}),
+            **trusted(recipe, arm),
         },
         inputs=inputs,
         tools=(*readers(inputs["model"]), *packages(recipe)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from recipes.schema import Recipe
+from tasks.evaluate import trusted
 from tasks.quantize import readers
 from tasks.runtime.step import External, Step, hardware
 
@@ -18,6 +19,7 @@ def step(recipe: Recipe, arm: str, *, kind: str, device: str, threads: int, inpu
         params={
             "kind": kind,
             **asked.model_dump(include={"batch", "prompt_tokens", "new_tokens", "repeats"}),
+            **trusted(recipe, arm),
             "hardware": {**hardware(), "device": device, "threads": threads},
         },
         inputs=inputs,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from recipes.schema import Recipe
+from tasks.evaluate import trusted
 from tasks.quantize import readers
 from tasks.runtime.step import External, Step
 
@@ -14,10 +17,11 @@ def step(recipe: Recipe, *, dataset: Step, base: External, adapter: Step) -> Ste
 
 def external(recipe: Recipe, *, dataset: Step, model: External) -> Step:
     """The same of an external model (evaluate.reference)."""
-    return _step(recipe, {"dataset": dataset, "model": model}, {"kind": "external"})
+    own = trusted(recipe, model.name)
+    return _step(recipe, {"dataset": dataset, "model": model}, {"kind": "external", **own})
 
 
-def _step(recipe: Recipe, inputs: dict[str, Step | External], params: dict[str, str]) -> Step:
+def _step(recipe: Recipe, inputs: dict[str, Step | External], params: dict[str, Any]) -> Step:
     return Step(
         stage="reference",
         slug=recipe.name,

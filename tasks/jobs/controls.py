@@ -39,7 +39,8 @@ def run(job: Job) -> dict[str, Any]:
     kind, seed = job.params["kind"], job.params["seed"]
     table = pq.read_table(job.inputs["calibset"].path / "calibset.parquet")
     own = [Packed(one["rows"], one["input_ids"]) for one in table.to_pylist()]
-    tokenizer = AutoTokenizer.from_pretrained(job.inputs["dataset"].path / "tokenizer")
+    words = str(job.inputs["dataset"].path / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(words, local_files_only=True, trust_remote_code=False)
     kept = [one if kind == "mixed" and number % 2 == 0 else None for number, one in enumerate(own)]
     lengths = [len(one.input_ids) for one, same in zip(own, kept, strict=True) if same is None]
     made = iter(_random(tokenizer, lengths, seed=seed) if kind == "random" else _generic(tokenizer, lengths, job))

@@ -82,7 +82,10 @@ def run(job: Job) -> dict[str, Any]:
     refuse_references(asked, graders.answers)
     adapter = job.inputs["adapter"].path if "adapter" in job.inputs else None
     own = _own_reading(rows, job)
-    model = load_arm(params["kind"], job.inputs["model"].path, adapter=adapter, device=job.execution.device)
+    trusted = params.get("trust_remote_code", False)
+    model = load_arm(
+        params["kind"], job.inputs["model"].path, adapter=adapter, device=job.execution.device, trusted=trusted
+    )
     job.events.note("kernel", f"{kernel_of(model)} on {job.execution.device}")
     arm = _Loaded(model, open_tokenizer(dataset / "tokenizer"), _kv_cache(model, job))
     progress = _Progress(job, [own.rows, asked] if own else [rows, asked, general])
@@ -111,7 +114,8 @@ def _own_reading(rows: list[Row], job: Job) -> OwnReading | None:
     if job.params["kind"] != "external":
         return None
     model, dataset = job.inputs["model"].path, job.inputs["dataset"].path
-    own = own_reading(model, dataset, rows, chat_template=job.params.get("chat_template"))
+    trusted = job.params.get("trust_remote_code", False)
+    own = own_reading(model, dataset, rows, chat_template=job.params.get("chat_template"), trusted=trusted)
     if own is not None:
         job.events.note("tokenizer", f"{own.why}: scored by bits a byte and by its answers, in its own tokens")
         if job.params.get("chat_template"):

@@ -77,18 +77,18 @@ def _load(job: Job) -> _Loaded:
     """The arm, and the seconds of every load after the first, which imports the backend and fills the file cache."""
     folder, device = job.inputs["model"].path, job.execution.device
     adapter = job.inputs["adapter"].path if "adapter" in job.inputs else None
-    repeats = job.params["repeats"]
+    repeats, trusted = job.params["repeats"], job.params.get("trust_remote_code", False)
     if sum(path.stat().st_size for path in folder.glob("*.safetensors")) > BIG_BYTES:
         repeats = 1
         job.events.note("load_s", f"timed once: the model is larger than {BIG_BYTES >> 30} GiB")
-    model = load_arm(job.params["kind"], folder, adapter=adapter, device=device)
+    model = load_arm(job.params["kind"], folder, adapter=adapter, device=device, trusted=trusted)
     gc.freeze()  # GPTQModel collects garbage at the end of a load: 0.6 s over imported modules, no part of loading
     seconds = []
     for _ in range(repeats):
         del model
         gc.collect()
         clock = _now(device)
-        model = load_arm(job.params["kind"], folder, adapter=adapter, device=device)
+        model = load_arm(job.params["kind"], folder, adapter=adapter, device=device, trusted=trusted)
         seconds.append(_now(device) - clock)
     return _Loaded(model, seconds)
 

@@ -70,7 +70,9 @@ class OwnReading:
         )
 
 
-def own_reading(folder: Path, dataset: Path, rows: Sequence[Row], *, chat_template: str | None) -> OwnReading | None:
+def own_reading(
+    folder: Path, dataset: Path, rows: Sequence[Row], *, chat_template: str | None, trusted: bool
+) -> OwnReading | None:
     """The rows as the model in this folder reads them, where its tokenizer is another one; else None.
 
     Raises:
@@ -79,7 +81,7 @@ def own_reading(folder: Path, dataset: Path, rows: Sequence[Row], *, chat_templa
     why = another(folder, dataset, rows)
     if why is None:
         return None
-    text = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False).get_text_config()
+    text = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trusted).get_text_config()
     longest = getattr(text, "max_position_embeddings", None)
     return read_rows_as(folder, dataset, rows, why=why, chat_template=chat_template, longest=longest)
 

@@ -77,7 +77,7 @@ def _model(job: Job, rows: list[Row]) -> Model:
     folder = job.inputs["model"].path
     why = another(folder, job.inputs["dataset"].path, rows)
     if why is None:
-        return load_arm("external", folder, device=device)
+        return load_arm("external", folder, device=device, trusted=job.params.get("trust_remote_code", False))
     raise StageError(
         Problem(
             what=f"the reference has {why}",

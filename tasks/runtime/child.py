@@ -105,7 +105,7 @@ def launch_ranks(job: Job, path: Path) -> None:
     config = Path(__file__).resolve().parents[2] / "infra" / "accelerate" / f"{job.execution.launcher}.yaml"
     path.with_name("result.json").unlink(missing_ok=True)
     os.environ["QUENCH_PARENT"] = str(os.getpid())  # of the ranks: exec keeps the process id
-    accelerate = [sys.executable, "-P", "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    accelerate = [sys.executable, "-P", "-m", "tasks.jobs.ranks", "--config_file", str(config)]
     sizes = ["--num_processes", str(job.execution.processes), "--main_process_port", str(_free_port())]
     os.execv(sys.executable, [*accelerate, *sizes, "-m", "tasks.runtime.child", "run", str(path)])
 

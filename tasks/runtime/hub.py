@@ -44,6 +44,7 @@ from recipes.problem import Problem, RecipeError
 from tasks.runtime.pin import (
     ADAPTER_FILES,
     ADAPTER_NEEDED,
+    CODE_FILES,
     DATA_FILES,
     MODEL_FILES,
     HubId,
@@ -115,7 +116,7 @@ def _look(hub: HubId) -> _Seen:
             sizes = _sizes(hub, commit)
         except (TransportError, OfflineModeIsEnabled) as error:  # a cache of an older huggingface_hub has no listing
             return _Seen(commit=commit, files=None, unlisted=_unreached(error))
-        files = [name for name in sizes if _is_asked(hub.kind, name)]
+        files = [name for name in sizes if _is_asked(hub, name)]
         if problem := _unusable(hub, commit, files, sizes) or _no_room(hub, commit, {one: sizes[one] for one in files}):
             raise RecipeError([problem])
         hf_hub_download(hub.name, min(files, key=sizes.__getitem__), repo_type=hub.repo_type, revision=commit)
@@ -131,13 +132,17 @@ def _sizes(hub: HubId, commit: str) -> dict[str, int]:
     return {one.path: one.size for one in tree if isinstance(one, RepoFile)}
 
 
-def _is_asked(kind: Kind, name: str) -> bool:
+def _patterns(hub: HubId) -> tuple[str, ...]:
+    return (*PATTERNS[hub.kind], *CODE_FILES) if hub.code else PATTERNS[hub.kind]
+
+
+def _is_asked(hub: HubId, name: str) -> bool:
     """Whether a file is fetched. A model's lie at the top (not in onnx/ or original/), a data set's anywhere."""
     if name.startswith("consolidated"):  # Mistral's repositories hold the same weights again under this name
         return False
     return any(
-        fnmatch(name, pattern) and (kind == "dataset" or name.count("/") == pattern.count("/"))
-        for pattern in PATTERNS[kind]
+        fnmatch(name, pattern) and (hub.kind == "dataset" or name.count("/") == pattern.count("/"))
+        for pattern in _patterns(hub)
     )
 
 
@@ -199,7 +204,7 @@ def _fetch(hub: HubId, seen: _Seen) -> Snapshot:
             hub.name,
             revision=seen.commit,
             repo_type=hub.repo_type,
-            allow_patterns=list(PATTERNS[hub.kind]) if seen.files is None else [escape(name) for name in seen.files],
+            allow_patterns=list(_patterns(hub)) if seen.files is None else [escape(name) for name in seen.files],
             local_files_only=seen.files is None,
         )
     return Snapshot(folder=Path(folder), source=f"{hub.name}@{seen.commit}")

@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
+from recipes.secrets import is_secret
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 GRACE_S = 3.0
 POLL_S = 0.02
@@ -154,17 +156,17 @@ class Launcher:
         request.answer.set_result(child)
 
 
-# Secrets stay with the parent: a job works on local files and asks nobody.
-SECRET_PARTS = ("TOKEN", "SECRET", "PASSWORD", "API_KEY", "CREDENTIAL")
+def child_env(*, threads: int = 1, gpus: Sequence[int] | None = None, keep: tuple[str, ...] = ()) -> dict[str, str]:
+    """Environment of a child: the checkout alone on PYTHONPATH, its threads, its GPUs, no network, no secrets.
 
+    Secrets stay with the parent: a job works on local files and asks nobody.
 
-def child_env(*, threads: int = 1, gpus: Sequence[int] | None = None, secrets: bool = False) -> dict[str, str]:
-    """Environment of a child: the checkout alone on PYTHONPATH, its threads, its GPUs, no network, no secrets."""
-    env = {
-        name: value
-        for name, value in os.environ.items()
-        if secrets or not any(part in name.upper() for part in SECRET_PARTS)
-    }
+    Args:
+        threads: Threads that it may use.
+        gpus: GPUs that it may see; None leaves them as they are.
+        keep: Beginnings of the names of secret variables that it needs: what a server reads its own settings from.
+    """
+    env = {name: text for name, text in os.environ.items() if name.startswith(keep) or not is_secret(name, text)}
     env.pop("PYTHONDONTWRITEBYTECODE", None)  # compiling transformers anew costs every child 5 s
     env |= {
         "PYTHONPATH": str(CHECKOUT),

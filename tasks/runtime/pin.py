@@ -17,6 +17,7 @@ Kind = Literal["model", "adapter", "dataset"]
 # What a model folder can hold besides weights that shapes any result.
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
 ADAPTER_NEEDED = ("adapter_config.json", "adapter_model.safetensors")
+CODE_FILES = ("*.py",)  # of a model whose own code is run
 DATA_FILES = ("*.jsonl", "*.json", "*.csv", "*.parquet")
 
 # What an adapter folder can hold that shapes a merge.
@@ -82,12 +83,14 @@ class HubId:
         revision: Branch, tag or commit; None is the default branch.
         kind: What is expected in it.
         field: Recipe field, for errors: `model.base`.
+        code: Its Python files are wanted too.
     """
 
     name: str
     revision: str | None
     kind: Kind
     field: str
+    code: bool = False
 
     @property
     def repo_type(self) -> str:

@@ -148,3 +148,28 @@ def test_an_external_model_is_pinned_as_the_base_is(hub: Hub, tmp_path: Path):
     named = "evaluate.external={prod: {path: org/prod, revision: v9}}"
     said = quench(hub, tmp_path, "plan", "--set", named, token=TOKEN, check=2).stderr
     assert "model org/prod@v9 has no such revision" in said and "evaluate.external.prod" in said
+
+
+@pytest.mark.slow
+def test_a_models_own_code_is_fetched_at_a_commit_where_it_is_allowed(hub: Hub, tmp_path: Path):
+    files = read_folder(QUICKSTART / "base")
+    config = json.loads(files["config.json"]) | {"model_type": "strange", "auto_map": {"AutoConfig": "strange.Config"}}
+    files |= {"config.json": json.dumps(config).encode(), "strange.py": b"raise SystemExit('it ran')\n"}
+    hub.add("org/strange", files)
+    commit = hub.repositories["org/strange"].branches["main"]
+
+    def asked(*more: str, check: int = 0) -> str:
+        text = f"evaluate.external.big={{path: org/strange{''.join(f', {one}' for one in more)}}}"
+        words = ("plan", "--set", text, "--only", "big", *(("--allow-python", "org/strange") if check < 2 else ()))
+        done = quench(hub, tmp_path, *words, token=TOKEN, check=check)
+        return done.stdout + done.stderr
+
+    told = asked(f"revision: {commit}", check=2)
+    assert "needs code of its own" in told and "trust_remote_code: true" in told
+    assert not list((tmp_path / "hf").rglob("strange.py"))
+    assert "no commit is named" in asked("trust_remote_code: true", "revision: main", check=2)
+    assert "--allow-python org/strange" in asked("trust_remote_code: true", f"revision: {commit}", check=2)
+    said = asked("trust_remote_code: true", f"revision: {commit}")
+    assert f"org/strange@{commit}" in said and "it ran" not in said
+    (fetched,) = (tmp_path / "hf").rglob(f"snapshots/{commit}/strange.py")
+    assert fetched.read_bytes() == files["strange.py"]

@@ -41,8 +41,11 @@ def test_a_function_that_raises_on_one_arm_costs_that_arms_cell(world: World, tm
         "    return answer.strip() == reference.strip()\n"
     )
     entry = f"{{kind: python, name: strict, callable: '{own}:strict'}}"
-    done = world.quench("run", str(world.recipe), *scorers(world, entry), check=1)
+    allowed = (*scorers(world, entry), "--allow-python", str(own))
+    done = world.quench("run", str(world.recipe), *allowed, check=1)
     report = world.report()
+    (code,) = report["code"]
+    assert code["source"] == f"{own}:strict" and code["allowed_by"] == str(own) and len(code["digest"]) == 64
     found = {slug: arm["metrics"]["task.strict"] for slug, arm in report["arms"].items()}
     empty = [slug for slug, cell in found.items() if cell["value"] is None]
     assert "base" in empty and "ValueError: no query" in found["base"]["reason"]
@@ -50,10 +53,10 @@ def test_a_function_that_raises_on_one_arm_costs_that_arms_cell(world: World, tm
     assert all(arm["ranked"] and arm["metrics"]["task"]["value"] is not None for arm in report["arms"].values())
     assert {one["step"] for one in report["failures"]} == {f"evaluate/{slug}" for slug in empty}
     assert {one["status"] for one in world.steps().values()} == {"hit", "made"}  # nothing is lost
-    again = world.quench("run", str(world.recipe), *scorers(world, entry), check=1)
+    again = world.quench("run", str(world.recipe), *allowed, check=1)
     assert {one["status"] for one in world.steps().values()} == {"hit"} and "task.strict" in again.stderr
     own.write_text(own.read_text().replace("raise ValueError('no query: ' + answer[:20])", "return 0"))
-    planned = world.plan(*scorers(world, entry))
+    planned = world.plan(*allowed)
     again_made = {key.split("/")[0] for key, hit in planned.items() if not hit}
     assert again_made == {"rehearse", "evaluate"} and again_made < set(SCORING)  # evaluate-only would do
-    world.quench("run", str(world.recipe), *scorers(world, entry))
+    world.quench("run", str(world.recipe), *allowed)

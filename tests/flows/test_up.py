@@ -23,6 +23,7 @@ from flows.up import Asked, exposed, take_port, up
 from recipes.problem import RecipeError
 from tests.conftest import UNUSUAL, World
 from tests.flows.test_resume import GONE_S, processes_of, wait_gone
+from tests.hub import read_folder
 
 READY = r"ready  prefect (http://127\.0\.0\.1:\d+)  mlflow (http://127\.0\.0\.1:\d+)"
 START_S = 120  # 20 s on two idle cores
@@ -254,7 +255,7 @@ def postgres(tmp_path: Path) -> Iterator[str]:
 
 @pytest.mark.system
 def test_both_servers_on_postgresql(project: Project, postgres: str):
-    process = project.up("--postgres", postgres)
+    process = project.up("--postgres", postgres.replace("quench@", "quench:PlantedPassword@"))
     ran = project.prefect("--param", "recipe=recipe.yaml", "--param", NO_SPEED, "--watch")
     assert ran.returncode == 0, ran.stdout + ran.stderr
     database = psycopg2.connect(postgres)
@@ -270,6 +271,10 @@ def test_both_servers_on_postgresql(project: Project, postgres: str):
     process.terminate()
     assert process.wait(60) == 0
     wait_gone(project.home)
+    kept = read_folder(project.folder)
+    assert any("worker.log" in name for name in kept) and any("up.out" in name for name in kept)
+    assert [name for name, data in kept.items() if b"PlantedPassword" in data] == []
+    assert "PlantedPassword" not in ran.stdout + ran.stderr
 
 
 def test_what_is_no_postgresql_is_refused_without_its_password():

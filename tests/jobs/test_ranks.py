@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -70,6 +71,12 @@ def test_a_training_killed_by_sigkill_has_the_curve_of_an_uninterrupted_one(base
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def listens_at(*pids: int) -> set[str]:
+    """Addresses at which these processes listen: torch's store, and the ranks' own sockets."""
+    found = [one for pid in pids for one in psutil.Process(pid).net_connections(kind="inet")]
+    return {one.laddr.ip for one in found if one.status == psutil.CONN_LISTEN}
+
+
 def with_ranks(job: Job, processes: int) -> Job:
     return replace(job, execution=Execution(device="cpu", threads=1, micro_batch=4, processes=processes))
 
@@ -100,5 +107,6 @@ def test_every_rank_dies_with_the_launcher(base: Path, dataset: Path, tmp_path: 
         listed = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
         ranks = [int(pid) for pid in listed if "tasks.runtime.child" in Path(f"/proc/{pid}/cmdline").read_text()]
         assert len(ranks) == 2 and all(alive(pid) for pid in ranks)
+        assert listens_at(child.pid, *ranks) == {"127.0.0.1"}
         os.kill(child.pid, signal.SIGKILL)  # no handler of torch's launcher runs
         wait_gone(ranks)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
 from recipes.check import check, check_data
+from recipes.check_python import VARIABLE
 from recipes.lm_eval_tasks import built_in, find_tasks
 from recipes.load import load
 from recipes.problem import Problem, RecipeError
@@ -16,6 +18,11 @@ from recipes.scorers import PythonCallable
 from tests.recipes.folders import chat, write_project, write_rows
 
 CALLABLE = "{kind: python, callable: 'own/score.py:score'}"
+
+
+@pytest.fixture(autouse=True)
+def own_python_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, f"{tmp_path}{os.pathsep}json{os.pathsep}posixpath")
 
 
 def recipe(folder: Path, *scorers: str) -> Path:

@@ -1,6 +1,6 @@
 """Loads every kind of arm into transformers: bf16, NF4 as in training, or a quantized checkpoint.
 
-Local folders and safetensors only; no code from a checkpoint is ever run.
+Local folders and safetensors only; code from a checkpoint is run of an external model whose recipe asks for it alone.
 """
 
 from __future__ import annotations
@@ -124,7 +124,9 @@ def attach(model: PreTrainedModel, adapter: Path) -> PeftModel:
     return PeftModel.from_pretrained(model, str(adapter), is_trainable=False).eval()
 
 
-def load_arm(kind: Kind, folder: Path, *, device: str, adapter: Path | None = None) -> PreTrainedModel | PeftModel:
+def load_arm(
+    kind: Kind, folder: Path, *, device: str, adapter: Path | None = None, trusted: bool = False
+) -> PreTrainedModel | PeftModel:
     """An arm as it is shipped: bf16, NF4 or quantized checkpoint, with the adapter on top if there is one.
 
     Args:
@@ -133,13 +135,14 @@ def load_arm(kind: Kind, folder: Path, *, device: str, adapter: Path | None = No
         folder: Model folder.
         device: `cpu` or `cuda`.
         adapter: PEFT folder or None.
+        trusted: Code in the folder of an external model may run.
 
     Raises:
         StageError: No safetensors in a folder, weights that are missing there, or kind and checkpoint contradict each
             other.
     """
     if kind == "external":
-        return _load_external(folder, device=device)
+        return _load_external(folder, device=device, trusted=trusted)
     if kind == "nf4":
         model = load_nf4(folder, device=device)
     else:
@@ -156,12 +159,12 @@ def load_arm(kind: Kind, folder: Path, *, device: str, adapter: Path | None = No
     return attach(model, adapter) if adapter else model
 
 
-def _load_external(folder: Path, *, device: str) -> PreTrainedModel:
+def _load_external(folder: Path, *, device: str, trusted: bool) -> PreTrainedModel:
     """A checkpoint from elsewhere, in the type of its files; a quantized one computes in bf16 like every other arm."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config.get("quantization_config"):
         return _load_quantized(folder, device=device)
-    return _load(folder, device=device, whole=True, dtype="auto")
+    return _load(folder, device=device, whole=True, dtype="auto", trust_remote_code=trusted)
 
 
 def _load_quantized(folder: Path, *, device: str) -> PreTrainedModel:
@@ -242,12 +245,12 @@ def _load(folder: Path, *, device: str, whole: bool = False, **extra: Any) -> Pr
             )
         )
     gpu = int(os.environ.get("LOCAL_RANK", "0"))  # of the lease's, where several processes train together
-    settings = {"device_map": {"": gpu if device == "cuda" else device}, "dtype": torch.bfloat16, **extra}
+    place = {"": gpu if device == "cuda" else device}
+    settings = {"device_map": place, "dtype": torch.bfloat16, "trust_remote_code": False, **extra}
     loaded: Any = AutoModelForCausalLM.from_pretrained(  # the stub knows no pair
         str(folder),
         local_files_only=True,
         use_safetensors=True,
-        trust_remote_code=False,
         output_loading_info=True,
         **settings,
     )

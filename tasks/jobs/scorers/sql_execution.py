@@ -14,6 +14,7 @@ from tasks.jobs.scorers import Verdict
 from tasks.runtime.errors import StageError
 
 ALLOWED = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
+FILES = {sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH}  # a SCHEMA.sql makes tables in memory; VACUUM INTO attaches, too
 STEPS = 5_000_000  # virtual machine instructions a query, about 0.2 s; counted, so that a busy machine scores alike
 BYTES = 1_000_000  # longest string or blob
 QUOTED = re.compile(r"'(?:[^']|'')*'|\"[^\"]*\"|`[^`]*`|\[[^\]]*\]")
@@ -66,6 +67,7 @@ class SqlExecution:
             if schema not in self._scripts:
                 raise _no_database(schema, self._column, sorted(self._scripts))
             database = sqlite3.connect(":memory:")
+            database.set_authorizer(lambda action, *_: sqlite3.SQLITE_DENY if action in FILES else sqlite3.SQLITE_OK)
             database.executescript(self._scripts[schema].read_text(encoding="utf-8"))
             database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, BYTES)
             database.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in ALLOWED else sqlite3.SQLITE_DENY)

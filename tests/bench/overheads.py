@@ -1,0 +1,364 @@
+"""What the orchestration costs: start-up, a step, and a whole run against the same work in one script.
+
+`python -m tests.bench.overheads` on a machine with nothing else on it; writes docs/results/overheads.json and its
+section of docs/results/operations.md. `--minutes` is the least that the script of one pair may take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tasks.runtime.job import Input, Job
+from tasks.runtime.launch import CHECKOUT, Launcher
+from tasks.runtime.leases import Leases
+from tasks.runtime.step import Kitchen, Limits, Step, hardware, run_step
+from tasks.runtime.store import Store
+
+RESULTS = CHECKOUT / "docs" / "results"
+RECIPE = CHECKOUT / "recipes" / "quickstart" / "recipe.yaml"
+STEPS_A_MINUTE = 120  # of the quickstart's training, on one thread of the machine that it was tuned on
+LEAST_STEPS = 4
+SHARE = 0.6  # of the wanted minutes that training takes: the rest is prepare to evaluate
+AIM, AIM_MINUTES = 1.03, 10.0
+ONE_BY_ONE = (  # both sides do one step after the other on one thread; two schemes, no speed
+    "run.workers=1",
+    "run.threads=1",
+    "quantize.schemes=[gptq-w4-g128, rtn-w4-g128]",
+    "evaluate.on_base=[]",
+    "evaluate.kv_cache=[]",
+    "measure.enabled=false",
+)
+READY_S = 180
+
+
+class Median(NamedTuple):
+    """A median with its interval from order statistics, and what the interval covers."""
+
+    median: float
+    low: float
+    high: float
+    n: int
+    coverage: float
+
+
+def median(values: Sequence[float]) -> Median:
+    """The narrowest interval between two order statistics of equal rank that covers the median in 95 % of all cases.
+
+    With five values or fewer there is none; then the smallest and the largest stand, and `coverage` says for how much.
+    """
+    ordered, n = sorted(values), len(values)
+
+    def covers(rank: int) -> float:
+        return 1 - 2 * sum(math.comb(n, k) for k in range(rank)) / 2**n
+
+    rank = max((one for one in range(1, n // 2 + 1) if covers(one) >= 0.95), default=1)
+    return Median(statistics.median(ordered), ordered[rank - 1], ordered[-rank], n, max(0.0, covers(rank)))
+
+
+# ---- start-up
+
+
+def quench(home: Path, *words: str) -> list[str]:
+    """`quench WORDS` as a command line; its environment is `environment(home)`."""
+    return [sys.executable, "-m", "flows.cli", *words]
+
+
+def environment(home: Path) -> dict[str, str]:
+    """Of every process here: one CPU slot, so that nothing runs beside anything."""
+    plain = {name: text for name, text in os.environ.items() if not name.startswith(("PREFECT_", "QUENCH_"))}
+    return {**plain, "QUENCH_HOME": str(home), "QUENCH_CPU_SLOTS": "1", "XDG_STATE_HOME": str(home / "state")}
+
+
+def run(home: Path, words: Sequence[str]) -> float:
+    """Seconds of a command that has to succeed."""
+    clock = time.monotonic()
+    done = subprocess.run(words, env=environment(home), cwd=CHECKOUT, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(words)} ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
+    return time.monotonic() - clock
+
+
+def up(home: Path) -> float:
+    """Seconds from `quench up` to its ready line; it is stopped then."""
+    log = home / "up.out"
+    clock = time.monotonic()
+    with log.open("wb") as out:
+        process = subprocess.Popen(quench(home, "up"), env=environment(home), cwd=home, stdout=out, stderr=out)
+    try:
+        while not re.search(r"^ready ", log.read_text(), flags=re.MULTILINE):
+            if process.poll() is not None or time.monotonic() - clock > READY_S:
+                raise SystemExit(f"`quench up` did not get ready\n{log.read_text()}")
+            time.sleep(0.02)
+        return time.monotonic() - clock
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+def start_up(home: Path, sets: Sequence[str], times: int) -> dict[str, list[float]]:
+    """Every command `times` times, in turns, in a home where the recipe has run once."""
+    recipe = [str(RECIPE), *(word for one in sets for word in ("--set", one))]
+    run(home, quench(home, "run", *recipe))
+    commands: dict[str, Callable[[], float]] = {
+        "quench --help": lambda: run(home, quench(home, "--help")),
+        "quench check": lambda: run(home, quench(home, "check", *recipe)),
+        "quench plan, all hits": lambda: run(home, quench(home, "plan", *recipe)),
+        "quench run, all hits": lambda: run(home, quench(home, "run", *recipe)),
+        "quench up, until ready": lambda: up(home),
+    }
+    found: dict[str, list[float]] = {name: [] for name in commands}
+    for _ in range(times):
+        for name, timed in commands.items():
+            found[name].append(timed())
+    return found
+
+
+# ---- a step
+
+
+def nothing(job: Job) -> dict[str, Any]:
+    """A job's body with next to no work."""
+    (job.out / "one.txt").write_text("1\n", encoding="utf-8")
+    return {}
+
+
+def empty_step(name: str) -> Step:
+    """A step of its own name, so that it is never a hit."""
+    return Step(
+        stage="nothing", slug=name, entry="tests.bench.overheads:nothing", version=1, params={"name": name}, inputs={}
+    )
+
+
+def steps(home: Path, times: int) -> dict[str, list[float]]:
+    """Seconds a step, in turns: the body alone, in a bare child, by run_step, and by Prefect's task around run_step."""
+    os.environ.update(environment(home))
+    from flows.server import OwnServer, prefect_settings
+
+    os.environ.update(prefect_settings(home))
+    os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
+    found: dict[str, list[float]] = {"bare child": [], "run_step": [], "Prefect's task and run_step": []}
+    with Launcher() as launcher:
+        server = OwnServer(home, launcher)
+        server.start()
+        server.wait()
+        os.environ["PREFECT_API_URL"] = server.api
+        kitchen = Kitchen(store=Store(home), launcher=launcher, leases=Leases(home), limits=Limits())
+        in_task = _task(kitchen)
+        in_task("warm")
+        run_step(empty_step("warm-2"), {}, kitchen)
+        for number in range(times):
+            found["bare child"].append(run(home, [sys.executable, "-P", "-c", "pass"]))
+            clock = time.monotonic()
+            run_step(empty_step(f"plain-{number}"), {}, kitchen)
+            found["run_step"].append(time.monotonic() - clock)
+            found["Prefect's task and run_step"].append(in_task(f"task-{number}"))
+    return found
+
+
+def _task(kitchen: Kitchen) -> Callable[[str], float]:
+    """A flow with one task around run_step, set as the pipeline's; returns the seconds from submit to result."""
+    from prefect import flow, task
+    from prefect.cache_policies import NO_CACHE
+    from prefect.task_runners import ThreadPoolTaskRunner
+
+    from flows.pipeline import WAITING_TASKS
+
+    @task(cache_policy=NO_CACHE, persist_result=False)
+    def make(name: str) -> str:
+        return str(run_step(empty_step(name), {}, kitchen).artifact.folder)
+
+    @flow(task_runner=ThreadPoolTaskRunner(max_workers=WAITING_TASKS), persist_result=False)  # pyright: ignore
+    def timed(name: str) -> float:
+        clock = time.monotonic()
+        make.submit(name).result()
+        return time.monotonic() - clock
+
+    return timed
+
+
+# ---- a whole run against one script
+
+
+def script(recipe: Path, sets: Sequence[str], out: Path) -> None:
+    """The same job bodies, one after another in this process: no Prefect, no MLflow, no store, no child, no report."""
+    from flows.compose import compose, limits, pin
+    from recipes.load import load
+
+    loaded = load(recipe, sets=sets)
+    pins = pin(loaded, out)
+    made: dict[str, Path] = {}
+    execution = limits(loaded.recipe)
+
+    def do(step: Step) -> None:
+        folder = out / step.key
+        (folder / "files").mkdir(parents=True)
+        inputs = {
+            name: Input(path=made[one.key] if isinstance(one, Step) else one.path, digest=name, fingerprint=name)
+            for name, one in step.inputs.items()
+        }
+        job = Job(
+            stage=step.stage,
+            slug=step.slug,
+            fingerprint="0" * 64,
+            entry=step.entry,
+            params=json.loads(json.dumps(dict(step.params))),
+            inputs=inputs,
+            out=folder / "files",
+            checkpoint=folder / "checkpoint",
+        )
+        module, _, body = step.entry.partition(":")
+        result = getattr(import_module(module), body)(job)
+        chosen = step.stage == "choose"
+        made[step.key] = inputs[result["candidate"]].path if chosen else job.out
+
+    compose(loaded.recipe, pins, do)
+    print(f"{len(made)} steps, {execution.threads} thread")
+
+
+def pair(number: int, sets: Sequence[str], *, first: str) -> dict[str, Any]:
+    """Seconds of both, each in an empty folder of its own, one after the other."""
+    found: dict[str, Any] = {"pair": number, "first": first}
+    for side in (first, "script" if first == "run" else "run"):
+        with tempfile.TemporaryDirectory() as folder:
+            home = Path(folder)
+            words = [str(RECIPE), *(word for one in sets for word in ("--set", one))]
+            if side == "run":
+                found["run_s"] = run(home, quench(home, "run", *words))
+                record = json.loads((home / "runs" / "latest" / "steps.json").read_text())
+                assert {one["status"] for one in record["steps"]} == {"made"}
+                found["steps"] = len(record["steps"])
+            else:
+                inner = [sys.executable, "-P", "-m", "tests.bench.overheads", "script", *words, "--out", folder]
+                found["script_s"] = run(home, inner)
+    return {**found, "ratio": found["run_s"] / found["script_s"]}
+
+
+# ---- the page
+
+
+def overheads_section(told: Mapping[str, Any]) -> str:
+    """The section of docs/results/operations.md."""
+
+    def rows(part: str) -> str:
+        found = {name: median(values) for name, values in told[part].items()}
+        return "\n".join(
+            f"| {name} | {one.median:.2f} | {one.low:.2f} to {one.high:.2f} | {one.n} |" for name, one in found.items()
+        )
+
+    ratio = median([one["ratio"] for one in told["pairs"]])
+    pairs = "\n".join(
+        f"| {one['pair'] + 1} | {one['first']} | {one['run_s']:.0f} | {one['script_s']:.0f} | {one['ratio']:.3f} |"
+        for one in told["pairs"]
+    )
+    step = {name: statistics.median(values) for name, values in told["step_s"].items()}
+    added = step["Prefect's task and run_step"] - step["bare child"]
+    least = min(one["script_s"] for one in told["pairs"]) / 60
+    long = least >= AIM_MINUTES
+    verdict = ("held" if ratio.high <= AIM else "not held") if long else "not judged: the work was shorter than that"
+    machine, versions = told["hardware"], ", ".join(f"{name} {text}" for name, text in told["versions"].items())
+    return f"""## What the orchestration costs
+
+`{told["command"]}`, one CPU slot, one thread a step. Medians; intervals from order statistics, which cover 95 % or more
+with six values or more (n pairs: {ratio.n}, covering {100 * ratio.coverage:.0f} %).
+
+| start-up, seconds | median | interval | n |
+| --- | ---: | ---: | ---: |
+{rows("start_up_s")}
+
+| a step that does nothing, seconds | median | interval | n |
+| --- | ---: | ---: | ---: |
+{rows("step_s")}
+
+A step costs {added:.2f} s beside its work and the start of a Python: lease, child with our runtime, digests, commit,
+and Prefect's task. The imports of a job (torch, transformers) are its own and not counted here.
+
+A whole run ({told["pairs"][0]["steps"]} steps of the quickstart's recipe, {told["train_steps"]} of training) against a
+script that does the same jobs one after another in one process, without children, store, Prefect, MLflow and report:
+
+| pair | first | `quench run`, s | script, s | ratio |
+| ---: | --- | ---: | ---: | ---: |
+{pairs}
+
+Ratio {ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f}). The aim is {AIM} on work of {AIM_MINUTES:g} minutes
+or more: {verdict}.
+
+{machine["cpu"]}, {machine["cores"]} cores; {versions}.
+"""
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """All figures."""
+    from flows.runs import SHOWN_VERSIONS
+    from tasks.runtime.environments import locked_versions
+
+    train_steps = max(LEAST_STEPS, round(args.minutes * SHARE * STEPS_A_MINUTE))
+    sets = [*ONE_BY_ONE, *args.set]
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder) / "home"
+        home.mkdir()
+        short = [*sets, f"train.max_steps={LEAST_STEPS}"]
+        started = start_up(home, short, args.times)
+    with tempfile.TemporaryDirectory() as folder:
+        step_s = steps(Path(folder), args.times)
+    long = [*sets, f"train.max_steps={train_steps}"]
+    pairs = [pair(number, long, first=("run", "script")[number % 2]) for number in range(args.pairs)]
+    words = f"--minutes {args.minutes:g} --times {args.times} --pairs {args.pairs}"
+    return {
+        "command": f"python -m tests.bench.overheads {words}",
+        "hardware": hardware(),
+        "versions": {name: locked_versions()[name] for name in SHOWN_VERSIONS},
+        "train_steps": train_steps,
+        "start_up_s": started,
+        "step_s": step_s,
+        "pairs": pairs,
+    }
+
+
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    if (argv or sys.argv[1:])[:1] == ["script"]:
+        inner = argparse.ArgumentParser()
+        inner.add_argument("word", choices=["script"])
+        inner.add_argument("recipe", type=Path)
+        inner.add_argument("--set", action="append", default=[])
+        inner.add_argument("--out", type=Path, required=True)
+        return inner.parse_args(argv)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=15.0, help="of work in one script")
+    parser.add_argument("--times", type=int, default=9, help="times that each command and each step is timed")
+    parser.add_argument("--pairs", type=int, default=6, help="of run and script")
+    parser.add_argument("--set", action="append", default=[], help="more of the recipe, both sides")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of overheads.json and operations.md")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and write; or be the script."""
+    args = _parsed(argv)
+    if hasattr(args, "recipe"):
+        script(args.recipe, args.set, args.out)
+        sys.stdout.flush()
+        os._exit(0)  # as children end
+    told = measure(args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "overheads.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    page = "<!-- Written by `python -m tests.bench.overheads`. -->\n# Operations, measured\n\n"
+    (args.out / "operations.md").write_text(page + overheads_section(told), encoding="utf-8")
+    print(f"wrote {args.out / 'overheads.json'}")
+
+
+if __name__ == "__main__":
+    main()
