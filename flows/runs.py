@@ -44,7 +44,7 @@ class StepRecord:
 class RunRecord:
     """Writes steps.json after every step, so that a killed run has its record too."""
 
-    def __init__(self, home: Path, loaded: Loaded, *, flow_run: str | None = None) -> None:
+    def __init__(self, home: Path, loaded: Loaded, *, flow_run: str | None = None, because: Sequence[str] = ()) -> None:
         stamp = dt.datetime.now(dt.UTC).strftime("%Y%m%d-%H%M%S")
         self.home = home
         self.id = f"{stamp}-{loaded.recipe.name}-{secrets.token_hex(2)}"
@@ -63,6 +63,7 @@ class RunRecord:
             "name": loaded.recipe.name,
             "recipe": str(loaded.path),
             "flow_run": flow_run,
+            "because": list(because),
             "started_at": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
             "status": "running",
             "hardware": hardware(),
