@@ -99,7 +99,11 @@ def count(before: Rows, now: Rows) -> Changes:
     pairs = gone & came
     stayed = before.keys() & now.keys()
     touched = Counter(now[name].domain for name in stayed if before[name][1:] != now[name][1:])
-    return Changes(added=_by_domain(came - pairs), removed=_by_domain(gone - pairs), edited=_by_domain(pairs) + touched)
+    return Changes(
+        added=dict(_by_domain(came - pairs)),
+        removed=dict(_by_domain(gone - pairs)),
+        edited=dict(_by_domain(pairs) + touched),
+    )
 
 
 def _by_domain(found: Mapping[tuple[str, str], int]) -> Counter[str]:

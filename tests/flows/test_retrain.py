@@ -22,7 +22,8 @@ from prefect.client.schemas.actions import DeploymentScheduleCreate
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.retrain import Asked, turn
+from flows.retrain import Asked, Before, turn, why
+from flows.row_changes import Changes
 from tasks.runtime.launch import CHECKOUT
 from tests.flows.test_resume import wait_gone
 from tests.flows.test_up import Project
@@ -37,14 +38,14 @@ name: tiny
 model: {base: base}
 data: {path: rows, domain: kind, group: id, max_length: 64, test: 0.2}
 train: {rank: 4, max_steps: 2, batch_size: 8}
-calibrate: {rows: 128}
+calibrate: {rows: 128, max_near_duplicates: 1.0}
 quantize: {schemes: [rtn-w4-g128]}
 evaluate: {max_new_tokens: 4, batch_size: 64}
 measure: {enabled: false}
 gate: {task: 0.99, domain_task: 0.99, loss: 9.0, domain_loss: 9.0, better_than_base: false}
 """
 TOO_SHORT = "run: {time_limit_s: 1}\n"
-TIGHT = "promote: {prefer: merged-dequantized}\n"  # another artifact, all of whose steps are in the store
+OTHER = "promote: {prefer: merged-dequantized}\n"  # another artifact, all of whose steps are in the store
 
 
 def rows(numbers: range, kind: str = "colour", shift: int = 0) -> list[str]:
@@ -110,12 +111,17 @@ def project(tmp_path: Path) -> Iterator[Project]:
 
 def states(project: Project) -> list[tuple[str, str]]:
     """Name and message of the last state of all flow runs that ended, in the order of their ends."""
+    return asked(
+        project,
+        "select s.name, s.message from flow_run r join flow_run_state s on s.id = r.state_id "
+        "where r.state_type in ('COMPLETED', 'FAILED', 'CRASHED') order by r.end_time",
+    )
+
+
+def asked(project: Project, query: str) -> list[tuple[str, ...]]:
+    """Answer of Prefect's database."""
     with contextlib.closing(sqlite3.connect(project.home / "prefect" / "prefect.db")) as database:
-        found = database.execute(
-            "select s.name, s.message from flow_run r join flow_run_state s on s.id = r.state_id "
-            "where r.state_type in ('COMPLETED', 'FAILED', 'CRASHED') order by r.end_time"
-        )
-        return found.fetchall()
+        return database.execute(query).fetchall()
 
 
 def wait(ready: Callable[[], Any], project: Project) -> Any:
@@ -138,7 +144,13 @@ def journal(project: Project) -> list[dict[str, Any]]:
 
 def prefect(project: Project, *words: str) -> str:
     program = str(Path(sys.executable).with_name("prefect"))
-    done = subprocess.run([program, *words], cwd=project.folder, env=project.env, capture_output=True, text=True)
+    done = subprocess.run(
+        [program, *words],
+        cwd=project.folder,
+        env={**project.env, "HOME": str(project.folder)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -207,7 +219,7 @@ def test_a_schedule_retrains_on_new_rows_and_skips_without(project: Project, rec
         for one in client.read_deployment_schedules(id):
             client.delete_deployment_schedule(id, one.id)
     wait(lambda: not set(project.states()) & {"Running", "Pending", "Scheduled", "Late"}, project)
-    (project.folder / "recipe.yaml").write_text(RECIPE.replace("loss: 9.0,", "loss: 1.0e-9,", 1) + TIGHT)
+    (project.folder / "recipe.yaml").write_text(RECIPE.replace("task: 0.99,", "task: 0.001,", 1) + OTHER)
     automation = {
         "name": "rows",
         "trigger": {"type": "event", "expect": ["rows.changed"], "match": {"prefect.resource.id": "sql"}}
@@ -256,12 +268,9 @@ def test_a_schedule_retrains_on_new_rows_and_skips_without(project: Project, rec
     name, message, torch, _ = json.loads(done.stdout.splitlines()[-1])
     assert (name, torch) == ("Skipped", False) and message.startswith(f"Nothing changed since run {last['run'].name}")
     assert "503" in done.stderr
-    with contextlib.closing(sqlite3.connect(project.home / "prefect" / "prefect.db")) as database:
-        told = database.execute("select name, state_name from task_run where name like 'notify%'").fetchall()
-        assert [state for _, state in told].count("Failed") == 1
-        (seconds,) = database.execute(
-            "select min(total_run_time) from flow_run where state_name = 'Skipped'"
-        ).fetchone()
+    failed = "select name from task_run where name like 'notify%' and state_name = 'Failed'"
+    assert len(wait(lambda: asked(project, failed), project)) == 1
+    ((seconds,),) = asked(project, "select min(total_run_time) from flow_run where state_name = 'Skipped'")
     assert dt.datetime.fromisoformat(seconds) - dt.datetime(1970, 1, 1) < dt.timedelta(seconds=SKIPPED_S)
     process.terminate()
     assert process.wait(60) == 0
@@ -269,7 +278,7 @@ def test_a_schedule_retrains_on_new_rows_and_skips_without(project: Project, rec
 
 
 def test_one_retrain_works_one_waits_and_a_third_is_not_needed(tmp_path: Path) -> None:
-    asked = Asked(recipe=tmp_path / "recipe.yaml", sets=[], promote=True)
+    mine = Asked(recipe=tmp_path / "recipe.yaml", sets=[], promote=True)
     said: list[str] = []
     got: list[str] = []
     waiting = threading.Event()
@@ -279,18 +288,48 @@ def test_one_retrain_works_one_waits_and_a_third_is_not_needed(tmp_path: Path) -
             said.append(text)
             waiting.set()
 
-        with turn(tmp_path, asked, say) as ours:
+        with turn(tmp_path, mine, say) as ours:
             got.append(f"second {ours}")
 
-    with turn(tmp_path, asked, said.append) as first:
+    with turn(tmp_path, mine, said.append) as first:
         assert first
         thread = threading.Thread(target=second)
         thread.start()
         assert waiting.wait(10)
-        with turn(tmp_path, asked, said.append) as third:
+        with turn(tmp_path, mine, said.append) as third:
             assert not third
         with turn(tmp_path, Asked(recipe=tmp_path / "other.yaml", sets=[], promote=True), said.append) as other:
             assert other
         got.append("first ends")
     thread.join(10)
     assert got == ["first ends", "second True"] and said == ["waiting: a retrain of this recipe is under way"]
+
+
+def saw(**parts: Any) -> dict[str, Any]:
+    plain = {
+        "data": ["a"],
+        "recipe": {"train": {"rank": 8}},
+        "inputs": {"base": "b"},
+        "versions": {"torch": "2.13.0", "step train": 4},
+        "promote": True,
+    }
+    return plain | parts
+
+
+def test_reasons_name_what_changed(tmp_path: Path) -> None:
+    before = Before(tmp_path / "run-1", saw())
+    none = Changes(added={}, removed={}, edited={})
+    assert why(None, saw(), None) == ["First retrain of this recipe."]
+    assert why(before, saw(data=["other bytes"]), none) == []
+    assert why(before, saw(data=["c"]), Changes(added={"": 3}, removed={}, edited={})) == [
+        "Since run run-1: rows 3 added."
+    ]
+    assert why(before, saw(recipe={"train": {"rank": 16}}, promote=False), none) == [
+        "Recipe: train.rank: 8 -> 16.",
+        "It is not to promote any more.",
+    ]
+    more = {"torch": "2.14.0", "step train": 4, "gptqmodel": "7.6.0"}  # a tool more comes with a scheme of the recipe
+    assert why(before, saw(versions=more, inputs={"base": "d"}), none) == [
+        'Inputs: base: "b" -> "d".',
+        'Packages and steps: torch: "2.13.0" -> "2.14.0".',
+    ]

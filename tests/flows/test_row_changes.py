@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,7 @@ def read(folder: Path, *files: list[dict[str, Any]], group: str | None = "id", d
 
 
 def changes(before: Rows, now: Rows) -> dict[str, dict[str, int]]:
-    found = count(before, now)
-    return {"added": dict(found.added), "removed": dict(found.removed), "edited": dict(found.edited)}
+    return asdict(count(before, now))
 
 
 def test_rows_are_counted_by_domain(tmp_path: Path):
