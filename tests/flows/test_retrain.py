@@ -31,7 +31,7 @@ from tests.tiny import write_base
 
 EVERY_S = 30
 LONG_S = 900  # a pipeline of fourteen children takes two minutes on an idle core
-SKIPPED_S = 15  # "in seconds": comparing takes less than one, the rest is for a busy machine
+SKIPPED_S = 15  # it ends "in seconds": two on an idle core, most of them Prefect's; the rest is for a busy machine
 COLOURS = ("blue", "green", "red")
 RECIPE = """
 name: tiny
@@ -252,9 +252,10 @@ def test_a_schedule_retrains_on_new_rows_and_skips_without(project: Project, rec
     # Nothing new, and nobody listens: skipped without torch, in seconds, and the message is a failed task.
     receiver.refuse = 99
     words = (
-        "import json, os, sys, time; from flows.retrain import retrain; clock = time.monotonic();"
+        "import json, sys, time; from flows.retrain import retrain; clock = time.monotonic();"
+        "retrain(return_state=True); seconds = time.monotonic() - clock;"
         "state = retrain(notify='custom-webhook/receiver', notify_skipped=True, return_state=True);"
-        "print(json.dumps([state.name, state.message, 'torch' in sys.modules, time.monotonic() - clock]))"
+        "print(json.dumps([state.name, state.message, 'torch' in sys.modules, seconds]))"
     )
     done = subprocess.run(
         [sys.executable, "-c", words],
@@ -265,13 +266,15 @@ def test_a_schedule_retrains_on_new_rows_and_skips_without(project: Project, rec
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    name, message, torch, _ = json.loads(done.stdout.splitlines()[-1])
-    assert (name, torch) == ("Skipped", False) and message.startswith(f"Nothing changed since run {last['run'].name}")
+    name, message, torch, seconds = json.loads(done.stdout.splitlines()[-1])
+    assert (
+        (name, torch) == ("Skipped", False)
+        and seconds < SKIPPED_S
+        and message.startswith(f"Nothing changed since run {last['run'].name}")
+    )
     assert "503" in done.stderr
     failed = "select name from task_run where name like 'notify%' and state_name = 'Failed'"
     assert len(wait(lambda: asked(project, failed), project)) == 1
-    ((seconds,),) = asked(project, "select min(total_run_time) from flow_run where state_name = 'Skipped'")
-    assert dt.datetime.fromisoformat(seconds) - dt.datetime(1970, 1, 1) < dt.timedelta(seconds=SKIPPED_S)
     process.terminate()
     assert process.wait(60) == 0
     wait_gone(project.home)
