@@ -11,16 +11,19 @@ from typing import Any, cast
 
 from prefect import Flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
 from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter, WorkPoolFilter
 from prefect.client.schemas.objects import FlowRun
 from prefect.deployments.runner import RunnerDeployment
+from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed
 from prefect.types.entrypoint import EntrypointType
+from prefect.utilities.callables import parameter_schema
 from prefect.workers.process import ProcessWorker
 
 from flows.evaluate_only import evaluate_only
 from flows.pipeline import finetune_and_quantize
+from flows.retrain import retrain
 
 POOL = "quench"
 NAME = "default"
@@ -28,6 +31,7 @@ WORKER = "quench up"
 FLOWS = (  # those of infra/prefect.yaml; a test compares
     cast("Flow[..., str]", finetune_and_quantize),
     cast("Flow[..., str]", evaluate_only),
+    cast("Flow[..., str]", retrain),
 )
 UNDER_WAY = ("PENDING", "RUNNING", "CANCELLING")
 PAGE = 200
@@ -57,9 +61,31 @@ def register(folder: Path) -> list[str]:
             job_variables={"working_dir": str(folder)},
             entrypoint_type=EntrypointType.MODULE_PATH,
         )
-        deployment.apply()
         names.append(f"{one.name}/{NAME}")
+        _apply(deployment, one, names[-1])
     return names
+
+
+def _apply(deployment: RunnerDeployment, one: Flow[..., str], name: str) -> None:
+    """Create it, or change no more of it than what is ours.
+
+    Prefect's own `apply` would take away what people set: parameters, pause, limits, tags, and automations that
+    `prefect deploy` made.
+    """
+    with get_client(sync_client=True) as client:
+        try:
+            there = client.read_deployment_by_name(name)
+        except ObjectNotFound:
+            deployment.apply()
+            return
+        ours = DeploymentUpdate(
+            entrypoint=deployment.entrypoint,
+            description=deployment.description,
+            parameter_openapi_schema=parameter_schema(one).model_dump(exclude_unset=True),
+            work_pool_name=POOL,
+            job_variables={**there.job_variables, **deployment.job_variables},
+        )
+        client.update_deployment(there.id, ours)
 
 
 def job_template() -> dict[str, Any]:

@@ -208,8 +208,13 @@ def finetune_and_quantize(recipe: str, sets: list[str] | None = None, only: list
     return run_vetted(vetted, only=only or [])
 
 
-def run_vetted(vetted: Vetted, *, only: Sequence[str]) -> str:
+def run_vetted(vetted: Vetted, *, only: Sequence[str], because: Sequence[str] = ()) -> str:
     """Body of a flow: make what was vetted, tell Prefect and MLflow, report; returns the run's folder.
+
+    Args:
+        vetted: The recipe, pinned and planned.
+        only: Arms that are wanted.
+        because: Why it runs, for the report; nothing where somebody just asked.
 
     Raises:
         RunFailed: A step failed; everything that finished is in the store and in the report.
@@ -217,7 +222,7 @@ def run_vetted(vetted: Vetted, *, only: Sequence[str]) -> str:
     home, run = find_home(), new_id(vetted.recipe.name)
     with refusals_logged():
         tracker = Tracker(home, experiment=vetted.recipe.name, run=run)
-    record = RunRecord(home, vetted.loaded, id=run, flow_run=flow_run.id)
+    record = RunRecord(home, vetted.loaded, id=run, flow_run=flow_run.id, because=because)
     with Launcher() as launcher, watched(launcher):
         session = Session(vetted, launcher, record, tracker)
         try:

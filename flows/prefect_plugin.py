@@ -12,7 +12,7 @@ from pathlib import Path
 
 from prefect.plugins import HookContext, SetupResult, register_hook
 
-NAMES = ("finetune-and-quantize", "evaluate-only")
+NAMES = ("finetune-and-quantize", "evaluate-only", "retrain")
 PROGRAM = ("prefect", "-m")  # -m: what sys.argv has while Python looks for the module of `python -m prefect`
 COMMAND = ["deployment", "run"]
 

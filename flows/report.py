@@ -141,6 +141,7 @@ def evaluate(run: Run) -> dict[str, Any]:
         "not_ranked": unranked,
         "reference": run.reference,
         "only": list(run.raw.get("only") or []),
+        "because": list(run.raw.get("because") or []),
         "choice": found.choice and dict(found.choice),
         "error_over_delta": found.error_over_delta,
         "adapter": found.adapter,

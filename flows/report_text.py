@@ -106,6 +106,7 @@ def overview(report: Mapping[str, Any]) -> list[str]:
     """The first screen of report.md, line by line: verdict, failures, and the table of all arms."""
     lines = [f"# Quench: {report['name']}", "", f"Run `{report['id']}`. {data_line(report)}.", ""]
     lines += [*report["verdict"], ""]
+    lines += [*(f"Why it ran: {one}" for one in report["because"]), ""] if report["because"] else []
     lines += _failures(report)
     lines += ["## Arms", "", "95 % intervals in brackets; arrows point to better.", ""]
     head = ["arm", *(heading(name, report["directions"]) for name in columns(report))]

@@ -51,7 +51,9 @@ class StepRecord:
 class RunRecord:
     """Writes steps.json after every step, so that a killed run has its record too."""
 
-    def __init__(self, home: Path, loaded: Loaded, *, id: str, flow_run: str | None = None) -> None:
+    def __init__(
+        self, home: Path, loaded: Loaded, *, id: str, flow_run: str | None = None, because: Sequence[str] = ()
+    ) -> None:
         self.home = home
         self.id = id
         self.folder = home / "runs" / self.id
@@ -70,6 +72,7 @@ class RunRecord:
             "name": loaded.recipe.name,
             "recipe": str(loaded.path),
             "flow_run": flow_run,
+            "because": list(because),
             "started_at": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
             "status": "running",
             "hardware": hardware(),

@@ -32,20 +32,25 @@ NO_SPEED = 'sets=["measure.enabled=false"]'
 
 
 class Project:
-    """A folder as `quench init` leaves it, its `.quench` filled by a finished run, and `quench up` in it."""
+    """A folder as `quench init` leaves it, with `quench up` in it."""
 
-    def __init__(self, world: World, folder: Path) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.home = folder / ".quench"
         folder.mkdir(exist_ok=True, parents=True)
-        world.home.rename(self.home)
-        for path in world.recipe.parent.iterdir():
-            (folder / path.name).write_bytes(path.read_bytes())
+        self.home.mkdir()
         (folder / "pyproject.toml").write_text(PYPROJECT)
         # No variable of the tests' own server, and none that names the home: the folder does.
         self.env = {name: text for name, text in os.environ.items() if not name.startswith(("PREFECT_", "QUENCH_"))}
         self.env |= {"QUENCH_CPU_SLOTS": "1", "COLUMNS": "300", "XDG_STATE_HOME": str(folder / "state")}
         self.out = folder / "up.out"
+
+    def take(self, world: World) -> None:
+        """Let a finished run be that of this folder's recipe."""
+        self.home.rmdir()
+        world.home.rename(self.home)
+        for path in world.recipe.parent.iterdir():
+            (self.folder / path.name).write_bytes(path.read_bytes())
 
     def up(self, *more: str) -> subprocess.Popen[bytes]:
         """Start `quench up` and wait for its ready line."""
@@ -71,6 +76,12 @@ class Project:
             text=True,
             timeout=300,
         )
+
+    def kill(self) -> None:
+        """Kill what a failed test left."""
+        for pid in processes_of(self.home):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def states(self) -> list[str]:
         """States of all flow runs, oldest first, as the database has them."""
@@ -98,17 +109,16 @@ class Project:
 
 @pytest.fixture
 def project(world: World, tmp_path: Path) -> Iterator[Project]:
-    made = Project(world, tmp_path / UNUSUAL / "project")
+    made = Project(tmp_path / UNUSUAL / "project")
+    made.take(world)
     yield made
-    for pid in processes_of(made.home):  # what a failed test left
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    made.kill()
 
 
 def test_the_users_command_runs_through_and_ctrl_c_leaves_nothing(project: Project):
     process = project.up()
     told = json.loads((project.home / "up.json").read_text())
-    assert told["deployments"] == ["finetune-and-quantize/default", "evaluate-only/default"]
+    assert told["deployments"] == ["finetune-and-quantize/default", "evaluate-only/default", "retrain/default"]
     second = subprocess.run(
         [sys.executable, "-m", "flows.cli", "up"], cwd=project.folder, env=project.env, capture_output=True, text=True
     )
