@@ -277,9 +277,9 @@ most {GOAL}. Same rows, settings and environment variables: without the variable
 
 {table(measured)}
 
-*Load* is the machine's load average before a pair, the median: above 1 other programs ran, at a lower priority. They
-slow both halves of a pair, not equally. Seconds and time ratios of such rows are no measure of anything; read those of
-CPU time, and measure again on a quiet machine where they decide.
+*Load* is the machine's load average before a pair, the median. Above 1 other programs ran: on the other core (taskset)
+beside most rows, at a lower priority on the same cores beside the two archived backends. There seconds and time ratios
+measure little; read those of CPU time, and measure again on a quiet machine where they decide.
 
 *Record* is what the library does not do: the written folder is loaded again beside the bf16 model and each attention
 and FFN compared (schemes with calibration, but for the archived backends), stored floats are checked for inf and NaN,
