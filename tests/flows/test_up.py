@@ -36,7 +36,7 @@ class Project:
     def __init__(self, world: World, folder: Path) -> None:
         self.folder = folder
         self.home = folder / ".quench"
-        folder.mkdir(exist_ok=True, parents=True)
+        folder.mkdir()
         world.home.rename(self.home)
         for path in world.recipe.parent.iterdir():
             (folder / path.name).write_bytes(path.read_bytes())
@@ -97,7 +97,7 @@ class Project:
 
 @pytest.fixture
 def project(world: World, tmp_path: Path) -> Iterator[Project]:
-    made = Project(world, tmp_path / UNUSUAL / "project")
+    made = Project(world, tmp_path / f"project in {UNUSUAL}")
     yield made
     for pid in processes_of(made.home):  # what a failed test left
         with contextlib.suppress(ProcessLookupError):
