@@ -53,7 +53,8 @@ def _no_space(error: OSError) -> int:
 
     if not is_full(error):
         raise error
-    print(f"error: {full(find_home(), error.filename or str(error))}", file=sys.stderr)
+    home = find_home()
+    print(f"error: {full(home, error.filename or str(home))}", file=sys.stderr)
     return FAILED
 
 

@@ -33,7 +33,7 @@ from flows.tracking import no_answer, tracking_uri
 from recipes.problem import RecipeError
 from recipes.secrets import hide
 from tasks.runtime.events import read_events
-from tasks.runtime.store import read_json
+from tasks.runtime.store import flocked, read_json
 
 LIVE_S = 2.0
 STOP_S = 5.0  # an interrupted run has to be gone within 10
@@ -91,7 +91,9 @@ class Tracker:
         Raises:
             RecipeError: The tracking server does not answer.
         """
-        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # two lines on every new database
+        # Two lines on every new database, and a page of traceback for what is raised as well and told as trouble.
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # `--json` has it to itself
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
         self.home, self.run = home, run
@@ -108,10 +110,11 @@ class Tracker:
         self.compare_url: str | None = None
         self._data: dict[str, DatasetInput] = {}
         try:
-            mlflow.set_tracking_uri(self.uri)
-            self._client = MlflowClient(self.uri)
-            found = self._client.get_experiment_by_name(experiment)
-            self.experiment = found.experiment_id if found else self._create(experiment)
+            with flocked(home / "mlflow.lock"):  # two runs at once would both make the tables, or the experiment
+                mlflow.set_tracking_uri(self.uri)
+                self._client = MlflowClient(self.uri)
+                found = self._client.get_experiment_by_name(experiment)
+                self.experiment = found.experiment_id if found else self._create(experiment)
         except MlflowException as error:
             raise RecipeError([no_answer(self.uri, str(error).splitlines()[0])]) from error
 

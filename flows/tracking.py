@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import urllib.error
-import urllib.request
+import re
 from pathlib import Path
+
+import httpx
 
 from recipes.problem import Problem
 from tasks.runtime.store import read_json
@@ -25,11 +26,10 @@ def silent(uri: str) -> Problem | None:
     if not uri.startswith("http"):
         return None
     try:
-        urllib.request.urlopen(f"{uri}/health", timeout=ANSWER_S).close()
-    except urllib.error.HTTPError:
-        return None
-    except OSError as error:
-        return no_answer(uri, str(error))
+        asked = httpx.URL(f"{uri}/health").copy_with(username=None, password=None)
+        httpx.get(asked, timeout=ANSWER_S, verify=False)  # nothing secret is sent: whom it trusts is MLflow's matter
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        return no_answer(uri, f"{type(error).__name__}: {error}")
     return None
 
 
@@ -37,7 +37,7 @@ def no_answer(uri: str, why: str) -> Problem:
     """MLflow does not answer."""
     return Problem(
         what="MLflow does not answer",
-        where=uri,
+        where=re.sub(r"//[^/@]*@", "//", uri),  # without a password
         why=why,
         next="start that server; or, for SQLite below QUENCH_HOME, unset MLFLOW_TRACKING_URI and remove the up.json "
         "that a killed `quench up` left",

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tasks.runtime.fingerprint import fingerprint
+from tasks.runtime.store import write_json
 from tests.conftest import World
 
 ARMS = ["base", "base-nf4", "nf4-adapter", "merged-dequantized", "merged-original", "gptq-w4-g128", "rtn-w4-g128"]
@@ -165,7 +166,7 @@ def test_an_artifact_of_an_older_version_of_its_step_is_a_miss(world: World):
     version = manifest["identity"]["version"]
     manifest["identity"]["version"] = version - 1
     manifest["fingerprint"] = fingerprint(manifest["identity"])
-    path.write_text(json.dumps(manifest))
+    write_json(path, manifest)  # in the place of a hard link
     path.parent.rename(path.parent.with_name(f"rtn-w4-g128-{manifest['fingerprint'][:12]}"))
     said = world.quench("plan", str(world.recipe)).stdout
     assert f"version: {version - 1} -> {version}" in said

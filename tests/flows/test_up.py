@@ -37,7 +37,7 @@ class Project:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.home = folder / ".quench"
-        folder.mkdir(exist_ok=True, parents=True)
+        folder.mkdir(parents=True)
         self.home.mkdir()
         (folder / "pyproject.toml").write_text(PYPROJECT)
         # No variable of the tests' own server, and none that names the home: the folder does.
@@ -109,7 +109,7 @@ class Project:
 
 @pytest.fixture
 def project(world: World, tmp_path: Path) -> Iterator[Project]:
-    made = Project(tmp_path / UNUSUAL / "project")
+    made = Project(tmp_path / f"project in {UNUSUAL}")
     made.take(world)
     yield made
     made.kill()
