@@ -135,7 +135,8 @@ def in_up(made: Seen, patch: pytest.MonkeyPatch, hub: Hub) -> None:
     hub.tokens = {BLOCK: {"org/gated"}}
     for name, value in hub.env(made.folder / "hf").items():
         patch.setenv(name, value)
-    project = made.project = Project(made.world, made.folder / "project")
+    project = made.project = Project(made.folder / "project")
+    project.take(made.world)
     made.listening.home = project.home
     process = project.up("--allow-python", str(project.folder / "dump.py"))
     save = f"from prefect.blocks.system import Secret; Secret(value={BLOCK!r}).save('quench-hf-token')"
