@@ -49,8 +49,9 @@ from recipes.problem import RecipeError
 from tasks.runtime.errors import StepFailed
 from tasks.runtime.launch import Launcher
 from tasks.runtime.leases import Leases
+from tasks.runtime.open_store import open_store
 from tasks.runtime.step import Kitchen, Made, Step, lookup, run_step
-from tasks.runtime.store import Artifact, Store, find_home, write_json
+from tasks.runtime.store import Artifact, find_home, write_json
 
 # A task only waits for its child; what runs at once is decided by leases.
 WAITING_TASKS = 32
@@ -66,10 +67,10 @@ class RunFailed(Exception):
 class Session:
     """One run of the flow: submits steps, keeps their artifacts and tells everyone."""
 
-    def __init__(self, vetted: Vetted, store: Store, launcher: Launcher, record: RunRecord) -> None:
+    def __init__(self, vetted: Vetted, launcher: Launcher, record: RunRecord) -> None:
         self.record = record
-        self.store = store
         self.display = Display()
+        self.store = store = open_store(record.home, stop=launcher.stop, say=self.display.line)
         self.tracker = Tracker(store.home, experiment=vetted.recipe.name, run=record.id)
         self.kitchen = Kitchen(
             store=store,
@@ -225,7 +226,7 @@ def run_vetted(vetted: Vetted, *, only: Sequence[str]) -> str:
     home = find_home()
     record = RunRecord(home, vetted.loaded, flow_run=flow_run.id)
     with Launcher() as launcher, watched(launcher):
-        session = Session(vetted, Store(home), launcher, record)
+        session = Session(vetted, launcher, record)
         try:
             with session.display:
                 _work(session, vetted, only=only)

@@ -30,11 +30,13 @@ from mlflow.utils.file_utils import local_file_uri_to_path
 from flows.report_text import overview
 from recipes.problem import Problem, RecipeError
 from tasks.runtime.events import read_events
-from tasks.runtime.store import read_json
+from tasks.runtime.open_store import open_store
+from tasks.runtime.store import Store, read_json
 
 LIVE_S = 2.0
 STOP_S = 5.0  # an interrupted run has to be gone within 10
 BATCH = 500  # MLflow's limit for one log_batch is 1,000 metrics
+REFERENCE_BYTES = 1 << 20  # a file of the bucket that is at least so large is named, not sent
 PARAM_CHARS = 6000
 NOTE_CHARS = 8000  # a tag's
 DIGEST_CHARS = 36  # a dataset's
@@ -306,12 +308,34 @@ class Tracker:
         """The artifact's manifest and files in the MLflow run, as hard links where that is possible."""
         uri = self._client.get_run(run).info.artifact_uri
         if uri is None or not uri.startswith("file:"):
-            self._client.log_artifacts(run, str(folder / "files"), name)
+            if place := self._store.place_in_bucket(folder):
+                self._by_reference(run, folder / "files", name, place=place)
+            else:
+                self._client.log_artifacts(run, str(folder / "files"), name)
             self._client.log_artifact(run, str(folder / "manifest.json"))
             return
         root = Path(local_file_uri_to_path(uri))
         link_tree(folder / "files", root / name)
         link_tree(folder, root, names=("manifest.json",))
+
+    @functools.cached_property
+    def _store(self) -> Store:
+        return open_store(self.home)
+
+    def _by_reference(self, run: str, files: Path, name: str, *, place: str) -> None:
+        """Small files are sent; of weights and large ones, which the bucket has already, references.json says where."""
+        named = {str(path.relative_to(files)): path for path in sorted(files.rglob("*")) if path.is_file()}
+        large = {file: path.stat().st_size for file, path in named.items() if _is_large(path)}
+        for file, path in named.items():
+            if file not in large:
+                self._client.log_artifact(run, str(path), str(Path(name, file).parent))
+        said = {file: {"uri": f"{place}/{file}", "bytes": size} for file, size in large.items()}
+        self._client.log_dict(run, said, f"{name}/references.json")
+        self._tag(run, {"quench.files": place})
+
+
+def _is_large(path: Path) -> bool:
+    return path.suffix == ".safetensors" or path.stat().st_size >= REFERENCE_BYTES
 
 
 def link_tree(source: Path, target: Path, *, names: Iterable[str] | None = None) -> None:
