@@ -20,7 +20,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from flows.champion import record_folder
 from flows.promotions import Promotion, challenger, champion, versions
-from flows.track import link_tree, tracking_uri
+from flows.track import tracking_uri
+from flows.weights import link_tree
 from tasks.runtime.open_store import open_store
 
 DESCRIPTION_CHARS = 5000  # the column of MLflow's database

@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
@@ -28,6 +28,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.file_utils import local_file_uri_to_path
 
 from flows.report_text import overview
+from flows.weights import link_tree, parted
 from recipes.problem import Problem, RecipeError
 from tasks.runtime.events import read_events
 from tasks.runtime.open_store import open_store
@@ -36,7 +37,6 @@ from tasks.runtime.store import Store, read_json
 LIVE_S = 2.0
 STOP_S = 5.0  # an interrupted run has to be gone within 10
 BATCH = 500  # MLflow's limit for one log_batch is 1,000 metrics
-REFERENCE_BYTES = 1 << 20  # a file of the bucket that is at least so large is named, not sent
 PARAM_CHARS = 6000
 NOTE_CHARS = 8000  # a tag's
 DIGEST_CHARS = 36  # a dataset's
@@ -323,33 +323,12 @@ class Tracker:
         return open_store(self.home)
 
     def _by_reference(self, run: str, files: Path, name: str, *, place: str) -> None:
-        """Small files are sent; of weights and large ones, which the bucket has already, references.json says where."""
-        named = {str(path.relative_to(files)): path for path in sorted(files.rglob("*")) if path.is_file()}
-        large = {file: path.stat().st_size for file, path in named.items() if _is_large(path)}
-        for file, path in named.items():
-            if file not in large:
-                self._client.log_artifact(run, str(path), str(Path(name, file).parent))
-        said = {file: {"uri": f"{place}/{file}", "bytes": size} for file, size in large.items()}
-        self._client.log_dict(run, said, f"{name}/references.json")
+        """Send the small files; of weights, which the bucket has already, references.json says where."""
+        small, references = parted(files, place)
+        for file, path in small.items():
+            self._client.log_artifact(run, str(path), str(Path(name, file).parent))
+        self._client.log_dict(run, references, f"{name}/references.json")
         self._tag(run, {"quench.files": place})
-
-
-def _is_large(path: Path) -> bool:
-    return path.suffix == ".safetensors" or path.stat().st_size >= REFERENCE_BYTES
-
-
-def link_tree(source: Path, target: Path, *, names: Iterable[str] | None = None) -> None:
-    """Hard-link the files of `source` below `target`; across file systems they are copied."""
-    files = [source / name for name in names] if names is not None else [one for one in source.rglob("*")]
-    for path in files:
-        if path.is_file():
-            place = target / path.relative_to(source)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.unlink(missing_ok=True)
-            try:
-                os.link(path, place)
-            except OSError:  # another file system
-                place.write_bytes(path.read_bytes())
 
 
 def _datasets(folder: Path, manifest: Mapping[str, Any]) -> dict[str, DatasetInput]:
