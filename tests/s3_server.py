@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -74,7 +73,7 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
     with Launcher() as launcher:
         child = launcher.start(
             ["exec", "--", sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-            env=child_env() | {"PYTHONPATH": os.environ.get("PYTHONPATH", "")},
+            env=child_env(),
             cwd=folder,
             log=log,
         )

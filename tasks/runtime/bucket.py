@@ -37,6 +37,7 @@ from tasks.runtime.store import StoreTrouble
 MULTIPART_BYTES = 64 << 20  # a larger file goes in parts
 PART_BYTES = 32 << 20
 PARALLEL = 10  # requests of a transfer at once
+CONNECTIONS = 64  # kept open: many steps wait, look and transfer side by side
 SAID_AFTER_S = 2.0
 CHANGED = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
 ABSENT = ("NoSuchKey", "404")
@@ -300,7 +301,7 @@ def _config() -> Config:
         connect_timeout=5,
         read_timeout=60,
         retries={"mode": "standard", "max_attempts": 4},
-        max_pool_connections=PARALLEL + 4,
+        max_pool_connections=CONNECTIONS,
         s3={"addressing_style": "path" if own else "auto"},  # servers of one's own seldom have a name a bucket
     )
 

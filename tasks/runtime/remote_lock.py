@@ -23,6 +23,7 @@ from tasks.runtime.store import StoreTrouble
 
 EXPIRY_S = 60.0
 POLL_S = 1.0
+JOIN_S = 5.0
 
 
 @contextlib.contextmanager
@@ -58,8 +59,9 @@ def remote_lock(
         yield
     finally:
         done.set()
-        beating.join()
-        own.free()
+        beating.join(timeout=JOIN_S)  # the bucket may be away: then the lock is free after the expiry
+        if not beating.is_alive():
+            own.free()
 
 
 class _Ownership:

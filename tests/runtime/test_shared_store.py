@@ -20,6 +20,8 @@ from pathlib import Path
 import pytest
 
 from tasks.runtime.bucket import Bucket
+from tasks.runtime.launch import CHECKOUT
+from tasks.runtime.leases import Leases, this_machine
 from tasks.runtime.open_store import open_store
 from tasks.runtime.s3 import S3Store
 from tasks.runtime.store import Artifact, LostRaceError, Store
@@ -46,7 +48,7 @@ class Machines:
     def start(self, name: str, *words: str, **more: str) -> subprocess.Popen[str]:
         env = {**os.environ, **self.env, "QUENCH_HOME": str(self.home(name)), **more}
         argv = [sys.executable, "-m", "tests.runtime.machine", *words]
-        return subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(argv, env=env, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def ended(process: subprocess.Popen[str]) -> dict[str, object]:
@@ -192,6 +194,15 @@ def test_a_dead_owners_lock_is_free(machines: Machines) -> None:
     clock = time.monotonic()
     with machines.store("one").lock("train", PRINT):  # on its own machine at once: the kernel has freed the home's lock
         assert time.monotonic() - clock < 10
+
+
+def test_machines_on_one_path_have_slots_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUENCH_CPU_SLOTS", "1")
+    (stop := threading.Event()).set()
+    one, two = (Leases(tmp_path, machine=name) for name in "ab")
+    with one.take(1), two.take(1, stop=stop), pytest.raises(InterruptedError), one.take(1, stop=stop):
+        pass
+    assert Leases(tmp_path).folder.name == this_machine()
 
 
 # ---- the bucket alone
