@@ -20,6 +20,7 @@ from tasks import evaluate
 from tasks.runtime.fingerprint import file_digest
 from tasks.runtime.launch import Launcher
 from tasks.runtime.leases import Leases
+from tasks.runtime.open_store import open_store
 from tasks.runtime.pin import Digests
 from tasks.runtime.step import External, Kitchen, run_step
 from tasks.runtime.store import Store, read_json
@@ -107,7 +108,7 @@ def evaluated(present: Promotion, run: Run, candidate: Arm, home: Path) -> Rival
     """
     scored = run.step(candidate.evaluate)
     assert scored is not None and scored.manifest is not None and scored.files is not None  # it was evaluated
-    store, folder = Store(home), home / present.path
+    store, folder = open_store(home), home / present.path
     if problem := stale(store, present):
         raise RecipeError([problem])
     recipe = Recipe.model_validate(run.recipe)

@@ -42,8 +42,9 @@ from recipes.problem import RecipeError
 from tasks.runtime.errors import StepFailed
 from tasks.runtime.launch import Launcher
 from tasks.runtime.leases import Leases
+from tasks.runtime.open_store import open_store
 from tasks.runtime.step import Kitchen, Made, Step, lookup, run_step
-from tasks.runtime.store import Artifact, Store, find_home, write_json
+from tasks.runtime.store import Artifact, find_home, write_json
 
 # A task only waits for its child; what runs at once is decided by leases.
 WAITING_TASKS = 32
@@ -58,11 +59,10 @@ class Session:
     """One run of the flow: submits steps, keeps their artifacts and tells everyone."""
 
     def __init__(self, vetted: Vetted, launcher: Launcher, record: RunRecord, tracker: Tracker) -> None:
-        store = Store(record.home)
         self.record = record
-        self.store = store
         self.display = Display()
         self.tracker = tracker
+        self.store = store = open_store(record.home, stop=launcher.stop, say=self.display.line)
         self.kitchen = Kitchen(
             store=store,
             launcher=launcher,

@@ -18,6 +18,7 @@ class Planned:
 
     Attributes:
         fields: What differs from the nearest artifact of the same step.
+        download_bytes: Of a hit that is in the bucket and not here.
         environment: Python environment that makes it; None for the main one.
     """
 
@@ -27,10 +28,13 @@ class Planned:
     why: str
     fields: tuple[str, ...] = ()
     environment: str | None = None
+    download_bytes: int = 0
 
     def __str__(self) -> str:
         line = f"{'hit ' if self.hit else 'make'}  {self.key:<34} {self.fingerprint[:12]}"
-        return line if self.hit else f"{line}  {self.why}" + "".join(f"\n{'':>6}{one}" for one in self.fields)
+        if self.hit:
+            return line if self.why == "hit" else f"{line}  {self.why}"
+        return f"{line}  {self.why}" + "".join(f"\n{'':>6}{one}" for one in self.fields)
 
 
 def known_inputs(step: Step, artifacts: dict[str, Artifact]) -> dict[str, Artifact] | None:
@@ -56,9 +60,11 @@ def plan(recipe: Recipe, pins: Pins, store: Store, *, only: Sequence[str] = ()) 
             why = f"after {', '.join(waits)}"
         else:
             found = lookup(step, inputs, store)
-            if found.artifact:
-                artifacts[step.key] = found.artifact
-                lines.append(Planned(key=step.key, fingerprint=step.fingerprint, hit=True, why="hit"))
+            if there := found.artifact or found.away:
+                artifacts[step.key] = there
+                size = store.download_bytes(found)
+                hit = Planned(key=step.key, fingerprint=step.fingerprint, hit=True, why=found.why, download_bytes=size)
+                lines.append(hit)
                 return
             why = found.why
         if step.stage == "choose" and len(between := candidates(step)) > 1:

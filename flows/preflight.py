@@ -56,15 +56,17 @@ def _free_gpu_gib() -> float | None:
     return min(free) / 1024 if said.returncode == 0 and free else None
 
 
-def disk_problem(predicted: Sequence[Predicted], home: Path) -> Problem | None:
-    """The sum of what these steps leave against the free space where the store lies."""
+def disk_problem(predicted: Sequence[Predicted], home: Path, *, download_gib: float = 0.0) -> Problem | None:
+    """What these steps leave, and what comes from a bucket, against the free space where the store lies."""
     there = next(folder for folder in (home, *home.parents) if folder.exists())
     free = shutil.disk_usage(there).free / GIB
-    needed = sum(step.disk_gib for step in predicted)
+    needed = download_gib + sum(step.disk_gib for step in predicted)
     if needed <= free:
         return None
     largest = sorted(predicted, key=lambda step: -step.disk_gib)[:3]
     named = ", ".join(f"{step.key} {step.disk_gib:.1f} GiB" for step in largest)
+    if download_gib:
+        named = f"downloads of hits {download_gib:.1f} GiB, {named}".rstrip(", ")
     return Problem(
         what=f"The steps to make would write {needed:.1f} GiB; {free:.1f} GiB are free.",
         where=str(home),
@@ -290,7 +292,8 @@ def preflight(loaded: Loaded, planned: Sequence[Planned], *, home: Path, base: P
         externals=externals,
     )
     few = calibration_problem(recipe, headers, rows) if f"calibrate/{recipe.name}" in make else None
-    full = disk_problem([step for step in steps if step.key in make], home)
+    download_gib = sum(line.download_bytes for line in planned) / GIB
+    full = disk_problem([step for step in steps if step.key in make], home, download_gib=download_gib)
     if problems or full or few:
         raise RecipeError([*problems, *filter(None, (full, few))])
     return {

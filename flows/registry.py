@@ -20,7 +20,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from flows.champion import record_folder
 from flows.promotions import Promotion, challenger, champion, versions
-from flows.track import link_tree, tracking_uri
+from flows.track import tracking_uri
+from flows.weights import link_tree
+from tasks.runtime.open_store import open_store
 
 DESCRIPTION_CHARS = 5000  # the column of MLflow's database
 VERSION = "quench.version"
@@ -84,8 +86,27 @@ class _Registry:
 
     def _register(self, one: Promotion) -> str:
         """A version with the artifact's files; returns the registry's number."""
-        files = self.home / one.path / "files"
         experiment, run = self._origin(one)
+        place, logged = self._place(one, run, experiment)
+        card = record_folder(self.home, one) / "card.md"
+        made = self.client.create_model_version(
+            self.model,
+            place,
+            run_id=run,
+            # A server behind HTTP refuses a place that is not below a model that is named; without one, MLflow would
+            # look the model up in the process-wide store, which is ours only where a user set it.
+            model_id=logged if tracking_uri(self.home).startswith("http") else None,
+            tags=self._tags(one, run, experiment),
+            description=_described(card.read_text(encoding="utf-8")) if card.exists() else None,
+        )
+        return made.version
+
+    def _place(self, one: Promotion, run: str | None, experiment: str) -> tuple[str, str | None]:
+        """Where a version's files lie, and the logged model that has them; None where the store's bucket has them."""
+        stored = open_store(self.home).place_in_bucket(self.home / one.path)
+        if stored and tracking_uri(self.home).startswith("http"):
+            return stored, None
+        files = self.home / one.path / "files"
         logged = self.client.create_logged_model(
             experiment, name=one.arm.translate(UNWANTED), source_run_id=run, tags=self._tags(one, run, experiment)
         )
@@ -95,18 +116,7 @@ class _Registry:
         else:
             self.client.log_model_artifacts(logged.model_id, str(files))
         self.client.finalize_logged_model(logged.model_id, "READY")
-        card = record_folder(self.home, one) / "card.md"
-        made = self.client.create_model_version(
-            self.model,
-            place,
-            run_id=run,
-            # A server behind HTTP refuses a place that is not below a model that is named; without one, MLflow would
-            # look the model up in the process-wide store, which is ours only where a user set it.
-            model_id=logged.model_id if tracking_uri(self.home).startswith("http") else None,
-            tags=self._tags(one, run, experiment),
-            description=_described(card.read_text(encoding="utf-8")) if card.exists() else None,
-        )
-        return made.version
+        return place, logged.model_id
 
     def _origin(self, one: Promotion) -> tuple[str, str | None]:
         """Experiment and MLflow run that the artifact comes from; the run is None where MLflow has lost it."""

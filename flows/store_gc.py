@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from flows.decision import PROMOTION
 from flows.promotions import JOURNAL, records
+from tasks.runtime.open_store import open_store
 from tasks.runtime.store import MANIFEST, Store, locked_now, read_json
 
 
@@ -25,18 +26,20 @@ class Unreached:
         name: `<stage>/<folder>`.
         size: Bytes of its files.
         linked: Bytes of these that stay, because MLflow or an export has a hard link.
+        in_bucket: The bucket behind this home has it, and keeps it.
     """
 
     name: str
     size: int
     linked: int
+    in_bucket: bool = False
 
 
 def unreached(home: Path) -> list[Unreached]:
     """Artifacts that nothing reaches, by name."""
-    kept = reached(home)
-    folders = [path.parent for path in Store(home).manifests() if path.parent not in kept]
-    return [_measured(folder) for folder in folders]
+    kept, store = reached(home), open_store(home)
+    folders = [path.parent for path in store.manifests() if path.parent not in kept]
+    return [replace(_measured(folder), in_bucket=store.place_in_bucket(folder) is not None) for folder in folders]
 
 
 def reached(home: Path) -> set[Path]:
@@ -56,7 +59,9 @@ def collect(home: Path, *, remove: bool) -> tuple[dict[str, Any], str]:
     found = unreached(home)
     gone = removed(home, [one.name for one in found]) if remove else []
     lines = [
-        f"{'removed' if one.name in gone else 'unreached':<10}{one.name:<60} {one.size / 1e6:10.1f} MB" for one in found
+        f"{'removed' if one.name in gone else 'unreached':<10}{one.name:<60} {one.size / 1e6:10.1f} MB"
+        + ("  stays in the bucket" if one.in_bucket else "")
+        for one in found
     ]
     taken = [one for one in found if one.name in gone or not remove]
     free, linked = sum(one.size - one.linked for one in taken), sum(one.linked for one in taken)

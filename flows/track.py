@@ -15,7 +15,7 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
@@ -30,10 +30,12 @@ from mlflow.utils.file_utils import local_file_uri_to_path
 
 from flows.report_text import no_tags, overview
 from flows.tracking import no_answer, tracking_uri
+from flows.weights import link_tree, parted
 from recipes.problem import RecipeError
 from recipes.secrets import hide
 from tasks.runtime.events import read_events
-from tasks.runtime.store import flocked, read_json
+from tasks.runtime.open_store import open_store
+from tasks.runtime.store import Store, flocked, read_json
 
 LIVE_S = 2.0
 STOP_S = 5.0  # an interrupted run has to be gone within 10
@@ -299,26 +301,27 @@ class Tracker:
         """The artifact's manifest and files in the MLflow run, as hard links where that is possible."""
         uri = self._client.get_run(run).info.artifact_uri
         if uri is None or not uri.startswith("file:"):
-            self._client.log_artifacts(run, str(folder / "files"), name)
+            if place := self._store.place_in_bucket(folder):
+                self._by_reference(run, folder / "files", name, place=place)
+            else:
+                self._client.log_artifacts(run, str(folder / "files"), name)
             self._client.log_artifact(run, str(folder / "manifest.json"))
             return
         root = Path(local_file_uri_to_path(uri))
         link_tree(folder / "files", root / name)
         link_tree(folder, root, names=("manifest.json",))
 
+    @functools.cached_property
+    def _store(self) -> Store:
+        return open_store(self.home)
 
-def link_tree(source: Path, target: Path, *, names: Iterable[str] | None = None) -> None:
-    """Hard-link the files of `source` below `target`; across file systems they are copied."""
-    files = [source / name for name in names] if names is not None else [one for one in source.rglob("*")]
-    for path in files:
-        if path.is_file():
-            place = target / path.relative_to(source)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.unlink(missing_ok=True)
-            try:
-                os.link(path, place)
-            except OSError:  # another file system
-                place.write_bytes(path.read_bytes())
+    def _by_reference(self, run: str, files: Path, name: str, *, place: str) -> None:
+        """Send the small files; of weights, which the bucket has already, references.json says where."""
+        small, references = parted(files, place)
+        for file, path in small.items():
+            self._client.log_artifact(run, str(path), str(Path(name, file).parent))
+        self._client.log_dict(run, references, f"{name}/references.json")
+        self._tag(run, {"quench.files": place})
 
 
 def _datasets(folder: Path, manifest: Mapping[str, Any]) -> dict[str, DatasetInput]:

@@ -18,7 +18,7 @@ from recipes.load import Loaded
 from recipes.problem import Problem, RecipeError
 from recipes.schema import Recipe
 from tasks.runtime.home import open_home
-from tasks.runtime.store import Store
+from tasks.runtime.open_store import open_store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,9 @@ def vet(path: Path, *, sets: Sequence[str], home: Path, only: Sequence[str] = ()
         rows = check_data(here)
         if problems := [*check(here), *rows.problems]:
             raise RecipeError(problems)
-    planned = plan(loaded.recipe, pins, Store(home), only=only)
+    store = open_store(home)
+    store.check()
+    planned = plan(loaded.recipe, pins, store, only=only)
     predicted = preflight(here, planned, home=home, base=pins.base.path, limits=limits(loaded.recipe))
     warned = [*warnings(here), *(() if only else rows.warnings)]
     return Vetted(loaded=loaded, pins=pins, plan=planned, preflight=predicted, warnings=warned)

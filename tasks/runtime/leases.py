@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import functools
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -18,6 +19,12 @@ from pathlib import Path
 from typing import IO
 
 from tasks.runtime.store import flocked
+
+
+def this_machine() -> str:
+    """One name in all containers of a machine, another on every other machine: the kernel's, since it started."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return boot.read_text().strip() if boot.exists() else socket.gethostname()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +51,10 @@ def visible_gpus() -> tuple[int, ...]:
 
 
 class Leases:
-    """Lock files of one home."""
+    """Lock files of one machine in one home: machines that share a home have slots and GPUs of their own."""
 
-    def __init__(self, home: Path) -> None:
-        self.folder = home / "leases"
+    def __init__(self, home: Path, *, machine: str | None = None) -> None:
+        self.folder = home / "leases" / (machine or this_machine())
         self.folder.mkdir(parents=True, exist_ok=True)
 
     @contextlib.contextmanager

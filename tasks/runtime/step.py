@@ -23,7 +23,7 @@ from tasks.runtime.fingerprint import canonical, fingerprint
 from tasks.runtime.job import Execution, Input, Job
 from tasks.runtime.launch import Child, Launcher, child_env
 from tasks.runtime.leases import Lease, Leases, cpu_slots, visible_gpus
-from tasks.runtime.store import Artifact, Attempt, Found, LostRaceError, Store, read_json
+from tasks.runtime.store import Artifact, Attempt, Found, LostRaceError, Store, StoreTrouble, read_json
 
 FOLLOW_S = 0.2
 
@@ -163,22 +163,35 @@ def lookup(step: Step, inputs: Mapping[str, Artifact], store: Store) -> Found:
     return store.find(step.stage, step.fingerprint, {name: one.digest for name, one in inputs.items()})
 
 
+def brought(step: Step, inputs: Mapping[str, Artifact], store: Store) -> Artifact | None:
+    """A step's artifact with its files on this machine, where it was made before."""
+    return store.bring(lookup(step, inputs, store))
+
+
 def run_step(step: Step, inputs: Mapping[str, Artifact], kitchen: Kitchen) -> Made:
     """Return the step's artifact; make it when it is not there. Commits before it reports to anyone.
 
     Raises:
         StepFailed: The child ended without a result, and its attempt folder stays, or its environment is not
-            installed; nothing was stored.
+            installed, or the bucket behind the store does not answer; nothing was stored.
         InterruptedError: The run was stopped.
     """
-    if found := lookup(step, inputs, kitchen.store).artifact:
+    try:
+        return _found_or_made(step, inputs, kitchen)
+    except StoreTrouble as error:
+        log = "none: what a child had finished is kept, and the next run takes it up"
+        raise StepFailed(step.key, error.problems[0], log=log, returncode=1) from error
+
+
+def _found_or_made(step: Step, inputs: Mapping[str, Artifact], kitchen: Kitchen) -> Made:
+    if found := brought(step, inputs, kitchen.store):
         return Made(artifact=found, hit=True)
     if problem := environment_problem(step.environment):
         raise StepFailed(step.key, problem, log="none: no child was started", returncode=1)
     stop = kitchen.launcher.stop
     say = functools.partial(kitchen.on_line, step)
     with kitchen.store.lock(step.stage, step.fingerprint, stop=stop, say=say):
-        if found := lookup(step, inputs, kitchen.store).artifact:
+        if found := brought(step, inputs, kitchen.store):
             return Made(artifact=found, hit=True)
         digests = {name: one.digest for name, one in inputs.items()}
         if finished := kitchen.store.take_up(step.stage, step.slug, step.fingerprint, inputs=digests):
@@ -266,10 +279,10 @@ def _make(step: Step, inputs: Mapping[str, Artifact], kitchen: Kitchen, lease: L
         return Made(artifact=kitchen.store.commit(attempt, manifest), hit=False)
     except LostRaceError:
         shutil.rmtree(attempt.folder, ignore_errors=True)
-        won = lookup(step, inputs, kitchen.store)
-        if won.artifact is None:
+        won = brought(step, inputs, kitchen.store)
+        if won is None:
             raise
-        return Made(artifact=won.artifact, hit=True)
+        return Made(artifact=won, hit=True)
 
 
 def _processes(step: Step, kitchen: Kitchen) -> int:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recipes.problem import RecipeError
 from tasks.runtime.fingerprint import difference, file_digest, fingerprint
 from tasks.runtime.home import check_layout
 
@@ -69,10 +70,16 @@ class Artifact:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """Answer of `find`: the artifact, or why there is none."""
+    """Answer of `find`: the artifact, or why there is none.
+
+    Attributes:
+        away: It is finished, but not here in full: digests are known, `Store.bring` gets the files. Only stores with
+            something behind them know this.
+    """
 
     artifact: Artifact | None
     why: str
+    away: Artifact | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +109,10 @@ class LostRaceError(Exception):
     """Somebody else committed the same step first; take theirs."""
 
 
+class StoreTrouble(RecipeError):
+    """What lies behind a home, a bucket, does not do what it was asked for; what is finished here is kept."""
+
+
 class Store:
     """Artifacts on a local file system."""
 
@@ -109,6 +120,21 @@ class Store:
         self.home = home
         self.root = home / "store"
         self.partial = home / "partial"
+
+    def check(self) -> None:
+        """Raise RecipeError where what lies behind this home cannot be used; here nothing does."""
+
+    def bring(self, found: Found) -> Artifact | None:
+        """What was found, with its files here; None where it has to be made."""
+        return found.artifact
+
+    def download_bytes(self, found: Found) -> int:
+        """What `bring` would download."""
+        return 0
+
+    def place_in_bucket(self, folder: Path) -> str | None:
+        """URL of an artifact's files in the bucket behind this home; None where they are only here."""
+        return None
 
     def address(self, stage: str, name: str, print_: str) -> str:
         """Folder name of a step: `<slug>-<first 12 hex digits of the fingerprint>`."""
@@ -259,10 +285,14 @@ class Store:
             return None
         return self._publish(folder, manifest)
 
+    def place(self, manifest: Mapping[str, Any]) -> str:
+        """`<stage>/<folder>` in the store."""
+        return self.address(manifest["stage"], manifest["slug"], manifest["fingerprint"])
+
     def _publish(self, folder: Path, manifest: Mapping[str, Any]) -> Artifact:
         shutil.rmtree(folder / "checkpoint", ignore_errors=True)
         (folder / "inputs.json").unlink(missing_ok=True)
-        target = self._free(self.root / self.address(manifest["stage"], manifest["slug"], manifest["fingerprint"]))
+        target = self._free(self.root / self.place(manifest))
         target.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(target)
         return self.fetch(target)

@@ -18,12 +18,13 @@ from mlflow.tracking import MlflowClient
 
 from flows.promote import model_name, promote, roll_back
 from flows.promotions import Journal, Promotion, challenger, champion, locked, version_of, versions
-from flows.server import answers, free_port, wait_for
 from flows.track import tracking_uri
 from recipes.problem import RecipeError
 from tasks.runtime.fingerprint import file_digest, fingerprint
-from tasks.runtime.launch import Launcher, child_env
+from tasks.runtime.open_store import open_store
 from tests.flows.synthetic_run import BASE, SHAPES, SyntheticRun
+from tests.mlflow_server import mlflow_server
+from tests.s3_server import s3_server, wire
 
 SHAPED = {name: SHAPES[name] for name in ("base", "nf4-adapter", "merged-dequantized", "merged-original")}
 SHAPED["gptq-w4-g128"] = replace(SHAPES["gptq-w4-g128"], task=0.905)
@@ -185,17 +186,7 @@ def test_a_registry_behind_http_has_the_files_and_both_aliases(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """MLflow's own server, which proxies artifacts: no hard links there, the weights are sent."""
-    url = f"http://127.0.0.1:{(port := free_port())}"
-    words = ["server", "--workers", "1", "--port", str(port), "--backend-store-uri", f"sqlite:///{tmp_path}/other.db"]
-    with Launcher() as launcher:
-        log = tmp_path / "log.txt"
-        child = launcher.start(
-            ["exec", "--", str(Path(sys.executable).with_name("mlflow")), *words],
-            env=child_env() | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-            cwd=tmp_path,
-            log=log,
-        )
-        wait_for(lambda: answers(url), "MLflow", at=url, child=child, log=log)
+    with mlflow_server(tmp_path) as url:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
         decision = promote(only_run(home), home, say=quiet)
         assert (decision.event, decision.trouble) == ("promoted", [])
@@ -207,6 +198,29 @@ def test_a_registry_behind_http_has_the_files_and_both_aliases(
         assert file_digest(Path(loaded) / "model.safetensors") == file_digest(stored)
         assert judged(home) == "nothing"  # and adds no second version
         assert len(client.search_model_versions("name='quickstart'")) == 1
+
+
+@pytest.mark.slow
+def test_a_registry_behind_http_names_the_files_in_the_bucket(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a store in a bucket nothing is sent to MLflow's server: the version's source is the store's own folder."""
+    stored = next(home.glob("store/quantize/gptq-w4-g128-*"))
+    manifest = json.loads((stored / "manifest.json").read_text())
+    with s3_server(tmp_path / "s3") as server, mlflow_server(tmp_path) as url, wire(url) as line:
+        for name, value in server.env(bucket := server.bucket("store")).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", line.endpoint)
+        monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", server.endpoint)
+        digests = {role: one["digest"] for role, one in manifest["inputs"].items()}
+        assert open_store(home).take_up("quantize", manifest["slug"], manifest["fingerprint"], inputs=digests)
+        decision = promote(only_run(home), home, say=quiet)
+        assert (decision.event, decision.trouble) == ("promoted", [])
+        found = MlflowClient(url).get_model_version_by_alias("quickstart", "champion")
+        assert found.source.startswith(f"{bucket}/store/quantize/gptq-w4-g128-")
+        assert not [path for _, path in line.seen if "mlflow-artifacts" in path]
+        loaded = mlflow.artifacts.download_artifacts("models:/quickstart@champion", tracking_uri=url)
+        assert file_digest(Path(loaded) / "model.safetensors") == file_digest(stored / "files" / "model.safetensors")
 
 
 def test_damaged_weights_are_not_promoted(home: Path) -> None:

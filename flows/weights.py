@@ -1,0 +1,49 @@
+"""How an artifact's files come into MLflow without a second copy: hard links, or names of what a bucket has."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+REFERENCE_BYTES = 1 << 20  # a file of the bucket that is at least so large is named, not sent; weights always are
+
+
+def link_tree(source: Path, target: Path, *, names: Iterable[str] | None = None) -> None:
+    """Hard-link the files of `source` below `target`; across file systems they are copied."""
+    files = [source / name for name in names] if names is not None else [one for one in source.rglob("*")]
+    for path in files:
+        if path.is_file():
+            place = target / path.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.unlink(missing_ok=True)
+            try:
+                os.link(path, place)
+            except OSError:  # another file system
+                place.write_bytes(path.read_bytes())
+
+
+class Parted(NamedTuple):
+    """An artifact's files by name: those to send, and what references.json says of the others."""
+
+    small: dict[str, Path]
+    references: dict[str, dict[str, Any]]
+
+
+def parted(files: Path, place: str) -> Parted:
+    """Small files, and where the bucket has the large ones.
+
+    Args:
+        files: The artifact's files here.
+        place: URL of the same folder in the bucket.
+    """
+    small: dict[str, Path] = {}
+    references: dict[str, dict[str, Any]] = {}
+    for path in sorted(one for one in files.rglob("*") if one.is_file()):
+        name, size = str(path.relative_to(files)), path.stat().st_size
+        if path.suffix == ".safetensors" or size >= REFERENCE_BYTES:
+            references[name] = {"uri": f"{place}/{name}", "bytes": size}
+        else:
+            small[name] = path
+    return Parted(small, references)

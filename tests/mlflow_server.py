@@ -1,0 +1,27 @@
+"""MLflow's own server, which takes artifacts through itself (its default)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from flows.server import answers, free_port, wait_for
+from tasks.runtime.launch import Launcher, child_env
+
+
+@contextmanager
+def mlflow_server(folder: Path) -> Iterator[str]:
+    """Run it on loopback with SQLite below `folder` while the body runs; gives its address."""
+    url, log = f"http://127.0.0.1:{(port := free_port())}", folder / "log.txt"
+    words = ["server", "--workers", "1", "--port", str(port), "--backend-store-uri", f"sqlite:///{folder}/other.db"]
+    with Launcher() as launcher:
+        child = launcher.start(
+            ["exec", "--", str(Path(sys.executable).with_name("mlflow")), *words],
+            env=child_env() | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            cwd=folder,
+            log=log,
+        )
+        wait_for(lambda: answers(url), "MLflow", at=url, child=child, log=log)
+        yield url
