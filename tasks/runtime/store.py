@@ -155,7 +155,7 @@ class Store:
         if self._listed is not None and stage in self._listed:
             return self._listed[stage]
         folder, found = self.root / stage, Listing(by_print={}, by_name={})
-        for entry in sorted(os.listdir(folder)) if folder.is_dir() else ():
+        for entry in sorted(one.name for one in os.scandir(folder)) if folder.is_dir() else ():
             if named := ADDRESS.fullmatch(entry):
                 found.by_print.setdefault(named["print"], []).append(entry)
                 found.by_name.setdefault(named["name"], []).append(entry)

@@ -210,9 +210,7 @@ def main() -> None:
         results = measure(world, rounds=asked.rounds)
     for one in results:
         print(f"{one.name}: {one.said}: {statistics.median(one.wall):.2f} s, CPU {statistics.median(one.cpu):.2f} s")
-    asked.out.write_text(
-        page(world, results, arms=asked.arms, seeds=asked.seeds, commit_s=commit_s), encoding="utf-8"
-    )
+    asked.out.write_text(page(world, results, arms=asked.arms, seeds=asked.seeds, commit_s=commit_s), encoding="utf-8")
     print(f"wrote {asked.out}")
 
 
