@@ -23,13 +23,15 @@ PROCESSES = (1, 2, 4, 8)
 CARDS = (24, 48, 80, 141, 180, 288)  # GB as sold; a GiB is 7 % more
 SHAPE = {"hidden": 8192, "intermediate": 28672, "kv": 1024, "layers": 80, "vocabulary": 128256}  # Llama 3.1 and 3.3 70B
 HEADS = {"num_attention_heads": 64, "num_key_value_heads": 8, "max_position_embeddings": 131072}
+SHAPE_8B = {"hidden": 4096, "intermediate": 14336, "kv": 1024, "layers": 32, "vocabulary": 128256}
+DEFAULTS = ("quantize.schemes=[awq-w4-g128, gptq-w4-g128]", "evaluate.reference_gib=4")
 
 
-def headers(folder: Path) -> Headers:
-    """Of a Llama 3 70B: 70.55 billion parameters, output layer untied."""
-    write_base(folder, **SHAPE, config=HEADS)
-    shapes = llama_shapes(**SHAPE)
-    output = {"lm_head.weight": [SHAPE["vocabulary"], SHAPE["hidden"]]}
+def headers(folder: Path, shape: dict[str, int] = SHAPE) -> Headers:
+    """Of a Llama 3, output layer untied; the 70B has 70.55 billion parameters."""
+    write_base(folder, **shape, config=HEADS)
+    shapes = llama_shapes(**shape)
+    output = {"lm_head.weight": [shape["vocabulary"], shape["hidden"]]}
     write_safetensors(folder / "model.safetensors", {**shapes, **output})
     return read_headers(folder)
 
@@ -57,7 +59,7 @@ def card(gib: float) -> str:
     return next((f"{size} GB" for size in CARDS if size * 1e9 / 2**30 >= gib), "none of these")
 
 
-def page(recipe: Recipe, base: Headers) -> str:
+def page(recipe: Recipe, base: Headers, small: Headers) -> str:
     """docs/results/memory-70b.md."""
     by_count = training(recipe, base)
     names = list(dict.fromkeys(name for one in by_count.values() for name in one.parts if name != "file of weights"))
@@ -66,12 +68,14 @@ def page(recipe: Recipe, base: Headers) -> str:
     )
     total = " | ".join(f"**{needed(one):.1f}**" for one in by_count.values())
     cards = " | ".join(card(needed(one)) for one in by_count.values())
+    run = [one for one in predict(load(RECIPE, sets=DEFAULTS).recipe, small, device="cuda") if one.disk_gib > 0.1]
+    disk = ", ".join(f"{one.key} {one.disk_gib:.1f}" for one in run)
     steps = "\n".join(_row(one) for one in _largest(predict(recipe, base, device="cuda")))
     return f"""<!-- Written by `python -m tests.bench.memory`. -->
 # A 70B, by prediction
 
 `recipes/{RECIPE.name}`, every row counted as {recipe.data.max_length} tokens, one row a forward pass, on the
-headers of a Llama 3 70B ({base.parameters / 1e9:.2f} billion parameters). Arithmetic of flows/predict.py, which was held
+headers of a Llama 3 70B ({base.parameters / 1e9:.2f} billion parameters). Arithmetic of flows/predict.py, held
 against measured peaks on a CPU and on small models alone: **no GPU has confirmed it**. `quench run` does the same sum
 in preflight and refuses what does not fit.
 
@@ -97,6 +101,10 @@ The largest of each stage.
 The merge is a stream. AWQ in `quantize.schemes` would need {needed(_awq(recipe, base)):.0f} GiB. No step but training
 is cut over GPUs yet: the bf16 arms and the quantizers of a 70B need a card that holds the whole model, or
 `run.device: cpu` and patience.
+
+## What a run of an 8B leaves in the store
+
+With the default schemes and 4 GiB of reference: {sum(one.disk_gib for one in run):.1f} GiB ({disk}).
 """
 
 
@@ -129,7 +137,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=PAGE)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        text = page(load(RECIPE).recipe, headers(Path(folder)))
+        bases = headers(Path(folder, "70b")), headers(Path(folder, "8b"), SHAPE_8B)
+        text = page(load(RECIPE).recipe, *bases)
     asked.out.write_text(text, encoding="utf-8")
     print(text)
 
