@@ -41,6 +41,9 @@ check: install   ## linters, types, import rules, recipes, generated docs
 	$(BIN)/lint-imports
 	@for recipe in $(wildcard recipes/*.yaml) recipes/quickstart/recipe.yaml; do $(BIN)/quench check $$recipe --data || exit 1; done
 	$(BIN)/python -m flows.docs --check
+	$(BIN)/hadolint infra/docker/Dockerfile
+	$(BIN)/check-jsonschema -q --builtin-schema vendor.compose-spec infra/compose.yaml
+	$(BIN)/kubernetes-validate --strict --no-warn --quiet -k 1.34 infra/kubernetes/*.yaml
 	@$(BIN)/python infra/audit.py
 
 audit: install   ## known vulnerabilities of what the locks install; says "not audited" where no database is reached

@@ -7,6 +7,7 @@ the champion's scores in its promotion.json or promotions.jsonl name, and everyt
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from flows.decision import PROMOTION
 from flows.promotions import JOURNAL, records
 from tasks.runtime.open_store import open_store
 from tasks.runtime.store import MANIFEST, Store, locked_now, read_json
+
+FRESH_S = 1.0  # age of what is known to be reached; that takes about as long to find out in a store of 10,000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,13 +47,18 @@ def unreached(home: Path) -> list[Unreached]:
 
 def reached(home: Path) -> set[Path]:
     """Folders of artifacts that runs and promotions.jsonl name, with all that they were made from."""
-    todo = [home / path for path in (*_of_runs(home), *_of_promotions(home))]
+    todo = [*_of_runs(home), *_of_promotions(home)]
+    seen: set[str] = set()
     found: set[Path] = set()
     while todo:
-        folder = _artifact(todo.pop(), home)
+        path = todo.pop()
+        if path in seen:  # thousands of scores name the same dataset
+            continue
+        seen.add(path)
+        folder = _artifact(home / path, home)
         if folder is not None and folder not in found:
             found.add(folder)
-            todo += [home / one["path"] for one in read_json(folder / MANIFEST)["inputs"].values()]
+            todo += [one["path"] for one in read_json(folder / MANIFEST)["inputs"].values()]
     return found
 
 
@@ -76,11 +84,14 @@ def collect(home: Path, *, remove: bool) -> tuple[dict[str, Any], str]:
 def removed(home: Path, names: list[str]) -> list[str]:
     """Remove artifacts that still nothing reaches and no step under way holds; returns the names of the removed."""
     gone: list[str] = []
+    kept, at = reached(home), time.monotonic()
     for name in names:
+        if time.monotonic() - at > FRESH_S:  # runs go on meanwhile; once for each name would take hours for thousands
+            kept, at = reached(home), time.monotonic()
         folder = home / "store" / name
         manifest = read_json(folder / MANIFEST)
         with locked_now(Store(home).lock_file(manifest["stage"], manifest["fingerprint"])) as ours:
-            if ours and folder not in reached(home):
+            if ours and folder not in kept:
                 aside = folder.with_name(f".gone-{folder.name}")  # at once: half an artifact is none
                 folder.rename(aside)
                 shutil.rmtree(aside)

@@ -9,11 +9,13 @@ so nothing that was finished is lost.
 from __future__ import annotations
 
 import contextlib
+import copy
 import fcntl
 import functools
 import itertools
 import json
 import os
+import re
 import shutil
 import threading
 import time
@@ -28,6 +30,7 @@ from tasks.runtime.home import check_layout
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
+ADDRESS = re.compile(r"(?P<name>[^.].*)-(?P<print>[0-9a-f]{12})(-\d+)?")
 
 
 def find_home(start: Path | None = None) -> Path:
@@ -105,6 +108,14 @@ class Attempt:
         return self.folder / "checkpoint"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """A stage's committed folders, oldest name first: by the 12 digits in their names, and by slug."""
+
+    by_print: dict[str, list[str]]
+    by_name: dict[str, list[str]]
+
+
 class LostRaceError(Exception):
     """Somebody else committed the same step first; take theirs."""
 
@@ -120,6 +131,13 @@ class Store:
         self.home = home
         self.root = home / "store"
         self.partial = home / "partial"
+        self._listed: dict[str, Listing] | None = None
+
+    def moment(self) -> Store:
+        """A view that lists each stage once, for a plan; who makes something has to see what others made meanwhile."""
+        view = copy.copy(self)
+        view._listed = {}
+        return view
 
     def check(self) -> None:
         """Raise RecipeError where what lies behind this home cannot be used; here nothing does."""
@@ -150,24 +168,37 @@ class Store:
         Sizes of all files are checked. A hit needs both keys; otherwise `why` says what is missing.
         """
         why = "not made yet"
-        for manifest_path in sorted(self.root.glob(f"{stage}/*-{print_[:12]}*/{MANIFEST}")):
-            manifest = read_json(manifest_path)
-            if manifest["fingerprint"] != print_:
+        for entry in self._listing(stage).by_print.get(print_[:12], []):
+            folder = self.root / stage / entry
+            manifest = _manifest(folder)
+            if manifest is None or manifest["fingerprint"] != print_:
                 continue
             there = {name: one["digest"] for name, one in manifest["inputs"].items()}
             if there != dict(inputs):
                 changed = [name for name in inputs if there.get(name) != inputs[name]]
                 why = f"input was remade: {', '.join(changed) or 'fewer inputs'}"
                 continue
-            if damage := self.damage(manifest_path.parent, manifest):
+            if damage := self.damage(folder, manifest):
                 why = f"damaged: {damage}"
                 continue
-            return Found(artifact=self.fetch(manifest_path.parent), why="hit")
+            return Found(artifact=self.fetch(folder, manifest), why="hit")
         return Found(artifact=None, why=why)
 
-    def fetch(self, folder: Path) -> Artifact:
+    def _listing(self, stage: str) -> Listing:
+        if self._listed is not None and stage in self._listed:
+            return self._listed[stage]
+        folder, found = self.root / stage, Listing(by_print={}, by_name={})
+        for entry in sorted(one.name for one in os.scandir(folder)) if folder.is_dir() else ():
+            if named := ADDRESS.fullmatch(entry):
+                found.by_print.setdefault(named["print"], []).append(entry)
+                found.by_name.setdefault(named["name"], []).append(entry)
+        if self._listed is not None:
+            self._listed[stage] = found
+        return found
+
+    def fetch(self, folder: Path, manifest: Mapping[str, Any] | None = None) -> Artifact:
         """The artifact in a committed folder. A choice stands for the artifact that it names."""
-        manifest = read_json(folder / MANIFEST)
+        manifest = manifest or read_json(folder / MANIFEST)
         path, digest = folder / "files", manifest["digest"]
         if manifest["stage"] == "choose":
             chosen = manifest["inputs"][read_json(path / "choice.json")["candidate"]]
@@ -189,8 +220,9 @@ class Store:
     def nearest(self, stage: str, name: str, identity: Mapping[str, Any]) -> list[str]:
         """Where a step's identity differs from the closest artifact of the same stage and slug, for the plan."""
         best: list[str] = []
-        for manifest_path in self.root.glob(f"{stage}/{name}-*/{MANIFEST}"):
-            fields = difference(read_json(manifest_path)["identity"], identity)
+        for entry in self._listing(stage).by_name.get(name, []):
+            manifest = _manifest(self.root / stage / entry)
+            fields = difference(manifest["identity"], identity) if manifest else []
             if fields and (not best or len(fields) < len(best)):
                 best = fields
         return best
@@ -312,6 +344,14 @@ class Store:
             number += 1
             target = wanted.with_name(f"{wanted.name}-{number}")
         return target
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    """A committed folder's manifest; None where gc took the folder after it was listed."""
+    try:
+        return read_json(folder / MANIFEST)
+    except FileNotFoundError:
+        return None
 
 
 def read_json(path: Path) -> Any:

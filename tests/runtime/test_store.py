@@ -1,6 +1,7 @@
 """The store: two keys for a hit, manifest last, nothing finished is lost, damage is seen."""
 
 import multiprocessing
+import shutil
 import threading
 from pathlib import Path
 
@@ -121,6 +122,24 @@ def test_what_was_finished_but_not_renamed_is_taken_up(store: Store, monkeypatch
     taken = store.take_up("train", "tiny", PRINT, inputs={"base": "1"})
     assert taken is not None and taken == store.find("train", PRINT, {"base": "1"}).artifact
     assert taken.manifest["attempts"] == 1
+
+
+def test_a_view_of_one_moment_sees_nothing_later_and_the_store_does(store: Store):
+    view = store.moment()
+    assert view.find("train", PRINT, {"base": "1"}).why == "not made yet"
+    made = make(store, "x", inputs={"base": "1"})
+    assert view.find("train", PRINT, {"base": "1"}).artifact is None
+    for later in (store, store.moment()):
+        assert later.find("train", PRINT, {"base": "1"}).artifact == made
+
+
+def test_what_goes_after_it_was_listed_is_not_made(store: Store):
+    make(store, "x", inputs={"base": "1"})
+    view = store.moment()
+    assert view.find("train", PRINT, {"base": "1"}).artifact is not None
+    shutil.rmtree(store.root / "train")
+    assert view.find("train", PRINT, {"base": "1"}).why == "not made yet"
+    assert view.nearest("train", "tiny", {"version": 2}) == []
 
 
 def test_a_choice_stands_for_what_it_names(store: Store):
