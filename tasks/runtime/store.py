@@ -30,7 +30,9 @@ from tasks.runtime.home import check_layout
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
-ADDRESS = re.compile(r"(?P<name>[^.].*)-(?P<print>[0-9a-f]{12})(-\d+)?")
+PRINT = re.compile(
+    r"-([0-9a-f]{12})(?=-|$)"
+)  # in the name of a folder; a slug or a digest of content may look like one
 
 
 def find_home(start: Path | None = None) -> Path:
@@ -110,7 +112,7 @@ class Attempt:
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """A stage's committed folders, oldest name first: by the 12 digits in their names, and by slug."""
+    """A stage's committed folders, oldest name first: by any 12 digits in their names, and by what is before."""
 
     by_print: dict[str, list[str]]
     by_name: dict[str, list[str]]
@@ -189,9 +191,9 @@ class Store:
             return self._listed[stage]
         folder, found = self.root / stage, Listing(by_print={}, by_name={})
         for entry in sorted(one.name for one in os.scandir(folder)) if folder.is_dir() else ():
-            if named := ADDRESS.fullmatch(entry):
-                found.by_print.setdefault(named["print"], []).append(entry)
-                found.by_name.setdefault(named["name"], []).append(entry)
+            for one in PRINT.finditer(entry) if not entry.startswith(".") else ():
+                found.by_print.setdefault(one[1], []).append(entry)
+                found.by_name.setdefault(entry[: one.start()], []).append(entry)
         if self._listed is not None:
             self._listed[stage] = found
         return found
