@@ -32,7 +32,7 @@ MANIFEST = "manifest.json"
 SCHEMA = 1
 PRINT = re.compile(
     r"-([0-9a-f]{12})(?=-|$)"
-)  # in the name of a folder; a slug or a digest of content may look like one
+)  # in the name of a folder; a slug may look like one
 
 
 def find_home(start: Path | None = None) -> Path:
@@ -200,7 +200,7 @@ class Store:
 
     def fetch(self, folder: Path, manifest: Mapping[str, Any] | None = None) -> Artifact:
         """The artifact in a committed folder. A choice stands for the artifact that it names."""
-        manifest = manifest or read_json(folder / MANIFEST)
+        manifest = read_json(folder / MANIFEST) if manifest is None else manifest
         path, digest = folder / "files", manifest["digest"]
         if manifest["stage"] == "choose":
             chosen = manifest["inputs"][read_json(path / "choice.json")["candidate"]]
