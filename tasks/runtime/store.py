@@ -200,12 +200,12 @@ class Store:
 
     def fetch(self, folder: Path, manifest: Mapping[str, Any] | None = None) -> Artifact:
         """The artifact in a committed folder. A choice stands for the artifact that it names."""
-        manifest = read_json(folder / MANIFEST) if manifest is None else manifest
-        path, digest = folder / "files", manifest["digest"]
-        if manifest["stage"] == "choose":
-            chosen = manifest["inputs"][read_json(path / "choice.json")["candidate"]]
+        made: Mapping[str, Any] = manifest or read_json(folder / MANIFEST)
+        path, digest = folder / "files", made["digest"]
+        if made["stage"] == "choose":
+            chosen = made["inputs"][read_json(path / "choice.json")["candidate"]]
             path, digest = self.home / chosen["path"], chosen["digest"]
-        return Artifact(fingerprint=manifest["fingerprint"], digest=digest, path=path, folder=folder)
+        return Artifact(fingerprint=made["fingerprint"], digest=digest, path=path, folder=folder)
 
     def damage(self, folder: Path, manifest: Mapping[str, Any], *, digests: bool = False) -> str | None:
         """What is wrong with a committed folder's files, or None. Sizes always, sha256 on request."""
