@@ -63,7 +63,7 @@ class Kill:
     home: int
     victim: str
     moment_s: float
-    during: str  # key of the step under way, `start` or `end`
+    during: str  # key of the step under way, or `no step`
     kept: int  # steps that were committed before
     exit: int  # of the killed run
     ended_s: float  # from the kill to the end of the run
@@ -128,12 +128,12 @@ class Home:
         return {f"{one['stage']}/{one['slug']}": one for one in found}
 
     def under_way(self) -> str:
-        """Key of the step that a child works on, or which end of the run this is."""
+        """Key of the step that a child works on."""
         for words in processes_of(self.folder).values():
             if WORDS["child"] in words:
                 stage, name = words.rpartition("partial/")[2].split("/")[:2]
                 return f"{stage}/{name.rpartition('-')[0]}"
-        return "end" if self.manifests() else "start"
+        return "no step"
 
 
 def write_recipe(folder: Path) -> Path:
