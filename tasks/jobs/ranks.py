@@ -13,7 +13,7 @@ from datetime import timedelta
 from typing import Any
 
 from accelerate.commands import launch
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.elastic.rendezvous import static_tcp_rendezvous
 
 LOOPBACK = "127.0.0.1"
@@ -36,7 +36,7 @@ def main() -> None:
     """Turn into the launcher."""
     for name in INTERFACES:
         os.environ.setdefault(name, "lo")
-    static_tcp_rendezvous.TCPStore = store_on_loopback  # pyright: ignore[reportAttributeAccessIssue]
+    static_tcp_rendezvous.TCPStore = store_on_loopback  # pyright: ignore[reportAttributeAccessIssue, reportPrivateImportUsage]
     launch.main()
 
 
