@@ -36,7 +36,7 @@ def main() -> None:
     """Turn into the launcher."""
     for name in INTERFACES:
         os.environ.setdefault(name, "lo")
-    static_tcp_rendezvous.TCPStore = store_on_loopback  # pyright: ignore[reportPrivateImportUsage]
+    static_tcp_rendezvous.TCPStore = store_on_loopback  # pyright: ignore[reportAttributeAccessIssue, reportPrivateImportUsage]
     launch.main()
 
 
