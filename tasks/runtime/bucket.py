@@ -3,6 +3,8 @@
 Correctness rests on two conditional puts, If-None-Match and If-Match; everything else may be repeated.
 """
 
+# boto3 and its parts have no stubs
+# pyright: reportMissingTypeStubs=false
 from __future__ import annotations
 
 import contextlib
@@ -27,7 +29,6 @@ from botocore.exceptions import (
     ProfileNotFound,
 )
 from s3transfer.exceptions import RetriesExceededError
-from s3transfer.futures import TransferFuture
 from s3transfer.manager import TransferConfig, TransferManager
 from s3transfer.subscribers import BaseSubscriber
 
@@ -176,7 +177,7 @@ class Bucket:
         """Upload files to keys, in parallel; the large ones in parts. An object is there whole or not at all."""
         total = sum(path.stat().st_size for path in files.values())
 
-        def start(manager: TransferManager, moved: BaseSubscriber) -> list[TransferFuture]:
+        def start(manager: Any, moved: BaseSubscriber) -> list[Any]:
             return [
                 manager.upload(str(path), self.name, self._key(key), subscribers=[moved]) for key, path in files.items()
             ]
@@ -191,7 +192,7 @@ class Bucket:
         for path in files.values():
             path.parent.mkdir(parents=True, exist_ok=True)
 
-        def start(manager: TransferManager, moved: BaseSubscriber) -> list[TransferFuture]:
+        def start(manager: Any, moved: BaseSubscriber) -> list[Any]:
             return [
                 manager.download(self.name, self._key(key), str(path), subscribers=[moved])
                 for key, path in files.items()
@@ -199,9 +200,7 @@ class Bucket:
 
         self._transfer(start, total, doing="downloading")
 
-    def _transfer(
-        self, start: Callable[[TransferManager, BaseSubscriber], list[TransferFuture]], total: int, *, doing: str
-    ) -> None:
+    def _transfer(self, start: Callable[[Any, BaseSubscriber], list[Any]], total: int, *, doing: str) -> None:
         moved = _Moved()
         said = time.monotonic()
         config = TransferConfig(
@@ -290,7 +289,7 @@ class _Moved(BaseSubscriber):
     def __init__(self) -> None:
         self.size = 0
 
-    def on_progress(self, future: TransferFuture, bytes_transferred: int, **more: Any) -> None:
+    def on_progress(self, future: Any, bytes_transferred: int, **more: Any) -> None:
         """From many threads: a line of progress may be behind by a chunk."""
         self.size += bytes_transferred
 

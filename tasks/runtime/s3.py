@@ -120,6 +120,9 @@ class S3Store(Store):
         return {one.key: one for one in self.bucket.listed(f"manifests/{stage}/{print_}/")}
 
     def _away(self, key: str, etag: str, made: dict[str, Any]) -> Away:
+        for name in (self.place(made), *made["files"]):
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise StoreTrouble([_outside(f"{self.bucket.url}/{key}", name)])
         folder = self.root / self.place(made)
         path, digest = folder / "files", made["digest"]
         if made["stage"] == "choose":  # it stands for what it names
@@ -258,9 +261,12 @@ class S3Store(Store):
         """
         stage, print_ = manifest["stage"], manifest["fingerprint"]
         key = _manifest_key(stage, print_, {role: one["digest"] for role, one in manifest["inputs"].items()})
+        body = json.dumps(manifest, indent=2, sort_keys=True, default=str).encode()
         there = self._manifests(stage, print_)
         broken = self._damaged.get(key)
         if key in there and there[key].etag != broken:
+            if (held := self.bucket.read(key)) and held.body == body:
+                return key  # ours: a kill came between this and the cache
             raise LostRaceError(print_)
         name = self.place(manifest)
         self._clean(manifest, keep={name, *map(self._named, there)})
@@ -271,7 +277,6 @@ class S3Store(Store):
         sizes = {one.key: one.size for one in self.bucket.listed(base)}
         if gone := [at for at, path in files.items() if sizes.get(at) != path.stat().st_size]:
             raise StoreTrouble([_removed(f"{self.bucket.url}/{gone[0]}")])
-        body = json.dumps(manifest, indent=2, sort_keys=True, default=str).encode()
         etag = self.bucket.replace(key, body, etag=broken) if broken else self.bucket.create(key, body)
         if etag is None:
             raise LostRaceError(print_)
@@ -328,6 +333,15 @@ def _waits(say: Callable[[str], None], owner: str) -> None:
 
 def _manifest_key(stage: str, print_: str, inputs: Mapping[str, str]) -> str:
     return f"manifests/{stage}/{print_}/{fingerprint({'inputs': dict(inputs)})[:16]}.json"
+
+
+def _outside(where: str, name: str) -> Problem:
+    return Problem(
+        what="A manifest in the bucket names a file outside of its folder.",
+        where=where,
+        why=f"{name!r} would be written over something else on this machine; Quench writes no such manifest.",
+        next="Find out who can write to the bucket; remove this object, and the step is made again.",
+    )
 
 
 def _removed(where: str) -> Problem:

@@ -24,7 +24,7 @@ from tasks.runtime.launch import CHECKOUT
 from tasks.runtime.leases import Leases, this_machine
 from tasks.runtime.open_store import open_store
 from tasks.runtime.s3 import S3Store
-from tasks.runtime.store import Artifact, LostRaceError, Store
+from tasks.runtime.store import Artifact, LostRaceError, Store, StoreTrouble
 from tests.runtime.machine import PRINT, manifest, written
 from tests.s3_server import S3Server, Wire, s3_server, wire
 
@@ -273,6 +273,35 @@ def test_a_killed_upload_leaves_nothing_visible_and_is_taken_up(in_bucket: Machi
         == (taken.path / "weights.bin").read_bytes()
         == bytes(range(256)) * (48 << 10)
     )
+
+
+def test_a_kill_after_the_manifest_is_taken_up_without_a_download(
+    in_bucket: Machines, server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = in_bucket.store("one")
+    with monkeypatch.context() as patch:  # a kill between the bucket's manifest and the cache
+        patch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            written(one, {"w": b"x"}, inputs={})
+    assert one.find("train", PRINT, {}).why == "in the bucket"
+    with wire(server.endpoint) as line:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", line.endpoint)
+        taken = in_bucket.store("one").take_up("train", "tiny", PRINT, inputs={})
+    assert taken is not None and (taken.path / "w").read_bytes() == b"x"
+    assert not [path for _, path in line.seen if path.partition("?")[0].endswith("/files/w")]
+
+
+def test_a_manifest_that_names_files_elsewhere_is_refused(in_bucket: Machines, server: S3Server) -> None:
+    assert in_bucket.bucket
+    written(in_bucket.store("one"), {"w": b"x"}, inputs={})
+    (key,) = server.keys(in_bucket.bucket, "manifests/")
+    name = in_bucket.bucket.removeprefix("s3://").split("/")[0]
+    there = {"Bucket": name, "Key": f"team/{key}"}
+    made = json.loads(server.client().get_object(**there)["Body"].read())
+    made["files"]["../../../../outside"] = made["files"]["w"]
+    server.client().put_object(**there, Body=json.dumps(made).encode())
+    with pytest.raises(StoreTrouble, match="outside of its folder"):
+        brought(in_bucket.store("two"), {})
 
 
 def test_what_an_upload_of_a_lost_machine_left_is_removed_by_the_next(in_bucket: Machines, server: S3Server) -> None:
