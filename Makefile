@@ -68,6 +68,9 @@ bench: install   ## the quickstart timed in an empty home: docs/results/quicksta
 	$(BIN)/python -m tests.bench.evaluation
 	$(BIN)/python -m tests.bench.calibration
 	$(BIN)/python -m tests.bench.interop
+	$(BIN)/python -m tests.bench.scale
+	$(BIN)/python -m tests.bench.servers
+	$(BIN)/python -m tests.bench.memory
 bench: quickstart env-autoawq env-autogptq  # whose models and readers the last one takes
 
 folklore: install env-llmcompressor  ## what the field repeats, three seeds: docs/results/folklore.md, resumes

@@ -69,7 +69,7 @@ def page(recipe: Recipe, base: Headers, small: Headers) -> str:
     total = " | ".join(f"**{needed(one):.1f}**" for one in by_count.values())
     cards = " | ".join(card(needed(one)) for one in by_count.values())
     run = [one for one in predict(load(RECIPE, sets=DEFAULTS).recipe, small, device="cuda") if one.disk_gib > 0.1]
-    disk = ", ".join(f"{one.key} {one.disk_gib:.1f}" for one in run)
+    disk = ", ".join(f"{one.stage} {one.disk_gib:.1f}" for one in run)
     steps = "\n".join(_row(one) for one in _largest(predict(recipe, base, device="cuda")))
     return f"""<!-- Written by `python -m tests.bench.memory`. -->
 # A 70B, by prediction
@@ -104,7 +104,7 @@ is cut over GPUs yet: the bf16 arms and the quantizers of a 70B need a card that
 
 ## What a run of an 8B leaves in the store
 
-With the default schemes and 4 GiB of reference: {sum(one.disk_gib for one in run):.1f} GiB ({disk}).
+With AWQ and GPTQ, 4 GiB of reference, adapters of rank 64: {sum(one.disk_gib for one in run):.1f} GiB ({disk}).
 """
 
 
