@@ -30,9 +30,7 @@ from tasks.runtime.home import check_layout
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
-PRINT = re.compile(
-    r"-([0-9a-f]{12})(?=-|$)"
-)  # in the name of a folder; a slug may look like one
+PRINT = re.compile(r"-([0-9a-f]{12})(?=-|$)")  # in the name of a folder; a slug may look like one
 
 
 def find_home(start: Path | None = None) -> Path:
@@ -170,7 +168,7 @@ class Store:
         Sizes of all files are checked. A hit needs both keys; otherwise `why` says what is missing.
         """
         why = "not made yet"
-        for entry in self._listing(stage).by_print.get(print_[:12], []):
+        for entry in self._listing(stage, print_[:12]).by_print.get(print_[:12], []):
             folder = self.root / stage / entry
             manifest = _manifest(folder)
             if manifest is None or manifest["fingerprint"] != print_:
@@ -186,11 +184,14 @@ class Store:
             return Found(artifact=self.fetch(folder, manifest), why="hit")
         return Found(artifact=None, why=why)
 
-    def _listing(self, stage: str) -> Listing:
-        if self._listed is not None and stage in self._listed:
-            return self._listed[stage]
+    def _listing(self, stage: str, part: str) -> Listing:
+        """Folders with `part` in their names; in a view of one moment all of them, once."""
+        if self._listed is not None:
+            if stage in self._listed:
+                return self._listed[stage]
+            part = ""
         folder, found = self.root / stage, Listing(by_print={}, by_name={})
-        for entry in sorted(one.name for one in os.scandir(folder)) if folder.is_dir() else ():
+        for entry in sorted(one.name for one in os.scandir(folder) if part in one.name) if folder.is_dir() else ():
             for one in PRINT.finditer(entry) if not entry.startswith(".") else ():
                 found.by_print.setdefault(one[1], []).append(entry)
                 found.by_name.setdefault(entry[: one.start()], []).append(entry)
@@ -222,7 +223,7 @@ class Store:
     def nearest(self, stage: str, name: str, identity: Mapping[str, Any]) -> list[str]:
         """Where a step's identity differs from the closest artifact of the same stage and slug, for the plan."""
         best: list[str] = []
-        for entry in self._listing(stage).by_name.get(name, []):
+        for entry in self._listing(stage, name).by_name.get(name, []):
             manifest = _manifest(self.root / stage / entry)
             fields = difference(manifest["identity"], identity) if manifest else []
             if fields and (not best or len(fields) < len(best)):
