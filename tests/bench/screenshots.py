@@ -1,14 +1,16 @@
 """docs/screenshots/: what people look at, of the latest run in a home. `python -m tests.bench.screenshots HOME`.
 
-Four pictures: report.html on a desktop and on a phone, MLflow's page that compares the arms, Prefect's page of the run.
+report.html on a desktop and on a phone, MLflow's page that compares the arms and that of the registered model (after
+`quench promote`), Prefect's pages of the run and of the deployment that retrains.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from urllib.parse import quote
 
@@ -17,8 +19,7 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 from playwright.sync_api import Browser, Page
 
-from flows.server import free_port
-from tasks.runtime.launch import CHECKOUT, Launcher, child_env
+from tasks.runtime.launch import CHECKOUT
 from tests.chromium import chromium
 
 SHOTS = CHECKOUT / "docs" / "screenshots"
@@ -49,65 +50,69 @@ def report(browser: Browser, folder: Path) -> None:
     save(page, "report-phone")
 
 
-def mlflow(browser: Browser, launcher: Launcher, home: Path, run: str) -> None:
-    """The page behind `Compare the arms`."""
-    store = f"sqlite:///{home / 'mlflow.db'}"
-    client = MlflowClient(store)
+def mlflow(browser: Browser, url: str, home: Path, run: str) -> None:
+    """The page behind `Compare the arms`, and the registered model's last version where something was promoted."""
+    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
     name = json.loads((home / "runs" / run / "steps.json").read_text(encoding="utf-8"))["name"]
     experiment = client.get_experiment_by_name(name)
     assert experiment is not None, name
     arms = client.search_runs([experiment.experiment_id], f"tags.`quench.run` = '{run}' and tags.`quench.kind` = 'arm'")
     ids = quote(json.dumps([one.info.run_id for one in arms][::-1]))
-    port = free_port()
-    argv = ["mlflow", "ui", "--workers", "1", "--port", str(port), "--backend-store-uri", store]
-    serve(launcher, argv, {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}, f"http://127.0.0.1:{port}/health")
-    page = opened(
-        browser,
-        f"http://127.0.0.1:{port}/#/compare-runs?runs={ids}&experiments=%5B%22{experiment.experiment_id}%22%5D",
-        width=1500,
-        height=1150,
-    )
+    place = f"{url}/#/compare-runs?runs={ids}&experiments=%5B%22{experiment.experiment_id}%22%5D"
+    page = opened(browser, place, width=1500, height=1150)
     page.get_by_text("Parallel Coordinates Plot").first.wait_for()
+    settled(page)
+    save(page, "mlflow-compare")
+    for version in client.search_model_versions(f"name='{name}'", max_results=1):
+        page = opened(browser, f"{url}/#/models/{name}/versions/{version.version}", width=1500, height=1250)
+        page.get_by_text("Aliases", exact=False).first.wait_for()
+        settled(page)
+        save(page, "mlflow-model")
+
+
+def settled(page: Page) -> None:
+    """Without MLflow's assistant, which takes a quarter of the width."""
     page.get_by_text("MLflow Assistant").first.locator("xpath=ancestor::*[.//button][1]//button").last.click()
     page.wait_for_timeout(SETTLE_MS)
-    save(page, "mlflow-compare")
 
 
-def prefect(browser: Browser, launcher: Launcher, home: Path) -> None:
-    """The latest completed run with its artifacts."""
-    port = free_port()
-    api = f"http://127.0.0.1:{port}/api"
-    more = {"PREFECT_HOME": str(home / "prefect"), "PREFECT_API_URL": api, "PREFECT_SERVER_UI_API_URL": api}
-    more |= {"PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1"}
-    serve(launcher, ["prefect", "server", "start", "--port", str(port)], more, f"{api}/health")
+def prefect(browser: Browser, url: str) -> None:
+    """The latest completed run with its artifacts, and the deployment that retrains, with a schedule."""
     wanted = {"sort": "START_TIME_DESC", "limit": 1, "flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}}
-    run = httpx.post(f"{api}/flow_runs/filter", json=wanted).json()[0]["id"]
-    page = opened(browser, f"http://127.0.0.1:{port}/runs/flow-run/{run}", width=1500, height=1250)
+    run = httpx.post(f"{url}/api/flow_runs/filter", json=wanted).json()[0]["id"]
+    page = opened(browser, f"{url}/runs/flow-run/{run}", width=1500, height=1250)
     page.get_by_text("Artifacts", exact=True).first.wait_for()
     page.wait_for_timeout(SETTLE_MS)
     page.get_by_text("Artifacts", exact=True).first.click()
     page.wait_for_timeout(SETTLE_MS)
     save(page, "prefect-run")
-
-
-def serve(launcher: Launcher, argv: list[str], more: dict[str, str], health: str) -> None:
-    """Start a program of this environment; wait until it answers."""
-    program = str(Path(sys.executable).with_name(argv[0]))
-    log = Path(tempfile.mkdtemp()) / "log.txt"
-    launcher.start(["exec", "--", program, *argv[1:]], env=child_env() | more, cwd=log.parent, log=log)
-    with httpx.Client(transport=httpx.HTTPTransport(retries=9)) as client:  # waits double: 0.5 s to 128 s
-        client.get(health, timeout=WAIT_MS / 1000).raise_for_status()
+    deployment = httpx.get(f"{url}/api/deployments/name/retrain/default").raise_for_status().json()
+    if not deployment["schedules"]:
+        weekly = [{"schedule": {"cron": "0 3 * * 1", "timezone": "Europe/Berlin"}, "active": True}]
+        httpx.post(f"{url}/api/deployments/{deployment['id']}/schedules", json=weekly).raise_for_status()
+    page = opened(browser, f"{url}/deployments/deployment/{deployment['id']}", width=1500, height=1250)
+    page.wait_for_timeout(SETTLE_MS)
+    save(page, "prefect-deployment")
 
 
 def main() -> None:
-    """All four."""
+    """All of them, on the pages of `quench up`."""
     home = Path(sys.argv[1]).resolve()
     folder = (home / "runs" / "latest").resolve()
     SHOTS.mkdir(parents=True, exist_ok=True)
-    with Launcher() as launcher, chromium() as browser:
-        report(browser, folder)
-        mlflow(browser, launcher, home, folder.name)
-        prefect(browser, launcher, home)
+    words = [sys.executable, "-m", "flows.cli", "up"]
+    up = subprocess.Popen(words, env={**os.environ, "QUENCH_HOME": str(home)}, stdout=subprocess.PIPE, text=True)
+    try:
+        assert up.stdout is not None
+        ready = next(line for line in up.stdout if line.startswith("ready"))
+        urls = ready.split()
+        with chromium() as browser:
+            report(browser, folder)
+            mlflow(browser, urls[4], home, folder.name)
+            prefect(browser, urls[2])
+    finally:
+        up.terminate()
+        up.wait(60)
     for path in sorted(SHOTS.glob("*.png")):
         print(f"{path.name}: {path.stat().st_size / 1e3:.0f} kB")
 

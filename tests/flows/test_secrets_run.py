@@ -102,7 +102,7 @@ def answers(url: str) -> bool:
 def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
     """Everything of this file's tests, done once."""
     folder = tmp_path_factory.mktemp("planted")
-    recipe = write_small_recipe(folder / "recipes")
+    recipe = write_small_recipe(folder / "recipe")  # a folder named recipes would stand in for ours: refused
     (recipe.parent / "dump.py").write_text(DUMP)
     world = World(home=folder / "home", recipe=recipe, api="")
     world.home.mkdir()
