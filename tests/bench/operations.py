@@ -35,8 +35,10 @@ def kills(told: dict[str, Any]) -> str:
 
 `python -m tests.bench.kills --runs {len(told["kills"])} --seed {told["seed"]}`: {len(told["kills"])} runs of a small
 recipe ({len(told["undisturbed"]["steps"])} steps, from prepare to evaluate), each with one SIGKILL ({victims}), in
-{len(homes)} homes. A home starts empty; its recipe is run again after each kill, at last to the end, and then compared
-with a run that nobody disturbed ({told["undisturbed"]["seconds"]:.0f} s). The moment is drawn evenly over what the run
+{len(homes)} home{"s" if len(homes) > 1 else ""}.
+
+A home starts empty; its recipe is run again after each kill, at last to the end, and then compared with a run that
+nobody disturbed ({told["undisturbed"]["seconds"]:.0f} s). The moment is drawn evenly over what the run
 has left to do; where no such process lives then, the next one is killed.
 
 A home holds where no committed step was made twice and none of its files changed, every step has the digest that it has
