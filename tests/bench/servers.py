@@ -124,6 +124,7 @@ def mlflow(home: Path, *, n: int) -> tuple[float, list[Cost]]:
             except (urllib.error.URLError, OSError):
                 return False
 
+        os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
         wait_for(answers, "the MLflow server", at=uri, child=child, log=log)
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param
