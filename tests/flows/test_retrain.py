@@ -320,7 +320,7 @@ def saw(**parts: Any) -> dict[str, Any]:
 
 
 def test_reasons_name_what_changed(tmp_path: Path) -> None:
-    before = Before(tmp_path / "run-1", saw())
+    before = Before(tmp_path / "run-1", 1, saw())
     none = Changes(added={}, removed={}, edited={})
     assert why(None, saw(), None) == ["First retrain of this recipe."]
     assert why(before, saw(data=["other bytes"]), none) == []

@@ -50,7 +50,8 @@ class Project:
         self.home.rmdir()
         world.home.rename(self.home)
         for path in world.recipe.parent.iterdir():
-            (self.folder / path.name).write_bytes(path.read_bytes())
+            if path.is_file():  # and not the __pycache__ of a scorer
+                (self.folder / path.name).write_bytes(path.read_bytes())
 
     def up(self, *more: str) -> subprocess.Popen[bytes]:
         """Start `quench up` and wait for its ready line."""
