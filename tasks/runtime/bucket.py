@@ -28,6 +28,7 @@ from botocore.exceptions import (
     PartialCredentialsError,
     ProfileNotFound,
 )
+from botocore.exceptions import ConnectionError as NoConnection
 from s3transfer.exceptions import RetriesExceededError
 from s3transfer.manager import TransferConfig, TransferManager
 from s3transfer.subscribers import BaseSubscriber
@@ -247,7 +248,7 @@ class Bucket:
             raise self._refused(code, done, str(error)) from error
         except (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError, ProfileNotFound) as error:
             raise _trouble("There are no credentials for the bucket.", self.url, f"{error}.", CREDENTIALS) from error
-        except HTTPClientError as error:
+        except (HTTPClientError, NoConnection) as error:
             remedy = "Check the address (AWS_ENDPOINT_URL, or AWS_REGION) and the network; the same command resumes."
             raise _trouble("The bucket's server does not answer.", self.url, str(error), remedy) from error
         except (BotoCoreError, RetriesExceededError) as error:
