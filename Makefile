@@ -7,7 +7,7 @@ endif
 
 ENVIRONMENTS := llmcompressor autoawq autogptq
 
-.PHONY: help install env-llmcompressor env-autoawq env-autogptq quickstart check audit test test-all test-gpu bench folklore \
+.PHONY: help install env-llmcompressor env-autoawq env-autogptq quickstart check audit test test-all test-gpu bench folklore overheads \
         kills docs lock lock-envs clean
 
 help:            ## list the targets
@@ -78,6 +78,9 @@ folklore: install env-llmcompressor  ## what the field repeats, three seeds: doc
 
 kills: install   ## 30 runs, each with a SIGKILL at a random moment: docs/results/operations.md, resumes
 	$(BIN)/python -m tests.bench.kills
+
+overheads: install  ## what the orchestration costs, against one script: docs/results/operations.md, some hours
+	$(BIN)/python -m tests.bench.overheads
 
 docs: install    ## write the generated pages again
 	$(BIN)/python -m flows.docs

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import re
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,20 +18,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tasks.runtime.job import Input, Job
 from tasks.runtime.launch import CHECKOUT, Launcher
 from tasks.runtime.leases import Leases
 from tasks.runtime.step import Kitchen, Limits, Step, hardware, run_step
 from tasks.runtime.store import Store
+from tests.bench import operations
 
 RESULTS = CHECKOUT / "docs" / "results"
 RECIPE = CHECKOUT / "recipes" / "quickstart" / "recipe.yaml"
 STEPS_A_MINUTE = 120  # of the quickstart's training, on one thread of the machine that it was tuned on
 LEAST_STEPS = 4
 SHARE = 0.6  # of the wanted minutes that training takes: the rest is prepare to evaluate
-AIM, AIM_MINUTES = 1.03, 10.0
 ONE_BY_ONE = (  # both sides do one step after the other on one thread; two schemes, no speed
     "run.workers=1",
     "run.threads=1",
@@ -43,30 +41,6 @@ ONE_BY_ONE = (  # both sides do one step after the other on one thread; two sche
     "measure.enabled=false",
 )
 READY_S = 180
-
-
-class Median(NamedTuple):
-    """A median with its interval from order statistics, and what the interval covers."""
-
-    median: float
-    low: float
-    high: float
-    n: int
-    coverage: float
-
-
-def median(values: Sequence[float]) -> Median:
-    """The narrowest interval between two order statistics of equal rank that covers the median in 95 % of all cases.
-
-    With five values or fewer there is none; then the smallest and the largest stand, and `coverage` says for how much.
-    """
-    ordered, n = sorted(values), len(values)
-
-    def covers(rank: int) -> float:
-        return 1 - 2 * sum(math.comb(n, k) for k in range(rank)) / 2**n
-
-    rank = max((one for one in range(1, n // 2 + 1) if covers(one) >= 0.95), default=1)
-    return Median(statistics.median(ordered), ordered[rank - 1], ordered[-rank], n, max(0.0, covers(rank)))
 
 
 # ---- start-up
@@ -247,61 +221,11 @@ def pair(number: int, sets: Sequence[str], *, first: str) -> dict[str, Any]:
     return {**found, "ratio": found["run_s"] / found["script_s"]}
 
 
-# ---- the page
+# ---- all of it
 
 
-def overheads_section(told: Mapping[str, Any]) -> str:
-    """The section of docs/results/operations.md."""
-
-    def rows(part: str) -> str:
-        found = {name: median(values) for name, values in told[part].items()}
-        return "\n".join(
-            f"| {name} | {one.median:.2f} | {one.low:.2f} to {one.high:.2f} | {one.n} |" for name, one in found.items()
-        )
-
-    ratio = median([one["ratio"] for one in told["pairs"]])
-    pairs = "\n".join(
-        f"| {one['pair'] + 1} | {one['first']} | {one['run_s']:.0f} | {one['script_s']:.0f} | {one['ratio']:.3f} |"
-        for one in told["pairs"]
-    )
-    step = {name: statistics.median(values) for name, values in told["step_s"].items()}
-    added = step["Prefect's task and run_step"] - step["bare child"]
-    least = min(one["script_s"] for one in told["pairs"]) / 60
-    long = least >= AIM_MINUTES
-    verdict = ("held" if ratio.high <= AIM else "not held") if long else "not judged: the work was shorter than that"
-    machine, versions = told["hardware"], ", ".join(f"{name} {text}" for name, text in told["versions"].items())
-    return f"""## What the orchestration costs
-
-`{told["command"]}`, one CPU slot, one thread a step. Medians; intervals from order statistics, which cover 95 % or more
-with six values or more (n pairs: {ratio.n}, covering {100 * ratio.coverage:.0f} %).
-
-| start-up, seconds | median | interval | n |
-| --- | ---: | ---: | ---: |
-{rows("start_up_s")}
-
-| a step that does nothing, seconds | median | interval | n |
-| --- | ---: | ---: | ---: |
-{rows("step_s")}
-
-A step costs {added:.2f} s beside its work and the start of a Python: lease, child with our runtime, digests, commit,
-and Prefect's task. The imports of a job (torch, transformers) are its own and not counted here.
-
-A whole run ({told["pairs"][0]["steps"]} steps of the quickstart's recipe, {told["train_steps"]} of training) against a
-script that does the same jobs one after another in one process, without children, store, Prefect, MLflow and report:
-
-| pair | first | `quench run`, s | script, s | ratio |
-| ---: | --- | ---: | ---: | ---: |
-{pairs}
-
-Ratio {ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f}). The aim is {AIM} on work of {AIM_MINUTES:g} minutes
-or more: {verdict}.
-
-{machine["cpu"]}, {machine["cores"]} cores; {versions}.
-"""
-
-
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """All figures."""
+def measure(args: argparse.Namespace, save: Callable[[Mapping[str, Any]], None]) -> Mapping[str, Any]:
+    """All figures; saved after each pair."""
     from flows.runs import SHOWN_VERSIONS
     from tasks.runtime.environments import locked_versions
 
@@ -315,17 +239,20 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         step_s = steps(Path(folder), args.times)
     long = [*sets, f"train.max_steps={train_steps}"]
-    pairs = [pair(number, long, first=("run", "script")[number % 2]) for number in range(args.pairs)]
     words = f"--minutes {args.minutes:g} --times {args.times} --pairs {args.pairs}"
-    return {
+    told: dict[str, Any] = {
         "command": f"python -m tests.bench.overheads {words}",
         "hardware": hardware(),
         "versions": {name: locked_versions()[name] for name in SHOWN_VERSIONS},
         "train_steps": train_steps,
         "start_up_s": started,
         "step_s": step_s,
-        "pairs": pairs,
+        "pairs": [],
     }
+    for number in range(args.pairs):
+        told["pairs"].append(pair(number, long, first=("run", "script")[number % 2]))
+        save(told)  # a pair takes half an hour
+    return told
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -352,11 +279,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         script(args.recipe, args.set, args.out)
         sys.stdout.flush()
         os._exit(0)  # as children end
-    told = measure(args)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "overheads.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-    page = "<!-- Written by `python -m tests.bench.overheads`. -->\n# Operations, measured\n\n"
-    (args.out / "operations.md").write_text(page + overheads_section(told), encoding="utf-8")
+
+    def save(told: Mapping[str, Any]) -> None:
+        (args.out / "overheads.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        operations.write(args.out)
+
+    measure(args, save)
     print(f"wrote {args.out / 'overheads.json'}")
 
 
