@@ -12,10 +12,11 @@ from tasks.runtime.launch import Launcher, child_env
 
 
 @contextmanager
-def mlflow_server(folder: Path) -> Iterator[str]:
-    """Run it on loopback with SQLite below `folder` while the body runs; gives its address."""
+def mlflow_server(folder: Path, *more: str, database: str = "") -> Iterator[str]:
+    """Run it on loopback while the body runs, with SQLite below `folder` if no database is named; gives its address."""
     url, log = f"http://127.0.0.1:{(port := free_port())}", folder / "log.txt"
-    words = ["server", "--workers", "1", "--port", str(port), "--backend-store-uri", f"sqlite:///{folder}/other.db"]
+    database = database or f"sqlite:///{folder}/other.db"
+    words = ["server", "--workers", "1", "--port", str(port), "--backend-store-uri", database, *more]
     with Launcher() as launcher:
         child = launcher.start(
             ["exec", "--", str(Path(sys.executable).with_name("mlflow")), *words],

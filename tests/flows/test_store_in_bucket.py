@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import psycopg2
 import pytest
 from mlflow.tracking import MlflowClient
 
@@ -16,6 +17,7 @@ from tasks.runtime.open_store import open_store
 from tests.conftest import World
 from tests.flows.test_store_gc import commit
 from tests.mlflow_server import mlflow_server
+from tests.postgres_server import postgres_server
 from tests.s3_server import s3_server, wire
 
 
@@ -70,6 +72,37 @@ def test_a_second_home_has_every_hit_and_the_same_report(
         name, _, key = place.removeprefix("s3://").partition("/")
         assert place.startswith(f"{url}/store/quantize/gptq-w4-g128-")
         assert server.client().head_object(Bucket=name, Key=key)["ContentLength"] == size > 1 << 20
+
+
+@pytest.mark.system
+def test_mlflow_on_postgresql_and_s3_has_the_run_and_no_weights(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        s3_server(tmp_path / "s3") as server,
+        postgres_server(tmp_path.parent / f"{tmp_path.name}-postgres") as database,
+    ):
+        for name, value in server.env(server.bucket("store")).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", server.endpoint)
+        server.client().create_bucket(Bucket="mlflow")
+        (folder := tmp_path / "mlflow").mkdir()
+        # As infra/compose.yaml starts it: files go from here to the bucket, and not through the server.
+        direct = ("--no-serve-artifacts", "--default-artifact-root", "s3://mlflow/")
+        with mlflow_server(folder, *direct, database=database) as mlflow, wire(mlflow) as line:
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", line.endpoint)
+            world.quench("run", str(world.recipe))
+        sizes = {one["Key"]: one["Size"] for one in server.client().list_objects_v2(Bucket="mlflow")["Contents"]}
+        assert any(key.endswith("report.html") for key in sizes)
+        assert any(key.endswith("quantize/references.json") for key in sizes)
+        assert not [key for key in sizes if key.endswith(".safetensors")]
+        assert line.seen and not [path for _, path in line.seen if "mlflow-artifacts" in path]
+        rows = psycopg2.connect(database)
+        with rows.cursor() as cursor:
+            cursor.execute("select count(*), count(*) filter (where status = 'FINISHED') from runs")
+            everything, finished = cursor.fetchone() or (0, 0)
+        rows.close()
+    assert everything == finished > len(world.steps())
 
 
 def test_gc_says_what_the_bucket_keeps_and_what_it_took_is_a_hit_again(

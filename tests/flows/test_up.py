@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import sqlite3
@@ -24,6 +23,7 @@ from recipes.problem import RecipeError
 from tests.conftest import UNUSUAL, World
 from tests.flows.test_resume import GONE_S, processes_of, wait_gone
 from tests.hub import read_folder
+from tests.postgres_server import postgres_server
 
 READY = r"ready  prefect (http://127\.0\.0\.1:\d+)  mlflow (http://127\.0\.0\.1:\d+)"
 START_S = 120  # 20 s on two idle cores
@@ -238,30 +238,9 @@ def test_wrong_input_is_refused_with_everything_that_is_wrong(project: Project):
 
 @pytest.fixture
 def postgres(tmp_path: Path) -> Iterator[str]:
-    """URL of an empty database of a PostgreSQL server of our own, which does not run as root."""
-    programs = max(Path("/usr/lib/postgresql").glob("*/bin"))
-    folder = tmp_path.parent / f"{tmp_path.name}-postgres"
-    folder.mkdir()
-    for parent in (folder, *folder.parents[:3]):
-        parent.chmod(0o755)
-    as_user = ["runuser", "-u", "nobody", "--"] if os.geteuid() == 0 else []
-    if as_user:
-        shutil.chown(folder, "nobody")
-    data, port = str(folder / "data"), free_port()
-    made = [*as_user, str(programs / "initdb"), "-D", data, "-U", "quench", "-A", "trust"]
-    subprocess.run(made, check=True, capture_output=True)
-    words = [str(programs / "postgres"), "-D", data, "-p", str(port), "-c", f"unix_socket_directories={folder}"]
-    with subprocess.Popen([*as_user, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-        url = f"postgresql://quench@127.0.0.1:{port}/postgres"
-        deadline = time.monotonic() + START_S
-        while True:
-            with contextlib.suppress(psycopg2.OperationalError):
-                psycopg2.connect(url).close()
-                break
-            assert server.poll() is None and time.monotonic() < deadline
-            time.sleep(0.1)
+    """URL of an empty database."""
+    with postgres_server(tmp_path.parent / f"{tmp_path.name}-postgres") as url:
         yield url
-        server.terminate()
 
 
 @pytest.mark.system
