@@ -4,7 +4,9 @@ Arms of a finished quickstart run, each scored again from its own job.json by th
 by a script of what one writes by hand: load, forward the same batches, decode the same prompts greedily, keep nothing.
 Both are processes of their own on one thread, started in turns.
 
-    python -m tests.bench.evaluation [--home FOLDER] [--pairs N] [--arm SLUG ...] [--out FILE]
+    python -m tests.bench.evaluation [--home FOLDER] [--pairs N] [--arm SLUG ...] [--out FILE] [--render]
+
+Figures are kept in docs/results/evaluation.json after each pair; `--render` writes the page from them alone.
 """
 
 from __future__ import annotations
@@ -12,12 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,29 +28,45 @@ from tasks.runtime.job import Job
 from tasks.runtime.launch import CHECKOUT
 from tasks.runtime.step import hardware
 from tasks.runtime.store import find_home
-from tests.bench.quantizers import interval, timed
+from tests.bench.quantizers import Took, interval, timed
 
 RESULTS = CHECKOUT / "docs" / "results" / "evaluation.md"
 ARMS = ("base", "nf4-adapter", "merged-dequantized", "gptq-w4-g128", "gptq-w4-g128.on-base")
 PAIRS = 7
 GOAL = 1.15
+OURS, BARE = 0, 1  # of a pair
+PARTS = ("load", "forward", "decode")
+TOOLS = ("torch", "transformers", "peft", "gptqmodel", "bitsandbytes")
 
 
 class Spent(NamedTuple):
-    """Seconds of one process, on the clock and of the CPU; the parts are of the bare script alone."""
+    """Of one process: seconds on the clock and of the CPU; the parts, on the clock, are of the bare script alone."""
 
-    whole: float
-    cpu: float
+    seconds: float
+    cpu_s: float
     load: float = 0.0
     forward: float = 0.0
     decode: float = 0.0
 
 
 class Start(NamedTuple):
-    """Seconds from the start of a process to the end of its first imports."""
+    """From the start of a process to the end of its first imports."""
 
-    bare: float
-    ours: float
+    bare: Took
+    ours: Took
+
+
+Pair = dict[str, tuple[Spent, Spent]]  # slug -> ours, bare
+
+
+class Measured(NamedTuple):
+    """All figures of the page."""
+
+    start: Start
+    pairs: list[Pair]
+    rows: dict[str, int]
+    machine: dict[str, Any]
+    versions: dict[str, str]
 
 
 # ---- what one writes by hand
@@ -162,18 +179,10 @@ def once(job: Job, *, ours: bool) -> Spent:
         replace(job, out=folder / "files", execution=replace(job.execution, threads=1)).dump(folder / "job.json")
         if ours:
             argv = [sys.executable, "-P", "-m", "tasks.runtime.child", "run", str(folder / "job.json")]
-            return Spent(*clocked(argv, log=folder / "log"))
+            return Spent(*timed(argv, log=folder / "log"))
         argv = [sys.executable, "-m", "tests.bench.evaluation", "--bare", str(folder / "job.json")]
-        taken = clocked(argv, log=folder / "log")
+        taken = timed(argv, log=folder / "log")
         return Spent(*taken, *json.loads((folder / "files" / "spent.json").read_text())[2:])
-
-
-def clocked(argv: list[str], *, log: Path) -> tuple[float, float]:
-    """Seconds of a process on the clock, and of the CPU (user and system)."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = timed(argv, log=log)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return seconds, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
 
 def start() -> Start:
@@ -186,76 +195,115 @@ def start() -> Start:
     with tempfile.TemporaryDirectory() as folder:
         argv = {name: [sys.executable, "-c", f"{code}\nimport os; os._exit(0)"] for name, code in imports.items()}
         took = {name: [timed(line, log=Path(folder) / "log") for _ in range(3)] for name, line in argv.items()}
-    return Start(**{name: statistics.median(seconds) for name, seconds in took.items()})
+    return Start(
+        **{
+            name: Took(*(statistics.median(column) for column in zip(*all_, strict=True)))
+            for name, all_ in took.items()
+        }
+    )
 
 
-Pair = dict[str, tuple[Spent, Spent]]  # slug -> ours, bare
-
-
-def pairs_of(jobs: Mapping[str, Job], *, pairs: int) -> list[Pair]:
+def pairs_of(jobs: Mapping[str, Job], *, pairs: int) -> Iterator[Pair]:
     """All arms a pair; ours and bare in turns, the first of the two changing from pair to pair."""
-    done: list[Pair] = []
     for number in range(pairs):
         pair: Pair = {}
         for slug, job in jobs.items():
             made = {ours: once(job, ours=ours) for ours in ((True, False) if number % 2 == 0 else (False, True))}
             pair[slug] = (made[True], made[False])
             print(number, slug, *pair[slug], flush=True)
-        done.append(pair)
-    return done
+        yield pair
 
 
 # ---- the page
 
 
-def table(done: list[Pair], once_paid: Start) -> str:
+def table(measured: Measured) -> str:
     """A row an arm and one for all of them."""
     lines = [
-        "| arm | bare, s | of it load | forward | decode | ours, s | ours / bare | whole processes | their CPU time |",
+        "| arm | bare, s | of it load | forward | decode | ours, s | ours / bare, CPU | on the clock | whole, CPU |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    slugs = list(done[0])
+    slugs = list(measured.pairs[0])
     for name, members in [*((slug, [slug]) for slug in slugs), (f"**{len(slugs)} arms**", slugs)]:
-        ours = [sum(pair[slug][0].whole for slug in members) for pair in done]
-        bare = [sum(pair[slug][1].whole for slug in members) for pair in done]
-        paid = [len(members) * seconds for seconds in (once_paid.ours, once_paid.bare)]
-        parts = [statistics.median(sum(pair[slug][1][part] for slug in members) for pair in done) for part in (2, 3, 4)]
-        inner = interval([(a - paid[0]) / (b - paid[1]) for a, b in zip(ours, bare, strict=True)])
-        whole = interval([a / b for a, b in zip(ours, bare, strict=True)])
-        cpu = interval([sum(p[s][0].cpu for s in members) / sum(p[s][1].cpu for s in members) for p in done])
-        medians = [statistics.median(bare) - paid[1], *parts, statistics.median(ours) - paid[0]]
-        lines.append(f"| {name} | {' | '.join(f'{one:.2f}' for one in medians)} | {inner} | {whole} | {cpu} |")
+
+        def of(side: int, field: str, members: list[str] = members) -> list[float]:
+            return [sum(getattr(pair[slug][side], field) for slug in members) for pair in measured.pairs]
+
+        def without_start(side: int, field: str, members: list[str] = members) -> list[float]:
+            paid = getattr((measured.start.ours, measured.start.bare)[side], field)
+            return [seconds - len(members) * paid for seconds in of(side, field)]
+
+        def ratio(ours: list[float], bare: list[float]) -> str:
+            return interval([a / b for a, b in zip(ours, bare, strict=True)])
+
+        columns = [without_start(BARE, "cpu_s"), *(of(BARE, part) for part in PARTS), without_start(OURS, "cpu_s")]
+        figures = " | ".join(f"{statistics.median(column):.2f}" for column in columns)
+        inner, clock = (ratio(without_start(OURS, field), without_start(BARE, field)) for field in ("cpu_s", "seconds"))
+        lines.append(f"| {name} | {figures} | {inner} | {clock} | {ratio(of(OURS, 'cpu_s'), of(BARE, 'cpu_s'))} |")
     return "\n".join(lines)
 
 
-def page(done: list[Pair], once_paid: Start, jobs: Mapping[str, Job]) -> str:
+def page(measured: Measured) -> str:
     """docs/results/evaluation.md."""
+    machine, rows, once_paid = measured.machine, measured.rows, measured.start
+    return f"""<!-- Written by `make bench`. -->
+# Evaluation, measured
+
+Arms of the quickstart ({rows["dev"]} rows of dev, {rows["test"]} of test, {rows["general"]} general texts)
+through Quench's evaluate job, as a run starts it, against a script of what one writes by hand: load the model, forward
+the same batches and throw the logits away, decode the same prompts greedily. Ours also computes losses, KL to the
+reference over the full vocabulary, agreement and task scores, and writes them. Both are processes of their own on one
+thread, started in turns; the NF4 model has the same kernel in both. {len(measured.pairs)} pairs; ratios are medians
+with 95 % bootstrap intervals. Goal: all arms at most {GOAL} times the bare time, the start of processes apart.
+
+{table(measured)}
+
+*bare* and *ours* are seconds of CPU without the start of a process (interpreter and first imports: bare
+{once_paid.bare.cpu_s:.2f} s, ours {once_paid.ours.cpu_s:.2f} s, paid once an arm); load, forward and decode are
+on the clock. CPU time is what other work on the machine moves least, and other work there was. *Whole* has the start in
+both.
+
+{machine["cpu"]}, {machine["cores"]} cores, {machine["memory_gib"]} GiB;
+{", ".join(f"{name} {version}" for name, version in measured.versions.items())}.
+"""
+
+
+def conditions(jobs: Mapping[str, Job]) -> dict[str, Any]:
+    """What stands beside the figures."""
     import pyarrow.parquet as pq
 
     data = next(iter(jobs.values())).inputs["dataset"].path
     splits = pq.read_table(data / "rows.parquet", columns=["split"])["split"].to_pylist()
-    general = pq.read_metadata(data / "general.parquet").num_rows
-    machine, versions = hardware(), locked_versions()
-    tools = ("torch", "transformers", "peft", "gptqmodel", "bitsandbytes")
-    return f"""<!-- Written by `make bench`. -->
-# Evaluation, measured
+    rows = {"dev": splits.count("dev"), "test": splits.count("test")}
+    return {
+        "rows": {**rows, "general": pq.read_metadata(data / "general.parquet").num_rows},
+        "machine": hardware(),
+        "versions": {name: locked_versions()[name] for name in TOOLS},
+    }
 
-Arms of the quickstart ({splits.count("dev")} rows of dev, {splits.count("test")} of test, {general} general texts)
-through Quench's evaluate job, as a run starts it, against a script of what one writes by hand: load the model, forward
-the same batches and throw the logits away, decode the same prompts greedily. Ours also computes losses, KL to the
-reference over the full vocabulary, agreement and task scores, and writes them. Both are processes of their own on one
-thread, started in turns; the NF4 model has the same kernel in both. {len(done)} pairs; ratios are medians with 95 %
-bootstrap intervals. Goal: all arms at most {GOAL} times the bare time, the start of processes apart.
 
-{table(done, once_paid)}
+def save(out: Path, measured: Measured) -> None:
+    """The figures beside the page, and the page."""
+    pairs = [{slug: [one._asdict() for one in both] for slug, both in pair.items()} for pair in measured.pairs]
+    raw = {
+        **measured._asdict(),
+        "start": {name: one._asdict() for name, one in measured.start._asdict().items()},
+        "pairs": pairs,
+    }
+    out.with_suffix(".json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
+    out.write_text(page(measured), encoding="utf-8")
 
-Seconds are without the start of a process (interpreter and first imports: bare {once_paid.bare:.2f} s, ours
-{once_paid.ours:.2f} s, paid once an arm); *whole processes* has it in both, and so has *their CPU time*, which other
-work on the machine moves least.
 
-{machine["cpu"]}, {machine["cores"]} cores, {machine["memory_gib"]} GiB;
-{", ".join(f"{name} {versions[name]}" for name in tools)}.
-"""
+def saved(out: Path) -> Measured:
+    """The figures that are there."""
+    raw = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
+    return Measured(
+        start=Start(**{name: Took(**one) for name, one in raw.pop("start").items()}),
+        pairs=[
+            {slug: (Spent(**both[0]), Spent(**both[1])) for slug, both in pair.items()} for pair in raw.pop("pairs")
+        ],
+        **raw,
+    )
 
 
 def main() -> None:
@@ -266,16 +314,21 @@ def main() -> None:
     parser.add_argument("--arm", action="append")
     parser.add_argument("--pairs", type=int, default=PAIRS)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--render", action="store_true", help="measure nothing")
     args = parser.parse_args()
     if args.bare:
         job = Job.load(args.bare)
         (job.out / "spent.json").write_text(json.dumps(bare(job)))
         sys.stdout.flush()
         os._exit(0)  # as the child does: interpreter shutdown with torch loaded costs seconds
+    if args.render:
+        save(args.out, saved(args.out))
+        return
     jobs = jobs_of(args.home or find_home(), args.arm or list(ARMS))
-    costs = start()
-    print(costs, flush=True)
-    args.out.write_text(page(pairs_of(jobs, pairs=args.pairs), costs, jobs), encoding="utf-8")
+    measured = Measured(start(), [], **conditions(jobs))
+    for pair in pairs_of(jobs, pairs=args.pairs):
+        measured.pairs.append(pair)
+        save(args.out, measured)
     print(f"wrote {args.out}")
 
 
