@@ -62,7 +62,7 @@ def vet(path: Path, *, sets: Sequence[str], home: Path, only: Sequence[str] = ()
     here = fetched(loaded, pins)
     if here is not loaded:
         rows = check_data(here)
-        if problems := [*check(here), *rows.problems]:
+        if problems := [*check(here, fetched=True), *rows.problems]:
             raise RecipeError(problems)
     store = open_store(home)
     store.check()

@@ -72,14 +72,19 @@ def load_and_read(path: Path, *, sets: Sequence[str] = (), data: bool = True) ->
     return Checked(loaded, rows)
 
 
-def check(loaded: Loaded) -> list[Problem]:
+def check(loaded: Loaded, *, fetched: bool = False) -> list[Problem]:
     """All problems that the recipe, config.json, the safetensors headers and the first row show.
 
     A base or data set that is a hub id is not local and says nothing here: `check_base` looks at it when it is pinned.
+
+    Args:
+        loaded: The recipe.
+        fetched: It is checked for the second time, with folders in place of hub ids. What Python is allowed was asked
+            of the recipe as it is written.
     """
     problems = [*_shadows(), *_schemes(loaded), *_data(loaded), *scorer_problems(loaded), *_template(loaded)]
     problems += [*beside(loaded), *_adapter(loaded), *_externals(loaded), *preferred(loaded.recipe)]
-    problems += python_problems(loaded)
+    problems += [] if fetched else python_problems(loaded)
     problems += device_problems(loaded.recipe, device=loaded.recipe.run.device)
     base = loaded.base
     if base is not None:

@@ -131,6 +131,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
 def in_up(made: Seen, patch: pytest.MonkeyPatch, hub: Hub) -> None:
     """`quench up` with no hub token but the Secret block's; one run that fails, one of a gated base."""
     patch.delenv("HF_TOKEN")
+    patch.delenv("HF_HUB_OFFLINE", raising=False)  # jobs set it, and a test before may have run one in this process
     hub.add("org/gated", QUICKSTART / "base", gated=True)
     hub.tokens = {BLOCK: {"org/gated"}}
     for name, value in hub.env(made.folder / "hf").items():
