@@ -102,7 +102,7 @@ def test_mlflow_on_postgresql_and_s3_has_the_run_and_no_weights(
             cursor.execute("select count(*), count(*) filter (where status = 'FINISHED') from runs")
             everything, finished = cursor.fetchone() or (0, 0)
         rows.close()
-    assert everything == finished > len(world.steps())
+    assert everything == finished > 10  # the run itself, what was trained, and each arm
 
 
 def test_gc_says_what_the_bucket_keeps_and_what_it_took_is_a_hit_again(
