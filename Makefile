@@ -86,7 +86,7 @@ docs: install    ## write the generated pages again
 	$(BIN)/python -m flows.docs
 
 lock: install    ## resolve pyproject.toml again
-	$(BIN)/uv pip compile -q pyproject.toml --extra dev --extra system --no-annotate --no-header \
+	$(BIN)/uv pip compile -q pyproject.toml --extra dev --extra ray --extra system --no-annotate --no-header \
 	  | sed 's/+cpu$$//' > infra/locks/main.new && mv infra/locks/main.new infra/locks/main.txt
 
 lock-envs: install  ## resolve infra/locks/*.in again
