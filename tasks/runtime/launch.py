@@ -156,14 +156,16 @@ class Launcher:
         request.answer.set_result(child)
 
 
-def child_env(*, threads: int = 1, gpus: Sequence[int] | None = None, keep: tuple[str, ...] = ()) -> dict[str, str]:
+def child_env(
+    *, threads: int = 1, gpus: Sequence[int | str] | None = None, keep: tuple[str, ...] = ()
+) -> dict[str, str]:
     """Environment of a child: the checkout alone on PYTHONPATH, its threads, its GPUs, no network, no secrets.
 
     Secrets stay with the parent: a job works on local files and asks nobody.
 
     Args:
         threads: Threads that it may use.
-        gpus: GPUs that it may see; None leaves them as they are.
+        gpus: GPUs that it may see, by index or by NVIDIA's own name; None leaves them as they are.
         keep: Beginnings of the names of secret variables that it needs: what a server reads its own settings from.
     """
     env = {name: text for name, text in os.environ.items() if name.startswith(keep) or not is_secret(name, text)}

@@ -13,7 +13,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -32,7 +32,7 @@ class Lease:
     """What a child may use: CPU slots (= threads) and GPU indices."""
 
     cpus: tuple[int, ...]
-    gpus: tuple[int, ...]
+    gpus: tuple[int | str, ...]
 
 
 def cpu_slots() -> int:
@@ -48,6 +48,25 @@ def visible_gpus() -> tuple[int, ...]:
         return tuple(int(one) for one in named.split(",") if one.strip().isdigit())
     folder = Path("/proc/driver/nvidia/gpus")
     return tuple(range(len(list(folder.iterdir())))) if folder.is_dir() else ()
+
+
+class Given:
+    """What somebody else, Ray, has leased for this process already: nothing is waited for, nothing is locked."""
+
+    def __init__(self, *, cpus: int, gpus: Sequence[int | str]) -> None:
+        self.lease = Lease(cpus=tuple(range(cpus)), gpus=tuple(gpus))
+
+    @contextlib.contextmanager
+    def take(
+        self,
+        cpus: int,
+        gpus: int = 0,
+        *,
+        stop: threading.Event | None = None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> Generator[Lease]:
+        """All of it, to the one step of this process; see Leases.take."""
+        yield self.lease
 
 
 class Leases:

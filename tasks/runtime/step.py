@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from recipes.problem import Problem
 from tasks.runtime.disk import full, has_space, is_full
@@ -22,7 +22,7 @@ from tasks.runtime.events import read_events
 from tasks.runtime.fingerprint import canonical, fingerprint
 from tasks.runtime.job import Execution, Input, Job
 from tasks.runtime.launch import Child, Launcher, child_env
-from tasks.runtime.leases import Lease, Leases, cpu_slots, visible_gpus
+from tasks.runtime.leases import Given, Lease, Leases, cpu_slots, visible_gpus
 from tasks.runtime.store import Artifact, Attempt, Found, LostRaceError, Store, StoreTrouble, read_json
 
 FOLLOW_S = 0.2
@@ -144,7 +144,7 @@ class Kitchen:
 
     store: Store
     launcher: Launcher
-    leases: Leases
+    leases: Leases | Given
     limits: Limits = field(default_factory=Limits)
     on_event: Callable[[Step, dict[str, Any]], None] = lambda step, event: None
     on_line: Callable[[Step, str], None] = lambda step, line: None
@@ -196,10 +196,8 @@ def _found_or_made(step: Step, inputs: Mapping[str, Artifact], kitchen: Kitchen)
         digests = {name: one.digest for name, one in inputs.items()}
         if finished := kitchen.store.take_up(step.stage, step.slug, step.fingerprint, inputs=digests):
             return Made(artifact=finished, hit=True)
-        processes = _processes(step, kitchen)
-        gpus = step.gpus * processes if kitchen.limits.device == "cuda" else 0
-        cpus = 0 if step.whole_machine else kitchen.limits.threads * processes
-        with kitchen.leases.take(cpus, gpus, stop=stop, say=say) as lease:
+        want = wanted(step, kitchen.limits)
+        with kitchen.leases.take(want.cpus, want.gpus, stop=stop, say=say) as lease:
             try:
                 return _make(step, inputs, kitchen, lease)
             except OSError as error:
@@ -212,7 +210,7 @@ def _found_or_made(step: Step, inputs: Mapping[str, Artifact], kitchen: Kitchen)
 def _make(step: Step, inputs: Mapping[str, Artifact], kitchen: Kitchen, lease: Lease) -> Made:
     digests = {name: one.digest for name, one in inputs.items()}
     attempt = kitchen.store.begin(step.stage, step.slug, step.fingerprint, inputs=digests)
-    processes = _processes(step, kitchen)
+    processes = _processes(step, kitchen.limits)
     threads = max(1, len(lease.cpus) // processes) if not step.whole_machine else kitchen.limits.threads
     execution = Execution(
         device="cuda" if lease.gpus else "cpu",
@@ -285,9 +283,23 @@ def _make(step: Step, inputs: Mapping[str, Artifact], kitchen: Kitchen, lease: L
         return Made(artifact=won, hit=True)
 
 
-def _processes(step: Step, kitchen: Kitchen) -> int:
+class Wanted(NamedTuple):
+    """CPU slots (0: the whole machine) and GPUs of a step."""
+
+    cpus: int
+    gpus: int
+
+
+def wanted(step: Step, limits: Limits) -> Wanted:
+    """What a step has to lease."""
+    processes = _processes(step, limits)
+    cpus = 0 if step.whole_machine else limits.threads * processes
+    return Wanted(cpus=cpus, gpus=step.gpus * processes if limits.device == "cuda" else 0)
+
+
+def _processes(step: Step, limits: Limits) -> int:
     """Ranks of a step: all but train have one."""
-    return kitchen.limits.processes if step.distributed else 1
+    return limits.processes if step.distributed else 1
 
 
 def _relative(path: Path, home: Path) -> str:
