@@ -316,11 +316,17 @@ def _parser() -> argparse.ArgumentParser:
     checked = command("check", _check, "Check a recipe from config and headers alone.", recipe=True)
     checked.add_argument("--data", action="store_true", help="read all rows too")
     planned = command("plan", _plan, "Show each step as hit or make, and which field differs.", recipe=True)
-    command("run", _run, "Run a recipe; running it again resumes.", recipe=True).set_defaults(only=[])
+    ran = command("run", _run, "Run a recipe; running it again resumes.", recipe=True)
+    ran.set_defaults(only=[])
     scored = command("evaluate", _run, "Evaluate some arms; nothing is made that they do not need.", recipe=True)
     for parser in (planned, scored):
         text = "arms of the recipe, or `external` for every external model and the base; default: all"
         parser.add_argument("--only", nargs="+", action="extend", default=[], metavar="ARM", help=text)
+    for parser in (ran, scored):
+        text = "where steps run: on this machine, or on the nodes of a Ray cluster; default: local"
+        parser.add_argument("--runner", choices=("local", "ray"), default="local", help=text)
+        text = "of the Ray cluster that this machine is in; default: auto"
+        parser.add_argument("--address", default="auto", metavar="HOST:PORT", help=text)
     merged = command("merge", _merge, "Merge an adapter into its base; both are folders or hub ids.")
     merged.add_argument("base", metavar="BASE", help="model folder or hub id")
     merged.add_argument("adapter", metavar="ADAPTER", help="PEFT adapter: folder or hub id")

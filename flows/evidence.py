@@ -42,6 +42,7 @@ class Step:
         path: The committed folder relative to QUENCH_HOME, or None.
         files: The artifact's files, absolute, or None.
         manifest: None where there is no artifact, or none any more.
+        node: Of a Ray cluster, where it ran; None where it ran in the flow's own machine or did not run.
     """
 
     key: str
@@ -54,6 +55,7 @@ class Step:
     problem: Mapping[str, str] | None
     log: str | None
     manifest: Mapping[str, Any] | None
+    node: Mapping[str, str] | None = None
 
     @property
     def ok(self) -> bool:
@@ -222,6 +224,7 @@ def _step(raw: Mapping[str, Any], home: Path) -> Step:
         problem=raw.get("problem"),
         log=raw.get("log"),
         manifest=_json(folder / "manifest.json") if folder is not None and there else None,
+        node=raw.get("node"),
     )
 
 

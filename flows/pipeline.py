@@ -22,7 +22,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.events.worker import EventsWorker
-from prefect.futures import PrefectConcurrentFuture, wait
+from prefect.futures import wait
 from prefect.runtime import flow_run
 from prefect.states import Cancelled
 from prefect.task_runners import ThreadPoolTaskRunner
@@ -73,7 +73,7 @@ class Session:
         )
         self.steps: dict[str, Step] = {}
         self.artifacts: dict[str, Artifact] = {}
-        self.futures: dict[str, PrefectConcurrentFuture[str]] = {}
+        self.futures: dict[str, Any] = {}  # of Prefect's task runner, whichever it is
         self.pages = PrefectPages()
 
         @task(task_run_name="{key}", cache_policy=NO_CACHE, persist_result=False)
@@ -88,14 +88,22 @@ class Session:
         self.steps[step.key] = step
         inputs = known_inputs(step, self.artifacts)
         if inputs is not None and (found := lookup(step, inputs, self.store).artifact):
-            self._done(step, Made(artifact=found, hit=True))
+            self.done(step, Made(artifact=found, hit=True))
             return
-        needs = [one.key for one in (*step.inputs.values(), *step.after) if isinstance(one, Step)]
         if step.whole_machine:  # it would hold the gate while others wait: let them finish first
-            wait(list(self.futures.values()))
-        self.futures[step.key] = self.task.submit(  # pyright: ignore[reportCallIssue]
-            step.key, wait_for=[self.futures[key] for key in needs if key in self.futures]
-        )
+            self.wait()
+        self.futures[step.key] = self.submit(step, [self.futures[key] for key in needs(step) if key in self.futures])
+
+    def submit(self, step: Step, before: list[Any]) -> Any:
+        """Hand one step to Prefect, which starts it after the tasks `before`."""
+        return self.task.submit(step.key, wait_for=before)  # pyright: ignore[reportCallIssue]
+
+    def wait(self) -> None:
+        """Return when every task that was submitted has ended."""
+        wait(list(self.futures.values()))
+
+    def stop(self) -> None:
+        """End what is left of the tasks: the launcher ended their children already."""
 
     def make(self, key: str) -> str:
         """Body of the task: run_step, then tell."""
@@ -107,31 +115,37 @@ class Session:
         try:
             made = run_step(step, inputs, self.kitchen)
         except StepFailed as error:
-            self.record.add(step, "failed", problem=error.problem.as_dict(), log=error.log)
-            self.display.ended(key, f"fail  {key:<36} {error.problem.what}\n      log: {error.log}", style="red")
+            self.failed(step, error)
             raise
-        self._done(step, made)
+        self.done(step, made)
         return str(made.artifact.folder)
 
-    def _done(self, step: Step, made: Made) -> None:
+    def failed(self, step: Step, error: StepFailed, *, node: dict[str, str] | None = None) -> None:
+        """Record and show a step that failed."""
+        self.record.add(step, "failed", problem=error.problem.as_dict(), log=error.log, node=node)
+        self.display.ended(step.key, f"fail  {step.key:<36} {error.problem.what}\n      log: {error.log}", style="red")
+
+    def done(self, step: Step, made: Made, *, node: dict[str, str] | None = None) -> None:
+        """Take a finished step in: record, terminal, MLflow."""
         self.artifacts[step.key] = made.artifact
         folder = made.artifact.folder
         path = str(folder.relative_to(self.store.home)) if folder else None
         status = "hit" if made.hit else "made"
         seconds = made.artifact.manifest["seconds"]
-        record = self.record.add(step, status, path=path, seconds=0.0 if made.hit else seconds)
+        record = self.record.add(step, status, path=path, seconds=0.0 if made.hit else seconds, node=node)
         took = "" if made.hit else f"{seconds:6.1f} s"
+        took += f"  on {node['host']} ({node['address']})" if node else ""
         self.display.ended(step.key, f"{status:<5} {step.key:<36} {took}", style="dim" if made.hit else None)
         self.tracker.step(vars(record))
 
     def collect(self) -> bool:
         """Wait for every task; record what never ran. True where all steps have their artifact and all their scores."""
-        wait(list(self.futures.values()))
+        self.wait()
         for key, future in self.futures.items():
             record = self.record.records.get(key)
             if future.state.name == "NotReady":
-                self.record.add(self.steps[key], "skipped", problem=self._skipped(key))
-            elif record is None or (record.status != "failed" and not future.state.is_completed()):
+                self.record.add(self.steps[key], "skipped", problem=self.skipped(key))
+            elif record is None or (record.status in ("hit", "made") and not future.state.is_completed()):
                 future.result()  # not a step's failure but ours: let it be seen
         made = all(one.status in ("hit", "made") for one in self.record.records.values())
         return made and not self.unscored
@@ -157,10 +171,10 @@ class Session:
         found = {key: made.manifest["result"].get("problems", ()) for key, made in self.artifacts.items()}
         return [f"{key} ({', '.join(problems)})" for key, problems in found.items() if problems]
 
-    def _skipped(self, key: str) -> dict[str, str]:
+    def skipped(self, key: str) -> dict[str, str]:
+        """Why a step was not run."""
         step = self.steps[key]
-        needs = [one.key for one in (*step.inputs.values(), *step.after) if isinstance(one, Step)]
-        missing = [one for one in needs if one not in self.artifacts]
+        missing = [one for one in needs(step) if one not in self.artifacts]
         return {
             "what": "not run",
             "where": key,
@@ -179,6 +193,17 @@ class Session:
         """A line of a child's log: into the Prefect run's log."""
         if TaskRunContext.get():
             get_run_logger().info("%s | %s", step.key, line)
+
+
+def needs(step: Step) -> list[str]:
+    """Keys of the steps that have to be made before this one."""
+    return [one.key for one in (*step.inputs.values(), *step.after) if isinstance(one, Step)]
+
+
+def session_class() -> type[Session]:
+    """The session that the flow's task runner asks for: one on Ray has its own."""
+    context = FlowRunContext.get()
+    return getattr(context and context.task_runner, "session", Session)
 
 
 @flow(  # pyright: ignore[reportCallIssue]
@@ -224,12 +249,13 @@ def run_vetted(vetted: Vetted, *, only: Sequence[str], because: Sequence[str] = 
         tracker = Tracker(home, experiment=vetted.recipe.name, run=run)
     record = RunRecord(home, vetted.loaded, id=run, flow_run=flow_run.id, because=because)
     with Launcher() as launcher, watched(launcher):
-        session = Session(vetted, launcher, record, tracker)
+        session = session_class()(vetted, launcher, record, tracker)
         try:
             with session.display:
                 _work(session, vetted, only=only)
         finally:
             launcher.end_all()  # before anything that may have to wait
+            session.stop()
             if record.status == "running":
                 record.finish("stopped")
             session.end()

@@ -289,6 +289,7 @@ def _step(step: Step) -> dict[str, Any]:
         "path": step.path,
         "fingerprint": step.fingerprint,
         **{name: manifest.get(name) for name in ("digest", "seconds", "attempts", "finished_at", "execution")},
+        **({"node": step.node} if step.node else {}),
     }
 
 

@@ -19,7 +19,17 @@ from flows.plot_domains import domains_plot
 from flows.plot_waterfall import waterfall_plot
 from flows.plots import LIGHT, against_size, as_picture, family_of, look
 from flows.power import sentence as power_sentence
-from flows.report_text import SPEEDS, columns, data_line, further_tasks, hardware_line, heading, left_out, ran_on
+from flows.report_text import (
+    SPEEDS,
+    columns,
+    data_line,
+    further_tasks,
+    hardware_line,
+    heading,
+    left_out,
+    ran_on,
+    ran_where,
+)
 from flows.samples import marked
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -70,6 +80,7 @@ def page(report: Mapping[str, Any], svgs: Mapping[str, str]) -> str:
         ran_on=ran_on,
         data_line=data_line(report),
         hardware_line=hardware_line(report["hardware"]),
+        where=ran_where(report),
         kl_plot=drawn.get("kl-against-size"),
         task_plot=drawn.get("task-against-size"),
         waterfall_plot=drawn.get("waterfall"),

@@ -234,10 +234,22 @@ def _machine(report: Mapping[str, Any]) -> Iterator[str]:
         + ", ".join(f"{name} {version}" for name, version in report["versions"].items())
         + "."
     )
+    for node, steps in ran_where(report).items():
+        yield ""
+        yield f"On {node}: {', '.join(steps)}."
     for one in report["code"]:
         yield ""
         yield f"Code that the recipe names was run: `{one['source']}` ({one['field']}), allowed by {one['allowed_by']},"
         yield f"sha256 {one['digest']}."
+
+
+def ran_where(report: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Node of a Ray cluster -> the steps that it made; empty where the run was on one machine."""
+    found: dict[str, list[str]] = {}
+    for one in report["steps"]:
+        if node := one.get("node"):
+            found.setdefault(f"{node['host']} ({node['address']}, node {node['id'][:8]})", []).append(one["key"])
+    return found
 
 
 def hardware_line(hardware: Mapping[str, Any]) -> str:
@@ -261,6 +273,8 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
         console.print(Text(question, style="bold"))
         console.print(Text(sentence))
         console.print()
+    for node, steps in ran_where(report).items():
+        console.print(Text(f"On {node}: {', '.join(steps)}."))
 
 
 def _print_arms(report: Mapping[str, Any], console: Console) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import httpx
 
@@ -18,6 +20,9 @@ from recipes.problem import Problem
 from tasks.runtime.disk import full, has_space
 from tasks.runtime.launch import Launcher
 from tasks.runtime.store import find_home
+
+if TYPE_CHECKING:  # 2 s of imports
+    from prefect import Flow
 
 
 def command(args: argparse.Namespace, *, warn: Callable[[Sequence[Problem]], None]) -> int:
@@ -31,18 +36,33 @@ def command(args: argparse.Namespace, *, warn: Callable[[Sequence[Problem]], Non
     os.environ["QUENCH_HOME"] = str(home)
     os.environ.update(prefect_settings(home))
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-    warn(vet(args.recipe, sets=args.set, home=home, only=args.only).warnings)  # refuse before a server is started
-    with Launcher() as launcher:
+    vetted = vet(args.recipe, sets=args.set, home=home, only=args.only)  # refuse before a server is started
+    warn(vetted.warnings)
+    with contextlib.ExitStack() as open_, Launcher() as launcher:
+        if args.runner == "ray":
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            from flows.cluster import joined
+
+            open_.enter_context(joined(args.address))
         server = OwnServer(home, launcher)
         server.start()
         os.environ["PREFECT_API_URL"] = server.api
         from flows.pipeline import RunFailed, drain, finetune_and_quantize  # 8 s of imports while the server starts
 
         server.wait()
+        flow = cast("Flow[..., str]", finetune_and_quantize)
+        if args.runner == "ray":
+            from flows.cluster import check_nodes
+            from flows.cluster_session import ClusterRunner
+
+            for one in check_nodes(vetted, home=home, api=server.api):
+                print(f"Ray: {one.node}", file=sys.stderr)
+            runner = ClusterRunner(address=args.address)
+            flow = flow.with_options(task_runner=runner)  # pyright: ignore[reportArgumentType]
         print(f"Prefect, while this runs: {server.ui}", file=sys.stderr)
         code = 0
         try:
-            folder = Path(finetune_and_quantize(recipe=str(args.recipe), sets=args.set, only=args.only))
+            folder = Path(flow(recipe=str(args.recipe), sets=args.set, only=args.only))
         except RunFailed as error:
             print(f"error: {error}", file=sys.stderr)
             folder, code = (home / "runs" / "latest").resolve(), 1

@@ -46,6 +46,7 @@ class StepRecord:
     problem: dict[str, str] | None = None
     log: str | None = None
     seconds: float = 0.0  # of the child in this run; a hit took none
+    node: dict[str, str] | None = None  # of a Ray cluster, that made or found it: host, address, id
 
 
 class RunRecord:
@@ -154,6 +155,9 @@ class RunRecord:
     def _write(self) -> None:
         with self._lock:
             steps = [asdict(record) for record in self._steps.values()]
+            for one in steps:
+                if one["node"] is None:
+                    del one["node"]
             seconds = round(time.monotonic() - self._clock, 3)
             write_json(self.folder / "steps.json", {**self._raw, "seconds": seconds, "steps": steps})
 

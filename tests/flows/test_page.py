@@ -21,6 +21,7 @@ from flows.plots import Point, as_picture, front
 from flows.power import sentence as power_sentence
 from flows.report import evaluate, print_report
 from flows.report_html import figures, page, verdict
+from flows.report_text import markdown
 from recipes.headers import read_headers
 from recipes.serve_file import describe
 from recipes.slugs import parse_scheme
@@ -319,3 +320,12 @@ def test_paper_shows_what_is_folded(browser: Browser, written: Path, tmp_path: P
     shown.pdf(path=tmp_path / "report.pdf", format="A4")
     assert (tmp_path / "report.pdf").stat().st_size > 50_000
     shown.close()
+
+
+def test_a_run_on_a_cluster_says_where_each_step_ran(plain: dict[str, Any]) -> None:
+    node, there = {"host": "gpu-7", "address": "10.0.0.7", "id": "0123abcd4567"}, "quantize/awq-w4-g128"
+    steps = [{**one, "node": node} if one["key"] == there else one for one in plain["steps"]]
+    placed = {**plain, "steps": steps}
+    told = f"gpu-7 (10.0.0.7, node 0123abcd): {there}"
+    assert told in words(html(placed)) and f"On {told}." in markdown(placed)
+    assert "gpu-7" not in html(plain) + markdown(plain)
