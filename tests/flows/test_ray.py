@@ -1,0 +1,218 @@
+"""One run over a Ray cluster of two nodes: a node killed, a run cancelled, and what is refused beforehand."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flows.server import free_port
+from recipes.problem import RecipeError
+from tasks.runtime.launch import CHECKOUT
+from tests.conftest import World
+from tests.flows.test_resume import processes_of
+from tests.flows.test_run import fingerprints
+from tests.ray_cluster import NICE, RayCluster, ray_cluster
+
+# From the signal to no child on either node: the issue allows 10 s.
+GONE_S = 10.0
+START_S = 240.0  # two Ray workers and two children on two busy cores
+TWO = ("base-nf4", "nf4-adapter")  # neither waits for the other, and nothing waits for them
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RayCluster]:
+    with ray_cluster(QUENCH_CPU_SLOTS="1") as made:
+        yield made
+
+
+def words(world: World, cluster: RayCluster, *more: str) -> list[str]:
+    asked = ["run", str(world.recipe), "--set", "measure.enabled=false", "--runner", "ray"]
+    return cluster.inside(world.argv(*asked, "--address", cluster.address, *more))
+
+
+def start(world: World, cluster: RayCluster) -> subprocess.Popen[str]:
+    env = {**world.env, "PREFECT_API_URL": cluster.api}
+    log = subprocess.PIPE
+    return subprocess.Popen(
+        words(world, cluster), env=env, cwd=world.home.parent, stdout=log, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def children(world: World) -> list[int]:
+    return [pid for pid, line in processes_of(world.home).items() if "tasks.runtime.child run" in line]
+
+
+def wait_for_two(world: World, run: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + START_S
+    while len(children(world)) < 2:
+        assert run.poll() is None, run.communicate()
+        assert time.monotonic() < deadline, "no two children were seen"
+        time.sleep(0.05)
+
+
+def two_nodes(cluster: RayCluster) -> list[str]:
+    if len(cluster.nodes) < 2:
+        cluster.add()
+    return cluster.nodes
+
+
+@pytest.mark.slow
+@pytest.mark.system
+def test_two_nodes_share_the_steps_and_make_the_same_bytes(world: World, cluster: RayCluster) -> None:
+    nodes = two_nodes(cluster)
+    digests = {key: one["digest"] for key, one in by_key(world).items()}
+    world.drop("quantize", "rtn-w4-g128")
+    world.drop("evaluate", "base-nf4")
+    run = start(world, cluster)
+    out, _ = run.communicate(timeout=600)
+    assert run.returncode == 0, out
+    steps = world.steps()
+    made = {key: one["node"]["id"] for key, one in steps.items() if one["status"] == "made"}
+    assert set(made) == {"quantize/rtn-w4-g128", "evaluate/base-nf4"}
+    assert set(made.values()) == set(nodes)
+    # RTN's bytes do not depend on where it runs; scores neither, on one kind of machine.
+    assert {key: by_key(world)[key]["digest"] for key in made} == {key: digests[key] for key in made}
+    shown = world.quench("report").stdout
+    assert all(f"node {node[:8]}" in shown for node in nodes)
+    assert steps["train/small"]["status"] == "hit" and "node" not in steps["train/small"]
+
+
+def by_key(world: World) -> dict[str, dict[str, str]]:
+    return {one["key"]: one for one in world.report()["steps"]}
+
+
+@pytest.mark.slow
+@pytest.mark.system
+def test_a_node_killed_in_the_middle_costs_nothing_that_had_finished(world: World, cluster: RayCluster) -> None:
+    head, other = two_nodes(cluster)
+    for slug in TWO:
+        world.drop("evaluate", slug)
+    before = fingerprints(world.home)
+    run = start(world, cluster)
+    wait_for_two(world, run)
+    cluster.kill(other)
+    out, _ = run.communicate(timeout=600)
+    assert run.returncode == 0, out
+    steps = world.steps()
+    assert {steps[f"evaluate/{slug}"]["status"] for slug in TWO} == {"made"}
+    assert {steps[f"evaluate/{slug}"]["node"]["id"] for slug in TWO} == {head}
+    after = fingerprints(world.home)
+    assert {name: after.get(name) for name in before} == before
+    assert not list((world.home / "partial").glob("evaluate/*"))
+
+
+@pytest.mark.slow
+@pytest.mark.system
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_run_that_ends_leaves_no_child_on_either_node(
+    world: World, cluster: RayCluster, number: signal.Signals
+) -> None:
+    two_nodes(cluster)
+    for slug in TWO:
+        world.drop("evaluate", slug)
+    run = start(world, cluster)
+    wait_for_two(world, run)
+    run.send_signal(number)
+    clock = time.monotonic()
+    while left := children(world):
+        assert time.monotonic() - clock < GONE_S, left
+        time.sleep(0.1)
+    out, _ = run.communicate(timeout=60)
+    assert run.returncode == (130 if number == signal.SIGINT else -number), out
+    assert not any("flows.cli" in line for line in processes_of(world.home).values())
+
+
+@pytest.mark.slow
+@pytest.mark.system
+def test_a_step_that_fails_by_itself_is_tried_once(world: World, cluster: RayCluster) -> None:
+    two_nodes(cluster)
+    for slug in TWO:
+        world.drop("evaluate", slug)
+    run = start(world, cluster)
+    wait_for_two(world, run)
+    victim = next(pid for pid in children(world) if "nf4-adapter" in processes_of(world.home)[pid])
+    os.kill(victim, signal.SIGKILL)
+    out, _ = run.communicate(timeout=600)
+    assert run.returncode == 1 and "SIGKILL" in out, out
+    failed = world.steps()["evaluate/nf4-adapter"]
+    assert failed["status"] == "failed" and failed["node"] and world.steps()["evaluate/base-nf4"]["status"] == "made"
+    (partial,) = (world.home / "partial" / "evaluate").glob("nf4-adapter-*")
+    assert [path.name for path in partial.glob("attempt-*")] == ["attempt-1"]
+
+
+@pytest.mark.slow
+@pytest.mark.system
+def test_a_node_of_another_lock_is_named_with_both_versions(world: World, cluster: RayCluster, tmp_path: Path) -> None:
+    world.drop("evaluate", TWO[0])
+    other = tmp_path / "checkout"
+    for name in ("flows", "tasks", "recipes", "infra/locks", "infra/accelerate"):
+        shutil.copytree(CHECKOUT / name, other / name, ignore=shutil.ignore_patterns("__pycache__", "quickstart"))
+    lock = other / "infra" / "locks" / "main.txt"
+    lock.write_text(lock.read_text().replace("peft==0.21.2", "peft==0.20.0"))
+    runs = sorted((world.home / "runs").iterdir())
+    node = cluster.add(PYTHONPATH=str(other))
+    try:
+        said = refused(world, cluster)
+    finally:
+        cluster.kill(node)
+    assert "A node has another lock." in said and "peft 0.21.2 here, 0.20.0 there" in said
+    assert f"node {node[:8]}" in said and said.count("error:") == 1
+    assert sorted((world.home / "runs").iterdir()) == runs and not children(world)
+
+
+def refused(world: World, cluster: RayCluster) -> str:
+    run = start(world, cluster)
+    out, _ = run.communicate(timeout=600)
+    assert run.returncode == 2, out
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.system
+def test_a_node_that_does_not_see_the_store_is_refused(world: World, cluster: RayCluster) -> None:
+    world.drop("evaluate", TWO[0])
+    there = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={cluster.address}", "--block"]
+    mine = " ".join([*there, "--node-ip-address=127.0.0.1", "--num-cpus=1", "--disable-usage-stats"])
+    hide = f'mount -t tmpfs none "{world.home}" && exec {mine}'  # a mount of its own over QUENCH_HOME
+    count = len(cluster.alive())
+    argv = cluster.inside(["unshare", "--mount", "sh", "-c", hide])
+    env = {**os.environ, "RAY_worker_niceness": NICE}
+    node = subprocess.Popen(argv, env=env, start_new_session=True, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + START_S
+        while len(cluster.alive()) == count:
+            assert node.poll() is None and time.monotonic() < deadline
+            time.sleep(0.5)
+        said = refused(world, cluster)
+    finally:
+        node.terminate()  # `ray start --block` ends what it started
+        node.wait(60)
+    assert "A node does not have the same store." in said and "QUENCH_STORE=s3://" in said, said
+    assert not list((world.home / "cluster").iterdir())
+
+
+@pytest.mark.parametrize("what", ["nothing", "another server", "a client's address"])
+def test_an_address_where_no_ray_answers_is_refused(what: str) -> None:
+    from flows.cluster import joined
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        port = free_port() if what == "nothing" else server.server_address[1]
+        address = f"ray://127.0.0.1:{port}" if what.startswith("a client") else f"127.0.0.1:{port}"
+        with pytest.raises(RecipeError) as caught, joined(address):
+            raise AssertionError("joined")
+        server.shutdown()
+    (problem,) = caught.value.problems
+    told = json.dumps(problem.as_dict())
+    assert ("ray://" in told if what.startswith("a client") else "No Ray answers." in told) and "--address" in told
