@@ -7,8 +7,8 @@ endif
 
 ENVIRONMENTS := llmcompressor autoawq autogptq
 
-.PHONY: help install env-llmcompressor env-autoawq env-autogptq quickstart check audit test test-all test-gpu bench folklore overheads \
-        kills docs lock lock-envs clean
+.PHONY: help install env-llmcompressor env-autoawq env-autogptq quickstart check audit test test-all test-gpu bench folklore \
+        overheads kills cluster docs lock lock-envs clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -81,6 +81,9 @@ kills: install   ## 30 runs, each with a SIGKILL at a random moment: docs/result
 
 overheads: install  ## what the orchestration costs, against one script: docs/results/operations.md, some hours
 	$(BIN)/python -m tests.bench.overheads
+
+cluster: install ## one process, two Ray nodes, a bucket: docs/results/cluster.md; needs root
+	$(BIN)/python -m tests.bench.cluster
 
 docs: install    ## write the generated pages again
 	$(BIN)/python -m flows.docs
