@@ -19,13 +19,15 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from flows.on_node import FailedOnNode, Handle, Landed, Order, Place, make_on_node
 from flows.pipeline import Session, needs
+from flows.plan import known_inputs
 from flows.runs import RunRecord
 from flows.track import Tracker
 from flows.vet import Vetted
 from recipes.problem import Problem
 from tasks.runtime.errors import StepFailed
 from tasks.runtime.launch import Launcher
-from tasks.runtime.step import Made, Step, wanted
+from tasks.runtime.step import Made, Step, lookup, wanted
+from tasks.runtime.store import StoreTrouble
 
 RETRIES = 3  # of a step whose worker or node died
 LOOK_S = 0.5
@@ -38,6 +40,17 @@ class ClusterSession(Session):
     def __init__(self, vetted: Vetted, launcher: Launcher, record: RunRecord, tracker: Tracker) -> None:
         super().__init__(vetted, launcher, record, tracker)
         self.landed: set[str] = set()
+
+    def do(self, step: Step) -> None:
+        """As on one machine; but what this home has and the bucket lacks is uploaded here: no node could see it."""
+        inputs = known_inputs(step, self.artifacts)
+        if inputs is not None and (found := lookup(step, inputs, self.store)).away:
+            digests = {name: one.digest for name, one in inputs.items()}
+            lock = self.store.lock(step.stage, step.fingerprint)
+            with contextlib.suppress(StoreTrouble), lock:  # a node finds out for itself whether the bucket answers
+                if self.store.bring(found) is None:
+                    self.store.take_up(step.stage, step.slug, step.fingerprint, inputs=digests)
+        super().do(step)
 
     def submit(self, step: Step, before: list[Any]) -> Any:
         """Hand one step to Ray, which starts it when what it reads has landed."""
