@@ -7,7 +7,7 @@ step that fails by itself is not tried again. The run's folder, MLflow and the r
 from __future__ import annotations
 
 import contextlib
-import pickle
+import functools
 from dataclasses import asdict
 from typing import Any
 
@@ -62,10 +62,11 @@ class ClusterSession(Session):
         }
         awaited = [self.futures[key] for key in keys if key not in known and key in self.futures]
         options, place = self._lease(step), Place.of(self.store.home)
-        order = Order(step=step, known=known, limits=self.kitchen.limits, place=place, cpus=options["num_cpus"])
+        given = {"known": known, "limits": self.kitchen.limits, "place": place, "cpus": options["num_cpus"]}
+        order = functools.partial(Order, step=step, **given)
         unique = {id(one): one for one in (*before, *awaited)}.values()
         with remote_options(**options):
-            return make_on_node.submit(key=step.key, order=pickle.dumps(order), before=list(unique))
+            return make_on_node.submit(key=step.key, order=order, before=list(unique))
 
     def _lease(self, step: Step) -> dict[str, Any]:
         """What Ray has to lease; speed is measured on the flow's own node, whose hardware its identity names."""

@@ -7,10 +7,9 @@ import hashlib
 import importlib.metadata
 import logging
 import os
-import pickle
 import platform
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -280,15 +279,15 @@ class FailedOnNode(StepFailed):
 
 
 @task(task_run_name="{key}", cache_policy=NO_CACHE, persist_result=False)
-def make_on_node(key: str, order: bytes, before: Sequence[Landed]) -> Landed:
+def make_on_node(key: str, order: Callable[[], Order], before: Sequence[Landed]) -> Landed:
     """Make one step on the node where Ray placed this.
 
     Args:
         key: The step's key.
-        order: A pickled Order: Prefect would look through all of its parts for futures.
+        order: Makes the Order; Prefect would look through the parts of an Order itself for futures.
         before: Steps that had to be made first.
     """
-    asked: Order = pickle.loads(order)
+    asked = order()
     node, step, pages = this_node(), asked.step, PrefectPages()
     log = get_run_logger()
     log.info("%s on %s", key, node)
