@@ -75,11 +75,18 @@ def ray_cluster(*, own_network: bool = True, **env: str) -> Iterator[RayCluster]
     if os.geteuid() != 0 or not all(map(shutil.which, ("unshare", "nsenter", "ip"))):
         pytest.skip("a cluster on loopback alone needs root, and Debian's util-linux and iproute2")
     folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: it has sockets in it
+    (folder / "ray").mkdir()  # where Ray notes the address, below RAY_TMPDIR
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(
             [*(("unshare", "--net") if own_network else ()), sys.executable, "-m", "tests.ray_cluster", str(folder)],
             cwd=CHECKOUT,
-            env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": NICE, **env},
+            env={
+                **os.environ,
+                "RAY_USAGE_STATS_ENABLED": "0",
+                "RAY_worker_niceness": NICE,
+                "RAY_TMPDIR": str(folder),
+                **env,
+            },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
