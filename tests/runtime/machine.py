@@ -14,13 +14,15 @@ from tasks.runtime.store import Artifact, Store, find_home
 PRINT = "ab" * 32
 
 
-def written(store: Store, files: dict[str, bytes], *, inputs: dict[str, str], print_: str = PRINT) -> Artifact:
+def written(
+    store: Store, files: dict[str, bytes], *, inputs: dict[str, str], print_: str = PRINT, stage: str = "train"
+) -> Artifact:
     """Begin, write, commit."""
-    attempt = store.begin("train", "tiny", print_, inputs=inputs)
+    attempt = store.begin(stage, "tiny", print_, inputs=inputs)
     for name, data in {**files, "events.jsonl": b"{}\n"}.items():
         (attempt.files / name).parent.mkdir(parents=True, exist_ok=True)
         (attempt.files / name).write_bytes(data)
-    return store.commit(attempt, manifest(inputs, print_))
+    return store.commit(attempt, manifest(inputs, print_, stage))
 
 
 def manifest(inputs: dict[str, str], print_: str = PRINT, stage: str = "train") -> dict[str, object]:

@@ -8,26 +8,11 @@ from pathlib import Path
 import pytest
 
 from tasks.runtime.store import Artifact, LostRaceError, Store, find_home, read_json
-
-PRINT = "ab" * 32
+from tests.runtime.machine import PRINT, manifest, written
 
 
 def make(store: Store, text: str, *, inputs: dict[str, str], print_: str = PRINT, stage: str = "train") -> Artifact:
-    attempt = store.begin(stage, "tiny", print_, inputs=inputs)
-    (attempt.files / "weights.txt").write_text(text)
-    (attempt.files / "events.jsonl").write_text("{}\n")
-    return store.commit(attempt, manifest(inputs, print_, stage))
-
-
-def manifest(inputs: dict[str, str], print_: str = PRINT, stage: str = "train") -> dict[str, object]:
-    return {
-        "stage": stage,
-        "slug": "tiny",
-        "fingerprint": print_,
-        "identity": {"params": {"rank": 8}},
-        "inputs": {name: {"fingerprint": "f", "digest": one, "path": "p"} for name, one in inputs.items()},
-        "result": {},
-    }
+    return written(store, {"weights.txt": text.encode()}, inputs=inputs, print_=print_, stage=stage)
 
 
 @pytest.fixture
