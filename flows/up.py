@@ -86,9 +86,12 @@ def up(home: Path, asked: Asked, say: Callable[[str], None]) -> None:
         KeyboardInterrupt: Never: an interrupt is the way to end it.
     """
     open_home(home)
-    with only_one(home), contextlib.suppress(KeyboardInterrupt):
-        prefect = take_port(asked.host, asked.prefect_port, PREFECT_PORT, option="--prefect-port")
-        mlflow = take_port(asked.host, asked.mlflow_port, MLFLOW_PORT, option="--mlflow-port", but=prefect)
+    with (
+        only_one(home),
+        contextlib.suppress(KeyboardInterrupt),
+        taken_port(asked.host, asked.prefect_port, PREFECT_PORT, option="--prefect-port") as prefect,
+        taken_port(asked.host, asked.mlflow_port, MLFLOW_PORT, option="--mlflow-port") as mlflow,
+    ):
         if asked.host not in LOOPBACK:
             say(exposed(asked.host, prefect, mlflow))
         chosen = replace(asked, prefect_port=prefect, mlflow_port=mlflow)
@@ -290,16 +293,23 @@ def only_one(home: Path) -> Generator[None]:
         yield
 
 
-def take_port(host: str, wanted: int | None, usual: int, *, option: str, but: int | None = None) -> int:
-    """The wanted port, or the usual one or the next that nobody listens at.
+@contextlib.contextmanager
+def taken_port(host: str, wanted: int | None, usual: int, *, option: str) -> Generator[int]:
+    """The wanted port, or the usual one or the next that nobody listens at; no other `quench up` gets it meanwhile.
+
+    A server listens only seconds after its port was chosen: of two that start at once, the second would take the
+    first one's server for its own. So the port is claimed by a name that the kernel frees with its process
+    (unix(7), abstract sockets).
 
     Raises:
         RecipeError: The wanted port is taken, or none is free.
     """
     tried = [wanted] if wanted is not None else range(usual, usual + PORTS_TRIED)
     for port in tried:
-        if port != but and _free(host, port):
-            return port
+        with socket.socket(socket.AF_UNIX) as claim:
+            if _binds(claim, f"\0quench-port-{port}") and _free(host, port):
+                yield port
+                return
     problem = Problem(
         what=f"port {tried[0]} is taken" if wanted is not None else f"no port from {usual} on is free",
         where=f"{option}, {host}",
@@ -312,11 +322,15 @@ def take_port(host: str, wanted: int | None, usual: int, *, option: str, but: in
 def _free(host: str, port: int) -> bool:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-        return True
+        return _binds(probe, (host, port))
+
+
+def _binds(one: socket.socket, address: str | tuple[str, int]) -> bool:
+    try:
+        one.bind(address)
+    except OSError:
+        return False
+    return True
 
 
 def exposed(host: str, prefect: int, mlflow: int) -> str:

@@ -18,7 +18,7 @@ import pytest
 
 from flows.postgres import stores
 from flows.server import free_port
-from flows.up import Asked, exposed, take_port, up
+from flows.up import Asked, exposed, taken_port, up
 from recipes.problem import RecipeError
 from tests.conftest import UNUSUAL, World
 from tests.flows.test_resume import GONE_S, processes_of, wait_gone
@@ -279,10 +279,24 @@ def test_a_wanted_port_that_is_taken_is_refused_and_a_usual_one_is_passed_over()
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(RecipeError, match=f"port {port} is taken"):
-            take_port("127.0.0.1", port, 4200, option="--prefect-port")
-        assert take_port("127.0.0.1", None, port, option="--prefect-port") > port
-    assert take_port("127.0.0.1", None, port, option="--mlflow-port", but=port) > port
+        with (
+            pytest.raises(RecipeError, match=f"port {port} is taken"),
+            taken_port("127.0.0.1", port, 4200, option="--prefect-port"),
+        ):
+            pass
+        with taken_port("127.0.0.1", None, port, option="--prefect-port") as other:
+            assert other > port
+
+
+def test_a_port_is_claimed_before_its_server_listens():
+    port = free_port()
+    with (
+        taken_port("127.0.0.1", None, port, option="--prefect-port") as first,
+        taken_port("127.0.0.1", None, port, option="--mlflow-port") as second,
+    ):
+        assert port == first < second
+    with taken_port("127.0.0.1", None, port, option="--prefect-port") as again:
+        assert again == port
 
 
 def test_a_taken_port_starts_nothing(tmp_path: Path):
