@@ -12,7 +12,7 @@ import signal
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 import ray
@@ -20,7 +20,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from flows.compose import compose, limits
-from flows.on_node import TOKENS, Asked, Place, Told, code_digest, installed, size_of, tell
+from flows.on_node import TOKENS, Asked, Node, Place, Told, code_digest, installed, size_of, tell
 from flows.vet import Vetted
 from recipes.problem import Problem, RecipeError
 from tasks.runtime.environments import locked_versions
@@ -98,7 +98,8 @@ def check_nodes(vetted: Vetted, *, home: Path, api: str) -> list[Told]:
         deaf = (
             [] if asked.place.bucket else [one for one in told if not any(one.node.id in path.name for path in words)]
         )
-    problems = [problem for one in told for problem in _differs(one, mine, asked)]
+    here = Here(code=code_digest(), locked=locked_versions(), installed=mine)
+    problems = [problem for one in told for problem in _differs(one, here, asked)]
     problems += [_apart(one, home) for one in deaf if one.sees_token]
     problems += _unplaceable(steps, vetted)
     if problems:
@@ -154,18 +155,26 @@ def _ask(asked: Asked) -> list[Told]:
 # ---- what is wrong
 
 
-def _differs(told: Told, mine: Mapping[str, str], asked: Asked) -> Iterator[Problem]:
+class Here(NamedTuple):
+    """What this machine has and every node has to have; see Told."""
+
+    code: str
+    locked: Mapping[str, str]
+    installed: Mapping[str, str]
+
+
+def _differs(told: Told, here: Here, asked: Asked) -> Iterator[Problem]:
     """What one node has otherwise than this machine."""
     where = str(told.node)
-    if names := _changed(locked_versions(), told.locked):
+    if names := _changed(here.locked, told.locked):
         yield _versions(where, "lock", names)
-    if names := _changed(mine, told.installed):
+    if names := _changed(here.installed, told.installed):
         yield _versions(where, "environment", names)
-    if told.code != code_digest():
+    if told.code != here.code:
         yield Problem(
             what="A node has another Quench.",
             where=where,
-            why=f"The digest of its code is {told.code[:12]}, here it is {code_digest()[:12]}.",
+            why=f"The digest of its code is {told.code[:12]}, here it is {here.code[:12]}.",
             next="Check the same commit out there, without changes, and start Ray from it.",
         )
     yield from _cut_off(told, where, asked)
@@ -248,7 +257,7 @@ def _few(names: Sequence[str]) -> str:
 def _silent(node: Mapping[str, Any], why: str) -> Problem:
     return Problem(
         what="A node cannot run Quench.",
-        where=f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}, node {node['NodeID'][:8]})",
+        where=str(Node(host=node["NodeManagerHostname"], address=node["NodeManagerAddress"], id=node["NodeID"])),
         why=why,
         next="Check the same commit out there, run `make install`, and start Ray from that .venv.",
     )

@@ -7,7 +7,6 @@ import hashlib
 import importlib.metadata
 import logging
 import os
-import platform
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -116,7 +115,6 @@ class Told:
     """
 
     node: Node
-    python: str
     code: str
     locked: Mapping[str, str]
     installed: Mapping[str, str]
@@ -139,7 +137,6 @@ def tell(asked: Asked) -> Told:
         problems += error.problems
     return Told(
         node=this_node(),
-        python=platform.python_version(),
         code=code_digest(),
         locked=locked_versions(),
         installed=installed(asked.names),
