@@ -26,6 +26,7 @@ from flows.credentials import settle
 from flows.notify import deliver, notification_block, send
 from flows.pipeline import WAITING_TASKS, flush_log, refusals_logged, run_vetted
 from flows.row_changes import Changes, Rows, count, load, rows_of, save
+from flows.runs import run_files
 from flows.vet import fetched, vet
 from recipes.check import load_and_read
 from recipes.load import Loaded
@@ -204,8 +205,7 @@ def last(home: Path, asked: Asked) -> Before | None:
 
     By its number: names of runs begin by a time, and clocks jump.
     """
-    records = [path for path in (home / "runs").glob(f"*/{RECORD}") if not path.parent.is_symlink()]
-    read = [(path.parent, read_json(path)) for path in records]
+    read = [(path.parent, read_json(path)) for path in run_files(home, RECORD)]
     found = [
         Before(run, raw["number"], raw["saw"])
         for run, raw in read

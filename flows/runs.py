@@ -172,12 +172,17 @@ def is_under_way(folder: Path) -> bool:
         return not free
 
 
+def run_files(home: Path, name: str) -> list[Path]:
+    """The file of this name of every run that has it, oldest run first; `latest` is only another name of a run."""
+    return sorted(path for path in (home / "runs").glob(f"*/{name}") if not path.parent.is_symlink())
+
+
 def stop_dead(home: Path) -> list[Path]:
     """Let runs whose process was killed say that they were stopped; returns their folders."""
     stopped: list[Path] = []
-    for path in sorted((home / "runs").glob("*/steps.json")):
+    for path in run_files(home, "steps.json"):
         raw = read_json(path)
-        if raw["status"] == "running" and not path.parent.is_symlink() and not is_under_way(path.parent):
+        if raw["status"] == "running" and not is_under_way(path.parent):
             write_json(path, {**raw, "status": "stopped"})
             stopped.append(path.parent)
     return stopped
@@ -185,7 +190,7 @@ def stop_dead(home: Path) -> list[Path]:
 
 def ended(home: Path) -> list[str]:
     """Ids of the flow runs that no process works on. Where Prefect's server was killed it still has them Running."""
-    paths = [path for path in (home / "runs").glob("*/steps.json") if not path.parent.is_symlink()]
+    paths = run_files(home, "steps.json")
     return [id for path in paths if not is_under_way(path.parent) and (id := read_json(path).get("flow_run"))]
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flows.report import render
-from flows.runs import is_under_way
+from flows.runs import is_under_way, run_files
 from flows.track import Tracker
 from recipes.problem import Problem, RecipeError
 from tasks.runtime.store import read_json
@@ -24,9 +24,8 @@ def sync(home: Path, say: Callable[[str], None]) -> list[str]:
     Raises:
         RecipeError: MLflow does not answer, or refuses something.
     """
-    folders = sorted(path.parent for path in (home / "runs").glob("*/steps.json") if not path.parent.is_symlink())
     written: list[str] = []
-    for folder in folders:
+    for folder in [path.parent for path in run_files(home, "steps.json")]:
         if is_under_way(folder):
             say(f"under way  {folder.name}")
         elif sync_run(home, folder):

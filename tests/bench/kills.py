@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flows.runs import run_files
 from tasks.runtime.environments import locked_versions
 from tasks.runtime.events import read_events
 from tasks.runtime.launch import CHECKOUT
@@ -279,8 +280,7 @@ def _faults(home: Home, plain: Undisturbed) -> Iterator[str]:
             yield f"changed after snapshot {number}: {', '.join(changed)}"
     made = Counter(
         step["key"]
-        for path in (home.folder / "runs").glob("*/steps.json")
-        if not path.parent.is_symlink()
+        for path in run_files(home.folder, "steps.json")
         for step in read_json(path)["steps"]
         if step["status"] == "made"
     )

@@ -24,6 +24,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.retrain import Asked, Before, turn, why
 from flows.row_changes import Changes
+from flows.runs import run_files
 from tasks.runtime.launch import CHECKOUT
 from tests.flows.test_resume import wait_gone
 from tests.flows.test_up import Project
@@ -134,8 +135,8 @@ def wait(ready: Callable[[], Any], project: Project) -> Any:
 
 def records(project: Project) -> list[dict[str, Any]]:
     """retrain.json of every run that has one, oldest first."""
-    paths = sorted((project.home / "runs").glob("*/retrain.json"))
-    return [json.loads(path.read_text()) | {"run": path.parent} for path in paths if not path.parent.is_symlink()]
+    paths = run_files(project.home, "retrain.json")
+    return [json.loads(path.read_text()) | {"run": path.parent} for path in paths]
 
 
 def journal(project: Project) -> list[dict[str, Any]]:

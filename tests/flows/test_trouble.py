@@ -17,6 +17,7 @@ import pytest
 from mlflow.entities import ViewType
 from mlflow.tracking import MlflowClient
 
+from flows.runs import run_files
 from flows.server import free_port
 from flows.tracking import silent
 from tasks.runtime.disk import LEAST_BYTES
@@ -218,7 +219,7 @@ def test_two_flows_of_one_recipe_at_the_same_time_make_each_step_once(world: Wor
     runs = [start(world, *FAST) for _ in range(2)]
     said = [run.communicate(timeout=600)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], said
-    records = [json.loads(path.read_text()) for path in (world.home / "runs").glob("*-*/steps.json")]  # not latest
+    records = [json.loads(path.read_text()) for path in run_files(world.home, "steps.json")]
     made = Counter(
         one["key"] for raw in records for one in raw["steps"] if one["status"] == "made" and raw["only"] == []
     )
