@@ -12,9 +12,9 @@ from tasks.runtime.launch import Launcher, child_env
 
 
 @contextmanager
-def mlflow_server(folder: Path, *more: str, database: str = "") -> Iterator[str]:
-    """Run it on loopback while the body runs, with SQLite below `folder` if no database is named; gives its address."""
-    url, log = f"http://127.0.0.1:{(port := free_port())}", folder / "log.txt"
+def mlflow_server(folder: Path, *more: str, database: str = "", port: int = 0) -> Iterator[str]:
+    """Run it on loopback while the body runs; gives its address. SQLite below `folder`, any port, if none is named."""
+    url, log = f"http://127.0.0.1:{(port := port or free_port())}", folder / "log.txt"
     database = database or f"sqlite:///{folder}/other.db"
     words = ["server", "--workers", "1", "--port", str(port), "--backend-store-uri", database, *more]
     with Launcher() as launcher:

@@ -18,13 +18,14 @@ from pathlib import Path
 
 import pytest
 
-from flows.server import free_port, wait_for
+from flows.server import free_port
 from tasks.runtime.launch import CHECKOUT
 from tests.conftest import QUICKSTART, World, write_small_recipe
 from tests.flows.listening import Listening
 from tests.flows.test_resume import processes_of
 from tests.flows.test_up import Project
 from tests.hub import Hub, read_folder
+from tests.mlflow_server import mlflow_server
 
 pytestmark = pytest.mark.slow  # a whole small run, and `quench up`
 MARK = "PlantedSecret"
@@ -70,34 +71,6 @@ def quench(seen: Seen, name: str, *words: str) -> None:
     )
 
 
-@contextlib.contextmanager
-def mlflow_server(folder: Path, port: int) -> Iterator[str]:
-    """A real tracking server; returns its address without a password."""
-    words = [str(Path(sys.executable).with_name("mlflow")), "server", "--host", "127.0.0.1", "--port", str(port)]
-    words += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder / 'theirs.db'}"]
-    words += ["--artifacts-destination", str(folder / "theirs")]
-    plain = {name: text for name, text in os.environ.items() if MARK not in text}
-    plain["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
-    url, log = f"http://127.0.0.1:{port}", folder / "theirs.log"
-    with log.open("wb") as out:
-        server = subprocess.Popen(words, env=plain, stdout=out, stderr=out, start_new_session=True)
-    try:
-        wait_for(lambda: answers(f"{url}/health"), "MLflow", at=url, child=None, log=log)
-        yield url
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-
-
-def answers(url: str) -> bool:
-    import httpx
-
-    try:
-        return httpx.get(url, timeout=2, trust_env=False).status_code == 200
-    except httpx.HTTPError:
-        return False
-
-
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
     """Everything of this file's tests, done once."""
@@ -115,8 +88,9 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
         made = Seen(world=world, folder=folder, listening=Listening(world.home), hub=hub)
         scorers = "evaluate.scorers=[{kind: exact-match}, {kind: python, name: dump, callable: dump.py:score}]"
         dump = [str(recipe), "--set", scorers, "--allow-python", str(recipe.parent / "dump.py")]
+        theirs = ("--artifacts-destination", str(folder / "theirs"))
         with made.listening:
-            with mlflow_server(folder, port):
+            with mlflow_server(folder, *theirs, database=f"sqlite:///{folder / 'theirs.db'}", port=port):
                 quench(made, "run", "run", str(recipe))
                 quench(made, "fails", "run", *dump)
             quench(made, "no mlflow", "run", str(recipe))
