@@ -24,6 +24,7 @@ DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run one command, turn errors into exit codes."""
     args = _parser().parse_args(argv)
+    os.environ["DO_NOT_TRACK"] = "true"  # MLflow takes no other word for it
     take_out_password()
     allow(getattr(args, "allow_python", []))
     try:

@@ -177,7 +177,7 @@ def child_env(
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
-        "DO_NOT_TRACK": "1",
+        "DO_NOT_TRACK": "true",  # MLflow takes no other word for it
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "GPTQMODEL_CPU_WORKERS": "2",  # with fewer, GPTQModel 7.6 on two cores ends in "parent 'cpu' only has 1"
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",  # not 1,024: training takes 0.2 GiB less, as fast, same bytes

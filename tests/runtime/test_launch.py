@@ -42,6 +42,18 @@ def test_exit_code_log_and_environment(tmp_path: Path, monkeypatch: pytest.Monke
     assert log.read_text() == "None 3\n"
 
 
+def test_what_a_child_uses_reports_to_nobody(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DO_NOT_TRACK", "1")  # a user's own; MLflow takes it for no
+    asks = (
+        "from mlflow.telemetry.utils import is_telemetry_disabled; from huggingface_hub import constants;"
+        "from prefect._internal.analytics.enabled import is_telemetry_enabled;"
+        "print(is_telemetry_disabled(), constants.HF_HUB_DISABLE_TELEMETRY, is_telemetry_enabled())"
+    )
+    env = {name: text for name, text in child_env().items() if name not in ("PYTEST_CURRENT_TEST", "CI")}
+    done = subprocess.run([sys.executable, "-c", asks], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True", "False"]
+
+
 def test_leaving_the_launcher_ends_children_and_grandchildren(tmp_path: Path):
     # a child that ignores SIGTERM and has a child of its own
     script = (
