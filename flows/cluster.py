@@ -99,7 +99,7 @@ def check_nodes(vetted: Vetted, *, home: Path, api: str) -> list[Told]:
             [] if asked.place.bucket else [one for one in told if not any(one.node.id in path.name for path in words)]
         )
     here = Here(code=code_digest(), locked=locked_versions(), installed=mine)
-    problems = [problem for one in told for problem in _differs(one, here, asked)]
+    problems = [problem for one in told for problem in differs(one, here, asked)]
     problems += [_apart(one, home) for one in deaf if one.sees_token]
     problems += _unplaceable(steps, vetted)
     if problems:
@@ -163,7 +163,7 @@ class Here(NamedTuple):
     installed: Mapping[str, str]
 
 
-def _differs(told: Told, here: Here, asked: Asked) -> Iterator[Problem]:
+def differs(told: Told, here: Here, asked: Asked) -> Iterator[Problem]:
     """What one node has otherwise than this machine."""
     where = str(told.node)
     if names := _changed(here.locked, told.locked):
