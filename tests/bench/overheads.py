@@ -216,7 +216,7 @@ def pair(number: int, sets: Sequence[str], *, first: str) -> dict[str, Any]:
                 assert {one["status"] for one in record["steps"]} == {"made"}
                 found["steps"] = len(record["steps"])
             else:
-                inner = [sys.executable, "-P", "-m", "tests.bench.overheads", "script", *words, "--out", folder]
+                inner = [sys.executable, "-m", "tests.bench.overheads", "script", *words, "--out", folder]
                 found["script_s"] = run(home, inner)
     return {**found, "ratio": found["run_s"] / found["script_s"]}
 
