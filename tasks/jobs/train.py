@@ -23,7 +23,7 @@ from tasks.jobs.unquantized import check_unquantized
 from tasks.runtime.errors import StageError
 from tasks.runtime.job import Job
 
-OF_THE_ATTEMPT = ("tokens_per_s", "train_s", "total_s", "resumed_from_step")
+OF_THE_ATTEMPT = ("tokens_per_s", "padding_share", "train_s", "total_s", "resumed_from_step")
 
 
 def run(job: Job) -> dict[str, Any]:

@@ -149,6 +149,7 @@ def test_a_killed_training_goes_on_exactly(
     first, second = adapter(whole[0]), adapter(job)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert result["tokens"] == whole[1]["tokens"]
+    assert (job.out / "train.json").read_bytes() == (whole[0].out / "train.json").read_bytes()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "unfinished"])
