@@ -86,7 +86,10 @@ class ClusterSession(Session):
     def wait(self) -> None:
         """Return when every task that was submitted has ended, taking each in when it does."""
         while left := self._left():
-            ready, _ = ray.wait(list(left.values()), num_returns=len(left), timeout=LOOK_S)
+            try:
+                ready, _ = ray.wait(list(left.values()), num_returns=len(left), timeout=LOOK_S)
+            except SystemError as error:  # how Ray passes on what a signal's handler raised: Prefect's on SIGTERM
+                raise (error.__cause__ or error) from None
             for key in [key for key, one in left.items() if one in ready]:  # a step's inputs come before it
                 self._land(key)
 
