@@ -50,14 +50,15 @@ class Way(NamedTuple):
     nodes: dict[str, str]
 
 
-def run(name: str, recipe: Path, folder: Path, cluster: RayCluster, server: S3Server) -> Way:
-    """Run the recipe in a home of its own, unless that was done before."""
+def run(name: str, words: list[str], folder: Path, cluster: RayCluster, server: S3Server) -> Way:
+    """Run the recipe in a home of its own, unless that was done before; words are its path and options."""
     home, done = folder / name.replace(", ", "-").replace(" ", "-"), folder / f"{name}.json"
     if done.exists():
         return Way(*json.loads(done.read_text()))
-    home.mkdir(exist_ok=True)
+    shutil.rmtree(home, ignore_errors=True)  # of a try that ended in the middle: its time is not known
+    home.mkdir()
     env = {**os.environ, "QUENCH_HOME": str(home), "PREFECT_API_URL": cluster.api, "QUENCH_CPU_SLOTS": SLOTS}
-    words = ["run", str(recipe), "--set", "measure.enabled=false"]  # its identity is this machine's
+    words = ["run", *words, "--set", "measure.enabled=false"]  # its identity is this machine's
     if name in (RAY, BOTH):
         words += ["--runner", "ray", "--address", cluster.address]
     if name in (S3, BOTH):
@@ -137,6 +138,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--small", action="store_true", help="a recipe of eight stages in minutes; writes no page")
     parser.add_argument("--folder", type=Path, help="homes lie here and stay; default: a new one that goes")
+    parser.add_argument("--set", action="append", default=[], help="more of the recipe, in every way; on the page")
     parser.add_argument(INSIDE, action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not args.inside:  # Ray listens on all interfaces: here there is only loopback
@@ -147,12 +149,20 @@ def main() -> int:
     recipe = QUICKSTART / "recipe.yaml"
     if args.small and not (recipe := folder / "small" / "recipe.yaml").exists():
         write_small_recipe(recipe.parent)
+    words = [str(recipe), *(word for one in args.set for word in ("--set", one))]
+    asked = folder / "asked.json"
+    if asked.exists() and json.loads(asked.read_text()) != words:
+        raise SystemExit(f"{folder}: begun with other words: {asked.read_text()}")
+    asked.write_text(json.dumps(words))
     with s3_server(folder / "s3") as server:
         env = {**server.env(""), "QUENCH_CPU_SLOTS": SLOTS, "QUENCH_HOME": str(folder / "node")}
         del env["QUENCH_STORE"]
         with ray_cluster(own_network=False, **env) as cluster:
-            ways = [run(name, recipe, folder, cluster, server) for name in (ONE, RAY, S3, BOTH)]
-    text = page(ways, recipe="A small recipe" if args.small else "The quickstart's recipe")
+            ways = [run(name, words, folder, cluster, server) for name in (ONE, RAY, S3, BOTH)]
+    about = "A small recipe" if args.small else "The quickstart's recipe"
+    if args.set:
+        about += f" with {', '.join(f'`{one}`' for one in args.set)}"
+    text = page(ways, recipe=about)
     print(text)
     if not args.small:
         PAGE.write_text(text, encoding="utf-8")

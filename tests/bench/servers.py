@@ -26,7 +26,7 @@ from tasks.runtime.launch import CHECKOUT, Launcher
 from tasks.runtime.step import hardware
 
 PAGE = CHECKOUT / "docs" / "results" / "servers.md"
-TASKS = 39  # steps of the quickstart
+TASKS = 45  # steps of the quickstart
 POINTS = 50  # of a step's curve, in one batch
 SETTLE_S = 5.0  # Prefect writes task runs from a queue
 
