@@ -52,9 +52,10 @@ audit: install   ## known vulnerabilities of what the locks install; says "not a
 test: install    ## the tests that fit two cores and some ten minutes
 	$(BIN)/python -m pytest -n 2 -m "not slow and not system and not gpu"
 
-test-all: install $(ENVIRONMENTS:%=env-%)  ## everything that needs no GPU; installs environments, Debian's Chromium and PostgreSQL
+test-all: install $(ENVIRONMENTS:%=env-%)  ## everything that needs no GPU; installs environments, Debian's Chromium, PostgreSQL and faketime
 	@command -v chromium >/dev/null || (apt-get update -qq && apt-get install -y -qq chromium)
 	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || (apt-get update -qq && apt-get install -y -qq postgresql)
+	@ls /usr/lib/*/faketime >/dev/null 2>&1 || (apt-get update -qq && apt-get install -y -qq faketime)
 	$(BIN)/python -m pytest -n 2 -m "not gpu"
 
 test-gpu: install  ## what needs an NVIDIA GPU

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import secrets
 import signal
+import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from flows.compose import compose, limits
 from flows.on_node import TOKENS, Asked, Node, Place, Told, code_digest, installed, size_of, tell
 from flows.vet import Vetted
 from recipes.problem import Problem, RecipeError
+from tasks.runtime.bucket import CLOCK_S
 from tasks.runtime.environments import locked_versions
 from tasks.runtime.open_store import open_store
 from tasks.runtime.s3 import S3Store
@@ -93,13 +95,13 @@ def check_nodes(vetted: Vetted, *, home: Path, api: str) -> list[Told]:
             names=list(mine),
             api=api,
         )
-        told = _ask(asked)
+        told, problems = _ask(asked)
         words = list((home / TOKENS).glob(f"{token}-*"))
         deaf = (
             [] if asked.place.bucket else [one for one in told if not any(one.node.id in path.name for path in words)]
         )
     here = Here(code=code_digest(), locked=locked_versions(), installed=mine)
-    problems = [problem for one in told for problem in differs(one, here, asked)]
+    problems += [problem for one in told for problem in differs(one, here, asked)]
     problems += [_apart(one, home) for one in deaf if one.sees_token]
     problems += _unplaceable(steps, vetted)
     if problems:
@@ -128,8 +130,9 @@ def _token(home: Path) -> Generator[str]:
             path.unlink()
 
 
-def _ask(asked: Asked) -> list[Told]:
-    """Each living node's answer."""
+def _ask(asked: Asked) -> tuple[list[Told], list[Problem]]:
+    """Each living node's answer, and whose clock is wrong."""
+    sent = time.time()
     nodes = [one for one in ray.nodes() if one["Alive"]]
     body = ray.remote(num_cpus=0, max_retries=0)(tell)
     calls = {
@@ -140,16 +143,18 @@ def _ask(asked: Asked) -> list[Told]:
     }
     told: list[Told] = []
     problems: list[Problem] = []
+    late: list[Problem] = []
     for one in nodes:
         try:
-            told.append(ray.get(calls[one["NodeID"]], timeout=NODE_S))
+            told.append(answer := ray.get(calls[one["NodeID"]], timeout=NODE_S))
+            late += clocks_apart(answer, sent=sent, got=time.time())
         except GetTimeoutError:
             problems.append(_silent(one, f"It did not answer within {NODE_S:.0f} s."))
         except RayError as error:
             problems.append(_silent(one, str(error).strip().splitlines()[-1]))
     if problems:
         raise RecipeError(problems)
-    return told
+    return told, late
 
 
 # ---- what is wrong
@@ -246,6 +251,19 @@ def _unplaceable(steps: Sequence[Step], vetted: Vetted) -> Iterator[Problem]:
             next="Set measure.enabled: false, or start Ray here with --num-cpus."
             if step.whole_machine
             else "Start a node that has them, or lower run.threads or run.processes.",
+        )
+
+
+def clocks_apart(told: Told, *, sent: float, got: float) -> Iterator[Problem]:
+    """Whether a node's clock, read between these two moments of ours, cannot be within CLOCK_S of ours."""
+    off = min(told.clock - sent, 0.0) + max(told.clock - got, 0.0)
+    if abs(off) > CLOCK_S:
+        yield Problem(
+            what="A node has another time.",
+            where=str(told.node),
+            why=f"Its clock is {abs(off) / 60:.0f} minutes {'ahead of' if off > 0 else 'behind'} this machine's: the "
+            "times in logs, in the report and in MLflow would contradict each other.",
+            next="Set both clocks: timedatectl set-ntp true.",
         )
 
 

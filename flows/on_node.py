@@ -8,6 +8,7 @@ import importlib.metadata
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,6 +112,7 @@ class Told:
         sees_token: It reads what the flow wrote.
         other: Paths that are not there, or have other sizes.
         hears_prefect: Prefect's API answers it.
+        clock: Its time, Unix seconds.
         problems: Of its environments and of its way to the bucket.
     """
 
@@ -121,6 +123,7 @@ class Told:
     sees_token: bool
     other: Sequence[str]
     hears_prefect: bool
+    clock: float
     problems: Sequence[Problem] = field(default=())
 
 
@@ -143,6 +146,7 @@ def tell(asked: Asked) -> Told:
         sees_token=sees,
         other=[path for path, size in asked.sizes.items() if size_of(Path(path)) != size],
         hears_prefect=answers(asked.api, timeout_s=API_S),
+        clock=time.time(),
         problems=problems,
     )
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import http.client
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -98,6 +100,8 @@ class Wire:
         held: Is set when a request hangs.
         drop: Request headers that do not pass.
         status: Answers with this status instead of passing on; gets method and path.
+        error: S3's code in such an answer; without one it has no body.
+        ahead_s: Seconds that the server's clock is ahead of ours, as its answers tell.
         sent: Bytes of request bodies.
     """
 
@@ -106,6 +110,8 @@ class Wire:
     hold: Callable[[str, str], bool] = lambda method, path: False
     drop: tuple[str, ...] = ()
     status: Callable[[str, str], int | None] = lambda method, path: None
+    error: str = ""
+    ahead_s: float = 0.0
     held: threading.Event = field(default_factory=threading.Event)
     seen: list[tuple[str, str]] = field(default_factory=list)
     sent: int = 0
@@ -128,9 +134,11 @@ def wire(server: str) -> Iterator[Wire]:
                 made.held.set()
                 threading.Event().wait(60)
             if (status := made.status(self.command, self.path)) is not None:
+                text = f"<Error><Code>{made.error}</Code><Message>Refused.</Message></Error>" if made.error else ""
                 self.send_response_only(status)
-                self.send_header("Content-Length", "0")
+                self.send_header("Content-Length", str(len(text)))
                 self.end_headers()
+                self.wfile.write(text.encode())
                 return
             far = http.client.HTTPConnection(target, timeout=60)
             far.request(self.command, self.path, body=body, headers=_end_to_end(self.headers, made.drop))
@@ -138,6 +146,8 @@ def wire(server: str) -> Iterator[Wire]:
             data = made.bend(self.command, self.path, answer.read())
             self.send_response_only(answer.status)
             for name, value in answer.getheaders():
+                if name.lower() == "date":
+                    value = formatdate(time.time() + made.ahead_s, usegmt=True)
                 if name.lower() not in ("transfer-encoding", "connection", "content-length"):
                     self.send_header(name, value)
             length = answer.getheader("Content-Length", "0") if self.command == "HEAD" else str(len(data))

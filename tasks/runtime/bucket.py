@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping
+from email.utils import mktime_tz, parsedate_tz
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -41,6 +42,7 @@ PART_BYTES = 32 << 20
 PARALLEL = 10  # requests of a transfer at once
 CONNECTIONS = 64  # kept open: many steps wait, look and transfer side by side
 SAID_AFTER_S = 2.0
+CLOCK_S = 120.0  # apart: times of two machines are compared by people; S3 itself refuses at 15 minutes
 CHANGED = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
 ABSENT = ("NoSuchKey", "404")
 RIGHTS = (
@@ -107,7 +109,8 @@ class Bucket:
         """
         key = self._key("conditional-put")
         with self._asked("listed"):
-            self.client.list_objects_v2(Bucket=self.name, Prefix=key, MaxKeys=1)
+            answer = self.client.list_objects_v2(Bucket=self.name, Prefix=key, MaxKeys=1)
+        self._check_clock(answer["ResponseMetadata"]["HTTPHeaders"].get("date", ""))
         for _ in range(2):
             try:
                 with self._asked("written to"):
@@ -120,6 +123,16 @@ class Bucket:
             "It wrote the same key twice under If-None-Match: two machines would overwrite each other's artifacts.",
             "Take a server that honours them, as AWS does, or a folder that machines share.",
         )
+
+    def _check_clock(self, date: str) -> None:
+        """Compare the server's time, as HTTP's Date header says it, with ours."""
+        told = parsedate_tz(date)
+        if told is None:  # no Date, or none that can be read
+            return
+        off = time.time() - mktime_tz(told)
+        if abs(off) > CLOCK_S:
+            side = "ahead of" if off > 0 else "behind"
+            raise _clock(self.url, f"It is {abs(off) / 60:.0f} minutes {side} that of the bucket's server.")
 
     def read(self, key: str) -> Held | None:
         """An object, or None where there is none."""
@@ -270,7 +283,7 @@ class Bucket:
             remedy = f"Give these credentials {RIGHTS} there."
             return _trouble(f"The bucket may not be {done} with these credentials.", self.url, said, remedy)
         if code == "RequestTimeTooSkewed":
-            return _trouble("This machine's clock is wrong.", self.url, said, "Set it: S3 takes 15 minutes at most.")
+            return _clock(self.url, said)
         if code in ("PermanentRedirect", "301", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"):
             return _trouble("The bucket lies in another region.", self.url, said, "Set AWS_REGION to the bucket's own.")
         return _trouble(f"The bucket could not be {done}.", self.url, said, "Mend that; the same command resumes.")
@@ -304,6 +317,11 @@ def _config() -> Config:
         max_pool_connections=CONNECTIONS,
         s3={"addressing_style": "path" if own else "auto"},  # servers of one's own seldom have a name a bucket
     )
+
+
+def _clock(where: str, why: str) -> StoreTrouble:
+    remedy = "Set it: timedatectl set-ntp true. S3 itself refuses a clock that is 15 minutes off."
+    return _trouble("This machine's clock is wrong.", where, why, remedy)
 
 
 def _trouble(what: str, where: str, why: str, remedy: str) -> StoreTrouble:

@@ -281,6 +281,30 @@ def test_a_node_that_does_not_see_what_the_flow_sees_is_refused(world: World, cl
 
 @pytest.mark.slow
 @pytest.mark.system
+def test_a_node_whose_clock_is_wrong_is_refused(world: World, cluster: RayCluster, tmp_path: Path) -> None:
+    if not (libraries := list(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))):
+        pytest.skip("a node with another time: apt-get install faketime")
+    world.drop("evaluate", TWO[0])
+    count = len(cluster.alive())
+    # Ray empties LD_PRELOAD: each Python of that node starts itself again with it.
+    again = (
+        'os.environ.get("LD_PRELOAD") or os.execve(sys.executable, sys.orig_argv, os.environ | {"LD_PRELOAD": LATE})'
+    )
+    (tmp_path / "sitecustomize.py").write_text(f"import os, sys\nLATE = {str(libraries[0])!r}\n{again}\n")
+    late = {"FAKETIME": "-600s", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+    node = cluster.add(PYTHONPATH=str(tmp_path), **late)
+    try:
+        wait_for(lambda: len(cluster.alive()) > count, cluster.process)
+        said = refused(world, cluster)
+    finally:
+        cluster.kill(node)
+        wait_for(lambda: node not in cluster.alive(), cluster.process)
+    assert "A node has another time." in said and "behind this machine's" in said and f"node {node[:8]}" in said
+    assert said.count("error:") == 1 and not children(world)
+
+
+@pytest.mark.slow
+@pytest.mark.system
 def test_a_step_that_no_node_can_take_is_refused(world: World, cluster: RayCluster) -> None:
     world.drop("evaluate", TWO[0])
     said = refused(world, cluster, "--set", "run.threads=2", *UNMEASURED, QUENCH_CPU_SLOTS="2")  # nodes have one
@@ -302,6 +326,7 @@ def test_a_node_that_does_not_reach_prefect_is_refused(tmp_path: Path) -> None:
         sees_token=True,
         other=[],
         hears_prefect=answers(api),
+        clock=0.0,
     )
     (problem,) = differs(told, Here(code="same", locked={}, installed={}), asked)
     assert problem.what == "A node does not reach Prefect." and api in problem.why

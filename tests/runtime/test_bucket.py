@@ -122,6 +122,23 @@ def test_a_server_that_ignores_conditions(tmp_path: Path, monkeypatch: pytest.Mo
         assert refusal(url).what == "The bucket's server ignores conditional puts."
 
 
+@pytest.mark.parametrize(("ahead_s", "side"), [(540.0, "behind"), (-540.0, "ahead of")])
+def test_clocks_that_are_minutes_apart(
+    ahead_s: float, side: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with s3_server(tmp_path) as server, wire(server.endpoint) as line:
+        for name, value in server.env(url := server.bucket("store")).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", line.endpoint)
+        line.ahead_s = ahead_s / 9
+        Bucket(url).check()
+        line.ahead_s = ahead_s
+        problem = refusal(url)
+        assert problem.what == "This machine's clock is wrong." and f"9 minutes {side} that of" in problem.why
+        line.status, line.error = lambda method, path: 403, "RequestTimeTooSkewed"  # what S3 says from 15 minutes on
+        assert refusal(url).what == problem.what
+
+
 def test_an_outage_at_the_end_fails_the_step_and_its_work_is_taken_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
