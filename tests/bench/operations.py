@@ -113,7 +113,11 @@ with six values or more (n pairs: {ratio.n}, covering {100 * ratio.coverage:.0f}
 {rows("step_s")}
 
 A step costs {added:.2f} s beside its work and the start of a Python: lease, child with our runtime, digests, commit,
-and Prefect's task. The imports of a job (torch, transformers) are its own and not counted here.
+and Prefect's task. What a job imports (torch, transformers) comes to that, each time anew, in a script once:
+
+| what a step imports, seconds | median | interval | n |
+| --- | ---: | ---: | ---: |
+{rows("import_s")}
 
 A whole run ({told["pairs"][0]["steps"]} steps of the quickstart's recipe, {told["train_steps"]} of training) against a
 script that does the same jobs one after another in one process, without children, store, Prefect, MLflow and report:

@@ -41,6 +41,7 @@ ONE_BY_ONE = (  # both sides do one step after the other on one thread; two sche
     "measure.enabled=false",
 )
 READY_S = 180
+BODIES = ("prepare", "train", "merge", "evaluate", "quantize")
 
 
 # ---- start-up
@@ -164,6 +165,14 @@ def _task(kitchen: Kitchen) -> Callable[[str], float]:
     return timed
 
 
+def imports(home: Path, times: int) -> dict[str, list[float]]:
+    """Seconds of a Python that imports a job's body and ends: a run pays them a step, a script once."""
+    return {
+        name: [run(home, [sys.executable, "-P", "-c", f"import tasks.jobs.{name}"]) for _ in range(times)]
+        for name in BODIES
+    }
+
+
 # ---- a whole run against one script
 
 
@@ -238,6 +247,7 @@ def measure(args: argparse.Namespace, save: Callable[[Mapping[str, Any]], None])
         started = start_up(home, short, args.times)
     with tempfile.TemporaryDirectory() as folder:
         step_s = steps(Path(folder), args.times)
+        import_s = imports(Path(folder), args.times)
     long = [*sets, f"train.max_steps={train_steps}"]
     words = f"--minutes {args.minutes:g} --times {args.times} --pairs {args.pairs}"
     told: dict[str, Any] = {
@@ -247,6 +257,7 @@ def measure(args: argparse.Namespace, save: Callable[[Mapping[str, Any]], None])
         "train_steps": train_steps,
         "start_up_s": started,
         "step_s": step_s,
+        "import_s": import_s,
         "pairs": [],
     }
     for number in range(args.pairs):
@@ -268,6 +279,7 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--times", type=int, default=9, help="times that each command and each step is timed")
     parser.add_argument("--pairs", type=int, default=6, help="of run and script")
     parser.add_argument("--set", action="append", default=[], help="more of the recipe, both sides")
+    parser.add_argument("--only-imports", action="store_true", help="time these anew, in the overheads.json there is")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of overheads.json and operations.md")
     return parser.parse_args(argv)
 
@@ -285,7 +297,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         (args.out / "overheads.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
         operations.write(args.out)
 
-    measure(args, save)
+    if args.only_imports:
+        told = json.loads((args.out / "overheads.json").read_text())
+        with tempfile.TemporaryDirectory() as folder:
+            save(told | {"import_s": imports(Path(folder), args.times)})
+    else:
+        measure(args, save)
     print(f"wrote {args.out / 'overheads.json'}")
 
 
