@@ -97,6 +97,7 @@ def overheads(told: Mapping[str, Any]) -> str:
     added = step["Prefect's task and run_step"] - step["bare child"]
     least = min(one["script_s"] for one in told["pairs"]) / 60
     long = least >= AIM_MINUTES
+    more = [one["run_s"] - one["script_s"] for one in told["pairs"]]
     verdict = ("held" if ratio.high <= AIM else "not held") if long else "not judged: the work was shorter than that"
     machine, versions = told["hardware"], ", ".join(f"{name} {text}" for name, text in told["versions"].items())
     return f"""## What the orchestration costs
@@ -127,7 +128,9 @@ script that does the same jobs one after another in one process, without childre
 {pairs}
 
 Ratio {ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f}). The aim is {AIM} on work of {AIM_MINUTES:g} minutes
-or more: {verdict}.
+or more: {verdict}. The difference is {statistics.median(more):.0f} s, most of it what steps import: each is a
+process of its own, so that no memory, crash or kill of one reaches another. An import takes as long, however long the
+step works.
 
 {machine["cpu"]}, {machine["cores"]} cores; {versions}.
 """
