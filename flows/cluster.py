@@ -21,11 +21,11 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from flows.compose import compose, limits
-from flows.on_node import TOKENS, Asked, Node, Place, Told, code_digest, installed, size_of, tell
+from flows.on_node import TOKENS, Asked, Node, Place, Told, code_digest, size_of, tell
 from flows.vet import Vetted
 from recipes.problem import Problem, RecipeError
 from tasks.runtime.bucket import CLOCK_S
-from tasks.runtime.environments import locked_versions
+from tasks.runtime.environments import installed, locked_versions
 from tasks.runtime.open_store import open_store
 from tasks.runtime.s3 import S3Store
 from tasks.runtime.step import External, Step, wanted

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.metadata
 import logging
 import os
 import socket
@@ -22,7 +21,7 @@ from flows.prefect_pages import PrefectPages
 from flows.server import answers
 from recipes.problem import Problem, RecipeError
 from tasks.runtime.child import verify_checkout
-from tasks.runtime.environments import environment_problem, locked_versions
+from tasks.runtime.environments import environment_problem, installed, locked_versions
 from tasks.runtime.errors import StepFailed
 from tasks.runtime.launch import CHECKOUT, Launcher
 from tasks.runtime.leases import Given
@@ -169,17 +168,6 @@ def code_digest() -> str:
         for path in sorted(CHECKOUT.glob(pattern)):
             found.update(f"{path.relative_to(CHECKOUT)}\0".encode() + path.read_bytes() + b"\0")
     return found.hexdigest()
-
-
-def installed(names: Sequence[str]) -> dict[str, str]:
-    """Version of each distribution that this Python has."""
-    found: dict[str, str] = {}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def size_of(path: Path) -> int:

@@ -19,7 +19,7 @@ from recipes.load import Loaded
 from recipes.problem import Problem, RecipeError
 from recipes.schemes import Linear, Scheme
 from recipes.serving import refusals
-from tasks.runtime.environments import locked_versions
+from tasks.runtime.environments import versions
 from tasks.runtime.step import External, Step, hardware
 from tasks.runtime.store import locked_now, read_json, write_json
 
@@ -77,7 +77,7 @@ class RunRecord:
             "started_at": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
             "status": "running",
             "hardware": hardware(),
-            "versions": {name: locked_versions()[name] for name in SHOWN_VERSIONS},
+            "versions": versions(SHOWN_VERSIONS),
             "arms": [],
         }
         (self.folder / "recipe.yaml").write_text(loaded.text, encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -17,6 +18,7 @@ from recipes.check_serving import warnings
 from recipes.load import Loaded
 from recipes.problem import Problem, RecipeError
 from recipes.schema import Recipe
+from tasks.runtime.environments import locked_versions, off_lock
 from tasks.runtime.home import open_home
 from tasks.runtime.open_store import open_store
 
@@ -26,7 +28,7 @@ class Vetted:
     """A recipe that may run: pinned, planned, and small enough for this machine; and what it will not come to.
 
     Attributes:
-        warnings: What serve.engine would refuse, and a test set that is too small for the gate.
+        warnings: What serve.engine would refuse, a test set that is too small for the gate, packages off the lock.
     """
 
     loaded: Loaded
@@ -68,8 +70,24 @@ def vet(path: Path, *, sets: Sequence[str], home: Path, only: Sequence[str] = ()
     store.check()
     planned = plan(loaded.recipe, pins, store, only=only)
     predicted = preflight(here, planned, home=home, base=pins.base.path, limits=limits(loaded.recipe))
-    warned = [*warnings(here), *(() if only else rows.warnings)]
+    warned = [*warnings(here), *(() if only else rows.warnings), *other_packages()]
     return Vetted(loaded=loaded, pins=pins, plan=planned, preflight=predicted, warnings=warned)
+
+
+def other_packages() -> list[Problem]:
+    """One warning where packages are installed in other versions than the lock's."""
+    other, locked = off_lock(), locked_versions()
+    if not other:
+        return []
+    named = ", ".join(f"{name} {version} ({locked[name]})" for name, version in sorted(other.items()))
+    return [
+        Problem(
+            what=f"{len(other)} packages are not those of the lock.",
+            where=f"{sys.prefix}, infra/locks/main.txt",
+            why=f"{named}. Quench is tested with the lock's versions; artifacts carry those that are installed.",
+            next="make install puts the lock's in place.",
+        )
+    ]
 
 
 def _unknown(only: Sequence[str], recipe: Recipe) -> Iterator[Problem]:

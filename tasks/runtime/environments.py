@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.metadata
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from recipes.problem import Problem
@@ -23,6 +25,31 @@ MAIN = "main"
 def locked_versions(name: str | None = None) -> dict[str, str]:
     """Distribution -> version, from an environment's lock; None is the main one."""
     return _pins(_lock(name))
+
+
+def installed(names: Sequence[str]) -> dict[str, str]:
+    """Version of each distribution that this Python has, without the build (`+cpu`, `+cu130`)."""
+    found = {name: _installed(name) for name in names}
+    return {name: version for name, version in found.items() if version is not None}
+
+
+def versions(names: Sequence[str], environment: str | None = None) -> dict[str, str]:
+    """Versions that an environment's children import: of the main one as they are installed here, not as locked.
+
+    The others are refused where they are of another lock (`environment_problem`), so their lock says it.
+
+    Raises:
+        KeyError: Neither installed nor locked.
+    """
+    locked = locked_versions(environment)
+    here = installed(names) if environment is None else {}
+    return {name: here.get(name) or locked[name] for name in names}
+
+
+def off_lock() -> dict[str, str]:
+    """Distributions of the main lock that are installed in another version -> that version."""
+    locked = locked_versions()
+    return {name: version for name, version in installed(list(locked)).items() if version != locked[name]}
 
 
 def lock_digest(name: str | None = None) -> str:
@@ -51,13 +78,27 @@ def environment_problem(name: str | None) -> Problem | None:
 
 
 def described(name: str | None) -> dict[str, object]:
-    """What a manifest says of the environment: name, sha256 of the lock and, besides the main one, every version."""
+    """What a manifest says of the environment: name, sha256 of the lock, and what follows from neither.
+
+    That is every version of another environment, and of the main one those that are not the lock's.
+    """
     found: dict[str, object] = {"name": name or MAIN, "lock": lock_digest(name)}
-    return found if name is None else found | {"versions": locked_versions(name)}
+    if name is not None:
+        return found | {"versions": locked_versions(name)}
+    other = off_lock()
+    return found | ({"off_lock": other} if other else {})
 
 
 def _lock(name: str | None) -> Path:
     return LOCKS / f"{name or MAIN}.txt"
+
+
+@functools.cache
+def _installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name).partition("+")[0]
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 @functools.cache

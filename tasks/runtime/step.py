@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from recipes.problem import Problem
 from tasks.runtime.disk import full, has_space, is_full
-from tasks.runtime.environments import described, environment_problem, interpreter, locked_versions
+from tasks.runtime.environments import described, environment_problem, interpreter, versions
 from tasks.runtime.errors import StepFailed
 from tasks.runtime.events import read_events
 from tasks.runtime.fingerprint import canonical, fingerprint
@@ -54,7 +54,7 @@ class Step:
 
     Attributes:
         version: Raised when the job's code changes what it writes.
-        tools: Distributions that shape the bytes; their versions are read from the environment's lock.
+        tools: Distributions that shape the bytes; with the versions that its environment has.
         lineage: Replaces `inputs` in the identity. Only a choice uses it: what comes after depends on what was
             chosen (its digest), not on how.
         after: Steps that have to be made before this one starts, and shape none of its bytes.
@@ -93,7 +93,7 @@ class Step:
                 "version": self.version,
                 "params": dict(self.params),
                 "inputs": {name: one.fingerprint for name, one in origins.items()},
-                "tools": {name: locked_versions(self.environment)[name] for name in self.tools},
+                "tools": versions(self.tools, self.environment),
             }
         )
 

@@ -27,9 +27,10 @@ from flows.metrics import difference_text, interval_text, value_text
 from flows.plan import known_inputs
 from flows.stats import Estimand, difference_intervals, draw, mean_interval, studentized
 from recipes.check import load_and_check
+from tasks.runtime.environments import locked_versions
 from tasks.runtime.launch import CHECKOUT, Launcher
 from tasks.runtime.leases import Leases
-from tasks.runtime.step import Kitchen, Limits, Step, hardware, locked_versions, run_step
+from tasks.runtime.step import Kitchen, Limits, Step, hardware, run_step
 from tasks.runtime.store import Artifact, Store
 from tests.jobs.build import make_job
 

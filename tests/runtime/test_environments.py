@@ -8,10 +8,11 @@ import pytest
 from flows.plan import Planned
 from flows.preflight import environment_problems
 from flows.scheme_list import not_here
+from flows.vet import other_packages
 from recipes.schema import Recipe
 from tasks.quantize import ENVIRONMENTS, TOOLS
 from tasks.runtime import environments
-from tasks.runtime.environments import environment_problem, lock_digest, locked_versions
+from tasks.runtime.environments import environment_problem, lock_digest, locked_versions, off_lock
 from tasks.runtime.errors import StepFailed
 from tasks.runtime.launch import Launcher
 from tasks.runtime.leases import Leases
@@ -50,6 +51,32 @@ def test_the_child_runs_there_without_our_packages(kitchen: Kitchen, installed: 
     assert manifest["environment"]["versions"]["compressed-tensors"] == locked_versions(NAME)["compressed-tensors"]
     here = run_step(choice(stage="train", entry="tests.runtime.where:run"), INPUTS, kitchen).artifact.manifest
     assert here["result"] != manifest["result"] and here["environment"] == {"name": "main", "lock": lock_digest()}
+
+
+@pytest.fixture
+def other_numpy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The main lock asks for another numpy than is installed here; the version that is."""
+    lock = (environments.LOCKS / "main.txt").read_text(encoding="utf-8")
+    here = locked_versions()["numpy"]
+    monkeypatch.setattr(environments, "LOCKS", tmp_path / "locks")
+    (tmp_path / "locks").mkdir()
+    (tmp_path / "locks" / "main.txt").write_text(lock.replace(f"numpy=={here}", "numpy==0.0.1"), encoding="utf-8")
+    return here
+
+
+def test_what_is_installed_counts_and_not_the_lock(other_numpy: str, kitchen: Kitchen):
+    """`uv pip install numpy==X` in the checkout: other artifacts, whose manifests say why, and a warning of a run."""
+    assert locked_versions()["numpy"] == "0.0.1" and off_lock() == {"numpy": other_numpy}
+    step = choice(stage="train", entry="tests.runtime.where:run", tools=("numpy",))
+    manifest = run_step(step, INPUTS, kitchen).artifact.manifest
+    assert manifest["identity"]["tools"] == {"numpy": other_numpy}
+    assert manifest["environment"]["off_lock"] == {"numpy": other_numpy}
+    (warning,) = other_packages()
+    assert f"numpy {other_numpy} (0.0.1)" in warning.why
+
+
+def test_on_the_lock_nothing_is_said():
+    assert off_lock() == {} and other_packages() == []
 
 
 def test_backends_name_environments_and_tools_that_are_locked():
