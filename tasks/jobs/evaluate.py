@@ -84,7 +84,12 @@ def run(job: Job) -> dict[str, Any]:
     own = _own_reading(rows, job)
     trusted = params.get("trust_remote_code", False)
     model = load_arm(
-        params["kind"], job.inputs["model"].path, adapter=adapter, device=job.execution.device, trusted=trusted
+        params["kind"],
+        job.inputs["model"].path,
+        adapter=adapter,
+        device=job.execution.device,
+        trusted=trusted,
+        note=job.events.note,
     )
     job.events.note("kernel", f"{kernel_of(model)} on {job.execution.device}")
     arm = _Loaded(model, open_tokenizer(dataset / "tokenizer"), _kv_cache(model, job))

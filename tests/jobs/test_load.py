@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from bitsandbytes.functional import has_avx512bf16
+from transformers import AwqConfig
+from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.quantizers.quantizer_awq import AwqQuantizer
 
-from tasks.jobs.backends.load import attach, kernel_of, linear4bit, load_arm, load_bf16, load_nf4
+from tasks.jobs.backends import load
+from tasks.jobs.backends.environment import tame_gptqmodel
+from tasks.jobs.backends.load import attach, awq_in_bf16, kernel_of, linear4bit, load_arm, load_bf16, load_nf4
 from tasks.runtime.errors import StageError
 from tests.tiny import write_base
 
 TOKENS = torch.arange(4, 44).view(2, 20)
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
+ON_CUDA = [
+    (GPTQ, "gptq_marlin"),
+    (GPTQ | {"bits": 8, "group_size": -1}, "gptq_marlin"),
+    (GPTQ | {"bits": 3}, "gptq_torch"),
+    (GPTQ | {"sym": False}, "gptq_torch"),  # Marlin's GPTQ layers read no zero points
+    (GPTQ | {"group_size": 16}, "gptq_torch"),
+    (AWQ, "marlin"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +87,50 @@ def test_an_adapter_without_safetensors_is_refused(tmp_path: Path, base: Path) -
 def test_an_unquantized_model_is_not_taken_for_a_quantized_one(base: Path) -> None:
     with pytest.raises(StageError, match="quantization_config"):
         load_arm("quantized", base, device="cpu")
+
+
+@pytest.mark.parametrize(("stored", "kernel"), ON_CUDA)
+def test_on_cuda_no_kernel_is_taken_that_would_fetch_its_source(
+    monkeypatch: pytest.MonkeyPatch, stored: dict[str, Any], kernel: str
+) -> None:
+    """And the one that is named reads the scheme, by what GPTQModel declares of it."""
+    monkeypatch.setattr(load, "_no_marlin", lambda: None)
+    assert load._kernel(stored, device="cuda", note=pytest.fail) == kernel
+    tame_gptqmodel()
+    from gptqmodel.models._const import DEVICE
+    from gptqmodel.quantization import FORMAT, METHOD
+    from gptqmodel.utils.backend import BACKEND
+    from gptqmodel.utils.importer import get_kernel_for_backend
+
+    method = METHOD(stored["quant_method"])
+    layer = get_kernel_for_backend(BACKEND(kernel), method, FORMAT.GEMM if method == METHOD.AWQ else FORMAT.GPTQ)
+    assert stored["bits"] in layer.SUPPORTS_BITS and stored["group_size"] in layer.SUPPORTS_GROUP_SIZE
+    assert stored.get("sym", False) in layer.SUPPORTS_SYM and torch.bfloat16 in layer.SUPPORTS_DTYPES
+    assert {DEVICE.CUDA, DEVICE.ALL} & set(layer.SUPPORTS_DEVICES)
+
+
+@pytest.mark.parametrize(("stored", "kernel"), [(GPTQ, "gptq_torch"), (AWQ, "torch_awq")])
+def test_without_marlin_torch_takes_over_and_the_reason_is_told(
+    monkeypatch: pytest.MonkeyPatch, stored: dict[str, Any], kernel: str
+) -> None:
+    told: list[tuple[str, str]] = []
+    monkeypatch.setattr(load, "_no_marlin", lambda: "no nvcc here")
+    assert load._kernel(stored, device="cuda", note=lambda *said: told.append(said)) == kernel
+    assert told == [("kernel", "no nvcc here, so these layers run in plain torch, and slower")]
+
+
+def test_layouts_of_awq_with_one_kernel_each_are_left_to_transformers() -> None:
+    assert load._kernel(AWQ | {"version": "gemv"}, device="cuda", note=pytest.fail) is None
+
+
+def test_of_the_config_that_is_passed_the_kernel_alone_counts() -> None:
+    merged: Any = AutoHfQuantizer.merge_quantization_configs(AWQ, AwqConfig(bits=8, backend="marlin"))
+    assert (merged.backend, merged.bits, merged.group_size) == ("marlin", 4, 128)
+
+
+def test_awq_stays_in_bf16_where_cuda_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantizer = AwqQuantizer(AwqConfig(bits=4), pre_quantized=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with awq_in_bf16():
+        assert quantizer.update_dtype(torch.bfloat16) == torch.bfloat16
+    assert quantizer.update_dtype(torch.bfloat16) == torch.float16  # so the switch is still needed

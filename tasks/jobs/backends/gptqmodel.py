@@ -43,7 +43,8 @@ def quantize(
     tame_gptqmodel()
     from gptqmodel import BACKEND, GPTQModel, __version__
 
-    backend = BACKEND.AUTO
+    # On CUDA its own choice for packing may be Machete, which fetches CUTLASS from the net.
+    backend = BACKEND.GPTQ_TORCH if device == "cuda" else BACKEND.AUTO
     if params["method"] == "awq":
         backend = BACKEND.AWQ_TORCH  # the only packer of AWQ's gemm layout that needs no CUDA
         rows = equal_lengths(rows, events=events)

@@ -5,11 +5,13 @@ Local folders and safetensors only; code from a checkpoint is run of an external
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import random
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +19,8 @@ import numpy as np
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPTQConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AwqConfig, BitsAndBytesConfig, GPTQConfig, PreTrainedModel
+from transformers.quantizers.quantizer_awq import AwqQuantizer
 
 from recipes.problem import Problem
 from recipes.schemes import PER_CHANNEL
@@ -30,6 +33,7 @@ if TYPE_CHECKING:  # PEFT and bitsandbytes add about a quarter to the import tim
     from peft import PeftModel
 
 Kind = Literal["bf16", "nf4", "quantized", "external"]
+Note = Callable[[str, str], None]  # what about, and the text
 
 
 def setup(job: Job) -> None:
@@ -125,28 +129,37 @@ def attach(model: PreTrainedModel, adapter: Path) -> PeftModel:
 
 
 def load_arm(
-    kind: Kind, folder: Path, *, device: str, adapter: Path | None = None, trusted: bool = False
+    kind: Kind,
+    folder: Path,
+    *,
+    device: str,
+    adapter: Path | None = None,
+    trusted: bool = False,
+    note: Note = lambda about, text: print(f"{about}: {text}", flush=True),
 ) -> PreTrainedModel | PeftModel:
     """An arm as it is shipped: bf16, NF4 or quantized checkpoint, with the adapter on top if there is one.
 
     Args:
         kind: `bf16`, `nf4` (quantized while loading), `quantized` (the checkpoint's own quantization_config;
-            transformers picks the kernel, see `kernel_of`) or `external` (whatever its config.json says).
+            `kernel_of` names the kernel) or `external` (whatever its config.json says).
         folder: Model folder.
         device: `cpu` or `cuda`.
         adapter: PEFT folder or None.
         trusted: Code in the folder of an external model may run.
+        note: Told where another kernel than the usual one was taken, and why.
 
     Raises:
         StageError: No safetensors in a folder, weights that are missing there, or kind and checkpoint contradict each
             other.
     """
     if kind == "external":
-        return _load_external(folder, device=device, trusted=trusted)
+        return _load_external(folder, device=device, trusted=trusted, note=note)
     if kind == "nf4":
         model = load_nf4(folder, device=device)
+    elif kind == "quantized":
+        model = _load_quantized(folder, device=device, note=note)
     else:
-        model = (_load_quantized if kind == "quantized" else _load)(folder, device=device)
+        model = _load(folder, device=device)
     if (kind != "bf16") != bool(getattr(model, "is_quantized", False)):
         raise StageError(
             Problem(
@@ -159,20 +172,16 @@ def load_arm(
     return attach(model, adapter) if adapter else model
 
 
-def _load_external(folder: Path, *, device: str, trusted: bool) -> PreTrainedModel:
+def _load_external(folder: Path, *, device: str, trusted: bool, note: Note) -> PreTrainedModel:
     """A checkpoint from elsewhere, in the type of its files; a quantized one computes in bf16 like every other arm."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config.get("quantization_config"):
-        return _load_quantized(folder, device=device)
+        return _load_quantized(folder, device=device, note=note)
     return _load(folder, device=device, whole=True, dtype="auto", trust_remote_code=trusted)
 
 
-def _load_quantized(folder: Path, *, device: str) -> PreTrainedModel:
-    """A quantized checkpoint by its format's own loader.
-
-    On CPUs transformers picks, for 4 bits per channel, a kernel of GPTQModel that reads no zero points and ends in an
-    error where a layer has inputs other than 32, 64, 128 or 256 (TorchFusedLinear); plain torch reads them all.
-    """
+def _load_quantized(folder: Path, *, device: str, note: Note) -> PreTrainedModel:
+    """A quantized checkpoint by its format's own loader, on the kernel of `_kernel`."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     stored = config.get("quantization_config", {})
     method = stored.get("quant_method")
@@ -183,12 +192,73 @@ def _load_quantized(folder: Path, *, device: str) -> PreTrainedModel:
             model = _load(folder, device=device)
         unpack(model)
         return model
-    if method in ("gptq", "awq"):
-        tame_gptqmodel()
+    if method not in ("gptq", "awq"):
+        return _load(folder, device=device)
+    tame_gptqmodel()
+    kernel = _kernel(stored, device=device, note=note)
     extra: dict[str, Any] = {}
-    if method == "gptq" and stored["group_size"] == PER_CHANNEL and stored["bits"] == 4 and device == "cpu":
-        extra = {"quantization_config": GPTQConfig(bits=stored["bits"], backend="gptq_torch")}
-    return _load(folder, device=device, **extra)
+    if kernel is not None:  # of this config transformers takes the kernel alone; the rest is the checkpoint's
+        extra["quantization_config"] = (GPTQConfig if method == "gptq" else AwqConfig)(bits=4, backend=kernel)
+    with awq_in_bf16():
+        return _load(folder, device=device, **extra)
+
+
+def _kernel(stored: dict[str, Any], *, device: str, note: Note) -> str | None:
+    """GPTQModel's kernel for a checkpoint, in transformers' words; None leaves the choice to it.
+
+    On CUDA its first choices are Machete (Hopper) and Swordfish (Blackwell), which fetch CUTLASS from the net and end
+    in an error without it. Marlin compiles from what is installed, once a machine, given nvcc and a C++ compiler; where
+    it cannot, plain torch needs neither. On CPUs, for 4 bits per channel, the choice would be a kernel that reads no
+    zero points and ends in an error where a layer has inputs other than 32, 64, 128 or 256 (TorchFusedLinear).
+
+    Args:
+        stored: quantization_config of the checkpoint.
+        device: `cpu` or `cuda`.
+        note: Told where Marlin would fit and is not there.
+    """
+    gptq, group = stored["quant_method"] == "gptq", stored.get("group_size")
+    if device == "cpu":
+        return "gptq_torch" if gptq and group == PER_CHANNEL and stored["bits"] == 4 else None
+    if not gptq and stored.get("format", stored.get("version", "gemm")) != "gemm":
+        return None  # an external model's: layouts that have one kernel each
+    symmetric = not gptq or stored.get("sym", True)  # its AWQ layers read zero points
+    fits = stored.get("bits") in (4, 8) and group in (PER_CHANNEL, 32, 64, 128) and symmetric
+    if fits:
+        missing = _no_marlin()
+        if missing is None:
+            return "gptq_marlin" if gptq else "marlin"
+        note("kernel", f"{missing}, so these layers run in plain torch, and slower")
+    return "gptq_torch" if gptq else "torch_awq"
+
+
+def _no_marlin() -> str | None:
+    """Why Marlin does not run here; where its extensions are not there yet, they are compiled.
+
+    Both types: bf16 multiplies, fp16 packs, because the layers are made before transformers says which type they have.
+    """
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "Marlin takes a GPU of compute capability 8.0"
+    from gptqmodel.utils.marlin import marlin_runtime_available, marlin_runtime_error
+
+    print("kernel: Marlin is compiled at its first use on a machine, for about 5 minutes", flush=True)
+    for dtype in (torch.bfloat16, torch.float16):
+        if not marlin_runtime_available(dtype):
+            return f"Marlin does not compile here ({marlin_runtime_error(dtype).partition(chr(10))[0]})"
+    return None
+
+
+@contextlib.contextmanager
+def awq_in_bf16() -> Iterator[None]:
+    """Leaves AWQ models in bf16 like every other arm: transformers casts them to fp16 wherever CUDA is, with a warning.
+
+    That is from when AWQ's kernels knew fp16 alone. In fp16 the model would overflow where bf16 does not.
+    """
+    cast = AwqQuantizer.update_dtype
+    AwqQuantizer.update_dtype = lambda self, dtype: dtype
+    try:
+        yield
+    finally:
+        AwqQuantizer.update_dtype = cast
 
 
 def kernel_of(model: nn.Module) -> str:
