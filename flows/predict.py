@@ -1,8 +1,8 @@
 """Predicts peak memory and output of every step from the recipe and the base's headers: arithmetic, no torch.
 
 Constants with a figure were measured on CPU (torch 2.13.0, transformers 5.23.0) on two models: 6 M parameters with a
-vocabulary of 4,096, and 110 M with 32,000. CUDA_HOST is an estimate. Every row counts as long as the longest, so what
-is predicted is seldom reached; the report shows predicted against measured.
+vocabulary of 4,096, and 110 M with 32,000; those of CUDA's libraries on an H200 (docs/results/gpu.md). Every row counts
+as long as the longest, so what is predicted is seldom reached; the report shows predicted against measured.
 """
 
 from __future__ import annotations
@@ -33,11 +33,15 @@ LOAD = {
     "quantized": 0.66,
     "external": 0.66,
 }  # reference, evaluate, measure, by the arm's kind
-CUDA_HOST = 3.0  # with the CUDA libraries
+CUDA_HOST = 1.75  # with the CUDA libraries; 1.0 to 1.7 measured
+CUDA_IMPORT = 0.35  # more than on CPU in a step that leaves the GPU alone: torch's libraries for it
 CUDA_CONTEXT = 0.6  # GPU memory that no allocator counts
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight: code, 8-bit absmax of 64, fp32 absmax of 256 of those
 ADAM_BYTES = {"cpu": 4 + 4 + 8, "cuda": 4 + 4 + 2}  # a LoRA parameter: fp32, gradient, two moments (8-bit on CUDA)
-TRAIN_LOGIT_BYTES = 32  # a logit at the peak of the backward pass: bf16, fp32 copies, log-softmax, gradients
+# A logit at the peak of the backward pass. CPU: bf16, and fp32 seven times, with log-softmax and gradient. CUDA: one
+# kernel writes the gradient over the bf16 logit; the rest is air.
+TRAIN_LOGIT_BYTES = {"cpu": 32, "cuda": 8}
+TILE = (4096, 32768)  # tokens and vocabulary that TRL's output layer works on at once
 EVAL_LOGIT_BYTES = 3  # bf16; what is computed from them is computed a row at a time
 ACTIVATION_FACTOR = 1.6  # kept for the backward pass, over the bf16 inputs and outputs of the linear layers
 EAGER_BYTES = 2 + 4 + 2  # a score: bf16, softmax in fp32, bf16 again; by arithmetic, not measured
@@ -111,6 +115,12 @@ class _Sizes:
     def nf4(self) -> float:
         linear = self.headers.dense_linear_parameters  # a mixture's experts stay bf16
         return NF4_BYTES * linear + 2 * (self.headers.parameters - linear)
+
+    @property
+    def gathered(self) -> float:
+        """What each FSDP rank holds whole: embeddings and output layer for a step, two decoder layers for a moment."""
+        layer = sum(one.in_features * one.out_features for one in self.headers.decoder_layer)
+        return 2 * (self.headers.parameters - self.headers.linear_parameters) + 2 * NF4_BYTES * layer
 
     @property
     def lora_parameters(self) -> int:
@@ -195,9 +205,10 @@ def predict(
 def _step(
     sizes: _Sizes, key: str, parts: Mapping[str, float], *, process: float, disk: float = 0.0, on_gpu: bool = True
 ) -> Predicted:
-    """Bytes by part -> Predicted. On CUDA the parts are on the GPU, and the host holds the libraries and the file."""
+    """Bytes by part -> Predicted. `on_gpu` says where the parts are on CUDA; then the host holds libraries and file."""
     in_gib = {name: value / GIB for name, value in parts.items() if value}
     gpu = on_gpu and not sizes.on_cpu
+    process += CUDA_IMPORT * (not sizes.on_cpu)
     file = {"file of weights": sizes.bf16 / GIB} if gpu else {}
     return Predicted(
         key=key,
@@ -243,10 +254,11 @@ def _train(sizes: _Sizes) -> Predicted:
     shares = run.processes if run.launcher == "fsdp-qlora" else 1
     parts = {
         "weights nf4": sizes.nf4 / shares,
+        "gathered": sizes.gathered * (1 - 1 / shares),
         "lora and optimizer": ADAM_BYTES[sizes.device] * trained / shares,
         "activations": kept * tokens,
         "attention": _attention(sizes),
-        "logits": TRAIN_LOGIT_BYTES * headers.vocabulary * tokens,
+        "logits": TRAIN_LOGIT_BYTES[sizes.device] * min(tokens, TILE[0]) * min(headers.vocabulary, TILE[1]),
         **sizes.file,
     }
     # The adapter, and two checkpoints while it runs: fp32 adapter and two moments each, and the best weights.
@@ -275,7 +287,7 @@ def _merge(sizes: _Sizes, onto: str) -> Predicted:
     """A stream: two linear layers in work, whatever the model's size; what goes to PEFT instead is not predicted."""
     largest = max(layer.in_features * layer.out_features for layer in sizes.headers.linears)
     parts = {"layers in work": 2 * (2 + 4) * largest}
-    return _step(sizes, f"merge/{sizes.recipe.name}-{onto}", parts, process=MERGE, disk=sizes.bf16)
+    return _step(sizes, f"merge/{sizes.recipe.name}-{onto}", parts, process=MERGE, disk=sizes.bf16, on_gpu=False)
 
 
 def _reference_bytes(sizes: _Sizes) -> float:
@@ -321,7 +333,8 @@ def _quantize(sizes: _Sizes, arm: Arm, scheme: Scheme) -> Predicted:
         process = LLM_COMPRESSOR
     if arm.scales_from_base:
         parts |= {"model of the search": sizes.bf16}  # quantized before, in the same process
-    return _step(sizes, f"quantize/{arm.slug}", parts, process=process, disk=disk)
+    rounding = scheme.backend == "quench-rtn"  # tasks/quantize.py gives it no GPU
+    return _step(sizes, f"quantize/{arm.slug}", parts, process=process, disk=disk, on_gpu=not rounding)
 
 
 def _stored(headers: Headers) -> float:

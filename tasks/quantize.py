@@ -63,7 +63,7 @@ def alone(
         params={**scheme.params(), **own, "seed": seed},
         inputs=inputs,
         tools=TOOLS[scheme.backend],
-        gpus=1,
+        gpus=0 if scheme.backend == "quench-rtn" else 1,  # rounding waits for the disk
         environment=ENVIRONMENTS.get(scheme.backend),
     )
 

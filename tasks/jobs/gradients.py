@@ -27,7 +27,7 @@ def check_gradients(model: PeftModel, batch: dict[str, Any]) -> Alike:
     """Compare the gradient of a batch before and after an evaluation forward. Leaves weights and RNG as they were.
 
     Args:
-        model: With trainable adapter.
+        model: With trainable adapter, and the fused output layer that TRL's trainer gives it.
         batch: What the collator makes of a few rows: input_ids, labels and attention_mask, each [rows, tokens], or
             position_ids and the bounds of packed rows.
 
@@ -42,7 +42,7 @@ def check_gradients(model: PeftModel, batch: dict[str, Any]) -> Alike:
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(0)  # the same dropout twice
             with torch.autocast(model.device.type, dtype=torch.bfloat16):
-                loss = model(**batch).loss
+                loss = model(**batch, fused_lm_head=True).loss  # as in training: without all logits in memory at once
             loss.backward()
         flat = torch.cat([p.grad.detach().double().flatten() for p in model.parameters() if p.grad is not None])
         model.zero_grad()
@@ -51,7 +51,7 @@ def check_gradients(model: PeftModel, batch: dict[str, Any]) -> Alike:
     before = gradient()
     model.eval()
     with torch.no_grad(), torch.autocast(model.device.type, dtype=torch.bfloat16):
-        model(**batch)
+        model(**batch, fused_lm_head=True)
     after = gradient()
     cosine = torch.nn.functional.cosine_similarity(before, after, dim=0).item()
     alike = Alike(cosine=cosine, norm_ratio=(after.norm() / before.norm()).item())

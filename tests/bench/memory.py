@@ -76,8 +76,8 @@ def page(recipe: Recipe, base: Headers, small: Headers) -> str:
 
 `recipes/{RECIPE.name}`, every row counted as {recipe.data.max_length} tokens, one row a forward pass, on the
 headers of a Llama 3 70B ({base.parameters / 1e9:.2f} billion parameters). Arithmetic of flows/predict.py, held
-against measured peaks on a CPU and on small models alone: **no GPU has confirmed it**. `quench run` does the same sum
-in preflight and refuses what does not fit.
+against measured peaks on a CPU, and of single steps on one GPU at four layers of an 8B (gpu.md): **no 70B and no FSDP
+run has confirmed it**. `quench run` does the same sum in preflight and refuses what does not fit.
 
 ## Training, GiB a GPU
 
@@ -87,8 +87,8 @@ in preflight and refuses what does not fit.
 | needed | {total} |
 | smallest card | {cards} |
 
-`weights nf4` is its share of the base; the decoder layer that is gathered for a moment ({_layer(base):.2f} GiB in
-NF4) is not counted. `process` is what the driver and CUDA take.
+`weights nf4` is its share of the base, `gathered` what FSDP gives every GPU whole beside it: embeddings and output
+layer during a step (bf16), two decoder layers for a moment. `process` is what the driver and CUDA take.
 
 ## The other steps, one GPU each
 
@@ -125,10 +125,6 @@ def _awq(recipe: Recipe, base: Headers) -> Predicted:
 
 def _row(one: Predicted) -> str:
     return f"| {one.key} | {needed(one):.1f} | {card(needed(one))} | {one.disk_gib:.1f} |"
-
-
-def _layer(base: Headers) -> float:
-    return sum(one.in_features * one.out_features for one in base.decoder_layer) * 0.5 / 2**30
 
 
 def main() -> None:

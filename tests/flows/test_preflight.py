@@ -7,7 +7,7 @@ import pytest
 
 from flows.compose import compose, limits, pin
 from flows.plan import Planned, plan
-from flows.predict import NF4_BYTES, Predicted, predict
+from flows.predict import CUDA_IMPORT, NF4_BYTES, Predicted, predict
 from flows.preflight import Memory, available, calibration_problem, disk_problem, preflight, refuse
 from flows.row_sizes import RowSizes, row_sizes
 from recipes.headers import Headers, read_headers
@@ -185,7 +185,7 @@ def test_parts_by_hand(recipe: Recipe, headers: Headers):
     assert train.parts["weights nf4"] * gib == pytest.approx(NF4_BYTES * headers.linear_parameters + 2 * rest)
     lora = 32 * sum(layer.in_features + layer.out_features for layer in headers.linears)
     assert train.parts["lora and optimizer"] * gib == pytest.approx(16 * lora)
-    assert train.parts["logits"] * gib == pytest.approx(32 * 4096 * 32 * 256)  # bytes, vocabulary, rows, tokens
+    assert train.parts["logits"] * gib == pytest.approx(32 * 4096 * 4096)  # bytes, vocabulary, of 8,192 tokens a tile
     assert train.host_gib == pytest.approx(sum(train.parts.values())) and train.gpu_gib == 0
     gptq = steps["quantize/gptq-w4-g128"]
     inputs = [256] * 6 + [768]  # q, k, v, o, gate, up, down
@@ -215,9 +215,21 @@ def test_files_in_memory_are_no_reason_to_refuse(recipe: Recipe, headers: Header
 
 
 def test_on_cuda_the_model_is_on_the_gpu(recipe: Recipe, headers: Headers):
-    steps = by_key(recipe, headers, device="cuda")
-    assert steps["train/like-quickstart"].gpu_gib > 1 > steps["prepare/like-quickstart"].host_gib
-    assert steps["prepare/like-quickstart"].gpu_gib == steps["calibrate/like-quickstart"].gpu_gib == 0
+    here, steps = by_key(recipe, headers), by_key(recipe, headers, device="cuda")
+    train = steps["train/like-quickstart"]
+    model = {name: size for name, size in train.parts.items() if name not in ("process", "file of weights")}
+    assert train.gpu_gib == pytest.approx(sum(model.values())) and model["weights nf4"] > 0
+    without = ["prepare/like-quickstart", "calibrate/like-quickstart", "merge/like-quickstart-dequantized"]
+    for key in (*without, "quantize/rtn-w4-g128"):  # as the plan leases them: gpus=0
+        assert steps[key].gpu_gib == 0
+        assert steps[key].host_gib == pytest.approx(here[key].host_gib + CUDA_IMPORT)
+
+
+def test_what_leases_a_gpu_is_predicted_there(loaded: Loaded, recipe: Recipe, headers: Headers, tmp_path: Path):
+    leased: dict[str, bool] = {}
+    compose(recipe, pin(loaded, tmp_path), lambda step: leased.update({step.key: step.gpus > 0}))
+    predicted = {key: one.gpu_gib > 0 for key, one in by_key(recipe, headers, device="cuda").items()}
+    assert predicted == {key: gpu for key, gpu in leased.items() if not key.startswith("choose/")}
 
 
 def test_row_sizes_scale_the_sample_up(loaded: Loaded):
