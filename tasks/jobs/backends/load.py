@@ -198,7 +198,8 @@ def _load_quantized(folder: Path, *, device: str, note: Note) -> PreTrainedModel
     kernel = _kernel(stored, device=device, note=note)
     extra: dict[str, Any] = {}
     if kernel is not None:  # of this config transformers takes the kernel alone; the rest is the checkpoint's
-        extra["quantization_config"] = (GPTQConfig if method == "gptq" else AwqConfig)(bits=4, backend=kernel)
+        config_class: Any = GPTQConfig if method == "gptq" else AwqConfig  # the stub knows no kernel by its word
+        extra["quantization_config"] = config_class(bits=4, backend=kernel)
     with awq_in_bf16():
         return _load(folder, device=device, **extra)
 
