@@ -20,7 +20,7 @@ from recipes.schemes import Linear, Scheme
 GIB = 1 << 30
 # Resident GiB of a child on CPU before it has a model.
 PREPARE = 0.55  # transformers' tokenizer
-CALIBRATE = 0.28  # pyarrow
+CALIBRATE = 0.28  # pyarrow, no torch
 TRAIN = 0.85  # 0.53 after import of TRL, PEFT, bitsandbytes; the rest grows over the steps: batches differ in shape
 MERGE = 0.46
 GPTQMODEL = 0.66
@@ -208,7 +208,8 @@ def _step(
     """Bytes by part -> Predicted. `on_gpu` says where the parts are on CUDA; then the host holds libraries and file."""
     in_gib = {name: value / GIB for name, value in parts.items() if value}
     gpu = on_gpu and not sizes.on_cpu
-    process += CUDA_IMPORT * (not sizes.on_cpu)
+    if not sizes.on_cpu and process != CALIBRATE:
+        process += CUDA_IMPORT
     file = {"file of weights": sizes.bf16 / GIB} if gpu else {}
     return Predicted(
         key=key,
