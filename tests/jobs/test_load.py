@@ -123,6 +123,7 @@ def test_layouts_of_awq_with_one_kernel_each_are_left_to_transformers() -> None:
     assert load._kernel(AWQ | {"version": "gemv"}, device="cuda", note=pytest.fail) is None
 
 
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 def test_of_the_config_that_is_passed_the_kernel_alone_counts() -> None:
     merged: Any = AutoHfQuantizer.merge_quantization_configs(AWQ, AwqConfig(bits=8, backend="marlin"))
     assert (merged.backend, merged.bits, merged.group_size) == ("marlin", 4, 128)
