@@ -40,7 +40,7 @@ check: install   ## linters, types, import rules, recipes, generated docs
 	$(BIN)/basedpyright --warnings
 	$(BIN)/lint-imports
 	@for recipe in $(wildcard recipes/*.yaml) recipes/quickstart/recipe.yaml; do $(BIN)/quench check $$recipe --data || exit 1; done
-	$(BIN)/python -m flows.docs --check
+	$(BIN)/python -m flows.commands.docs --check
 	$(BIN)/hadolint infra/docker/Dockerfile
 	$(BIN)/check-jsonschema -q --builtin-schema vendor.compose-spec infra/compose.yaml
 	$(BIN)/kubernetes-validate --strict --no-warn --quiet -k 1.34 infra/kubernetes/*.yaml
@@ -87,7 +87,7 @@ cluster: install ## one process, two Ray nodes, a bucket: docs/results/cluster.m
 	$(BIN)/python -m tests.bench.cluster
 
 docs: install    ## write the generated pages again
-	$(BIN)/python -m flows.docs
+	$(BIN)/python -m flows.commands.docs
 
 lock: install    ## resolve pyproject.toml again
 	$(BIN)/uv pip compile -q pyproject.toml --extra dev --extra ray --extra system --no-annotate --no-header \

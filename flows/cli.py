@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from flows.credentials import take_out_password
-from recipes.check_python import FLAG, allow
+from flows.run.credentials import take_out_password
+from recipes.checks.python import FLAG, allow
 from recipes.problem import Problem, RecipeError
 
 if TYPE_CHECKING:  # `quench check` imports no runtime
-    from tasks.runtime.errors import StepFailed
+    from tasks.runtime.process.errors import StepFailed
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -49,8 +49,8 @@ def _refuse(problems: Sequence[Problem], *, as_json: bool) -> None:
 
 
 def _no_space(error: OSError) -> int:
-    from tasks.runtime.disk import full, is_full
-    from tasks.runtime.store import find_home
+    from tasks.runtime.process.disk import full, is_full
+    from tasks.runtime.store.local import find_home
 
     if not is_full(error):
         raise error
@@ -69,7 +69,7 @@ def _print(value: dict[str, Any] | list[Any], text: str, *, as_json: bool) -> No
 
 
 def _init(args: argparse.Namespace) -> int:
-    from flows.init import init
+    from flows.commands.init import init
 
     made = init(args.model, args.data, out=args.out, chat_template=args.chat_template, force=args.force)
     _print(made.as_dict(), made.text, as_json=args.json)
@@ -77,9 +77,9 @@ def _init(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from flows.scheme_list import not_here
-    from recipes.check import load_and_read
-    from recipes.check_serving import warnings
+    from flows.commands.schemes import not_here
+    from recipes.checks.check import load_and_read
+    from recipes.checks.serving import warnings
 
     loaded, rows = load_and_read(args.recipe, sets=args.set, data=args.data)
     warned = [*warnings(loaded), *not_here(loaded.recipe), *rows.warnings]
@@ -90,8 +90,8 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from flows.vet import vet
-    from tasks.runtime.store import find_home
+    from flows.plan.validate import vet
+    from tasks.runtime.store.local import find_home
 
     vetted = vet(args.recipe, sets=args.set, home=find_home(), only=args.only)
     _warn(vetted.warnings)
@@ -105,15 +105,15 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from flows.run_command import command
+    from flows.commands.run import command
 
     signal.signal(signal.SIGTERM, _terminated)
     return command(args, warn=_warn)
 
 
 def _merge(args: argparse.Namespace) -> int:
-    from flows.one_stage import merge_into
-    from tasks.runtime.errors import StepFailed
+    from flows.commands.merge import merge_into
+    from tasks.runtime.process.errors import StepFailed
 
     signal.signal(signal.SIGTERM, _terminated)
     try:
@@ -139,15 +139,15 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from flows.export_command import command
+    from flows.commands.export import command
 
     return _attempt(command, args)
 
 
 def _quantize(args: argparse.Namespace) -> int:
-    from flows.progress import Display
-    from flows.quantize_alone import Asked, quantize_into, retold
-    from tasks.runtime.errors import StepFailed
+    from flows.commands.quantize import Asked, quantize_into, retold
+    from flows.run.progress import Display
+    from tasks.runtime.process.errors import StepFailed
 
     signal.signal(signal.SIGTERM, _terminated)
     names = ("model", "out", "scheme", "backend", "calibration", "rows", "seq_len", "seed", "device")
@@ -166,7 +166,7 @@ def _quantize(args: argparse.Namespace) -> int:
 
 def _attempt(command: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """A command that makes steps: ended as by Ctrl-C on SIGTERM, and told where a step fails."""
-    from tasks.runtime.errors import StepFailed
+    from tasks.runtime.process.errors import StepFailed
 
     signal.signal(signal.SIGTERM, _terminated)
     try:
@@ -188,22 +188,22 @@ def _terminated(number: int, frame: object) -> NoReturn:
 
 
 def _promote(args: argparse.Namespace) -> int:
-    from flows.promote import command
+    from flows.promotion.promote import command
 
     return _attempt(command, args)  # a champion that does not load here stays champion
 
 
 def _choose(args: argparse.Namespace) -> int:
-    from flows.choose import command
+    from flows.commands.choose import command
 
     return command(args)
 
 
 def _report(args: argparse.Namespace) -> int:
-    from flows.report import render
-    from flows.run_command import show
-    from flows.runs import find_run
-    from tasks.runtime.store import find_home
+    from flows.commands.run import show
+    from flows.report.build import render
+    from flows.run.folder import find_run
+    from tasks.runtime.store.local import find_home
 
     home = find_home()
     folder = find_run(home, args.run)
@@ -217,9 +217,9 @@ def _report(args: argparse.Namespace) -> int:
 def _compare(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from flows.compare_runs import compare_runs, print_compared
-    from flows.runs import find_run
-    from tasks.runtime.store import find_home
+    from flows.commands.compare import compare_runs, print_compared
+    from flows.run.folder import find_run
+    from tasks.runtime.store.local import find_home
 
     home = find_home()
     found = compare_runs(find_run(home, args.before), find_run(home, args.after), home)
@@ -231,8 +231,8 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _store_ls(args: argparse.Namespace) -> int:
-    from flows.store_command import listed
-    from tasks.runtime.store import find_home
+    from flows.commands.store import listed
+    from tasks.runtime.store.local import find_home
 
     rows, text = listed(find_home())
     _print(rows, text, as_json=args.json)
@@ -240,8 +240,8 @@ def _store_ls(args: argparse.Namespace) -> int:
 
 
 def _store_verify(args: argparse.Namespace) -> int:
-    from flows.store_command import verified
-    from tasks.runtime.store import find_home
+    from flows.commands.store import verified
+    from tasks.runtime.store.local import find_home
 
     told, text = verified(find_home())
     _print(told, text, as_json=args.json)
@@ -249,8 +249,8 @@ def _store_verify(args: argparse.Namespace) -> int:
 
 
 def _store_gc(args: argparse.Namespace) -> int:
-    from flows.store_gc import collect
-    from tasks.runtime.store import find_home
+    from flows.commands.store import collect
+    from tasks.runtime.store.local import find_home
 
     told, text = collect(find_home(), remove=args.yes)
     _print(told, text, as_json=args.json)
@@ -258,9 +258,9 @@ def _store_gc(args: argparse.Namespace) -> int:
 
 
 def _track_sync(args: argparse.Namespace) -> int:
-    from flows.track_sync import sync
-    from tasks.runtime.home import open_home
-    from tasks.runtime.store import find_home
+    from flows.tracking.sync import sync
+    from tasks.runtime.store.home import open_home
+    from tasks.runtime.store.local import find_home
 
     home = find_home()
     open_home(home)
@@ -270,7 +270,7 @@ def _track_sync(args: argparse.Namespace) -> int:
 
 
 def _schemes(args: argparse.Namespace) -> int:
-    from flows.scheme_list import listed_schemes, text
+    from flows.commands.schemes import listed_schemes, text
 
     schemes = listed_schemes()
     _print([one.as_dict() for one in schemes], text(schemes), as_json=args.json)
@@ -278,8 +278,8 @@ def _schemes(args: argparse.Namespace) -> int:
 
 
 def _up(args: argparse.Namespace) -> int:
-    from flows.up import Asked, up
-    from tasks.runtime.store import find_home
+    from flows.service.up import Asked, up
+    from tasks.runtime.store.local import find_home
 
     for number in (signal.SIGTERM, signal.SIGINT):  # a shell's background job starts with SIGINT ignored
         signal.signal(number, _terminated)

@@ -28,23 +28,23 @@ from prefect.states import Cancelled
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.compose import compose, limits
-from flows.credentials import settle
-from flows.plan import known_inputs
-from flows.prefect_pages import PrefectPages
-from flows.progress import Display
-from flows.report import render
-from flows.runs import RunRecord, new_id
-from flows.track import Tracker
-from flows.track_sync import REPORTED, sync_run
-from flows.tracking import silent
-from flows.vet import Vetted, vet
-from recipes.problem import RecipeError
-from tasks.runtime.errors import StepFailed
-from tasks.runtime.launch import Launcher
-from tasks.runtime.leases import Leases
-from tasks.runtime.open_store import open_store
+from flows.mlflow_uri import silent
+from flows.plan.lookup import Planned, known_inputs
+from flows.plan.validate import Vetted, vet
+from flows.report.build import render
+from flows.run.credentials import settle
+from flows.run.folder import RunRecord, new_id
+from flows.run.prefect_pages import PrefectPages
+from flows.run.progress import Display
+from flows.tracking.sync import REPORTED, sync_run
+from flows.tracking.tracker import Tracker
+from recipes.problem import Problem, RecipeError
+from tasks.runtime.process.errors import StepFailed
+from tasks.runtime.process.launch import Launcher
+from tasks.runtime.process.leases import Leases
 from tasks.runtime.step import Kitchen, Made, Step, lookup, run_step
-from tasks.runtime.store import Artifact, find_home, write_json
+from tasks.runtime.store.local import Artifact, find_home, write_json
+from tasks.runtime.store.open import open_store
 
 # A task only waits for its child; what runs at once is decided by leases.
 WAITING_TASKS = 32
@@ -350,3 +350,44 @@ def drain() -> None:
 def _plan_markdown(vetted: Vetted) -> str:
     rows = [f"| {'hit' if one.hit else 'make'} | `{one.key}` | {one.why} |" for one in vetted.plan]
     return "\n".join(["| | step | why |", "| --- | --- | --- |", *rows])
+
+
+SCORING = ("rehearse", "reference", "choose", "evaluate", "measure")
+
+
+@flow(  # pyright: ignore[reportCallIssue]
+    name="evaluate-only",
+    flow_run_name="{recipe}",
+    task_runner=ThreadPoolTaskRunner(max_workers=WAITING_TASKS),  # pyright: ignore[reportArgumentType]
+    persist_result=False,
+)
+def evaluate_only(recipe: str, sets: list[str] | None = None, only: list[str] | None = None) -> str:
+    """Evaluate again what an earlier run made: new scorers, longer answers, speed; no training, no quantizing.
+
+    Args:
+        recipe: Path of the recipe file, absolute or seen from the folder where the command is typed.
+        sets: Overrides of single fields, as ["evaluate.max_new_tokens=64"].
+        only: Arms that are wanted, `external` for every external model.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        RecipeError: Bad input, or something that only finetune-and-quantize makes is not in the store.
+        RunFailed: A step failed; the report says which and why.
+    """
+    settle(get_run_logger())
+    with refusals_logged():
+        vetted = vet(Path(recipe), sets=sets or [], home=find_home(), only=only or [])
+        if problems := [_missing(one) for one in vetted.plan if not one.hit and one.key.split("/")[0] not in SCORING]:
+            raise RecipeError(problems)
+    return run_vetted(vetted, only=only or [])
+
+
+def _missing(step: Planned) -> Problem:
+    return Problem(
+        what=f"{step.key} is not in the store.",
+        where="evaluate-only",
+        why=f"It would have to be made ({step.why}), and this flow makes only scores.",
+        next="Run finetune-and-quantize with this recipe first.",
+    )

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from recipes.problem import Problem, RecipeError
 from recipes.schema import LayerRule, Recipe, SchemeSpec
-from recipes.schemes import PER_CHANNEL, Grid, Rule, Scheme
-from recipes.slugs import by_backend, parse_scheme
+from recipes.schemes.scheme import PER_CHANNEL, Grid, Rule, Scheme
+from recipes.schemes.slugs import by_backend, parse_scheme
 
 Kind = Literal["bf16", "nf4", "quantized", "external"]
 KV = Literal["fp8", "fp8-calibrated", "int8"]

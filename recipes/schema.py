@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from recipes.rows import Format
-from recipes.schemes import Backend
+from recipes.data.rows import Format
+from recipes.schemes.scheme import Backend
 from recipes.scorers import ExactMatch, LmEval, Scorer
 from recipes.section import Place, Section
 

@@ -29,7 +29,7 @@ def alone(slug: str, *, rows: External, tokenizer: External, params: Mapping[str
     return Step(
         stage="calibrate",
         slug=slug,
-        entry="tasks.jobs.calibrate_rows:run",
+        entry="tasks.jobs.calibration.user_rows:run",
         version=1,
         params={"stratify": "proportional", "max_near_duplicates": 0.0, **params},
         inputs={"rows": rows, "tokenizer": tokenizer},
@@ -43,7 +43,7 @@ def control(recipe: Recipe, kind: Calibration, *, dataset: Step, calibset: Step,
     return Step(
         stage="calibrate",
         slug=f"{recipe.name}-{kind}",
-        entry="tasks.jobs.controls:run",
+        entry="tasks.jobs.calibration.controls:run",
         version=1,
         params={"kind": kind, "seed": recipe.calibrate.seed},
         inputs={"dataset": dataset, "calibset": calibset, **text},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from recipes.rows import source_name
+from recipes.data.rows import source_name
 from recipes.schema import Recipe
 from tasks.runtime.step import External, Step
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from recipes.schema import Recipe
-from recipes.schemes import Backend, Scheme
+from recipes.schemes.scheme import Backend, Scheme
 from tasks.runtime.step import External, Step
 
 TOOLS: dict[Backend, tuple[str, ...]] = {

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from flows.server import OwnServer, prefect_settings
-from tasks.runtime.launch import CHECKOUT, Launcher
-from tasks.runtime.store import flocked
+from flows.run.server import OwnServer, prefect_settings
+from tasks.runtime.process.launch import CHECKOUT, Launcher
+from tasks.runtime.store.local import flocked
 
 # One thread a child and one slot a run: xdist -n 2 has two of them on two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from tasks.runtime.launch import CHECKOUT
+from tasks.runtime.process.launch import CHECKOUT
 from tests.hub_upload import Uploads, batch, committed, front_matter_errors, modes, put
 
 LFS = (".safetensors", ".bin", ".parquet")

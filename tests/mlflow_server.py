@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from flows.server import answers, free_port, wait_for
-from tasks.runtime.launch import Launcher, child_env
+from flows.run.server import answers, free_port, wait_for
+from tasks.runtime.process.launch import Launcher, child_env
 
 
 @contextmanager

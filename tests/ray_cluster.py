@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 
-from flows.server import OwnServer, prefect_settings
-from tasks.runtime.launch import CHECKOUT, Launcher
+from flows.run.server import OwnServer, prefect_settings
+from tasks.runtime.process.launch import CHECKOUT, Launcher
 
 NODES = 2
 NICE = "0"  # not 15: beside other work on two cores a worker would take minutes to start

@@ -17,8 +17,8 @@ from typing import Any
 import boto3
 import httpx
 
-from flows.server import free_port, wait_for
-from tasks.runtime.launch import Launcher, child_env
+from flows.run.server import free_port, wait_for
+from tasks.runtime.process.launch import Launcher, child_env
 
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
 

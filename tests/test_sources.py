@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from recipes import lm_eval_tasks, yamlfile
-from tasks.runtime.launch import CHECKOUT
+from recipes.checks import lm_eval_tasks
+from recipes.read import yamlfile
+from tasks.runtime.process.launch import CHECKOUT
 
 PACKAGES = ("flows", "tasks", "recipes")
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "tarfile", "zipfile"}
@@ -31,12 +32,12 @@ CALLS = {
 }
 LOADERS = {"Loader": yamlfile.Loader, "_Loader": lm_eval_tasks._Loader}  # of our yaml.load calls; safe ones, see below
 IMPORTS = {  # every import by text, and why its text is ours
-    "tasks/runtime/child.py": "job.json's entry, which the parent wrote from its own code; our own packages",
+    "tasks/runtime/process/child.py": "job.json's entry, which the parent wrote from its own code; our own packages",
     "tasks/jobs/quantize.py": "a backend out of the recipe's closed list",
     "tasks/jobs/backends/autoawq.py": "a constant",
     "tasks/jobs/backends/auto_gptq.py": "a constant",
-    "recipes/files.py": "a constant",
-    "tasks/jobs/scorers/python_callable.py": "the user's function, see recipes/check_python.py",
+    "recipes/data/files.py": "a constant",
+    "tasks/jobs/scorers/python_callable.py": "the user's function, see recipes/checks/python.py",
 }
 
 

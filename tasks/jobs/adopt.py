@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from recipes.adapters import CONFIG, RECORD, WEIGHTS, read_adapter
+from recipes.models.adapters import CONFIG, RECORD, WEIGHTS, read_adapter
 from recipes.problem import Problem
-from tasks.runtime.errors import StageError
-from tasks.runtime.job import Job
+from tasks.runtime.process.errors import StageError
+from tasks.runtime.process.job import Job
 
 
 def run(job: Job) -> dict[str, Any]:

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from recipes.data.rows import Message
 from recipes.problem import Problem
-from recipes.rows import Message
 from recipes.schema import LEAST_ROWS, MOST_ROWS
-from tasks.jobs.leaks import Held, near_twins, refuse_leaks, without_near_duplicates
-from tasks.runtime.errors import StageError
-from tasks.runtime.job import Job
+from tasks.jobs.text.leaks import Held, near_twins, refuse_leaks, without_near_duplicates
+from tasks.runtime.process.errors import StageError
+from tasks.runtime.process.job import Job
 
 CALIBSET = pa.schema([("sequence", pa.int32()), ("rows", pa.list_(pa.string())), ("input_ids", pa.list_(pa.int32()))])
 LENGTHS = ("short", "middle", "long")  # terciles of a domain's rows by tokens

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from scipy.stats import t
 
 from recipes.problem import Problem
-from tasks.runtime.errors import StageError
-from tasks.runtime.job import Job
+from tasks.runtime.process.errors import StageError
+from tasks.runtime.process.job import Job
 
 SCORES = "_scores"
 PREFERRED = "dequantized"  # the weights that a QLoRA adapter was trained on

@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 from safetensors import safe_open
 from torch import Tensor
 
-from tasks.jobs.backends.load import kernel_of, load_arm, setup
-from tasks.jobs.grading import Asking, ask_harnesses, grade, open_graders, open_tokenizer, refuse_references
-from tasks.jobs.kv_cache import KVCache, calibrated
-from tasks.jobs.own_tokenizer import OwnReading, own_reading
-from tasks.jobs.scoring import (
+from tasks.jobs.loading.load import kernel_of, load_arm, setup
+from tasks.jobs.measuring.grading import Asking, ask_harnesses, grade, open_graders, open_tokenizer, refuse_references
+from tasks.jobs.measuring.kv_cache import KVCache, calibrated
+from tasks.jobs.measuring.own_tokenizer import OwnReading, own_reading
+from tasks.jobs.measuring.teacher_forcing import (
     Model,
     Predicted,
     Row,
@@ -30,7 +30,7 @@ from tasks.jobs.scoring import (
     read_general,
     read_rows,
 )
-from tasks.runtime.job import Job
+from tasks.runtime.process.job import Job
 
 SCORES = pa.schema(
     [(name, pa.string()) for name in ("row", "group", "split", "domain", "metric")]

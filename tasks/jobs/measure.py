@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from tasks.jobs.backends.load import kernel_of, load_arm, setup
-from tasks.jobs.scoring import Model
-from tasks.runtime.job import Job
+from tasks.jobs.loading.load import kernel_of, load_arm, setup
+from tasks.jobs.measuring.teacher_forcing import Model
+from tasks.runtime.process.job import Job
 
 BIG_BYTES = 2 << 30  # above this a load takes long: it is timed once
 

@@ -12,22 +12,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from recipes import headers
-from recipes.adapters import WEIGHTS, Adapter, read_adapter
-from recipes.headers import read_tensors
+from recipes.models import headers
+from recipes.models.adapters import WEIGHTS, Adapter, read_adapter
+from recipes.models.headers import read_tensors
 from recipes.problem import Problem, RecipeError
-from tasks.jobs.backends.load import setup
-from tasks.jobs.deltas import Change, Delta, beyond_stream, read_changes
-from tasks.jobs.embeddings import Embeddings, new_config, settle
-from tasks.jobs.nf4 import quantize, row_step, sample_positions
-from tasks.jobs.peft_merge import merge_by_peft
-from tasks.jobs.records import Records
+from tasks.jobs.loading.load import setup
+from tasks.jobs.merging.deltas import Change, Delta, beyond_stream, read_changes
+from tasks.jobs.merging.embeddings import Embeddings, new_config, settle
+from tasks.jobs.merging.nf4 import quantize, row_step, sample_positions
+from tasks.jobs.merging.nf4_record import Records
+from tasks.jobs.merging.peft_merge import merge_by_peft
+from tasks.jobs.merging.skeleton import Skeleton, read_skeleton
+from tasks.jobs.merging.streams import DTYPES, Planned, Reader, Writer
+from tasks.jobs.merging.weight_error import Norms, summary
 from tasks.jobs.serve_file import write_serve_file
-from tasks.jobs.skeleton import Skeleton, read_skeleton
-from tasks.jobs.streams import DTYPES, Planned, Reader, Writer
-from tasks.jobs.weight_error import Norms, summary
-from tasks.runtime.errors import StageError
-from tasks.runtime.job import Job
+from tasks.runtime.process.errors import StageError
+from tasks.runtime.process.job import Job
 from tasks.runtime.tokenizer_files import copy_files
 
 # Elements that are worked on at once: on a CPU 1 MiB in fp32, which stays in the cache (quantizing 4096 x 4096 takes

@@ -11,15 +11,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from recipes.data.rows import SHOWN, Row, content_hash, side
 from recipes.problem import Problem
-from recipes.rows import SHOWN, Row, content_hash, side
-from tasks.jobs.backends.load import setup
-from tasks.jobs.conversation import Conversation, RowError, behind_thinking
-from tasks.jobs.rendering import ONE_A_TURN, Renderer, Sample, TooLong
-from tasks.jobs.sources import read_sources, select
-from tasks.jobs.texts import read_texts, text_records
-from tasks.runtime.errors import StageError
-from tasks.runtime.job import Job
+from tasks.jobs.loading.load import setup
+from tasks.jobs.text.conversation import Conversation, RowError, behind_thinking
+from tasks.jobs.text.plain_texts import read_texts, text_records
+from tasks.jobs.text.rendering import ONE_A_TURN, Renderer, Sample, TooLong
+from tasks.jobs.text.sources import read_sources, select
+from tasks.runtime.process.errors import StageError
+from tasks.runtime.process.job import Job
 from tasks.runtime.tokenizer_files import copy_files
 
 ROWS = pa.schema(

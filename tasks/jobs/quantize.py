@@ -16,18 +16,18 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from recipes.claims import limit_problems
-from recipes.headers import Headers, read_headers
+from recipes.models.headers import Headers, read_headers
 from recipes.problem import Problem, RecipeError
-from recipes.schemes import Scheme
-from tasks.jobs import block_errors
+from recipes.schemes.limits import limit_problems
+from recipes.schemes.scheme import Scheme
 from tasks.jobs.backends import Quantized
 from tasks.jobs.backends.awq_scales import scales_found_on
-from tasks.jobs.backends.load import setup
-from tasks.jobs.rope import older_spelling
+from tasks.jobs.loading.load import setup
+from tasks.jobs.measuring import block_errors
+from tasks.jobs.merging.rope import older_spelling
 from tasks.jobs.serve_file import write_serve_file
-from tasks.runtime.errors import StageError
-from tasks.runtime.job import Job
+from tasks.runtime.process.errors import StageError
+from tasks.runtime.process.job import Job
 from tasks.runtime.tokenizer_files import TOKENIZER_FILES, copy_files
 
 WEIGHTS = ("config.json", "quantize_config.json", "*.safetensors", "*.safetensors.index.json")

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from recipes.problem import Problem
-from tasks.jobs.backends.load import load_arm, setup
-from tasks.jobs.own_tokenizer import another
-from tasks.jobs.scoring import Model, Row, batches, forced, read_rows
-from tasks.runtime.errors import StageError
-from tasks.runtime.job import Job
+from tasks.jobs.loading.load import load_arm, setup
+from tasks.jobs.measuring.own_tokenizer import another
+from tasks.jobs.measuring.teacher_forcing import Model, Row, batches, forced, read_rows
+from tasks.runtime.process.errors import StageError
+from tasks.runtime.process.job import Job
 
 GIB = 1 << 30
 NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # safetensors' words

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from tasks.jobs.grading import open_graders, refuse_references
-from tasks.jobs.scoring import read_rows
-from tasks.runtime.job import Job
+from tasks.jobs.measuring.grading import open_graders, refuse_references
+from tasks.jobs.measuring.teacher_forcing import read_rows
+from tasks.runtime.process.job import Job
 
 
 def run(job: Job) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from recipes.problem import Problem
-from tasks.jobs.backends.load import Kind, kernel_of, load_arm, setup
-from tasks.runtime.errors import StageError
-from tasks.runtime.job import Job
+from tasks.jobs.loading.load import Kind, kernel_of, load_arm, setup
+from tasks.runtime.process.errors import StageError
+from tasks.runtime.process.job import Job
 
 GOLDEN = [{"role": "user", "content": "Say in one sentence what you were trained to do, and give 3 examples."}]
 # Share of the largest logit: the same bytes on the same kernel give 0 on a CPU; a GPU may sum in another order.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from recipes.headers import read_headers
+from recipes.models.headers import read_headers
 from recipes.problem import RecipeError
-from recipes.schemes import Scheme
-from recipes.serve_file import describe, write
-from tasks.runtime.errors import StageError
+from recipes.schemes.scheme import Scheme
+from recipes.schemes.serve_file import describe, write
+from tasks.runtime.process.errors import StageError
 
 
 def write_serve_file(out: Path, *, name: str, model: Path, scheme: Scheme | None) -> None:

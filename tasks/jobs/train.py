@@ -12,16 +12,16 @@ from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 
 from recipes.problem import Problem
-from tasks.jobs.adapters import add_adapter, finish, save_weights
-from tasks.jobs.backends.load import load_nf4, setup
-from tasks.jobs.checkpoints import last_checkpoint, restore_best
-from tasks.jobs.gradients import check_gradients
-from tasks.jobs.nf4 import write_record
-from tasks.jobs.packing import check_packing
-from tasks.jobs.trainer import Trainer, make_trainer, rows_of
-from tasks.jobs.unquantized import check_unquantized
-from tasks.runtime.errors import StageError
-from tasks.runtime.job import Job
+from tasks.jobs.loading.load import load_nf4, setup
+from tasks.jobs.merging.nf4 import write_record
+from tasks.jobs.training.checkpoints import last_checkpoint, restore_best
+from tasks.jobs.training.gradients import check_gradients
+from tasks.jobs.training.lora import add_adapter, finish, save_weights
+from tasks.jobs.training.packing import check_packing
+from tasks.jobs.training.trainer import Trainer, make_trainer, rows_of
+from tasks.jobs.training.unquantized import check_unquantized
+from tasks.runtime.process.errors import StageError
+from tasks.runtime.process.job import Job
 
 OF_THE_ATTEMPT = ("tokens_per_s", "padding_share", "train_s", "total_s", "resumed_from_step")
 

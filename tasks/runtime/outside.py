@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.runtime.step import Kitchen, Step, run_step
-from tasks.runtime.store import MANIFEST, Artifact, Store, read_json
+from tasks.runtime.store.local import MANIFEST, Artifact, Store, read_json
 
 
 def work_folder(out: Path) -> Path:

@@ -3,32 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
 
 from tasks.runtime.fingerprint import file_digest, fingerprint
+from tasks.runtime.hub.ids import HubId, Kind, Snapshot
 from tasks.runtime.step import External
-from tasks.runtime.store import read_json, write_json
-from tasks.runtime.tokenizer_files import TOKENIZER_FILES
-
-Kind = Literal["model", "adapter", "dataset"]
-
-# What a model folder can hold besides weights that shapes any result.
-MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
-ADAPTER_NEEDED = ("adapter_config.json", "adapter_model.safetensors")
-CODE_FILES = ("*.py",)  # of a model whose own code is run
-DATA_FILES = ("*.jsonl", "*.json", "*.csv", "*.parquet")
-
-# What an adapter folder can hold that shapes a merge.
-ADAPTER_FILES = (
-    *ADAPTER_NEEDED,
-    "nf4.json",
-    "config.json",
-    "generation_config.json",
-    "tokenizer/*",
-    *TOKENIZER_FILES,
-)
+from tasks.runtime.store.local import read_json, write_json
 
 
 class Digests:
@@ -67,37 +47,6 @@ def external_folder(name: str, path: Path, *, patterns: Iterable[str], digests: 
     return External(name=name, path=root, digest=fingerprint({"files": content}), source=source or path.name)
 
 
-class Snapshot(NamedTuple):
-    """A model or data set on this machine: its folder, and `org/name@commit` or the path as written."""
-
-    folder: Path
-    source: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class HubId:
-    """What a recipe asks a hub for.
-
-    Attributes:
-        name: `org/name`.
-        revision: Branch, tag or commit; None is the default branch.
-        kind: What is expected in it.
-        field: Recipe field, for errors: `model.base`.
-        code: Its Python files are wanted too.
-    """
-
-    name: str
-    revision: str | None
-    kind: Kind
-    field: str
-    code: bool = False
-
-    @property
-    def repo_type(self) -> str:
-        """The hub's word: an adapter lies in a model repository."""
-        return "dataset" if self.kind == "dataset" else "model"
-
-
 def snapshot(repository: str, *, revision: str | None, kind: Kind, field: str) -> Snapshot:
     """Download `org/name` at a revision, pinned to the commit that it names now; see `snapshots`."""
     return snapshots([HubId(name=repository, revision=revision, kind=kind, field=field)])[0]
@@ -114,6 +63,6 @@ def snapshots(asked: Sequence[HubId]) -> list[Snapshot]:
     """
     if not asked:
         return []
-    from tasks.runtime import hub  # huggingface_hub takes 0.5 s; local folders do without it
+    from tasks.runtime.hub import fetch  # huggingface_hub takes 0.5 s; local folders do without it
 
-    return hub.snapshots(asked)
+    return fetch.snapshots(asked)

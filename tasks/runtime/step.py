@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from recipes.problem import Problem
-from tasks.runtime.disk import full, has_space, is_full
-from tasks.runtime.environments import described, environment_problem, interpreter, versions
-from tasks.runtime.errors import StepFailed
-from tasks.runtime.events import read_events
 from tasks.runtime.fingerprint import canonical, fingerprint
-from tasks.runtime.job import Execution, Input, Job
-from tasks.runtime.launch import Child, Launcher, child_env
-from tasks.runtime.leases import Given, Lease, Leases, cpu_slots, visible_gpus
-from tasks.runtime.store import Artifact, Attempt, Found, LostRaceError, Store, StoreTrouble, read_json
+from tasks.runtime.process.disk import full, has_space, is_full
+from tasks.runtime.process.environments import described, environment_problem, interpreter, versions
+from tasks.runtime.process.errors import StepFailed
+from tasks.runtime.process.events import read_events
+from tasks.runtime.process.job import Execution, Input, Job
+from tasks.runtime.process.launch import Child, Launcher, child_env
+from tasks.runtime.process.leases import Given, Lease, Leases, cpu_slots, visible_gpus
+from tasks.runtime.store.local import Artifact, Attempt, Found, LostRaceError, Store, StoreTrouble, read_json
 
 FOLLOW_S = 0.2
 

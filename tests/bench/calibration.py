@@ -21,17 +21,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 
-from flows.compose import compose, pin
-from flows.evidence import RowScores, read_scores
-from flows.metrics import difference_text, interval_text, value_text
-from flows.plan import known_inputs
-from flows.stats import Estimand, difference_intervals, draw, mean_interval, studentized
-from recipes.check import load_and_check
-from tasks.runtime.environments import locked_versions
-from tasks.runtime.launch import CHECKOUT, Launcher
-from tasks.runtime.leases import Leases
+from flows.compose import compose
+from flows.pins import pin
+from flows.plan.lookup import known_inputs
+from flows.results.metrics import difference_text, interval_text, value_text
+from flows.results.read import RowScores, read_scores
+from flows.results.stats import Estimand, difference_intervals, draw, mean_interval, studentized
+from recipes.checks.check import load_and_check
+from tasks.runtime.process.environments import locked_versions
+from tasks.runtime.process.launch import CHECKOUT, Launcher
+from tasks.runtime.process.leases import Leases
 from tasks.runtime.step import Kitchen, Limits, Step, hardware, run_step
-from tasks.runtime.store import Artifact, Store
+from tasks.runtime.store.local import Artifact, Store
 from tests.jobs.build import make_job
 
 RESULTS = CHECKOUT / "docs" / "results" / "calibration.md"
@@ -103,9 +104,9 @@ def covering(out: Path, paths: dict[str, Path], calibsets: dict[tuple[str, int],
     import torch
     from sklearn.cluster import KMeans
 
-    from tasks.jobs.backends.load import load_bf16
     from tasks.jobs.calibrate import Candidate, Packed, pack, write_calibset
-    from tasks.jobs.leaks import without_near_duplicates
+    from tasks.jobs.loading.load import load_bf16
+    from tasks.jobs.text.leaks import without_near_duplicates
 
     params = json.loads((calibsets["domain", seed].parent / "manifest.json").read_text())["identity"]["params"]
     columns = ["row", "split", "domain", "messages", "input_ids"]
@@ -149,7 +150,7 @@ def scored(home: Path, made: Made, scheme: str, kind: str, seed: int) -> RowScor
 
 
 def _make_arm(out: Path, made: Made, scheme: str, kind: str, seed: int) -> None:
-    from recipes.slugs import parse_scheme
+    from recipes.schemes.slugs import parse_scheme
     from tasks.jobs import evaluate, quantize
 
     slug = SCHEMES[scheme] if kind == "none" else scheme

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from recipes.schemes import Linear
-from recipes.slugs import parse_scheme
+from recipes.models.linear import Linear
+from recipes.schemes.slugs import parse_scheme
 from tests.bench.probes import NO_BOUND, Adds, Better, Equal, Probe, Rise, Variance
 
 MERGED = "merged-dequantized"

@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tasks.runtime.environments import locked_versions
-from tasks.runtime.launch import CHECKOUT
+from tasks.runtime.process.environments import locked_versions
+from tasks.runtime.process.launch import CHECKOUT
 from tasks.runtime.step import hardware
 from tests.conftest import QUICKSTART, write_small_recipe
 from tests.ray_cluster import RayCluster, ray_cluster

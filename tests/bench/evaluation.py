@@ -23,11 +23,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tasks.runtime.environments import locked_versions
-from tasks.runtime.job import Job
-from tasks.runtime.launch import CHECKOUT
+from tasks.runtime.process.environments import locked_versions
+from tasks.runtime.process.job import Job
+from tasks.runtime.process.launch import CHECKOUT
 from tasks.runtime.step import hardware
-from tasks.runtime.store import find_home
+from tasks.runtime.store.local import find_home
 from tests.bench.quantizers import Took, interval, timed
 
 RESULTS = CHECKOUT / "docs" / "results" / "evaluation.md"
@@ -125,7 +125,7 @@ def _loaded(job: Job) -> Any:
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
     if job.params["kind"] == "quantized":
-        from tasks.jobs.backends.environment import tame_gptqmodel
+        from tasks.jobs.loading.environment import tame_gptqmodel
 
         tame_gptqmodel()  # else importing GPTQModel compiles an extension for 31 s
     model: Any = AutoModelForCausalLM.from_pretrained(job.inputs["model"].path, **options)
@@ -178,7 +178,7 @@ def once(job: Job, *, ours: bool) -> Spent:
         (folder / "files").mkdir()
         replace(job, out=folder / "files", execution=replace(job.execution, threads=1)).dump(folder / "job.json")
         if ours:
-            argv = [sys.executable, "-P", "-m", "tasks.runtime.child", "run", str(folder / "job.json")]
+            argv = [sys.executable, "-P", "-m", "tasks.runtime.process.child", "run", str(folder / "job.json")]
             return Spent(*timed(argv, log=folder / "log"))
         argv = [sys.executable, "-m", "tests.bench.evaluation", "--bare", str(folder / "job.json")]
         taken = timed(argv, log=folder / "log")
@@ -190,7 +190,7 @@ def start() -> Start:
     imports = {
         "bare": "import tests.bench.evaluation, pyarrow.parquet, torch\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig",
-        "ours": "import tasks.runtime.child, tasks.jobs.evaluate",
+        "ours": "import tasks.runtime.process.child, tasks.jobs.evaluate",
     }
     with tempfile.TemporaryDirectory() as folder:
         argv = {name: [sys.executable, "-c", f"{code}\nimport os; os._exit(0)"] for name, code in imports.items()}

@@ -18,10 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flows.evidence import Run, read_run
-from recipes.load import load
-from tasks.runtime.launch import CHECKOUT
-from tasks.runtime.store import find_home
+from flows.results.read import Run, read_run
+from recipes.read.load import load
+from tasks.runtime.process.launch import CHECKOUT
+from tasks.runtime.store.local import find_home
 from tests.bench.claims import CLAIMS, GRADIENTS, Claim
 from tests.bench.gradient_flow import FORMATS, ROWS, Flow, flows_of, told
 from tests.bench.gradient_flow import verdict as flow_verdict
@@ -148,10 +148,10 @@ def page(runs: dict[str, dict[int, Run]], flows: list[Flow]) -> str:
 What is repeated about 4-bit models, a row a claim: measured on the quickstart (5.8 M parameters, questions to SQL),
 computed, or not testable here. `tests/bench/folklore.yaml` with train.seed {named}: the same data and splits, another
 adapter, merged into the dequantized base unless a line says otherwise. Differences are paired, on test, with the 95 %
-interval of that one comparison (groups resampled, flows/stats.py), not adjusted for the number of rows in this table;
-KL is to the model as it was trained (nf4-adapter). A claim is *shown* in a seed where its interval lies wholly on the
-claimed side, and the opposite is shown where it lies wholly on the other; the rest is open. Seeds of one task on one
-tiny model settle nothing about 7 B; they tell what would have to be measured there.{interim}
+interval of that one comparison (groups resampled, flows/results/stats.py), not adjusted for the number of rows in this
+table; KL is to the model as it was trained (nf4-adapter). A claim is *shown* in a seed where its interval lies wholly
+on the claimed side, and the opposite is shown where it lies wholly on the other; the rest is open. Seeds of one task on
+one tiny model settle nothing about 7 B; they tell what would have to be measured there.{interim}
 
 {table}
 

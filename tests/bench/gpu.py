@@ -18,8 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tasks.runtime.environments import versions
-from tasks.runtime.launch import CHECKOUT
+from tasks.runtime.process.environments import versions
+from tasks.runtime.process.launch import CHECKOUT
 
 QUICKSTART = CHECKOUT / "recipes" / "quickstart"
 PAGE = CHECKOUT / "docs" / "results" / "gpu.md"

@@ -42,8 +42,8 @@ def flows_of(merged: Path, quantized: Mapping[str, Path], dataset: Path) -> list
     """
     import torch
 
-    from tasks.jobs.backends.load import kernel_of, load_arm, load_bf16, load_nf4
-    from tasks.jobs.scoring import read_rows
+    from tasks.jobs.loading.load import kernel_of, load_arm, load_bf16, load_nf4
+    from tasks.jobs.measuring.teacher_forcing import read_rows
 
     torch.set_num_threads(1)
     rows = [row.ids for row in read_rows(dataset, "dev")[:ROWS]]

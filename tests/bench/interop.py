@@ -12,11 +12,11 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from recipes.claims import ARCHIVED
-from recipes.slugs import by_backend, parse_scheme
+from recipes.schemes.limits import ARCHIVED
+from recipes.schemes.slugs import by_backend, parse_scheme
 from tasks.quantize import ENVIRONMENTS
-from tasks.runtime.environments import environment_problem, locked_versions
-from tasks.runtime.launch import CHECKOUT
+from tasks.runtime.process.environments import environment_problem, locked_versions
+from tasks.runtime.process.launch import CHECKOUT
 from tasks.runtime.step import hardware
 from tests.interop.agreement import (
     KL_LIMIT,

@@ -24,12 +24,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flows.runs import run_files
-from tasks.runtime.environments import locked_versions
-from tasks.runtime.events import read_events
-from tasks.runtime.launch import CHECKOUT
+from flows.run.folder import run_files
+from tasks.runtime.process.environments import locked_versions
+from tasks.runtime.process.events import read_events
+from tasks.runtime.process.launch import CHECKOUT
 from tasks.runtime.step import hardware
-from tasks.runtime.store import read_json
+from tasks.runtime.store.local import read_json
 from tests.bench import operations
 from tests.flows.test_resume import asked, processes_of, wait_gone
 from tests.flows.test_run import fingerprints
@@ -37,7 +37,7 @@ from tests.flows.test_run import fingerprints
 RESULTS = CHECKOUT / "docs" / "results" / "kills.json"
 ARM = "rtn-w4-g128"  # `quench evaluate --only` makes what it needs: eight steps, from prepare to evaluate
 VICTIMS = ("parent", "child", "server")
-WORDS = {"parent": "flows.cli", "child": "tasks.runtime.child run", "server": "prefect server start"}
+WORDS = {"parent": "flows.cli", "child": "tasks.runtime.process.child run", "server": "prefect server start"}
 KILLS_A_HOME = 3
 # tests/jobs/test_train.py, test_a_killed_training_goes_on_exactly: the same curve, point by point.
 TOLERANCE = 0.0

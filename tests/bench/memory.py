@@ -10,11 +10,11 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from flows.predict import CUDA_CONTEXT, Predicted, predict
-from recipes.headers import Headers, read_headers
-from recipes.load import load
+from flows.plan.memory import CUDA_CONTEXT, Predicted, predict
+from recipes.models.headers import Headers, read_headers
+from recipes.read.load import load
 from recipes.schema import Recipe
-from tasks.runtime.launch import CHECKOUT
+from tasks.runtime.process.launch import CHECKOUT
 from tests.recipes.folders import llama_shapes, write_base, write_safetensors
 
 RECIPE = CHECKOUT / "recipes" / "llama-70b-8gpu.yaml"
@@ -75,7 +75,7 @@ def page(recipe: Recipe, base: Headers, small: Headers) -> str:
 # A 70B, by prediction
 
 `recipes/{RECIPE.name}`, every row counted as {recipe.data.max_length} tokens, one row a forward pass, on the
-headers of a Llama 3 70B ({base.parameters / 1e9:.2f} billion parameters). Arithmetic of flows/predict.py, held
+headers of a Llama 3 70B ({base.parameters / 1e9:.2f} billion parameters). Arithmetic of flows/plan/memory.py, held
 against measured peaks on a CPU, and of single steps on one GPU at four layers of an 8B (gpu.md): **no 70B and no FSDP
 run has confirmed it**. `quench run` does the same sum in preflight and refuses what does not fit.
 

@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from tasks.runtime.environments import locked_versions
-from tasks.runtime.launch import CHECKOUT, child_env
-from tasks.runtime.leases import cpu_slots
+from tasks.runtime.process.environments import locked_versions
+from tasks.runtime.process.launch import CHECKOUT, child_env
+from tasks.runtime.process.leases import cpu_slots
 from tasks.runtime.step import hardware
 from tests.jobs.build import make_job
 
@@ -88,7 +88,7 @@ def peft(base: Path, adapter: Path, out: Path) -> None:
     import torch
     from peft import PeftModel
 
-    from tasks.jobs.backends.load import load_nf4
+    from tasks.jobs.loading.load import load_nf4
 
     torch.set_num_threads(cpu_slots())
     model = load_nf4(base, device="cpu").dequantize()

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tasks.runtime.launch import CHECKOUT
+from tasks.runtime.process.launch import CHECKOUT
 
 RESULTS = CHECKOUT / "docs" / "results"
 AIM, AIM_MINUTES = 1.03, 10.0

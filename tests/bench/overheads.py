@@ -20,11 +20,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from tasks.runtime.job import Input, Job
-from tasks.runtime.launch import CHECKOUT, Launcher
-from tasks.runtime.leases import Leases
+from tasks.runtime.process.job import Input, Job
+from tasks.runtime.process.launch import CHECKOUT, Launcher
+from tasks.runtime.process.leases import Leases
 from tasks.runtime.step import Kitchen, Limits, Step, hardware, run_step
-from tasks.runtime.store import Store
+from tasks.runtime.store.local import Store
 from tests.bench import operations
 
 RESULTS = CHECKOUT / "docs" / "results"
@@ -121,7 +121,7 @@ def empty_step(name: str) -> Step:
 def steps(home: Path, times: int) -> dict[str, list[float]]:
     """Seconds a step, in turns: the body alone, in a bare child, by run_step, and by Prefect's task around run_step."""
     os.environ.update(environment(home))
-    from flows.server import OwnServer, prefect_settings
+    from flows.run.server import OwnServer, prefect_settings
 
     os.environ.update(prefect_settings(home))
     os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
@@ -178,8 +178,9 @@ def imports(home: Path, times: int) -> dict[str, list[float]]:
 
 def script(recipe: Path, sets: Sequence[str], out: Path) -> None:
     """The same job bodies, one after another in this process: no Prefect, no MLflow, no store, no child, no report."""
-    from flows.compose import compose, limits, pin
-    from recipes.load import load
+    from flows.compose import compose, limits
+    from flows.pins import pin
+    from recipes.read.load import load
 
     loaded = load(recipe, sets=sets)
     pins = pin(loaded, out)
@@ -235,8 +236,8 @@ def pair(number: int, sets: Sequence[str], *, first: str) -> dict[str, Any]:
 
 def measure(args: argparse.Namespace, save: Callable[[Mapping[str, Any]], None]) -> Mapping[str, Any]:
     """All figures; saved after each pair."""
-    from flows.runs import SHOWN_VERSIONS
-    from tasks.runtime.environments import locked_versions
+    from flows.run.folder import SHOWN_VERSIONS
+    from tasks.runtime.process.environments import locked_versions
 
     train_steps = max(LEAST_STEPS, round(args.minutes * SHARE * STEPS_A_MINUTE))
     sets = [*ONE_BY_ONE, *args.set]

@@ -8,12 +8,12 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from flows.cells import ArmEvidence, Draws, gather
-from flows.comparisons import REFERENCE
-from flows.evidence import RowScores, Run
-from flows.layers import layers_of, part_of
-from flows.metrics import METRICS, difference_text, significant
-from flows.stats import Estimand, Interval, Sums, difference_intervals, studentized
+from flows.results.cells import ArmEvidence, Draws, gather
+from flows.results.comparisons import REFERENCE
+from flows.results.layers import layers_of, part_of
+from flows.results.metrics import METRICS, difference_text, significant
+from flows.results.read import RowScores, Run
+from flows.results.stats import Estimand, Interval, Sums, difference_intervals, studentized
 
 DEQUANTIZED = "dequantized"
 NO_BOUND = -100.0  # per cent: no perplexity falls by more

@@ -1,7 +1,7 @@
 """`make bench`: each backend through Quench's quantize job against the bare library call; docs/results/quantizers.md.
 
-Both are processes of their own on one thread, started in turns: ours as a run starts it (tasks.runtime.child), the
-other a script of what one writes by hand (tests/bench/bare.py), with the same rows and settings and the same
+Both are processes of their own on one thread, started in turns: ours as a run starts it (tasks.runtime.process.child),
+the other a script of what one writes by hand (tests/bench/bare.py), with the same rows and settings and the same
 environment variables, in the same Python environment. Both leave without interpreter shutdown. Times are of whole
 processes, imports included. Every pair is kept in docs/results/quantizers.json, so that one scheme can be measured
 again without the others.
@@ -24,13 +24,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 
-from recipes.schemes import Scheme
-from recipes.slugs import by_backend, parse_scheme
-from tasks.jobs.backends.environment import GPTQMODEL
+from recipes.schemes.scheme import Scheme
+from recipes.schemes.slugs import by_backend, parse_scheme
+from tasks.jobs.loading.environment import GPTQMODEL
 from tasks.quantize import ENVIRONMENTS, alone
-from tasks.runtime.environments import environment_problem, interpreter, locked_versions
-from tasks.runtime.job import Job
-from tasks.runtime.launch import CHECKOUT, child_env
+from tasks.runtime.process.environments import environment_problem, interpreter, locked_versions
+from tasks.runtime.process.job import Job
+from tasks.runtime.process.launch import CHECKOUT, child_env
 from tasks.runtime.step import hardware
 from tests.jobs.build import make_job
 
@@ -145,7 +145,7 @@ class Finished(NamedTuple):
 def run(job: Job, work: Path, *, environment: str | None = None) -> Finished:
     """A job as a run starts it. This process stays small: a child's peak RSS begins with its parent's."""
     job.dump(work / "job.json")
-    argv = [str(interpreter(environment)), "-P", "-m", "tasks.runtime.child", "run", str(work / "job.json")]
+    argv = [str(interpreter(environment)), "-P", "-m", "tasks.runtime.process.child", "run", str(work / "job.json")]
     took = timed(argv, log=work / "log")
     answer = json.loads((work / "result.json").read_text(encoding="utf-8"))
     return Finished(took, {**answer["result"], "peak_rss_gib": answer["peak_rss_gib"]})
@@ -194,7 +194,7 @@ def fixed() -> Fixed:
             timed([sys.executable, "-c", "pass"], log=Path(folder) / "log").seconds for _ in range(3)
         )
     models = "from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel"
-    tame = "from tasks.jobs.backends.environment import tame_gptqmodel\ntame_gptqmodel()"
+    tame = "from tasks.jobs.loading.environment import tame_gptqmodel\ntame_gptqmodel()"
     return Fixed(
         start=start,
         torch=seconds("", "import torch"),
@@ -316,7 +316,7 @@ def calibrated(folder: Path, rows: int) -> Rows:
     data.write_text("\n".join(DATA.read_text(encoding="utf-8").splitlines()[:1000]) + "\n", encoding="utf-8")
     job = replace(
         make_job("calibrate", folder / "calibset", params=params, rows=data, tokenizer=BASE),
-        entry="tasks.jobs.calibrate_rows:run",
+        entry="tasks.jobs.calibration.user_rows:run",
     )
     made = run(job, folder).result
     stored = pq.read_table(job.out / "calibset.parquet", columns=["input_ids"])["input_ids"].to_pylist()

@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flows.metrics import difference_text
-from tasks.runtime.launch import CHECKOUT
+from flows.results.metrics import difference_text
+from tasks.runtime.process.launch import CHECKOUT
 from tests.chromium import screenshot
 
 RECIPE = "recipes/quickstart/recipe.yaml"

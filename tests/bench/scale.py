@@ -16,16 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flows.compose import Pins, compose, pin
-from flows.plan import known_inputs, plan
-from flows.store_command import listed
-from flows.store_gc import collect
-from recipes.load import Loaded, load
+from flows.commands.store import collect, listed
+from flows.compose import compose
+from flows.pins import Pins, pin
+from flows.plan.lookup import known_inputs, plan
+from recipes.read.load import Loaded, load
 from recipes.schema import Recipe
-from tasks.runtime.environments import described, locked_versions
-from tasks.runtime.launch import CHECKOUT
+from tasks.runtime.process.environments import described, locked_versions
+from tasks.runtime.process.launch import CHECKOUT
 from tasks.runtime.step import Step, hardware, lookup
-from tasks.runtime.store import Artifact, Store, write_json
+from tasks.runtime.store.local import Artifact, Store, write_json
 
 RECIPE = CHECKOUT / "recipes" / "quickstart" / "recipe.yaml"
 PAGE = CHECKOUT / "docs" / "results" / "scale.md"

@@ -19,7 +19,7 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 from playwright.sync_api import Browser, Page
 
-from tasks.runtime.launch import CHECKOUT
+from tasks.runtime.process.launch import CHECKOUT
 from tests.chromium import chromium
 
 SHOTS = CHECKOUT / "docs" / "screenshots"

@@ -20,9 +20,9 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from flows.server import OwnServer, free_port, prefect_settings, wait_for
-from tasks.runtime.environments import locked_versions
-from tasks.runtime.launch import CHECKOUT, Launcher
+from flows.run.server import OwnServer, free_port, prefect_settings, wait_for
+from tasks.runtime.process.environments import locked_versions
+from tasks.runtime.process.launch import CHECKOUT, Launcher
 from tasks.runtime.step import hardware
 
 PAGE = CHECKOUT / "docs" / "results" / "servers.md"
@@ -106,7 +106,7 @@ def prefect(home: Path, *, n: int) -> tuple[float, list[Cost]]:
 
 
 def mlflow(home: Path, *, n: int) -> tuple[float, list[Cost]]:
-    """Idle share, and a step's nested run as flows/track.py writes it: five calls."""
+    """Idle share, and a step's nested run as flows/tracking/tracker.py writes it: five calls."""
     port = free_port()
     uri = f"http://127.0.0.1:{port}"
     log = home / "mlflow.log"

@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from flows.evidence import read_run
+from flows.results.read import read_run
 from recipes.arms import arms
-from recipes.load import load
+from recipes.read.load import load
 from tests.bench.claims import CLAIMS, kv_cache, overhead
 from tests.bench.folklore import ORIGINAL, RECIPE, asked, page
 from tests.bench.gradient_flow import Flow

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from recipes.load import load
+from recipes.read.load import load
 from tasks.prepare import step as prepare_step
-from tasks.runtime.environments import locked_versions
-from tasks.runtime.launch import CHECKOUT, child_env
+from tasks.runtime.process.environments import locked_versions
+from tasks.runtime.process.launch import CHECKOUT, child_env
 from tasks.runtime.step import External, hardware
 
 QUICKSTART = CHECKOUT / "recipes" / "quickstart"
@@ -60,7 +60,7 @@ def bare(work: Path, *, fp32: bool = False) -> Speed:
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
     from trl import SFTConfig, SFTTrainer
 
-    from tasks.jobs.trainer import rows_of
+    from tasks.jobs.training.trainer import rows_of
 
     torch.set_num_threads(1)
     asked = json.loads((work / "params.json").read_text())

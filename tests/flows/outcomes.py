@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from flows.decision import sentences
-from flows.gate import Check, Outcome
-from flows.stats import Interval
+from flows.gate.checks import Check, Outcome
+from flows.gate.section import sentences
+from flows.results.stats import Interval
 
 
 def step(step: str, before: str, after: str, difference: float, half: float) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from flows.cells import ArmEvidence
-from flows.evidence import Arm, RowScores
+from flows.results.cells import ArmEvidence
+from flows.results.read import Arm, RowScores
 
 
 def arm(slug: str, **changes: Any) -> Arm:

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recipes.slugs import parse_scheme
+from recipes.schemes.slugs import parse_scheme
 
 BASE = Path(__file__).parents[2] / "recipes" / "quickstart" / "base"
 DOMAINS = ("filter", "aggregate", "join", "grouping", "ordering", "sub-query", "distinct")

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from flows.compose import compose, pin
-from flows.predict import predict
-from recipes.headers import read_headers
-from recipes.load import load
+from flows.compose import compose
+from flows.pins import pin
+from flows.plan.memory import predict
+from recipes.models.headers import read_headers
+from recipes.read.load import load
 from tasks.runtime.step import Step
 from tests.conftest import World
+from tests.recipes.checks.test_adapter import write_adapter
 from tests.recipes.folders import write_project
-from tests.recipes.test_check_adapter import write_adapter
 
 
 def composed(folder: Path, *sets: str) -> dict[str, Step]:

@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flows.compose import Matrix, compose, pin
-from flows.plan import plan
-from flows.report import render
-from recipes.load import load
-from tasks.runtime.store import Store
+from flows.compose import Matrix, compose
+from flows.pins import pin
+from flows.plan.lookup import plan
+from flows.report.build import render
+from recipes.read.load import load
+from tasks.runtime.store.local import Store
 from tests.conftest import World
 from tests.flows.synthetic_run import SyntheticRun
 from tests.recipes.folders import write_project

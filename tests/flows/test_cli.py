@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.runtime.launch import CHECKOUT
+from tasks.runtime.process.launch import CHECKOUT
 from tests.conftest import QUICKSTART, write_small_recipe
 
 

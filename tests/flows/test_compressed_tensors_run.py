@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tasks.runtime.environments import environment_problem, lock_digest, locked_versions
+from tasks.runtime.process.environments import environment_problem, lock_digest, locked_versions
 from tests.conftest import World
 
 NAME = "llmcompressor"

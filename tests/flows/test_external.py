@@ -11,14 +11,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from flows.compose import compose, pin
-from flows.predict import predict
-from flows.report import render
-from flows.vet import vet
-from recipes.check_external import external_headers
-from recipes.headers import read_headers
-from recipes.load import Loaded, load
+from flows.compose import compose
+from flows.pins import pin
+from flows.plan.memory import predict
+from flows.plan.validate import vet
+from flows.report.build import render
+from recipes.checks.external import external_headers
+from recipes.models.headers import read_headers
 from recipes.problem import RecipeError
+from recipes.read.load import Loaded, load
 from tasks.runtime.step import Step
 from tests.flows.synthetic_run import SyntheticRun, dump
 from tests.recipes.folders import write_base, write_project

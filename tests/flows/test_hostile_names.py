@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow.utils.validation import _validate_metric_name, _validate_param_name
 
-from flows.report import Report, render
-from flows.runs import find_run
-from flows.track import NAME_CHARS, _name
+from flows.report.build import Report, render
+from flows.run.folder import find_run
+from flows.tracking.tracker import NAME_CHARS, _name
 from recipes.problem import RecipeError
 from tests.flows.synthetic_run import SyntheticRun, dump
 

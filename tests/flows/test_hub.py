@@ -121,7 +121,7 @@ def test_a_run_from_the_hub_keeps_the_token_to_itself(hub: Hub, tmp_path: Path):
     others: dict[int, bool] = {}
     while run.poll() is None:
         for pid, program in processes_of(home).items():
-            if "tasks.runtime.child" in program or "prefect server" in program:
+            if "tasks.runtime.process.child" in program or "prefect server" in program:
                 with contextlib.suppress(OSError):  # it has ended
                     others[pid] = TOKEN.encode() in Path(f"/proc/{pid}/environ").read_bytes()
         time.sleep(0.1)

@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 
-from flows.compose import compose, pin
-from flows.evidence import read_run
-from flows.export import export
-from flows.report import evaluate, render
-from flows.runs import RunRecord
+from flows.commands.export import export
+from flows.compose import compose
+from flows.pins import pin
+from flows.report.build import evaluate, render
+from flows.results.read import read_run
+from flows.run.folder import RunRecord
 from recipes.arms import KV_CACHES
-from recipes.check_serving import warnings
-from recipes.load import Loaded, load
+from recipes.checks.serving import warnings
 from recipes.problem import RecipeError
+from recipes.read.load import Loaded, load
 from tasks.runtime.step import Step
 from tests.conftest import World
 from tests.flows.synthetic_run import SHAPES, Shape, SyntheticRun

@@ -59,7 +59,7 @@ def wait_child(world: World, stage: str, run: subprocess.Popen[str]) -> int:
     while time.monotonic() < deadline:
         assert run.poll() is None, run.communicate()
         for pid, words in processes_of(world.home).items():
-            if f"partial/{stage}/" in words and "tasks.runtime.child run" in words:
+            if f"partial/{stage}/" in words and "tasks.runtime.process.child run" in words:
                 return pid
         time.sleep(0.02)
     raise AssertionError(f"no child of {stage} was seen")

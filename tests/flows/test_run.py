@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tasks.runtime.fingerprint import fingerprint
-from tasks.runtime.store import write_json
+from tasks.runtime.store.local import write_json
 from tests.conftest import World
 
 ARMS = ["base", "base-nf4", "nf4-adapter", "merged-dequantized", "merged-original", "gptq-w4-g128", "rtn-w4-g128"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.evaluate_only import SCORING
+from flows.pipeline import SCORING
 from tests.conftest import QUICKSTART, World
 
 pytestmark = pytest.mark.slow

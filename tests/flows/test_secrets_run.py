@@ -18,12 +18,12 @@ from pathlib import Path
 
 import pytest
 
-from flows.server import free_port
-from tasks.runtime.launch import CHECKOUT
+from flows.run.server import free_port
+from tasks.runtime.process.launch import CHECKOUT
 from tests.conftest import QUICKSTART, World, write_small_recipe
 from tests.flows.listening import Listening
+from tests.flows.service.test_up import Project
 from tests.flows.test_resume import processes_of
-from tests.flows.test_up import Project
 from tests.hub import Hub, read_folder
 from tests.mlflow_server import mlflow_server
 

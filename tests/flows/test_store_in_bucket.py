@@ -10,12 +10,12 @@ import psycopg2
 import pytest
 from mlflow.tracking import MlflowClient
 
-from flows.server import free_port
-from flows.store_gc import collect, unreached
+from flows.commands.store import collect, unreached
+from flows.run.server import free_port
 from tasks.runtime.fingerprint import file_digest
-from tasks.runtime.open_store import open_store
+from tasks.runtime.store.open import open_store
 from tests.conftest import World
-from tests.flows.test_store_gc import commit
+from tests.flows.commands.test_store import commit
 from tests.mlflow_server import mlflow_server
 from tests.postgres_server import postgres_server
 from tests.s3_server import s3_server, wire
@@ -125,7 +125,7 @@ def test_gc_says_what_the_bucket_keeps_and_what_it_took_is_a_hit_again(
 def test_a_bucket_that_does_not_answer_is_refused_before_anything_is_spent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flows.vet import vet
+    from flows.plan.validate import vet
     from recipes.problem import RecipeError
     from tests.conftest import write_small_recipe
 

@@ -17,14 +17,14 @@ import pytest
 from mlflow.entities import ViewType
 from mlflow.tracking import MlflowClient
 
-from flows.runs import run_files
-from flows.server import free_port
-from flows.tracking import silent
-from tasks.runtime.disk import LEAST_BYTES
+from flows.mlflow_uri import silent
+from flows.run.folder import run_files
+from flows.run.server import free_port
+from tasks.runtime.process.disk import LEAST_BYTES
 from tests.conftest import World
+from tests.flows.service.test_up import NO_SPEED, START_S, Project, project  # noqa: F401  the fixture
 from tests.flows.test_resume import asked, processes_of, start, wait_child, wait_gone
 from tests.flows.test_run import fingerprints
-from tests.flows.test_up import NO_SPEED, START_S, Project, project  # noqa: F401  the fixture
 
 FAST = ("--set", "measure.enabled=false")
 MIB = 1 << 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from tasks.runtime.launch import CHECKOUT
+from tasks.runtime.process.launch import CHECKOUT
 
 DOCKERFILE = CHECKOUT / "infra" / "docker" / "Dockerfile"
 

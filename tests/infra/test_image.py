@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tasks.runtime.environments import locked_versions
-from tasks.runtime.launch import CHECKOUT
+from tasks.runtime.process.environments import locked_versions
+from tasks.runtime.process.launch import CHECKOUT
 from tests.infra.dockerfile import DOCKERFILE, Instruction, context_files, stages
 
 IGNORED = DOCKERFILE.with_name("Dockerfile.dockerignore")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tasks.runtime.launch import CHECKOUT
+from tasks.runtime.process.launch import CHECKOUT
 from tests.infra.dockerfile import DOCKERFILE, stages
 
 INFRA = CHECKOUT / "infra"

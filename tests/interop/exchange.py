@@ -13,12 +13,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from safetensors.torch import load_file, save_file
 
-from recipes.schemes import Scheme
+from recipes.schemes.scheme import Scheme
 from tasks.quantize import ENVIRONMENTS
-from tasks.runtime.environments import interpreter
-from tasks.runtime.job import Job
-from tasks.runtime.launch import child_env
-from tasks.runtime.store import read_json
+from tasks.runtime.process.environments import interpreter
+from tasks.runtime.process.job import Job
+from tasks.runtime.process.launch import child_env
+from tasks.runtime.store.local import read_json
 from tests.jobs.build import make_job
 
 READS = {  # forms of files
@@ -41,7 +41,7 @@ def run_in(environment: str | None, job: Job) -> dict[str, Any]:
     folder.mkdir()
     job.dump(folder / "job.json")
     done = subprocess.run(
-        [str(interpreter(environment)), "-P", "-m", "tasks.runtime.child", "run", str(folder / "job.json")],
+        [str(interpreter(environment)), "-P", "-m", "tasks.runtime.process.child", "run", str(folder / "job.json")],
         env=child_env(threads=job.execution.threads),
         cwd=folder,
         capture_output=True,

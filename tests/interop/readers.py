@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tasks.runtime.job import Job
+from tasks.runtime.process.job import Job
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def _transformers(folder: Path, scratch: Path) -> nn.Module:
 
 def _default(folder: Path, scratch: Path, **settings: Any) -> nn.Module:
     """By the kernel that is taken where nobody names one; for 4 bits on a CPU it rounds scales to bf16."""
-    from tasks.jobs.backends.environment import tame_gptqmodel
+    from tasks.jobs.loading.environment import tame_gptqmodel
 
     tame_gptqmodel()
     from transformers import AutoModelForCausalLM

@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from recipes.claims import ARCHIVED
-from recipes.schemes import Backend, Scheme
-from recipes.slugs import by_backend, parse_scheme
-from tasks.jobs.backends.load import load_arm, load_bf16
+from recipes.schemes.limits import ARCHIVED
+from recipes.schemes.scheme import Backend, Scheme
+from recipes.schemes.slugs import by_backend, parse_scheme
+from tasks.jobs.loading.load import load_arm, load_bf16
 from tasks.quantize import ENVIRONMENTS, alone
-from tasks.runtime.environments import environment_problem
+from tasks.runtime.process.environments import environment_problem
 from tests.conftest import World
 from tests.interop.agreement import compare, exllamav2, off_definition, off_layout, vllm_awq, vllm_gptq
 from tests.interop.exchange import READS, form, read_by, shifted, write_by, write_rows

@@ -26,8 +26,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from tasks.jobs.backends.load import load_bf16, load_nf4
-from tasks.jobs.nf4 import write_record
+from tasks.jobs.loading.load import load_bf16, load_nf4
+from tasks.jobs.merging.nf4 import write_record
 from tests.tiny import TEMPLATES, _tokenizer
 
 SHAPE: dict[str, Any] = {

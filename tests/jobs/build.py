@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tasks.runtime.events import read_events
-from tasks.runtime.job import Execution, Input, Job
+from tasks.runtime.process.events import read_events
+from tasks.runtime.process.job import Execution, Input, Job
 
 
 def make_job(

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from recipes.headers import read_headers
-from recipes.schemes import PER_CHANNEL
-from recipes.slugs import parse_scheme
+from recipes.models.headers import read_headers
+from recipes.schemes.scheme import PER_CHANNEL
+from recipes.schemes.slugs import parse_scheme
 from tasks.jobs import quantize
-from tasks.jobs.backends.load import load_bf16
 from tasks.jobs.calibrate import CALIBSET
-from tasks.runtime.job import Job
+from tasks.jobs.loading.load import load_bf16
+from tasks.runtime.process.job import Job
 from tests.jobs.build import make_job
 
 # Mean KL in nats on random models. COST, of rounding: four times what was measured at these bits.

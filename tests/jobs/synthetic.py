@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tasks.jobs.deltas import PREFIX
-from tasks.jobs.streams import Planned, Writer
+from tasks.jobs.merging.deltas import PREFIX
+from tasks.jobs.merging.streams import Planned, Writer
 from tests.tiny import _tokenizer
 
 PART = 1 << 24

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tasks.jobs import adopt, merge
-from tasks.runtime.errors import StageError
-from tasks.runtime.job import Job
+from tasks.runtime.process.errors import StageError
+from tasks.runtime.process.job import Job
 from tests.jobs.build import make_job, notes
 from tests.jobs.test_merge import plant_adapter
 from tests.tiny import write_base

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tasks.jobs import train
-from tasks.jobs.backends.load import load_arm
-from tasks.jobs.trainer import rows_of
+from tasks.jobs.loading.load import load_arm
+from tasks.jobs.training.trainer import rows_of
 from tests.jobs.build import curve, notes
 from tests.jobs.test_train import adapter, job_for, kill_at
 

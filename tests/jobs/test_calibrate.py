@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from recipes.rows import content_hash
+from recipes.data.rows import content_hash
 from tasks.jobs import calibrate
 from tasks.jobs.prepare import ROWS
-from tasks.runtime.errors import StageError
+from tasks.runtime.process.errors import StageError
 from tests.jobs.build import make_job, notes
 
 PARAMS = {

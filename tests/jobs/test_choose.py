@@ -16,11 +16,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
-from flows.stats import Estimand, Sums, difference_intervals, draw, studentized
+from flows.results.stats import Estimand, Sums, difference_intervals, draw, studentized
 from tasks.jobs import choose, evaluate, merge, prepare, reference
-from tasks.jobs.backends.load import load_bf16, load_nf4
 from tasks.jobs.choose import Grouped, paired
-from tasks.runtime.errors import StageError
+from tasks.jobs.loading.load import load_bf16, load_nf4
+from tasks.runtime.process.errors import StageError
 from tests.jobs.build import make_job, notes, write_jsonl
 from tests.jobs.test_evaluate import PARAMS as EVALUATE
 from tests.jobs.test_prepare import PARAMS as PREPARE

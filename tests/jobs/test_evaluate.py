@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from tasks.jobs import evaluate, prepare, reference
-from tasks.jobs.backends.load import load_bf16
 from tasks.jobs.evaluate import divergence
-from tasks.jobs.scoring import Row, _before_end, completion_bytes
-from tasks.runtime.errors import StageError
+from tasks.jobs.loading.load import load_bf16
+from tasks.jobs.measuring.teacher_forcing import Row, _before_end, completion_bytes
+from tasks.runtime.process.errors import StageError
 from tests.jobs.build import curve, make_job, notes, write_jsonl
 from tests.jobs.test_merge import plant_adapter
 from tests.jobs.test_prepare import PARAMS as PREPARE

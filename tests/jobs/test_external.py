@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recipes.slugs import parse_scheme
+from recipes.schemes.slugs import parse_scheme
 from tasks.jobs import evaluate, measure, quantize, reference
-from tasks.jobs.backends.load import load_arm, load_bf16
-from tasks.jobs.own_tokenizer import read_rows_as
-from tasks.jobs.scoring import read_rows
-from tasks.runtime.errors import StageError
+from tasks.jobs.loading.load import load_arm, load_bf16
+from tasks.jobs.measuring.own_tokenizer import read_rows_as
+from tasks.jobs.measuring.teacher_forcing import read_rows
+from tasks.runtime.process.errors import StageError
 from tests.jobs.build import make_job, notes
 from tests.jobs.test_evaluate import PARAMS, held_out, lines, score, train_to_answer, world  # noqa: F401  (a fixture)
 from tests.tiny import other_tokenizer, write_base

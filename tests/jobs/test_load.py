@@ -12,10 +12,10 @@ from transformers import AwqConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.quantizer_awq import AwqQuantizer
 
-from tasks.jobs.backends import load
-from tasks.jobs.backends.environment import tame_gptqmodel
-from tasks.jobs.backends.load import attach, awq_in_bf16, kernel_of, linear4bit, load_arm, load_bf16, load_nf4
-from tasks.runtime.errors import StageError
+from tasks.jobs import load
+from tasks.jobs.loading.environment import tame_gptqmodel
+from tasks.jobs.loading.load import attach, awq_in_bf16, kernel_of, linear4bit, load_arm, load_bf16, load_nf4
+from tasks.runtime.process.errors import StageError
 from tests.tiny import write_base
 
 TOKENS = torch.arange(4, 44).view(2, 20)

@@ -10,12 +10,12 @@ import pytest
 from safetensors.torch import load_file
 
 from tasks.jobs import measure, prepare
-from tasks.jobs.backends.load import load_bf16
+from tasks.jobs.loading.load import load_bf16
 from tasks.jobs.measure import _prompt
+from tests.jobs.backends.test_rtn import rtn
 from tests.jobs.build import make_job, notes, write_jsonl
 from tests.jobs.test_prepare import PARAMS as PREPARE
 from tests.jobs.test_prepare import questions
-from tests.jobs.test_rtn import rtn
 from tests.tiny import write_base
 
 PARAMS = {"kind": "bf16", "batch": 2, "prompt_tokens": 40, "new_tokens": 4, "repeats": 5, "hardware": {}}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tasks.runtime.child import GIB, LOWER, _as_problem, asked_gib
+from tasks.runtime.process.child import GIB, LOWER, _as_problem, asked_gib
 from tests.jobs.build import make_job
 
 # As torch 2.13 words it.

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tasks.jobs import merge
-from tasks.jobs.backends.load import load_arm, load_bf16
-from tasks.runtime.errors import StageError
+from tasks.jobs.loading.load import load_arm, load_bf16
+from tasks.runtime.process.errors import StageError
 from tests.jobs.build import make_job
 from tests.tiny import write_base
 

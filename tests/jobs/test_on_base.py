@@ -13,9 +13,9 @@ from torch import Tensor
 
 from recipes.arms import arms
 from recipes.schema import Recipe
-from recipes.slugs import parse_scheme
-from tasks.jobs.backends.load import load_arm, load_bf16
-from tests.jobs import compressed
+from recipes.schemes.slugs import parse_scheme
+from tasks.jobs.loading.load import load_arm, load_bf16
+from tests.jobs.backends import compressed
 from tests.jobs.quantized import log_probs, make, mean_kl, write_calibset
 from tests.tiny import write_base
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tasks.jobs import evaluate
-from tasks.jobs.backends.load import load_arm
+from tasks.jobs.loading.load import load_arm
 from tests.jobs.build import make_job
 from tests.jobs.test_evaluate import PARAMS, world  # noqa: F401  (a fixture)
 

@@ -10,13 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
-from recipes.rows import content_hash, read_rows, side, source_name
+from recipes.data.rows import content_hash, read_rows, side, source_name
 from tasks.jobs import prepare
-from tasks.jobs.conversation import Conversation, RowError
-from tasks.jobs.near_duplicates import near_duplicates
-from tasks.jobs.rendering import Renderer
-from tasks.runtime.errors import StageError
-from tasks.runtime.job import Job
+from tasks.jobs.text.conversation import Conversation, RowError
+from tasks.jobs.text.near_duplicates import near_duplicates
+from tasks.jobs.text.rendering import Renderer
+from tasks.runtime.process.errors import StageError
+from tasks.runtime.process.job import Job
 from tests.jobs.build import make_job, notes, write_jsonl
 from tests.tiny import MARKED, PLAIN, write_base
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from tasks.jobs import quantize
 from tasks.jobs.backends.gptqmodel import _warnings, equal_lengths
-from tasks.runtime.errors import StageError
-from tasks.runtime.events import Events, read_events
+from tasks.runtime.process.errors import StageError
+from tasks.runtime.process.events import Events, read_events
 from tests.jobs.build import make_job, notes
 from tests.jobs.quantized import make, params, write_calibset
 from tests.tiny import write_base

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tasks.jobs import reload
-from tasks.runtime.errors import StageError
+from tasks.runtime.process.errors import StageError
 from tests.jobs.build import make_job
 from tests.jobs.test_merge import plant_adapter
 from tests.tiny import write_base

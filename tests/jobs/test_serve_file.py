@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from recipes.headers import read_headers
-from recipes.serve_file import describe, readable, shell
-from recipes.slugs import parse_scheme
+from recipes.models.headers import read_headers
+from recipes.schemes.serve_file import describe, readable, shell
+from recipes.schemes.slugs import parse_scheme
 from tasks.jobs import merge, quantize
-from tasks.jobs.backends.load import load_arm
+from tasks.jobs.loading.load import load_arm
 from tests.jobs.build import make_job
 from tests.jobs.test_merge import plant_adapter
 from tests.tiny import write_base

@@ -14,11 +14,12 @@ from bitsandbytes.functional import has_avx512bf16
 from safetensors.torch import load_file
 
 from recipes.schema import Train
-from tasks.jobs import train, trainer
-from tasks.jobs.backends.load import linear4bit, load_arm
-from tasks.jobs.gradients import check_gradients
-from tasks.runtime.errors import StageError
-from tasks.runtime.job import Job
+from tasks.jobs import train
+from tasks.jobs.loading.load import linear4bit, load_arm
+from tasks.jobs.training import trainer
+from tasks.jobs.training.gradients import check_gradients
+from tasks.runtime.process.errors import StageError
+from tasks.runtime.process.job import Job
 from tests.jobs.build import curve, make_job, notes
 
 STEPS = 12

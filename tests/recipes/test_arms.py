@@ -7,7 +7,7 @@ import pytest
 from recipes.arms import Arm, arms
 from recipes.problem import RecipeError
 from recipes.schema import Recipe
-from recipes.slugs import parse_scheme
+from recipes.schemes.slugs import parse_scheme
 
 
 def recipe(

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from recipes.headers import read_headers
-from recipes.load import load
-from recipes.rows import Row, read_rows, side
-from tasks.jobs.leaks import Held, near_twins
+from recipes.data.rows import Row, read_rows, side
+from recipes.models.headers import read_headers
+from recipes.read.load import load
+from tasks.jobs.text.leaks import Held, near_twins
 from tests.conftest import QUICKSTART
 from tests.jobs.build import make_job
 

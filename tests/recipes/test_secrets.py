@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.check import load_and_check
+from recipes.checks.check import load_and_check
 from recipes.problem import Problem, RecipeError
 from recipes.secrets import hide, is_secret, secrets_in
 from tests.recipes.folders import write_project

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from tasks.runtime.environments import locked_versions
-from tasks.runtime.errors import StepFailed
-from tasks.runtime.job import Job
-from tasks.runtime.launch import Launcher
-from tasks.runtime.leases import Leases
+from tasks.runtime.process.environments import locked_versions
+from tasks.runtime.process.errors import StepFailed
+from tasks.runtime.process.job import Job
+from tasks.runtime.process.launch import Launcher
+from tasks.runtime.process.leases import Leases
 from tasks.runtime.step import External, Kitchen, Limits, Step, run_step
-from tasks.runtime.store import Store
+from tasks.runtime.store.local import Store
 
 MODEL = External(name="model", path=Path("model"), digest="d" * 64, source="here")
 
@@ -98,7 +98,7 @@ def test_a_choice_depends_on_its_lineage_alone():
 
 
 def test_time_limit_and_kill_are_told_apart(kitchen: Kitchen):
-    step = choice(entry="tests.runtime.hang:run")
+    step = choice(entry="tests.runtime.process.hang:run")
     kitchen.limits = Limits(time_limit_s=1)
     with pytest.raises(StepFailed, match="time_limit_s = 1"):
         run_step(step, {"dequantized": MODEL.artifact}, kitchen)
@@ -118,7 +118,7 @@ def test_stop_ends_the_child_and_stores_nothing(tmp_path: Path):
 
         def work() -> None:
             try:
-                run_step(choice(entry="tests.runtime.hang:run"), {"dequantized": MODEL.artifact}, kitchen)
+                run_step(choice(entry="tests.runtime.process.hang:run"), {"dequantized": MODEL.artifact}, kitchen)
             except InterruptedError as error:
                 errors.append(error)
 

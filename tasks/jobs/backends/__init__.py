@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from tasks.runtime.events import Events
+from tasks.runtime.process.events import Events
 
 if TYPE_CHECKING:  # a body that needs no tensor does not pay for torch
     from torch import Tensor

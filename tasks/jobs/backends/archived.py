@@ -16,13 +16,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from recipes.headers import read_headers
+from recipes.models.headers import read_headers
 from recipes.problem import Problem
 from tasks.jobs.backends import LayerRecord, note_skipped, note_tokens
 from tasks.jobs.backends.rewrite import rewrite, write_configs
-from tasks.jobs.rope import older_spelling
-from tasks.runtime.errors import StageError
-from tasks.runtime.events import Events
+from tasks.jobs.merging.rope import older_spelling
+from tasks.runtime.process.errors import StageError
+from tasks.runtime.process.events import Events
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")  # of a quantized layer; AWQ has no g_idx
 

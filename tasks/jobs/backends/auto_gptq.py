@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from recipes.headers import read_headers
+from recipes.models.headers import read_headers
 from recipes.problem import Problem
 from tasks.jobs.backends import LayerRecord, Quantized
 from tasks.jobs.backends.archived import note_habits, read_config, refuse_overflow, write_checkpoint
-from tasks.runtime.errors import StageError
-from tasks.runtime.events import Events
+from tasks.runtime.process.errors import StageError
+from tasks.runtime.process.events import Events
 
 LOSS = "avg loss: "  # the only place where it tells a layer's loss is its log
 
@@ -35,7 +35,7 @@ def quantize(
     """Quantize and save in GPTQ's v1 layout.
 
     Args:
-        model: bf16 model folder; its model type stands in recipes.claims.
+        model: bf16 model folder; its model type stands in recipes.schemes.limits.
         out: Gets model*.safetensors, config.json and quantize_config.json.
         rows: Token ids of the calibration sequences, without padding; each is a batch of its own.
         params: bits, group_size, symmetric, desc_act, damp.

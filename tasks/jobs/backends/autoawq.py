@@ -18,7 +18,7 @@ from torch import nn
 from tasks.jobs.backends import LayerRecord, Quantized
 from tasks.jobs.backends.archived import note_habits, refuse_overflow, write_checkpoint
 from tasks.jobs.backends.gptqmodel import equal_lengths
-from tasks.runtime.events import Events
+from tasks.runtime.process.events import Events
 
 CLIP_TOKENS = 512  # n_sample_token of its _compute_best_clip
 
@@ -29,7 +29,7 @@ def quantize(
     """Quantize and save in the gemm layout.
 
     Args:
-        model: bf16 model folder; its model type stands in recipes.claims.
+        model: bf16 model folder; its model type stands in recipes.schemes.limits.
         out: Gets model*.safetensors, config.json and quantize_config.json.
         rows: Token ids of the calibration sequences, without padding.
         params: bits (4) and group_size.

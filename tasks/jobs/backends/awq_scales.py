@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from tasks.jobs.backends import gptqmodel
-from tasks.runtime.events import Events
+from tasks.runtime.process.events import Events
 
 
 class Scaling(NamedTuple):

@@ -16,11 +16,11 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from torch import Tensor
 
-from recipes.headers import read_headers
+from recipes.models.headers import read_headers
 from tasks.jobs.backends import LayerRecord, Quantized, note_skipped, relative_error
-from tasks.jobs.backends.load import load_int8, load_nf4
-from tasks.jobs.streams import Reader
-from tasks.runtime.events import Events
+from tasks.jobs.loading.load import load_int8, load_nf4
+from tasks.jobs.merging.streams import Reader
+from tasks.runtime.process.events import Events
 
 
 def quantize(

@@ -16,11 +16,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes.headers import read_headers
-from recipes.schemes import PER_CHANNEL
+from recipes.models.headers import read_headers
+from recipes.schemes.scheme import PER_CHANNEL
 from tasks.jobs.backends import LayerRecord, Quantized, note_skipped, note_tokens
-from tasks.jobs.backends.environment import tame_gptqmodel
-from tasks.runtime.events import Events
+from tasks.jobs.loading.environment import tame_gptqmodel
+from tasks.runtime.process.events import Events
 
 # Warnings that say nothing about the result: the GIL, the disk, and "256 samples" that counts sequences, not rows.
 HARMLESS = ("Python GIL", "Disk subsystem", "Calibration dataset size", "average length of input_ids")

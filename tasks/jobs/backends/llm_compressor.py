@@ -20,13 +20,14 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from recipes.headers import read_headers
+from recipes.models.headers import read_headers
+from recipes.models.linear import Linear
 from recipes.problem import Problem
-from recipes.schemes import FUSED, Grid, Linear, Scheme
+from recipes.schemes.scheme import FUSED, Grid, Scheme
 from tasks.jobs.backends import LayerRecord, Quantized, note_tokens
-from tasks.jobs.backends.load import load_bf16
-from tasks.runtime.errors import StageError
-from tasks.runtime.events import Events
+from tasks.jobs.loading.load import load_bf16
+from tasks.runtime.process.errors import StageError
+from tasks.runtime.process.events import Events
 
 
 class Watch:

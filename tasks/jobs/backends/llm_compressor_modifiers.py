@@ -24,7 +24,7 @@ from llmcompressor.utils.metric_logging import CompressionLogger  # pyright: ign
 from loguru import logger  # pyright: ignore[reportMissingImports]
 from pydantic import PrivateAttr
 
-from recipes.schemes import Grid, Scheme
+from recipes.schemes.scheme import Grid, Scheme
 from tasks.jobs.backends.llm_compressor import Watch
 
 FP8_CACHE = QuantizationArgs(

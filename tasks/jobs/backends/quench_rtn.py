@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recipes.headers import read_headers
-from recipes.schemes import PER_CHANNEL
+from recipes.models.headers import read_headers
+from recipes.schemes.scheme import PER_CHANNEL
 from tasks.jobs.backends import LayerRecord, Quantized, relative_error
 from tasks.jobs.backends.rewrite import rewrite, write_configs
-from tasks.runtime.events import Events
+from tasks.runtime.process.events import Events
 
 VERSION = 1
 

@@ -7,7 +7,7 @@ counts from its folder.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,14 +19,14 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import Cache, GenerationConfig, PreTrainedTokenizerBase
 
-from recipes.lm_eval_tasks import find_tasks
+from recipes.checks.lm_eval_tasks import find_tasks
 from recipes.problem import Problem
 from tasks.jobs.scorers import ScorerFailed, is_share
-from tasks.jobs.scoring import Caches
-from tasks.runtime.errors import StageError
+from tasks.runtime.process.errors import StageError
 
+Caches = Callable[[], Cache]  # an empty KV cache for a batch
 FEWSHOT_SEED = 1234  # lm_eval's own default
 # What loading a task raises: no data set and no network, a loading script, a function that its YAML names.
 LOADING = (OSError, RuntimeError, NotImplementedError, ImportError, AttributeError)

@@ -12,7 +12,7 @@ from jsonschema.validators import validator_for
 
 from recipes.problem import Problem
 from tasks.jobs.scorers import Verdict
-from tasks.runtime.errors import StageError
+from tasks.runtime.process.errors import StageError
 
 
 class JsonSchema:

@@ -9,7 +9,7 @@ from typing import Any
 
 from recipes.problem import Problem
 from tasks.jobs.scorers import Scorer, ScorerFailed, Verdict, is_share
-from tasks.runtime.errors import StageError
+from tasks.runtime.process.errors import StageError
 
 
 def load_function(path: Path, name: str) -> Scorer:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from recipes.problem import Problem
 from tasks.jobs.scorers import Verdict
-from tasks.runtime.errors import StageError
+from tasks.runtime.process.errors import StageError
 
 ALLOWED = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 FILES = {sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH}  # a SCHEMA.sql makes tables in memory; VACUUM INTO attaches, too

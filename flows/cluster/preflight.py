@@ -1,0 +1,300 @@
+"""`--runner ray`: the way to a Ray cluster, and all that can be refused before a step is placed on it.
+
+Only this command imports Ray. The flow's process is Ray's driver, on one of the cluster's machines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import secrets
+import signal
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grpc
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from flows.cluster.node import TOKENS, Asked, Node, Place, Told, code_digest, size_of, tell
+from flows.compose import compose, limits
+from flows.plan.validate import Vetted
+from recipes.problem import Problem, RecipeError
+from tasks.runtime.process.environments import installed, locked_versions
+from tasks.runtime.step import External, Step, wanted
+from tasks.runtime.store.bucket import CLOCK_S
+from tasks.runtime.store.open import open_store
+from tasks.runtime.store.s3 import S3Store
+
+ANSWER_S = 3.0  # Ray's own connect goes on for more than a minute where nobody answers
+NODE_S = 120.0  # a worker's first start on a busy machine, imports included
+MANY = 5
+AUTO = "auto"
+
+
+@contextlib.contextmanager
+def joined(address: str) -> Generator[None]:
+    """Be a driver of the cluster while the body runs; leaving it ends every worker that worked for this process.
+
+    Raises:
+        RecipeError: No Ray answers there, or not to this machine.
+    """
+    if address != AUTO:
+        _reach(address)
+    ours = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        ray.init(address, namespace="quench", log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise RecipeError([_refused(address, str(error).splitlines()[0])]) from error
+    for number, handler in ours.items():  # Ray puts its own in their place
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdigit():
+        raise RecipeError([_malformed(address)])
+    with grpc.insecure_channel(address) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=ANSWER_S)
+        except grpc.FutureTimeoutError:
+            raise RecipeError([_refused(address, f"nothing there speaks gRPC within {ANSWER_S:.0f} s")]) from None
+
+
+def check_nodes(vetted: Vetted, *, home: Path, api: str) -> list[Told]:
+    """Ask every node whether it has what the steps need.
+
+    Args:
+        vetted: What is to be made.
+        home: QUENCH_HOME of the flow.
+        api: Prefect's API as the flow reaches it.
+
+    Raises:
+        RecipeError: All that is wrong, node by node, with the remedy.
+    """
+    make = {line.key for line in vetted.plan if not line.hit}
+    steps: list[Step] = []
+    compose(vetted.recipe, vetted.pins, steps.append)
+    steps = [one for one in steps if one.key in make]
+    outside = [one for step in steps for one in step.inputs.values() if isinstance(one, External)]
+    mine = installed(list(locked_versions()))
+    with _token(home) as token:
+        asked = Asked(
+            place=Place.of(home),
+            token=token,
+            sizes={str(one.path): size_of(one.path) for one in outside},
+            environments=sorted({one.environment for one in steps if one.environment}),
+            names=list(mine),
+            api=api,
+        )
+        told, problems = _ask(asked)
+        words = list((home / TOKENS).glob(f"{token}-*"))
+        deaf = (
+            [] if asked.place.bucket else [one for one in told if not any(one.node.id in path.name for path in words)]
+        )
+    here = Here(code=code_digest(), locked=locked_versions(), installed=mine)
+    problems += [problem for one in told for problem in differs(one, here, asked)]
+    problems += [_apart(one, home) for one in deaf if one.sees_token]
+    problems += _unplaceable(steps, vetted)
+    if problems:
+        raise RecipeError(problems)
+    return told
+
+
+@contextlib.contextmanager
+def _token(home: Path) -> Generator[str]:
+    """A word in the store that every node has to see while the body runs."""
+    token, store = secrets.token_hex(8), open_store(home)
+    if isinstance(store, S3Store):
+        store.bucket.create(f"{TOKENS}/{token}", token.encode())
+        try:
+            yield token
+        finally:
+            store.bucket.remove(f"{TOKENS}/{token}")
+        return
+    word = home / TOKENS / token
+    word.parent.mkdir(exist_ok=True)
+    word.touch()
+    try:
+        yield token
+    finally:
+        for path in word.parent.glob(f"{token}*"):
+            path.unlink()
+
+
+def _ask(asked: Asked) -> tuple[list[Told], list[Problem]]:
+    """Each living node's answer, and whose clock is wrong."""
+    sent = time.time()
+    nodes = [one for one in ray.nodes() if one["Alive"]]
+    body = ray.remote(num_cpus=0, max_retries=0)(tell)
+    calls = {
+        one["NodeID"]: body.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=one["NodeID"], soft=False)
+        ).remote(asked)
+        for one in nodes
+    }
+    told: list[Told] = []
+    problems: list[Problem] = []
+    late: list[Problem] = []
+    for one in nodes:
+        try:
+            told.append(answer := ray.get(calls[one["NodeID"]], timeout=NODE_S))
+            late += clocks_apart(answer, sent=sent, got=time.time())
+        except GetTimeoutError:
+            problems.append(_silent(one, f"It did not answer within {NODE_S:.0f} s."))
+        except RayError as error:
+            problems.append(_silent(one, str(error).strip().splitlines()[-1]))
+    if problems:
+        raise RecipeError(problems)
+    return told, late
+
+
+# ---- what is wrong
+
+
+class Here(NamedTuple):
+    """What this machine has and every node has to have; see Told."""
+
+    code: str
+    locked: Mapping[str, str]
+    installed: Mapping[str, str]
+
+
+def differs(told: Told, here: Here, asked: Asked) -> Iterator[Problem]:
+    """What one node has otherwise than this machine."""
+    where = str(told.node)
+    if names := _changed(here.locked, told.locked):
+        yield _versions(where, "lock", names)
+    if names := _changed(here.installed, told.installed):
+        yield _versions(where, "environment", names)
+    if told.code != here.code:
+        yield Problem(
+            what="A node has another Quench.",
+            where=where,
+            why=f"The digest of its code is {told.code[:12]}, here it is {here.code[:12]}.",
+            next="Check the same commit out there, without changes, and start Ray from it.",
+        )
+    yield from _cut_off(told, where, asked)
+
+
+def _cut_off(told: Told, where: str, asked: Asked) -> Iterator[Problem]:
+    """What one node does not see or reach."""
+    yield from (replace(one, where=f"{where}: {one.where}") for one in told.problems)
+    if not told.sees_token and not told.problems:
+        yield _apart(told, asked.place.home)
+    if told.other:
+        yield Problem(
+            what="A node does not have what the recipe reads.",
+            where=where,
+            why=f"Missing there or of another size: {_few(told.other)}.",
+            next="Put it below a path that all nodes see, and name it by that path in the recipe.",
+        )
+    if not told.hears_prefect:
+        yield Problem(
+            what="A node does not reach Prefect.",
+            where=where,
+            why=f"{asked.api} does not answer it; `quench run` starts its own server on loopback.",
+            next="Start a server that all nodes reach (`quench up --host ADDRESS` here, or your own) and set "
+            "PREFECT_API_URL to its address.",
+        )
+
+
+def _changed(here: Mapping[str, str], there: Mapping[str, str]) -> list[str]:
+    names = [name for name in {**here, **there} if here.get(name) != there.get(name)]
+    return [f"{name} {here.get(name, 'absent')} here, {there.get(name, 'absent')} there" for name in names]
+
+
+def _versions(where: str, what: str, names: Sequence[str]) -> Problem:
+    return Problem(
+        what=f"A node has another {what}.",
+        where=where,
+        why=f"{_few(names)}. Artifacts of one run are made by one set of versions.",
+        next="Check the same commit out there, run `make install`, and start Ray again from that .venv.",
+    )
+
+
+def _apart(told: Told, home: Path) -> Problem:
+    return Problem(
+        what="A node does not have the same store.",
+        where=str(told.node),
+        why=f"What is written below {home} here is not seen there, or the other way round.",
+        next="Let QUENCH_HOME name a folder on a file system that all nodes mount at the same path, or set "
+        "QUENCH_STORE=s3://BUCKET/PREFIX.",
+    )
+
+
+def _unplaceable(steps: Sequence[Step], vetted: Vetted) -> Iterator[Problem]:
+    """Steps that no living node could ever take: Ray would wait for one for ever."""
+    nodes = [one["Resources"] for one in ray.nodes() if one["Alive"]]
+    own = ray.get_runtime_context().get_node_id()
+    here = [one["Resources"] for one in ray.nodes() if one["NodeID"] == own]
+    for step in steps:
+        want = wanted(step, limits(vetted.recipe))
+        able = here if step.whole_machine else nodes
+        if any(one.get("CPU", 0) >= max(1, want.cpus) and one.get("GPU", 0) >= want.gpus for one in able):
+            continue
+        whole = "the flow's own node, where speed is measured," if step.whole_machine else "any node"
+        yield Problem(
+            what=f"No node can take {step.key}.",
+            where="run",
+            why=f"It needs {max(1, want.cpus)} CPU and {want.gpus} GPU; {whole} has "
+            + " or ".join(sorted({f"{one.get('CPU', 0):g} CPU and {one.get('GPU', 0):g} GPU" for one in able}))
+            + ", as Ray was told.",
+            next="Set measure.enabled: false, or start Ray here with --num-cpus."
+            if step.whole_machine
+            else "Start a node that has them, or lower run.threads or run.processes.",
+        )
+
+
+def clocks_apart(told: Told, *, sent: float, got: float) -> Iterator[Problem]:
+    """Whether a node's clock, read between these two moments of ours, cannot be within CLOCK_S of ours."""
+    off = min(told.clock - sent, 0.0) + max(told.clock - got, 0.0)
+    if abs(off) > CLOCK_S:
+        yield Problem(
+            what="A node has another time.",
+            where=str(told.node),
+            why=f"Its clock is {abs(off) / 60:.0f} minutes {'ahead of' if off > 0 else 'behind'} this machine's: the "
+            "times in logs, in the report and in MLflow would contradict each other.",
+            next="Set both clocks: timedatectl set-ntp true.",
+        )
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MANY} more" if len(names) > MANY else ""
+    return ", ".join(names[:MANY]) + more
+
+
+def _silent(node: Mapping[str, Any], why: str) -> Problem:
+    return Problem(
+        what="A node cannot run Quench.",
+        where=str(Node(host=node["NodeManagerHostname"], address=node["NodeManagerAddress"], id=node["NodeID"])),
+        why=why,
+        next="Check the same commit out there, run `make install`, and start Ray from that .venv.",
+    )
+
+
+def _malformed(address: str) -> Problem:
+    return Problem(
+        what="This is no address of a Ray cluster.",
+        where=f"--address {address}",
+        why="It has to be HOST:PORT of the head node, or auto; Ray's client (ray://) does not tell where steps run.",
+        next="Log in to a machine of the cluster, and there: --address auto",
+    )
+
+
+def _refused(address: str, why: str) -> Problem:
+    return Problem(
+        what="No Ray answers.",
+        where=f"--address {address}",
+        why=why,
+        next="On the head: .venv/bin/ray start --head --port=6379. On every other machine, and on this one if it is "
+        "none of them yet: .venv/bin/ray start --address=HEAD:6379. Or leave --runner ray out.",
+    )

@@ -1,0 +1,300 @@
+"""`quench compare BEFORE AFTER`: two runs, arm by arm, on the test rows that both scored.
+
+Rows are named by their content, so equal names are equal rows: what both runs have is compared in pairs, what only one
+of them has is left out and counted. A comparison that would not be of the same thing is not made, and says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from flows.results.cells import ArmEvidence, Draws, gather
+from flows.results.comparisons import LeftOut, verdict
+from flows.results.metrics import METRICS, TASK, Metric, difference_text, value_text
+from flows.results.read import RowScores, Run, read_run
+from flows.results.stats import Estimand, Interval, Studentized, difference_intervals, studentized
+from recipes.problem import Problem, RecipeError
+from recipes.scorers import input_name
+
+COMPARED = ("task", "ppl_test", "ppl_all", "bits_per_byte", "kl_mean", "ppl_general")
+FAMILY = "runs"
+WIDE, INTERVAL_CHARS = 105, 24  # columns of a terminal with room for all; `[−0.000012, +0.000034]` on a line of its own
+STYLES = {"better": "green", "worse": "red"}
+
+
+class Shared(NamedTuple):
+    """Rows of one split in two runs, by name."""
+
+    both: int
+    only_before: int
+    only_after: int
+
+
+class Paired(NamedTuple):
+    """Two arms' scores of one metric on the rows that they share, in one order."""
+
+    before: RowScores
+    after: RowScores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """One arm on one metric: difference = after - before; the word is about after.
+
+    Attributes:
+        before: On the shared rows, like `after`; perplexities are exponentials of means.
+        rows: Shared rows behind it.
+    """
+
+    arm: str
+    metric: str
+    before: float
+    after: float
+    difference: float
+    ci95: Interval
+    ci95_adjusted: Interval
+    family_size: int
+    verdict: str
+    rows: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {**vars(self), "ci95": list(self.ci95), "ci95_adjusted": list(self.ci95_adjusted)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """Two runs.
+
+    Attributes:
+        rows: Split -> rows in both and in one of them, of the first arm that both have.
+        same_files: Arms whose model and adapter are the same bytes in both runs.
+        left_out: Comparisons that could not be made; a is after, b before.
+    """
+
+    before: str
+    after: str
+    rows: Mapping[str, Shared]
+    changes: Sequence[Change]
+    left_out: Sequence[LeftOut]
+    same_files: Sequence[str]
+    only_before: Sequence[str]
+    only_after: Sequence[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "before": self.before,
+            "after": self.after,
+            "rows": {split: shared._asdict() for split, shared in self.rows.items()},
+            "comparisons": [one.as_dict() for one in self.changes],
+            "left_out": [{"arm": one.a, "metric": one.metric, "reason": one.reason} for one in self.left_out],
+            **{name: list(getattr(self, name)) for name in ("same_files", "only_before", "only_after")},
+        }
+
+
+def compare_runs(before: Path, after: Path, home: Path) -> Compared:
+    """Compare two runs' folders.
+
+    Raises:
+        RecipeError: They are one run, share no arm, or nothing of what they share can be compared.
+    """
+    if before == after:
+        raise _refused("Both are one run.", str(before), "There is nothing to compare.", "Name another run.")
+    runs = read_run(before, home), read_run(after, home)
+    old, new = (gather(run) for run in runs)
+    shared = [slug for slug in new if slug in old]
+    pairs: dict[tuple[str, str], Paired] = {}
+    left_out: list[LeftOut] = []
+    for slug in shared:
+        for metric in _of_interest(old[slug], new[slug]):
+            found = _pair(metric, old[slug], new[slug], runs)
+            if isinstance(found, str):
+                left_out.append(LeftOut(a=slug, b=slug, metric=metric.name, family=FAMILY, reason=found))
+            else:
+                pairs[slug, metric.name] = found
+    if not pairs:
+        why = "; ".join(dict.fromkeys(one.reason for one in left_out)) or "They have no arm in common."
+        raise _refused("The two runs cannot be compared.", f"{before.name}, {after.name}", why, "Name other runs.")
+    return Compared(
+        before=before.name,
+        after=after.name,
+        rows=_rows(old, new, shared),
+        changes=_changes(pairs),
+        left_out=left_out,
+        same_files=[slug for slug in shared if _files(runs[0], slug) == _files(runs[1], slug)],
+        only_before=[slug for slug in old if slug not in new],
+        only_after=[slug for slug in new if slug not in old],
+    )
+
+
+def _refused(what: str, where: str, why: str, remedy: str) -> RecipeError:
+    return RecipeError([Problem(what=what, where=where, why=why, next=remedy)])
+
+
+def _of_interest(old: ArmEvidence, new: ArmEvidence) -> Iterator[Metric]:
+    """Metrics that one of the two has; the reference's KL to itself is zero in both runs."""
+    further = sorted({name for name in (*old.scores, *new.scores) if name.startswith(TASK)})
+    for metric in (METRICS[name] for name in (*COMPARED, *further)):
+        if metric.source == "kl" and old.is_reference and new.is_reference:
+            continue
+        if (metric.source in old.scores) or (metric.source in new.scores):
+            yield metric
+
+
+def _pair(metric: Metric, old: ArmEvidence, new: ArmEvidence, runs: tuple[Run, Run]) -> Paired | str:
+    """Both arms' scores on shared rows, or why they cannot be compared."""
+    before, after = (one.scores.get(metric.source or "") for one in (old, new))
+    if before is None or after is None:
+        return f"no such scores {'before' if before is None else 'after'}"
+    if reason := _unlike(metric, *runs, arm=new.arm.evaluate):
+        return reason
+    both = np.intersect1d(before.rows, after.rows)
+    a, b = (rows.where(np.isin(rows.rows, both)) for rows in (after, before))
+    if len(both) == 0:
+        return "the two test sets share no row"
+    if len(a.rows) != len(both) or len(b.rows) != len(both):
+        return "rows that stand in a test set twice"
+    if not np.array_equal(a.count, b.count):
+        return "the shared rows have other tokens: another tokenizer, template or max_length"
+    if not np.array_equal(a.group, b.group):
+        return "the shared rows are grouped otherwise"
+    if not (a.finite and b.finite):
+        return "scores that are not finite"
+    return Paired(before=b, after=a) if len(a.groups) > 1 else "one group of shared rows only"
+
+
+def _unlike(metric: Metric, before: Run, after: Run, *, arm: str | None) -> str | None:
+    """Why a metric means something else in the two runs; arm: key of the step that scored it."""
+    if metric.source == "kl" and _digest(before, "reference") != _digest(after, "reference"):
+        return "each run's KL is to its own reference, and they are not the same"
+    scorer = metric.source or ""
+    if scorer.split(".")[0] == "task" and _scoring(before, scorer, arm) != _scoring(after, scorer, arm):
+        return "the two recipes score answers otherwise (evaluate)"
+    return None
+
+
+def _scoring(run: Run, metric: str, arm: str | None) -> list[Any]:
+    """What decides whether an answer is right: one scorer, what it reads, and how long an answer may be."""
+    said: Mapping[str, Any] = run.recipe.get("evaluate") or {}
+    scorers: list[dict[str, Any]] = said.get("scorers") or []
+    named = metric.removeprefix(TASK)  # of the first one, `task`: it is found by its place
+    at = next((n for n, one in enumerate(scorers) if n and (one.get("name") or one["kind"]) == named), 0)
+    step = run.step(arm)
+    reads = (step.manifest or {}).get("inputs", {}).get(input_name(at), {}).get("digest") if step else None
+    return [scorers[at : at + 1], reads, said.get("max_new_tokens")]
+
+
+def _digest(run: Run, stage: str) -> str | None:
+    found = next((step for step in run.steps.values() if step.stage == stage and step.manifest), None)
+    return found.manifest["digest"] if found is not None and found.manifest else None
+
+
+def _files(run: Run, slug: str) -> list[Any]:
+    """Digests of what an arm loads; never equal to another run's where something is missing."""
+    arm = next(one for one in run.arms if one.slug == slug)
+    steps = [run.step(key) for key in (arm.model, arm.adapter) if key]
+    base = (run.raw.get("base") or {}).get("digest")
+    elsewhere = (run.raw.get("external") or {}).get(slug, {}).get("digest")
+    return [elsewhere or base, *(step.manifest["digest"] if step and step.manifest else object() for step in steps)]
+
+
+def _rows(old: Mapping[str, ArmEvidence], new: Mapping[str, ArmEvidence], shared: Sequence[str]) -> dict[str, Shared]:
+    found: dict[str, Shared] = {}
+    for split, source in (("test", "nll"), ("general", "nll_general")):
+        for slug in shared:
+            before, after = (one[slug].scores.get(source) for one in (old, new))
+            if before is not None and after is not None:
+                a, b = set(before.rows.tolist()), set(after.rows.tolist())
+                found[split] = Shared(len(a & b), len(a - b), len(b - a))
+                break
+    return found
+
+
+def _changes(pairs: Mapping[tuple[str, str], Paired]) -> list[Change]:
+    """All of them as one family: their adjusted intervals hold together."""
+    draws, names = Draws(), list(pairs)
+    estimands = {key: Estimand(pair.after.sums, pair.before.sums, METRICS[key[1]].link) for key, pair in pairs.items()}
+    by_groups: dict[tuple[str, ...], list[tuple[str, str]]] = {}
+    for key, pair in pairs.items():
+        by_groups.setdefault(pair.after.groups, []).append(key)
+    spread: dict[tuple[str, str], Studentized] = {}
+    for groups, keys in by_groups.items():  # pairs on the same groups share one matrix product
+        spread |= zip(keys, studentized([estimands[key] for key in keys], draws(groups)), strict=True)
+    together = dict(zip(names, difference_intervals([spread[key] for key in names]), strict=True))
+    return [
+        Change(
+            arm=arm,
+            metric=metric,
+            before=_shown(metric, pairs[arm, metric].before),
+            after=_shown(metric, pairs[arm, metric].after),
+            difference=spread[arm, metric].estimate,
+            ci95=difference_intervals([spread[arm, metric]])[0],
+            ci95_adjusted=together[arm, metric],
+            family_size=len(names),
+            verdict=verdict(metric, together[arm, metric]),
+            rows=len(pairs[arm, metric].after.rows),
+        )
+        for arm, metric in names
+    ]
+
+
+def _shown(metric: str, rows: RowScores) -> float:
+    value = rows.sums.value
+    return float(np.exp(value)) if METRICS[metric].link == "exp" else value
+
+
+def print_compared(found: Compared, console: Console) -> None:
+    """Print one table, a line an arm and metric, and what was left out below."""
+    console.print(Text(f"before {found.before}\nafter  {found.after}"))
+    for split, rows in found.rows.items():
+        told = f"{split}: {rows.both:,} rows in both are compared; {rows.only_before:,} only before and "
+        console.print(Text(f"{told}{rows.only_after:,} only after are left out"))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("arm", "metric"):
+        table.add_column(name, no_wrap=True)
+    values = ("before", "after") if console.width >= WIDE else ()
+    for name in values:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("after - before", justify="right", min_width=INTERVAL_CHARS)
+    table.add_column("after is", no_wrap=True)
+    last = ""
+    for one in found.changes:
+        ci95 = list(one.ci95_adjusted)
+        shown = [value_text(one.metric, getattr(one, name), ci95) for name in values]
+        word = Text("no diff. shown" if one.verdict == "no difference shown" else one.verdict)
+        word.stylize(STYLES.get(one.verdict, "dim"))
+        difference = difference_text(one.metric, one.difference, ci95)
+        name = one.arm if one.arm != last else ""
+        table.add_row(name, METRICS[one.metric].label, *shown, difference, word)
+        last = one.arm
+    console.print(table)
+    if not values:
+        console.print(Text("no room for before, after: a wider terminal or --json has them", style="dim"))
+    console.print(Text(f"Intervals hold together over all {len(found.changes)} comparisons.", style="dim"))
+    for line in _remarks(found):
+        console.print(Text(line, style="dim"))
+
+
+def _remarks(found: Compared) -> Iterator[str]:
+    reasons: dict[str, list[str]] = {}
+    for one in found.left_out:
+        reasons.setdefault(one.reason, []).append(f"{one.a} ({METRICS[one.metric].label})")
+    for reason, which in reasons.items():
+        yield f"Not compared, {reason}: {', '.join(which)}."
+    for told, which in (
+        ("The same files in both runs", found.same_files),
+        ("Only before", found.only_before),
+        ("Only after", found.only_after),
+    ):
+        if which:
+            yield f"{told}: {', '.join(which)}."

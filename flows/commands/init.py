@@ -1,0 +1,324 @@
+"""`quench init`: from a model and a data file to a commented recipe that passes the check and runs with no edit."""
+
+from __future__ import annotations
+
+import math
+import re
+import tomllib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from flows.commands.init_recipe import Fitted, Found, notes, render
+from flows.plan.memory import Predicted, predict
+from flows.plan.preflight import SETTINGS, Memory, available, largest_fitting, refuse
+from flows.plan.row_sizes import data_bytes, row_sizes, row_tokens, tokens_per_byte
+from recipes.checks.check import load_and_check
+from recipes.checks.rows import Sides, least_rows, split_rows
+from recipes.data.rows import Origin, Row, Rows, read_rows
+from recipes.models.headers import Headers, read_headers
+from recipes.problem import Problem, RecipeError
+from recipes.read.load import shown
+from recipes.schema import LEAST_ROWS, TOKENS_PER_INPUT, Data, Recipe, is_hub_id
+from recipes.schemes.slugs import legal_schemes
+from tasks.runtime.step import resolve_device
+
+DOMAIN_NAMES = ("domain", "category", "topic", "task", "intent", "family", "type", "label", "source")
+GROUP_NAMES = ("group", "conversation_id", "document_id")
+DOMAIN_VALUES = range(2, 51)
+SPARE = 0.8  # of the free memory is planned with: other programs want some, too
+PYPROJECT = """\
+# Lets `prefect deployment run finetune-and-quantize --param recipe=recipe.yaml --watch` work in this folder, while
+# `quench up` runs: Prefect loads Quench's plug-in here.
+[tool.prefect.plugins]
+enabled = true
+"""
+LEAST_STEPS = 100  # optimizer steps that an adapter needs to settle
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitResult:
+    """A recipe that was written.
+
+    Attributes:
+        path: The recipe.
+        notes: What was detected and chosen, by name.
+        next: The command to type next.
+    """
+
+    path: Path
+    notes: dict[str, str]
+    next: str
+
+    @property
+    def text(self) -> str:
+        """For the terminal; the last line is the next command."""
+        lines = [f"  {name:<10} {note}" for name, note in self.notes.items()]
+        return "\n".join([f"wrote {shown(self.path)}", *lines, "", "next:", f"  {self.next}"])
+
+    def as_dict(self) -> dict[str, Any]:
+        """For --json."""
+        return asdict(self) | {"path": str(self.path)}
+
+
+def init(
+    model: str,
+    data: str | Path,
+    *,
+    out: Path,
+    chat_template: str | None = None,
+    force: bool = False,
+    memory: Memory | None = None,
+) -> InitResult:
+    """Write a recipe for a model and a data file.
+
+    Args:
+        model: Local folder or hub id.
+        data: File or folder, as data.path.
+        out: Recipe to write; its folder must exist.
+        chat_template: `chatml` or a Jinja file, for a base that has none.
+        force: Overwrite `out`.
+        memory: Free memory to fit to; default: that of this machine.
+
+    Raises:
+        RecipeError: Everything that keeps model or data from being used, or `out` exists.
+    """
+    found = _look(model, Path(data), out=out, chat_template=chat_template, force=force)
+    fitted = _fitted(_chosen(found), found, memory or available())
+    before = out.read_text(encoding="utf-8") if out.exists() else None
+    out.write_text(render(fitted, found, out=out), encoding="utf-8")
+    try:
+        load_and_check(out, data=True)
+    except RecipeError:
+        if before is None:
+            out.unlink()
+        else:
+            out.write_text(before, encoding="utf-8")
+        raise
+    told = notes(fitted, found) | _enable_prefect(out.parent)
+    return InitResult(path=out, notes=told, next=f"quench run {shown(out)}")
+
+
+def _enable_prefect(folder: Path) -> dict[str, str]:
+    """Write pyproject.toml where there is none; say what is missing in one that does not enable Prefect's plug-ins."""
+    path = folder / "pyproject.toml"
+    if not path.exists():
+        path.write_text(PYPROJECT, encoding="utf-8")
+        return {
+            "prefect": f"{shown(path)}: `prefect deployment run finetune-and-quantize` works here, after `quench up`"
+        }
+    tools = tomllib.loads(path.read_text(encoding="utf-8")).get("tool", {})
+    if tools.get("prefect", {}).get("plugins", {}).get("enabled"):
+        return {}
+    table = "[tool.prefect.plugins] enabled = true"
+    return {"prefect": f"for `prefect deployment run finetune-and-quantize`, add {table} to {shown(path)}"}
+
+
+# ---- looking
+
+
+def _look(model: str, data: Path, *, out: Path, chat_template: str | None, force: bool) -> Found:
+    """Read headers and rows; raise everything that is wrong with either."""
+    problems: list[Problem] = []
+    if out.exists() and not force:
+        problems.append(_problem(f"{shown(out)} is there already.", str(out), "It may hold work.", "Add --force."))
+    if not out.parent.is_dir():
+        problems.append(_problem(f"There is no folder {out.parent}.", "--out", "Nothing is made there.", "Make it."))
+    headers = _headers(model, problems)
+    _check_template(model, data, chat_template, headers=headers, problems=problems)
+    read = read_rows(data) if data.exists() else Rows()
+    if not data.exists():
+        problems.append(
+            _problem(f"There is no file or folder {data}.", "--data", "Rows are read from it.", "Correct the path.")
+        )
+    problems += read.problems
+    group = next((name for name in GROUP_NAMES if _everywhere(name, read.rows)), None)
+    sides = split_rows(read.rows, Data(path=str(data), group=group))
+    if read.rows and not read.problems and len(sides.rows["train"]) < LEAST_ROWS:
+        problems.append(_too_few(data, sides))
+    if problems:
+        raise RecipeError(problems)
+    return Found(
+        base=model,
+        template=chat_template,
+        headers=headers,
+        data=data,
+        read=read,
+        domain=_domain(read.rows, but=group),
+        group=group,
+        sides=sides,
+    )
+
+
+def _problem(what: str, where: str, why: str, remedy: str) -> Problem:
+    return Problem(what=what, where=where, why=why, next=remedy)
+
+
+def _headers(model: str, problems: list[Problem]) -> Headers | None:
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        if not is_hub_id(model, folder=Path.cwd()):
+            text = f"{model} is neither a folder nor a hub id."
+            problems.append(_problem(text, "--model", "A hub id is org/name.", "Correct the path."))
+        return None
+    try:
+        headers = read_headers(folder)
+    except RecipeError as error:
+        problems.extend(error.problems)
+        return None
+    return headers
+
+
+def _check_template(
+    model: str, data: Path, chosen: str | None, *, headers: Headers | None, problems: list[Problem]
+) -> None:
+    if chosen is not None and chosen != "chatml" and not Path(chosen).is_file():
+        remedy = "Name a Jinja file, or chatml."
+        problems.append(_problem(f"There is no file {chosen}.", "--chat-template", "It is no known name.", remedy))
+    if headers is None:
+        return
+    if chosen is None and not headers.has_chat_template:
+        problems.append(
+            Problem(
+                what="The base has no chat template.",
+                where=str(headers.folder),
+                why="Without one, turns cannot be rendered the same way in training, calibration and serving.",
+                next=f"quench init --model {model} --data {data} --chat-template chatml    (or a Jinja file; it is "
+                "saved into every artifact)",
+            )
+        )
+    if chosen is not None and headers.has_chat_template:
+        why = "The base was trained with its own; a second one would undo that."
+        problems.append(_problem("The base has a chat template.", "--chat-template", why, "Leave --chat-template out."))
+
+
+def _too_few(data: Path, sides: Sides) -> Problem:
+    train = len(sides.rows["train"])
+    return Problem(
+        what=f"train would have {train} rows; at least {LEAST_ROWS} are needed.",
+        where=str(data),
+        why=f"Calibration takes {LEAST_ROWS} or more rows from train: with fewer the Hessian of a wide layer is not of "
+        "full rank, and figures on so few dev and test rows could not tell two models apart.",
+        next=f"Give about {least_rows(0.1, 0.15)} rows or more.",
+    )
+
+
+def _everywhere(column: str, rows: Sequence[Row]) -> bool:
+    return bool(rows) and all(isinstance(row.columns.get(column), str | int) for row in rows)
+
+
+def _domain(rows: Sequence[Row], *, but: str | None) -> str | None:
+    """A text column of 2 to 50 values, each in two rows or more on average; known names first, then fewest values."""
+    names = [name for name in (rows[0].columns if rows else {}) if name != but]
+    values = {
+        name: len({row.columns[name] for row in rows})
+        for name in names
+        if all(isinstance(row.columns.get(name), str) for row in rows)
+    }
+    plausible = [name for name, count in values.items() if count in DOMAIN_VALUES and 2 * count <= len(rows)]
+    known = [name for name in DOMAIN_NAMES if name in plausible]
+    return known[0] if known else min(plausible, key=lambda name: values[name], default=None)
+
+
+# ---- choosing
+
+
+def _chosen(found: Found) -> Recipe:
+    """Values for this model and these rows, before memory is looked at."""
+    headers, train = found.headers, len(found.sides.rows["train"])
+    limit = (headers.max_positions if headers else None) or 1 << 20
+    per_byte = tokens_per_byte(headers)
+    length = _length([row_tokens(row, per_byte) for row in found.read.rows], limit=limit)
+    answers = [len(row.messages[-1]["content"].encode()) for row in found.read.rows]
+    batch = 16 if train >= 500 else 8
+    prompt = min(128, limit // 2)
+    return Recipe.model_validate(
+        {
+            "name": re.sub(r"[^a-z0-9]+", "-", found.data.stem.lower()).strip("-")[:40].strip("-") or "recipe",
+            "model": {"base": found.base, "chat_template": found.template},
+            "data": {"path": str(found.data), "format": found.read.format, "domain": found.domain}
+            | {"group": found.group, "max_length": length},
+            "train": {"learning_rate": _learning_rate(headers), "batch_size": batch}
+            | {"epochs": float(min(5, max(1, math.ceil(LEAST_STEPS * batch / train)))), "checkpoint_steps": 50},
+            "calibrate": {"rows": _calibration_rows(found), "seq_len": min(limit, max(512, length))},
+            "quantize": {"schemes": _schemes(headers)},
+            "evaluate": {"on_base": _schemes(headers)[1:2], "max_new_tokens": _answer(max(answers), per_byte)},
+            "measure": {"prompt_tokens": prompt, "new_tokens": min(32, limit - prompt)},
+            "serve": {"engine": "vllm"},
+        }
+    )
+
+
+def _length(tokens: list[int], *, limit: int) -> int:
+    """The longest row; the 95th percentile where a few rows are more than twice as long as that."""
+    ordered = sorted(tokens)
+    usual = ordered[int(0.95 * (len(ordered) - 1))]
+    return _up(ordered[-1] if ordered[-1] <= 2 * usual else usual, 64, most=limit)
+
+
+def _answer(longest: int, per_byte: float) -> int:
+    """Twice the estimate for the longest answer, since only an answer that does not end costs more; 512 at most."""
+    return _up(math.ceil(min(1.0, 2 * per_byte) * longest) + 2, 16, most=512)
+
+
+def _up(value: int, unit: int, *, most: int) -> int:
+    return min(most, unit * math.ceil(value / unit))
+
+
+def _learning_rate(headers: Headers | None) -> float:
+    """LoRA's usual 2e-4 from a billion parameters on; small models move less by the same rate."""
+    size = headers.parameters if headers else 1 << 30
+    return 2e-4 if size >= 1e9 else 5e-4 if size >= 1e8 else 1e-3
+
+
+def _calibration_rows(found: Found) -> int:
+    """256, or as many as the widest layer's Hessian asks for at 4 bytes a token; 512 and 9 in 10 of train at most."""
+    rows = found.sides.rows["train"]
+    needed = TOKENS_PER_INPUT * found.headers.largest_in_features if found.headers else 0
+    mean = sum(len(turn["content"].encode()) / 4 + 4 for row in rows for turn in row.messages) / len(rows)
+    spare = max(LEAST_ROWS, len(rows) * 9 // 10)  # prepare may leave a long row out
+    return min(512, spare, max(256, math.ceil(needed / mean)))
+
+
+def _schemes(headers: Headers | None) -> list[str]:
+    """AWQ and GPTQ at 4 bits with the largest legal group, the smallest one, and round-to-nearest as control."""
+    legal = {scheme.slug: scheme for scheme in legal_schemes(headers.linears)} if headers else None
+    groups = sorted(
+        {one.group_size for one in legal.values() if one.slug.startswith("gptq-w4-g")} if legal else {32, 128}
+    )
+    large, small = (groups[-1], groups[0]) if groups else (128, 32)
+    wanted = [f"awq-w4-g{large}", f"gptq-w4-g{large}", f"gptq-w4-g{small}", f"rtn-w4-g{large}"]
+    wanted = list(dict.fromkeys(wanted))
+    fitting = [slug for slug in wanted if legal is None or slug in legal]
+    return fitting or list(legal or ())[-1:]
+
+
+# ---- fitting
+
+
+def _fitted(recipe: Recipe, found: Found, memory: Memory) -> Fitted:
+    """The recipe with the largest batch and length that fit; as it is where the base is not local.
+
+    Raises:
+        RecipeError: No batch or length fits.
+    """
+    if found.headers is None:
+        return Fitted(recipe=recipe, predicted=[], memory=None)
+    headers = found.headers
+    device = resolve_device(recipe.run.device)
+    spared = Memory(SPARE * memory.host_gib, None if memory.gpu_gib is None else SPARE * memory.gpu_gib)
+    per_byte = tokens_per_byte(headers)
+    rows = row_sizes(
+        found.read.rows, data_bytes=data_bytes(Origin(path=found.data), found.read.rows), per_byte=per_byte
+    )
+
+    def steps(asked: Recipe) -> list[Predicted]:
+        return predict(asked, headers, device=device, rows=rows)
+
+    for stage in SETTINGS:
+        setting = largest_fitting(stage, recipe, memory=spared, steps=steps)
+        if setting is None:
+            raise RecipeError(refuse(recipe, headers, memory=spared, device=device, rows=rows))
+        recipe = setting.applied(recipe)
+    return Fitted(recipe=recipe, predicted=steps(recipe), memory=memory)

@@ -1,0 +1,223 @@
+"""The recipe that `quench init` writes, as text: every line that it chose says why."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from flows.plan.memory import Predicted
+from flows.plan.preflight import Memory
+from recipes.checks.rows import Sides
+from recipes.data.files import raw_rows
+from recipes.data.rows import Rows
+from recipes.models.headers import Headers
+from recipes.read.load import shown
+from recipes.schema import Evaluate, Recipe
+from recipes.schemes.scheme import legal_group_sizes
+
+COLUMN = 36  # where comments begin
+ROW_CHARS = 200  # of the first row, shown
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What model and data say.
+
+    Attributes:
+        base: As it was named.
+        template: `chatml` or a file, for a base that has none.
+        headers: None for a hub id that is not local.
+        data: The data file.
+        read: Its rows.
+        domain: Column that was detected.
+        group: Column that was detected.
+        sides: The split.
+    """
+
+    base: str
+    template: str | None
+    headers: Headers | None
+    data: Path
+    read: Rows
+    domain: str | None
+    group: str | None
+    sides: Sides
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """A recipe, and what it will need of the memory that was free; nothing is known of a base that is not local."""
+
+    recipe: Recipe
+    predicted: list[Predicted]
+    memory: Memory | None
+
+    def needs(self, stage: str) -> str:
+        """`training needs 1.2 of 18.0 GiB`, for a comment."""
+        steps = [step for step in self.predicted if step.stage == stage]
+        if self.memory is None or not steps:
+            return "not fitted to memory: the base is not local"
+        on_gpu = any(step.gpu_gib for step in steps)
+        needed = max(step.gpu_gib if on_gpu else step.needed_gib for step in steps)
+        free = self.memory.gpu_gib if on_gpu else self.memory.host_gib
+        return f"needs about {needed:.1f} of {free or 0:.1f} GiB free {'on the GPU' if on_gpu else 'here'}"
+
+
+def render(fitted: Fitted, found: Found, *, out: Path) -> str:
+    """The recipe as commented YAML; paths count from the folder of `out`."""
+    head = [
+        "# Written by `quench init`; docs/recipe.md explains every key, and what is not here has a default.",
+        f"# Check it with: quench check --data {shown(out)}",
+        f"# Run it with:   quench run {shown(out)}",
+        f"name: {fitted.recipe.name}",
+    ]
+    folder = out.resolve().parent
+    parts = {
+        "model": _model(found, folder),
+        "data": _data(fitted.recipe, found, folder),
+        "train": _train(fitted, found),
+        "calibrate": _calibrate(fitted.recipe, found),
+        "quantize": _quantize(fitted.recipe, found),
+        "evaluate": _evaluate(fitted),
+        "measure": _measure(fitted.recipe),
+        "serve": _serve(fitted.recipe),
+        "run": _run(fitted),
+    }
+    return "\n".join([*head, *(line for name, lines in parts.items() for line in ("", f"{name}:", *lines))]) + "\n"
+
+
+def notes(fitted: Fitted, found: Found) -> dict[str, str]:
+    """What was detected and chosen, for the terminal."""
+    rows = {name: len(rows) for name, rows in found.sides.rows.items()}
+    recipe = fitted.recipe
+    return {
+        "format": f"{found.read.format}, detected from {found.read.detected_from}",
+        "rows": f"{rows['train']} train, {rows['dev']} dev, {rows['test']} test; {found.sides.duplicates} duplicates",
+        "columns": f"domain {found.domain or 'none'}, group {found.group or 'none: each row by itself'}",
+        "groups": f"{_groups(found)}; schemes {', '.join(map(str, recipe.quantize.schemes))}",
+        "memory": f"training {fitted.needs('train')}, micro-batch {recipe.micro_batch}, "
+        f"rows of up to {recipe.data.max_length} tokens",
+    }
+
+
+def _line(key: str, value: object, comment: str = "") -> str:
+    """`  key: value    # comment`."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True)
+    text = f"  {key}: {text.removesuffix(chr(10)).removesuffix(chr(10) + '...')}"
+    return f"{text.ljust(COLUMN - 1)} # {comment}" if comment else text
+
+
+def _path(path: str | Path, folder: Path) -> str:
+    """Relative to the recipe, unless that would climb more than two folders."""
+    full = Path(path).expanduser().resolve()
+    relative = os.path.relpath(full, folder)
+    return str(full) if relative.startswith("../../..") else relative
+
+
+def _model(found: Found, folder: Path) -> Iterator[str]:
+    headers = found.headers
+    if headers is None:
+        yield _line("base", found.base, "hub id: fetched and checked when the run starts")
+    else:
+        kind = str(headers.config.get("model_type", "model"))
+        size = f"{headers.parameters / 1e6:,.1f} M parameters"
+        yield _line("base", _path(headers.folder, folder), f"{kind}, {size}")
+    if found.template:
+        name = found.template if found.template == "chatml" else _path(found.template, folder)
+        yield _line("chat_template", name, "the base has none; this one is saved into every artifact")
+
+
+def _data(recipe: Recipe, found: Found, folder: Path) -> Iterator[str]:
+    asked, rows = recipe.data, {name: len(rows) for name, rows in found.sides.rows.items()}
+    yield _line("path", _path(found.data, folder), f"{len(found.read.rows)} rows, {found.sides.duplicates} duplicates")
+    yield f"  # Detected from {found.read.detected_from}:"
+    yield f"  # {_first_row(found.data)}"
+    yield _line("format", asked.format)
+    if found.domain:
+        count = len({row.columns[found.domain] for row in found.read.rows})
+        yield _line("domain", found.domain, f"{count} values: calibration is stratified over it")
+    else:
+        yield "  # domain: COLUMN                  # calibration is stratified over it, metrics are shown by it"
+    if found.group:
+        yield _line("group", found.group, "rows with one value stay on one side of the split")
+    else:
+        yield "  # group: COLUMN                   # keeps related rows on one side; here each row is alone"
+    yield '  # general: FILE.jsonl             # rows {"text": ...} outside the domain: measures what is forgotten'
+    yield _line("dev", asked.dev, f"{rows['dev']} rows: whatever chooses reads only these")
+    yield _line("test", asked.test, f"{rows['test']} rows for published figures; {rows['train']} are left for train")
+    yield _line("max_length", asked.max_length, "tokens; longer rows lose leading turns, and this is counted")
+
+
+def _first_row(path: Path) -> str:
+    """The first row, printable and short."""
+    line = json.dumps(next(raw_rows(path)).values, ensure_ascii=False)
+    text = "".join(char if char.isprintable() else " " for char in line)
+    return text if len(text) <= ROW_CHARS else f"{text[:ROW_CHARS]} ..."
+
+
+def _train(fitted: Fitted, found: Found) -> Iterator[str]:
+    asked, rows = fitted.recipe.train, len(found.sides.rows["train"])
+    steps = math.ceil(math.ceil(rows / asked.batch_size) * asked.epochs)
+    yield _line("rank", asked.rank)
+    yield _line("alpha", int(asked.alpha), "the update is scaled by alpha / rank")
+    yield _line("learning_rate", asked.learning_rate, "by the size of the base: 2e-4 from a billion parameters on")
+    yield _line("batch_size", asked.batch_size, "rows an optimizer step")
+    yield _line("epochs", int(asked.epochs), f"{steps} steps; about 100 are needed, 5 epochs at most")
+    yield _line("checkpoint_steps", asked.checkpoint_steps, "a killed training goes on from the last one")
+    if asked.gradient_checkpointing:
+        yield _line("gradient_checkpointing", True, "to fit into memory")
+
+
+def _calibrate(recipe: Recipe, found: Found) -> Iterator[str]:
+    asked, rows = recipe.calibrate, len(found.sides.rows["train"])
+    yield _line("rows", asked.rows, f"of {rows} train rows; 128 to 512")
+    yield _line("seq_len", asked.seq_len, "rows are packed up to so many tokens")
+
+
+def _groups(found: Found) -> str:
+    if found.headers is None:
+        return "Group sizes are checked when the base is fetched"
+    legal = ", ".join(map(str, legal_group_sizes(found.headers.linears)))
+    return f"Legal group sizes by config.json and headers: {legal}"
+
+
+def _quantize(recipe: Recipe, found: Found) -> Iterator[str]:
+    yield f"  # {_groups(found)}. `quench schemes` lists all schemes."
+    yield "  schemes:"
+    for slug in map(str, recipe.quantize.schemes):  # init writes plain slugs
+        control = "round-to-nearest, no calibration: the control" if slug.startswith("rtn") else ""
+        yield f"    - {slug}".ljust(COLUMN - 1) + f" # {control}" if control else f"    - {slug}"
+
+
+def _evaluate(fitted: Fitted) -> Iterator[str]:
+    asked = fitted.recipe.evaluate
+    yield "  scorers:"
+    yield "    - kind: exact-match".ljust(COLUMN - 1) + " # the answer is the reference, but for white space around it"
+    yield _line("on_base", asked.on_base, "the base quantized, the adapter on top: the alternative to merging")
+    yield _line("max_new_tokens", asked.max_new_tokens, "the longest answer in the data, estimated")
+    yield _line("batch_size", asked.batch_size, f"evaluation {fitted.needs('evaluate')}")
+    if asked.reference_gib != Evaluate().reference_gib:
+        yield _line("reference_gib", asked.reference_gib, "to fit into memory")
+
+
+def _measure(recipe: Recipe) -> Iterator[str]:
+    yield _line("prompt_tokens", recipe.measure.prompt_tokens)
+    yield _line("new_tokens", recipe.measure.new_tokens)
+
+
+def _serve(recipe: Recipe) -> Iterator[str]:
+    yield _line(
+        "engine", recipe.serve.engine, "quench check warns of what it cannot read; also transformers, exllamav2"
+    )
+    yield _line("tensor_parallel", recipe.serve.tensor_parallel, "GPUs that each layer is split over")
+
+
+def _run(fitted: Fitted) -> Iterator[str]:
+    yield "  # Where it runs, not what is made: nothing here changes an artifact's identity."
+    yield _line("micro_batch", fitted.recipe.micro_batch, f"rows a forward pass; training {fitted.needs('train')}")

@@ -1,0 +1,1 @@
+"""Which arm is the candidate, and whether it may replace the champion."""

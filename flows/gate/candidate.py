@@ -1,0 +1,114 @@
+"""The one arm of a run that may be promoted. It is named on dev: no score of test is read here.
+
+Only the candidate goes through the gate on test. Taking the best of several arms by their test scores would promote the
+luckiest one, and the interval that decides would no longer hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from flows.gate.checks import Draw, Scores, asked, judge
+from flows.results.read import Arm, Run, read_dev, unfit
+from flows.results.sizes import size_bytes
+from recipes.schema import Gate
+
+TIE = 0.01  # sizes within 1 % are equal: zero points and metadata of one grid differ by less
+RULE = (
+    "among the schemes that serve.engine serves and that are within the gate's margins on dev, the fewest bytes; "
+    "of sizes within 1 % the higher task score on dev"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """The arm that goes through the gate.
+
+    Attributes:
+        arm: None where there is none.
+        reason: Why this one, or why none.
+        left_out: Other arms that were considered -> why they are not it.
+    """
+
+    arm: Arm | None
+    reason: str
+    left_out: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Contender:
+    arm: Arm
+    size: int
+    task: float
+
+
+def candidate(run: Run, draws: Draw) -> Candidate:
+    """`promote.prefer`, or the arm that the rule names on dev."""
+    if named := (run.recipe.get("promote") or {}).get("prefer"):
+        return _preferred(run, named)
+    contenders: list[_Contender] = []
+    left_out: dict[str, str] = {}
+    for arm in run.arms:
+        if arm.scheme is None or arm.on_base or arm.is_control or arm.kv or arm.external:
+            continue
+        found = _contender(run, arm, draws)
+        if isinstance(found, str):
+            left_out[arm.slug] = found
+        else:
+            contenders.append(found)
+    if not contenders:
+        none = "no scheme of this run is fit for it" if left_out else "no scheme was evaluated in this run"
+        return Candidate(arm=None, reason=none, left_out=left_out)
+    smallest = min(one.size for one in contenders)
+    equal = [one for one in contenders if one.size <= smallest * (1 + TIE)]
+    best = min(equal, key=lambda one: (-one.task, one.size, one.arm.slug))
+    for one in contenders:
+        if one is not best:
+            left_out[one.arm.slug] = "more bytes" if one not in equal else f"no higher task score than {best.arm.slug}"
+    return Candidate(arm=best.arm, reason=f"named on dev: {RULE}", left_out=left_out)
+
+
+def _preferred(run: Run, slug: str) -> Candidate:
+    arm = next((one for one in run.arms if one.slug == slug), None)
+    reason = f"{slug} is no arm of this run" if arm is None else unfit(arm) or _unmade(run, arm)
+    if reason is not None:
+        return Candidate(arm=None, reason=f"promote.prefer names {slug}: {reason}", left_out={})
+    return Candidate(arm=arm, reason="named by promote.prefer", left_out={})
+
+
+def _unmade(run: Run, arm: Arm) -> str | None:
+    for step in (run.step(arm.model), run.step(arm.evaluate)):
+        if step is None or not step.ok:
+            return step.trouble if step else "the run ended before it was evaluated"
+    return None
+
+
+def _contender(run: Run, arm: Arm, draws: Draw) -> _Contender | str:
+    """The arm with what ranks it, or why it is none. Dev alone is read."""
+    if reason := unfit(arm) or _unmade(run, arm):
+        return reason
+    merged = next((one for one in run.arms if one.slug == f"merged-{arm.merge_base}"), None)
+    why = _unmade(run, merged) if merged else "it is not in this run"
+    if merged is None or why:
+        return f"merged-{arm.merge_base}, which it is compared with: {why}"
+    own, other = _dev(run, arm), _dev(run, merged)
+    for check in judge([one for one in asked(own, other, merged.slug, margins(run)) if one.domain is None], draws):
+        if check.outcome != "pass":
+            return f"on dev, {check.as_dict()['text']}"
+    size, why = size_bytes(arm, run)
+    if size is None:
+        return str(why)
+    task = own["task"].sums.value if "task" in own else 0.0
+    return _Contender(arm=arm, size=size, task=task)
+
+
+def _dev(run: Run, arm: Arm) -> Scores:
+    scored = run.step(arm.evaluate)
+    assert scored is not None and scored.files is not None  # _unmade asked
+    return read_dev(scored.files)
+
+
+def margins(run: Run) -> Gate:
+    """The recipe's `gate:`; of a run that is older than it, the defaults."""
+    return Gate.model_validate(run.recipe.get("gate") or {})

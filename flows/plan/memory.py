@@ -1,0 +1,394 @@
+"""Predicts peak memory and output of every step from the recipe and the base's headers: arithmetic, no torch.
+
+Constants with a figure were measured on CPU (torch 2.13.0, transformers 5.23.0) on two models: 6 M parameters with a
+vocabulary of 4,096, and 110 M with 32,000; those of CUDA's libraries on an H200 (docs/results/gpu.md). Every row counts
+as long as the longest, so what is predicted is seldom reached; the report shows predicted against measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from flows.plan.row_sizes import RowSizes
+from recipes.arms import Arm, arms, controls
+from recipes.models.headers import Headers
+from recipes.models.linear import Linear
+from recipes.plain import is_mapping
+from recipes.schema import Recipe
+from recipes.schemes.scheme import Scheme
+
+GIB = 1 << 30
+# Resident GiB of a child on CPU before it has a model.
+PREPARE = 0.55  # transformers' tokenizer
+CALIBRATE = 0.28  # pyarrow, no torch
+TRAIN = 0.85  # 0.53 after import of TRL, PEFT, bitsandbytes; the rest grows over the steps: batches differ in shape
+MERGE = 0.46
+GPTQMODEL = 0.66
+AWQ = 0.85
+RTN = 0.45
+LLM_COMPRESSOR = 0.67
+LOAD = {
+    "bf16": 0.55,
+    "nf4": 0.60,
+    "quantized": 0.66,
+    "external": 0.66,
+}  # reference, evaluate, measure, by the arm's kind
+CUDA_HOST = 1.75  # with the CUDA libraries; 1.0 to 1.7 measured
+CUDA_IMPORT = 0.35  # more than on CPU in a step that leaves the GPU alone: torch's libraries for it
+CUDA_CONTEXT = 0.6  # GPU memory that no allocator counts
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight: code, 8-bit absmax of 64, fp32 absmax of 256 of those
+ADAM_BYTES = {"cpu": 4 + 4 + 8, "cuda": 4 + 4 + 2}  # a LoRA parameter: fp32, gradient, two moments (8-bit on CUDA)
+# A logit at the peak of the backward pass. CPU: bf16, and fp32 seven times, with log-softmax and gradient. CUDA: one
+# kernel writes the gradient over the bf16 logit; the rest is air.
+TRAIN_LOGIT_BYTES = {"cpu": 32, "cuda": 8}
+TILE = (4096, 32768)  # tokens and vocabulary that TRL's output layer works on at once
+EVAL_LOGIT_BYTES = 3  # bf16; what is computed from them is computed a row at a time
+ACTIVATION_FACTOR = 1.6  # kept for the backward pass, over the bf16 inputs and outputs of the linear layers
+EAGER_BYTES = 2 + 4 + 2  # a score: bf16, softmax in fp32, bf16 again; by arithmetic, not measured
+DATA_FACTOR = 20  # bytes of Python objects a byte of JSONL
+# Parts that are files in memory: counted as resident, but given back when memory is short, so no step fails for them.
+FILES = ("file of weights", "file of logits")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predicted:
+    """Peak memory and output of one step.
+
+    Attributes:
+        key: `stage/slug`, as in the plan.
+        host_gib: Resident memory of its process.
+        gpu_gib: GPU memory; 0 on CPU.
+        disk_gib: What it leaves in the store, and checkpoints while it runs.
+        parts: What the peak is made of, GiB by name.
+    """
+
+    key: str
+    host_gib: float
+    gpu_gib: float
+    disk_gib: float
+    parts: Mapping[str, float]
+
+    @property
+    def needed_gib(self) -> float:
+        """Host memory without which it cannot run: what is resident, less files that the system can drop."""
+        return self.host_gib - sum(self.parts.get(name, 0.0) for name in FILES)
+
+    @property
+    def stage(self) -> str:
+        """The stage's name."""
+        return self.key.split("/")[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sizes:
+    """Bytes that the formulas share."""
+
+    recipe: Recipe
+    headers: Headers
+    device: str
+    rows: RowSizes | None
+
+    @property
+    def data_bytes(self) -> int:
+        return self.rows.data_bytes if self.rows else 0
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest row."""
+        limit = self.recipe.data.max_length
+        return min(limit, self.rows.longest) if self.rows else limit
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.device == "cpu"
+
+    @property
+    def file(self) -> dict[str, float]:
+        """The bf16 weights as they are read."""
+        return {"file of weights": self.bf16} if self.on_cpu else {}
+
+    @property
+    def bf16(self) -> float:
+        return 2 * self.headers.parameters
+
+    @property
+    def nf4(self) -> float:
+        linear = self.headers.dense_linear_parameters  # a mixture's experts stay bf16
+        return NF4_BYTES * linear + 2 * (self.headers.parameters - linear)
+
+    @property
+    def gathered(self) -> float:
+        """What each FSDP rank holds whole: embeddings and output layer for a step, two decoder layers for a moment."""
+        layer = sum(one.in_features * one.out_features for one in self.headers.decoder_layer)
+        return 2 * (self.headers.parameters - self.headers.linear_parameters) + 2 * NF4_BYTES * layer
+
+    @property
+    def lora_parameters(self) -> int:
+        """Of A and B, and of DoRA's magnitudes; at the largest rank where a pattern names others."""
+        asked = self.recipe.train
+        rank = max(asked.rank, *asked.rank_pattern.values(), 0)
+        adapted = [one for one in self.headers.linears if asked.adapts(one.name)]
+        magnitudes = sum(layer.out_features for layer in adapted) if asked.dora else 0
+        return rank * _features(adapted) + magnitudes
+
+    @property
+    def saved_parameters(self) -> int:
+        """Of the modules that are trained in full; a tied output layer is as large as the embeddings."""
+        headers, ends = self.headers, tuple(self.recipe.train.modules_to_save)
+        if not ends:
+            return 0
+        stored = sum(one.numel for name, one in headers.tensors.items() if name.rpartition(".")[0].endswith(ends))
+        return stored + (headers.embedding_parameters if headers.tied and "lm_head".endswith(ends) else 0)
+
+    @property
+    def mlp(self) -> int:
+        """Inputs and outputs of an FFN layer by config.json; four times as wide as the model where it says nothing."""
+        wide = self.headers.text_config.get("intermediate_size")
+        return self.headers.hidden + (wide if isinstance(wide, int) else 4 * self.headers.hidden)
+
+    @property
+    def hessians(self) -> float:
+        """fp32 Hessians of one decoder layer, and of its widest linear layer the inverse and a Cholesky factor."""
+        inputs = [layer.in_features for layer in self.headers.decoder_layer]
+        return 4 * (sum(size**2 for size in inputs) + 2 * max(inputs) ** 2)
+
+    def quantized(self, scheme: Scheme) -> float:
+        """A quantized model: the scheme's layers, everything else in bf16."""
+        rest = 2 * (self.headers.parameters - self.headers.linear_parameters)
+        return scheme.predicted_bytes(self.headers.linears) + rest
+
+    def kv_cache(self, *, batch: int, tokens: int) -> float:
+        return 2 * 2 * self.headers.layers * self.headers.kv_features * batch * tokens
+
+    def forward(self, *, batch: int, tokens: int) -> dict[str, float]:
+        """What an evaluation forward holds beside the weights."""
+        widest = max((one.in_features + one.out_features for one in self.headers.linears), default=self.mlp)
+        return {
+            "logits": EVAL_LOGIT_BYTES * batch * tokens * self.headers.vocabulary,
+            "activations": 2 * 4 * widest * batch * tokens,
+            "kv cache": self.kv_cache(batch=batch, tokens=tokens),
+        }
+
+
+def predict(
+    recipe: Recipe,
+    headers: Headers,
+    *,
+    device: str = "cpu",
+    rows: RowSizes | None = None,
+    externals: Mapping[str, Headers] | None = None,
+) -> list[Predicted]:
+    """Peak memory and output of every step, in the order of the pipeline.
+
+    Args:
+        recipe: The recipe.
+        headers: Of the base.
+        device: `cpu` or `cuda`.
+        rows: Sizes of the data's rows; None counts every row as data.max_length tokens.
+        externals: Headers of the external models by name; one that is not there is left out.
+    """
+    others = externals or {}
+    sizes = _Sizes(recipe=recipe, headers=headers, device=device, rows=rows)
+    steps = [_prepare(sizes), _rehearse(sizes), _train(sizes)]
+    steps += [_merge(sizes, onto) for onto in ("dequantized", "original")]
+    judge = others.get(recipe.evaluate.reference or "")
+    steps += [_reference(sizes, judge), _calibrate(sizes)]
+    every = [arm for arm in arms(recipe) if arm.unavailable is None and (not arm.external or arm.slug in others)]
+    of = {arm: replace(sizes, headers=others[arm.slug]) if arm.external else sizes for arm in every}
+    steps += [_control(sizes, kind) for kind in controls(every)]
+    steps += [_quantize(sizes, arm, arm.scheme) for arm in every if arm.scheme and arm.of is None]
+    steps += [_evaluate(of[arm], arm) for arm in every]
+    steps += [_measure(of[arm], arm) for arm in every if arm.of is None and recipe.measure.enabled]
+    return steps
+
+
+def _step(
+    sizes: _Sizes, key: str, parts: Mapping[str, float], *, process: float, disk: float = 0.0, on_gpu: bool = True
+) -> Predicted:
+    """Bytes by part -> Predicted. `on_gpu` says where the parts are on CUDA; then the host holds libraries and file."""
+    in_gib = {name: value / GIB for name, value in parts.items() if value}
+    gpu = on_gpu and not sizes.on_cpu
+    if not sizes.on_cpu and process != CALIBRATE:
+        process += CUDA_IMPORT
+    file = {"file of weights": sizes.bf16 / GIB} if gpu else {}
+    return Predicted(
+        key=key,
+        host_gib=CUDA_HOST + sum(file.values()) if gpu else process + sum(in_gib.values()),
+        gpu_gib=sum(in_gib.values()) if gpu else 0.0,
+        disk_gib=disk / GIB,
+        parts={"process": CUDA_CONTEXT if gpu else process, **in_gib, **file},
+    )
+
+
+def _rehearse(sizes: _Sizes) -> Predicted:
+    """Scorers and the rows of dev and test, no model; 0.48 GiB measured on the quickstart's."""
+    parts = {"rows": DATA_FACTOR * sizes.data_bytes}
+    return _step(sizes, f"rehearse/{sizes.recipe.name}", parts, process=PREPARE, on_gpu=False)
+
+
+def _prepare(sizes: _Sizes) -> Predicted:
+    parts, disk = {"rows": DATA_FACTOR * sizes.data_bytes}, 3 * sizes.data_bytes
+    return _step(sizes, f"prepare/{sizes.recipe.name}", parts, process=PREPARE, disk=disk, on_gpu=False)
+
+
+def _calibrate(sizes: _Sizes) -> Predicted:
+    parts, disk = {"rows": DATA_FACTOR * sizes.data_bytes}, sizes.data_bytes
+    return _step(sizes, f"calibrate/{sizes.recipe.name}", parts, process=CALIBRATE, disk=disk, on_gpu=False)
+
+
+def _control(sizes: _Sizes, kind: str) -> Predicted:
+    return _step(sizes, f"calibrate/{sizes.recipe.name}-{kind}", {}, process=PREPARE, on_gpu=False)
+
+
+def _train(sizes: _Sizes) -> Predicted:
+    asked, headers = sizes.recipe.train, sizes.headers
+    if asked.adapter is not None:  # copied; its rank is not known here and counts as the default
+        return _step(
+            sizes, f"train/{sizes.recipe.name}", {}, process=CALIBRATE, disk=4 * sizes.lora_parameters, on_gpu=False
+        )
+    tokens = sizes.recipe.micro_batch * sizes.length
+    kept = ACTIVATION_FACTOR * 2 * _features(headers.linears)
+    if asked.gradient_checkpointing:
+        kept = 2 * headers.hidden * headers.layers + ACTIVATION_FACTOR * 2 * _features(headers.decoder_layer)
+    trained = sizes.lora_parameters + sizes.saved_parameters
+    run = sizes.recipe.run
+    shares = run.processes if run.launcher == "fsdp-qlora" else 1
+    parts = {
+        "weights nf4": sizes.nf4 / shares,
+        "gathered": sizes.gathered * (1 - 1 / shares),
+        "lora and optimizer": ADAM_BYTES[sizes.device] * trained / shares,
+        "activations": kept * tokens,
+        "attention": _attention(sizes),
+        "logits": TRAIN_LOGIT_BYTES[sizes.device] * min(tokens, TILE[0]) * min(headers.vocabulary, TILE[1]),
+        **sizes.file,
+    }
+    # The adapter, and two checkpoints while it runs: fp32 adapter and two moments each, and the best weights.
+    disk = (1 + 2 * 3 + 3 * (asked.keep == "best")) * 4 * trained
+    step = _step(sizes, f"train/{sizes.recipe.name}", parts, process=TRAIN, disk=disk)
+    return replace(step, host_gib=step.host_gib * run.processes)
+
+
+def _attention(sizes: _Sizes) -> float:
+    """What the attention kernel keeps beside its inputs: the mask of packed rows, and with eager all scores."""
+    asked, headers = sizes.recipe.train, sizes.headers
+    rows, length = sizes.recipe.micro_batch, sizes.length
+    places = (rows * length) ** 2 if asked.packing else rows * length**2
+    if asked.attention == "eager":
+        layers = 1 if asked.gradient_checkpointing else headers.layers
+        return EAGER_BYTES * layers * headers.heads * places
+    return places if asked.packing and asked.attention == "sdpa" else 0.0
+
+
+def _features(layers: Sequence[Linear]) -> int:
+    """Inputs and outputs of these layers, summed."""
+    return sum(layer.in_features + layer.out_features for layer in layers)
+
+
+def _merge(sizes: _Sizes, onto: str) -> Predicted:
+    """A stream: two linear layers in work, whatever the model's size; what goes to PEFT instead is not predicted."""
+    largest = max(layer.in_features * layer.out_features for layer in sizes.headers.linears)
+    parts = {"layers in work": 2 * (2 + 4) * largest}
+    return _step(sizes, f"merge/{sizes.recipe.name}-{onto}", parts, process=MERGE, disk=sizes.bf16, on_gpu=False)
+
+
+def _reference_bytes(sizes: _Sizes) -> float:
+    """bf16 logits over the completions of dev and test; the draw may give them a quarter more than their share."""
+    limit = sizes.recipe.evaluate.reference_gib * GIB
+    if sizes.rows is None:
+        return limit
+    share = 1.25 * (sizes.recipe.data.dev + sizes.recipe.data.test)
+    tokens = share * sizes.rows.rows * sizes.rows.completion_tokens
+    return min(limit, 2 * tokens * sizes.headers.vocabulary)
+
+
+def _reference(sizes: _Sizes, external: Headers | None) -> Predicted:
+    batch = sizes.recipe.evaluate.batch_size
+    weights = {"weights": _stored(external)} if external else {"weights nf4": sizes.nf4, **sizes.file}
+    there = replace(sizes, headers=external) if external else sizes
+    parts = {**weights, **there.forward(batch=batch, tokens=sizes.length)}
+    disk = _reference_bytes(sizes)
+    return _step(sizes, f"reference/{sizes.recipe.name}", parts, process=LOAD["nf4"], disk=disk)
+
+
+def _quantize(sizes: _Sizes, arm: Arm, scheme: Scheme) -> Predicted:
+    asked, headers = sizes.recipe.calibrate, sizes.headers
+    tokens = asked.rows * min(asked.seq_len, sizes.length)
+    disk = sizes.quantized(scheme)
+    parts = {"weights bf16": sizes.bf16, "weights quantized": disk}
+    if scheme.method == "gptq":
+        # Inputs and outputs of the decoder layer that is worked on, bf16, and its weights in fp32.
+        layer = sum(one.in_features * one.out_features for one in headers.decoder_layer)
+        parts |= {"hessians": sizes.hessians, "activations": 4 * tokens * headers.hidden, "layer": 8 * layer}
+    if scheme.method == "awq":
+        # Inputs and outputs of all its linear layers, fp32.
+        parts |= {"activations": 4 * tokens * _features(headers.decoder_layer)}
+    if scheme.backend == "llm-compressor":
+        # Bytes a token and hidden feature: 9 and 29 measured. GPTQ orders the widest layer's Hessian in three copies.
+        widest = max(one.in_features for one in headers.decoder_layer)
+        parts |= {"activations": (10 if scheme.method == "gptq" else 30) * tokens * headers.hidden}
+        parts |= {"ordered hessian": 3 * 4 * widest**2} if scheme.method == "gptq" else {}
+    if scheme.needs_calibration:
+        parts |= sizes.file
+    process = {"gptq": GPTQMODEL, "awq": AWQ}.get(scheme.method, RTN)
+    if scheme.backend == "llm-compressor":
+        process = LLM_COMPRESSOR
+    if arm.scales_from_base:
+        parts |= {"model of the search": sizes.bf16}  # quantized before, in the same process
+    rounding = scheme.backend == "quench-rtn"  # tasks/quantize.py gives it no GPU
+    return _step(sizes, f"quantize/{arm.slug}", parts, process=process, disk=disk, on_gpu=not rounding)
+
+
+def _stored(headers: Headers) -> float:
+    """Bytes of an external model once loaded; 4-bit codes of compressed-tensors become bf16."""
+    quantized = headers.config.get("quantization_config")
+    unpacked = is_mapping(quantized) and quantized.get("quant_method") == "compressed-tensors"
+    return headers.weight_bytes * (4 if unpacked else 1)
+
+
+def _process(arm: Arm) -> float:
+    """What unpacks compressed-tensors is small: 0.01 GiB more than for bf16; GPTQModel's kernels are not."""
+    unpacked = arm.scheme is not None and arm.scheme.form == "compressed-tensors"
+    return LOAD["bf16" if unpacked else arm.kind]
+
+
+def _weights(sizes: _Sizes, arm: Arm) -> dict[str, float]:
+    """An arm's weights as they are resident, and its adapter."""
+    if arm.external:
+        return {"weights": _stored(sizes.headers)}
+    parts = {"adapter": 4.0 * sizes.lora_parameters} if arm.adapter else {}
+    if arm.kind == "nf4":
+        return {"weights nf4": sizes.nf4, **parts, **sizes.file}
+    if arm.scheme is None:
+        return {"weights bf16": sizes.bf16, **parts}
+    if arm.scheme.form == "compressed-tensors":  # unpacked at load, layer by layer
+        return {**parts, "weights bf16": sizes.bf16, **sizes.file}
+    parts |= {"weights quantized": sizes.quantized(arm.scheme)}
+    if sizes.on_cpu and arm.scheme.bits == 4 and arm.scheme.form == "gptq":
+        # PyTorch's int4 kernel wants its own packing: 3 bytes a weight on the way, on small models.
+        parts |= {"repacking": min(3.0 * sizes.headers.linear_parameters, GIB / 2)}
+    return parts
+
+
+def _evaluate(sizes: _Sizes, arm: Arm) -> Predicted:
+    asked, headers = sizes.recipe.evaluate, sizes.headers
+    length = sizes.recipe.data.max_length if sizes.recipe.data.general else sizes.length
+    parts = _weights(sizes, arm) | sizes.forward(batch=asked.batch_size, tokens=length)
+    parts["kv cache"] = sizes.kv_cache(batch=asked.batch_size, tokens=sizes.length + asked.max_new_tokens)
+    if sizes.on_cpu:
+        parts["file of logits"] = _reference_bytes(sizes)
+        if arm.adapter:
+            # Frozen weights on the strided last position: torch's matmul copies the output layer for every row.
+            parts["output layer"] = 2 * asked.batch_size * headers.vocabulary * headers.hidden
+        if arm.scheme and arm.scheme.bits in (2, 3) and arm.scheme.form == "gptq":
+            parts["dequantized layers"] = 2 * headers.linear_parameters  # kept, so that it is done once
+    return _step(sizes, f"evaluate/{arm.slug}", parts, process=_process(arm), disk=sizes.data_bytes)
+
+
+def _measure(sizes: _Sizes, arm: Arm) -> Predicted:
+    asked = sizes.recipe.measure
+    tokens = asked.prompt_tokens + asked.new_tokens
+    parts = _weights(sizes, arm) | sizes.forward(batch=asked.batch, tokens=tokens)
+    if arm.kind == "nf4" and sizes.on_cpu:
+        parts["earlier loads"] = 2 * sizes.bf16  # it is loaded six times
+    return _step(sizes, f"measure/{arm.slug}", parts, process=_process(arm))

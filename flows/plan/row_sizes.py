@@ -1,0 +1,76 @@
+"""What the rows of the data cost in tokens and bytes, estimated from the first ones of them; no tokenizer."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from recipes.data.files import data_files, parquet_rows
+from recipes.data.rows import TEXT, Origin, Row
+from recipes.models.headers import Headers
+
+
+class RowSizes(NamedTuple):
+    """What the rows of the data cost.
+
+    Attributes:
+        rows: How many there are.
+        longest: Tokens of the longest.
+        completion_tokens: Of an average row.
+        data_bytes: Size of the file.
+        tokens: Of an average row.
+    """
+
+    rows: int
+    longest: int
+    completion_tokens: float
+    data_bytes: int
+    tokens: float
+
+
+def data_bytes(origin: Origin, rows: Sequence[Row]) -> int:
+    """Size of a source as JSONL; of parquet, which is compressed, from its count of rows and the first ones of them."""
+    size = 0
+    for file in data_files(origin.path):
+        count = parquet_rows(file)
+        size += file.stat().st_size if count is None else round(count * _json_bytes(rows) / max(1, len(rows)))
+    return size
+
+
+def _json_bytes(rows: Sequence[Row]) -> int:
+    seen = (json.dumps({"messages": row.messages, **row.columns}, ensure_ascii=False) for row in rows)
+    return sum(len(line.encode()) + 1 for line in seen)
+
+
+def row_sizes(rows: Sequence[Row], *, data_bytes: int, per_byte: float) -> RowSizes | None:
+    """Estimate from the first rows of a file, scaled up to its size; None without rows.
+
+    Args:
+        rows: The first rows.
+        data_bytes: Size of the whole file.
+        per_byte: Tokens a byte of text, see `tokens_per_byte`.
+    """
+    if not rows:
+        return None
+    answers = [turn for row in rows for turn in row.messages if turn["role"] in ("assistant", TEXT)]
+    return RowSizes(
+        rows=max(len(rows), round(len(rows) * data_bytes / _json_bytes(rows))),
+        longest=max(row_tokens(row, per_byte) for row in rows),
+        completion_tokens=sum(per_byte * len(turn["content"].encode()) + 2 for turn in answers) / len(rows),
+        data_bytes=data_bytes,
+        tokens=sum(row_tokens(row, per_byte) for row in rows) / len(rows),
+    )
+
+
+def tokens_per_byte(headers: Headers | None) -> float:
+    """Three bytes a token with a large vocabulary, fewer with a small one; real text has fewer tokens than this."""
+    if headers is None or headers.vocabulary >= 8192:
+        return 1 / 3
+    return 1 / 2 if headers.vocabulary >= 1024 else 1.0
+
+
+def row_tokens(row: Row, per_byte: float) -> int:
+    """Tokens of a row, with 16 for the template around each turn."""
+    return sum(math.ceil(per_byte * len(turn["content"].encode())) + 16 for turn in row.messages)

@@ -1,0 +1,132 @@
+"""vet: everything that can be refused before GPU time is spent, all at once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from flows.compose import limits
+from flows.pins import Pins, fetchable, pin
+from flows.plan.lookup import Planned, plan
+from flows.plan.preflight import preflight
+from recipes.arms import EXTERNAL, arms
+from recipes.checks.check import check, check_data, load_and_read
+from recipes.checks.serving import warnings
+from recipes.problem import Problem, RecipeError
+from recipes.read.load import Loaded
+from recipes.schema import Recipe
+from tasks.runtime.process.environments import locked_versions, off_lock
+from tasks.runtime.store.home import open_home
+from tasks.runtime.store.open import open_store
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vetted:
+    """A recipe that may run: pinned, planned, and small enough for this machine; and what it will not come to.
+
+    Attributes:
+        warnings: What serve.engine would refuse, a test set that is too small for the gate, packages off the lock.
+    """
+
+    loaded: Loaded
+    pins: Pins
+    plan: list[Planned]
+    preflight: dict[str, Any]
+    warnings: list[Problem]
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe."""
+        return self.loaded.recipe
+
+
+def vet(path: Path, *, sets: Sequence[str], home: Path, only: Sequence[str] = ()) -> Vetted:
+    """Load, check, pin, plan and predict.
+
+    Args:
+        path: Recipe file.
+        sets: Overrides `a.b=c`.
+        home: QUENCH_HOME.
+        only: Arms that are wanted, see `compose`; none is all.
+
+    Raises:
+        RecipeError: Everything that is wrong with recipe, base and rows; else the home cannot be written; else with
+            what they need of this machine and of MLflow.
+    """
+    loaded, rows = load_and_read(path, sets=sets)
+    open_home(home)
+    if problems := list(_unknown(only, loaded.recipe)):
+        raise RecipeError(problems)
+    pins = pin(loaded, home)
+    here = fetched(loaded, pins)
+    if here is not loaded:
+        rows = check_data(here)
+        if problems := [*check(here, fetched=True), *rows.problems]:
+            raise RecipeError(problems)
+    store = open_store(home)
+    store.check()
+    planned = plan(loaded.recipe, pins, store, only=only)
+    predicted = preflight(here, planned, home=home, base=pins.base.path, limits=limits(loaded.recipe))
+    warned = [*warnings(here), *(() if only else rows.warnings), *other_packages()]
+    return Vetted(loaded=loaded, pins=pins, plan=planned, preflight=predicted, warnings=warned)
+
+
+def other_packages() -> list[Problem]:
+    """One warning where packages are installed in other versions than the lock's."""
+    other, locked = off_lock(), locked_versions()
+    if not other:
+        return []
+    named = ", ".join(f"{name} {version} ({locked[name]})" for name, version in sorted(other.items()))
+    return [
+        Problem(
+            what=f"{len(other)} packages are not those of the lock.",
+            where=f"{sys.prefix}, infra/locks/main.txt",
+            why=f"{named}. Quench is tested with the lock's versions; artifacts carry those that are installed.",
+            next="make install puts the lock's in place.",
+        )
+    ]
+
+
+def _unknown(only: Sequence[str], recipe: Recipe) -> Iterator[Problem]:
+    """Words of --only that name no arm of the recipe, or external models where there are none."""
+    slugs = [arm.slug for arm in arms(recipe)]
+    for name in only:
+        if name == EXTERNAL and not recipe.evaluate.external:
+            yield Problem(
+                what="The recipe names no external model.",
+                where="--only external",
+                why="evaluate.external is empty, so there is nothing to evaluate.",
+                next="Write evaluate: {external: {NAME: FOLDER_OR_HUB_ID}}, or --set evaluate.external.NAME=FOLDER.",
+            )
+        elif name != EXTERNAL and name not in slugs:
+            near = get_close_matches(name, slugs, n=1)
+            yield Problem(
+                what=f"The recipe has no arm {name}.",
+                where=f"--only {name}",
+                why=f"It has {', '.join(slugs)}.",
+                next=f"Did you mean {near[0]}?" if near else "Name one of these, or `external`.",
+            )
+
+
+def fetched(loaded: Loaded, pins: Pins) -> Loaded:
+    """The recipe with folders in place of hub ids, for what reads headers and rows; itself where all is local."""
+    if not fetchable(loaded):
+        return loaded
+    recipe = loaded.recipe
+    model = recipe.model.model_copy(update={"base": str(pins.base.path)})
+    parts = [
+        part.model_copy(update={"path": str(one.path)}) for part, one in zip(recipe.data.parts, pins.data, strict=True)
+    ]
+    data = recipe.data.model_copy(update={"sources": parts} if recipe.data.sources else {"path": parts[0].path})
+    train = recipe.train.model_copy(update={"adapter": str(pins.adapter.path)}) if pins.adapter else recipe.train
+    external = {
+        name: one.model_copy(update={"path": str(pins.externals[name].path)})
+        for name, one in recipe.evaluate.externals.items()
+    }
+    evaluate = recipe.evaluate.model_copy(update={"external": external})
+    sections = {"model": model, "data": data, "train": train, "evaluate": evaluate}
+    return replace(loaded, recipe=recipe.model_copy(update=sections))

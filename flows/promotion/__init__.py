@@ -1,0 +1,1 @@
+"""Promotion: the record, the champion, the registry that follows."""

@@ -1,0 +1,237 @@
+"""The present champion on the rows of another run: what it was trained on, and its scores on the present test set."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from flows.compose import limits
+from flows.pins import scorer_content
+from flows.promotion.journal import Promotion
+from flows.results.read import Arm, Run, Step, read_scores
+from recipes.arms import CHAMPION
+from recipes.problem import Problem, RecipeError
+from recipes.schema import Recipe
+from tasks import evaluate
+from tasks.runtime.fingerprint import file_digest
+from tasks.runtime.pin import Digests
+from tasks.runtime.process.launch import Launcher
+from tasks.runtime.process.leases import Leases
+from tasks.runtime.step import External, Kitchen, run_step
+from tasks.runtime.store.local import Store, read_json
+from tasks.runtime.store.open import open_store
+
+TRAIN_ROWS = "train_rows.json"
+OWN_TOKENS = "It reads other tokens ({}): compared by its answers and by bits a byte, not on the general hold-out."
+WORDS = ("tokenizer.json", "tokenizer.model", "chat_template.jinja")
+
+
+def record_folder(home: Path, one: Promotion) -> Path:
+    """What is kept of a version beside promotions.jsonl: its train rows and its card."""
+    return home / "promotions" / one.model / str(one.version)
+
+
+# ---- what it was trained on
+
+
+def trained_on(home: Path, model: Path) -> dict[str, Any]:
+    """Names of the rows of train behind a model, as train_rows.json keeps them.
+
+    A row's name is the hash of its content, so it is found again in any later data set.
+
+    Args:
+        home: QUENCH_HOME.
+        model: The artifact's folder, relative to QUENCH_HOME.
+
+    Returns:
+        {"dataset": digest or None, "rows": sorted names, "note": what is not known, or None}.
+    """
+    behind = _ancestors(home, model)
+    dataset = next((path for path, manifest in behind.items() if manifest["stage"] == "prepare"), None)
+    here = [one["result"].get("trained_here") for one in behind.values() if one["stage"] == "train"]
+    note = "It was trained elsewhere: rows of that training are not known." if False in here else None
+    if dataset is None:
+        return {"dataset": None, "rows": [], "note": "Its data set is not in the store: no row could be left out."}
+    table = pq.read_table(dataset / "files" / "rows.parquet", columns=["row"], filters=[("split", "==", "train")])
+    rows = sorted({_row(name) for name in table["row"].to_pylist()})
+    return {"dataset": behind[dataset]["digest"], "rows": rows, "note": note}
+
+
+def _row(name: str) -> str:
+    """A sample of one turn is named HASH.TURN; the row is its hash."""
+    return name.partition(".")[0]
+
+
+def _ancestors(home: Path, model: Path) -> dict[Path, Mapping[str, Any]]:
+    """Folder -> manifest of an artifact and of everything in the store that it was made from, nearest first."""
+    found: dict[Path, Mapping[str, Any]] = {}
+    todo = [home / model]
+    while todo:
+        folder = todo.pop(0)
+        if folder in found or not (folder / "manifest.json").is_file():
+            continue
+        found[folder] = read_json(folder / "manifest.json")
+        todo += [(home / one["path"]).parent for one in found[folder]["inputs"].values()]  # outside: no manifest there
+    return found
+
+
+# ---- its scores here
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rival:
+    """The champion on this run's rows.
+
+    Attributes:
+        evaluate: Folder of its scores, relative to QUENCH_HOME.
+        rows: Rows of test.
+        removed: Those that it was trained on.
+        note: What is not known about its training, or None.
+    """
+
+    evaluate: str
+    rows: int
+    removed: list[str]
+    note: str | None
+
+
+def evaluated(present: Promotion, run: Run, candidate: Arm, home: Path) -> Rival:
+    """Score the champion as the candidate was scored: same rows, order, batches and code.
+
+    Raises:
+        RecipeError: It is not in the store any more, is damaged, or the run was scored by another version of Quench.
+        StepFailed: It does not load or does not compute.
+    """
+    scored = run.step(candidate.evaluate)
+    assert scored is not None and scored.manifest is not None and scored.files is not None  # it was evaluated
+    store, folder = open_store(home), home / present.path
+    if problem := stale(store, present):
+        raise RecipeError([problem])
+    recipe = Recipe.model_validate(run.recipe)
+    inputs = _inputs(scored, recipe, home)
+    other = _other_words(folder / "files", inputs["dataset"].path / "tokenizer")
+    if other:  # then there is nothing that its logits could be compared with
+        inputs.pop("reference", None)
+    inputs["model"] = External(name="model", path=folder / "files", digest=present.digest, source=present.path)
+    kind = "external" if other else present.kind  # which reads the rows in the model's own tokens
+    step = evaluate.step(recipe, CHAMPION, kind=kind, inputs=dict(inputs))
+    _same_scoring(step.identity, scored.manifest["identity"], run)
+    with Launcher() as launcher:
+        kitchen = Kitchen(store=store, launcher=launcher, leases=Leases(home), limits=limits(recipe))
+        made = run_step(step, {name: one.artifact for name, one in inputs.items()}, kitchen)
+    assert made.artifact.folder is not None
+    rows = [str(name) for name in read_scores(scored.files)["nll"].rows]
+    said = read_json(record_folder(home, present) / TRAIN_ROWS)
+    trained = set(said["rows"])
+    notes = [said["note"]] if said["note"] else []
+    if "nll" not in read_scores(made.artifact.path):
+        notes.append(OWN_TOKENS.format(", ".join(other)))
+    return Rival(
+        evaluate=str(made.artifact.folder.relative_to(home)),
+        rows=len(rows),
+        removed=[name for name in rows if _row(name) in trained],
+        note=" ".join(notes) or None,
+    )
+
+
+def stale(store: Store, one: Promotion) -> Problem | None:
+    """The artifact of a promotion is not in the store as it was promoted; every byte is read."""
+    folder = store.home / one.path
+    if not (folder / "manifest.json").is_file():
+        why = "It was removed."
+    elif (manifest := read_json(folder / "manifest.json"))["digest"] != one.digest:
+        why = f"Another artifact is there: {manifest['digest'][:12]} instead of {one.digest[:12]}."
+    elif damage := store.damage(folder, manifest, digests=True):
+        why = f"{damage[0].upper()}{damage[1:]}."
+    else:
+        return None
+    return Problem(
+        what=f"Version {one.version} of {one.model} is not in the store as it was promoted.",
+        where=str(folder),
+        why=why,
+        next=f"Put its files back (the registry's version has them, too), or quench promote --to another version of "
+        f"{one.model}.",
+    )
+
+
+def _inputs(scored: Step, recipe: Recipe, home: Path) -> dict[str, External]:
+    """What the candidate was scored with, but for the model itself.
+
+    Raises:
+        RecipeError: Something of it has changed or gone since.
+    """
+    found: dict[str, External] = {}
+    digests = Digests(home)
+    assert scored.manifest is not None
+    for name, one in scored.manifest["inputs"].items():
+        if name in ("model", "adapter", "calibset"):
+            continue
+        path = home / one["path"]  # an absolute path stays what it is
+        now = one["digest"] if path.is_relative_to(home) else _digest(name, path, recipe, digests)
+        if now != one["digest"] or not path.exists():
+            raise RecipeError(
+                [
+                    Problem(
+                        what=f"{name} is not what the run read.",
+                        where=str(path),
+                        why="The champion has to be scored as the candidate was.",
+                        next="quench run the recipe again; what has not changed is taken from the store.",
+                    )
+                ]
+            )
+        found[name] = External(name=name, path=path, digest=one["digest"], source=one["path"])
+    return found
+
+
+def _digest(name: str, path: Path, recipe: Recipe, digests: Digests) -> str | None:
+    """Of what a scorer reads outside of the store (scorer-N), as it is now."""
+    if not path.exists():
+        return None
+    number = int(name.removeprefix("scorer-"))
+    return scorer_content(recipe.evaluate.scorers[number], path, number, digests=digests).digest
+
+
+def _other_words(model: Path, dataset: Path) -> list[str]:
+    """What of the champion's tokenizer and chat template is another than the data set's; empty where all is equal."""
+    other = [name for name in WORDS if _content(model / name) != _content(dataset / name)]
+    return other + (["chat_template"] if _template(model) != _template(dataset) else [])
+
+
+def _content(path: Path) -> str | None:
+    return file_digest(path) if path.is_file() else None
+
+
+def _template(folder: Path) -> str | None:
+    """The chat template in tokenizer_config.json, where older tokenizers have it."""
+    path = folder / "tokenizer_config.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("chat_template") if path.is_file() else None
+
+
+def _same_scoring(ours: Mapping[str, Any], theirs: Mapping[str, Any], run: Run) -> None:
+    """Raise RecipeError where this code or these packages score otherwise than the run's did."""
+    shared = ours["tools"].keys() & theirs["tools"].keys()
+    plain = [
+        {
+            **one["params"],
+            "kind": None,
+            "version": one["version"],
+            "tools": {name: one["tools"][name] for name in shared},
+        }
+        for one in (ours, theirs)
+    ]
+    if plain[0] != plain[1]:
+        raise RecipeError(
+            [
+                Problem(
+                    what="The run was scored by another version of Quench.",
+                    where=str(run.folder),
+                    why="Candidate and champion have to be scored by the same code.",
+                    next="quench run the recipe again: evaluations are made again, models are taken from the store.",
+                )
+            ]
+        )

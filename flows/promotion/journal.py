@@ -1,0 +1,135 @@
+"""promotions.jsonl: every decision about what ships, one line each, appended before the registry hears of it.
+
+The file is the truth and the registry a view of it. Under one lock a line is written whole or not at all: one that a
+killed process left without its end is cut off by the next writer and read by nobody.
+
+A version is a model name and an artifact: the same bytes are the same version, however often they are judged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import json
+import os
+from collections.abc import Generator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from tasks.runtime.store.local import flocked
+
+Event = Literal["promoted", "blocked", "rolled back"]
+JOURNAL = "promotions.jsonl"  # below QUENCH_HOME
+MOVES = ("promoted", "rolled back")  # events after which the version is champion
+
+
+@dataclass(frozen=True, kw_only=True)
+class Promotion:
+    """One decision.
+
+    Attributes:
+        at: ISO time, UTC.
+        model: Name in the registry.
+        version: Counted per model, from 1.
+        event: `blocked` leaves the champion as it is.
+        outcome: The gate's: pass, worse, undecided; of a rollback `none`.
+        run: Run that made the artifact.
+        arm: Its arm there.
+        kind: How it is loaded: bf16 or quantized.
+        path: The artifact's folder, relative to QUENCH_HOME.
+        digest: sha256 of its content.
+        recipe: sha256 of the resolved recipe.
+        dataset: sha256 of the dataset; None where it is not known.
+        champion: Version that was champion until then; None for the first.
+        checks: The gate's checks as report.json has them.
+    """
+
+    at: str
+    model: str
+    version: int
+    event: Event
+    outcome: str
+    run: str
+    arm: str
+    kind: str
+    path: str
+    digest: str
+    recipe: str
+    dataset: str | None
+    champion: int | None
+    checks: list[dict[str, Any]] = field(default_factory=list)
+
+
+def now() -> str:
+    """ISO time of now, UTC, to the second."""
+    return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
+
+
+@contextlib.contextmanager
+def locked(home: Path) -> Generator[None]:
+    """Hold the lock under which is decided: of two promotions at once the second one sees what the first one did."""
+    (home / "locks").mkdir(parents=True, exist_ok=True)
+    with flocked(home / "locks" / "promotions.lock"):
+        yield
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    """Every line of promotions.jsonl, about any model, oldest first; a last one that is half written is none."""
+    if not path.exists():
+        return []
+    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+class Journal:
+    """The decisions about one model."""
+
+    def __init__(self, home: Path, model: str) -> None:
+        self.path = home / JOURNAL
+        self.model = model
+
+    def lines(self) -> list[Promotion]:
+        """Every decision about this model, oldest first."""
+        return [Promotion(**one) for one in records(self.path) if one["model"] == self.model]
+
+    def append(self, one: Promotion) -> None:
+        """Write a decision so that it is on disk when this returns. Only under `locked`."""
+        line = json.dumps(asdict(one), sort_keys=True, ensure_ascii=False) + "\n"
+        with self.path.open("ab+") as file:
+            file.seek(0)
+            end = file.read().rfind(b"\n") + 1
+            file.truncate(end)
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def champion(lines: Sequence[Promotion]) -> Promotion | None:
+    """The decision that made the present champion one."""
+    return next((one for one in reversed(lines) if one.event in MOVES), None)
+
+
+def challenger(lines: Sequence[Promotion]) -> Promotion | None:
+    """What was judged last, where it did not become champion."""
+    last = next((one for one in reversed(lines) if one.event != "rolled back"), None)
+    return last if last is not None and last.event == "blocked" else None
+
+
+def versions(lines: Sequence[Promotion]) -> dict[int, Promotion]:
+    """Version -> the decision that speaks for it: its promotion where it had one, else what was said last."""
+    found: dict[int, Promotion] = {}
+    for one in lines:
+        if one.event == "promoted" or (one.event == "blocked" and _open(found.get(one.version))):
+            found[one.version] = one
+    return found
+
+
+def _open(one: Promotion | None) -> bool:
+    return one is None or one.event == "blocked"
+
+
+def version_of(lines: Sequence[Promotion], digest: str) -> int:
+    """The version of an artifact: the one that it has, or the next."""
+    known = {one.digest: one.version for one in lines}
+    return known.get(digest) or max(known.values(), default=0) + 1

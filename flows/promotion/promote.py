@@ -1,0 +1,255 @@
+"""`quench promote`: the candidate of a run through the gate, onto the record, into the registry; and back again."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pydantic import ValidationError
+
+from flows.gate.candidate import candidate
+from flows.gate.section import PROMOTION
+from flows.promotion.champion import TRAIN_ROWS, Rival, evaluated, record_folder, stale, trained_on
+from flows.promotion.journal import MOVES, Journal, Promotion, champion, locked, now, version_of, versions
+from flows.promotion.registry import sync
+from flows.report.build import Report, render
+from flows.report.model_card import card_of
+from flows.results.cells import Draws
+from flows.results.read import Arm, Run, read_run
+from flows.run.folder import find_run
+from recipes.problem import Problem, RecipeError
+from recipes.schema import Recipe
+from tasks.runtime.fingerprint import file_digest
+from tasks.runtime.store.home import open_home
+from tasks.runtime.store.local import Store, find_home, read_json, write_json
+
+Say = Callable[[str], None]
+CARD = "card.md"
+
+
+class Decision(NamedTuple):
+    """What came of it.
+
+    Attributes:
+        event: `promoted`, `blocked`, `nothing` (it is champion already), `none` (there is no candidate), `rolled back`.
+        promotion: The line that was written; None where none was.
+        gate: The report's `gate`; empty after a rollback.
+        trouble: What the registry refused. The next promotion puts it right.
+    """
+
+    event: Literal["promoted", "blocked", "nothing", "none", "rolled back"]
+    promotion: Promotion | None
+    gate: Mapping[str, Any]
+    trouble: list[str]
+
+
+def promote(run_folder: Path, home: Path, *, say: Say) -> Decision:
+    """Decide about a run's candidate, under the lock.
+
+    Raises:
+        RecipeError: The candidate's or the champion's files are damaged or gone, or the two cannot be compared.
+        StepFailed: The champion does not load or compute.
+    """
+    with locked(home):
+        run = read_run(run_folder, home)
+        found = candidate(run, Draws())
+        if found.arm is None:
+            return Decision("none", None, _reported(run, None).json["gate"], [])
+        journal = Journal(home, model_name(run_folder))
+        lines = journal.lines()
+        present = champion(lines)
+        drafted = _drafted(run, found.arm, lines, present)
+        if present is not None and present.digest == drafted.digest:
+            same = _champion(present, Rival(evaluate="", rows=0, removed=[], note=None))
+            return Decision("nothing", None, _reported(run, same).json["gate"], sync(home, journal.model, lines))
+        say(f"reading every byte of {drafted.path}")
+        if problem := stale(Store(home), drafted):
+            raise RecipeError([_made_again(problem, found.arm)])
+        rival = None
+        if present is not None:
+            say(
+                f"evaluating the champion, version {present.version} ({present.arm} of run {present.run}), on this test"
+            )
+            rival = _champion(present, evaluated(present, run, found.arm, home))
+        report = _reported(run, rival)
+        gate = report.json["gate"]
+        made = Promotion(
+            **{
+                **asdict(drafted),
+                "event": "promoted" if gate["outcome"] == "pass" else "blocked",
+                "outcome": gate["outcome"],
+                "checks": [*gate["tests"], *gate["domains"]],
+            }
+        )
+        _keep(made, run, found.arm, report, home)
+        journal.append(made)
+        return Decision(made.event, made, gate, sync(home, journal.model, journal.lines()))
+
+
+def roll_back(home: Path, model: str, version: int, *, say: Say) -> Decision:
+    """Make a version champion again that was one before.
+
+    Raises:
+        RecipeError: No such version, it never passed the gate, it is champion, its files are damaged or gone.
+    """
+    with locked(home):
+        journal = Journal(home, model)
+        lines = journal.lines()
+        present, known = champion(lines), versions(lines)
+        wanted = known.get(version)
+        if problem := _not_back(model, version, wanted, known, present):
+            raise RecipeError([problem])
+        assert wanted is not None
+        say(f"reading every byte of {wanted.path}")
+        if problem := stale(Store(home), wanted):
+            raise RecipeError([problem])
+        more: dict[str, Any] = {
+            **asdict(wanted),
+            "at": now(),
+            "event": "rolled back",
+            "outcome": "none",
+            "champion": present.version if present else None,
+            "checks": [],
+        }
+        made = Promotion(**more)
+        journal.append(made)
+        return Decision("rolled back", made, {}, sync(home, model, journal.lines()))
+
+
+def model_name(run_folder: Path) -> str:
+    """Name in the registry of what a run makes.
+
+    Raises:
+        RecipeError: Its recipe is one of another version of Quench.
+    """
+    path = run_folder / "recipe.resolved.json"
+    try:
+        return Recipe.model_validate(read_json(path)).model_name
+    except ValidationError as error:
+        raise RecipeError(
+            [
+                Problem(
+                    what="The run's recipe is one of another version of Quench.",
+                    where=str(path),
+                    why=f"{error.error_count()} fields of it are unknown or have other values now.",
+                    next="quench run the recipe again; what has not changed is taken from the store.",
+                )
+            ]
+        ) from None
+
+
+def _not_back(
+    model: str, version: int, wanted: Promotion | None, known: Mapping[int, Promotion], present: Promotion | None
+) -> Problem | None:
+    able = [str(number) for number, one in known.items() if one.event in MOVES and one.version != _number(present)]
+    remedy = f"Name one of: {', '.join(able)}." if able else "No other version was ever champion."
+    if wanted is None:
+        what, why = f"{model} has no version {version}.", f"It has {', '.join(map(str, known)) or 'none'}."
+    elif wanted.event not in MOVES:
+        what, why = f"Version {version} of {model} never passed the gate.", f"It was judged {wanted.outcome}."
+    elif version == _number(present):
+        what, why = f"Version {version} of {model} is the champion.", "There is nothing to roll back."
+    else:
+        return None
+    return Problem(what=what, where="quench promote --to", why=why, next=remedy)
+
+
+def _number(present: Promotion | None) -> int | None:
+    return present.version if present else None
+
+
+def _drafted(run: Run, arm: Arm, lines: list[Promotion], present: Promotion | None) -> Promotion:
+    """The decision without its outcome."""
+    step = run.step(arm.model)
+    assert step is not None and step.manifest is not None and step.path is not None  # a candidate was made
+    return Promotion(
+        at=now(),
+        model=model_name(run.folder),
+        version=version_of(lines, step.manifest["digest"]),
+        event="blocked",
+        outcome="none",
+        run=run.raw["id"],
+        arm=arm.slug,
+        kind=arm.kind,
+        path=step.path,
+        digest=step.manifest["digest"],
+        recipe=file_digest(run.folder / "recipe.resolved.json"),
+        dataset=trained_on(run.home, Path(step.path))["dataset"],
+        champion=_number(present),
+    )
+
+
+def _made_again(problem: Problem, arm: Arm) -> Problem:
+    return Problem(
+        what=f"{arm.slug} is damaged.",
+        where=problem.where,
+        why=f"{problem.why} It is not what was evaluated.",
+        next="quench run makes it again.",
+    )
+
+
+def _champion(present: Promotion, rival: Rival) -> dict[str, Any]:
+    """What promotion.json says about the champion that was compared with."""
+    named = {name: getattr(present, name) for name in ("model", "version", "run", "arm", "digest")}
+    return {**named, **asdict(rival)}
+
+
+def _reported(run: Run, rival: dict[str, Any] | None) -> Report:
+    write_json(run.folder / PROMOTION, {"champion": rival})
+    return render(run.folder, run.home)
+
+
+def _keep(made: Promotion, run: Run, arm: Arm, report: Report, home: Path) -> None:
+    """Train rows and card of a version, which outlive its data set and its run."""
+    folder = record_folder(home, made)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / TRAIN_ROWS).write_text(json.dumps(trained_on(home, Path(made.path))) + "\n", encoding="utf-8")
+    (folder / CARD).write_text(card_of(run, arm, report.json), encoding="utf-8")
+
+
+# ---- the command
+
+
+def command(args: argparse.Namespace) -> int:
+    """Decide or roll back, and say it; exit code 0 where the champion is what was asked for, else 1.
+
+    Raises:
+        RecipeError: No such run or version; files that are damaged; a champion that cannot be compared with.
+    """
+    home = find_home()
+    open_home(home)
+    folder = find_run(home, args.run)
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    made = promote(folder, home, say=say) if args.to is None else roll_back(home, model_name(folder), args.to, say=say)
+    if args.json:
+        print(json.dumps({**made._asdict(), "promotion": made.promotion and asdict(made.promotion)}, indent=2))
+    else:
+        print("\n".join(told(made)))
+    for line in made.trouble:
+        say(f"MLflow is behind promotions.jsonl: {line}")
+    return 0 if made.event in ("promoted", "nothing", "rolled back") else 1
+
+
+def told(made: Decision) -> Iterator[str]:
+    """The decision in words."""
+    one = made.promotion
+    if made.event == "rolled back" and one:
+        yield f"Version {one.version} of {one.model} ({one.arm} of run {one.run}) is champion again."
+        return
+    if made.event == "promoted" and one:
+        yield f"Promoted: version {one.version} of {one.model}, {one.arm} of run {one.run}."
+    elif made.event == "blocked" and one:
+        stays = f"version {one.champion} stays champion" if one.champion else "there is no champion yet"
+        yield f"Not promoted ({one.outcome}); {stays}."
+    elif made.event == "nothing":
+        yield "Nothing to promote: the candidate is the champion."
+        return
+    yield from (f"  {line}" for line in made.gate["text"])

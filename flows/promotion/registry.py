@@ -1,0 +1,164 @@
+"""MLflow's Model Registry: a view of promotions.jsonl, made again from it whenever something is decided.
+
+Every version that was judged is a version there, with its files as hard links where that is possible; alias `champion`
+is on the one that ships, `challenger` on the one that was judged last and did not pass.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import quote
+
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
+from mlflow.tracking import MlflowClient
+from mlflow.utils.file_utils import local_file_uri_to_path
+from sqlalchemy.exc import SQLAlchemyError
+
+from flows.promotion.champion import record_folder
+from flows.promotion.journal import Promotion, challenger, champion, versions
+from flows.tracking.files import link_tree
+from flows.tracking.tracker import tracking_uri
+from tasks.runtime.store.open import open_store
+
+DESCRIPTION_CHARS = 5000  # the column of MLflow's database
+VERSION = "quench.version"
+UNWANTED = str.maketrans(dict.fromkeys("/:.%\"'", "-"))  # MLflow refuses them in a logged model's name
+
+
+def sync(home: Path, model: str, lines: Sequence[Promotion]) -> list[str]:
+    """Give the registry what the record says and it has not got; returns what it refused, in words.
+
+    Doing it twice adds nothing. A version whose files are no longer in the store, and that the registry has not got
+    either (its database was lost), cannot come back: that is said, too.
+    """
+    if not lines:
+        return []
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # two lines on every new database
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
+    try:
+        return _Registry(home, model).sync(lines)
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        return [f"the registry was not written: {str(error).splitlines()[0]}"]
+
+
+class _Registry:
+    def __init__(self, home: Path, model: str) -> None:
+        self.home, self.model = home, model
+        self.client = MlflowClient(tracking_uri(home))
+
+    def sync(self, lines: Sequence[Promotion]) -> list[str]:
+        self._model()
+        there = self._there()
+        trouble: list[str] = []
+        for number, one in sorted(versions(lines).items()):
+            if number in there:
+                self._tag(there[number], one)
+            elif (self.home / one.path / "manifest.json").is_file():
+                there[number] = self._register(one)
+            else:
+                trouble.append(f"version {number} is not in the store any more: {one.path}")
+        self._alias("champion", champion(lines), there)
+        self._alias("challenger", challenger(lines), there)
+        return trouble
+
+    def _model(self) -> None:
+        try:
+            self.client.create_registered_model(self.model, tags={"quench": "promotions.jsonl"})
+        except MlflowException as error:
+            if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
+                raise
+
+    def _there(self) -> dict[int, str]:
+        """Our version -> the registry's; they are the same while nobody else registers under this name."""
+        found: dict[int, str] = {}
+        token = None
+        while True:
+            page = self.client.search_model_versions(f"name='{self.model}'", page_token=token)
+            found |= {int(one.tags[VERSION]): one.version for one in page if VERSION in one.tags}
+            token = page.token
+            if not token:
+                return found
+
+    def _register(self, one: Promotion) -> str:
+        """A version with the artifact's files; returns the registry's number."""
+        experiment, run = self._origin(one)
+        place, logged = self._place(one, run, experiment)
+        card = record_folder(self.home, one) / "card.md"
+        made = self.client.create_model_version(
+            self.model,
+            place,
+            run_id=run,
+            # A server behind HTTP refuses a place that is not below a model that is named; without one, MLflow would
+            # look the model up in the process-wide store, which is ours only where a user set it.
+            model_id=logged if tracking_uri(self.home).startswith("http") else None,
+            tags=self._tags(one, run, experiment),
+            description=_described(card.read_text(encoding="utf-8")) if card.exists() else None,
+        )
+        return made.version
+
+    def _place(self, one: Promotion, run: str | None, experiment: str) -> tuple[str, str | None]:
+        """Where a version's files lie, and the logged model that has them; None where the store's bucket has them."""
+        stored = open_store(self.home).place_in_bucket(self.home / one.path)
+        if stored and tracking_uri(self.home).startswith("http"):
+            return stored, None
+        files = self.home / one.path / "files"
+        logged = self.client.create_logged_model(
+            experiment, name=one.arm.translate(UNWANTED), source_run_id=run, tags=self._tags(one, run, experiment)
+        )
+        place = logged.artifact_location
+        if place.startswith("file:"):
+            link_tree(files, Path(local_file_uri_to_path(place)))
+        else:
+            self.client.log_model_artifacts(logged.model_id, str(files))
+        self.client.finalize_logged_model(logged.model_id, "READY")
+        return place, logged.model_id
+
+    def _origin(self, one: Promotion) -> tuple[str, str | None]:
+        """Experiment and MLflow run that the artifact comes from; the run is None where MLflow has lost it."""
+        for experiment in self.client.search_experiments():
+            wanted = f"tags.`quench.run` = '{one.run}' and tags.`quench.kind` = 'run'"
+            for run in self.client.search_runs([experiment.experiment_id], wanted, max_results=1):
+                return experiment.experiment_id, run.info.run_id
+        known = self.client.get_experiment_by_name(self.model)
+        if known is not None:
+            return known.experiment_id, None
+        local = tracking_uri(self.home).startswith("sqlite:")
+        place = (self.home / "mlartifacts" / self.model).as_uri() if local else None
+        return self.client.create_experiment(self.model, artifact_location=place), None
+
+    def _tags(self, one: Promotion, run: str | None, experiment: str) -> dict[str, str]:
+        report = f"#/experiments/{quote(experiment)}/runs/{run}/artifacts/report.html" if run else ""
+        return {
+            VERSION: str(one.version),
+            "quench.gate": one.outcome,
+            "quench.run": one.run,
+            "quench.arm": one.arm,
+            "quench.artifact": one.digest,
+            "quench.recipe": one.recipe,
+            "quench.dataset": one.dataset or "unknown",
+            "quench.path": one.path,
+            "quench.report": report or f"runs/{one.run}/report.html",
+        }
+
+    def _tag(self, version: str, one: Promotion) -> None:
+        """The gate's last word on a version that was there already."""
+        self.client.set_model_version_tag(self.model, version, "quench.gate", one.outcome)
+
+    def _alias(self, alias: str, one: Promotion | None, there: dict[int, str]) -> None:
+        """Move an alias, or take it away; one call each, and the caller holds the lock."""
+        now = self.client.get_registered_model(self.model).aliases.get(alias)
+        wanted = there.get(one.version) if one else None
+        if wanted is not None and wanted != now:
+            self.client.set_registered_model_alias(self.model, alias, wanted)
+        elif wanted is None and now is not None:
+            self.client.delete_registered_model_alias(self.model, alias)
+
+
+def _described(card: str) -> str:
+    """A card without its front matter, as long as MLflow's database takes."""
+    return card.removeprefix("---\n").partition("\n---\n")[2].strip()[:DESCRIPTION_CHARS]

@@ -1,0 +1,1 @@
+"""report.json, report.md, report.html and the model card."""

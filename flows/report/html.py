@@ -1,0 +1,232 @@
+"""report.html: one self-contained page. Everything on it stands in report.json; the template only arranges it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from flows.gate.checks import Check, difference, label, margin
+from flows.report.plots.domains import domains_plot
+from flows.report.plots.fronts import against_size
+from flows.report.plots.layers import errors_plot, weights_plot
+from flows.report.plots.style import LIGHT, as_picture, family_of, look
+from flows.report.plots.waterfall import waterfall_plot
+from flows.report.text import (
+    SPEEDS,
+    columns,
+    data_line,
+    further_tasks,
+    gate_sentence,
+    hardware_line,
+    heading,
+    left_out,
+    ran_on,
+    ran_where,
+)
+from flows.results.layers import worst
+from flows.results.metrics import METRICS, difference_text, interval_text, significant, size, value_text
+from flows.results.power import sentence as power_sentence
+from flows.results.samples import marked
+
+TEMPLATES = Path(__file__).parent / "templates"
+GATE_MARKS = {"pass": "✓", "worse": "▼", "undecided": "?", "none": "–"}
+OPEN_UP_TO = 8  # comparisons of a family that is shown unfolded
+
+
+def page(report: Mapping[str, Any], svgs: Mapping[str, str]) -> str:
+    """The whole page, with the figures that `figures` made."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    drawn = {name: Markup(svg) for name, svg in svgs.items()}
+    controls = [slug for slug, arm in report["arms"].items() if arm["role"] == "control"]
+    return environment.get_template("report.html.j2").render(
+        r=report,
+        light=LIGHT,
+        columns=columns(report),
+        speeds=SPEEDS,
+        further=further_tasks(report),
+        metrics=METRICS,
+        open_up_to=OPEN_UP_TO,
+        verdict=verdict(report),
+        gate=report.get("gate"),
+        gate_marks=GATE_MARKS,
+        power=power_sentence(report["power"]),
+        fit=report.get("fit"),
+        controls=controls,
+        shipped=[slug for slug in report["arms"] if slug not in controls],
+        failed=[one for one in report["failures"] if one["status"] != "skipped"],
+        family=family_of,
+        hollow=lambda slug: not look(slug).filled,
+        heading=lambda name: heading(name, report["directions"]),
+        value=value_text,
+        interval=interval_text,
+        difference=difference_text,
+        checks=checks(report.get("gate")),
+        bytes=byte_text,
+        significant=significant,
+        quiet=quiet,
+        marked=marked,
+        score_mark=score_mark,
+        ran_on=ran_on,
+        data_line=data_line(report),
+        hardware_line=hardware_line(report["hardware"]),
+        where=ran_where(report),
+        kl_plot=drawn.get("kl-against-size"),
+        task_plot=drawn.get("task-against-size"),
+        waterfall_plot=drawn.get("waterfall"),
+        domains_plot=drawn.get("domains"),
+        errors_plot=drawn.get("layer-errors"),
+        weights_plot=drawn.get("layer-weights"),
+        worst=worst(drawn_layers(report)),
+        strips=strips(report),
+        domains=domains(report),
+        memory=memory(report),
+        left_out=left_out(report),
+    )
+
+
+def figures(report: Mapping[str, Any]) -> dict[str, str]:
+    """Every figure of the page as SVG by its name; those that have nothing to show are left out."""
+    layers = drawn_layers(report)
+    drawn = {
+        "kl-against-size": against_size(report["arms"], "kl_mean"),
+        "task-against-size": against_size(report["arms"], "task"),
+        "waterfall": waterfall_plot(report.get("waterfall")),
+        "domains": domains_plot(report),
+        "layer-errors": errors_plot(layers),
+        "layer-weights": weights_plot(layers),
+    }
+    return {name: svg for name, svg in drawn.items() if svg}
+
+
+def pictures(svgs: Mapping[str, str]) -> dict[str, str]:
+    """The figures as files of their own."""
+    return {name: as_picture(svg) for name, svg in svgs.items()}
+
+
+def drawn_layers(report: Mapping[str, Any]) -> dict[str, Any]:
+    """`layers` of the schemes on the merged model; variants of them would cover each other."""
+    return {slug: one for slug, one in report["layers"].items() if report["arms"][slug]["role"] == "scheme"}
+
+
+def verdict(report: Mapping[str, Any]) -> list[str]:
+    """The page's first three sentences: the gate's, where it judged, comes first and the last one gives way."""
+    told = gate_sentence(report.get("gate"))
+    return [told, *report["verdict"][:2]] if told else list(report["verdict"])
+
+
+class CheckLine(NamedTuple):
+    """A line of the gate's table."""
+
+    check: Check
+    name: str
+    margin: str
+    difference: str
+
+
+def checks(said: Mapping[str, Any] | None) -> list[CheckLine]:
+    """Every check of the gate, those within a domain last."""
+    every = [Check.of(one) for one in (*said["tests"], *said["domains"])] if said else []
+    return [
+        CheckLine(
+            one,
+            label(one.metric) + (f" in {one.domain}" if one.domain else ""),
+            margin(one) if one.margin else "better than it",
+            difference(one),
+        )
+        for one in every
+    ]
+
+
+def byte_text(value: float | None) -> str:
+    """Bytes, with decimal prefixes from a thousand on; a dash where there are none."""
+    if value is None:
+        return "–"
+    if value < 1e3:
+        return f"{value:g} B"
+    return size(value) if value >= 1e6 else f"{significant(value / 1e3)} kB"
+
+
+def score_mark(score: float | None) -> str:
+    """Right, wrong, or the score in between."""
+    if score is None:
+        return "no score:"
+    return {1.0: "✓", 0.0: "✗"}.get(score, f"{significant(score, 2)}:")
+
+
+def quiet(sentence: str) -> Markup:
+    """A sentence with its intervals set back: figures first, brackets behind."""
+    return Markup(re.sub(r"\[[^\]]*\]", r'<span class="ci">\g<0></span>', str(escape(sentence))))
+
+
+class Strip(NamedTuple):
+    """A comparison's interval in a box from -1 to 1, on a signed square-root scale of its family and metric."""
+
+    low: float
+    at: float
+    high: float
+
+
+def strips(report: Mapping[str, Any]) -> dict[tuple[str, str, str], Strip]:
+    """One strip a comparison, by (a, b, metric)."""
+    widest: dict[tuple[str, str], float] = {}
+    for one in report["comparisons"]:
+        scale = (one["family"], one["metric"])
+        widest[scale] = max(widest.get(scale, 0.0), *(abs(end) for end in one["ci95_adjusted"]))
+
+    def at(value: float, most: float) -> float:
+        return math.copysign(math.sqrt(abs(value) / most), value) if most else 0.0
+
+    return {
+        (one["a"], one["b"], one["metric"]): Strip(
+            *(
+                at(value, widest[one["family"], one["metric"]])
+                for value in (one["ci95_adjusted"][0], one["difference"], one["ci95_adjusted"][1])
+            )
+        )
+        for one in report["comparisons"]
+    }
+
+
+def domains(report: Mapping[str, Any]) -> list[str]:
+    """Names of the domains, in order."""
+    named = {key.split("@", 1)[1] for cells in report["domains"].values() for key in cells}
+    return sorted(named)
+
+
+class MemoryLine(NamedTuple):
+    """The step of a stage that took most, predicted against measured, GiB."""
+
+    stage: str
+    step: str
+    predicted: float | None
+    measured: float | None
+    device: str
+
+
+def memory(report: Mapping[str, Any]) -> list[MemoryLine]:
+    """One line a stage and device: its largest measured step."""
+    largest: dict[tuple[str, str], MemoryLine] = {}
+    for one in report["memory"]:
+        stage = one["step"].split("/")[0]
+        for device in ("host", "gpu"):
+            predicted, measured = one[f"predicted_{device}_gib"], one[f"measured_{device}_gib"]
+            if not predicted and measured is None:
+                continue
+            line = MemoryLine(stage, one["step"], predicted, measured, device)
+            before = largest.get((stage, device))
+            if before is None or (measured or 0.0) > (before.measured or 0.0):
+                largest[stage, device] = line
+    return list(largest.values())

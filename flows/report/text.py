@@ -1,0 +1,382 @@
+"""The report as text: Markdown that reads well unrendered, and the table that `quench report` prints."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from flows.report.plots.waterfall import signed
+from flows.results.metrics import METRICS, TASK, difference_text, interval_text, significant, value_text
+from flows.results.power import sentence as power_sentence
+
+COLUMNS = ("size_bytes", "task", "kl_mean", "ppl_test", "top1_agreement", "ppl_general")
+OF_ANY_TOKENIZER = ("bits_per_byte",)  # beside these where there are external models
+SPEEDS = ("load_s", "prefill_tokens_per_s", "decode_tokens_per_s")
+MARKS = {"better": "+", "worse": "−", "no difference shown": "="}
+
+
+def columns(report: Mapping[str, Any]) -> tuple[str, ...]:
+    """Metrics of the table of all arms."""
+    return (*COLUMNS, *OF_ANY_TOKENIZER) if any(arm["external"] for arm in report["arms"].values()) else COLUMNS
+
+
+def _cell(metric: str, cell: Mapping[str, Any], *, joint: str = " ") -> str:
+    text = value_text(metric, cell["value"], cell["ci95"])
+    interval = interval_text(metric, cell["value"], cell["ci95"])
+    return f"{text}{joint}{interval}" if interval else text
+
+
+def heading(metric: str, directions: Mapping[str, str]) -> str:
+    """`KL ↓`: label and the better direction."""
+    unit = {"top1_agreement": " %", "load_s": " s"}.get(metric, "")
+    unit = " %" if metric == "task" or metric.startswith(TASK) else unit
+    unit = " tok/s" if metric.endswith("per_s") else unit
+    return f"{METRICS[metric].label}{unit} {'↓' if directions[metric] == 'lower' else '↑'}"
+
+
+def arm_rows(report: Mapping[str, Any]) -> list[dict[str, str]]:
+    """One row an arm, every figure with its interval."""
+    return [
+        {
+            "arm": name_of(slug, arm),
+            **{METRICS[name].label: _cell(name, arm["metrics"][name]) for name in columns(report)},
+        }
+        for slug, arm in report["arms"].items()
+    ]
+
+
+def name_of(slug: str, arm: Mapping[str, Any]) -> str:
+    """The slug, marked where the engine that the recipe names does not read the arm."""
+    return f"{slug} (not served)" if arm["refused"] else slug
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """A Markdown table with padded columns, so that it can be read as it is."""
+    rows = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
+    widths = [max(len(row[index]) for row in (head, *rows)) for index in range(len(head))]
+    right = [name.endswith(("↓", "↑")) or name in ("difference", "seconds") for name in head]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [
+            cell.rjust(width) if number else cell.ljust(width)
+            for cell, width, number in zip(cells, widths, right, strict=True)
+        ]
+        return f"| {' | '.join(padded)} |"
+
+    yield line(head)
+    yield line(["-" * (width - 1) + (":" if number else "-") for width, number in zip(widths, right, strict=True)])
+    yield from (line(row) for row in rows)
+
+
+def data_line(report: Mapping[str, Any]) -> str:
+    """What the figures rest on."""
+    parts = [
+        f"{split}: {found['rows']:,} rows in {found['groups']:,} groups, {found['tokens']:,} tokens"
+        for split, found in report["data"].items()
+    ]
+    return "; ".join(parts) if parts else "no arm was evaluated"
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """report.md."""
+    lines = overview(report)
+    for one in report["answers"]:
+        lines += ["", f"## {one['question']}", "", *(f"- {sentence}" for sentence in one["text"])]
+    lines += ["", "## Can it be promoted?", "", *(f"- {line}" for line in report["gate"]["text"])]
+    if told := waterfall_sentence(report["waterfall"]):
+        lines += ["", "## Where does the loss go?", "", f"- {told}"]
+    lines += ["", *fit_section(report["fit"]), *_comparisons(report), *_speed(report), *_machine(report)]
+    return no_tags("\n".join(lines)) + "\n"
+
+
+def no_tags(text: str) -> str:
+    """Markdown in which nothing of what data, models and exceptions say is taken for HTML."""
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)
+
+
+def overview(report: Mapping[str, Any]) -> list[str]:
+    """The first screen of report.md, line by line: verdict, failures, and the table of all arms."""
+    lines = [f"# Quench: {report['name']}", "", f"Run `{report['id']}`. {data_line(report)}.", ""]
+    lines += [*report["verdict"], ""]
+    lines += [*(f"Why it ran: {one}" for one in report["because"]), ""] if report["because"] else []
+    lines += _failures(report)
+    lines += ["## Arms", "", "95 % intervals in brackets; arrows point to better.", ""]
+    head = ["arm", *(heading(name, report["directions"]) for name in columns(report))]
+    arms = report["arms"]
+    lines += _table(
+        head,
+        [
+            [name_of(slug, arm), *(_cell(name, arm["metrics"][name]) for name in columns(report))]
+            for slug, arm in arms.items()
+        ],
+    )
+    lines += _further(report)
+    lines += [f"\n{line}" for line in simulated(report)]
+    lines += [f"\nNot served: {slug}: {arm['refused']}" for slug, arm in arms.items() if arm["refused"]]
+    return [*lines, *(f"\nNot ranked: {slug}: {why}." for slug, why in report["not_ranked"].items())]
+
+
+def _further(report: Mapping[str, Any]) -> list[str]:
+    """The table of the scorers behind the first; none where there is one scorer."""
+    tasks = further_tasks(report)
+    if not tasks:
+        return []
+    head = ["arm", *(heading(name, report["directions"]) for name in tasks)]
+    rows = [[slug, *(_cell(name, arm["metrics"][name]) for name in tasks)] for slug, arm in report["arms"].items()]
+    return ["", *_table(head, rows)]
+
+
+def further_tasks(report: Mapping[str, Any]) -> list[str]:
+    """Metrics of all scorers but the first."""
+    return [one["metric"] for one in report["scorers"][1:]]
+
+
+def simulated(report: Mapping[str, Any]) -> list[str]:
+    """One line that names the arms whose KV cache was simulated, and says how; none where there is no such arm."""
+    slugs = [slug for slug, arm in report["arms"].items() if arm["kv_cache"]]
+    if not slugs:
+        return []
+    return [
+        f"KV cache simulated, storage only: {', '.join(slugs)}. What storage gives back is what attention reads; size "
+        "and memory are those of the arm whose files are loaded."
+    ]
+
+
+def _failures(report: Mapping[str, Any]) -> list[str]:
+    lines: list[str] = []
+    for one in report["failures"]:
+        if one["status"] != "skipped":
+            log = f" Log: `{one['log']}`." if one["log"] else ""
+            remedy = f" Next: {one['problem']['next'].rstrip('.')}." if one["problem"] else ""
+            lines.append(f"- **{one['status']}** {one['why']}.{remedy}{log}")
+    return ["## What failed", "", *lines, ""] if lines else []
+
+
+def _comparisons(report: Mapping[str, Any]) -> Iterator[str]:
+    yield "## Comparisons"
+    yield ""
+    yield "Difference = a - b with the interval that holds for its whole family; the verdict is about a."
+    for family in report["families"]:
+        rows = [
+            [f"{one['a']} / {one['b']}", METRICS[one["metric"]].label, _difference(one), one["verdict"]]
+            for one in report["comparisons"]
+            if one["family"] == family["name"]
+        ]
+        if rows:
+            yield ""
+            yield f"**{family['question']}** ({family['size']} comparisons)"
+            yield ""
+            yield from _table(["a / b", "metric", "difference", "verdict"], rows)
+    for reason, pairs in left_out(report).items():
+        yield f"\nLeft out, {reason}: {', '.join(pairs)}."
+    if told := power_sentence(report["power"]):
+        yield f"\n{told}"
+    yield ""
+
+
+def left_out(report: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Reason -> comparisons that could not be made for it."""
+    found: dict[str, list[str]] = {}
+    for one in report["comparisons_left_out"]:
+        pair = f"{one['a']} / {one['b']} ({METRICS[one['metric']].label})"
+        pairs = found.setdefault(one["reason"], [])
+        if pair not in pairs:
+            pairs.append(pair)
+    return found
+
+
+def _difference(one: Mapping[str, Any]) -> str:
+    return difference_text(one["metric"], one["difference"], one["ci95_adjusted"])
+
+
+def _speed(report: Mapping[str, Any]) -> Iterator[str]:
+    if not report["speed"]:
+        return
+    yield "## Speed"
+    yield ""
+    first = next(iter(report["speed"].values()))
+    yield f"Batch {first['batch']}, context {first['context']} tokens. It ranks nothing."
+    yield ""
+    rows = [
+        [
+            slug,
+            *(_cell(name, report["arms"][slug]["metrics"][name]) for name in SPEEDS),
+            ran_on(one),
+            one["label"] or "",
+        ]
+        for slug, one in report["speed"].items()
+    ]
+    head = ["arm", *(heading(name, report["directions"]) for name in SPEEDS), "kernel", "label"]
+    yield from _table(head, rows)
+    yield ""
+
+
+def ran_on(speed: Mapping[str, Any]) -> str:
+    """`TorchAtenLinear, cpu, 1 thread`."""
+    return f"{speed['kernel']}, {speed['device']}, {speed['threads']} thread{'' if speed['threads'] == 1 else 's'}"
+
+
+def _machine(report: Mapping[str, Any]) -> Iterator[str]:
+    yield "## Time, machine, versions"
+    yield ""
+    yield from _table(["stage", "seconds"], [[stage, f"{spent:.1f}"] for stage, spent in report["seconds"].items()])
+    yield ""
+    yield (
+        f"{hardware_line(report['hardware'])}. "
+        + ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+        + "."
+    )
+    for node, steps in ran_where(report).items():
+        yield ""
+        yield f"On {node}: {', '.join(steps)}."
+    for one in report["code"]:
+        yield ""
+        yield f"Code that the recipe names was run: `{one['source']}` ({one['field']}), allowed by {one['allowed_by']},"
+        yield f"sha256 {one['digest']}."
+
+
+def ran_where(report: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Node of a Ray cluster -> the steps that it made; empty where the run was on one machine."""
+    found: dict[str, list[str]] = {}
+    for one in report["steps"]:
+        if node := one.get("node"):
+            found.setdefault(f"{node['host']} ({node['address']}, node {node['id'][:8]})", []).append(one["key"])
+    return found
+
+
+def hardware_line(hardware: Mapping[str, Any]) -> str:
+    """`AMD EPYC, 2 cores, 23.5 GiB, no GPU`."""
+    gpus = ", ".join(hardware["gpus"]) or "no GPU"
+    cores = f"{hardware['cores']} core{'' if hardware['cores'] == 1 else 's'}"
+    return f"{hardware['cpu']}, {cores}, {hardware['memory_gib']:g} GiB, {gpus}"
+
+
+def print_report(report: Mapping[str, Any], console: Console) -> None:
+    """Print the gate's word, the comparison of all arms, as many columns as fit, what failed, and the answers."""
+    if told := gate_sentence(report.get("gate")):
+        console.print(Text(told, style="bold"))
+        console.print()
+    _print_arms(report, console)
+    for line in _trouble(report):
+        console.print(Text(line, style="yellow"))
+    console.print()
+    told = [(one["question"], one["short"]) for one in report["answers"]]
+    for question, sentence in (*told, *_asides(report)):
+        console.print(Text(question, style="bold"))
+        console.print(Text(sentence))
+        console.print()
+    for node, steps in ran_where(report).items():
+        console.print(Text(f"On {node}: {', '.join(steps)}."))
+
+
+def _print_arms(report: Mapping[str, Any], console: Console) -> None:
+    """The table of arms; columns that find no room are named below it."""
+    cells = {
+        name: [_rich_cell(name, arm["metrics"][name]) for arm in report["arms"].values()] for name in columns(report)
+    }
+    table = Table(title=f"{report['name']}: {data_line(report)}", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("arm", no_wrap=True)
+    names = {slug: name_of(slug, arm) for slug, arm in report["arms"].items()}
+    room = console.width - max(map(len, names.values()), default=0) - 6  # margins of the table and of the first column
+    shown: list[str] = []
+    for name, column in cells.items():
+        head = heading(name, report["directions"])
+        room -= 2 + max([len(head), *(len(line) for cell in column for line in cell.plain.splitlines())])
+        if room < 0:
+            break
+        shown.append(name)
+        table.add_column(head, justify="right", no_wrap=True)
+    for row, (slug, arm) in enumerate(report["arms"].items()):
+        table.add_row(Text(names[slug], style="" if arm["ranked"] else "dim"), *(cells[name][row] for name in shown))
+    console.print(table)
+    if hidden := [METRICS[name].label for name in cells if name not in shown]:
+        console.print(Text(f"no room for {', '.join(hidden)}: a wider terminal or report.html has them", style="dim"))
+
+
+def _trouble(report: Mapping[str, Any]) -> Iterator[str]:
+    """What failed with its remedy, what is not served, what is not ranked."""
+    for one in report["failures"]:
+        if one["status"] != "skipped":
+            remedy = f". Next: {one['problem']['next'].rstrip('.')}." if one["problem"] else ""
+            yield f"{one['status']}: {one['why']}{remedy}"
+    for slug, arm in report["arms"].items():
+        if arm["refused"]:
+            yield f"not served: {slug}: {arm['refused']}"
+    for slug, why in report["not_ranked"].items():
+        yield f"not ranked: {slug}: {why}"
+
+
+def _asides(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What stands beside the answers where the run has it."""
+    if told := waterfall_sentence(report.get("waterfall")):
+        yield "Where does the loss go?", told
+    if told := power_sentence(report["power"]):
+        yield "Are there enough test rows?", told
+    if told := "; ".join(fit_sentences(report.get("fit"))):
+        yield "What fits?", f"{told}."
+
+
+def _rich_cell(metric: str, cell: Mapping[str, Any]) -> Text:
+    text = Text(value_text(metric, cell["value"], cell["ci95"]), style="" if cell["value"] is not None else "dim")
+    interval = interval_text(metric, cell["value"], cell["ci95"])
+    return text.append(f"\n{interval}", style="dim") if interval else text
+
+
+FIT_RULE = "the lowest KL to the reference among the arms that fit, then the fewest bytes"
+
+
+def fit_section(fit: Mapping[str, Any]) -> Iterator[str]:
+    """The report's section, in Markdown."""
+    yield from ["## What fits where", ""]
+    if fit["reason"]:
+        yield from [f"Cannot be computed: {fit['reason']}.", ""]
+        return
+    first, tokens = fit["examples"][0], fit["kv_bytes_per_token"]
+    each = ", ".join(f"{tokens[name] / 1024:.4g} KiB as {name}" for name in tokens)
+    yield f"A token of KV cache takes {each}. For {first['batch']} sequences of {first['context']:,} tokens:"
+    yield ""
+    for one in fit["examples"]:
+        yield f"- {one['vram_gib']:g} GiB: {one['best'] or 'no arm fits'}"
+    yield ""
+    ahead = [one["arm"] for one in fit["arms"] if one["on_front"]]
+    yield f"On the Pareto front of bytes and KL: {', '.join(ahead) or 'none'}. Best is {FIT_RULE}."
+    yield f"{100 * fit['free_share']:.0f} % of the card stays free; `quench choose` takes other cards and lengths."
+    yield ""
+
+
+def fit_sentences(fit: Mapping[str, Any] | None) -> Iterator[str]:
+    """The best arm for each size of card that was computed; nothing without the part."""
+    for one in (fit or {}).get("examples", []):
+        best = one["best"] or "no arm fits"
+        yield f"{one['vram_gib']:g} GiB, {one['batch']} x {one['context']:,} tokens: {best}"
+
+
+def gate_sentence(gate: Mapping[str, Any] | None) -> str | None:
+    """The gate's first sentence; where the candidate does not pass, also the check that weighs most against it."""
+    if not gate:
+        return None
+    return " ".join(gate["text"][: 2 if gate["outcome"] in ("worse", "undecided") else 1])
+
+
+def waterfall_sentence(waterfall: Mapping[str, Any] | None) -> str | None:
+    """The arm that loses least, step by step."""
+    whole = [path for path in (waterfall or {}).get("paths", []) if path["steps"] and not path.get("reason")]
+    if not waterfall or not whole:
+        return None
+    path = min(whole, key=lambda one: sum(step["difference"] for step in one["steps"]))
+    steps = ", ".join(
+        f"{step['step']} {signed(step['difference'], step['ci95_adjusted'])} ({step['verdict']})"
+        for step in path["steps"]
+    )
+    total = sum(step["difference"] for step in path["steps"])
+    start = path["steps"][0]["from"]
+    return (
+        f"{path['arm']} loses least against {start}: {significant(total, 2)} {waterfall['unit']} on "
+        f"{waterfall['split']} ({steps})."
+    )

@@ -1,0 +1,279 @@
+"""Which arm fits a card: weights, KV cache and an allowance, by arithmetic from config.json and the arm's files.
+
+What is counted: the bytes of the arm's files (a server keeps quantized weights packed, while plain transformers may
+unpack them, so resident_bytes of a CPU says less here); keys and values of `batch` sequences of `context` tokens; what
+a forward pass of a chunk of prompts holds; a CUDA context. A tenth of the card stays free (vLLM's default).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from flows.plan.memory import CUDA_CONTEXT, GIB
+from flows.results.cells import Cell
+from flows.results.read import Arm, Run, unfit
+from recipes.models.headers import Headers, read_headers
+from recipes.models.linear import Linear
+from recipes.problem import RecipeError
+from recipes.schemes.engines import Engine, refusals
+from recipes.schemes.scheme import Scheme
+
+Store = Literal["bf16", "fp8", "int8"]  # how keys and values are kept
+BYTES: dict[Store, float] = {"bf16": 2.0, "fp8": 1.0, "int8": 1.0}
+SCALE_BYTES: dict[Store, float] = {"bf16": 0.0, "fp8": 0.0, "int8": 4.0}  # fp32, a token and head
+FREE_SHARE = 0.1  # of the card: fragmentation, CUDA graphs; vLLM's --gpu-memory-utilization 0.9
+CHUNK_TOKENS = 2048  # of prompts in one forward pass; longer ones come in several (chunked prefill)
+LOGIT_BYTES = 8  # fp32 and a copy, for the last token of each sequence
+EXAMPLES_GIB = (8.0, 16.0, 24.0, 80.0)
+EXAMPLE_BATCH = 8
+OTHER_STATE = ("kv_lora_rank", "ssm_state_size", "mamba_d_state", "linear_num_value_heads")  # no plain keys and values
+
+
+class Refused(Exception):
+    """The config describes a cache that is not keys and values of every token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cache:
+    """The KV cache of a model.
+
+    Attributes:
+        full: Layers that keep every token.
+        sliding: Layers that keep the last `window` tokens.
+        features: Features of keys (and of values) a token and layer: heads x head size.
+        heads: Key-value heads.
+    """
+
+    full: int
+    sliding: int
+    window: int
+    features: int
+    heads: int
+
+    def of_layer(self, kept: Store) -> float:
+        """Bytes a token and layer, keys and values."""
+        return 2 * (BYTES[kept] * self.features + SCALE_BYTES[kept] * self.heads)
+
+    def per_token(self, kept: Store) -> float:
+        """Bytes a token while no window is full."""
+        return self.of_layer(kept) * (self.full + self.sliding)
+
+    def size(self, kept: Store, *, context: int, batch: int) -> float:
+        """Bytes of `batch` sequences of `context` tokens."""
+        tokens = self.full * context + self.sliding * min(context, self.window)
+        return self.of_layer(kept) * tokens * batch
+
+
+def cache_of(headers: Headers) -> Cache:
+    """2 x layers x key-value heads x head size a token; layers with a sliding window keep no more than that.
+
+    Raises:
+        Refused: Latent attention, state-space or linear layers, whose state is another one.
+    """
+    config = headers.text_config
+    if other := [name for name in OTHER_STATE if config.get(name)]:
+        raise Refused(f"config.json has {other[0]}: its cache is not keys and values of every token")
+    kinds = config.get("layer_types")
+    if isinstance(kinds, list):
+        unknown = sorted({str(one) for one in kinds} - {"full_attention", "sliding_attention"})
+        if unknown:
+            raise Refused(f"config.json has layers of type {', '.join(unknown)}")
+        sliding = kinds.count("sliding_attention")
+    else:
+        sliding = headers.layers if _all_slide(config) else 0
+    heads = config.get("num_key_value_heads")
+    window = config.get("sliding_window")
+    if sliding and not isinstance(window, int):
+        raise Refused("config.json has sliding layers and no sliding_window")
+    return Cache(
+        full=headers.layers - sliding,
+        sliding=sliding,
+        window=window if isinstance(window, int) else 0,
+        features=headers.kv_features,
+        heads=heads if isinstance(heads, int) else headers.heads,
+    )
+
+
+def _all_slide(config: Mapping[str, Any]) -> bool:
+    """A window without layer_types is that of all layers (Mistral 0.1), unless it is switched off (Qwen2)."""
+    return isinstance(config.get("sliding_window"), int) and config.get("use_sliding_window") is not False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """One arm for one workload.
+
+    Attributes:
+        cache: How it keeps keys and values.
+        needed: Bytes of weights, cache and allowance.
+        refused: Why it is out, whatever the card: the engine, no figures, nothing to ship; None where it is in.
+    """
+
+    arm: str
+    cache: Store
+    weights: float | None
+    needed: float | None
+    task: float | None
+    kl_mean: float | None
+    refused: str | None
+
+    def fits(self, vram_gib: float) -> bool:
+        """It runs on a card of so many GiB."""
+        return self.refused is None and self.needed is not None and self.needed <= (1 - FREE_SHARE) * vram_gib * GIB
+
+
+class Workload(NamedTuple):
+    """Sequences at once and tokens of each, prompt and answer."""
+
+    context: int
+    batch: int
+
+
+def fits(
+    run: Run, figures: Mapping[str, Mapping[str, float | None]], work: Workload, headers: Headers, engine: str | None
+) -> list[Fit]:
+    """Every arm for a workload. The untouched base and controls are left out: nobody ships them.
+
+    Args:
+        run: The run.
+        figures: Arm -> size_bytes, task and kl_mean.
+        work: What is served.
+        headers: Of the base.
+        engine: Who serves; None for the recipe's.
+
+    Raises:
+        Refused: The cache cannot be computed from config.json.
+    """
+    cache, allowance = cache_of(headers), allowance_bytes(headers, work)
+    found: list[Fit] = []
+    for arm in run.arms:
+        if arm.is_control or arm.unavailable or (arm.model is None and arm.adapter is None):
+            continue
+        own, kept = figures[arm.slug], kept_by(arm)
+        size = own["size_bytes"]
+        keys = cache.size(kept, context=work.context, batch=work.batch)
+        found.append(
+            Fit(
+                arm=arm.slug,
+                cache=kept,
+                weights=size,
+                needed=None if size is None else size + keys + allowance,
+                task=own["task"],
+                kl_mean=own["kl_mean"],
+                refused=_refused(arm, own, headers.linears, engine),
+            )
+        )
+    return found
+
+
+def kept_by(arm: Arm) -> Store:
+    """How an arm keeps its keys and values."""
+    return "bf16" if arm.kv is None else "int8" if arm.kv == "int8" else "fp8"
+
+
+def allowance_bytes(headers: Headers, work: Workload) -> float:
+    """CUDA's context, activations of one chunk of prompts through the widest layer, logits of the last tokens."""
+    widest = max(layer.in_features + layer.out_features for layer in headers.linears)
+    tokens = min(work.context * work.batch, CHUNK_TOKENS)
+    return CUDA_CONTEXT * GIB + 2 * 2 * widest * tokens + LOGIT_BYTES * headers.vocabulary * work.batch
+
+
+def _refused(arm: Arm, own: Mapping[str, float | None], linears: Sequence[Linear], engine: str | None) -> str | None:
+    served = replace(arm if engine is None else _on(arm, linears, engine), kv=None)
+    if reason := unfit(served):
+        return reason
+    missing = [name for name in ("size_bytes", "kl_mean") if own[name] is None]
+    return f"it has no {missing[0]}" if missing else None
+
+
+def _on(arm: Arm, linears: Sequence[Linear], engine: str) -> Arm:
+    """The arm as another engine sees it."""
+    if engine == "none" or arm.quantization is None:
+        return replace(arm, refused=None)
+    scheme = Scheme.of(dict(arm.quantization), slug=arm.scheme or arm.slug)
+    found = refusals(scheme, linears, _engine(engine))
+    return replace(arm, refused=found[0].what if found else None)
+
+
+def _engine(name: str) -> Engine:
+    engines: dict[str, Engine] = {"vllm": "vllm", "transformers": "transformers", "exllamav2": "exllamav2"}
+    return engines[name]
+
+
+def front(every: Sequence[Fit]) -> set[str]:
+    """Arms that no other beats: fewer bytes and no more KL, or less KL and no more bytes."""
+    able = [one for one in every if one.refused is None]
+    return {one.arm for one in able if not any(_beats(other, one) for other in able)}
+
+
+def _beats(a: Fit, b: Fit) -> bool:
+    assert None not in (a.needed, a.kl_mean, b.needed, b.kl_mean)  # else they were refused
+    pairs = ((a.needed, b.needed), (a.kl_mean, b.kl_mean))
+    return all(x <= y for x, y in pairs) and any(x < y for x, y in pairs)  # pyright: ignore[reportOperatorIssue]
+
+
+def best(every: Sequence[Fit], vram_gib: float) -> Fit | None:
+    """The lowest KL among those that fit, then the fewest bytes."""
+    able = [one for one in every if one.fits(vram_gib)]
+    return min(able, key=lambda one: (one.kl_mean, one.needed), default=None)
+
+
+# ---- the report's section
+
+
+def headers_of(run: Run) -> Headers | None:
+    """Of the base, or of a merged model where the base has gone; None without either."""
+    merged = (run.step(arm.model) for arm in run.arms if arm.kind == "bf16" and arm.model)
+    folders: Iterator[Path] = (step.files for step in merged if step is not None and step.files is not None)
+    for folder in (*([run.base] if run.base else []), *folders):
+        try:
+            return read_headers(folder)
+        except RecipeError:
+            continue
+    return None
+
+
+def figures_of(cells: Mapping[str, Mapping[str, Cell]]) -> dict[str, dict[str, float | None]]:
+    """Arm -> the figures that rank it."""
+    return {slug: {name: own[name].value for name in ("size_bytes", "task", "kl_mean")} for slug, own in cells.items()}
+
+
+def fit_of(run: Run, cells: Mapping[str, Mapping[str, Cell]]) -> dict[str, Any]:
+    """Key `fit` of report.json; `reason` where it cannot be computed."""
+    empty: dict[str, Any] = {"kv_bytes_per_token": None, "arms": [], "examples": [], "reason": None}
+    headers = headers_of(run)
+    if headers is None:
+        return {**empty, "reason": "neither the base nor a merged model is there any more"}
+    context = (run.recipe.get("serve") or {}).get("max_model_len") or headers.max_positions or 4096
+    work = Workload(context=context, batch=EXAMPLE_BATCH)
+    try:
+        every, cache = fits(run, figures_of(cells), work, headers, None), cache_of(headers)
+    except Refused as error:
+        return {**empty, "reason": str(error)}
+    ahead = front(every)
+    return {
+        "kv_bytes_per_token": {kept: cache.per_token(kept) for kept in BYTES},
+        "allowance_bytes": allowance_bytes(headers, work),
+        "free_share": FREE_SHARE,
+        "arms": [
+            {
+                "arm": one.arm,
+                "kv": one.cache,
+                "weights_bytes": one.weights,
+                "needed_bytes": one.needed,
+                "task": one.task,
+                "kl_mean": one.kl_mean,
+                "on_front": one.arm in ahead,
+                "refused": one.refused,
+            }
+            for one in every
+        ],
+        "examples": [
+            {"vram_gib": size, **work._asdict(), "best": found.arm if (found := best(every, size)) else None}
+            for size in EXAMPLES_GIB
+        ],
+        "reason": None,
+    }

@@ -1,0 +1,280 @@
+"""The cells of the report: every metric of every arm with its interval, or the reason why there is none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from flows.results.metrics import HEADLINE, METRICS, PER_DOMAIN, SPEED, TASK, Metric, further
+from flows.results.read import REFERENCE, Arm, RowScores, Run, TokenKL, read_kl, read_scores
+from flows.results.sizes import size_bytes
+from flows.results.stats import (
+    QUANTILE_RESAMPLES,
+    Counts,
+    Estimand,
+    Interval,
+    draw,
+    mean_interval,
+    proportion_interval,
+    quantile_interval,
+    repeats,
+    studentized,
+    upper_quantile,
+)
+
+MERGED = "evaluate/merged-"
+SIMULATED = "simulated: storage only"  # what the figures of a quantized KV cache are
+UPSTREAM = ("prepare", "rehearse", "train", "merge", "reference", "calibrate", "choose", "quantize")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One metric of one arm. `reason` is set whenever value is null, and where an interval is missing."""
+
+    value: float | None
+    ci95: Interval | None = None
+    n: int | None = None
+    split: str | None = None
+    reason: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """As report.json has it."""
+        return {**vars(self), "ci95": None if self.ci95 is None else list(self.ci95)}
+
+
+@dataclass
+class Draws:
+    """Resamples by number of groups: all arms and metrics on the same groups share them, so they are paired."""
+
+    known: dict[tuple[str, ...], Counts] = field(default_factory=dict)
+
+    def __call__(self, groups: tuple[str, ...]) -> Counts:
+        """[resamples, groups]."""
+        if groups not in self.known:
+            self.known[groups] = draw(len(groups))
+        return self.known[groups]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmEvidence:
+    """What is known about an arm.
+
+    Attributes:
+        failure: Why its cells are null; None where it was evaluated.
+        scores: Metric of scores.parquet -> rows of its published split.
+        unlike: Why its rows cannot stand beside the other arms'; None where they are the same.
+        problems: Metric of scores.parquet -> why a scorer could not give it; the run ends with 1 for it.
+        absent: Metric of scores.parquet -> why the arm has none, where its job said so.
+        is_reference: KL and agreement are measured against it.
+    """
+
+    arm: Arm
+    failure: str | None
+    scores: Mapping[str, RowScores]
+    kl: TokenKL | None
+    unlike: str | None = None
+    problems: Mapping[str, str] = field(default_factory=dict[str, str])
+    absent: Mapping[str, str] = field(default_factory=dict)
+    is_reference: bool = False
+
+
+def gather(run: Run) -> dict[str, ArmEvidence]:
+    """Read every arm's scores; mark arms that were scored on other rows or tokens than the reference."""
+    found: dict[str, ArmEvidence] = {}
+    for arm in run.arms:
+        failure = _failure(arm, run)
+        scored = None if failure else run.step(arm.evaluate)
+        files = scored.files if scored else None
+        found[arm.slug] = ArmEvidence(
+            arm=arm,
+            failure=failure,
+            scores=read_scores(files) if files else {},
+            kl=read_kl(files) if files else None,
+            problems=scored.problems if scored else {},
+            absent=(scored.manifest or {}).get("result", {}).get("absent", {}) if scored else {},
+            is_reference=arm.slug == run.reference,
+        )
+    scored = [one for one in found.values() if one.failure is None]
+    if not scored:
+        return found
+    yardstick = min(scored, key=lambda one: (not one.is_reference, one.arm.slug != REFERENCE))
+    return {slug: _against(one, yardstick) for slug, one in found.items()}
+
+
+def _failure(arm: Arm, run: Run) -> str | None:
+    if arm.unavailable:
+        return arm.unavailable
+    scored = run.step(arm.evaluate)
+    if scored is not None and (scored.ok or scored.status == "failed"):
+        return None if scored.ok else scored.trouble
+    behind = [step for key in (arm.model, arm.adapter) if (step := run.step(key)) and step.status == "failed"]
+    behind += [step for step in run.steps.values() if step.status == "failed" and step.stage in UPSTREAM[:-1]]
+    if arm.merge_base == "auto":  # undecided: the choice needs the scores of both merged models
+        behind += [step for key, step in run.steps.items() if step.status == "failed" and key.startswith(MERGED)]
+    if behind:
+        return behind[0].trouble
+    return scored.trouble if scored else f"the run ended before evaluate/{arm.slug}"
+
+
+def _against(one: ArmEvidence, yardstick: ArmEvidence) -> ArmEvidence:
+    other = [
+        metric
+        for metric, rows in yardstick.scores.items()
+        if metric in one.scores and not rows.same_rows(one.scores[metric])
+    ]
+    if not other:
+        return one
+    reason = f"{', '.join(other)}: scored on other rows or tokens than {yardstick.arm.slug}"
+    return replace(one, unlike=reason)
+
+
+def headline(evidence: Iterable[ArmEvidence]) -> list[str]:
+    """What an arm must have to be ranked.
+
+    Plain texts have no prompt, so that no arm has a task score; without a reference none has a KL.
+    """
+    scored = {metric for one in evidence for metric in (*one.scores, *one.problems)}
+    lacking = {name for name, source in (("task", "task"), ("kl_mean", "kl")) if source not in scored}
+    return [name for name in HEADLINE if name not in lacking]
+
+
+def not_ranked(one: ArmEvidence, cells: Mapping[str, Cell], needed: Sequence[str]) -> str | None:
+    """Why an arm is left out of the ranking, or None. `needed` is `headline` of all arms."""
+    if one.failure or one.unlike:
+        return one.failure or one.unlike
+    empty = [name for name in needed if cells[name].value is None]
+    return f"{empty[0]}: {cells[empty[0]].reason}" if empty else None
+
+
+def cells_of(one: ArmEvidence, run: Run, draws: Draws) -> dict[str, Cell]:
+    """All published metrics of an arm."""
+    quality = {
+        metric.name: _quality(metric, one, run, draws)
+        for metric in (*METRICS.values(), *further(run.recipe))
+        if metric.source is not None
+    }
+    size, reason = (None, one.failure) if one.arm.unavailable else size_bytes(one.arm, run)
+    counted = Cell(value=size, n=None if size is None else 1, reason=reason)
+    return {**quality, "size_bytes": counted, **_speed(one, run)}
+
+
+def _quality(metric: Metric, one: ArmEvidence, run: Run, draws: Draws) -> Cell:
+    if one.failure:
+        return Cell(value=None, split=metric.split, reason=one.failure)
+    rows = one.scores.get(metric.source or "")
+    if one.is_reference and metric.source in ("kl", "agree"):
+        value, n = (0.0 if metric.source == "kl" else 1.0), (rows.n if rows else None)
+        return Cell(value=value, n=n, split=metric.split, reason="the reference itself: so by definition")
+    if rows is None:
+        return Cell(value=None, split=metric.split, reason=_no_rows(metric, one, run))
+    return rows_cell(metric, rows, one.kl, draws)
+
+
+def _no_rows(metric: Metric, one: ArmEvidence, run: Run) -> str:
+    if why := one.problems.get(metric.source or "") or one.absent.get(metric.source or ""):
+        return why
+    if metric.split == "general" and not (run.recipe.get("data") or {}).get("general"):
+        return "the recipe has no data.general"
+    if metric.source == "task" or (metric.source or "").startswith(TASK):
+        return "no row of test has a prompt to answer"
+    return f"the arm's scores have no {metric.source} rows of {metric.split}"
+
+
+def rows_cell(metric: Metric, rows: RowScores, kl: TokenKL | None, draws: Draws) -> Cell:
+    """Value and interval from rows (all of them or a domain's)."""
+    if not rows.finite:
+        broken = int((~np.isfinite(rows.total)).sum())
+        return Cell(value=None, split=metric.split, reason=f"{broken} of {len(rows.rows)} rows have no finite score")
+    if metric.interval == "percentile":
+        return _tail_cell(metric, kl, draws)
+    value, interval, reason = rows.sums.value, None, None
+    if len(rows.groups) < 2:
+        reason = "one group of rows only: nothing can be said about the spread"
+    elif metric.interval == "wilson" and (metric.source == "agree" or rows.binary):
+        interval = proportion_interval(rows.sums)
+    else:
+        low, high = mean_interval(studentized([Estimand(rows.sums)], draws(rows.groups))[0])
+        most = 1.0 if metric.interval == "wilson" else np.inf
+        interval = Interval(max(low, 0.0), min(high, most))  # losses and KL are not negative, scores end at 1
+    if metric.name.startswith("ppl"):
+        value = float(np.exp(value))
+        interval = interval and Interval(*(float(np.exp(end)) for end in interval))
+    return Cell(value=value, ci95=interval, n=rows.n, split=metric.split, reason=reason)
+
+
+def _tail_cell(metric: Metric, kl: TokenKL | None, draws: Draws) -> Cell:
+    if kl is None:
+        return Cell(value=None, split=metric.split, reason="the arm's scores have no kl.parquet rows of test")
+    if not np.isfinite(kl.kl).all():
+        return Cell(value=None, split=metric.split, reason="tokens without a finite KL")
+    value, n = upper_quantile(kl.kl), len(kl.kl)
+    if len(kl.groups) < 2:
+        return Cell(value=value, n=n, split=metric.split, reason="one group of rows only")
+    low, high = quantile_interval(kl.kl, kl.group, draws(kl.groups)[:QUANTILE_RESAMPLES])
+    return Cell(value=value, ci95=Interval(min(low, value), max(high, value)), n=n, split=metric.split)
+
+
+def domain_cells(one: ArmEvidence, draws: Draws) -> dict[str, Cell]:
+    """`<metric>@<domain>` for every domain that the rows name; empty where there is at most one."""
+    rows = one.scores.get("nll", one.scores.get("bits"))
+    if one.failure or rows is None:
+        return {}
+    domains = sorted({str(name) for name in rows.domain})
+    if len(domains) < 2:
+        return {}
+    found: dict[str, Cell] = {}
+    for name in (*PER_DOMAIN, *(metric for metric in one.scores if metric.startswith(TASK))):
+        metric = METRICS[name]
+        rows = one.scores.get(metric.source or "")
+        if rows is None or (one.is_reference and metric.source in ("kl", "agree")):
+            continue
+        for domain in domains:
+            part = rows.of_domain(domain)
+            if len(part.rows):
+                found[f"{name}@{domain}"] = rows_cell(metric, part, None, draws)
+    return found
+
+
+def _speed(one: ArmEvidence, run: Run) -> dict[str, Cell]:
+    loaded = next((arm for arm in run.arms if arm.slug == one.arm.of), one.arm)  # whose files they are
+    reason = one.arm.unavailable or _unmeasured(loaded, run)
+    if reason:
+        return {name: Cell(value=None, reason=reason) for name in SPEED}
+    measured = speed_record(loaded, run)
+    cells = {name: _timed(measured.get(name), name) for name in SPEED}
+    if one.arm.kv is None:
+        return cells
+    simulated = Cell(value=None, reason=SIMULATED)
+    return {name: cell if name == "resident_bytes" else simulated for name, cell in cells.items()}
+
+
+def _unmeasured(arm: Arm, run: Run) -> str | None:
+    if arm.measure is None:
+        return "measure.enabled is false in the recipe"
+    step = run.step(arm.measure)
+    if step is None:
+        return f"the run ended before {arm.measure}"
+    return None if step.ok else step.trouble
+
+
+def speed_record(arm: Arm, run: Run) -> dict[str, Any]:
+    """speed.json of an arm; empty where it was not measured."""
+    step = run.step(arm.measure)
+    if step is None or not step.ok or step.files is None:
+        return {}
+    return json.loads((step.files / "speed.json").read_text(encoding="utf-8"))
+
+
+def _timed(found: list[float] | float | None, name: str) -> Cell:
+    if found is None:
+        return Cell(value=None, reason=f"speed.json has no {name}")
+    if isinstance(found, int | float):  # counted, not sampled: the interval is the value
+        return Cell(value=found, ci95=Interval(found, found), n=1)
+    if len(found) < 2 or min(found) <= 0:
+        return Cell(value=None, n=len(found), reason=f"timed {len(found)} times ({found}): too few for an interval")
+    value, interval = repeats(found)
+    return Cell(value=value, ci95=interval, n=len(found))

@@ -1,0 +1,393 @@
+"""What a run left behind: steps.json, manifests and the files of its artifacts, read once and typed.
+
+The report is a function of this and of nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from flows.results.stats import Floats, Sums
+from recipes.arms import TRAINED
+
+REFERENCE = TRAINED  # where the recipe names no other
+
+Role = Literal["base", "reference", "merged", "scheme", "on-base", "control", "kv-cache", "external"]
+
+
+class SchemeParts(NamedTuple):
+    """What a scheme's slug says."""
+
+    method: str
+    bits: int
+    group_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step of the run, with the manifest of the artifact that it found or made.
+
+    Attributes:
+        status: hit, made, failed or skipped.
+        path: The committed folder relative to QUENCH_HOME, or None.
+        files: The artifact's files, absolute, or None.
+        manifest: None where there is no artifact, or none any more.
+        node: Of a Ray cluster, where it ran; None where it ran in the flow's own machine or did not run.
+    """
+
+    key: str
+    stage: str
+    slug: str
+    fingerprint: str
+    status: str
+    path: str | None
+    files: Path | None
+    problem: Mapping[str, str] | None
+    log: str | None
+    manifest: Mapping[str, Any] | None
+    node: Mapping[str, str] | None = None
+
+    @property
+    def ok(self) -> bool:
+        """There is an artifact, and its manifest is still in the store."""
+        return self.status in ("hit", "made") and self.manifest is not None
+
+    @property
+    def problems(self) -> dict[str, str]:
+        """Metric -> why an evaluate step has no scores of it, in one sentence; empty where it has all."""
+        found = (self.manifest or {}).get("result", {}).get("problems", {})
+        return {metric: _sentence(one) for metric, one in found.items()}
+
+    @property
+    def trouble(self) -> str:
+        """Why there is no artifact, in one sentence."""
+        if self.problem:
+            return f"{self.key}: {_sentence(self.problem)}"
+        if self.status in ("hit", "made"):
+            return f"{self.key} is not in the store any more"
+        return f"{self.key} {self.status}"
+
+
+def _sentence(problem: Mapping[str, str]) -> str:
+    return f"{problem['what'].rstrip('.')} ({problem['why'].rstrip('.')})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way to ship, and the keys of the steps behind it (flows/run/folder.py writes them).
+
+    Attributes:
+        merge_base: `dequantized`, `original`, None where nothing is merged; `auto` where the run ended undecided.
+        quantization: The scheme's params(): method, bits, group_size (-1: per channel) and so on.
+        refused: Why the recipe's serve.engine does not read it; None where it does, or the recipe names none.
+        calibration: `domain`, the run's own set; `generic`, `mixed` and `random` are controls.
+        kv: How its KV cache is stored (simulated): `fp8`, `fp8-calibrated`, `int8`; None for bf16.
+        of: Slug of the arm whose files it loads, where it differs from that arm in its KV cache alone.
+        external: A model that this pipeline did not make.
+        unavailable: Why this arm could not be, known before the run; it has no steps then.
+    """
+
+    slug: str
+    kind: str
+    merge_base: str | None
+    scheme: str | None
+    quantization: Mapping[str, Any] | None
+    on_base: bool
+    calibration: str = "domain"
+    scales_from_base: bool = False
+    model: str | None
+    adapter: str | None
+    evaluate: str | None
+    measure: str | None
+    refused: str | None = None
+    kv: str | None = None
+    of: str | None = None
+    external: bool = False
+    unavailable: str | None = None
+
+    @property
+    def role(self) -> Role:
+        """What it is there for: the page draws what can be shipped, and keeps controls to their own section."""
+        held: dict[Role, bool] = {
+            "external": self.external,
+            "control": self.is_control,
+            "kv-cache": self.kv is not None,
+            "on-base": self.on_base,
+            "scheme": self.scheme is not None,
+            "merged": self.merge_base is not None,
+            "reference": self.adapter is not None,
+        }
+        roles: list[Role] = [role for role, holds in held.items() if holds]
+        return roles[0] if roles else "base"
+
+    @property
+    def is_control(self) -> bool:
+        """Made to be compared with, not to be shipped."""
+        return self.calibration != "domain" or self.scales_from_base
+
+    @property
+    def parts(self) -> SchemeParts:
+        """Method, bits and group size of the scheme; zeros where there is none."""
+        found = self.quantization
+        return SchemeParts(found["method"], found["bits"], found["group_size"]) if found else SchemeParts("", 0, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run's folder, read."""
+
+    folder: Path
+    home: Path
+    raw: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+    predicted: Mapping[str, Mapping[str, float | None]]
+    steps: Mapping[str, Step]
+    arms: tuple[Arm, ...]
+
+    @property
+    def base(self) -> Path | None:
+        """The untouched base model's folder, or None where it has gone."""
+        return _folder(self.raw.get("base"))
+
+    def external(self, slug: str) -> Path | None:
+        """The folder of an external model, or None where it has gone."""
+        return _folder((self.raw.get("external") or {}).get(slug))
+
+    @property
+    def reference(self) -> str | None:
+        """Slug of what KL and agreement are measured against; None for a run that has no reference."""
+        return self.raw.get("reference", REFERENCE)  # older runs do not say
+
+    def step(self, key: str | None) -> Step | None:
+        """A step by key; None where the run never came to it."""
+        return self.steps.get(key) if key else None
+
+    @property
+    def choice(self) -> Mapping[str, Any] | None:
+        """What the choose step said (tasks/jobs/choose.py); None where it was not made."""
+        return _choice(self.steps.values())
+
+
+def read_run(folder: Path, home: Path) -> Run:
+    """Read a run's folder and the manifests of all its steps."""
+    raw = _json(folder / "steps.json")
+    preflight = folder / "preflight.json"
+    recipe = folder / "recipe.resolved.json"
+    steps = {one["key"]: _step(one, home) for one in raw["steps"]}
+    decided = (_choice(steps.values()) or {}).get("candidate", "auto")
+    return Run(
+        folder=folder,
+        home=home,
+        raw=raw,
+        recipe=_json(recipe) if recipe.exists() else {},
+        predicted=_json(preflight).get("steps", {}) if preflight.exists() else {},
+        steps=steps,
+        arms=tuple(_arm(one, decided) for one in raw["arms"]),
+    )
+
+
+def _choice(steps: Iterable[Step]) -> Mapping[str, Any] | None:
+    return next((step.manifest["result"] for step in steps if step.stage == "choose" and step.manifest), None)
+
+
+def _arm(raw: Mapping[str, Any], decided: str) -> Arm:
+    """An arm; where the recipe left the merge base to the run, with the one that was chosen."""
+    arm = Arm(**{name: raw[name] for name in Arm.__dataclass_fields__ if name in raw})  # older runs say less
+    return replace(arm, merge_base=decided) if arm.merge_base == "auto" else arm
+
+
+def _folder(origin: Mapping[str, str] | None) -> Path | None:
+    path = Path(origin["path"]) if origin else None
+    return path if path is not None and path.is_dir() else None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _step(raw: Mapping[str, Any], home: Path) -> Step:
+    folder = home / raw["path"] if raw["path"] else None
+    there = folder is not None and (folder / "manifest.json").is_file()
+    return Step(
+        **{name: raw[name] for name in ("key", "stage", "slug", "fingerprint", "status", "path")},
+        files=folder / "files" if folder is not None and there else None,
+        problem=raw.get("problem"),
+        log=raw.get("log"),
+        manifest=_json(folder / "manifest.json") if folder is not None and there else None,
+        node=raw.get("node"),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class RowScores:
+    """One metric of one arm on one split, a row a row, sorted by row.
+
+    Attributes:
+        rows: [rows] names; a name that appears twice makes the arms incomparable.
+        group: [rows] name of each row's group.
+        domain: [rows].
+        total: [rows] sum of scores.
+        count: [rows] tokens (1 for task).
+    """
+
+    rows: NDArray[np.str_]
+    group: NDArray[np.str_]
+    domain: NDArray[np.str_]
+    total: Floats
+    count: Floats
+
+    @cached_property
+    def groups(self) -> tuple[str, ...]:
+        """Names of the groups, sorted."""
+        return tuple(str(name) for name in np.unique(self.group))
+
+    @cached_property
+    def sums(self) -> Sums:
+        """Summed within groups, in the order of `groups`."""
+        index = np.searchsorted(np.asarray(self.groups), self.group)
+        size = len(self.groups)
+        total, count = (np.bincount(index, weights, size).astype(np.float64) for weights in (self.total, self.count))
+        return Sums(total, count)
+
+    @property
+    def finite(self) -> bool:
+        """No NaN and no infinity anywhere."""
+        return bool(np.isfinite(self.total).all())
+
+    @property
+    def binary(self) -> bool:
+        """Every row scores 0 or 1."""
+        return bool(np.isin(self.total, (0.0, 1.0)).all())
+
+    @property
+    def n(self) -> int:
+        """Tokens, or rows where each counts once."""
+        return int(self.count.sum())
+
+    def same_rows(self, other: RowScores) -> bool:
+        """Same rows, groups and tokens: what a paired comparison needs."""
+        return (
+            np.array_equal(self.rows, other.rows)
+            and np.array_equal(self.group, other.group)
+            and np.array_equal(self.count, other.count)
+        )
+
+    def of_domain(self, domain: str) -> RowScores:
+        """Only the rows of a domain."""
+        return self.where(self.domain == domain)
+
+    def where(self, keep: NDArray[np.bool_]) -> RowScores:
+        """Only some rows. keep: [rows]."""
+        return RowScores(self.rows[keep], self.group[keep], self.domain[keep], self.total[keep], self.count[keep])
+
+    def zeros(self) -> RowScores:
+        """The same rows with a score of zero: the reference's KL to itself."""
+        return RowScores(self.rows, self.group, self.domain, np.zeros_like(self.total), self.count)
+
+
+_SPLIT = {"nll_general": "general"}  # every other metric is published on test
+
+
+def read_scores(files: Path) -> dict[str, RowScores]:
+    """Metric -> rows of scores.parquet; dev is for what chooses, so no figure of the report comes from it."""
+    return _by_metric(pq.read_table(files / "scores.parquet").sort_by("row"))
+
+
+def read_dev(files: Path) -> dict[str, RowScores]:
+    """Metric -> rows of dev, for what chooses; rows of test are left out while reading."""
+    return _by_metric(pq.read_table(files / "scores.parquet", filters=[("split", "==", "dev")]).sort_by("row"), "dev")
+
+
+def _by_metric(table: pa.Table, wanted: str = "test") -> dict[str, RowScores]:
+    row, group, domain, metric, split = (_names(table, name) for name in ("row", "group", "domain", "metric", "split"))
+    total, count = _numbers(table, "sum"), _numbers(table, "n")
+    found: dict[str, RowScores] = {}
+    for name in np.unique(metric):
+        keep = (metric == name) & (split == _SPLIT.get(str(name), wanted))
+        if keep.any():
+            found[str(name)] = RowScores(row[keep], group[keep], domain[keep], total[keep], count[keep])
+    return found
+
+
+def _names(table: pa.Table, column: str) -> NDArray[np.str_]:
+    return np.asarray(table[column].to_pylist(), dtype=np.str_)
+
+
+def _numbers(table: pa.Table, column: str) -> Floats:
+    return np.asarray(table[column].to_numpy(), dtype=np.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenKL:
+    """KL of every completion token of test.
+
+    Attributes:
+        kl: [tokens] nats.
+        group: [tokens] index into the sorted groups.
+    """
+
+    kl: Floats
+    group: NDArray[np.int64]
+    groups: tuple[str, ...]
+
+
+def read_kl(files: Path) -> TokenKL | None:
+    """kl.parquet, test only; None where it has no such row."""
+    path = files / "kl.parquet"
+    if not path.exists():
+        return None
+    table = pq.read_table(path, columns=["group", "kl"], filters=[("split", "==", "test")])
+    if not table.num_rows:
+        return None
+    groups, index = np.unique(_names(table, "group"), return_inverse=True)
+    return TokenKL(_numbers(table, "kl"), index.astype(np.int64), tuple(str(name) for name in groups))
+
+
+class Note(NamedTuple):
+    """A decision or fallback that a job recorded."""
+
+    step: str
+    about: str
+    text: str
+
+
+def notes(steps: Sequence[Step]) -> Iterator[Note]:
+    """Notes of all artifacts of the run, in the order of the steps; equal ones of one stage once."""
+    seen: set[tuple[str, str, str]] = set()
+    for step in steps:
+        path = step.files / "events.jsonl" if step.files else None
+        if path is None or not path.exists():
+            continue
+        for line in path.read_text(encoding="utf-8").splitlines():
+            event = json.loads(line) if line.endswith("}") else {}
+            mark = (step.stage, str(event.get("about")), str(event.get("text")))
+            if event.get("kind") == "note" and mark not in seen:
+                seen.add(mark)
+                yield Note(step.key, event["about"], event["text"])
+
+
+def unfit(arm: Arm) -> str | None:
+    """Why an arm is nothing to promote, whatever its scores."""
+    if arm.refused:
+        return f"the engine of the recipe does not serve it: {arm.refused}"
+    if arm.unavailable:
+        return arm.unavailable
+    if arm.is_control:
+        return "it is a control, made to be compared with"
+    if arm.external:
+        return "this run did not make it"
+    if arm.kv:
+        return f"its files are those of {arm.of}; the KV cache is a setting of the server"
+    if arm.adapter is not None:
+        return "an adapter on top of its base is not one artifact; merge it"
+    return "the untouched base is nothing to promote" if arm.model is None else None

@@ -1,0 +1,1 @@
+"""The retrain flow: what changed, one run, one decision, one message."""

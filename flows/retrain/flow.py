@@ -1,0 +1,291 @@
+"""The retrain flow: trains again where rows, recipe or packages changed, and lets the gate decide.
+
+What a retrain saw is in the folder of the run that it made: retrain.json (digests, reasons, the decision) and
+rows_seen.parquet. Both are written when the decision is on record, so a retrain that failed or was killed saw nothing,
+and the next one does its work: what had finished is in the store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from prefect import Flow, flow, get_run_logger
+from prefect.artifacts import create_markdown_artifact
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.runtime import flow_run
+from prefect.states import Completed
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows.compose import compose
+from flows.pins import Pins, pin
+from flows.pipeline import WAITING_TASKS, flush_log, refusals_logged, run_vetted
+from flows.plan.validate import fetched, vet
+from flows.promotion import promote as promotion
+from flows.retrain.notify import deliver, notification_block, send
+from flows.retrain.row_changes import Changes, Rows, count, load, rows_of, save
+from flows.run.credentials import settle
+from flows.run.folder import run_files
+from recipes.checks.check import load_and_read
+from recipes.read.load import Loaded
+from tasks.runtime.fingerprint import canonical, difference, fingerprint
+from tasks.runtime.step import Step
+from tasks.runtime.store.local import find_home, flocked, locked_now, read_json, write_json
+
+RECORD, ROWS_SEEN = "retrain.json", "rows_seen.parquet"
+NAMED = 5  # fields of the recipe that are named; the rest is counted
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What is retrained: a recipe file with its overrides has one memory and one turn at a time."""
+
+    recipe: Path
+    sets: list[str]
+    promote: bool
+
+    @property
+    def series(self) -> dict[str, Any]:
+        """Names the retrains that this one follows."""
+        return {"recipe": str(self.recipe.resolve()), "sets": self.sets}
+
+
+class Before(NamedTuple):
+    """The last retrain that ended with a decision."""
+
+    run: Path
+    number: int
+    saw: dict[str, Any]
+
+    @property
+    def rows(self) -> Rows:
+        """Rows that it read."""
+        return load(self.run / ROWS_SEEN)
+
+
+class Outcome(NamedTuple):
+    """How a retrain ended.
+
+    Attributes:
+        word: `skipped`, `promoted`, `not promoted`, `nothing to promote` or `trained`.
+        told: Sentences, the most important one first.
+        run: The run's folder; None where nothing was trained.
+    """
+
+    word: str
+    told: list[str]
+    run: Path | None = None
+
+
+def tell_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """Prefect calls this where a retrain failed, for whatever reason."""
+    if name := flow_run.parameters.get("notify"):
+        send(name, f"Quench retrain of {flow_run.parameters.get('recipe', flow_run.name)}: failed", str(state.message))
+
+
+@flow(  # pyright: ignore[reportCallIssue]
+    name="retrain",
+    flow_run_name="{recipe}",
+    task_runner=ThreadPoolTaskRunner(max_workers=WAITING_TASKS),  # pyright: ignore[reportArgumentType]
+    persist_result=False,
+    on_failure=[tell_failure],
+)
+def retrain(
+    recipe: str = "recipe.yaml",
+    sets: list[str] | None = None,
+    promote: bool = True,
+    notify: str | None = None,
+    notify_skipped: bool = False,
+) -> State[str]:
+    """Train again where something changed since the last retrain, and promote through the gate; else skip.
+
+    Args:
+        recipe: Path of the recipe file, absolute or seen from the folder where the command is typed.
+        sets: Overrides of single fields, as ["train.rank=32"].
+        promote: Put the run's candidate through the gate against the champion; else only train and report.
+        notify: Prefect notification block that is told how it ended, as slack-webhook/NAME.
+        notify_skipped: Tell it, too, where nothing had changed.
+
+    Returns:
+        A completed state, its message says how it ended; called Skipped where nothing was trained. Its data is the
+        run's folder.
+
+    Raises:
+        RecipeError: Bad input, all of it at once, before anything is spent; no such notification block.
+        RunFailed: A step failed. The next retrain tries again.
+        StepFailed: The champion could not be evaluated. As above.
+    """
+    home, log = find_home(), get_run_logger()
+    settle(log)
+    asked = Asked(recipe=Path(recipe), sets=sets or [], promote=promote)
+    with refusals_logged():
+        if notify:
+            notification_block(notify)
+        with turn(home, asked, log.info) as ours:
+            outcome = retrained(asked, home, log.info) if ours else Outcome("skipped", [WAITS])
+    for line in outcome.told:
+        log.info("%s", line)
+    skipped = outcome.word == "skipped"
+    if notify and (notify_skipped or not skipped):
+        deliver(notify, f"Quench retrain of {recipe}: {outcome.word}", _message(outcome), return_state=True)
+    flush_log()
+    message = " ".join(outcome.told[:3])
+    return Completed(message=message, data=str(outcome.run or ""), name="Skipped" if skipped else "Completed")
+
+
+WAITS = (
+    "A retrain of this recipe is under way and another one waits for its end: that one will see the data as it is then."
+)
+
+
+@contextlib.contextmanager
+def turn(home: Path, asked: Asked, say: Say) -> Generator[bool]:
+    """Hold the recipe's turn; False where one retrain has it and another waits for it already.
+
+    One that waits is needed: rows may have come since the first one looked. A second would see what the first one sees.
+    """
+    locks, name = home / "locks", f"retrain-{fingerprint(asked.series)[:12]}"
+    locks.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as held:
+        with locked_now(locks / f"{name}-next.lock") as ours:
+            if ours:
+                waits = "waiting: a retrain of this recipe is under way"
+                held.enter_context(flocked(locks / f"{name}.lock", waits=lambda: say(waits)))
+        yield ours
+
+
+def retrained(asked: Asked, home: Path, say: Say) -> Outcome:
+    """Compare with what the last retrain saw; where anything changed, run the pipeline, decide, and put it on record.
+
+    Raises:
+        RecipeError: Bad input.
+        RunFailed: A step failed.
+        StepFailed: The champion could not be evaluated.
+    """
+    loaded = load_and_read(asked.recipe, sets=asked.sets, data=False).loaded
+    pins = pin(loaded, home)
+    saw = seen(loaded, pins, asked)
+    before = last(home, asked)
+    if before and before.saw == saw:
+        return Outcome("skipped", [f"Nothing changed since run {before.run.name}: rows, recipe, packages."])
+    rows = rows_of(fetched(loaded, pins).origins.values(), loaded.recipe.data)
+    changes = count(before.rows, rows) if before else None
+    reasons = why(before, saw, changes)
+    if before and not reasons:
+        return Outcome("skipped", [f"The data's files changed since run {before.run.name}, none of their rows did."])
+    for reason in reasons:
+        say(reason)
+    vetted = vet(asked.recipe, sets=asked.sets, home=home)  # pins later than the rows were read: nothing is missed
+    run = Path(run_vetted(vetted, only=[], because=reasons))
+    word, told, decided = _decided(run, home, say) if asked.promote else _undecided(run)
+    record = {
+        "schema": 1,
+        **asked.series,
+        "number": before.number + 1 if before else 1,
+        "flow_run": flow_run.id,
+        "before": before.run.name if before else None,
+        "reasons": reasons,
+        "changes": asdict(changes) if changes else None,
+        "saw": saw,
+        "outcome": word,
+        "told": told,
+        "decision": decided,
+    }
+    save(rows, run / ROWS_SEEN)
+    write_json(run / RECORD, record)  # last: from now on it counts as seen
+    create_markdown_artifact(_markdown(record, run), key="retrain", description="what changed and what came of it")
+    return Outcome(word, [*told, *reasons], run)
+
+
+def last(home: Path, asked: Asked) -> Before | None:
+    """The last retrain of this recipe that ended with a decision, as long as the folder of its run is there.
+
+    By its number: names of runs begin by a time, and clocks jump.
+    """
+    read = [(path.parent, read_json(path)) for path in run_files(home, RECORD)]
+    found = [
+        Before(run, raw["number"], raw["saw"])
+        for run, raw in read
+        if {name: raw[name] for name in asked.series} == asked.series
+    ]
+    return max(found, key=lambda one: one.number, default=None)
+
+
+def seen(loaded: Loaded, pins: Pins, asked: Asked) -> dict[str, Any]:
+    """Everything that shapes what a retrain makes and decides: digests of the data, the rest by name."""
+    steps: list[Step] = []
+    compose(loaded.recipe, pins, steps.append)
+    single = (pins.base, pins.tokenizer, pins.general, pins.template, pins.adapter, pins.calibration_text)
+    inputs = [one for one in (*single, *pins.scorers.values(), *pins.externals.values()) if one]
+    return canonical(
+        {
+            "data": [one.digest for one in pins.data],
+            "recipe": loaded.recipe.model_dump(mode="json", exclude={"run"}),
+            "inputs": {one.name: one.digest for one in inputs},
+            "versions": {f"step {one.stage}": one.version for one in steps}
+            | {name: version for one in steps for name, version in one.identity["tools"].items()},
+            "promote": asked.promote,
+        }
+    )
+
+
+def why(before: Before | None, saw: Mapping[str, Any], changes: Changes | None) -> list[str]:
+    """Reasons to train, as sentences; none where only the bytes of the data's files are others."""
+    if before is None:
+        return ["First retrain of this recipe."]
+    reasons = [f"Since run {before.run.name}: {changes}."] if changes else []
+    for part, name in (("recipe", "Recipe"), ("inputs", "Inputs"), ("versions", "Packages and steps")):
+        old, new = before.saw[part], saw[part]
+        if part == "versions":  # a step more or less is the recipe's doing
+            both = old.keys() & new.keys()
+            old, new = ({key: one[key] for key in both} for one in (old, new))
+        if fields := difference(old, new):
+            more = f", and {len(fields) - NAMED} more" if len(fields) > NAMED else ""
+            reasons.append(f"{name}: {', '.join(fields[:NAMED])}{more}.")
+    if before.saw["promote"] != saw["promote"]:
+        reasons.append("It is to promote." if saw["promote"] else "It is not to promote any more.")
+    return reasons
+
+
+class _Decided(NamedTuple):
+    word: str
+    told: list[str]
+    decision: dict[str, Any] | None
+
+
+WORDS = {"promoted": "promoted", "blocked": "not promoted", "nothing": "nothing to promote", "none": "not promoted"}
+
+
+def _decided(run: Path, home: Path, say: Say) -> _Decided:
+    """The candidate through the gate, as `quench promote` does it."""
+    made = promotion.promote(run, home, say=say)
+    for line in made.trouble:
+        say(f"MLflow is behind promotions.jsonl: {line}")
+    decision = {"event": made.event, "promotion": made.promotion and asdict(made.promotion)}
+    return _Decided(WORDS[made.event], [line.strip() for line in promotion.told(made)], decision)
+
+
+def _undecided(run: Path) -> _Decided:
+    gate = read_json(run / "report.json")["gate"]["text"]
+    return _Decided("trained", ["Trained; promotion was not asked for.", *gate], None)
+
+
+def _message(outcome: Outcome) -> str:
+    places = [f"Report: {outcome.run / 'report.html'}"] if outcome.run else []
+    places += [f"Prefect: {flow_run.ui_url}"] if flow_run.ui_url else []
+    return "\n".join([*outcome.told, *places])
+
+
+def _markdown(record: Mapping[str, Any], run: Path) -> str:
+    lines = [f"# Retrain: {record['outcome']}", "", *(f"- {line}" for line in (*record["told"], *record["reasons"]))]
+    if changes := record["changes"]:
+        domains = sorted({domain for counts in changes.values() for domain in counts})
+        lines += ["", "| domain | added | removed | edited |", "| --- | ---: | ---: | ---: |"]
+        for domain in domains:
+            figures = (f"{changes[kind].get(domain, 0):,}" for kind in ("added", "removed", "edited"))
+            lines.append(f"| {domain or '–'} | {' | '.join(figures)} |")
+    return "\n".join([*lines, "", f"Run `{run.name}`, its report: {(run / 'report.html').as_uri()}"]) + "\n"

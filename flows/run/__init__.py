@@ -1,0 +1,1 @@
+"""A run under way: its folder, its progress, its Prefect server and pages."""

@@ -1,0 +1,1 @@
+"""`quench up` and what Prefect has to know of us."""

@@ -1,0 +1,392 @@
+"""MLflow, only here. A view: every MLflow run is a function of steps.json, manifests and events.
+
+Parent run = flow run; nested runs for the steps that people open (prepare ... quantize) and one an arm, all arms
+with the same metric names. Weights are hard-linked where store and MLflow share a file system.
+"""
+
+from __future__ import annotations
+
+import functools
+import getpass
+import json
+import logging
+import os
+import re
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec
+from urllib.parse import quote
+
+import mlflow
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.store.entities.paged_list import PagedList
+from mlflow.tracking import MlflowClient
+from mlflow.utils.file_utils import local_file_uri_to_path
+
+from flows.mlflow_uri import no_answer, tracking_uri
+from flows.report.text import no_tags, overview
+from flows.tracking.files import link_tree, parted
+from recipes.problem import RecipeError
+from recipes.secrets import hide
+from tasks.runtime.process.events import read_events
+from tasks.runtime.store.local import Store, flocked, read_json
+from tasks.runtime.store.open import open_store
+
+LIVE_S = 2.0
+STOP_S = 5.0  # an interrupted run has to be gone within 10
+BATCH = 500  # MLflow's limit for one log_batch is 1,000 metrics
+PARAM_CHARS = 6000
+NAME_CHARS = 250
+NOTE_CHARS = 8000  # a tag's
+DIGEST_CHARS = 36  # a dataset's
+WHOLE = "quench.whole"  # tag of a parent: nothing of the run is missing
+STAGES = ("prepare", "train", "merge", "reference", "calibrate", "quantize")
+P = ParamSpec("P")
+SPLITS = {"train": "training", "dev": "validation", "test": "test"}  # split -> MLflow's word for its use
+LOCAL_UI = "http://127.0.0.1:5000"  # where `quench up` and `mlflow ui` listen unless the port is taken
+HEADLINE = ("task", "ppl_test", "ppl_general", "kl_mean", "top1_agreement", "size_bytes")
+
+
+def told(body: Callable[Concatenate[Tracker, P], None]) -> Callable[Concatenate[Tracker, P], None]:
+    """Have the tracker's thread do it, in the order of the calls, and go on.
+
+    MLflow is a view: what it refuses is remembered and said at the end, and costs the run nothing.
+    """
+
+    def guarded(self: Tracker, *args: P.args, **more: P.kwargs) -> None:
+        try:
+            body(self, *args, **more)
+        except (MlflowException, OSError) as error:
+            self.trouble.append(f"{body.__name__}: {hide(str(error).splitlines()[0])}")
+
+    @functools.wraps(body)
+    def submitted(self: Tracker, *args: P.args, **more: P.kwargs) -> None:
+        with self.lock:
+            while self.asked and self.asked[0].done():
+                self.asked.popleft().result()  # what is no trouble of MLflow's is a fault of ours: let it be seen
+            self.asked.append(self.thread.submit(guarded, self, *args, **more))
+
+    return submitted
+
+
+class Tracker:
+    """One parent run and its nested runs.
+
+    MLflow's own calls are synchronous (its asynchronous logging loses points in silence) and all made by one thread:
+    an interrupt is raised in the main thread, and inside SQLite it would leave the database locked.
+
+    Attributes:
+        thread: Makes all calls after the connection.
+        asked: What the thread has not done yet, oldest first; under `lock`.
+        trouble: What MLflow refused after the start; the store has everything.
+        compare_url: Page that compares the arms, once they were reported.
+    """
+
+    def __init__(self, home: Path, *, experiment: str, run: str) -> None:
+        """Connect, or refuse before anything is spent.
+
+        Raises:
+            RecipeError: The tracking server does not answer.
+        """
+        # Two lines on every new database, and a page of traceback for what is raised as well and told as trouble.
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # `--json` has it to itself
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
+        self.home, self.run = home, run
+        self.uri = tracking_uri(home)
+        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="quench-mlflow")
+        self.asked: deque[Future[None]] = deque()
+        self.lock = threading.Lock()
+        self._nested: dict[str, str] = {}
+        self._sent: dict[str, int] = {}
+        self._waiting: dict[str, list[Metric]] = {}
+        self._flushed = 0.0
+        self.parent = ""
+        self.trouble: list[str] = []
+        self.compare_url: str | None = None
+        self._data: dict[str, DatasetInput] = {}
+        try:
+            with flocked(home / "mlflow.lock"):  # two runs at once would both make the tables, or the experiment
+                mlflow.set_tracking_uri(self.uri)
+                self._client = MlflowClient(self.uri)
+                found = self._client.get_experiment_by_name(experiment)
+                self.experiment = found.experiment_id if found else self._create(experiment)
+        except MlflowException as error:
+            raise RecipeError([no_answer(self.uri, str(error).splitlines()[0])]) from error
+
+    def _create(self, experiment: str) -> str:
+        local = self.uri.startswith("sqlite:")
+        place = (self.home / "mlartifacts" / experiment).as_uri() if local else None
+        return self._client.create_experiment(experiment, artifact_location=place)
+
+    def is_whole(self) -> bool:
+        """True where MLflow took everything of this run."""
+        return any(WHOLE in run.data.tags for run in self._found())
+
+    def forget(self) -> None:
+        """Delete what MLflow has of this run: it is written anew."""
+        for run in self._found():
+            self._client.delete_run(run.info.run_id)
+
+    def close(self) -> None:
+        """End the thread of a tracker that writes nothing."""
+        self.thread.shutdown()
+
+    def _found(self) -> PagedList[Run]:
+        return self._client.search_runs([self.experiment], f"tags.`quench.run` = '{self.run}'", max_results=1000)
+
+    @told
+    def start(self, recipe: Mapping[str, Any], *, tags: Mapping[str, str]) -> None:
+        """Create the parent run with the recipe as parameters."""
+        own = {"quench.run": self.run, "quench.kind": "run", "mlflow.user": getpass.getuser()}
+        made = self._client.create_run(self.experiment, run_name=self.run, tags={**own, **tags})
+        self.parent = made.info.run_id
+        self._params(self.parent, _flat(recipe))
+
+    @told
+    def live(self, key: str, event: Mapping[str, Any]) -> None:
+        """Pass one event of a live step on; points go out in batches every two seconds."""
+        if event["kind"] != "metric" or key.split("/")[0] not in STAGES:
+            return
+        self._waiting.setdefault(key, []).append(_point(event))
+        if time.monotonic() - self._flushed > LIVE_S:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._flushed = time.monotonic()  # also where it fails: an outage costs one call every two seconds, not all
+        for key, points in list(self._waiting.items()):
+            run = self._nested_run(key, kind="step")
+            self._metrics(run, points)
+            self._sent[key] = self._sent.get(key, 0) + len(self._waiting.pop(key))
+
+    @told
+    def step(self, record: Mapping[str, Any]) -> None:
+        """Write the nested run of one recorded step: curve, result, files. A hit shows the curve of its making."""
+        if record["stage"] not in STAGES:
+            return
+        self._flush()
+        run = self._nested_run(record["key"], kind="step")
+        self._tag(run, {"quench.status": record["status"], "quench.fingerprint": record["fingerprint"]})
+        if record["path"] is None:
+            self._client.set_terminated(run, "FAILED" if record["status"] == "failed" else "KILLED")
+            return
+        folder = self.home / record["path"]
+        manifest = read_json(folder / "manifest.json")
+        events = (event for event, _ in read_events(folder / "files" / "events.jsonl"))
+        points = [_point(event) for event in events if event["kind"] == "metric"]
+        self._metrics(run, points[self._sent.get(record["key"], 0) :])
+        self._numbers(run, {**manifest["result"], "seconds": manifest["seconds"]})
+        self._numbers(run, {name: manifest[name] for name in ("peak_rss_gib", "peak_gpu_gib")})
+        self._params(run, _flat(manifest["identity"]["params"]))
+        self._tag(run, {"quench.digest": manifest["digest"], "quench.path": record["path"]})
+        self._files(run, folder, record["stage"])
+        if record["stage"] == "prepare":
+            self._data = _datasets(folder, manifest)
+            self._client.log_inputs(run, list(self._data.values()))
+            self._client.log_inputs(self.parent, list(self._data.values()))
+        if record["stage"] == "train":
+            self._client.log_inputs(run, [one for split, one in self._data.items() if split != "test"])
+        if record["stage"] == "calibrate":
+            self._calibset(run, folder / "files", digest=manifest["digest"])
+            self._calibset(self.parent, folder / "files", digest=manifest["digest"])
+        elif calibset := manifest["inputs"].get("calibset"):
+            self._calibset(run, self.home / calibset["path"], digest=calibset["digest"])
+        self._client.set_terminated(run, "FINISHED")
+
+    @told
+    def report(self, report: Mapping[str, Any], folder: Path, *, pictures: Mapping[str, str]) -> None:
+        """One nested run an arm, all with the same metric names; headline metrics and the report on the parent.
+
+        The parent gets the tables of arms and comparisons and the page's figures, too.
+        """
+        for slug, arm in report["arms"].items():
+            run = self._nested_run(f"arm/{slug}", kind="arm")
+            metrics = {name: one["value"] for name, one in arm["metrics"].items()}
+            self._numbers(run, metrics)
+            intervals = {name: one["ci95"] for name, one in arm["metrics"].items() if one["ci95"]}
+            for name, (low, high) in intervals.items():
+                self._numbers(run, {f"{name}.low": low, f"{name}.high": high})
+            named = ("role", "merge_base", "ranked")
+            self._params(run, {"arm": slug, **{name: arm[name] for name in named}})
+            self._tag(run, {"quench.status": arm["status"]})
+            if "test" in self._data:
+                self._client.log_inputs(run, [self._data["test"]])
+            self._client.set_terminated(run, "FAILED" if arm["status"] == "failed" else "FINISHED")
+            self._numbers(self.parent, {f"{name}/{slug}": metrics.get(name) for name in HEADLINE})
+        if choice := report["choice"]:
+            self._params(self.parent, {"merge.chosen": choice["candidate"]})
+            self._numbers(self.parent, {"choose": {name: choice.get(name) for name in ("loss", "difference")}})
+        for path in sorted(folder.iterdir()):
+            if path.is_file() and not path.name.startswith("."):
+                self._client.log_artifact(self.parent, str(path))
+        for name, columns in (("arms", _arm_columns(report)), ("comparisons", _comparison_columns(report))):
+            if any(columns.values()):
+                self._client.log_table(self.parent, columns, f"tables/{name}.json")
+        for name, svg in pictures.items():
+            self._client.log_text(self.parent, svg, f"figures/{name}.svg")
+        arms = json.dumps([self._nested[f"arm/{slug}"] for slug in report["arms"]], separators=(",", ":"))
+        link = f"#/compare-runs?runs={quote(arms)}&experiments={quote(json.dumps([self.experiment]))}"
+        self.compare_url = f"{self._pages()}/{link}"
+        note = "\n".join([f"[Compare the arms]({link})", "", no_tags("\n".join(overview(report)))])
+        self._client.set_tag(self.parent, "mlflow.note.content", note[:NOTE_CHARS])
+
+    def _pages(self) -> str:
+        """Address of MLflow's pages: of the server that is written to, else of this home's `quench up`."""
+        up = self.home / "up.json"
+        return self.uri if self.uri.startswith("http") else read_json(up)["mlflow"] if up.exists() else LOCAL_UI
+
+    def end(self, status: str, *, hurry: bool = True) -> None:
+        """Close the parent run (completed, failed or stopped) and wait; after a stop, in a hurry, not for long."""
+        self._close(status)
+        undone = wait(self.asked, timeout=STOP_S if status == "stopped" and hurry else None).not_done
+        self.thread.shutdown(wait=False, cancel_futures=True)
+        if undone:
+            self.trouble.append(f"{len(undone)} calls were not made within {STOP_S:g} s of the stop")
+        else:
+            self.asked[-1].result()
+
+    @told
+    def _close(self, status: str) -> None:
+        if self.parent:
+            mapped = {"completed": "FINISHED", "failed": "FAILED"}.get(status, "KILLED")
+            for run in self._nested.values():
+                if self._client.get_run(run).info.status == "RUNNING":
+                    self._client.set_terminated(run, "KILLED")
+            self._client.set_terminated(self.parent, mapped)
+            if not self.trouble:
+                self._tag(self.parent, {WHOLE: "yes"})
+
+    def _nested_run(self, key: str, *, kind: str) -> str:
+        if key not in self._nested:
+            tags = {"mlflow.parentRunId": self.parent, "quench.run": self.run, "quench.kind": kind, "quench.key": key}
+            name = key.removeprefix("arm/")
+            self._nested[key] = self._client.create_run(self.experiment, run_name=name, tags=tags).info.run_id
+        return self._nested[key]
+
+    def _calibset(self, run: str, files: Path, *, digest: str) -> None:
+        """The calibration set as a dataset of the run; MLflow takes 36 characters of its digest."""
+        source = json.dumps({"uri": str(files / "calibset.parquet")})
+        dataset = Dataset(name=files.parent.name, digest=digest[:DIGEST_CHARS], source_type="local", source=source)
+        tags = [InputTag("mlflow.data.context", "calibration"), InputTag("sha256", digest)]
+        self._client.log_inputs(run, [DatasetInput(dataset, tags)])
+
+    def _metrics(self, run: str, points: list[Metric]) -> None:
+        for start in range(0, len(points), BATCH):
+            self._client.log_batch(run, metrics=points[start : start + BATCH])
+
+    def _numbers(self, run: str, values: Mapping[str, Any]) -> None:
+        """Numbers become metrics, nested dicts of numbers too (`a/b`); everything else stays in the manifest."""
+        now = int(time.time() * 1000)
+        points = [
+            Metric(key=_name(key), value=float(value), timestamp=now, step=0)
+            for key, value in _flat(values, separator="/").items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        ]
+        self._metrics(run, points)
+
+    def _params(self, run: str, values: Mapping[str, Any]) -> None:
+        told = {_name(key): _text(value)[:PARAM_CHARS] for key, value in values.items()}
+        self._client.log_batch(run, params=[Param(key, text) for key, text in told.items()])
+
+    def _tag(self, run: str, tags: Mapping[str, str]) -> None:
+        self._client.log_batch(run, tags=[RunTag(key, value) for key, value in tags.items()])
+
+    def _files(self, run: str, folder: Path, name: str) -> None:
+        """The artifact's manifest and files in the MLflow run, as hard links where that is possible."""
+        uri = self._client.get_run(run).info.artifact_uri
+        if uri is None or not uri.startswith("file:"):
+            if place := self._store.place_in_bucket(folder):
+                self._by_reference(run, folder / "files", name, place=place)
+            else:
+                self._client.log_artifacts(run, str(folder / "files"), name)
+            self._client.log_artifact(run, str(folder / "manifest.json"))
+            return
+        root = Path(local_file_uri_to_path(uri))
+        link_tree(folder / "files", root / name)
+        link_tree(folder, root, names=("manifest.json",))
+
+    @functools.cached_property
+    def _store(self) -> Store:
+        return open_store(self.home)
+
+    def _by_reference(self, run: str, files: Path, name: str, *, place: str) -> None:
+        """Send the small files; of weights, which the bucket has already, references.json says where."""
+        small, references = parted(files, place)
+        for file, path in small.items():
+            self._client.log_artifact(run, str(path), str(Path(name, file).parent))
+        self._client.log_dict(run, references, f"{name}/references.json")
+        self._tag(run, {"quench.files": place})
+
+
+def _datasets(folder: Path, manifest: Mapping[str, Any]) -> dict[str, DatasetInput]:
+    """Train, dev and test of a prepared data set, each a dataset in MLflow; one file holds all three."""
+    source = json.dumps({"uri": str(folder / "files" / "rows.parquet")})
+    found: dict[str, DatasetInput] = {}
+    for split, context in SPLITS.items():
+        size = {"num_rows": manifest["result"]["rows"][split], "num_tokens": manifest["result"]["tokens"][split]}
+        dataset = Dataset(
+            name=f"{manifest['slug']}-{split}",
+            digest=manifest["digest"][:DIGEST_CHARS],
+            source_type="local",
+            source=source,
+            profile=json.dumps(size),
+        )
+        tags = [InputTag("mlflow.data.context", context), InputTag("sha256", manifest["digest"])]
+        found[split] = DatasetInput(dataset, tags)
+    return found
+
+
+def _arm_columns(report: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """A row an arm: every metric with the ends of its interval."""
+    arms = report["arms"]
+    columns: dict[str, list[Any]] = {"arm": list(arms)}
+    for name in ("role", "status", "ranked"):
+        columns[name] = [arm[name] for arm in arms.values()]
+    for metric in next(iter(arms.values()))["metrics"] if arms else ():
+        cells = [arm["metrics"][metric] for arm in arms.values()]
+        columns[metric] = [cell["value"] for cell in cells]
+        for end, place in (("low", 0), ("high", 1)):
+            ends = [cell["ci95"] and cell["ci95"][place] for cell in cells]
+            if any(value is not None for value in ends):
+                columns[f"{metric}.{end}"] = ends
+    return columns
+
+
+def _comparison_columns(report: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """A row a comparison, with the interval that its word follows from."""
+    made = report["comparisons"]
+    columns = {name: [one[name] for one in made] for name in ("family", "a", "b", "metric", "verdict", "difference")}
+    return {**columns, **{end: [one["ci95_adjusted"][at] for one in made] for end, at in (("low", 0), ("high", 1))}}
+
+
+def _point(event: Mapping[str, Any]) -> Metric:
+    return Metric(key=event["name"], value=event["value"], timestamp=int(event["t"] * 1000), step=event["step"])
+
+
+def _text(value: Any) -> str:
+    """Lists as JSON with sorted keys: a recipe that was read back says the same."""
+    return json.dumps(value, sort_keys=True) if isinstance(value, list) else str(value)
+
+
+def _name(text: str) -> str:
+    """MLflow takes 250 letters, digits and `_ - . space : /`, and nothing that leads elsewhere as a path."""
+    plain = "".join(char if char.isalnum() or char in "_-. :/" else "_" for char in text)
+    whole = "/".join(re.sub(r"^\.+", "_", part) or "_" for part in plain.split("/"))
+    return whole[:NAME_CHARS].rstrip("/")
+
+
+def _flat(values: Mapping[str, Any], *, separator: str = ".", before: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{before}{key or 'none'}"
+        if isinstance(value, Mapping):
+            flat |= _flat(value, separator=separator, before=f"{name}{separator}")
+        else:
+            flat[name] = value
+    return flat

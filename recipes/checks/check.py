@@ -1,0 +1,261 @@
+"""Everything about a recipe that can be refused before anything is spent, all of it at once.
+
+`check` reads config.json, safetensors headers and the first row; `check_data` reads every row. No torch, < 1 s.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from recipes.arms import arms, specified
+from recipes.checks.adapter import beside, fit_problems, folder_problems
+from recipes.checks.arms import kv_cache_problems
+from recipes.checks.external import folder_problems as external_problems
+from recipes.checks.external import needs_code, reference_problems, unpinned_problems
+from recipes.checks.gate import preferred
+from recipes.checks.python import python_problems
+from recipes.checks.rows import RowCheck, check_data, general_files, general_problems
+from recipes.checks.scorers import scorer_problems
+from recipes.checks.serving import entries, length_problems
+from recipes.checks.train import device_problems, train_problems
+from recipes.data.rows import read_origin
+from recipes.models.headers import Headers, read_headers
+from recipes.problem import Problem, RecipeError
+from recipes.read.load import InvalidRecipe, Loaded, load, missing
+from recipes.schema import SchemeSpec
+from recipes.schemes.limits import limit_problems
+from recipes.schemes.scheme import Scheme
+
+__all__ = ["Checked", "RowCheck", "check", "check_base", "check_data", "load_and_check", "load_and_read", "unchecked"]
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+OURS = ("flows", "tasks", "recipes")
+
+
+class Checked(NamedTuple):
+    """A recipe without a problem, and what its rows say; nothing where they were not read."""
+
+    loaded: Loaded
+    rows: RowCheck
+
+
+def load_and_check(path: Path, *, sets: Sequence[str] = (), data: bool = False) -> Loaded:
+    """The recipe alone, see `load_and_read`."""
+    return load_and_read(path, sets=sets, data=data).loaded
+
+
+def load_and_read(path: Path, *, sets: Sequence[str] = (), data: bool = True) -> Checked:
+    """Load and check in one go: a misspelled key does not hide a missing file.
+
+    Args:
+        path: Recipe file.
+        sets: Overrides `a.b=c`.
+        data: Read every row, too.
+
+    Raises:
+        RecipeError: With everything that is wrong.
+    """
+    rows = RowCheck([], {})
+    problems: list[Problem] = []
+    try:
+        loaded: Loaded | None = load(path, sets=sets)
+    except InvalidRecipe as error:
+        problems, loaded = list(error.problems), error.rest
+    if loaded is not None:
+        rows = check_data(loaded) if data else rows
+        problems += [*check(loaded), *rows.problems]
+    if problems or loaded is None:
+        raise RecipeError(problems)
+    return Checked(loaded, rows)
+
+
+def check(loaded: Loaded, *, fetched: bool = False) -> list[Problem]:
+    """All problems that the recipe, config.json, the safetensors headers and the first row show.
+
+    A base or data set that is a hub id is not local and says nothing here: `check_base` looks at it when it is pinned.
+
+    Args:
+        loaded: The recipe.
+        fetched: It is checked for the second time, with folders in place of hub ids. What Python is allowed was asked
+            of the recipe as it is written.
+    """
+    problems = [*_shadows(), *_schemes(loaded), *_data(loaded), *scorer_problems(loaded), *_template(loaded)]
+    problems += [*beside(loaded), *_adapter(loaded), *_externals(loaded), *preferred(loaded.recipe)]
+    problems += [] if fetched else python_problems(loaded)
+    problems += device_problems(loaded.recipe, device=loaded.recipe.run.device)
+    base = loaded.base
+    if base is not None:
+        problems += check_base(loaded, base) if base.is_dir() else [missing(base, field="model.base", kind="folder")]
+    return [loaded.placed(problem) for problem in problems]
+
+
+def check_base(loaded: Loaded, folder: Path) -> list[Problem]:
+    """Problems of a base model's folder with this recipe; for a hub id, of the folder that it was pinned to."""
+    try:
+        headers = read_headers(folder)
+    except RecipeError as error:
+        return list(error.problems)
+    found = [*_own_code(headers), *_chat_template(loaded, headers), *_shapes(loaded, headers)]
+    found += [*_lengths(loaded, headers), *length_problems(loaded, headers), *kv_cache_problems(loaded, headers)]
+    found += [*train_problems(loaded, headers), *(fit_problems(loaded.adapter, headers) if loaded.adapter else [])]
+    return [loaded.placed(problem) for problem in found]
+
+
+def unchecked(loaded: Loaded) -> list[str]:
+    """What is not here yet and was not looked at: `model.base org/name: checked when it is pinned`."""
+    asked = loaded.recipe.data
+    named = {"model.base": (loaded.recipe.model.base, loaded.base)}
+    named |= {asked.field(i): (part.path, loaded.data[i]) for i, part in enumerate(asked.parts)}
+    named |= {"train.adapter": (loaded.recipe.train.adapter or "", loaded.adapter)}
+    for name, one in loaded.recipe.evaluate.externals.items():
+        named[f"evaluate.external.{name}"] = (one.path, loaded.externals[name])
+    return [f"{field} {name}: checked when it is pinned" for field, (name, here) in named.items() if name and not here]
+
+
+# ---- the checkout
+
+
+def _shadows() -> Iterator[Problem]:
+    """A module of the user's that is imported in place of ours."""
+    for name in OURS:
+        spec = importlib.util.find_spec(name)
+        origin = Path(spec.origin).resolve() if spec and spec.origin else None
+        if origin is None or origin != CHECKOUT / name / "__init__.py":
+            found = list(spec.submodule_search_locations or []) if spec else []
+            yield Problem(
+                what=f"Another `{name}` is imported in place of Quench's.",
+                where=str(origin or (found[0] if found else CHECKOUT / name)),
+                why=f"Code of two places would be mixed; ours is {CHECKOUT / name}.",
+                next=f"Rename {origin.name if origin else name}, or start `quench` from another folder.",
+            )
+
+
+# ---- schemes and the base
+
+
+def _schemes(loaded: Loaded) -> Iterator[Problem]:
+    """Slugs that name no scheme, and arms that would share a name."""
+    found: list[Problem] = []
+    for field, entry in entries(loaded.recipe):
+        try:
+            specified(entry)
+        except RecipeError as error:
+            found += (_at(problem, field) for problem in error.problems)
+    try:
+        if not found:
+            arms(loaded.recipe)
+    except RecipeError as error:
+        found += error.problems
+    yield from found
+
+
+def _at(problem: Problem, where: str) -> Problem:
+    return Problem(what=problem.what, where=where, why=problem.why, next=problem.next)
+
+
+def _shapes(loaded: Loaded, headers: Headers) -> Iterator[Problem]:
+    """Schemes that the base's layers, or its model type, do not allow."""
+    for field, entry in entries(loaded.recipe):
+        scheme = _parsed(entry)
+        if scheme is not None:
+            found = [*scheme.check(headers.linears), *limit_problems(scheme, headers)]
+            yield from (_at(problem, field) for problem in found)
+
+
+def _parsed(entry: str | SchemeSpec) -> Scheme | None:
+    try:
+        return specified(entry)
+    except RecipeError:
+        return None  # _schemes says so
+
+
+def _own_code(headers: Headers) -> Iterator[Problem]:
+    if needs_code(headers.config):
+        yield Problem(
+            what="The base needs code of its own: its config.json has an auto_map.",
+            where="model.base",
+            why=f"transformers here knows no model type {headers.config.get('model_type')}; training, merging and "
+            "quantizing run no code that comes with a model, and what they write would need it too.",
+            next="Name a base of a type that transformers has. As an external model it can be evaluated "
+            "(evaluate.external, trust_remote_code).",
+        )
+
+
+def _chat_template(loaded: Loaded, headers: Headers) -> Iterator[Problem]:
+    chosen = loaded.recipe.model.chat_template
+    if chosen is None and not headers.has_chat_template:
+        yield Problem(
+            what="The base has no chat template.",
+            where="model.base",
+            why="Without one, turns cannot be rendered the same way in training, calibration and serving.",
+            next="Write `chat_template: chatml` under `model:` (or the path of a Jinja file); `quench init` takes "
+            "--chat-template chatml. It is saved into every artifact.",
+        )
+    if chosen is not None and headers.has_chat_template:
+        yield Problem(
+            what=f"The base has a chat template of its own, and the recipe names another one: {chosen}.",
+            where="model.chat_template",
+            why="The base was trained with its own; a second one would undo that.",
+            next="Remove model.chat_template.",
+        )
+
+
+def _lengths(loaded: Loaded, headers: Headers) -> Iterator[Problem]:
+    recipe, limit = loaded.recipe, headers.max_positions
+    lengths = {
+        "data.max_length": recipe.data.max_length,
+        "calibrate.seq_len": recipe.calibrate.seq_len,
+        "measure.prompt_tokens": recipe.measure.prompt_tokens + recipe.measure.new_tokens,
+    }
+    for field, length in lengths.items():
+        if limit is not None and length > limit:
+            extra = " with measure.new_tokens" if field == "measure.prompt_tokens" else ""
+            yield Problem(
+                what=f"{field}{extra} is {length} tokens; the base ends at {limit}.",
+                where=field,
+                why="config.json names the longest context; positions behind it were never trained.",
+                next=f"Set {field} to {limit - (length - recipe.measure.prompt_tokens if extra else 0)} or less.",
+            )
+
+
+def _adapter(loaded: Loaded) -> list[Problem]:
+    folder = loaded.adapter
+    if folder is None:
+        return []
+    return folder_problems(folder) if folder.is_dir() else [missing(folder, field="train.adapter", kind="folder")]
+
+
+def _externals(loaded: Loaded) -> Iterator[Problem]:
+    for name, folder in loaded.externals.items():
+        if folder is not None and not folder.is_dir():
+            yield missing(folder, field=f"evaluate.external.{name}", kind="folder")
+        elif folder is not None:
+            trusted = loaded.recipe.evaluate.externals[name].trust_remote_code
+            yield from external_problems(name, folder, trusted=trusted)
+    yield from unpinned_problems(loaded)
+    yield from reference_problems(loaded)
+
+
+# ---- data, template
+
+
+def _data(loaded: Loaded) -> Iterator[Problem]:
+    for i, path in enumerate(loaded.data):
+        if path is not None and not path.exists():
+            yield missing(path, field=loaded.recipe.data.field(i), kind="file")
+    for origin in loaded.origins.values():
+        yield from read_origin(origin, max_rows=1).problems
+    for field, path in general_files(loaded).items():
+        if not path.is_file():
+            yield missing(path, field=field, kind="file")
+        else:
+            yield from general_problems(path, max_rows=1)
+
+
+def _template(loaded: Loaded) -> Iterator[Problem]:
+    chosen = loaded.recipe.model.chat_template
+    if chosen is not None and chosen != "chatml" and not loaded.resolve(chosen).is_file():
+        yield missing(loaded.resolve(chosen), field="model.chat_template", kind="file")

@@ -1,0 +1,149 @@
+"""External models: what of their folders can be refused before anything is spent."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from recipes.models.headers import TOKENIZERS, Headers, read_tensors
+from recipes.plain import is_list, is_mapping, json_object
+from recipes.problem import Problem, RecipeError
+from recipes.read.load import Loaded
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def folder_problems(name: str, folder: Path, *, trusted: bool) -> Iterator[Problem]:
+    """What config.json, the safetensors headers and the tokenizer's files of an external model show.
+
+    Args:
+        name: Its name.
+        folder: Its folder.
+        trusted: Code that comes with it may run.
+    """
+    field = f"evaluate.external.{name}"
+    config = json_object(folder / "config.json")
+    if config is None:
+        yield _no_config(name, field, folder)
+        return
+    if needs_code(config) and not trusted:
+        yield Problem(
+            what=f"{name} needs code of its own: its config.json has an auto_map.",
+            where=field,
+            why=f"transformers here knows no model type {config.get('model_type')}, and code that comes with a model "
+            "runs as you, with your files.",
+            next="Name a model of a type that transformers has; or read that code, then write "
+            "`trust_remote_code: true` beside its path.",
+        )
+    try:
+        read_tensors(folder)
+    except RecipeError as error:
+        yield from (_retold(problem, name, field) for problem in error.problems)
+    if not any((folder / file).exists() for file in TOKENIZERS):
+        yield Problem(
+            what=f"{name} has no tokenizer.",
+            where=field,
+            why=f"None of {', '.join(TOKENIZERS)} is in {folder}, so no row can become its tokens.",
+            next="Copy the tokenizer files of the model that it was made from into its folder.",
+        )
+
+
+def needs_code(config: Mapping[str, Any]) -> bool:
+    """True where only code that comes with the model can load it: transformers has its own for types that it knows."""
+    return "auto_map" in config and not _is_known(str(config.get("model_type")))
+
+
+def unpinned_problems(loaded: Loaded) -> Iterator[Problem]:
+    """Code of a hub's repository that a branch or tag names: it may be another one tomorrow."""
+    for name, one in loaded.recipe.evaluate.externals.items():
+        here = loaded.externals[name] is not None
+        if one.trust_remote_code and not here and not COMMIT.fullmatch(one.revision or ""):
+            yield Problem(
+                what=f"Code of {one.path} is to be run, and no commit is named.",
+                where=f"evaluate.external.{name}.revision",
+                why=f"{one.revision or 'The default branch'} may name other code tomorrow than what you have read.",
+                next="Write the commit that you have read as `revision`, 40 hex digits.",
+            )
+
+
+def external_headers(folder: Path) -> Headers:
+    """Config and tensors of an external model. No linear layers: in a quantized one the headers do not show them.
+
+    Raises:
+        RecipeError: Its index and headers have problems.
+    """
+    config = json_object(folder / "config.json") or {}
+    text = config.get("text_config", config)
+    return Headers(
+        folder=folder,
+        config=config,
+        text_config=text if is_mapping(text) else config,
+        tensors=read_tensors(folder),
+        linears=(),
+        has_chat_template=False,
+    )
+
+
+def reference_problems(loaded: Loaded) -> Iterator[Problem]:
+    """A reference whose vocabulary is plainly another one; the rest the reference step finds out from the rows."""
+    name = loaded.recipe.evaluate.reference
+    folder, base = (loaded.externals.get(name) if name else None), loaded.base
+    if folder is None or base is None:
+        return
+    own, other = _vocabulary(folder), _vocabulary(base)
+    if own is not None and other is not None and own != other:
+        yield Problem(
+            what=f"{name} has another vocabulary than the base.",
+            where="evaluate.reference",
+            why=f"KL compares probabilities token by token: {len(own):,} tokens here, {len(other):,} in the base.",
+            next="Name a model with the base's tokenizer, or leave evaluate.reference out.",
+        )
+
+
+def _no_config(name: str, field: str, folder: Path) -> Problem:
+    if (folder / "adapter_config.json").exists():
+        return Problem(
+            what=f"{name} is an adapter, not a model.",
+            where=field,
+            why="An external model is loaded whole, as it would be served.",
+            next=f"Merge it: quench merge BASE {folder} OUT, then name the folder that it writes.",
+        )
+    broken = (folder / "config.json").exists()
+    return Problem(
+        what=f"config.json of {name} is not readable JSON." if broken else f"{name} has no config.json.",
+        where=field,
+        why=f"It names the architecture and its sizes; looked for in {folder}.",
+        next="Name a model folder as transformers' save_pretrained writes it.",
+    )
+
+
+def _retold(problem: Problem, name: str, field: str) -> Problem:
+    """A problem of headers, which are written for the base."""
+    return replace(
+        problem,
+        what=problem.what.replace("The base", name),
+        next=problem.next.replace("the base", name).replace("model.base", field),
+        where=f"{field} {problem.where}",
+    )
+
+
+def _is_known(kind: str) -> bool:
+    """Transformers has a folder of its own code a model type; it is not imported to ask."""
+    spec = importlib.util.find_spec("transformers")
+    roots = [] if spec is None else spec.submodule_search_locations or []
+    return any((Path(root) / "models" / kind.replace("-", "_")).is_dir() for root in roots)
+
+
+def _vocabulary(folder: Path) -> dict[str, Any] | None:
+    """Token -> id of a byte-pair tokenizer.json; None for other kinds."""
+    held = json_object(folder / "tokenizer.json") or {}
+    model, added = held.get("model"), held.get("added_tokens")
+    words = model.get("vocab") if is_mapping(model) else None
+    if not is_mapping(words):
+        return None
+    more = [one for one in added if is_mapping(one)] if is_list(added) else []
+    return {**words, **{str(one.get("content")): one.get("id") for one in more}}

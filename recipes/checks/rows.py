@@ -1,0 +1,281 @@
+"""What only reading every row shows: malformed rows, equal rows in two groups, empty sides, too little to calibrate."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from recipes.checks.gate import gate_warnings
+from recipes.checks.scorers import row_problems
+from recipes.data.rows import (
+    SHOWN,
+    TEXT,
+    Message,
+    Origin,
+    Row,
+    Rows,
+    Side,
+    content_hash,
+    drawn,
+    malformed,
+    read_origin,
+    side,
+)
+from recipes.models.headers import read_headers
+from recipes.plain import is_mapping
+from recipes.problem import Problem, RecipeError
+from recipes.read.load import Loaded, shown
+from recipes.schema import LEAST_ROWS, MOST_ROWS, TOKENS_PER_INPUT, Data
+
+
+class RowCheck(NamedTuple):
+    """Problems of the rows, what they amount to (JSON-able), and what they are too few for."""
+
+    problems: list[Problem]
+    summary: dict[str, Any]
+    warnings: tuple[Problem, ...] = ()
+
+
+@dataclass(kw_only=True)
+class Sides:
+    """Distinct rows on the sides of the split.
+
+    Attributes:
+        rows: By side.
+        duplicates: Rows that equal an earlier one.
+        not_drawn: Train rows that the weight of their source leaves out.
+        torn: Equal rows of two groups, by line.
+    """
+
+    rows: dict[Side, list[Row]]
+    duplicates: int
+    not_drawn: int
+    torn: list[str]
+
+
+def check_data(loaded: Loaded) -> RowCheck:
+    """Read every row: malformed ones, equal ones in two groups, empty sides, too little to calibrate on.
+
+    A first row that is malformed, a file that is missing or empty: `check` says so, and it is not said twice.
+    """
+    names = [part.path for part, path in zip(loaded.recipe.data.parts, loaded.data, strict=True) if path is None]
+    away = {"data": f"{', '.join(names)} is not local: its rows are read when it is pinned"} if names else {}
+    if not loaded.origins:
+        return RowCheck([], away)
+    origins = list(loaded.origins.values())
+    reads = [read_origin(origin) for origin in origins]
+    problems = list(_malformed_rows(origins, reads))
+    rows = [row for read in reads for row in read.rows]
+    sides = split_rows(rows, loaded.recipe.data)
+    held_out = [*sides.rows["dev"], *sides.rows["test"]]
+    problems += [*_torn(loaded, sides), *_general_rows(loaded), *row_problems(loaded, rows, held_out)]
+    if len(origins) == len(loaded.data) and all(read.rows and not read.wrong for read in reads):
+        problems += [*_empty_sides(loaded, sides), *_calibration(loaded, sides)]  # what sides hold is known only then
+    summary = _summary(loaded, sides) | {"format": formats(origins, reads)} | away
+    few = () if away else tuple(gate_warnings(loaded.recipe, sides.rows))
+    return RowCheck([loaded.placed(one) for one in problems], summary, tuple(map(loaded.placed, few)))
+
+
+def formats(origins: Sequence[Origin], reads: Sequence[Rows]) -> str:
+    """`messages, detected from rows.jsonl:1`, one a source."""
+    said = [
+        f"{read.format}, " + (f"detected from {read.detected_from}" if one.format == "auto" else "named in the recipe")
+        for one, read in zip(origins, reads, strict=True)
+    ]
+    return "; ".join(said)
+
+
+def _malformed_rows(origins: Sequence[Origin], reads: Sequence[Rows]) -> Iterator[Problem]:
+    for origin, read in zip(origins, reads, strict=True):
+        said = set(read_origin(origin, max_rows=1).wrong)
+        wrong = [row for row in read.wrong if row not in said]
+        if wrong:
+            yield malformed([origin.path], wrong)
+
+
+def split_rows(rows: Sequence[Row], asked: Data) -> Sides:
+    """The split that prepare will make, less rows that turn out too long."""
+    seen: dict[str, tuple[str, Row]] = {}
+    sides: dict[Side, list[Row]] = {"train": [], "dev": [], "test": []}
+    torn: list[str] = []
+    not_drawn = 0
+    for row in rows:
+        name = content_hash(row.messages)[:16]
+        group = str(row.columns[asked.group]) if asked.group else name
+        if name in seen:
+            before, first = seen[name]
+            if before != group:
+                torn.append(f"{first.where} ({before}) and {row.where} ({group})")
+            continue
+        seen[name] = (group, row)
+        there = side(group, salt=asked.salt, dev=asked.dev, test=asked.test)
+        if there == "train" and not drawn(name, weight=row.origin.weight, salt=asked.salt):
+            not_drawn += 1
+        else:
+            sides[there].append(row)
+    return Sides(rows=sides, duplicates=len(rows) - len(seen), not_drawn=not_drawn, torn=torn)
+
+
+def _torn(loaded: Loaded, sides: Sides) -> Iterator[Problem]:
+    if sides.torn:
+        more = f"\n    and {len(sides.torn) - SHOWN} more" if len(sides.torn) > SHOWN else ""
+        yield Problem(
+            what=f"{len(sides.torn)} rows equal an earlier row of another group: a test row could equal a train row.",
+            where="data.group",
+            why=f"Groups keep related rows on one side; these say two things (group):\n    "
+            f"{(chr(10) + '    ').join(sides.torn[:SHOWN])}{more}",
+            next=f"Give equal rows one value of `{loaded.recipe.data.group}`, or remove one of each pair.",
+        )
+
+
+def general_files(loaded: Loaded) -> dict[str, Path]:
+    """Files of general text by field: what is evaluated, and what controls calibrate on."""
+    recipe = loaded.recipe
+    named = {"data.general": recipe.data.general, "calibrate.general": recipe.calibrate.general}
+    return {field: loaded.resolve(path) for field, path in named.items() if path is not None}
+
+
+def _general_rows(loaded: Loaded) -> Iterator[Problem]:
+    """Lines of general text behind the first, which `check` reads; texts that would be calibrated on and evaluated."""
+    files = general_files(loaded)
+    problems = [
+        problem
+        for path in files.values()
+        if path.is_file() and not general_problems(path, max_rows=1)
+        for problem in general_problems(path)
+    ]
+    yield from problems
+    if len(files) == 2 and not problems and all(path.is_file() for path in files.values()):
+        evaluated, calibrated = map(_texts, files.values())
+        if shared := evaluated & calibrated:
+            yield Problem(
+                what=f"{len(shared)} texts stand in calibrate.general and in data.general.",
+                where="calibrate.general",
+                why="ppl_general would be measured on what a control was calibrated on.",
+                next="Remove them from one of the two files.",
+            )
+
+
+def _texts(path: Path) -> set[str]:
+    """Hashes of the texts of a file."""
+    lines = (line for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    return {content_hash([{"role": TEXT, "content": json.loads(line)["text"]}]) for line in lines}
+
+
+def general_problems(path: Path, *, max_rows: int | None = None) -> list[Problem]:
+    """Lines of general text that are not `{"text": ...}`; the first 20 by number."""
+    wrong: list[int] = []
+    count = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(islice(file, max_rows), start=1):
+            count += 1
+            try:
+                row: object = json.loads(line) if line.strip() else {"text": ""}
+            except (json.JSONDecodeError, UnicodeDecodeError):
+                row = None
+            if not is_mapping(row) or not isinstance(row.get("text"), str):
+                wrong.append(number)
+    if count and not wrong:
+        return []
+    named = ", ".join(map(str, wrong[:20])) + (f" and {len(wrong) - 20} more" if len(wrong) > 20 else "")
+    return [
+        Problem(
+            what=f"{len(wrong)} malformed rows in the general text." if wrong else "The general text is empty.",
+            where=f"{shown(path)}:{wrong[0]}" if wrong else shown(path),
+            why=f"Lines {named} are not {{'text': '...'}}." if wrong else "Its text is measured or calibrated on.",
+            next='Write one object with `text` a line: {"text": "..."}, or leave the field out.',
+        )
+    ]
+
+
+def _empty_sides(loaded: Loaded, sides: Sides) -> Iterator[Problem]:
+    asked = loaded.recipe.data
+    for name in ("dev", "test"):
+        if not sides.rows[name]:
+            yield Problem(
+                what=f"{name} would have no rows.",
+                where=f"data.{name}",
+                why=f"Groups fall on a side by their hash; shares are dev {asked.dev:g} and test {asked.test:g}.",
+                next=f"Give more rows or finer groups, raise data.{name}, or draw again by another data.salt.",
+            )
+
+
+def _calibration(loaded: Loaded, sides: Sides) -> Iterator[Problem]:
+    recipe, train = loaded.recipe, sides.rows["train"]
+    if len(train) < recipe.calibrate.rows:
+        enough = len(train) >= LEAST_ROWS
+        yield Problem(
+            what=f"train has {len(train)} rows; calibration asks for {recipe.calibrate.rows}.",
+            where="calibrate.rows",
+            why=f"Calibration rows come from train only, and fewer than {LEAST_ROWS} starve the Hessian.",
+            next=f"Set calibrate.rows to {len(train)}."
+            if enough
+            else f"Give at least {least_rows(recipe.data.dev, recipe.data.test)} rows in all.",
+        )
+        return
+    yield from _shares(loaded, train)
+    needed = TOKENS_PER_INPUT * _widest(loaded)
+    largest = sorted((token_bound(row.messages) for row in train), reverse=True)[: recipe.calibrate.rows]
+    if sum(largest) < needed:
+        rows = math.ceil(needed * len(largest) / sum(largest))
+        yield Problem(
+            what=f"Calibration needs {needed} tokens; {recipe.calibrate.rows} rows have {sum(largest)} at most.",
+            where="calibrate.rows",
+            why=f"With fewer than {TOKENS_PER_INPUT} tokens an input, the widest layer's Hessian is badly estimated.",
+            next=f"Raise calibrate.rows to {rows} or more." if rows <= MOST_ROWS else "Give longer rows.",
+        )
+
+
+def _shares(loaded: Loaded, train: Sequence[Row]) -> Iterator[Problem]:
+    """Shares for domains that train does not have, or has too few rows of."""
+    asked = loaded.recipe.calibrate
+    if not isinstance(asked.stratify, dict):
+        return
+    sizes = Counter(row.domain(loaded.recipe.data.domain) for row in train)
+    for name, share in asked.stratify.items():
+        if sizes[name] < math.floor(share * asked.rows):
+            yield Problem(
+                what=f"train has {sizes[name]} rows of the domain `{name}`; its share is {share:g} of {asked.rows}.",
+                where="calibrate.stratify",
+                why="Given shares are kept exactly.",
+                next=f"Lower its share or calibrate.rows; domains are {', '.join(sorted(sizes))}.",
+            )
+
+
+def least_rows(dev: float, test: float) -> int:
+    """Rows of which about 128 fall on train."""
+    return math.ceil(LEAST_ROWS / (1 - dev - test))
+
+
+def token_bound(messages: Sequence[Message]) -> int:
+    """No fewer tokens than the turns can have: a token a byte, and 32 for the template around each turn."""
+    called = (json.dumps(turn["tool_calls"]) for turn in messages if turn.get("tool_calls"))
+    return sum(len((turn.get("content") or "").encode()) + 32 for turn in messages) + sum(map(len, called))
+
+
+def _widest(loaded: Loaded) -> int:
+    """Inputs of the base's widest quantized layer; 0 where the base cannot be read here."""
+    base = loaded.base
+    try:
+        return read_headers(base).largest_in_features if base and base.is_dir() else 0
+    except RecipeError:
+        return 0
+
+
+def _summary(loaded: Loaded, sides: Sides) -> dict[str, Any]:
+    asked = loaded.recipe.data
+    counts: dict[str, Any] = {"rows": sum(map(len, sides.rows.values())), "duplicates": sides.duplicates}
+    if sides.not_drawn:
+        counts["left out by weight"] = sides.not_drawn
+    for name, rows in sides.rows.items():
+        counts[name] = {"rows": len(rows)}
+        if asked.domain or any(part.domain for part in asked.parts):
+            domains = Counter(row.domain(asked.domain) for row in rows)
+            counts[name]["domains"] = dict(sorted(domains.items()))
+    return counts

@@ -1,0 +1,181 @@
+"""What is wrong with `evaluate.scorers` before any answer is there to be scored: files, functions, names of tasks."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from recipes.checks.lm_eval_tasks import find_tasks
+from recipes.data.rows import SHOWN, Row
+from recipes.plain import is_mapping
+from recipes.problem import Problem
+from recipes.read.load import Loaded, missing, shown
+from recipes.scorers import JsonSchema, LmEval, PythonCallable, SqlExecution
+
+ARGUMENTS = ("answer", "reference", "columns")
+
+
+def scorer_problems(loaded: Loaded) -> Iterator[Problem]:
+    """Problems of all scorers, each with the field that it is about."""
+    for number, scorer in enumerate(loaded.recipe.evaluate.scorers):
+        field = f"evaluate.scorers.{number}.{scorer.content or 'kind'}"
+        match scorer:
+            case SqlExecution():
+                yield from _databases(scorer, loaded, field)
+            case JsonSchema():
+                yield from _schema(loaded.resolve(scorer.schema_file), field)
+            case PythonCallable():
+                yield from _function(scorer, loaded, field)
+            case LmEval():
+                yield from _tasks(scorer, loaded, f"evaluate.scorers.{number}")
+            case _:
+                pass
+
+
+def _databases(scorer: SqlExecution, loaded: Loaded, field: str) -> Iterator[Problem]:
+    folder = loaded.resolve(scorer.databases)
+    if not folder.is_dir():
+        yield missing(folder, field=field, kind="folder")
+    elif not any(folder.glob("*.sql")):
+        yield Problem(
+            what=f"There is no *.sql file in {shown(folder)}.",
+            where=field,
+            why="The scorer builds one sqlite3 database from each, to run answers on.",
+            next=f"Put a SCHEMA.sql with tables and rows there for each value of `{scorer.schema_column}`.",
+        )
+
+
+def _schema(path: Path, field: str) -> Iterator[Problem]:
+    if not path.is_file():
+        yield missing(path, field=field, kind="file")
+        return
+    try:
+        found: object = json.loads(path.read_text(encoding="utf-8"))
+        wrong = "" if is_mapping(found) or isinstance(found, bool) else "It holds no JSON object."
+    except ValueError as error:  # not UTF-8, or not JSON
+        wrong = f"It is no JSON: {error}."
+    if wrong:
+        yield Problem(
+            what=f"{shown(path)} is no JSON schema.",
+            where=field,
+            why=wrong,
+            next='Write a JSON schema: {"type": "object", "required": [...], "properties": {...}}.',
+        )
+
+
+def _function(scorer: PythonCallable, loaded: Loaded, field: str) -> Iterator[Problem]:
+    """The file is parsed, never imported: `check` runs nobody's code."""
+    path, name = loaded.content(scorer), scorer.parts.function
+    if path is None or not path.is_file():
+        yield missing(path or loaded.folder, field=field, kind="file")
+        return
+    try:
+        module = ast.parse(path.read_bytes(), filename=str(path))
+    except (SyntaxError, ValueError) as error:
+        yield Problem(
+            what=f"{shown(path)} is no Python that can be read.",
+            where=field,
+            why=f"{type(error).__name__}: {error}.",
+            next="Correct the file.",
+        )
+        return
+    bound = {one: node for node in module.body for one in _names(node)}
+    if name not in bound:
+        yield Problem(
+            what=f"{shown(path)} has no `{name}`.",
+            where=field,
+            why=f"It defines {', '.join(sorted(bound)) or 'nothing'} at its top level.",
+            next=f"Write `def {name}({', '.join(ARGUMENTS)})` there, or correct the name.",
+        )
+    elif isinstance(node := bound[name], ast.AsyncFunctionDef) or (
+        isinstance(node, ast.FunctionDef) and not _takes_three(node.args)
+    ):
+        yield Problem(
+            what=f"`{name}` cannot be called with {', '.join(ARGUMENTS)}.",
+            where=f"{shown(path)}:{node.lineno}",
+            why="A scorer gets the model's answer, the reference answer and the row's other columns, by place.",
+            next=f"Write `def {name}({', '.join(ARGUMENTS)})`; it returns a number from 0 to 1, or a bool.",
+        )
+
+
+def _names(node: ast.stmt) -> list[str]:
+    """Names that a statement binds at the top level of a module."""
+    match node:
+        case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+            return [node.name]
+        case ast.Import() | ast.ImportFrom():
+            return [(alias.asname or alias.name).split(".")[0] for alias in node.names]
+        case ast.Assign():
+            return [target.id for target in node.targets if isinstance(target, ast.Name)]
+        case ast.AnnAssign(target=ast.Name() as target):
+            return [target.id]
+        case _:
+            return []
+
+
+def _takes_three(arguments: ast.arguments) -> bool:
+    """True where three arguments can be given by place, and no more have to be."""
+    places = len(arguments.posonlyargs) + len(arguments.args)
+    required = places - len(arguments.defaults)
+    enough = arguments.vararg is not None or places >= len(ARGUMENTS)
+    return enough and required <= len(ARGUMENTS) and all(default is not None for default in arguments.kw_defaults)
+
+
+def _tasks(scorer: LmEval, loaded: Loaded, field: str) -> Iterator[Problem]:
+    include = loaded.content(scorer)
+    if include is not None and not include.is_dir():
+        yield missing(include, field=f"{field}.include", kind="folder")
+        return
+    found = find_tasks(scorer.tasks, include)
+    for name, near in found.near.items():
+        yield Problem(
+            what=f"lm-evaluation-harness has no task `{name}`.",
+            where=f"{field}.tasks",
+            why="Neither a task nor a group or tag bears that name"
+            + (f", in {shown(include)} or in lm_eval's own." if include else "; `include:` names no folder of yours."),
+            next=f"Did you mean `{near}`?" if near else "`.venv/bin/lm-eval ls tasks` lists all names.",
+        )
+
+
+def row_problems(loaded: Loaded, rows: Sequence[Row], held_out: Sequence[Row]) -> Iterator[Problem]:
+    """What only reading every row shows: databases that rows name, rows of dev and test with nothing to compare with.
+
+    Args:
+        loaded: The recipe.
+        rows: All rows.
+        held_out: Those of dev and test.
+    """
+    for scorer in loaded.recipe.evaluate.scorers:
+        if isinstance(scorer, SqlExecution):
+            yield from _row_databases(scorer, loaded.resolve(scorer.databases), rows)
+    if silent := [row.where for row in held_out if not row.is_text and not _answers(row)]:
+        yield Problem(
+            what=f"{len(silent)} rows of dev and test have no reference answer.",
+            where=silent[0],
+            why=f"Their last turn is thinking and nothing behind it, so no answer can be scored: "
+            f"{', '.join(silent[:SHOWN])}.",
+            next="Write the answer behind </think>, or remove these rows.",
+        )
+
+
+def _answers(row: Row) -> bool:
+    """True where the last turn says or calls something."""
+    turn = row.messages[-1]
+    return bool(turn.get("tool_calls") or str(turn.get("content") or "").rpartition("</think>")[2].strip())
+
+
+def _row_databases(scorer: SqlExecution, folder: Path, rows: Sequence[Row]) -> Iterator[Problem]:
+    first: dict[str, str] = {}
+    for row in rows:
+        first.setdefault(str(row.columns[scorer.schema_column]), row.where)
+    there = {path.stem for path in folder.glob("*.sql")}  # a row's word is compared, it never becomes a path
+    absent = [name for name in first if name not in there]
+    if absent and folder.is_dir():
+        yield Problem(
+            what=f"{len(absent)} databases are missing: {', '.join(f'{name}.sql' for name in absent[:SHOWN])}.",
+            where=first[absent[0]],
+            why=f"Rows name them in `{scorer.schema_column}`, and their answers are run on them.",
+            next=f"Put them into {shown(folder)}.",
+        )

@@ -1,0 +1,130 @@
+"""What a recipe's `train:` and `run:` ask of the base, its config and its headers."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator
+from difflib import get_close_matches
+
+from recipes.models.headers import Headers
+from recipes.problem import Problem
+from recipes.read.load import Loaded
+from recipes.schema import Recipe
+
+UNQUANTIZED = 0.05  # share of the linear weights; as tasks.jobs.training.unquantized refuses after loading
+
+
+def train_problems(loaded: Loaded, headers: Headers) -> Iterator[Problem]:
+    """Names that the base does not have, and experts that stay bf16."""
+    yield from _targets(loaded.recipe, headers)
+    yield from _patterns(loaded.recipe, headers)
+    yield from _modules_to_save(loaded.recipe, headers)
+    yield from _unquantized(loaded.recipe, headers)
+
+
+def device_problems(recipe: Recipe, *, device: str, gpus: int | None = None) -> Iterator[Problem]:
+    """What training asks of the device.
+
+    Args:
+        recipe: The recipe.
+        device: `auto`, where it is not known yet, `cpu` or `cuda`.
+        gpus: How many are visible; None where it is not known yet.
+    """
+    train, run = recipe.train, recipe.run
+    flash = train.attention == "flash_attention_2"
+    if flash and (device == "cpu" or importlib.util.find_spec("flash_attn") is None):
+        yield Problem(
+            what="train.attention flash_attention_2 does not run here.",
+            where="train.attention",
+            why="Its kernels are for NVIDIA GPUs." if device == "cpu" else "The package flash-attn is not installed.",
+            next="Set train.attention: sdpa, which runs everywhere, or install flash-attn on a machine with a GPU.",
+        )
+    if device == "cpu" and run.launcher == "fsdp-qlora" and run.processes > 1:
+        yield Problem(
+            what="run.launcher fsdp-qlora does not run on a CPU.",
+            where="run.launcher",
+            why="It cuts the 4-bit base over several GPUs.",
+            next="Set run.launcher: ddp.",
+        )
+    if device == "cuda" and gpus is not None and run.processes > gpus:
+        yield Problem(
+            what=f"run.processes is {run.processes}; {gpus} GPU(s) are visible.",
+            where="run.processes",
+            why="Each process of a training has a GPU of its own.",
+            next=f"Set run.processes to {gpus} or less, or make more GPUs visible (CUDA_VISIBLE_DEVICES).",
+        )
+
+
+def _targets(recipe: Recipe, headers: Headers) -> Iterator[Problem]:
+    targets = recipe.train.targets
+    known = sorted({layer.name.rpartition(".")[2] for layer in headers.linears})
+    for index, name in enumerate([] if isinstance(targets, str) else targets):
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            yield Problem(
+                what=f"No linear layer of the base is called {name}.",
+                where=f"train.targets.{index}",
+                why=f"Its layers are called {', '.join(known)}.",
+                next=f"Did you mean {near[0]}?" if near else "Name one of these, or write all-linear.",
+            )
+
+
+def _patterns(recipe: Recipe, headers: Headers) -> Iterator[Problem]:
+    """Keys that PEFT would pass over in silence: they match no layer with an adapter."""
+    names = [layer.name for layer in headers.linears if recipe.train.adapts(layer.name)]
+    fields = {"rank_pattern": recipe.train.rank_pattern, "alpha_pattern": recipe.train.alpha_pattern}
+    for field, patterns in fields.items():
+        for key in patterns:
+            try:
+                matches = any(re.match(rf"(.*\.)?({key})$", name) for name in names)  # PEFT's get_pattern_key
+            except re.error as error:
+                matches, why = False, f"It is no regular expression: {error}."
+            else:
+                why = f"Layers with an adapter are called like {names[0] if names else '(none)'}."
+            if not matches:
+                yield Problem(
+                    what=f"train.{field} names no layer that gets an adapter: {key}.",
+                    where=f"train.{field}",
+                    why=why,
+                    next="Write the end of a module's name, such as q_proj or layers.0.mlp.down_proj.",
+                )
+
+
+def _modules_to_save(recipe: Recipe, headers: Headers) -> Iterator[Problem]:
+    """PEFT takes every module whose full name ends so."""
+    quantized = {layer.name for layer in headers.dense_linears}
+    known = {name.rpartition(".")[0] for name in headers.tensors} - quantized
+    known |= {"lm_head"} if headers.tied else set()
+    for index, end in enumerate(recipe.train.modules_to_save):
+        refused = sorted(name for name in quantized if name.endswith(end))
+        if refused or not any(name.endswith(end) for name in known):
+            shown = ", ".join(sorted({name.rpartition(".")[2] for name in known}))
+            yield Problem(
+                what=f"train.modules_to_save cannot train {end}.",
+                where=f"train.modules_to_save.{index}",
+                why=f"{refused[0]} is quantized to NF4 in training, and 4-bit weights cannot be trained."
+                if refused
+                else f"What stays unquantized is called {shown}.",
+                next="Give it an adapter with train.targets." if refused else "Name one of these.",
+            )
+
+
+def _unquantized(recipe: Recipe, headers: Headers) -> Iterator[Problem]:
+    experts = headers.expert_parameters
+    share = experts / max(1, experts + headers.dense_linear_parameters)
+    if share > UNQUANTIZED and not recipe.train.accept_unquantized:
+        yield Problem(
+            what=f"{share:.0%} of the base's linear weights would stay bf16 in training: {2 * experts / (1 << 30):.1f} "
+            "GiB of experts.",
+            where="train.accept_unquantized",
+            why="transformers holds a mixture's experts as 3-D parameters, which bitsandbytes does not quantize.",
+            next="Set train.accept_unquantized: true if that memory is there, or take a dense base.",
+        )
+    if experts and recipe.train.dropout and recipe.train.targets == "all-linear":
+        yield Problem(
+            what="train.dropout does not go with adapters on experts.",
+            where="train.dropout",
+            why="all-linear includes a mixture's experts, and PEFT cannot drop inputs of 3-D parameters.",
+            next="Set train.dropout: 0, or name layers of the attention in train.targets.",
+        )

@@ -1,0 +1,1 @@
+"""From YAML to a Recipe, with every error at once."""

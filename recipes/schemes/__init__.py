@@ -1,0 +1,1 @@
+"""How weights are quantized, and who can read the result."""

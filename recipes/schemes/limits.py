@@ -1,0 +1,137 @@
+"""What a backend cannot do to an architecture, found by trying: a row each, with the reason and a way round.
+
+Versions: GPTQModel 7.6, bitsandbytes 0.50, transformers 5.23. What is not listed here
+tests/jobs/backends/test_contract.py tries on tiny Llama-, Qwen3-, Mistral- and Gemma-type models.
+
+The archived backends carry a list of model types and end with `TypeError: TYPE isn't supported yet.` for any other.
+What they quantize here is the part of that list that was tried in their environments (infra/locks/autoawq.txt,
+autogptq.txt): tiny models of these types, whose files load in transformers with the same weights (tests/interop).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from recipes.models.headers import Headers, is_expert
+from recipes.problem import Problem
+from recipes.schemes.scheme import Backend, Method, Scheme
+
+
+class Limit(NamedTuple):
+    """Something that ends in an error, or in a file that does not load.
+
+    Attributes:
+        backends: Whose limit it is.
+        methods: Of what it makes.
+        model_types: `model_type` in config.json.
+        why: What happens.
+        next: What works.
+    """
+
+    backends: tuple[Backend, ...]
+    methods: tuple[Method, ...]
+    model_types: tuple[str, ...]
+    why: str
+    next: str
+
+
+LIMITS = (
+    Limit(
+        ("gptqmodel", "quench-rtn", "bitsandbytes", "llm-compressor"),
+        ("rtn", "gptq", "awq", "nf4", "int8"),
+        ("gpt2", "openai-gpt"),
+        "Its layers are Conv1D with weights [in, out]; what is written of them does not load.",
+        "Choose a base with plain linear layers; evaluate the bf16 and nf4-adapter arms alone.",
+    ),
+    Limit(
+        ("gptqmodel",),
+        ("awq",),
+        ("gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text"),
+        "Its rotary embedding is another one by layer type, and GPTQModel's AWQ asks for it without one: the process "
+        "ends (Gemma3RotaryEmbedding.forward() missing 1 required positional argument: 'layer_type').",
+        "Write a gptq- scheme, or ct-awq.",
+    ),
+    Limit(
+        ("gptqmodel",),
+        ("gptq", "awq"),
+        ("phi3", "phi4mm"),
+        "GPTQModel splits its fused gate_up_proj, and names of the file are no longer those of the model.",
+        "Write an rtn- scheme, nf4 or int8.",
+    ),
+)
+
+
+class Archived(NamedTuple):
+    """A backend that nobody maintains any more.
+
+    Attributes:
+        package: Name, version and year.
+        model_types: `model_type` of config.json that it quantizes here.
+        untried: More types of its list, as words.
+        source: Where its list stands.
+    """
+
+    package: str
+    model_types: tuple[str, ...]
+    untried: str
+    source: str
+
+
+ARCHIVED: dict[Backend, Archived] = {
+    "autoawq": Archived(
+        package="AutoAWQ 0.2.9 (2025)",
+        model_types=("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"),
+        untried="mixtral qwen3_moe phi3 falcon opt bloom gptj gpt_neox gpt_bigcode mpt starcoder2 stablelm cohere "
+        "exaone deepseek_v2 deepseek_v3 minicpm minicpm3 internlm2 aquila Yi qwen baichuan",
+        source="awq/models/auto.py, AWQ_CAUSAL_LM_MODEL_MAP",
+    ),
+    "auto-gptq": Archived(
+        package="AutoGPTQ 0.7.1 (2024)",
+        model_types=("llama", "mistral", "qwen2", "gemma"),
+        untried="mixtral falcon opt bloom gptj gpt2 gpt_neox gpt_bigcode codegen qwen baichuan internlm xverse moss "
+        "deci stablelm_epoch longllama Yi",
+        source="auto_gptq/modeling/_const.py, SUPPORTED_MODELS",
+    ),
+}
+
+
+def limit_problems(scheme: Scheme, headers: Headers) -> list[Problem]:
+    """What the scheme's backend cannot do to this architecture; `where` is left to the caller as the slug."""
+    apart = scheme.form in ("gptq", "awq") and any(is_expert(layer.name) for layer in headers.linears)
+    if apart or (scheme.backend == "llm-compressor" and headers.expert_parameters):
+        return [
+            Problem(
+                what=f"{scheme.slug} would pack the experts of this model one by one.",
+                where=scheme.slug,
+                why="transformers 5 holds the experts of a layer as one weight and leaves packed ones out: they would "
+                "be random numbers in every evaluation, with a warning in a log.",
+                next="Write nf4 or int8: they leave the experts in bf16.",
+            )
+        ]
+    kinds = {headers.config.get("model_type"), headers.text_config.get("model_type")}
+    found = [
+        Problem(
+            what=f"{scheme.backend} cannot make {scheme.slug} of a {'/'.join(sorted(map(str, kinds)))} model.",
+            where=scheme.slug,
+            why=limit.why,
+            next=limit.next,
+        )
+        for limit in LIMITS
+        if scheme.backend in limit.backends and scheme.method in limit.methods and kinds & set(limit.model_types)
+    ]
+    archived = _archived_problem(scheme, str(headers.text_config.get("model_type")))
+    return [*found, archived] if archived else found
+
+
+def _archived_problem(scheme: Scheme, model_type: str) -> Problem | None:
+    known = ARCHIVED.get(scheme.backend)
+    if known is None or model_type in known.model_types:
+        return None
+    untried = model_type in known.untried.split()
+    says = "was not tried with them" if untried else f"does not know them ({known.source})"
+    return Problem(
+        what=f"The backend {scheme.backend} does not quantize {model_type} models.",
+        where=scheme.slug,
+        why=f"{known.package} {says}; it quantizes {', '.join(known.model_types)}.",
+        next=f"Leave `backend: {scheme.backend}` out: GPTQModel makes the same scheme.",
+    )

@@ -1,0 +1,230 @@
+"""How an artifact is served: serve.json, and serve.md for readers. Commands are run in the artifact's folder."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from recipes.models.headers import Headers
+from recipes.problem import Problem
+from recipes.schemes.engines import NAMES, READS, cautions, loaders, parallel_sizes, refusals, rows_of
+from recipes.schemes.scheme import Scheme, listed
+
+SCHEMA = 1
+DTYPE = "bfloat16"  # what models are trained, merged and evaluated in
+WHY_DTYPE = (
+    "the model was trained and evaluated in bf16. fp16 ends at 65,504; activations of a model that was trained in bf16 "
+    "can be larger, and fp16 kernels overflow then (vllm#1941, #16579). Take --dtype float16 only on GPUs without bf16 "
+    "(before compute capability 8.0), and try your own prompts first."
+)
+
+
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values of vLLM's --max-lora-rank
+
+
+class Adapter(NamedTuple):
+    """A LoRA adapter that is served on top of a base.
+
+    Attributes:
+        rank: Its largest rank.
+        plain: No DoRA and no modules trained in full: what vLLM reads.
+        nf4: The base is quantized to NF4 while it is loaded.
+        tokenizer: Folder of the tokenizer in the export.
+    """
+
+    rank: int
+    plain: bool
+    nf4: bool
+    tokenizer: str
+
+    @classmethod
+    def read(cls, folder: Path, *, nf4: bool) -> Adapter:
+        """From adapter_config.json."""
+        config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        patterns: dict[str, int] = config.get("rank_pattern") or {}
+        rank = max([int(config["r"]), *patterns.values()])
+        plain = not (config.get("use_dora") or config.get("modules_to_save"))
+        tokenizer = "adapter/tokenizer" if (folder / "tokenizer").is_dir() else "base"
+        return cls(rank=rank, plain=plain, nf4=nf4, tokenizer=tokenizer)
+
+    def refusal(self, name: str) -> Problem | None:
+        """Why there is no command for vLLM."""
+        if self.nf4:
+            why = "No source says that it loads a base as NF4 with double quantization under an adapter."
+        elif not self.plain:
+            why = "It reads neither DoRA nor modules that were trained in full."
+        elif self.rank > RANKS[-1]:
+            why = f"Its largest --max-lora-rank is {RANKS[-1]}, the adapter's {self.rank}."
+        else:
+            return None
+        return Problem(what=f"vLLM does not serve {name}.", where=name, why=why, next="Serve a merged arm.")
+
+    def options(self, name: str) -> list[str]:
+        """vLLM's, for the adapter under the name of the arm."""
+        rank = next((size for size in RANKS if size >= self.rank), RANKS[-1])
+        lora = ["--enable-lora", "--lora-modules", f"{name}=$PWD/adapter", "--max-lora-rank", str(rank)]
+        return [*lora, "--tokenizer", f"$PWD/{self.tokenizer}"]
+
+
+def describe(
+    headers: Headers,
+    *,
+    name: str,
+    scheme: Scheme | None,
+    tensor_parallel: int = 1,
+    max_model_len: int | None = None,
+    adapter: Adapter | None = None,
+) -> dict[str, Any]:
+    """What serve.json holds.
+
+    Args:
+        headers: Of the model in bf16: shapes, longest context, chat template.
+        name: Of the artifact; the name under which it is served.
+        scheme: How it is quantized; None where it is not.
+        tensor_parallel: GPUs that each layer is split over.
+        max_model_len: Tokens of prompt and answer; default: the longest context.
+        adapter: What stands on top; then the model is in base/ and the adapter in adapter/.
+    """
+    length = max_model_len or headers.max_positions
+    return {
+        "schema": SCHEMA,
+        "name": name,
+        "scheme": scheme.slug if scheme else None,
+        "form": scheme.form if scheme else "bf16",
+        "dtype": DTYPE,
+        "max_model_len": length,
+        "chat_template": headers.has_chat_template,
+        "kv_scales": bool(scheme and scheme.kv_scales),
+        "dequantize": bool(scheme and scheme.form == "compressed-tensors" and not scheme.grid.symmetric),
+        "adapter": adapter._asdict() if adapter else None,
+        "loaders": _loaders(scheme, adapter),
+        "vllm": _vllm(headers, name, scheme, ranks=tensor_parallel, length=length, adapter=adapter),
+    }
+
+
+def _loaders(scheme: Scheme | None, adapter: Adapter | None) -> dict[str, str]:
+    """Who reads it, and what has to be installed beside the engine."""
+    found = {one: _needs(scheme, one) for one in loaders(scheme)} if scheme else {"transformers": "", "vllm": ""}
+    if adapter is None:
+        return found
+    needs = ", ".join(filter(None, (found["transformers"], "peft", "bitsandbytes" if adapter.nf4 else "")))
+    return {"transformers": needs} if adapter.nf4 else {"transformers": needs, "vllm": found.get("vllm", "")}
+
+
+def _needs(scheme: Scheme, engine: str) -> str:
+    return ", ".join(row.needs for row in READS if row.engine == engine and row in rows_of(scheme, row.engine))
+
+
+def _vllm(
+    headers: Headers, name: str, scheme: Scheme | None, *, ranks: int, length: int | None, adapter: Adapter | None
+) -> dict[str, Any]:
+    """The command, or why there is none."""
+    sizes = parallel_sizes(scheme, headers.linears, "vllm")
+    refused = refusals(scheme, headers.linears, "vllm", ranks) if scheme else []
+    careful = cautions(scheme, headers.linears, "vllm", ranks) if scheme else []
+    if adapter and (problem := adapter.refusal(name)):
+        refused.append(problem)
+    command = ["vllm", "serve", "$PWD/base" if adapter else "$PWD"]
+    command += adapter.options(name) if adapter else ["--served-model-name", name]
+    command += ["--dtype", DTYPE]
+    command += ["--max-model-len", str(length)] if length else []
+    command += ["--tensor-parallel-size", str(ranks)]
+    return {
+        "command": None if refused else command,
+        "refused": [one.as_dict() for one in refused],
+        "cautions": [one.as_dict() for one in careful],
+        "tensor_parallel_sizes": list(sizes),
+    }
+
+
+def readable(served: Mapping[str, Any]) -> str:
+    """serve.md."""
+    lines = [f"# Serving {served['name']}", "", "Commands are run in this folder.", "", "## vLLM", ""]
+    lines += _vllm_lines(served) if served["vllm"]["command"] else _refused_lines(served)
+    lines += ["", "## transformers", ""]
+    if needs := served["loaders"].get("transformers"):
+        lines += [f"It needs {needs}.", ""]
+    lines += python_lines(served)
+    others = [f"{NAMES[one]}{f' (with {needs})' if needs else ''}" for one, needs in _others(served)]
+    if others:
+        lines += ["", f"These read it, too: {', '.join(others)}."]
+    return "\n".join(lines) + "\n"
+
+
+def _others(served: Mapping[str, Any]) -> Iterator[tuple[Any, str]]:
+    yield from ((one, needs) for one, needs in served["loaders"].items() if one not in ("transformers", "vllm"))
+
+
+def shell(command: list[str]) -> str:
+    """The command as it is typed; $PWD is left to the shell."""
+    return " ".join(f'"{word}"' if "$PWD" in word else shlex.quote(word) for word in command)
+
+
+def _vllm_lines(served: Mapping[str, Any]) -> Iterator[str]:
+    vllm = served["vllm"]
+    yield from ["```", shell(vllm["command"]), "```", ""]
+    if needs := served["loaders"].get("vllm"):
+        yield f"* It needs {needs}."
+    if served["scheme"]:
+        yield "* No --quantization: vLLM reads the method from config.json and picks the fastest kernel for it."
+    yield f"* --dtype {served['dtype']}: {WHY_DTYPE}"
+    if served["max_model_len"]:
+        yield f"* --max-model-len {served['max_model_len']}: prompt and answer; less leaves memory for more requests."
+    sizes = listed(vllm["tensor_parallel_sizes"])
+    yield f"* --tensor-parallel-size: of 1, 2, 4 and 8 GPUs {sizes} can share it, by shapes and groups."
+    if served["chat_template"]:
+        yield "* No --chat-template: the template stands beside the tokenizer, and vLLM reads it there."
+    else:
+        yield "* The folder has no chat template: name one by --chat-template."
+    yield _kv_line(served["kv_scales"])
+    for one in vllm["cautions"]:
+        yield f"* {one['what']} {one['why']}"
+
+
+def _kv_line(calibrated: bool) -> str:
+    if calibrated:
+        return (
+            "* FP8 scales of the KV cache were calibrated and stand in the files: --kv-cache-dtype fp8 uses them. "
+            "transformers applies them always, so the arm's figures hold what they cost; without the flag the cache "
+            "stays in bf16."
+        )
+    return "* No --kv-cache-dtype: no scales were calibrated, so an FP8 cache would take 1.0 for all of them."
+
+
+def _refused_lines(served: Mapping[str, Any]) -> Iterator[str]:
+    for one in served["vllm"]["refused"]:
+        yield f"{one['what']} {one['why']} {one['next']}"
+
+
+def python_lines(served: Mapping[str, Any]) -> Iterator[str]:
+    """Python that loads model and tokenizer with transformers, as Markdown."""
+    adapter = served["adapter"]
+    settings = f'dtype=torch.{served["dtype"]}, device_map="auto"'
+    yield "```python"
+    yield "import torch"
+    if adapter:
+        yield "from peft import PeftModel"
+    nf4 = bool(adapter and adapter["nf4"])
+    more = ", BitsAndBytesConfig" if nf4 else ", CompressedTensorsConfig" if served["dequantize"] else ""
+    yield f"from transformers import AutoModelForCausalLM, AutoTokenizer{more}"
+    yield ""
+    if nf4:
+        yield 'nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,'
+        yield f"                         bnb_4bit_compute_dtype=torch.{served['dtype']})"
+        settings += ", quantization_config=nf4"
+    if served["dequantize"]:  # without it, transformers 5.23 raises at the zero points
+        settings += ", quantization_config=CompressedTensorsConfig(dequantize=True)"
+    yield f'model = AutoModelForCausalLM.from_pretrained("{"base" if adapter else "."}", {settings})'
+    if adapter:
+        yield 'model = PeftModel.from_pretrained(model, "adapter")'
+    yield f'tokenizer = AutoTokenizer.from_pretrained("{adapter["tokenizer"] if adapter else "."}")'
+    yield "```"
+
+
+def write(folder: Path, served: Mapping[str, Any]) -> None:
+    """serve.json and serve.md. The same model and scheme give the same bytes."""
+    (folder / "serve.json").write_text(json.dumps(served, indent=2) + "\n", encoding="utf-8")
+    (folder / "serve.md").write_text(readable(served), encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Calibration sets from a user's rows, and control sets."""

@@ -1,0 +1,81 @@
+"""Rows of any accepted form -> calibration set, for a model that no recipe of ours made: `quench quantize`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from recipes.data.rows import Row, content_hash, malformed, read_rows
+from tasks.jobs.calibrate import calibset
+from tasks.jobs.text.conversation import Conversation, RowError
+from tasks.jobs.text.rendering import Renderer, Sample
+from tasks.runtime.process.errors import StageError
+from tasks.runtime.process.job import Job
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Render rows with the model's template (texts as they are), draw, pack. The same inputs give the same bytes.
+
+    Reads:
+        rows: a file or folder of rows. tokenizer: tokenizer files of the model.
+    Writes:
+        What tasks.jobs.calibrate writes.
+    Metrics:
+        None.
+
+    Raises:
+        StageError: Malformed rows, rows that the template refuses, no template for rows with turns; too few rows or
+            tokens.
+    """
+    path = job.inputs["rows"].path
+    read = read_rows(path)
+    if read.problems:
+        raise StageError(read.problems[0])
+    unique = {content_hash(row.messages)[:16]: row for row in reversed(read.rows)}
+    made = list(_texts(unique, job) if read.format == "text" else _turns(unique, job, path=path))
+    job.events.note(
+        "rows",
+        f"{len(read.rows)} of the form {read.format}, {len(read.rows) - len(unique)} of them repeated; {len(made)} fit "
+        f"{job.params['seq_len']} tokens",
+    )
+    return calibset(made, [], job=job)
+
+
+def _texts(rows: dict[str, Row], job: Job) -> Iterator[dict[str, Any]]:
+    """Texts as the tokenizer makes them, cut at seq_len; no template renders them."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(
+        str(job.inputs["tokenizer"].path), local_files_only=True, trust_remote_code=False
+    )
+    cut = 0
+    for name, row in sorted(rows.items()):
+        ids = tokenizer(row.messages[0]["content"])["input_ids"]
+        cut += len(ids) > job.params["seq_len"]
+        yield _record(name, row.messages, ids[: job.params["seq_len"]])
+    if cut:
+        job.events.note("cut", f"{cut} texts are over {job.params['seq_len']} tokens: their beginnings are used")
+
+
+def _turns(rows: dict[str, Row], job: Job, *, path: Path) -> Iterator[dict[str, Any]]:
+    """Conversations as the model's template renders them; leading turns go where they do not fit."""
+    renderer = Renderer.open(job.inputs["tokenizer"].path)
+    wrong: list[str] = []
+    for name, row in sorted(rows.items()):
+        try:
+            talk = Conversation.of(row.messages, row.columns.get("tools"))
+            samples = renderer.samples(talk, max_length=job.params["seq_len"])
+        except RowError as error:
+            wrong.append(f"{row.where} {error}")
+            continue
+        for sample in samples:
+            if isinstance(sample, Sample) and sample.last:  # where each turn is a sample, the last one holds all
+                yield _record(name, sample.turns, sample.rendered.input_ids)
+    if wrong:
+        raise StageError(malformed([path], wrong))
+
+
+def _record(name: str, messages: list[dict[str, Any]], ids: list[int]) -> dict[str, Any]:
+    return {"row": name, "domain": "", "messages": json.dumps(messages, ensure_ascii=False), "input_ids": ids}

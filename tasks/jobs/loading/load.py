@@ -1,0 +1,334 @@
+"""Loads every kind of arm into transformers: bf16, NF4 as in training, or a quantized checkpoint.
+
+Local folders and safetensors only; code from a checkpoint is run of an external model whose recipe asks for it alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM, AwqConfig, BitsAndBytesConfig, GPTQConfig, PreTrainedModel
+from transformers.quantizers.quantizer_awq import AwqQuantizer
+
+from recipes.problem import Problem
+from recipes.schemes.scheme import PER_CHANNEL
+from tasks.jobs.loading.environment import tame_gptqmodel
+from tasks.runtime.process.errors import StageError
+from tasks.runtime.process.job import Job
+
+if TYPE_CHECKING:  # PEFT and bitsandbytes add about a quarter to the import time: arms that need neither don't pay
+    from bitsandbytes.nn.modules import Linear4bit
+    from peft import PeftModel
+
+Kind = Literal["bf16", "nf4", "quantized", "external"]
+Note = Callable[[str, str], None]  # what about, and the text
+
+
+def setup(job: Job) -> None:
+    """Threads of the lease, seeds, quiet loggers. Every job that imports torch calls it first."""
+    torch.set_num_threads(job.execution.threads)
+    seed = int(job.params.get("seed", 0))
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    if job.execution.log_level != "DEBUG":
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # a kernel named by load_arm
+        # A line a layer and forward pass: int8 layers get fp16 inputs; quantize says it once.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+
+
+def load_bf16(folder: Path, *, device: str) -> PreTrainedModel:
+    """An unquantized checkpoint in bf16, eval mode.
+
+    Raises:
+        StageError: No safetensors in the folder.
+    """
+    return _load(folder, device=device)
+
+
+def load_nf4(folder: Path, *, device: str, attention: str | None = None, sharded: bool = False) -> PreTrainedModel:
+    """The base as QLoRA trains it: NF4 with double quantization, bf16 compute; embeddings and lm_head stay bf16.
+
+    bitsandbytes repacks a layer for an AVX512-BF16 kernel in the first eval-mode forward. That kernel has no
+    backward and rounds the nested absmax to bf16 (25 % of the weights change), so it is switched off: weights and
+    gradients stay the same before and after an evaluation.
+
+    Args:
+        folder: Model folder.
+        device: `cpu` or `cuda`.
+        attention: transformers' attn_implementation; None leaves the choice to it.
+        sharded: For FSDP, which flattens parameters of one type only: 4-bit codes are stored as bf16 words.
+
+    Raises:
+        StageError: No safetensors in the folder.
+    """
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_quant_storage=torch.bfloat16 if sharded else torch.uint8,
+    )
+    extra: dict[str, Any] = {"quantization_config": config}
+    if attention is not None:
+        extra["attn_implementation"] = attention
+    if sharded:
+        extra["device_map"] = None  # FSDP places the parts
+    return _load(folder, device=device, **extra)
+
+
+def load_int8(folder: Path, *, device: str) -> PreTrainedModel:
+    """A bf16 model quantized to LLM.int8() while it is loaded; embeddings and lm_head stay bf16.
+
+    Raises:
+        StageError: No safetensors in the folder.
+    """
+    return _load(folder, device=device, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+
+
+def linear4bit(model: nn.Module) -> dict[str, Linear4bit]:
+    """The bitsandbytes 4-bit layers by name, without PEFT's wrappers around them."""
+    from bitsandbytes.nn.modules import Linear4bit
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+
+
+def attach(model: PreTrainedModel, adapter: Path) -> PeftModel:
+    """The adapter on top of `model`, frozen, eval mode.
+
+    Raises:
+        StageError: No adapter_model.safetensors in the folder.
+    """
+    from peft import PeftModel
+
+    if not (adapter / "adapter_model.safetensors").exists():
+        raise StageError(
+            Problem(
+                what="no adapter_model.safetensors in the adapter folder",
+                where=str(adapter),
+                why="adapters are read from safetensors only; a pickle can run code when it is opened",
+                next="save the adapter again with PEFT's save_pretrained (safetensors is its default)",
+            )
+        )
+    return PeftModel.from_pretrained(model, str(adapter), is_trainable=False).eval()
+
+
+def load_arm(
+    kind: Kind,
+    folder: Path,
+    *,
+    device: str,
+    adapter: Path | None = None,
+    trusted: bool = False,
+    note: Note = lambda about, text: print(f"{about}: {text}", flush=True),
+) -> PreTrainedModel | PeftModel:
+    """An arm as it is shipped: bf16, NF4 or quantized checkpoint, with the adapter on top if there is one.
+
+    Args:
+        kind: `bf16`, `nf4` (quantized while loading), `quantized` (the checkpoint's own quantization_config;
+            `kernel_of` names the kernel) or `external` (whatever its config.json says).
+        folder: Model folder.
+        device: `cpu` or `cuda`.
+        adapter: PEFT folder or None.
+        trusted: Code in the folder of an external model may run.
+        note: Told where another kernel than the usual one was taken, and why.
+
+    Raises:
+        StageError: No safetensors in a folder, weights that are missing there, or kind and checkpoint contradict each
+            other.
+    """
+    if kind == "external":
+        return _load_external(folder, device=device, trusted=trusted, note=note)
+    if kind == "nf4":
+        model = load_nf4(folder, device=device)
+    elif kind == "quantized":
+        model = _load_quantized(folder, device=device, note=note)
+    else:
+        model = _load(folder, device=device)
+    if (kind != "bf16") != bool(getattr(model, "is_quantized", False)):
+        raise StageError(
+            Problem(
+                what=f"{folder.name} was to be loaded as {kind}",
+                where=str(folder / "config.json"),
+                why="its quantization_config says otherwise, and the figures would stand under the wrong name",
+                next="name an unquantized model for bf16 and nf4, a quantized one for quantized",
+            )
+        )
+    return attach(model, adapter) if adapter else model
+
+
+def _load_external(folder: Path, *, device: str, trusted: bool, note: Note) -> PreTrainedModel:
+    """A checkpoint from elsewhere, in the type of its files; a quantized one computes in bf16 like every other arm."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config.get("quantization_config"):
+        return _load_quantized(folder, device=device, note=note)
+    return _load(folder, device=device, whole=True, dtype="auto", trust_remote_code=trusted)
+
+
+def _load_quantized(folder: Path, *, device: str, note: Note) -> PreTrainedModel:
+    """A quantized checkpoint by its format's own loader, on the kernel of `_kernel`."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    stored = config.get("quantization_config", {})
+    method = stored.get("quant_method")
+    if method == "compressed-tensors":
+        from tasks.jobs.loading.compressed import packed_zero_points, unpack
+
+        with packed_zero_points():
+            model = _load(folder, device=device)
+        unpack(model)
+        return model
+    if method not in ("gptq", "awq"):
+        return _load(folder, device=device)
+    tame_gptqmodel()
+    kernel = _kernel(stored, device=device, note=note)
+    extra: dict[str, Any] = {}
+    if kernel is not None:  # of this config transformers takes the kernel alone; the rest is the checkpoint's
+        config_class: Any = GPTQConfig if method == "gptq" else AwqConfig  # the stub knows no kernel by its word
+        extra["quantization_config"] = config_class(bits=4, backend=kernel)
+    with awq_in_bf16():
+        return _load(folder, device=device, **extra)
+
+
+def _kernel(stored: dict[str, Any], *, device: str, note: Note) -> str | None:
+    """GPTQModel's kernel for a checkpoint, in transformers' words; None leaves the choice to it.
+
+    On CUDA its first choices are Machete (Hopper) and Swordfish (Blackwell), which fetch CUTLASS from the net and end
+    in an error without it. Marlin compiles from what is installed, once a machine, given nvcc and a C++ compiler; where
+    it cannot, plain torch needs neither. On CPUs, for 4 bits per channel, the choice would be a kernel that reads no
+    zero points and ends in an error where a layer has inputs other than 32, 64, 128 or 256 (TorchFusedLinear).
+
+    Args:
+        stored: quantization_config of the checkpoint.
+        device: `cpu` or `cuda`.
+        note: Told where Marlin would fit and is not there.
+    """
+    gptq, group = stored["quant_method"] == "gptq", stored.get("group_size")
+    if device == "cpu":
+        return "gptq_torch" if gptq and group == PER_CHANNEL and stored["bits"] == 4 else None
+    if not gptq and stored.get("format", stored.get("version", "gemm")) != "gemm":
+        return None  # an external model's: layouts that have one kernel each
+    symmetric = not gptq or stored.get("sym", True)  # its AWQ layers read zero points
+    fits = stored.get("bits") in (4, 8) and group in (PER_CHANNEL, 32, 64, 128) and symmetric
+    if fits:
+        missing = _no_marlin()
+        if missing is None:
+            return "gptq_marlin" if gptq else "marlin"
+        note("kernel", f"{missing}, so these layers run in plain torch, and slower")
+    return "gptq_torch" if gptq else "torch_awq"
+
+
+def _no_marlin() -> str | None:
+    """Why Marlin does not run here; where its extensions are not there yet, they are compiled.
+
+    Both types: bf16 multiplies, fp16 packs, because the layers are made before transformers says which type they have.
+    """
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "Marlin takes a GPU of compute capability 8.0"
+    from gptqmodel.utils.marlin import marlin_runtime_available, marlin_runtime_error
+
+    print("kernel: Marlin is compiled at its first use on a machine, for about 5 minutes", flush=True)
+    for dtype in (torch.bfloat16, torch.float16):
+        if not marlin_runtime_available(dtype):
+            return f"Marlin does not compile here ({marlin_runtime_error(dtype).partition(chr(10))[0]})"
+    return None
+
+
+@contextlib.contextmanager
+def awq_in_bf16() -> Iterator[None]:
+    """Leaves AWQ models in bf16 like every other arm: transformers casts them to fp16 wherever CUDA is, with a warning.
+
+    That is from when AWQ's kernels knew fp16 alone. In fp16 the model would overflow where bf16 does not.
+    """
+    cast = AwqQuantizer.update_dtype
+    AwqQuantizer.update_dtype = lambda self, dtype: dtype
+    try:
+        yield
+    finally:
+        AwqQuantizer.update_dtype = cast
+
+
+def kernel_of(model: nn.Module) -> str:
+    """Class names of the quantized linear layers in use, joined by `+`; `Linear` for an unquantized model."""
+    names = {type(module).__name__ for module in model.modules() if _is_quantized_layer(module)}
+    if any(isinstance(module, nn.Linear) and hasattr(module, "quantization_scheme") for module in model.modules()):
+        names.add("Linear (unpacked from compressed-tensors)")
+    return "+".join(sorted(names)) or "Linear"
+
+
+def _is_quantized_layer(module: nn.Module) -> bool:
+    """By the base class's name, because importing gptqmodel to ask costs 8-21 s."""
+    return any(
+        (base.__name__, base.__module__.partition(".")[0])
+        in {
+            ("Linear4bit", "bitsandbytes"),
+            ("Linear8bitLt", "bitsandbytes"),
+            ("BaseQuantLinear", "gptqmodel"),
+        }
+        for base in type(module).__mro__
+    )
+
+
+def _refuse_missing(names: list[str], folder: Path) -> None:
+    """Transformers fills weights that it does not find with random numbers, and logs a warning."""
+    if names:
+        raise StageError(
+            Problem(
+                what=f"{len(names)} weights of the model are not in the checkpoint: {', '.join(names[:5])}",
+                where=str(folder),
+                why="transformers would use random numbers in their place; packed experts of mixtures are such a case",
+                next="write another scheme for this model (quench schemes lists them); of an external model, name a "
+                "folder that is whole",
+            )
+        )
+
+
+def _load(folder: Path, *, device: str, whole: bool = False, **extra: Any) -> PreTrainedModel:
+    """from_pretrained with what holds for every arm; `extra` are more of its arguments.
+
+    Args:
+        folder: Model folder.
+        device: `cpu` or `cuda`.
+        whole: Refuse missing weights, as is always done of a quantized checkpoint.
+        extra: More arguments of from_pretrained.
+    """
+    if not any(folder.glob("*.safetensors")):
+        raise StageError(
+            Problem(
+                what="no *.safetensors in the model folder",
+                where=str(folder),
+                why="weights are read from safetensors only; a pickle (*.bin, *.pt) can run code when it is opened",
+                next="convert it once where you trust it: model.save_pretrained(folder) writes safetensors",
+            )
+        )
+    gpu = int(os.environ.get("LOCAL_RANK", "0"))  # of the lease's, where several processes train together
+    place = {"": gpu if device == "cuda" else device}
+    settings = {"device_map": place, "dtype": torch.bfloat16, "trust_remote_code": False, **extra}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(  # the stub knows no pair
+        str(folder),
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+        **settings,
+    )
+    model, info = loaded
+    if whole or getattr(model, "is_quantized", False):
+        _refuse_missing(sorted(info["missing_keys"]), folder)
+    if getattr(model, "is_loaded_in_4bit", False):
+        for layer in linear4bit(model).values():
+            layer.support_avx512bf16_for_cpu = False
+    return model.eval()

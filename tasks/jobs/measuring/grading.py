@@ -1,0 +1,201 @@
+"""All scorers of a recipe on one set of answers, and what becomes of an answer that a scorer cannot judge."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from recipes.problem import Problem
+from recipes.scorers import input_name
+from tasks.jobs.measuring.teacher_forcing import Caches, Model, Row, greedy_config
+from tasks.jobs.scorers import Scorer, ScorerFailed, make_scorer
+from tasks.jobs.text.conversation import behind_thinking
+from tasks.runtime.process.errors import StageError
+from tasks.runtime.process.job import Job
+
+if TYPE_CHECKING:
+    from tasks.jobs.scorers.harness import Harness  # importing lm_eval takes 2 s
+
+ROUNDING = 1e-9  # of a score of 1 that a function computes
+SHOWN = 20  # rows that are named
+SHOWN_CHARS = 200  # of an answer
+
+
+class Grader(NamedTuple):
+    """A scorer under the metric that its scores are."""
+
+    name: str
+    metric: str
+    score: Scorer
+
+
+class Graders(NamedTuple):
+    """The recipe's scorers: those of the rows' answers, and by metric the lm-eval tasks, which have documents."""
+
+    answers: list[Grader]
+    harnesses: dict[str, Harness]
+
+
+class Graded(NamedTuple):
+    """What scorers said of the answers.
+
+    Attributes:
+        scores: Metric -> (row, score); without a metric whose scorer failed.
+        said: `score`, `error` and `scores` of answers.parquet, in the order of the answers.
+        problems: Metric -> why it has no scores.
+    """
+
+    scores: dict[str, list[tuple[Row, float]]]
+    said: list[dict[str, Any]]
+    problems: dict[str, Problem]
+
+
+def open_graders(job: Job) -> Graders:
+    """The scorers of a job's params, in their order; the first one's metric is `task`.
+
+    Raises:
+        StageError: One cannot be loaded.
+    """
+    found = Graders([], {})
+    for number, params in enumerate(job.params["scorers"]):
+        name = input_name(number)
+        content = job.inputs[name].path if name in job.inputs else None
+        metric = f"task.{params['name']}" if number else "task"
+        if params["kind"] == "lm-eval":
+            found.harnesses[metric] = _harness(params, content)
+        else:
+            found.answers.append(Grader(params["name"], metric, make_scorer(params, content)))
+    return found
+
+
+def _harness(params: Mapping[str, Any], include: Path | None) -> Harness:
+    from tasks.jobs.scorers.harness import Harness
+
+    return Harness(params, include)
+
+
+def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The data set's tokenizer."""
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+
+
+def refuse_references(rows: Sequence[Row], graders: Sequence[Grader]) -> None:
+    """Raise StageError where the data's own answer is missing or would score less than 1."""
+    silent = [row.row for row in rows if not row.answer.strip()]
+    if silent:
+        raise StageError(
+            Problem(
+                what=f"{len(silent)} row(s) of dev and test have no reference answer",
+                where=f"rows {', '.join(silent[:SHOWN])}",
+                why="there is nothing to compare a model's answer with",
+                next="write their last turn's answer, or remove these rows",
+            )
+        )
+    for grader in graders:
+        wrong: dict[str, str] = {}
+        for row in rows:
+            try:
+                verdict = grader.score(row.answer, row.answer, row.columns)
+            except ScorerFailed as error:
+                wrong[row.row] = str(error)
+            else:
+                if verdict.score < 1 - ROUNDING:
+                    wrong[row.row] = verdict.error or f"it scores {verdict.score:g}"
+        if wrong:
+            raise _rejects(grader, wrong)
+
+
+def _rejects(grader: Grader, wrong: Mapping[str, str]) -> StageError:
+    first = next(iter(wrong))
+    return StageError(
+        Problem(
+            what=f"the scorer {grader.name} rejects the reference answers of {len(wrong)} row(s)",
+            where=f"rows {', '.join(list(wrong)[:SHOWN])}",
+            why=f"an arm that answers as the data says would be counted as wrong ({first}: {wrong[first]})",
+            next="correct these rows, or choose another entry of evaluate.scorers",
+        )
+    )
+
+
+def grade(rows: Sequence[Row], texts: Sequence[str], graders: Sequence[Grader]) -> Graded:
+    """Score every answer by every scorer.
+
+    A scorer that fails on one answer has no scores at all: a mean over the others would be of an easier set.
+
+    Args:
+        rows: What was asked.
+        texts: The answers, in the same order.
+        graders: The scorers; the first one's score is `score` of answers.parquet.
+    """
+    found = Graded({}, [{"score": None, "error": None} for _ in rows], {})
+    every: list[dict[str, dict[str, Any]]] = [{} for _ in rows]
+    for grader in graders:
+        failed: list[tuple[Row, str, str]] = []
+        scores: list[tuple[Row, float]] = []
+        for row, text, said in zip(rows, texts, every, strict=True):
+            try:
+                verdict = grader.score(behind_thinking(text), row.answer, row.columns)
+            except ScorerFailed as error:
+                failed.append((row, text, str(error)))
+                said[grader.name] = {"score": None, "error": str(error)}
+            else:
+                scores.append((row, verdict.score))
+                said[grader.name] = {"score": verdict.score, "error": verdict.error}
+        if failed:
+            found.problems[grader.metric] = _failed(grader, failed, of=len(rows))
+        else:
+            found.scores[grader.metric] = scores
+    for line, said in zip(found.said, every, strict=True):
+        line |= {**next(iter(said.values()), {}), "scores": json.dumps(said, ensure_ascii=False)}
+    return found
+
+
+def _failed(grader: Grader, failed: Sequence[tuple[Row, str, str]], *, of: int) -> Problem:
+    row, text, why = failed[0]
+    shown = text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]} ..."
+    return Problem(
+        what=f"the scorer {grader.name} failed on {len(failed)} of {of} answers",
+        where=f"row {row.row}, answer {shown!r}",
+        why=why,
+        next="make the scorer return 0 for what it cannot read, and run again: only evaluate steps are made again",
+    )
+
+
+class Asking(NamedTuple):
+    """How documents are asked: a tokenizer with its template, and the token ids that end an answer."""
+
+    tokenizer: PreTrainedTokenizerBase
+    ends: list[int]
+
+    @classmethod
+    def of(cls, folder: Path) -> Asking:
+        """As the rows are, with the data set's tokenizer."""
+        return cls(open_tokenizer(folder), greedy_config(folder, max_new_tokens=1).eos_token_id)
+
+
+def ask_harnesses(
+    model: Model, harnesses: Mapping[str, Harness], job: Job, *, asking: Asking, caches: Caches | None = None
+) -> tuple[list[dict[str, Any]], dict[str, Problem]]:
+    """Lines of scores.parquet of all lm-eval tasks (split `test`), and what went wrong, by metric."""
+    lines: list[dict[str, Any]] = []
+    problems: dict[str, Problem] = {}
+    size = job.params["batch_size"]
+    for metric, harness in harnesses.items():
+        try:
+            made = harness.run(model, asking.tokenizer, ends=asking.ends, batch_size=size, caches=caches)
+        except ScorerFailed as error:
+            problems[metric] = Problem(
+                what=f"no score of {metric}",
+                where=metric,
+                why=str(error),
+                next="name another `metric:` of its tasks, or leave them out",
+            )
+            continue
+        for one in made:
+            place = {"row": one.row, "group": one.row, "split": "test", "domain": one.task}
+            lines.append({**place, "metric": metric, "sum": one.score, "n": 1})
+    return lines, problems

@@ -1,0 +1,241 @@
+"""An external model's own tokenizer and template: does it read the rows as the base's does, and if not, how it does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow.parquet as pq
+from jinja2 import TemplateError
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+from recipes.data.rows import SHOWN, TEXT, Message
+from recipes.problem import Problem
+from tasks.jobs.measuring.teacher_forcing import Row
+from tasks.jobs.text.conversation import Conversation, RowError
+from tasks.jobs.text.rendering import Rendered, Renderer
+from tasks.runtime.process.errors import StageError
+
+
+class Source(NamedTuple):
+    """What a row was made from.
+
+    Attributes:
+        turns: Its turns, or the one plain text.
+        tools: The row's column of this name.
+        turn: Number of the one turn that is trained; 0 where all are.
+    """
+
+    turns: list[Message]
+    tools: Any
+    turn: int
+
+    @property
+    def is_text(self) -> bool:
+        """A plain text: no template renders it."""
+        return self.turns[0]["role"] == TEXT
+
+    @property
+    def talk(self) -> Conversation:
+        """As a template gets it."""
+        return Conversation.of(self.turns, self.tools)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnReading:
+    """The rows as a model with another tokenizer reads them.
+
+    Attributes:
+        why: `another tokenizer: ...`, in one sentence.
+        tokenizer: Its tokenizer, with its template.
+        rows: Every row in its tokens. A row is several where its template renders earlier turns otherwise than the
+            last: each assistant turn then stands behind its own history.
+        prompts: The rows that have a prompt, with its tokens as prompt_ids.
+        ends: Ids that end an answer.
+    """
+
+    why: str
+    tokenizer: Any
+    rows: list[Row]
+    prompts: list[Row]
+    ends: list[int]
+
+    def greedy(self, *, max_new_tokens: int) -> GenerationConfig:
+        """Plain greedy decoding that ends with the model's own turn."""
+        return GenerationConfig(
+            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=self.ends, pad_token_id=self.ends[0]
+        )
+
+
+def own_reading(
+    folder: Path, dataset: Path, rows: Sequence[Row], *, chat_template: str | None, trusted: bool
+) -> OwnReading | None:
+    """The rows as the model in this folder reads them, where its tokenizer is another one; else None.
+
+    Raises:
+        StageError: As of `read_rows_as`.
+    """
+    why = another(folder, dataset, rows)
+    if why is None:
+        return None
+    text = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trusted).get_text_config()
+    longest = getattr(text, "max_position_embeddings", None)
+    return read_rows_as(folder, dataset, rows, why=why, chat_template=chat_template, longest=longest)
+
+
+def another(folder: Path, dataset: Path, rows: Sequence[Row]) -> str | None:
+    """Why the tokenizer of a model folder is another one than the dataset's; None where all token ids are the same.
+
+    What counts is what it does: rows and prompts through its own template, or the dataset's where it has none.
+    """
+    own, theirs = _tokenizer(folder), _tokenizer(dataset / "tokenizer")
+    if not own.chat_template:
+        own.chat_template = theirs.chat_template
+    sources = _sources(dataset)
+    unlike = [row.row for row in rows if not _same(row, sources[row.row], own, theirs)]
+    if not unlike:
+        return None
+    if own.get_vocab() == theirs.get_vocab():
+        return f"another tokenizer: the base's vocabulary, but {len(unlike)} of {len(rows)} rows are rendered otherwise"
+    return (
+        f"another tokenizer: {len(own):,} tokens, the base's has {len(theirs):,}; {len(unlike)} of {len(rows)} rows "
+        "get other token ids"
+    )
+
+
+def _same(row: Row, source: Source, own: Any, theirs: Any) -> bool:
+    if source.is_text:
+        text = source.turns[0]["content"]
+        return own(text)["input_ids"] == theirs(text)["input_ids"]
+    talk = source.talk
+
+    def ids(turns: list[Message], **options: bool) -> list[int]:
+        return own.apply_chat_template(turns, tools=talk.tools, tokenize=True, return_dict=False, **options)
+
+    try:
+        whole = ids(talk.turns) == row.ids
+        return whole and (not row.prompt_ids or ids(talk.turns[:-1], add_generation_prompt=True) == row.prompt_ids)
+    except (TemplateError, TypeError):
+        return False
+
+
+def read_rows_as(
+    folder: Path, dataset: Path, rows: Sequence[Row], *, why: str, chat_template: str | None, longest: int | None
+) -> OwnReading:
+    """All rows through the tokenizer and template of a model folder.
+
+    Args:
+        folder: The model.
+        dataset: The dataset: turns and texts.
+        rows: Its rows as the base's tokenizer reads them.
+        why: What `another` said.
+        chat_template: `chatml` for a tokenizer without a template of its own, or None.
+        longest: Tokens that the model was made for.
+
+    Raises:
+        StageError: It has no template; its template refuses rows; rows are longer than the model's context.
+    """
+    if chat_template is None and not _tokenizer(folder).chat_template:
+        raise StageError(
+            Problem(
+                what="the model has another tokenizer and no chat template",
+                where=str(folder),
+                why="turns cannot be rendered as it expects them",
+                next="put its chat_template.jinja into the folder, or write evaluate.external.NAME as "
+                "{path: ..., chat_template: chatml}",
+            )
+        )
+    renderer = Renderer.open(folder, template=chat_template)
+    sources = _sources(dataset)
+    end = _tokenizer(dataset / "tokenizer").eos_token_id
+    pieces: list[Row] = []
+    prompts: list[Row] = []
+    wrong: list[str] = []
+    for row in rows:
+        try:
+            made = list(_read(row, sources[row.row], renderer, ended=row.ids[-1] == end))
+        except RowError as error:
+            wrong.append(f"{row.row} {error}")
+            continue
+        pieces += made
+        if row.prompt_ids:
+            prompts.append(made[-1])
+    if wrong:
+        raise StageError(_unreadable(wrong, folder))
+    if longest is not None and (long := [one.row for one in pieces if len(one.ids) > longest]):
+        raise StageError(_too_long(long, folder, longest=longest))
+    return OwnReading(why=why, tokenizer=renderer.tokenizer, rows=pieces, prompts=prompts, ends=_ends(folder, renderer))
+
+
+def _read(row: Row, source: Source, renderer: Renderer, *, ended: bool) -> list[Row]:
+    if source.is_text:
+        ids: list[int] = renderer.tokenizer(source.turns[0]["content"])["input_ids"]
+        end = renderer.tokenizer.eos_token_id
+        if ended and end is not None and ids[-1:] != [end]:
+            ids = [*ids, end]
+        return [replace(row, ids=ids, counted=[False, *[True] * (len(ids) - 1)], prompt_ids=[])]
+    return [
+        replace(
+            row,
+            ids=one.input_ids,
+            counted=[False, *one.mask[1:]],
+            prompt_ids=one.prompt_ids if row.prompt_ids else [],
+        )
+        for one in _rendered(renderer, source)
+    ]
+
+
+def _rendered(renderer: Renderer, source: Source) -> list[Rendered]:
+    talk = source.talk
+    if source.turn:
+        return [renderer.render_last(talk)]
+    try:
+        return [renderer.render(talk)]
+    except RowError:
+        if len(talk.answered) == 1:
+            raise
+    return [renderer.render_last(talk.until(number)) for number in talk.answered]
+
+
+def _tokenizer(folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+
+
+def _sources(dataset: Path) -> dict[str, Source]:
+    held_out = [("split", "in", ("dev", "test"))]
+    table = pq.read_table(dataset / "rows.parquet", columns=["row", "messages", "columns", "turn"], filters=held_out)
+    return {
+        one["row"]: Source(json.loads(one["messages"]), json.loads(one["columns"]).get("tools"), one["turn"])
+        for one in table.to_pylist()
+    }
+
+
+def _ends(folder: Path, renderer: Renderer) -> list[int]:
+    """The end of its turn first, then what its generation_config.json names."""
+    found = [renderer.end_of_turn]
+    if (folder / "generation_config.json").exists():
+        stored = GenerationConfig.from_pretrained(str(folder), local_files_only=True).eos_token_id
+        found += stored if isinstance(stored, list) else [] if stored is None else [stored]
+    return list(dict.fromkeys(found))
+
+
+def _unreadable(wrong: Sequence[str], folder: Path) -> Problem:
+    more = f"\n    and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+    return Problem(
+        what=f"its chat template cannot render {len(wrong)} row(s)",
+        where=str(folder),
+        why="an answer needs the same history as every other arm's:\n    " + "\n    ".join(wrong[:SHOWN]) + more,
+        next="give a template that takes such turns (chat_template.jinja of that folder), or leave the model out",
+    )
+
+
+def _too_long(long: Sequence[str], folder: Path, *, longest: int) -> Problem:
+    return Problem(
+        what=f"{len(long)} row(s) are longer than the model's context of {longest} tokens",
+        where=f"{folder / 'config.json'}: rows {', '.join(long[:SHOWN])}",
+        why="its tokenizer makes more tokens of them than the base's",
+        next="lower data.max_length, or leave the model out",
+    )

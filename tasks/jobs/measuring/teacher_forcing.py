@@ -1,0 +1,214 @@
+"""The same rows, order, batches and tokens for every arm: teacher forcing over completions, greedy answers.
+
+Reference and evaluate share this. bf16 sums depend on a batch's shape a little; with equal batches the reference scored
+against itself gives a KL of exactly 0.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from transformers import Cache, GenerationConfig, PreTrainedModel
+
+from recipes.problem import Problem
+from tasks.runtime.process.errors import StageError
+
+if TYPE_CHECKING:  # a seventh of the import time, and most arms have no adapter
+    from peft import PeftModel
+
+Model: TypeAlias = "PreTrainedModel | PeftModel"
+Caches = Callable[[], Cache]
+"""An empty KV cache for a batch."""
+LOSS_TOKENS = 256  # fp32 logits of so many tokens at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row of the dataset, or a text of the general hold-out (split `general`, every token counts).
+
+    Attributes:
+        ids: Token ids, T of them.
+        counted: T booleans: the token is predicted and counts (a completion token; never the first of the row).
+        prompt_ids: True history of the last assistant turn, for the task; empty where this sample has none to answer.
+    """
+
+    row: str
+    group: str
+    split: str
+    ids: list[int]
+    counted: list[bool]
+    domain: str = ""
+    prompt_ids: list[int] = field(default_factory=list)
+    answer: str = ""
+    columns: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def n(self) -> int:
+        """Tokens that count."""
+        return sum(self.counted)
+
+    @property
+    def answer_tokens(self) -> int:
+        """Tokens of the last turn, as the data has it."""
+        return len(self.ids) - len(self.prompt_ids)
+
+
+class Predicted(NamedTuple):
+    """What a model predicts for a row of T tokens, n of which count.
+
+    Attributes:
+        row: The row.
+        every: [T - 1, vocabulary] in the model's output type, for all tokens but the first.
+        followed: [T - 1] the tokens that came.
+        counted: [n] places in both of the tokens that count.
+    """
+
+    row: Row
+    every: Tensor
+    followed: Tensor
+    counted: Tensor
+
+    @property
+    def logits(self) -> Tensor:
+        """[n, vocabulary] of the tokens that count."""
+        return self.every[self.counted]
+
+    def losses(self) -> Tensor:
+        """[T - 1] -log p in nats, fp64."""
+        chosen = self.every.gather(-1, self.followed.unsqueeze(-1)).squeeze(-1).double()
+        whole = [part.float().logsumexp(-1).double() for part in self.every.split(LOSS_TOKENS)]
+        return torch.cat(whole) - chosen
+
+
+def read_rows(dataset: Path, *splits: str) -> list[Row]:
+    """Rows of some splits, in the order of the file."""
+    table = pq.read_table(dataset / "rows.parquet", filters=[("split", "in", splits)])
+    return [
+        Row(
+            row=one["row"],
+            group=one["group"],
+            split=one["split"],
+            domain=one["domain"],
+            ids=one["input_ids"],
+            counted=[False, *one["completion_mask"][1:]],
+            prompt_ids=one["prompt_ids"],
+            answer=one["answer"],
+            columns=json.loads(one["columns"]),
+        )
+        for one in table.to_pylist()
+    ]
+
+
+def read_general(dataset: Path) -> list[Row]:
+    """The general hold-out; empty where the recipe names none."""
+    return [
+        Row(
+            row=one["row"],
+            group=one["row"],
+            split="general",
+            ids=one["input_ids"],
+            counted=[False, *[True] * (len(one["input_ids"]) - 1)],
+        )
+        for one in pq.read_table(dataset / "general.parquet").to_pylist()
+    ]
+
+
+def batches(rows: Sequence[Row], size: int, *, key: Callable[[Row], int]) -> list[list[Row]]:
+    """Rows by falling length (the largest batch fails first), ties by row, in batches of `size`."""
+    ordered = sorted(rows, key=lambda row: (-key(row), row.row))
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+
+@torch.inference_mode()
+def forced(model: Model, rows: Sequence[Row], caches: Caches | None = None) -> Iterator[Predicted]:
+    """Teacher forcing on one batch, padded on the right, through a KV cache where one is given.
+
+    Raises:
+        StageError: Logits are inf or NaN; names the rows.
+    """
+    ids, mask = _padded([row.ids for row in rows], left=False)
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    cached: dict[str, Any] = {"past_key_values": caches(), "use_cache": True} if caches else {"use_cache": False}
+    logits = model(input_ids=ids, attention_mask=mask, **cached).logits
+    broken = []
+    for i, row in enumerate(rows):
+        last = len(row.ids) - 1  # position t - 1 predicts token t
+        own = logits[i, :last]
+        if torch.isfinite(own.sum(-1, dtype=torch.float32)).all():  # 0.7 us a token of 4,096; isfinite of each 10.7
+            counted = torch.tensor(row.counted[1:], device=own.device).nonzero().squeeze(1)
+            yield Predicted(row, own, ids[i, 1 : last + 1].to(own.device), counted)
+        else:
+            broken.append(row.row)
+    if broken:
+        raise StageError(
+            Problem(
+                what=f"inf or NaN in the logits of {len(broken)} rows",
+                where=f"rows {', '.join(broken[:5])}{' ...' if len(broken) > 5 else ''}",
+                why="this model's figures would mean nothing, and leaving rows out would make it look better",
+                next="look at the step that made the model; an fp16 kernel on a bf16 model overflows like this",
+            )
+        )
+
+
+def completion_bytes(row: Row, tokenizer: Any) -> int:
+    """UTF-8 bytes of the text that the tokens that count stand for, special ones left out."""
+    size = 0
+    for counts, tokens in groupby(zip(row.counted, row.ids, strict=True), key=itemgetter(0)):
+        if counts:
+            ids = [token for _, token in tokens]
+            text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            size += len(text.encode())
+    return size
+
+
+def greedy_config(folder: Path, *, max_new_tokens: int) -> GenerationConfig:
+    """Plain greedy decoding that ends with the turn.
+
+    Only end and pad ids come from the dataset's generation_config.json: a base's own need not end at the end of a turn,
+    and its sampling settings and penalties are not what arms are compared by.
+    """
+    stored = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+    ends = stored.eos_token_id if isinstance(stored.eos_token_id, list) else [stored.eos_token_id]
+    pad = ends[0] if stored.pad_token_id is None else stored.pad_token_id
+    return GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=pad)
+
+
+@torch.inference_mode()
+def answers(
+    model: Model, rows: Sequence[Row], config: GenerationConfig, caches: Caches | None = None
+) -> list[list[int]]:
+    """Tokens of the greedy answers of one batch from the true history, padded on the left, without the end token."""
+    ids, mask = _padded([row.prompt_ids for row in rows], left=True)
+    generator: Any = model
+    generator.generation_config = config  # generate() fills what is unset from the checkpoint's own
+    cached = {"past_key_values": caches()} if caches else {}
+    made = generator.generate(
+        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config, **cached
+    )
+    return [_before_end(line, config.eos_token_id) for line in made[:, ids.shape[1] :].tolist()]
+
+
+def _before_end(tokens: list[int], ends: list[int]) -> list[int]:
+    stop = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[:stop]
+
+
+def _padded(rows: Sequence[Sequence[int]], *, left: bool) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, both [rows, longest]; id 0 where the mask is 0."""
+    longest = max(map(len, rows))
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        where = slice(longest - len(row), longest) if left else slice(0, len(row))
+        ids[i, where] = torch.tensor(row)
+        mask[i, where] = 1
+    return ids, mask

@@ -1,0 +1,1 @@
+"""The streamed merge and its record."""

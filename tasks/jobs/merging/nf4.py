@@ -1,0 +1,135 @@
+"""NF4 as training has it: quantize and dequantize in parts of rows, and records of what was trained.
+
+Blocks of 64 weights share a scale (absmax); the scales are quantized again, to 8 bits in blocks of 256, around their
+mean (double quantization; Dettmers et al. 2023, arXiv:2305.14314, section 3). Both steps are bitsandbytes' own; only
+the 64-blocks are independent, so a tensor goes through in parts and its scales go through at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import bitsandbytes
+import torch
+from bitsandbytes import functional
+from bitsandbytes.functional import QuantState
+from torch import Tensor, nn
+
+from recipes.models.adapters import RECORD
+from tasks.jobs.loading.load import linear4bit
+from tasks.jobs.merging.streams import raw_bytes
+
+BLOCK = 64  # weights a scale; QLoRA's and bitsandbytes' default
+NESTED = 256  # scales a second scale
+SAMPLES = 64  # values a module in the record
+
+
+def row_step(columns: int) -> int:
+    """Least number of rows that holds whole blocks."""
+    return BLOCK // math.gcd(columns, BLOCK)
+
+
+class Nf4(NamedTuple):
+    """One quantized weight [out, in].
+
+    Attributes:
+        codes: Packed 4-bit codes, two a byte, uint8 [numel / 2].
+        scales: 8-bit codes of the scales, uint8 [numel / 64].
+        nested: How to undo those.
+        offset: Mean of the scales, fp32.
+        absmax: The scales as dequantization sees them, fp32 [numel / 64].
+        columns: in.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    nested: QuantState
+    offset: Tensor
+    absmax: Tensor
+    columns: int
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Rows first to last (exclusive), dequantized to bf16; `first` is a multiple of `row_step`."""
+        begin, end = first * self.columns, last * self.columns
+        state = QuantState(
+            absmax=self.absmax[begin // BLOCK : -(-end // BLOCK)],
+            shape=torch.Size((last - first, self.columns)),
+            dtype=torch.bfloat16,
+            blocksize=BLOCK,
+            quant_type="nf4",
+        )
+        return functional.dequantize_4bit(self.codes[begin // 2 : -(-end // 2)].unsqueeze(1), state)
+
+
+def quantize(parts: Iterable[Tensor]) -> Nf4:
+    """bf16 rows [n, in] in parts of whole blocks (but for the last) -> what quantizing them at once gives."""
+    codes, absmax, columns = [], [], 0
+    for part in parts:
+        columns = part.shape[1]
+        code, state = functional.quantize_4bit(part.contiguous(), blocksize=BLOCK, quant_type="nf4")
+        codes.append(code.view(-1))
+        absmax.append(state.absmax)
+    scales = torch.cat(absmax)
+    offset = scales.mean()
+    nested_codes, nested = functional.quantize_blockwise(scales - offset, blocksize=NESTED)
+    restored = functional.dequantize_blockwise(nested_codes, nested) + offset
+    return Nf4(torch.cat(codes), nested_codes, nested, offset, restored, columns)
+
+
+def sample_positions(numel: int) -> list[int]:
+    """The places, in row-major order, whose dequantized values a record keeps: evenly spread."""
+    return [index * numel // SAMPLES for index in range(SAMPLES)]
+
+
+def digests(codes: Tensor, scales: Tensor, nested: QuantState, offset: Tensor) -> dict[str, str]:
+    """sha256 of the packed codes and of everything that makes the scales."""
+    return {
+        "codes": _sha256(codes),
+        "scales": _sha256(scales, nested.absmax, offset.reshape(1)),
+    }
+
+
+def _sha256(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(raw_bytes(tensor.detach().cpu()))
+    return digest.hexdigest()
+
+
+def write_record(model: nn.Module, folder: Path) -> None:
+    """nf4.json: what every 4-bit module of the model is now, by its name in the base.
+
+    A merge on another machine or device quantizes the base again; the record tells whether that gives the same.
+    """
+    modules: dict[str, Any] = {}
+    for name, layer in linear4bit(model).items():
+        state: Any = layer.weight.quant_state  # pyright: ignore[reportAttributeAccessIssue]
+        dequantized = functional.dequantize_4bit(layer.weight.data, state).flatten()
+        places = torch.tensor(sample_positions(dequantized.numel()), device=dequantized.device)
+        modules[module_name(name)] = {
+            **digests(layer.weight.data, state.absmax, state.state2, state.offset),
+            "values": dequantized[places].float().tolist(),
+        }
+    device = next(model.parameters()).device.type
+    record = {"bitsandbytes": bitsandbytes.__version__, "device": device, "modules": modules}
+    (folder / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def module_name(name: str) -> str:
+    """A module's name in the base, without what PEFT puts around it."""
+    return name.removeprefix("base_model.model.").removesuffix(".base_layer")
+
+
+def ulps(a: Tensor, b: Tensor) -> int:
+    """Largest distance of two bf16 tensors, in steps between neighbouring bf16 values."""
+
+    def order(tensor: Tensor) -> Tensor:
+        bits = tensor.to(torch.bfloat16).view(torch.int16).to(torch.int32)
+        return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+
+    return int((order(a) - order(b)).abs().max())

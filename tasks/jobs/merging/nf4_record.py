@@ -1,0 +1,101 @@
+"""Does quantizing the base again give what was trained? Compares each module with the adapter's record."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recipes.models.adapters import RECORD
+from recipes.problem import Problem
+from tasks.jobs.merging.nf4 import Nf4, digests, ulps
+from tasks.runtime.process.errors import StageError
+from tasks.runtime.process.job import Job
+
+
+class Records:
+    """The adapter's nf4.json and what this merge found against it. Safe to use from several threads."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / RECORD
+        self.record: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        self.exact = 0
+        self.close: dict[str, float] = {}
+        self.other: list[str] = []
+        self._lock = threading.Lock()
+
+    @property
+    def modules(self) -> dict[str, Any]:
+        """Recorded modules by name; empty without a record."""
+        return {} if self.record is None else self.record["modules"]
+
+    def check_names(self, four_bit: Collection[str]) -> None:
+        """Recorded modules that this base does not have as 4-bit ones are of another base."""
+        self.other += sorted(self.modules.keys() - set(four_bit))
+
+    def compare(self, module: str, weight: Nf4, values: torch.Tensor) -> None:
+        """Judge one module by its digests and, where only the scales differ, by its sampled values (bf16)."""
+        if self.record is None:
+            return
+        then = self.modules[module]
+        now = digests(weight.codes, weight.scales, weight.nested, weight.offset)
+        recorded = torch.tensor(then["values"])
+        same = all(now[part] == then[part] for part in ("codes", "scales"))
+        near = now["codes"] == then["codes"] and ulps(recorded, values) <= 1
+        with self._lock:
+            if same:
+                self.exact += 1
+            elif near:
+                self.close[module] = float((recorded - values.float()).abs().max())
+            else:
+                self.other.append(module)
+
+    def conclude(self, job: Job) -> dict[str, Any]:
+        """Say what was found.
+
+        Raises:
+            StageError: Modules are not what was trained, and the recipe does not accept it.
+        """
+        if self.record is None:
+            job.events.note("base", "the adapter has no record of the NF4 weights that it was trained on: not compared")
+            return {"record": "none"}
+        if self.other and not job.params.get("accept_other_base", False):
+            raise StageError(self._refusal(job))
+        found: dict[str, Any] = {
+            "record": "other" if self.other else "close" if self.close else "exact",
+            "modules_exact": self.exact,
+            "modules_close": len(self.close),
+            "largest_difference": max(self.close.values(), default=0.0),
+            "modules_other": sorted(self.other),
+        }
+        if self.other:
+            job.events.note(
+                "base",
+                f"{len(self.other)} modules are not the NF4 weights that were trained; accepted by "
+                f"merge.accept_other_base: {', '.join(sorted(self.other))}",
+            )
+        elif self.close:
+            job.events.note(
+                "base",
+                f"scales of {len(self.close)} modules differ from the trained ones in their last bits; sampled values "
+                f"by up to {found['largest_difference']:.3g}, at most one step of bf16",
+            )
+        else:
+            job.events.note("base", f"all {self.exact} NF4 modules are bit for bit those that were trained")
+        return found
+
+    def _refusal(self, job: Job) -> Problem:
+        assert self.record is not None
+        there, here = self.record["device"], job.execution.device
+        merge_it = f"run it on {there}, where it was trained" if there != here else "merge it into its own base"
+        return Problem(
+            what=f"{len(self.other)} of {len(self.modules)} NF4 modules are not those that the adapter was trained on",
+            where=", ".join(sorted(self.other)),
+            why=f"another base, or another arithmetic (trained on {there} with bitsandbytes "
+            f"{self.record['bitsandbytes']}): the merge would not be the model that was trained",
+            next=f"{merge_it}; or accept it: merge.accept_other_base: true",
+        )

@@ -1,0 +1,115 @@
+"""A base without its weights: its parameters, which tensor of the checkpoint each is, and which modules were 4-bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    build_glob_alternation,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+
+from tasks.jobs.loading.load import linear4bit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skeleton:
+    """What transformers makes of a checkpoint.
+
+    Attributes:
+        shapes: Every parameter's shape in the model; tied ones stand for themselves.
+        stored: Parameter -> the one tensor of the checkpoint that it is, unchanged but for its type.
+        dtypes: Parameter -> its type when the base is loaded in bf16 (a few architectures keep some in fp32).
+        converted: transformers puts some parameters together from several tensors, or takes one apart.
+        four_bit: Modules that QLoRA's loading turns into NF4.
+        transposed: Modules whose weight is stored [in, out] (Conv1D).
+        tied: Parameter -> the parameter that it shares, where the config ties them and the checkpoint holds one.
+        embeddings: Module names of the input embeddings and of the output layer ("" where there is none).
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    stored: dict[str, str]
+    dtypes: dict[str, torch.dtype]
+    converted: bool
+    four_bit: frozenset[str]
+    transposed: frozenset[str]
+    tied: dict[str, str]
+    embeddings: tuple[str, str]
+    renamings: tuple[WeightRenaming, ...]
+    prefix: str
+
+    def module(self, name: str) -> str:
+        """The module's name in this version of transformers, for one that an adapter of another version names."""
+        if f"{name}.weight" in self.shapes:
+            return name
+        meta = dict.fromkeys(self.shapes, True)
+        renamed, _ = rename_source_key(f"{name}.weight", list(self.renamings), [], self.prefix, meta)
+        return renamed.removesuffix(".weight")
+
+
+def read_skeleton(folder: Path, tensors: Iterable[str]) -> Skeleton:
+    """Build the model of config.json on the meta device and name its parameters' tensors by transformers' own rules.
+
+    Args:
+        folder: Model folder.
+        tensors: Names in its checkpoint.
+    """
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    meta, prefix = model.state_dict(), model.base_model_prefix
+    stored, converted = {}, False
+    for name in sorted(tensors, key=dot_natural_key):
+        renamed, source = rename_source_key(name, renamings, converters, prefix, meta)
+        if renamed not in meta and name in meta:
+            renamed, source = rename_source_key(name, [], [], prefix, meta)
+        converted = converted or (source is not None and renamed in meta)
+        if source is None and renamed in meta:
+            stored[renamed] = name
+    shapes = {name: tuple(one.shape) for name, one in meta.items()}
+    return Skeleton(
+        shapes=shapes,
+        stored=stored,
+        dtypes=_dtypes(model, shapes),
+        converted=converted,
+        tied={a: b for a, b in model.all_tied_weights_keys.items() if a not in stored or b not in stored},
+        transposed=frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D)),
+        embeddings=(_name(model, model.get_input_embeddings()), _name(model, model.get_output_embeddings())),
+        renamings=tuple(renamings),
+        prefix=prefix,
+        four_bit=_four_bit(model),  # last: it replaces modules
+    )
+
+
+def _name(model: nn.Module, wanted: nn.Module | None) -> str:
+    return next((name for name, module in model.named_modules() if module is wanted), "")
+
+
+def _dtypes(model: PreTrainedModel, shapes: Iterable[str]) -> dict[str, torch.dtype]:
+    plan = model._get_dtype_plan(torch.bfloat16)
+    if not plan:
+        return dict.fromkeys(shapes, torch.bfloat16)
+    pattern = build_glob_alternation(list(plan))[0]
+    return {name: torch.float32 if pattern.search(name) else torch.bfloat16 for name in shapes}
+
+
+def _four_bit(model: PreTrainedModel) -> frozenset[str]:
+    """What transformers' bitsandbytes quantizer replaces when it is given no list of its own."""
+    skip = HfQuantizer.get_modules_to_not_convert(model, None, list(model._keep_in_fp32_modules or ()))
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    return frozenset(linear4bit(replace_with_bnb_linear(model, skip, settings)))

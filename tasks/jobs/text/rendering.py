@@ -1,0 +1,400 @@
+"""Turns into token ids, and which of them are completion: the one place that renders a chat template.
+
+Token ids of a row are made here once, in prepare; train, calibrate and evaluate read them. Where the completions stand
+is told in the first of these ways that is sound for the row: the template's own generation markers; TRL's training
+template for it, if that renders the row to the same ids; the token difference of prefixes. Where all fail because a
+template renders earlier turns otherwise than the last (Qwen3 drops their thinking), each assistant turn becomes a
+sample of its own: the true history up to it, rendered by the model's own template, and that turn alone trained.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple
+
+from jinja2 import TemplateError
+from transformers import AutoTokenizer
+from trl.chat_template_utils import get_training_chat_template
+
+from recipes.data.rows import Message
+from recipes.problem import Problem
+from tasks.jobs.text.conversation import Conversation, RowError, behind_thinking, called
+from tasks.runtime.process.errors import StageError
+
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+PROBE = "Quench"
+ONE_A_TURN: Final = "one sample a turn"
+Way = Literal["generation markers", "TRL's training template", "prefixes", "one sample a turn", "all tokens"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rendered:
+    """Token ids of a sample; mask[i] is True where token i belongs to a trained assistant turn, end-of-turn included.
+
+    Attributes:
+        prompt_ids: The history before the last turn with the generation prompt: what an answer is decoded from.
+        way: How the trained tokens were told.
+    """
+
+    input_ids: list[int]
+    mask: list[bool]
+    prompt_ids: list[int]
+    way: Way
+
+    @property
+    def skewed(self) -> bool:
+        """The last turn is not trained behind the prompt that its answer is decoded from (only markers allow it)."""
+        return self.input_ids[: len(self.prompt_ids)] != self.prompt_ids
+
+
+class Sample(NamedTuple):
+    """A sample of a row: its turns, their tokens.
+
+    Attributes:
+        turn: Number in the row of the one turn that is trained; 0 where all are.
+        dropped: Leading turns that were cut off.
+        last: Ends with the row's last turn: an answer to it can be scored.
+        lost: Tokens that the cut turns had.
+    """
+
+    turns: list[Message]
+    rendered: Rendered
+    turn: int
+    dropped: int
+    last: bool
+    lost: int
+
+
+class TooLong(NamedTuple):
+    """A sample whose last exchange alone is over the limit, and the tokens of all of it."""
+
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Renderer:
+    """A tokenizer with a chat template whose turns end with one known token.
+
+    Attributes:
+        tokenizer: A PreTrainedTokenizerBase with a chat template (its stubs do not know what a call returns).
+        end_of_turn: Id of the special token that ends an assistant turn.
+        opening: Ids of the generation prompt.
+        special: Ids of all special tokens: some templates end tool calls with another one.
+        training: TRL's training template where it has one for exactly this template.
+    """
+
+    tokenizer: Any
+    end_of_turn: int
+    opening: list[int]
+    special: frozenset[int]
+    training: str | None
+
+    @classmethod
+    def open(cls, folder: Path, *, template: str | None = None) -> Renderer:
+        """The tokenizer of a model folder, with its own template or, if it has none, the one given.
+
+        Args:
+            folder: Model folder.
+            template: `chatml`, the text of a Jinja template, or None.
+
+        Raises:
+            StageError: No tokenizer, no template, two templates, or turns that end with no special token.
+        """
+        if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+            raise _refusal("the base folder has no tokenizer", folder, "rows cannot be tokenised", "add its files")
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        if template and tokenizer.chat_template:
+            raise _refusal(
+                "the base has a chat template of its own and the recipe names another one",
+                folder,
+                "the base was trained with its own; a second one would undo that",
+                "remove model.chat_template from the recipe",
+            )
+        if template:
+            tokenizer.chat_template = chatml(tokenizer) if template == "chatml" else template
+        if not tokenizer.chat_template:
+            raise _refusal(
+                "the base has no chat template",
+                folder,
+                "turns cannot be told apart without one",
+                "write model.chat_template: chatml (or the path of a Jinja file) into the recipe",
+            )
+        special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+        special |= {tokenizer.eos_token_id} - {None}
+        try:
+            end_of_turn, opening = _end_of_turn(tokenizer, folder, special=special), _opening(tokenizer)
+        except (TemplateError, TypeError, ValueError) as error:  # ValueError: the answer is not in the text
+            raise _refusal(
+                f"the chat template cannot render a question and its answer: {error}",
+                folder,
+                "rows cannot be told apart without it",
+                "correct the template (model.chat_template, or chat_template.jinja of the base)",
+            ) from None
+        return cls(
+            tokenizer=tokenizer,
+            end_of_turn=end_of_turn,
+            opening=opening,
+            special=frozenset(special),
+            training=_training_template(tokenizer),
+        )
+
+    def samples(self, talk: Conversation, *, max_length: int) -> list[Sample | TooLong]:
+        """What a row is trained and judged by: one sample, or one an assistant turn, each cut to fit.
+
+        Raises:
+            RowError: The template refuses the turns, or no way gives a sound mask.
+        """
+        try:
+            return [_fitted(talk, self.render, max_length=max_length, turn=0, last=True)]
+        except RowError:
+            if len(talk.answered) == 1:
+                raise
+        return [
+            _fitted(
+                talk.until(number), self.render_last, max_length=max_length, turn=number, last=number == len(talk.turns)
+            )
+            for number in talk.answered
+        ]
+
+    def render(self, talk: Conversation) -> Rendered:
+        """Token ids of a conversation, every assistant turn trained.
+
+        Raises:
+            RowError: The template refuses the turns, or no way gives a sound mask.
+        """
+        ids = self._ids(talk)
+        prompt = self.prompt(talk)
+        template = self.tokenizer.get_chat_template(tools=talk.tools)
+        marked: Way = "generation markers" if GENERATION.search(template) else "TRL's training template"
+        source = template if marked == "generation markers" else self.training
+        if source and (mask := self._by_markers(talk, ids, source)):
+            return self._checked(talk, Rendered(input_ids=ids, mask=mask, prompt_ids=prompt, way=marked))
+        mask = [False] * len(ids)
+        for number in talk.answered:
+            turn = self._difference(talk.until(number), ids)
+            mask[turn.start : turn.stop] = [True] * len(turn)
+        return self._checked(talk, Rendered(input_ids=ids, mask=mask, prompt_ids=prompt, way="prefixes"))
+
+    def render_last(self, talk: Conversation) -> Rendered:
+        """Token ids of a conversation, its last turn alone trained: what stands behind the history before it.
+
+        Raises:
+            RowError: The template refuses the turns, or the history is no prefix of the whole.
+        """
+        ids = self._ids(talk)
+        turn = self._difference(talk, ids)
+        mask = [place in turn for place in range(len(ids))]
+        return self._checked(talk, Rendered(input_ids=ids, mask=mask, prompt_ids=self.prompt(talk), way=ONE_A_TURN))
+
+    def prompt(self, talk: Conversation) -> list[int]:
+        """Token ids of the history before the last turn, with the generation prompt."""
+        return self._ids(talk.until(len(talk.turns) - 1), add_generation_prompt=True)
+
+    def marked_text(self, row: Rendered) -> str:
+        """The row as text, trained tokens between ⟦ and ⟧."""
+        parts, inside = [], False
+        for token, trained in zip(row.input_ids, row.mask, strict=True):
+            if trained != inside:
+                parts.append("⟦" if trained else "⟧")
+                inside = trained
+            parts.append(self.tokenizer.decode([token]))
+        return "".join(parts) + ("⟧" if inside else "")
+
+    def completion(self, rendered: Rendered) -> str:
+        """The last turn as text, without special tokens and thinking: as a model's answer is read."""
+        start, stop = _spans(rendered.mask)[-1]
+        return behind_thinking(self.tokenizer.decode(rendered.input_ids[start:stop], skip_special_tokens=True))
+
+    def _render(self, talk: Conversation, **options: Any) -> Any:
+        """What apply_chat_template gives; RowError with the turn from which on the template refuses."""
+        if not talk.turns:
+            raise RowError("turn 1: an assistant turn with nothing before it, which no template asks for")
+        try:
+            return self.tokenizer.apply_chat_template(talk.turns, tools=talk.tools, tokenize=True, **options)
+        except (TemplateError, TypeError) as error:  # TypeError: text + nothing, or an object that is no JSON
+            number = len(talk.turns)
+            while number > 1 and self._refuses(talk.until(number - 1)):
+                number -= 1
+            raise RowError(f"turn {number}: is refused by the chat template: {error}") from None
+
+    def _refuses(self, talk: Conversation) -> bool:
+        try:
+            self.tokenizer.apply_chat_template(talk.turns, tools=talk.tools, tokenize=False)
+        except (TemplateError, TypeError):
+            return True
+        return False
+
+    def _ids(self, talk: Conversation, **options: bool) -> list[int]:
+        return self._render(talk, return_dict=False, **options)
+
+    def _by_markers(self, talk: Conversation, ids: list[int], template: str) -> list[bool] | None:
+        """Mask from a template's generation markers, each span from the generation prompt to the turn's end.
+
+        Markers may hold the line ends behind both (TRL's for Qwen2.5) or a whole header: a model never writes these.
+        None where the template renders other ids than the model's own, or leaves out the end of a turn.
+        """
+        if not self.tokenizer.is_fast:  # no map from characters to tokens
+            return None
+        try:
+            both = self._render(talk, return_dict=True, return_assistant_tokens_mask=True, chat_template=template)
+        except RowError:
+            return None
+        if both["input_ids"] != ids:
+            return None
+        mask = [bool(inside) for inside in both["assistant_masks"]]
+        ends = {place for place, token in enumerate(ids) if mask[place] and token == self.end_of_turn}
+        for start, stop in _spans(mask):
+            begin = self._behind_opening(ids, start, stop)
+            mask[start:begin] = [False] * (begin - start)
+            end = self._end(ids, start, stop)
+            if end is None and stop < len(ids) and ids[stop] == self.end_of_turn:
+                end, mask[stop] = stop, True
+            if end is not None:
+                mask[end + 1 : stop] = [False] * len(mask[end + 1 : stop])
+                ends.add(end)
+        return mask if len(ends) >= len(talk.answered) else None
+
+    def _difference(self, talk: Conversation, ids: list[int]) -> range:
+        """Places in `ids` of the last turn of `talk`, up to the token that ends it.
+
+        Verified: the history with the generation prompt, and the turns up to this one's end, are prefixes of `ids`.
+        """
+        number = len(talk.turns)
+        before, until = self.prompt(talk), self._ids(talk)
+        last = self._end(until, len(before), len(until))
+        stop = len(before) if last is None else last + 1
+        if until[: len(before)] != before:
+            raise RowError(
+                f"turn {number}: it does not begin with the tokens of the history and the generation prompt, by the "
+                "template or by a token that spans the seam, so the completion's tokens cannot be told"
+            )
+        if ids[:stop] != until[:stop]:
+            raise RowError(f"turn {number}: the template renders the turns up to it otherwise than in the whole row")
+        if last is None:
+            raise RowError(f"turn {number}: no special token ends it, so the model would not learn to stop")
+        if last == len(before):
+            raise RowError(f"turn {number}: the template renders nothing of it")
+        return range(len(before), stop)
+
+    def _behind_opening(self, ids: list[int], start: int, stop: int) -> int:
+        """Where the generation prompt, or as much of it as stands there, ends in ids[start:stop]; else `start`."""
+        for length in range(len(self.opening), 0, -1):
+            for end in range(start + 1, min(start + length, stop) + 1):
+                if ids[max(0, end - length) : end] == self.opening[:length]:
+                    return end
+        return start
+
+    def _end(self, ids: list[int], start: int, stop: int) -> int | None:
+        """Place of the token that ends a turn in ids[start:stop]; behind it only white space and special tokens.
+
+        The end-of-turn token, else the last special one (`<|eom_id|>`, `<|call|>` behind tool calls).
+        """
+        found = None
+        for place in range(stop - 1, start - 1, -1):
+            if ids[place] == self.end_of_turn:
+                return place
+            if ids[place] in self.special:
+                found = place if found is None else found
+            elif self.tokenizer.decode([ids[place]]).strip():
+                break
+        return found
+
+    def _checked(self, talk: Conversation, rendered: Rendered) -> Rendered:
+        """The same; RowError for a doubled beginning-of-text token, or a tool call that the template leaves out."""
+        ids, mask, bos = rendered.input_ids, rendered.mask, self.tokenizer.bos_token_id
+        if bos is not None and ids[:2] == [bos, bos]:
+            raise RowError("begins with two beginning-of-text tokens")
+        trained = talk.answered if rendered.way != ONE_A_TURN else [len(talk.turns)]
+        if any(talk.turns[number - 1].get("tool_calls") for number in trained):
+            text = self.tokenizer.decode([token for token, inside in zip(ids, mask, strict=True) if inside])
+            for number in trained:
+                for name in called(talk.turns[number - 1]):
+                    if name not in text:
+                        raise RowError(f"turn {number}: the template leaves out its call of {name}")
+        return rendered
+
+
+def _fitted(
+    talk: Conversation, render: Callable[[Conversation], Rendered], *, max_length: int, turn: int, last: bool
+) -> Sample | TooLong:
+    """The longest version within `max_length` tokens, leading exchanges dropped."""
+    tokens = 0
+    for shorter in talk.shorter():
+        rendered = render(shorter)
+        length = len(rendered.input_ids)
+        tokens = tokens or length
+        if length <= max_length:
+            dropped = len(talk.turns) - len(shorter.turns)
+            return Sample(shorter.turns, rendered, turn, dropped, last, lost=tokens - length)
+    return TooLong(tokens)
+
+
+def _spans(mask: list[bool]) -> list[tuple[int, int]]:
+    """[start, stop) of every run of True."""
+    edges = [i for i in range(len(mask) + 1) if (i < len(mask) and mask[i]) != (i > 0 and mask[i - 1])]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _training_template(tokenizer: Any) -> str | None:
+    """TRL's training template where the tokenizer's own equals, byte for byte, one that TRL ships; else None."""
+    own = tokenizer.chat_template
+    if not isinstance(own, str) or GENERATION.search(own):
+        return None
+    try:
+        return get_training_chat_template(tokenizer)
+    except (ValueError, TypeError, TemplateError):  # ValueError: none shipped; the others: its probes are refused
+        return None
+
+
+def chatml(tokenizer: Any) -> str:
+    """ChatML with generation markers, for this tokenizer.
+
+    A turn ends with `<|im_end|>` where the vocabulary has it, else with the end-of-text token: the embedding table is
+    not resized. Begins with the beginning-of-text token where the tokenizer puts it before plain text.
+    """
+    end = "<|im_end|>" if "<|im_end|>" in tokenizer.get_vocab() else tokenizer.eos_token
+    bos = tokenizer.bos_token if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else ""
+    return (
+        (f"{{{{- '{bos}' -}}}}\n" if bos else "")
+        + "{%- for message in messages -%}\n"
+        + "{{- '<|im_start|>' + message['role'] + '\\n' -}}\n"
+        + "{%- if message['role'] == 'assistant' -%}\n"
+        + f"{{%- generation -%}}{{{{- message['content'] + '{end}' -}}}}{{%- endgeneration -%}}\n"
+        + f"{{%- else -%}}\n{{{{- message['content'] + '{end}' -}}}}\n{{%- endif -%}}\n"
+        + "{{- '\\n' -}}\n{%- endfor -%}\n"
+        + "{%- if add_generation_prompt -%}\n{{- '<|im_start|>assistant\\n' -}}\n{%- endif -%}\n"
+    )
+
+
+def _opening(tokenizer: Any) -> list[int]:
+    """What the generation prompt adds to a history (Phi-3's end of all text does not stand before it)."""
+    turns = [{"role": "user", "content": PROBE}]
+    history, prompt = (
+        tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False, add_generation_prompt=asked)
+        for asked in (False, True)
+    )
+    alike = [one == other for one, other in zip(history, prompt, strict=False)]
+    return prompt[alike.index(False) if False in alike else len(alike) :]
+
+
+def _end_of_turn(tokenizer: Any, folder: Path, *, special: set[int]) -> int:
+    """The first special token behind an assistant turn's text."""
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    tail = tokenizer(text[text.rindex(PROBE) + len(PROBE) :], add_special_tokens=False)["input_ids"]
+    for token in tail:
+        if token in special:
+            return token
+    raise _refusal(
+        "the chat template ends an assistant turn with no special token",
+        folder,
+        "the model would never learn to stop",
+        "give a template whose turns end with the tokenizer's end token",
+    )
+
+
+def _refusal(what: str, folder: Path, why: str, next: str) -> StageError:
+    return StageError(Problem(what=what, where=str(folder), why=why, next=next))

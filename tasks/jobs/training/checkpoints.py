@@ -1,0 +1,69 @@
+"""Which checkpoint a killed training goes on from: a whole one, made from the same inputs; and its best weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from tasks.runtime.process.job import Job
+
+BEST = "best.safetensors"
+
+
+def last_checkpoint(job: Job) -> Path | None:
+    """The last whole checkpoint that was made from these inputs; all others are removed, with a note."""
+    job.checkpoint.mkdir(parents=True, exist_ok=True)
+    digests = json.dumps({name: one.digest for name, one in sorted(job.inputs.items())})
+    stamp = job.checkpoint / "inputs.json"
+    same = stamp.exists() and stamp.read_text(encoding="utf-8") == digests
+    found = sorted(job.checkpoint.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    whole = [path for path in found if same and _is_whole(path)]
+    for path in found:
+        if path not in whole:
+            why = "its files are not whole" if same else "it was made from other inputs"
+            job.events.note("checkpoint", f"{path.name} is left out: {why}")
+            shutil.rmtree(path)
+    stamp.write_text(digests, encoding="utf-8")
+    if whole:
+        job.events.note("checkpoint", f"resuming from {whole[-1].name}")
+    return whole[-1] if whole else None
+
+
+def best_weights(job: Job) -> Path:
+    """The adapter's weights at the best dev loss so far. A checkpoint holds a hard link to those of its own time."""
+    return job.checkpoint / BEST
+
+
+def restore_best(job: Job, checkpoint: Path | None) -> None:
+    """The best weights as they were at `checkpoint`: what came after it is trained and judged again."""
+    best_weights(job).unlink(missing_ok=True)
+    if checkpoint is not None and (checkpoint / BEST).exists():
+        os.link(checkpoint / BEST, best_weights(job))
+
+
+def link_best(job: Job, checkpoint: Path) -> None:
+    """Make the best weights so far a part of a checkpoint."""
+    if best_weights(job).exists():
+        os.link(best_weights(job), checkpoint / BEST)
+
+
+def mark_whole(folder: Path) -> None:
+    """List a finished checkpoint's files with their sizes, last of all and atomically."""
+    draft = folder / "whole.draft"
+    draft.write_text(json.dumps(_sizes(folder)), encoding="utf-8")
+    draft.replace(folder / "whole.json")
+
+
+def _is_whole(folder: Path) -> bool:
+    """All files are there with the sizes that stood in the list when the checkpoint was complete."""
+    try:
+        return json.loads((folder / "whole.json").read_text(encoding="utf-8")) == _sizes(folder)
+    except (OSError, ValueError):
+        return False
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file of a checkpoint."""
+    return {path.name: path.stat().st_size for path in folder.iterdir() if not path.name.startswith("whole.")}

@@ -1,0 +1,70 @@
+"""The adapter on the base: how it is configured, and how it is written so that plain PEFT loads it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from tasks.jobs.training.checkpoints import best_weights
+from tasks.runtime.process.job import Job
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def lora_config(params: dict[str, Any]) -> LoraConfig:
+    """PEFT's configuration of `train`. It carries everything that is needed to load the adapter without the recipe."""
+    return LoraConfig(
+        r=params["rank"],
+        lora_alpha=params["alpha"],
+        lora_dropout=params["dropout"],
+        target_modules=params["targets"],
+        rank_pattern=dict(params["rank_pattern"]),
+        alpha_pattern=dict(params["alpha_pattern"]),
+        use_rslora=params["rslora"],
+        use_dora=params["dora"],
+        modules_to_save=list(params["modules_to_save"]) or None,
+        task_type="CAUSAL_LM",
+    )
+
+
+def add_adapter(base: PreTrainedModel, params: dict[str, Any]) -> PeftModel:
+    """A fresh adapter on the base."""
+    return get_peft_model(base, lora_config(params))
+
+
+def to_fp32(model: PeftModel) -> None:
+    """Everything that is trained, in fp32.
+
+    TRL makes the adapter bf16, where Adam's late, small updates round away: after 150 steps of the quickstart
+    (learning rate 2e-3) the dev loss is 0.764 in bf16 and 0.747 in fp32, same rows and seed.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def save_weights(model: PeftModel, folder: Path, *, state: dict[str, torch.Tensor] | None = None) -> None:
+    """adapter_model.safetensors and adapter_config.json. `state` holds the whole tensors where `model` is sharded."""
+    model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
+    (folder / "README.md").unlink(missing_ok=True)
+
+
+def finish(job: Job, *, best: bool) -> None:
+    """Make `job.out` an adapter without a path of this machine: the base is named by its digest.
+
+    Args:
+        job: Its out folder holds the last weights.
+        best: Put the kept weights of the best dev loss in their place.
+    """
+    if best:
+        best_weights(job).replace(job.out / WEIGHTS)
+    path = job.out / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = job.inputs["base"].digest
+    config["target_modules"] = sorted(config["target_modules"])
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

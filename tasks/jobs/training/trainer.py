@@ -1,0 +1,259 @@
+"""TRL's SFTTrainer over rows that are tokenised already, with an exact dev loss, the best weights, and our events."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import pyarrow.parquet as pq
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from peft import PeftModel
+from transformers import (
+    AutoTokenizer,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
+from tasks.jobs.training.checkpoints import best_weights, link_best, mark_whole
+from tasks.jobs.training.lora import WEIGHTS, save_weights, to_fp32
+from tasks.runtime.process.job import Job
+
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+CURVES = {
+    "loss": "train/loss",
+    "learning_rate": "train/learning_rate",
+    "grad_norm": "train/grad_norm",
+    "eval_loss": "train/dev_loss",
+}
+DEV_ROWS = 128  # of dev, for the dev loss: rows are in the order of their hashes, so the first ones are a fair sample
+DEV_POINTS = 4  # dev losses a training, where eval_steps is not set: each costs DEV_ROWS forward passes
+
+
+class DevLoss(NamedTuple):
+    """Mean nats a completion token of the first DEV_ROWS dev rows after a step."""
+
+    step: int
+    loss: float
+
+
+class Trainer(SFTTrainer):
+    """SFTTrainer with a dev loss that depends on nothing but the weights: not on batches, packing or processes."""
+
+    job: Job
+    dev: list[dict[str, Any]]
+    gradient_cosine: float = math.nan
+    _places = 0
+
+    @property
+    def dev_losses(self) -> list[DevLoss]:
+        """So far, with those of earlier attempts: checkpoints carry the history."""
+        return [DevLoss(int(one["step"]), one["eval_loss"]) for one in self.state.log_history if "eval_loss" in one]
+
+    @property
+    def best(self) -> DevLoss:
+        """The lowest dev loss; the earliest of equal ones."""
+        return min((one for one in self.dev_losses if math.isfinite(one.loss)), key=lambda one: one.loss)
+
+    @property
+    def tokens_here(self) -> int:
+        """Tokens trained in this attempt, over all ranks, without padding."""
+        return int(self.state.num_input_tokens_seen - self._initial_num_input_tokens_seen)
+
+    def padding_share(self) -> float:
+        """Share of this attempt's places in training batches that were padding, over all ranks."""
+        places: Any = self.accelerator.reduce(torch.tensor(self._places, device=self.args.device))
+        return 1 - self.tokens_here / places.item()
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any) -> torch.Tensor:
+        """Forward and backward of one micro-batch; counts its places."""
+        self._places += inputs["input_ids"].numel()
+        return super().training_step(model, inputs, *args)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Dev loss, the sum of nats over the sum of tokens; then keep a new best, or stop where none has come."""
+        clock, model = time.monotonic(), cast("torch.nn.Module", self.model)
+        model.eval()
+        # Not through compute_loss: it gathers metrics once a batch, and ranks may have different numbers of them.
+        sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        for batch in self._dev_batches():
+            with torch.no_grad(), self.accelerator.autocast():
+                out = model(**self._prepare_inputs(batch), use_cache=False, fused_lm_head=True)
+            sums += torch.stack([-out.log_probs.double().sum(), out.label_mask.double().sum()])
+        summed: Any = self.accelerator.reduce(sums)
+        nats, tokens = summed.tolist()
+        metrics = {"eval_loss": nats / tokens, "eval_runtime": time.monotonic() - clock}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._judge()
+        return metrics
+
+    def _dev_batches(self) -> list[dict[str, Any]]:
+        """This rank's share of dev. Rows without labels fill up, so that FSDP ranks do as many forward passes."""
+        world, rank, size = self.args.world_size, self.args.process_index, self.args.per_device_eval_batch_size
+        rows = self.dev
+        silent = {"input_ids": rows[0]["input_ids"], "labels": [-100] * len(rows[0]["input_ids"])}
+        mine = [*rows, *[silent] * (-len(rows) % world)][rank::world]
+        return [self.data_collator(mine[start : start + size]) for start in range(0, len(mine), size)]
+
+    def _judge(self) -> None:
+        """Keep the weights of a new best; stop after `patience` dev losses without one."""
+        params, losses = self.job.params, self.dev_losses
+        finite = [one for one in losses if math.isfinite(one.loss)]
+        if params["keep"] == "best" and finite and self.best == losses[-1]:
+            self._keep_best()
+        if params["patience"] and finite:
+            since = len(losses) - 1 - losses.index(self.best)
+            if since >= params["patience"]:
+                self.job.events.note(
+                    "early stop",
+                    f"{since} dev losses in a row above that of step {self.best.step}: {self.best.loss:.4f}",
+                )
+                self.control.should_training_stop = True
+                self.control.should_save = False  # resumed there, the Trainer would train on
+
+    def _keep_best(self) -> None:
+        weights = self.whole_weights()
+        if self.job.rank == 0:
+            draft = self.job.checkpoint / "best.draft"
+            save_weights(self.accelerator.unwrap_model(self.model), draft, state=weights)
+            (draft / WEIGHTS).replace(best_weights(self.job))
+
+    def whole_weights(self) -> Any:
+        """All tensors, gathered from the ranks (every rank has to ask); None where they are not sharded."""
+        return self.accelerator.get_state_dict(self.model_wrapped) if self.is_fsdp_enabled else None
+
+
+class Reporter(TrainerCallback):
+    """Writes the curve to the job's events and marks whole checkpoints."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.events = job, job.events
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Replay the curve of earlier attempts: the artifact's event file starts empty in each."""
+        for entry in state.log_history:
+            self._emit(entry, int(entry["step"]))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """A step's figures, or a dev loss. Training ends at the first loss that is no number."""
+        self._emit(logs or {}, state.global_step)
+        if not math.isfinite((logs or {}).get("loss", 0.0)):
+            control.should_training_stop = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """One optimizer step is done. None is saved after the last: resumed there, the Trainer would add a step."""
+        self.events.progress(state.global_step, state.max_steps, note="training")
+        if state.global_step >= state.max_steps:
+            control.should_save = False
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Everything of a checkpoint is written, by every rank."""
+        PartialState().wait_for_everyone()
+        if self.job.rank == 0:
+            folder = self.job.checkpoint / f"checkpoint-{state.global_step}"
+            link_best(self.job, folder)
+            mark_whole(folder)
+
+    def _emit(self, entry: dict[str, float], step: int) -> None:
+        for key, name in CURVES.items():
+            if key in entry:
+                self.events.metric(name, entry[key], step=step)
+
+
+def make_trainer(job: Job, model: PeftModel) -> Trainer:
+    """The trainer of a job, its adapter in fp32."""
+    dataset = job.inputs["dataset"].path
+    train, dev = rows_of(dataset, "train"), rows_of(dataset, "dev")[:DEV_ROWS]
+    batch = job.params["batch_size"]
+    if job.execution.processes > 1 and len(train) % batch:
+        job.events.note(
+            "ranks",
+            f"the last step of an epoch has {len(train) % batch} rows of {batch} and is filled up with its first",
+        )
+    trainer = Trainer(
+        model=model,
+        args=_settings(job, rows=len(train)),
+        train_dataset=Dataset.from_list(train),
+        eval_dataset=Dataset.from_list(dev),  # the Trainer wants one; `evaluate` reads `dev`
+        processing_class=AutoTokenizer.from_pretrained(str(job.inputs["base"].path), local_files_only=True),
+        callbacks=[Reporter(job)],
+    )
+    trainer.job, trainer.dev = job, dev
+    trainer.remove_callback(PrinterCallback)
+    to_fp32(model)
+    return trainer
+
+
+def _settings(job: Job, *, rows: int) -> SFTConfig:
+    params, execution = job.params, job.execution
+    on_cpu = execution.device == "cpu"
+    batch, processes = params["batch_size"], execution.processes
+    micro_batch = execution.micro_batch or max(1, batch // processes)
+    steps = params["max_steps"] or math.ceil(rows / batch) * params["epochs"]
+    return SFTConfig(
+        output_dir=str(job.checkpoint),
+        per_device_train_batch_size=micro_batch,
+        per_device_eval_batch_size=micro_batch,
+        gradient_accumulation_steps=batch // (micro_batch * processes),
+        num_train_epochs=params["epochs"],
+        max_steps=params["max_steps"] or -1,
+        learning_rate=params["learning_rate"],
+        lr_scheduler_type=SCHEDULES[params["schedule"]],
+        warmup_steps=params["warmup_ratio"],  # below 1: a share of the steps
+        weight_decay=params["weight_decay"],
+        max_grad_norm=params["max_grad_norm"],
+        optim="adamw_torch" if on_cpu else "paged_adamw_8bit",
+        bf16=True,
+        use_cpu=on_cpu,
+        ddp_backend="gloo" if on_cpu and processes > 1 else None,
+        ddp_find_unused_parameters=False,
+        gradient_checkpointing=params["gradient_checkpointing"],
+        seed=params["seed"],
+        save_strategy="steps",
+        save_steps=params["checkpoint_steps"],
+        save_total_limit=2,  # the one before stays in case the last is broken
+        eval_strategy="steps",
+        eval_steps=params["eval_steps"] or max(1, math.ceil(steps / DEV_POINTS)),
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # the filter shows the mean of earlier steps for a loss that is no number
+        # Packed batches have no attention mask: every place is a token.
+        include_num_input_tokens_seen="all" if params["packing"] else "non_padding",
+        dataloader_num_workers=0,
+        dataloader_pin_memory=not on_cpu,
+        max_length=None,  # prepare has cut the rows
+        # Not TRL's `packing`, which makes sequences of several rows: a batch would no longer be `batch_size` rows.
+        padding_free=params["packing"],
+        dataset_kwargs={"skip_prepare_dataset": True},  # ids and labels are given
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def rows_of(dataset: Path, split: str) -> list[dict[str, Any]]:
+    """input_ids and labels of one split: -100 wherever the completion mask is False."""
+    table = pq.read_table(
+        dataset / "rows.parquet", columns=["input_ids", "completion_mask"], filters=[("split", "==", split)]
+    )
+    ids, masks = table["input_ids"].to_pylist(), table["completion_mask"].to_pylist()
+    return [
+        {"input_ids": row, "labels": [token if keep else -100 for token, keep in zip(row, mask, strict=True)]}
+        for row, mask in zip(ids, masks, strict=True)
+    ]

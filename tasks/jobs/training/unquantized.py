@@ -1,0 +1,67 @@
+"""How much of a base stays bf16 after NF4 loading.
+
+transformers 5 fuses a mixture's experts into 3-D parameters, which bitsandbytes passes over: QLoRA then holds most of
+the model at 2 bytes a weight, in silence.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from recipes.problem import Problem
+from tasks.jobs.loading.load import linear4bit
+from tasks.runtime.process.errors import StageError
+from tasks.runtime.process.job import Job
+
+LIMIT = 0.05  # a router or a small head may stay; experts are above 80 % of a mixture model
+GIB = 1 << 30
+
+
+class Unquantized(NamedTuple):
+    """Matrices that stayed bf16, without embeddings and output layer: of all, by name."""
+
+    share: float
+    gib: float
+    largest: str
+
+
+def unquantized(model: PreTrainedModel) -> Unquantized:
+    """Count the weights of matrices inside the layers that are not 4-bit."""
+    quantized = linear4bit(model)
+    left_out = {id(p) for one in quantized.values() for p in one.parameters()}
+    left_out |= {id(p) for one in model.modules() if isinstance(one, nn.Embedding) for p in one.parameters()}
+    head = model.get_output_embeddings()
+    left_out |= {id(p) for p in head.parameters()} if head is not None else set()
+    found = {name: p for name, p in model.named_parameters() if p.dim() >= 2 and id(p) not in left_out}
+    weights = sum(p.numel() for p in found.values())
+    every = weights + sum(one.in_features * one.out_features for one in quantized.values())
+    return Unquantized(
+        share=weights / every if every else 0.0,
+        gib=sum(p.numel() * p.element_size() for p in found.values()) / GIB,
+        largest=max(found, key=lambda name: found[name].numel(), default=""),
+    )
+
+
+def check_unquantized(model: PreTrainedModel, job: Job) -> None:
+    """Say how much stayed bf16; refuse more than 5 % unless the recipe accepts it.
+
+    Raises:
+        StageError: More than 5 % of the linear weights, and `train.accept_unquantized` is false.
+    """
+    found = unquantized(model)
+    said = f"{100 * found.share:.1f} % of the linear weights stay bf16: {found.gib:.3f} GiB"
+    if found.share:
+        job.events.note("unquantized", f"{said}, the largest is {found.largest}")
+    if found.share > LIMIT and not job.params["accept_unquantized"]:
+        raise StageError(
+            Problem(
+                what=said,
+                where=f"the base, {found.largest}",
+                why="bitsandbytes quantizes linear layers only; transformers holds a mixture's experts as 3-D "
+                "parameters, so they keep 2 bytes a weight",
+                next="set train.accept_unquantized: true if that memory is there, or take a dense base",
+            )
+        )

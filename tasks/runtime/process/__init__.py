@@ -1,0 +1,1 @@
+"""Child processes: the contract, the launch, the leases."""

@@ -1,0 +1,106 @@
+"""Python environments: the main one, and one for each backend whose packages cannot live beside ours.
+
+Each has its lock, infra/locks/NAME.txt; `make env-NAME` installs it into .envs/NAME, beside a copy of the lock's
+sha256, so that an environment of another lock is refused.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from recipes.problem import Problem
+from tasks.runtime.process.launch import CHECKOUT
+
+LOCKS = CHECKOUT / "infra" / "locks"
+INSTALLED = CHECKOUT / ".envs"
+MAIN = "main"
+
+
+def locked_versions(name: str | None = None) -> dict[str, str]:
+    """Distribution -> version, from an environment's lock; None is the main one."""
+    return _pins(_lock(name))
+
+
+def installed(names: Sequence[str]) -> dict[str, str]:
+    """Version of each distribution that this Python has, without the build (`+cpu`, `+cu130`)."""
+    found = {name: _installed(name) for name in names}
+    return {name: version for name, version in found.items() if version is not None}
+
+
+def versions(names: Sequence[str], environment: str | None = None) -> dict[str, str]:
+    """Versions that an environment's children import: of the main one as they are installed here, not as locked.
+
+    The others are refused where they are of another lock (`environment_problem`), so their lock says it.
+
+    Raises:
+        KeyError: Neither installed nor locked.
+    """
+    locked = locked_versions(environment)
+    here = installed(names) if environment is None else {}
+    return {name: here.get(name) or locked[name] for name in names}
+
+
+def off_lock() -> dict[str, str]:
+    """Distributions of the main lock that are installed in another version -> that version."""
+    locked = locked_versions()
+    return {name: version for name, version in installed(list(locked)).items() if version != locked[name]}
+
+
+def lock_digest(name: str | None = None) -> str:
+    """sha256 of the lock."""
+    return hashlib.sha256(_lock(name).read_bytes()).hexdigest()
+
+
+def interpreter(name: str | None = None) -> Path:
+    """The Python that a child starts with: this process's own for the main environment."""
+    return Path(sys.executable) if name is None else INSTALLED / name / "bin" / "python"
+
+
+def environment_problem(name: str | None) -> Problem | None:
+    """Why nothing can start in an environment on this machine; None where it can."""
+    if name is None:
+        return None
+    stamp = INSTALLED / name / ".installed"
+    if stamp.exists() and stamp.read_text(encoding="utf-8").strip() == lock_digest(name):
+        return None
+    return Problem(
+        what=f"The environment {name} is {'of another lock' if stamp.exists() else 'not installed'}.",
+        where=str(stamp.parent.relative_to(CHECKOUT)),
+        why="Its packages ask for other versions than ours, so they have a Python environment of their own.",
+        next=f"Run: make env-{name}",
+    )
+
+
+def described(name: str | None) -> dict[str, object]:
+    """What a manifest says of the environment: name, sha256 of the lock, and what follows from neither.
+
+    That is every version of another environment, and of the main one those that are not the lock's.
+    """
+    found: dict[str, object] = {"name": name or MAIN, "lock": lock_digest(name)}
+    if name is not None:
+        return found | {"versions": locked_versions(name)}
+    other = off_lock()
+    return found | ({"off_lock": other} if other else {})
+
+
+def _lock(name: str | None) -> Path:
+    return LOCKS / f"{name or MAIN}.txt"
+
+
+@functools.cache
+def _installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name).partition("+")[0]
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def _pins(lock: Path) -> dict[str, str]:
+    return dict(re.findall(r"^([A-Za-z0-9_.-]+)==([^\s;]+)", lock.read_text(encoding="utf-8"), flags=re.MULTILINE))

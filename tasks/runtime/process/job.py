@@ -1,0 +1,101 @@
+"""The JSON contract between a step's parent and its child: job.json in, result.json out.
+
+A job body is `run(job: Job) -> dict`; what it returns stands in the manifest as `result`. Bodies read
+`job.inputs`, write below `job.out` and nowhere else (`job.checkpoint` survives a kill; only train uses it).
+Copy job.json to any machine with the same folders and run it there:
+`python -P -m tasks.runtime.process.child run job.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tasks.runtime.process.events import Events
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """One artifact that a job reads: a file or a folder, never written to."""
+
+    path: Path
+    digest: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """Where and how a job runs; never part of its identity.
+
+    Attributes:
+        device: `cpu` or `cuda`.
+        threads: Threads the child may use: the size of its lease.
+        micro_batch: Rows a forward pass in training; None lets the job take the whole batch.
+        processes: Ranks that do the job together, started by `accelerate launch`; this is 1 for all but train.
+        launcher: Configuration of the launch: infra/accelerate/LAUNCHER.yaml.
+        log_level: Level of the child's own loggers.
+    """
+
+    device: str = "cpu"
+    threads: int = 1
+    micro_batch: int | None = None
+    processes: int = 1
+    launcher: str = "ddp"
+    log_level: str = "INFO"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What one child is asked to make."""
+
+    stage: str
+    slug: str
+    fingerprint: str
+    entry: str
+    params: dict[str, Any]
+    inputs: dict[str, Input]
+    out: Path
+    checkpoint: Path
+    execution: Execution = field(default_factory=Execution)
+    schema: int = SCHEMA
+
+    @property
+    def rank(self) -> int:
+        """Place among `execution.processes`, as `accelerate launch` sets it. Rank 0 alone writes files."""
+        return int(os.environ.get("RANK", "0")) if self.execution.processes > 1 else 0
+
+    @property
+    def events(self) -> Events:
+        """The artifact's event file; other ranks than 0 say nothing."""
+        return Events(self.out / "events.jsonl", silent=self.rank > 0)
+
+    def dump(self, path: Path) -> None:
+        """Write job.json."""
+        path.write_text(json.dumps(asdict(self), default=str, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Job:
+        """Read job.json. Raises ValueError when it was written for another schema."""
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if raw["schema"] != SCHEMA:
+            raise ValueError(f"{path}: job schema {raw['schema']}, this checkout reads {SCHEMA}")
+        inputs = {
+            name: Input(path=Path(one["path"]), digest=one["digest"], fingerprint=one["fingerprint"])
+            for name, one in raw["inputs"].items()
+        }
+        return cls(
+            stage=raw["stage"],
+            slug=raw["slug"],
+            fingerprint=raw["fingerprint"],
+            entry=raw["entry"],
+            params=raw["params"],
+            inputs=inputs,
+            out=Path(raw["out"]),
+            checkpoint=Path(raw["checkpoint"]),
+            execution=Execution(**raw["execution"]),
+        )

@@ -1,0 +1,1 @@
+"""Where artifacts lie: on a disk, in a bucket."""

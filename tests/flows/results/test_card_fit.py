@@ -1,0 +1,175 @@
+"""What fits a card: the KV cache by hand for known models, the front, the best arm, and `quench choose`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.cli import main
+from flows.report.build import render
+from flows.results.card_fit import GIB, Fit, Refused, Workload, allowance_bytes, best, cache_of, fits, front, headers_of
+from flows.results.read import Run, read_run
+from recipes.models.headers import Headers
+from tests.flows.synthetic_run import SHAPES, SyntheticRun
+
+LLAMA_8B = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096}
+LLAMA_7B = {"num_hidden_layers": 32, "num_attention_heads": 32, "hidden_size": 4096}
+
+
+def described(**config: Any) -> Headers:
+    return Headers(folder=Path(), config=config, text_config=config, tensors={}, linears=(), has_chat_template=True)
+
+
+# ---- the cache, by hand
+
+
+def test_a_token_of_llama_3_8b_takes_128_kib() -> None:
+    cache = cache_of(described(**LLAMA_8B))
+    assert cache.per_token("bf16") == 2 * 32 * 8 * 128 * 2 == 131_072
+    assert cache.per_token("fp8") == 65_536
+    assert cache.per_token("int8") == 65_536 + 2 * 32 * 8 * 4  # and an fp32 scale a token and head
+    assert cache.size("bf16", context=8192, batch=8) == 8 * GIB
+
+
+def test_a_7b_without_grouped_heads_takes_four_times_that() -> None:
+    """Llama 2 7B, 4,096 tokens x 32: the 4 GB that are often quoted are 64 GiB."""
+    cache = cache_of(described(**LLAMA_7B))
+    assert cache.per_token("bf16") == 524_288
+    assert cache.size("bf16", context=4096, batch=32) == 64 * GIB
+
+
+def test_layers_with_a_window_keep_no_more_than_it() -> None:
+    gemma = {**LLAMA_8B, "sliding_window": 1024, "layer_types": ["sliding_attention"] * 27 + ["full_attention"] * 5}
+    cache = cache_of(described(**gemma))
+    layer = 2 * 8 * 128 * 2
+    assert cache.size("bf16", context=8192, batch=2) == 2 * layer * (5 * 8192 + 27 * 1024)
+    assert cache.size("bf16", context=512, batch=1) == layer * 32 * 512
+    mistral = cache_of(described(**LLAMA_8B, sliding_window=4096))
+    assert mistral.size("bf16", context=8192, batch=1) == layer * 32 * 4096
+    qwen2 = cache_of(described(**LLAMA_8B, sliding_window=4096, use_sliding_window=False))
+    assert qwen2.size("bf16", context=8192, batch=1) == layer * 32 * 8192
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"kv_lora_rank": 512}, "kv_lora_rank"),
+        ({"mamba_d_state": 16}, "mamba_d_state"),
+        ({"layer_types": ["linear_attention"] * 24 + ["full_attention"] * 8}, "linear_attention"),
+        ({"layer_types": ["sliding_attention"] * 32}, "no sliding_window"),
+    ],
+)
+def test_a_cache_of_another_kind_is_refused(more: dict[str, Any], why: str) -> None:
+    with pytest.raises(Refused, match=why):
+        cache_of(described(**LLAMA_8B, **more))
+
+
+# ---- the choice
+
+
+def arm(name: str, needed: float, kl: float | None, refused: str | None = None) -> Fit:
+    return Fit(arm=name, cache="bf16", weights=needed, needed=needed * GIB, task=0.9, kl_mean=kl, refused=refused)
+
+
+def test_the_best_is_the_closest_that_fits_and_a_tenth_stays_free() -> None:
+    every = [arm("bf16", 15, 0.0), arm("g32", 5.2, 1e-3), arm("g128", 5.0, 1e-3), arm("3-bit", 4, 1e-2)]
+    every.append(arm("refused", 1, 0.0, "vLLM does not read it"))
+    found = {size: (one.arm if (one := best(every, size)) else None) for size in (80, 16, 8, 5, 4)}
+    assert found == {80: "bf16", 16: "g128", 8: "g128", 5: "3-bit", 4: None}  # 0.9 x 16 < 15; equal KL: fewer bytes
+    assert front(every) == {"bf16", "g128", "3-bit"}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("home")
+    folder = SyntheticRun(home, shapes=SHAPES, test=120, general=20, refused={"gptq-w3-g128": "no kernel"}).write()
+    (home / "runs" / "latest").symlink_to(folder.name)
+    render(folder, home)
+    return home
+
+
+@pytest.fixture
+def run(home: Path) -> Run:
+    return read_run((home / "runs" / "latest").resolve(), home)
+
+
+def test_every_arm_that_could_ship_is_listed_with_what_it_needs(run: Run, home: Path) -> None:
+    said = json.loads((run.folder / "report.json").read_text())
+    headers = headers_of(run)
+    assert headers is not None
+    listed = {one["arm"]: one for one in said["fit"]["arms"]}
+    assert set(listed) == set(SHAPES) - {"base"}
+    assert listed["gptq-w3-g128"]["refused"] == "the engine of the recipe does not serve it: no kernel"
+    assert "not one artifact" in listed["nf4-adapter"]["refused"]
+    work = Workload(context=headers.max_positions or 0, batch=8)
+    keys = 8 * work.context * said["fit"]["kv_bytes_per_token"]["bf16"]
+    for one in listed.values():
+        assert one["needed_bytes"] == pytest.approx(one["weights_bytes"] + keys + allowance_bytes(headers, work))
+    closest = min((one for one in listed.values() if one["refused"] is None), key=lambda one: one["kl_mean"])
+    assert [one["best"] for one in said["fit"]["examples"]] == [closest["arm"]] * 4  # a tiny model fits anywhere
+    assert closest["on_front"]
+
+
+def test_a_kv_arm_has_the_bytes_of_its_arm_and_half_the_cache(run: Run) -> None:
+    plain = next(one for one in run.arms if one.slug == "gptq-w4-g128")
+    kv = replace(plain, slug="gptq-w4-g128.kv-fp8", kv="fp8", of=plain.slug)
+    figures = {key: {"size_bytes": 5000000.0, "task": 0.9, "kl_mean": 0.001} for key in ("gptq-w4-g128", kv.slug)}
+    headers = headers_of(run)
+    assert headers is not None
+    work = Workload(context=512, batch=8)
+    one, other = fits(replace(run, arms=(plain, kv)), figures, work, headers, None)
+    cache = cache_of(headers)
+    assert one.needed is not None and other.needed is not None and other.refused is None
+    assert one.needed - other.needed == cache.size("bf16", context=512, batch=8) / 2
+    assert other.cache == "fp8"
+
+
+def choose(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, *words: str) -> tuple[int, str, str]:
+    monkeypatch.setenv("QUENCH_HOME", str(home))
+    monkeypatch.setenv("COLUMNS", "120")
+    code = main(["choose", *words])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_the_command_names_the_best_and_the_front(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    words = ("--vram", "24", "--context", "512", "--batch", "8")
+    code, out, _ = choose(home, monkeypatch, capsys, *words)
+    assert code == 0 and "Best: merged-dequantized" in out and "*" in out
+    code, out, _ = choose(home, monkeypatch, capsys, *words, "--json")
+    made = json.loads(out)
+    assert code == 0 and made["best"] == "merged-dequantized"
+    assert {one["arm"] for one in made["arms"]} == set(SHAPES) - {"base"}
+
+
+def test_another_engine_refuses_other_arms(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    words = ("--vram", "24", "--context", "512", "--json")
+    refused = {}
+    for engine in ("vllm", "exllamav2"):
+        _, out, _ = choose(home, monkeypatch, capsys, *words, "--engine", engine)
+        refused[engine] = {one["arm"] for one in json.loads(out)["arms"] if one["refused"]}
+    assert "awq-w4-g128" in refused["exllamav2"] and "awq-w4-g128" not in refused["vllm"]
+    assert "gptq-w3-g128" in refused["vllm"]
+
+
+def test_where_nothing_fits_the_exit_code_is_1(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    code, out, _ = choose(home, monkeypatch, capsys, "--vram", "0.1", "--context", "512")
+    assert code == 1 and "No arm of this run fits 1 x 512 tokens on 0.1 GiB" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("--vram", "0", "--context", "512"), "have to be above zero"),
+        (("--vram", "24", "--context", "900000"), "the base ends at"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, words: tuple[str, ...], why: str
+) -> None:
+    code, _, err = choose(home, monkeypatch, capsys, *words)
+    assert code == 2 and why in err

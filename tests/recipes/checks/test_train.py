@@ -1,0 +1,87 @@
+"""What train and run ask of the base: wrong names, experts, batches, devices, refused before anything is spent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from recipes.checks.check import check
+from recipes.checks.train import device_problems
+from recipes.problem import Problem, RecipeError
+from recipes.read.load import load
+from tests.recipes.folders import llama_shapes, write_project, write_safetensors
+
+
+def problems(recipe: Path, *sets: str) -> list[Problem]:
+    return check(load(recipe, sets=sets))
+
+
+@pytest.mark.parametrize(
+    ("set_", "said"),
+    [
+        ("train.rank_pattern={q_prj: 4}", "q_prj"),
+        ("train.rank_pattern={lm_head: 4}", "lm_head"),
+        ("train.alpha_pattern={'q_proj(': 4}", "regular expression"),
+        ("train.modules_to_save=[embed]", "Name one of these"),
+        ("train.modules_to_save=[proj]", "4-bit weights cannot be trained"),
+        ("train.attention=flash_attention_2", "flash"),
+    ],
+)
+def test_names_that_the_base_does_not_have(tmp_path: Path, set_: str, said: str):
+    (problem,) = problems(write_project(tmp_path), set_)
+    assert said in str(problem) and set_.split("=")[0] in problem.where
+
+
+def test_what_peft_matches_is_accepted(tmp_path: Path):
+    recipe = write_project(tmp_path)
+    sets = ("train.rank_pattern={layers.0.mlp.down_proj: 4, '.*[qk]_proj': 2}", "train.modules_to_save=[norm, lm_head]")
+    assert problems(recipe, *sets) == []
+    assert len(problems(recipe, *sets, "train.targets=[q_proj]")) == 1  # down_proj gets no adapter now
+
+
+def write_experts(tmp_path: Path) -> Path:
+    recipe = write_project(tmp_path)
+    shapes = llama_shapes(hidden=128, intermediate=256, kv=64, layers=2, vocabulary=300)
+    for layer in range(2):
+        for expert in range(4):
+            name = f"model.layers.{layer}.mlp.experts.{expert}"
+            shapes |= {f"{name}.{part}_proj.weight": [256, 128] for part in ("gate", "up")}
+            shapes[f"{name}.down_proj.weight"] = [128, 256]
+    (weights,) = tmp_path.rglob("model.safetensors")
+    write_safetensors(weights, shapes)
+    return recipe
+
+
+def test_experts_are_refused_from_the_headers(tmp_path: Path):
+    recipe = write_experts(tmp_path)
+    plain = "quantize.schemes=[nf4]"  # packed experts do not load, which is another problem
+    (problem,) = problems(recipe, plain)
+    dense, experts = 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 256), 2 * 4 * 3 * 128 * 256
+    assert f"{experts / (experts + dense):.0%}" in problem.what and problem.where.endswith("train.accept_unquantized")
+    assert problems(recipe, plain, "train.accept_unquantized=true") == []
+    (dropout,) = problems(recipe, plain, "train.accept_unquantized=true", "train.dropout=0.1")
+    assert dropout.where.endswith("train.dropout")
+
+
+@pytest.mark.parametrize("slug", ["gptq-w4-g128", "awq-w4-g128", "rtn-w4-g128", "ct-gptq-w4-g128", "ct-awq-w4-g128"])
+def test_no_backend_calibrates_experts_and_check_says_so(slug: str, tmp_path: Path):
+    """So there is no scheme whose experts would see too few tokens: tokens an expert are nowhere to be logged."""
+    (problem,) = problems(write_experts(tmp_path), f"quantize.schemes=[{slug}]", "train.accept_unquantized=true")
+    assert "experts" in problem.what and "nf4 or int8" in problem.next and problem.where.endswith("quantize.schemes.0")
+
+
+def test_processes_share_the_batch(tmp_path: Path):
+    recipe = write_project(tmp_path)
+    assert load(recipe, sets=("run.processes=4",)).recipe.micro_batch == 4
+    for sets in (("run.processes=3",), ("run.processes=4", "run.micro_batch=8")):
+        with pytest.raises(RecipeError) as refused:
+            load(recipe, sets=sets)
+        assert "run.processes" in str(refused.value) and "16" in str(refused.value)
+
+
+def test_devices(tmp_path: Path):
+    recipe = load(write_project(tmp_path), sets=("run.processes=2", "run.launcher=fsdp-qlora")).recipe
+    assert [one.where for one in device_problems(recipe, device="cpu")] == ["run.launcher"]
+    assert [one.where for one in device_problems(recipe, device="cuda", gpus=1)] == ["run.processes"]
+    assert list(device_problems(recipe, device="cuda", gpus=2)) == []
