@@ -90,12 +90,12 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from flows.plan.validate import vet
+    from flows.plan.validate import validate
     from tasks.runtime.store.local import find_home
 
-    vetted = vet(args.recipe, sets=args.set, home=find_home(), only=args.only)
-    _warn(vetted.warnings)
-    planned, pins = vetted.plan, vetted.pins
+    validated = validate(args.recipe, sets=args.set, home=find_home(), only=args.only)
+    _warn(validated.warnings)
+    planned, pins = validated.plan, validated.pins
     hits = sum(one.hit for one in planned)
     outside = (pins.base, *pins.data, *pins.externals.values())
     commits = [f"pin   {one.name:<34} {one.source}" for one in outside if "@" in one.source]

@@ -30,7 +30,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows.compose import compose, limits
 from flows.mlflow_uri import silent
 from flows.plan.lookup import Planned, known_inputs
-from flows.plan.validate import Vetted, vet
+from flows.plan.validate import Validated, validate
 from flows.report.build import render
 from flows.run.credentials import settle
 from flows.run.folder import RunRecord, new_id
@@ -42,7 +42,7 @@ from recipes.problem import Problem, RecipeError
 from tasks.runtime.process.errors import StepFailed
 from tasks.runtime.process.launch import Launcher
 from tasks.runtime.process.leases import Leases
-from tasks.runtime.step import Kitchen, Made, Step, lookup, run_step
+from tasks.runtime.step import Context, Made, Step, lookup, run_step
 from tasks.runtime.store.local import Artifact, find_home, write_json
 from tasks.runtime.store.open import open_store
 
@@ -58,16 +58,16 @@ class RunFailed(Exception):
 class Session:
     """One run of the flow: submits steps, keeps their artifacts and tells everyone."""
 
-    def __init__(self, vetted: Vetted, launcher: Launcher, record: RunRecord, tracker: Tracker) -> None:
+    def __init__(self, validated: Validated, launcher: Launcher, record: RunRecord, tracker: Tracker) -> None:
         self.record = record
         self.display = Display()
         self.tracker = tracker
         self.store = store = open_store(record.home, stop=launcher.stop, say=self.display.line)
-        self.kitchen = Kitchen(
+        self.context = Context(
             store=store,
             launcher=launcher,
             leases=Leases(store.home),
-            limits=limits(vetted.recipe),
+            limits=limits(validated.recipe),
             on_event=self.on_event,
             on_line=self.on_line,
         )
@@ -113,7 +113,7 @@ class Session:
             raise RuntimeError(f"{key}: an input was not made")
         self.display.started(key)
         try:
-            made = run_step(step, inputs, self.kitchen)
+            made = run_step(step, inputs, self.context)
         except StepFailed as error:
             self.failed(step, error)
             raise
@@ -229,30 +229,30 @@ def finetune_and_quantize(recipe: str, sets: list[str] | None = None, only: list
     """
     settle(get_run_logger())
     with refusals_logged():
-        vetted = vet(Path(recipe), sets=sets or [], home=find_home(), only=only or [])
-    return run_vetted(vetted, only=only or [])
+        validated = validate(Path(recipe), sets=sets or [], home=find_home(), only=only or [])
+    return run_validated(validated, only=only or [])
 
 
-def run_vetted(vetted: Vetted, *, only: Sequence[str], because: Sequence[str] = ()) -> str:
-    """Body of a flow: make what was vetted, tell Prefect and MLflow, report; returns the run's folder.
+def run_validated(validated: Validated, *, only: Sequence[str], because: Sequence[str] = ()) -> str:
+    """Body of a flow: make what was validated, tell Prefect and MLflow, report; returns the run's folder.
 
     Args:
-        vetted: The recipe, pinned and planned.
+        validated: The recipe, pinned and planned.
         only: Arms that are wanted.
         because: Why it runs, for the report; nothing where somebody just asked.
 
     Raises:
         RunFailed: A step failed; everything that finished is in the store and in the report.
     """
-    home, run = find_home(), new_id(vetted.recipe.name)
+    home, run = find_home(), new_id(validated.recipe.name)
     with refusals_logged():
-        tracker = Tracker(home, experiment=vetted.recipe.name, run=run)
-    record = RunRecord(home, vetted.loaded, id=run, flow_run=flow_run.id, because=because)
+        tracker = Tracker(home, experiment=validated.recipe.name, run=run)
+    record = RunRecord(home, validated.loaded, id=run, flow_run=flow_run.id, because=because)
     with Launcher() as launcher, watched(launcher):
-        session = session_class()(vetted, launcher, record, tracker)
+        session = session_class()(validated, launcher, record, tracker)
         try:
             with session.display:
-                _work(session, vetted, only=only)
+                _work(session, validated, only=only)
         finally:
             launcher.end_all()  # before anything that may have to wait
             session.stop()
@@ -310,18 +310,20 @@ def _obey_cancel(flow_run: UUID, launcher: Launcher, done: threading.Event) -> N
                     return
 
 
-def _work(session: Session, vetted: Vetted, *, only: Sequence[str]) -> None:
+def _work(session: Session, validated: Validated, *, only: Sequence[str]) -> None:
     """Plan, make, report."""
     record = session.record
-    record.pinned(vetted.pins, only=only)
-    write_json(record.folder / "preflight.json", vetted.preflight)
-    (record.folder / "plan.txt").write_text("\n".join(str(line) for line in vetted.plan) + "\n", encoding="utf-8")
-    session.tracker.start(vetted.recipe.model_dump(mode="json"), tags={"mlflow.source.name": str(vetted.loaded.path)})
+    record.pinned(validated.pins, only=only)
+    write_json(record.folder / "preflight.json", validated.preflight)
+    (record.folder / "plan.txt").write_text("\n".join(str(line) for line in validated.plan) + "\n", encoding="utf-8")
+    session.tracker.start(
+        validated.recipe.model_dump(mode="json"), tags={"mlflow.source.name": str(validated.loaded.path)}
+    )
     log = get_run_logger()
-    hits = sum(one.hit for one in vetted.plan)
-    log.info("run %s: %d of %d steps are in the store", record.id, hits, len(vetted.plan))
-    session.pages.plan(_plan_markdown(vetted))
-    matrix = compose(vetted.recipe, vetted.pins, session.do, only=only)
+    hits = sum(one.hit for one in validated.plan)
+    log.info("run %s: %d of %d steps are in the store", record.id, hits, len(validated.plan))
+    session.pages.plan(_plan_markdown(validated))
+    matrix = compose(validated.recipe, validated.pins, session.do, only=only)
     record.composed(matrix)
     whole = session.collect()
     record.composed(matrix)
@@ -347,8 +349,8 @@ def drain() -> None:
     EventsWorker.drain_all(timeout=5)
 
 
-def _plan_markdown(vetted: Vetted) -> str:
-    rows = [f"| {'hit' if one.hit else 'make'} | `{one.key}` | {one.why} |" for one in vetted.plan]
+def _plan_markdown(validated: Validated) -> str:
+    rows = [f"| {'hit' if one.hit else 'make'} | `{one.key}` | {one.why} |" for one in validated.plan]
     return "\n".join(["| | step | why |", "| --- | --- | --- |", *rows])
 
 
@@ -378,10 +380,12 @@ def evaluate_only(recipe: str, sets: list[str] | None = None, only: list[str] | 
     """
     settle(get_run_logger())
     with refusals_logged():
-        vetted = vet(Path(recipe), sets=sets or [], home=find_home(), only=only or [])
-        if problems := [_missing(one) for one in vetted.plan if not one.hit and one.key.split("/")[0] not in SCORING]:
+        validated = validate(Path(recipe), sets=sets or [], home=find_home(), only=only or [])
+        if problems := [
+            _missing(one) for one in validated.plan if not one.hit and one.key.split("/")[0] not in SCORING
+        ]:
             raise RecipeError(problems)
-    return run_vetted(vetted, only=only or [])
+    return run_validated(validated, only=only or [])
 
 
 def _missing(step: Planned) -> Problem:

@@ -204,16 +204,12 @@ def specified(entry: str | SchemeSpec) -> Scheme:
     if entry.backend is not None:
         scheme = by_backend(scheme, entry.backend)
     if (entry.rules or entry.kv_scales) and scheme.form != "compressed-tensors":
-        raise RecipeError(
-            [
-                Problem(
-                    what=f"{entry.scheme} cannot have {'rules' if entry.rules else 'kv_scales'}.",
-                    where=entry.scheme,
-                    why="Files of other formats with mixed grids or KV scales load in no server.",
-                    next="Write a ct- scheme, for example ct-gptq-w4-g128.",
-                )
-            ]
-        )
+        raise Problem(
+            what=f"{entry.scheme} cannot have {'rules' if entry.rules else 'kv_scales'}.",
+            where=entry.scheme,
+            why="Files of other formats with mixed grids or KV scales load in no server.",
+            next="Write a ct- scheme, for example ct-gptq-w4-g128.",
+        ).error()
     own = tuple(_rule(one, scheme) for one in entry.rules)
     return replace(scheme, slug=entry.name or scheme.slug, rules=(*own, *scheme.rules), kv_scales=entry.kv_scales)
 

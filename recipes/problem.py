@@ -35,6 +35,10 @@ class Problem:
         """The four parts as JSON-able strings."""
         return asdict(self)
 
+    def error(self) -> RecipeError:
+        """The refusal for this one problem: `raise Problem(...).error()`."""
+        return RecipeError([self])
+
 
 class RecipeError(Exception):
     """Bad input, found before anything was spent: carries every problem at once (exit code 2)."""

@@ -25,7 +25,7 @@ from tasks.runtime.process.environments import environment_problem, installed, l
 from tasks.runtime.process.errors import StepFailed
 from tasks.runtime.process.launch import CHECKOUT, Launcher
 from tasks.runtime.process.leases import Given
-from tasks.runtime.step import External, Kitchen, Limits, Step, run_step
+from tasks.runtime.step import Context, External, Limits, Step, run_step
 from tasks.runtime.store.local import MANIFEST, Artifact, Store, StoreTrouble
 from tasks.runtime.store.open import open_store
 from tasks.runtime.store.s3 import S3Store
@@ -286,7 +286,7 @@ def make_on_node(key: str, order: Callable[[], Order], before: Sequence[Landed])
             pages.progress(key, 100.0 * event["done"] / max(event["total"], 1))
 
     with Launcher() as launcher:
-        kitchen = Kitchen(
+        context = Context(
             store=asked.place.open(launcher),
             launcher=launcher,
             leases=Given(cpus=asked.cpus, gpus=ray.get_runtime_context().get_accelerator_ids()["GPU"]),
@@ -296,13 +296,13 @@ def make_on_node(key: str, order: Callable[[], Order], before: Sequence[Landed])
         )
         known = {**asked.known, **{one.handle.key: one.handle for one in before}}
         try:
-            made = run_step(step, _inputs(step, known, kitchen.store), kitchen)
+            made = run_step(step, _inputs(step, known, context.store), context)
         except StepFailed as error:
             raise FailedOnNode(error, node) from None
         finally:
             for handler in logging.getLogger("prefect.task_runs").handlers:
                 handler.flush()
-    return Landed(handle=Handle.of(step, made.artifact, kitchen.store.home), hit=made.hit, node=node)
+    return Landed(handle=Handle.of(step, made.artifact, context.store.home), hit=made.hit, node=node)
 
 
 def _say(log: Any, step: Step, line: str) -> None:

@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from flows.cluster.node import TOKENS, Asked, Node, Place, Told, code_digest, size_of, tell
 from flows.compose import compose, limits
-from flows.plan.validate import Vetted
+from flows.plan.validate import Validated
 from recipes.problem import Problem, RecipeError
 from tasks.runtime.process.environments import installed, locked_versions
 from tasks.runtime.step import External, Step, wanted
@@ -49,7 +49,7 @@ def joined(address: str) -> Generator[None]:
     try:
         ray.init(address, namespace="quench", log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise RecipeError([_refused(address, str(error).splitlines()[0])]) from error
+        raise _refused(address, str(error).splitlines()[0]).error() from error
     for number, handler in ours.items():  # Ray puts its own in their place
         signal.signal(number, handler)
     try:
@@ -61,28 +61,28 @@ def joined(address: str) -> Generator[None]:
 def _reach(address: str) -> None:
     host, _, port = address.rpartition(":")
     if "://" in address or not host or not port.isdigit():
-        raise RecipeError([_malformed(address)])
+        raise _malformed(address).error()
     with grpc.insecure_channel(address) as channel:
         try:
             grpc.channel_ready_future(channel).result(timeout=ANSWER_S)
         except grpc.FutureTimeoutError:
-            raise RecipeError([_refused(address, f"nothing there speaks gRPC within {ANSWER_S:.0f} s")]) from None
+            raise _refused(address, f"nothing there speaks gRPC within {ANSWER_S:.0f} s").error() from None
 
 
-def check_nodes(vetted: Vetted, *, home: Path, api: str) -> list[Told]:
+def check_nodes(validated: Validated, *, home: Path, api: str) -> list[Told]:
     """Ask every node whether it has what the steps need.
 
     Args:
-        vetted: What is to be made.
+        validated: What is to be made.
         home: QUENCH_HOME of the flow.
         api: Prefect's API as the flow reaches it.
 
     Raises:
         RecipeError: All that is wrong, node by node, with the remedy.
     """
-    make = {line.key for line in vetted.plan if not line.hit}
+    make = {line.key for line in validated.plan if not line.hit}
     steps: list[Step] = []
-    compose(vetted.recipe, vetted.pins, steps.append)
+    compose(validated.recipe, validated.pins, steps.append)
     steps = [one for one in steps if one.key in make]
     outside = [one for step in steps for one in step.inputs.values() if isinstance(one, External)]
     mine = installed(list(locked_versions()))
@@ -103,7 +103,7 @@ def check_nodes(vetted: Vetted, *, home: Path, api: str) -> list[Told]:
     here = Here(code=code_digest(), locked=locked_versions(), installed=mine)
     problems += [problem for one in told for problem in differs(one, here, asked)]
     problems += [_apart(one, home) for one in deaf if one.sees_token]
-    problems += _unplaceable(steps, vetted)
+    problems += _unplaceable(steps, validated)
     if problems:
         raise RecipeError(problems)
     return told
@@ -231,13 +231,13 @@ def _apart(told: Told, home: Path) -> Problem:
     )
 
 
-def _unplaceable(steps: Sequence[Step], vetted: Vetted) -> Iterator[Problem]:
+def _unplaceable(steps: Sequence[Step], validated: Validated) -> Iterator[Problem]:
     """Steps that no living node could ever take: Ray would wait for one for ever."""
     nodes = [one["Resources"] for one in ray.nodes() if one["Alive"]]
     own = ray.get_runtime_context().get_node_id()
     here = [one["Resources"] for one in ray.nodes() if one["NodeID"] == own]
     for step in steps:
-        want = wanted(step, limits(vetted.recipe))
+        want = wanted(step, limits(validated.recipe))
         able = here if step.whole_machine else nodes
         if any(one.get("CPU", 0) >= max(1, want.cpus) and one.get("GPU", 0) >= want.gpus for one in able):
             continue

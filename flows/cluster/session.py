@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from flows.cluster.node import FailedOnNode, Handle, Landed, Order, Place, make_on_node
 from flows.pipeline import Session, needs
 from flows.plan.lookup import known_inputs
-from flows.plan.validate import Vetted
+from flows.plan.validate import Validated
 from flows.run.folder import RunRecord
 from flows.tracking.tracker import Tracker
 from recipes.problem import Problem
@@ -37,8 +37,8 @@ STOP_S = 5.0
 class ClusterSession(Session):
     """Submits steps to Ray, and takes in what lands, in the order of the composition."""
 
-    def __init__(self, vetted: Vetted, launcher: Launcher, record: RunRecord, tracker: Tracker) -> None:
-        super().__init__(vetted, launcher, record, tracker)
+    def __init__(self, validated: Validated, launcher: Launcher, record: RunRecord, tracker: Tracker) -> None:
+        super().__init__(validated, launcher, record, tracker)
         self.landed: set[str] = set()
 
     def do(self, step: Step) -> None:
@@ -62,7 +62,7 @@ class ClusterSession(Session):
         }
         awaited = [self.futures[key] for key in keys if key not in known and key in self.futures]
         options, place = self._lease(step), Place.of(self.store.home)
-        given = {"known": known, "limits": self.kitchen.limits, "place": place, "cpus": options["num_cpus"]}
+        given = {"known": known, "limits": self.context.limits, "place": place, "cpus": options["num_cpus"]}
         order = functools.partial(Order, step=step, **given)
         unique = {id(one): one for one in (*before, *awaited)}.values()
         with remote_options(**options):
@@ -70,7 +70,7 @@ class ClusterSession(Session):
 
     def _lease(self, step: Step) -> dict[str, Any]:
         """What Ray has to lease; speed is measured on the flow's own node, whose hardware its identity names."""
-        want = wanted(step, self.kitchen.limits)
+        want = wanted(step, self.context.limits)
         if not step.whole_machine:
             return {"num_cpus": want.cpus, "num_gpus": want.gpus, "max_retries": RETRIES}
         own = ray.get_runtime_context().get_node_id()

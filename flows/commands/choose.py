@@ -107,7 +107,7 @@ def chosen(folder: Path, home: Path, *, vram_gib: float, work: Workload, engine:
 
 
 def _refused(what: str, where: str, why: str, next: str) -> RecipeError:
-    return RecipeError([Problem(what=what, where=where, why=why, next=next)])
+    return Problem(what=what, where=where, why=why, next=next).error()
 
 
 def _print(made: Mapping[str, Any], console: Console) -> None:

@@ -138,7 +138,7 @@ def compare_runs(before: Path, after: Path, home: Path) -> Compared:
 
 
 def _refused(what: str, where: str, why: str, remedy: str) -> RecipeError:
-    return RecipeError([Problem(what=what, where=where, why=why, next=remedy)])
+    return Problem(what=what, where=where, why=why, next=remedy).error()
 
 
 def _of_interest(old: ArmEvidence, new: ArmEvidence) -> Iterator[Metric]:

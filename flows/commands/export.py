@@ -30,7 +30,7 @@ from tasks.runtime.outside import work_folder
 from tasks.runtime.pin import Digests, external_folder
 from tasks.runtime.process.launch import Launcher
 from tasks.runtime.process.leases import Leases, cpu_slots
-from tasks.runtime.step import External, Kitchen, Limits, resolve_device, run_step
+from tasks.runtime.step import Context, External, Limits, resolve_device, run_step
 from tasks.runtime.store.local import Store, find_home
 from tasks.runtime.tokenizer_files import TOKENIZER_FILES
 
@@ -249,14 +249,14 @@ def _reload(arm: Arm, parts: list[Part], draft: Path, *, work: Path, home: Path)
     inputs = {part.name: _external(part.name, part.source) for part in parts}
     inputs["copy"] = _external("copy", draft)
     with Launcher() as launcher:
-        kitchen = Kitchen(
+        context = Context(
             store=Store(work),
             launcher=launcher,
             leases=Leases(home),
             limits=Limits(device=resolve_device("auto"), threads=cpu_slots()),
         )
         step = reload.step(arm.slug, kind=arm.kind, inputs=inputs)
-        made = run_step(step, {name: one.artifact for name, one in inputs.items()}, kitchen)
+        made = run_step(step, {name: one.artifact for name, one in inputs.items()}, context)
     return made.artifact.manifest["result"]
 
 
@@ -282,7 +282,7 @@ def command(args: argparse.Namespace) -> int:
         StepFailed: What was copied does not load.
     """
     if len(args.words) not in (2, 3):
-        raise RecipeError([_words_problem(args.words)])
+        raise _words_problem(args.words).error()
     *run, arm, dest = args.words
     if args.push:  # the hub's client takes half a second to import
         from tasks.runtime.hub import push

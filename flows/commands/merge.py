@@ -17,7 +17,7 @@ from tasks.runtime.outside import make_folder, work_folder
 from tasks.runtime.pin import Digests, external_folder, snapshot
 from tasks.runtime.process.launch import Launcher
 from tasks.runtime.process.leases import Leases, cpu_slots
-from tasks.runtime.step import Kitchen, Limits, Step, resolve_device
+from tasks.runtime.step import Context, Limits, Step, resolve_device
 from tasks.runtime.store.local import Store, find_home
 from tasks.runtime.tokenizer_files import TOKENIZER_FILES
 
@@ -84,22 +84,22 @@ def merge_into(
         digests.save()
     steps = {name: merge.alone(name, **pinned, onto=name, accept_other_base=accept_other_base) for name in choices}
     with Launcher() as launcher:
-        kitchen = Kitchen(
+        context = Context(
             store=Store(home),
             launcher=launcher,
             leases=Leases(home),
             limits=Limits(device=resolve_device(device), threads=cpu_slots()),
             on_event=lambda step, event: _tell(step, event, say),
         )
-        merged = list(_make(steps, kitchen, out))
+        merged = list(_make(steps, context, out))
     shutil.rmtree(work_folder(out), ignore_errors=True)
     return merged
 
 
-def _make(steps: dict[str, Step], kitchen: Kitchen, out: Path) -> Iterator[Merged]:
+def _make(steps: dict[str, Step], context: Context, out: Path) -> Iterator[Merged]:
     def make(step: Step, folder: Path) -> dict[str, Any]:
         inputs = {name: one.artifact for name, one in step.inputs.items() if not isinstance(one, Step)}
-        return make_folder(step, inputs, kitchen, out=folder)
+        return make_folder(step, inputs, context, out=folder)
 
     if len(steps) == 1:
         (step,) = steps.values()
@@ -135,16 +135,12 @@ def find(role: str, named: str, *, kind: Kind) -> Snapshot:
         return Snapshot(folder=folder.resolve(), source=named)
     if is_hub_id(named, folder=Path.cwd()):
         return snapshot(named, revision=None, kind=kind, field=f"{role} {named}")
-    raise RecipeError(
-        [
-            Problem(
-                what=f"The {role} is not there.",
-                where=named,
-                why="It is neither a folder nor a hub id (org/name).",
-                next="Check the path.",
-            )
-        ]
-    )
+    raise Problem(
+        what=f"The {role} is not there.",
+        where=named,
+        why="It is neither a folder nor a hub id (org/name).",
+        next="Check the path.",
+    ).error()
 
 
 def check_out(out: Path, inputs: list[Path]) -> Iterator[Problem]:

@@ -24,7 +24,7 @@ from tasks.runtime.process.environments import environment_problem
 from tasks.runtime.process.errors import StepFailed
 from tasks.runtime.process.launch import Launcher
 from tasks.runtime.process.leases import Leases, cpu_slots
-from tasks.runtime.step import External, Kitchen, Limits, Step, resolve_device, run_step
+from tasks.runtime.step import Context, External, Limits, Step, resolve_device, run_step
 from tasks.runtime.store.local import Store, find_home
 from tasks.runtime.tokenizer_files import TOKENIZER_FILES
 
@@ -92,7 +92,7 @@ def quantize_into(asked: Asked, display: Display) -> dict[str, Any]:
     if home.exists():
         digests.save()
     with Launcher() as launcher, display:
-        kitchen = Kitchen(
+        context = Context(
             store=Store(work),
             launcher=launcher,
             leases=Leases(home if home.exists() else work),
@@ -105,11 +105,11 @@ def quantize_into(asked: Asked, display: Display) -> dict[str, Any]:
             inputs["calibset"] = step = _calibset(asked, checked, digests)
             display.started(step.key)
             there = {name: one.artifact for name, one in step.inputs.items() if isinstance(one, External)}
-            made["calibset"] = run_step(step, there, kitchen).artifact
+            made["calibset"] = run_step(step, there, context).artifact
             display.ended(step.key, f"  made  {step.key}")
         step = quantize.alone(checked.scheme.slug, checked.scheme, inputs=inputs, seed=asked.seed)
         display.started(step.key)
-        manifest = make_folder(step, made, kitchen, out=out)
+        manifest = make_folder(step, made, context, out=out)
         display.ended(step.key, f"  made  {step.key}")
     return manifest
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 
 import httpx
 
-from flows.plan.validate import vet
+from flows.plan.validate import validate
 from flows.run.server import OwnServer, prefect_settings
 from recipes.problem import Problem
 from tasks.runtime.process.disk import full, has_space
@@ -36,8 +36,8 @@ def command(args: argparse.Namespace, *, warn: Callable[[Sequence[Problem]], Non
     os.environ["QUENCH_HOME"] = str(home)
     os.environ.update(prefect_settings(home))
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-    vetted = vet(args.recipe, sets=args.set, home=home, only=args.only)  # refuse before a server is started
-    warn(vetted.warnings)
+    validated = validate(args.recipe, sets=args.set, home=home, only=args.only)  # refuse before a server is started
+    warn(validated.warnings)
     with contextlib.ExitStack() as open_, Launcher() as launcher:
         if args.runner == "ray":
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -55,7 +55,7 @@ def command(args: argparse.Namespace, *, warn: Callable[[Sequence[Problem]], Non
             from flows.cluster.preflight import check_nodes
             from flows.cluster.session import ClusterRunner
 
-            for one in check_nodes(vetted, home=home, api=server.api):
+            for one in check_nodes(validated, home=home, api=server.api):
                 print(f"Ray: {one.node}", file=sys.stderr)
             runner = ClusterRunner(address=args.address)
             flow = flow.with_options(task_runner=runner)  # pyright: ignore[reportArgumentType]

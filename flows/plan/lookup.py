@@ -53,7 +53,7 @@ def plan(recipe: Recipe, pins: Pins, store: Store, *, only: Sequence[str] = ()) 
     """Dry run of `compose`: the same lookups as a run, nothing is started; `only` as there."""
     artifacts: dict[str, Artifact] = {}
     lines: list[Planned] = []
-    store = store.moment()
+    store = store.snapshot()
 
     def look(step: Step) -> None:
         inputs = known_inputs(step, artifacts)

@@ -1,4 +1,4 @@
-"""vet: everything that can be refused before GPU time is spent, all at once."""
+"""validate: everything that can be refused before GPU time is spent, all at once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tasks.runtime.store.open import open_store
 
 
 @dataclass(frozen=True, kw_only=True)
-class Vetted:
+class Validated:
     """A recipe that may run: pinned, planned, and small enough for this machine; and what it will not come to.
 
     Attributes:
@@ -44,7 +44,7 @@ class Vetted:
         return self.loaded.recipe
 
 
-def vet(path: Path, *, sets: Sequence[str], home: Path, only: Sequence[str] = ()) -> Vetted:
+def validate(path: Path, *, sets: Sequence[str], home: Path, only: Sequence[str] = ()) -> Validated:
     """Load, check, pin, plan and predict.
 
     Args:
@@ -72,7 +72,7 @@ def vet(path: Path, *, sets: Sequence[str], home: Path, only: Sequence[str] = ()
     planned = plan(loaded.recipe, pins, store, only=only)
     predicted = preflight(here, planned, home=home, base=pins.base.path, limits=limits(loaded.recipe))
     warned = [*warnings(here), *(() if only else rows.warnings), *other_packages()]
-    return Vetted(loaded=loaded, pins=pins, plan=planned, preflight=predicted, warnings=warned)
+    return Validated(loaded=loaded, pins=pins, plan=planned, preflight=predicted, warnings=warned)
 
 
 def other_packages() -> list[Problem]:

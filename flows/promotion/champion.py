@@ -15,14 +15,14 @@ from flows.pins import scorer_content
 from flows.promotion.journal import Promotion
 from flows.results.read import Arm, Run, Step, read_scores
 from recipes.arms import CHAMPION
-from recipes.problem import Problem, RecipeError
+from recipes.problem import Problem
 from recipes.schema import Recipe
 from tasks import evaluate
 from tasks.runtime.fingerprint import file_digest
 from tasks.runtime.pin import Digests
 from tasks.runtime.process.launch import Launcher
 from tasks.runtime.process.leases import Leases
-from tasks.runtime.step import External, Kitchen, run_step
+from tasks.runtime.step import Context, External, run_step
 from tasks.runtime.store.local import Store, read_json
 from tasks.runtime.store.open import open_store
 
@@ -111,7 +111,7 @@ def evaluated(present: Promotion, run: Run, candidate: Arm, home: Path) -> Rival
     assert scored is not None and scored.manifest is not None and scored.files is not None  # it was evaluated
     store, folder = open_store(home), home / present.path
     if problem := stale(store, present):
-        raise RecipeError([problem])
+        raise problem.error()
     recipe = Recipe.model_validate(run.recipe)
     inputs = _inputs(scored, recipe, home)
     other = _other_words(folder / "files", inputs["dataset"].path / "tokenizer")
@@ -122,8 +122,8 @@ def evaluated(present: Promotion, run: Run, candidate: Arm, home: Path) -> Rival
     step = evaluate.step(recipe, CHAMPION, kind=kind, inputs=dict(inputs))
     _same_scoring(step.identity, scored.manifest["identity"], run)
     with Launcher() as launcher:
-        kitchen = Kitchen(store=store, launcher=launcher, leases=Leases(home), limits=limits(recipe))
-        made = run_step(step, {name: one.artifact for name, one in inputs.items()}, kitchen)
+        context = Context(store=store, launcher=launcher, leases=Leases(home), limits=limits(recipe))
+        made = run_step(step, {name: one.artifact for name, one in inputs.items()}, context)
     assert made.artifact.folder is not None
     rows = [str(name) for name in read_scores(scored.files)["nll"].rows]
     said = read_json(record_folder(home, present) / TRAIN_ROWS)
@@ -174,16 +174,12 @@ def _inputs(scored: Step, recipe: Recipe, home: Path) -> dict[str, External]:
         path = home / one["path"]  # an absolute path stays what it is
         now = one["digest"] if path.is_relative_to(home) else _digest(name, path, recipe, digests)
         if now != one["digest"] or not path.exists():
-            raise RecipeError(
-                [
-                    Problem(
-                        what=f"{name} is not what the run read.",
-                        where=str(path),
-                        why="The champion has to be scored as the candidate was.",
-                        next="quench run the recipe again; what has not changed is taken from the store.",
-                    )
-                ]
-            )
+            raise Problem(
+                what=f"{name} is not what the run read.",
+                where=str(path),
+                why="The champion has to be scored as the candidate was.",
+                next="quench run the recipe again; what has not changed is taken from the store.",
+            ).error()
         found[name] = External(name=name, path=path, digest=one["digest"], source=one["path"])
     return found
 
@@ -225,13 +221,9 @@ def _same_scoring(ours: Mapping[str, Any], theirs: Mapping[str, Any], run: Run) 
         for one in (ours, theirs)
     ]
     if plain[0] != plain[1]:
-        raise RecipeError(
-            [
-                Problem(
-                    what="The run was scored by another version of Quench.",
-                    where=str(run.folder),
-                    why="Candidate and champion have to be scored by the same code.",
-                    next="quench run the recipe again: evaluations are made again, models are taken from the store.",
-                )
-            ]
-        )
+        raise Problem(
+            what="The run was scored by another version of Quench.",
+            where=str(run.folder),
+            why="Candidate and champion have to be scored by the same code.",
+            next="quench run the recipe again: evaluations are made again, models are taken from the store.",
+        ).error()

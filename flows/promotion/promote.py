@@ -22,7 +22,7 @@ from flows.report.model_card import card_of
 from flows.results.cells import Draws
 from flows.results.read import Arm, Run, read_run
 from flows.run.folder import find_run
-from recipes.problem import Problem, RecipeError
+from recipes.problem import Problem
 from recipes.schema import Recipe
 from tasks.runtime.fingerprint import file_digest
 from tasks.runtime.store.home import open_home
@@ -69,7 +69,7 @@ def promote(run_folder: Path, home: Path, *, say: Say) -> Decision:
             return Decision("nothing", None, _reported(run, same).json["gate"], sync(home, journal.model, lines))
         say(f"reading every byte of {drafted.path}")
         if problem := stale(Store(home), drafted):
-            raise RecipeError([_made_again(problem, found.arm)])
+            raise _made_again(problem, found.arm).error()
         rival = None
         if present is not None:
             say(
@@ -103,11 +103,11 @@ def roll_back(home: Path, model: str, version: int, *, say: Say) -> Decision:
         present, known = champion(lines), versions(lines)
         wanted = known.get(version)
         if problem := _not_back(model, version, wanted, known, present):
-            raise RecipeError([problem])
+            raise problem.error()
         assert wanted is not None
         say(f"reading every byte of {wanted.path}")
         if problem := stale(Store(home), wanted):
-            raise RecipeError([problem])
+            raise problem.error()
         more: dict[str, Any] = {
             **asdict(wanted),
             "at": now(),
@@ -131,16 +131,12 @@ def model_name(run_folder: Path) -> str:
     try:
         return Recipe.model_validate(read_json(path)).model_name
     except ValidationError as error:
-        raise RecipeError(
-            [
-                Problem(
-                    what="The run's recipe is one of another version of Quench.",
-                    where=str(path),
-                    why=f"{error.error_count()} fields of it are unknown or have other values now.",
-                    next="quench run the recipe again; what has not changed is taken from the store.",
-                )
-            ]
-        ) from None
+        raise Problem(
+            what="The run's recipe is one of another version of Quench.",
+            where=str(path),
+            why=f"{error.error_count()} fields of it are unknown or have other values now.",
+            next="quench run the recipe again; what has not changed is taken from the store.",
+        ).error() from None
 
 
 def _not_back(

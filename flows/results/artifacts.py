@@ -32,7 +32,7 @@ class Part(NamedTuple):
 
 
 def _refused(what: str, where: str, why: str, next: str) -> RecipeError:
-    return RecipeError([Problem(what=what, where=where, why=why, next=next)])
+    return Problem(what=what, where=where, why=why, next=next).error()
 
 
 def parts_of(run: Run, arm: Arm) -> Iterator[Part]:

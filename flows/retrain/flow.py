@@ -22,8 +22,8 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.compose import compose
 from flows.pins import Pins, pin
-from flows.pipeline import WAITING_TASKS, flush_log, refusals_logged, run_vetted
-from flows.plan.validate import fetched, vet
+from flows.pipeline import WAITING_TASKS, flush_log, refusals_logged, run_validated
+from flows.plan.validate import fetched, validate
 from flows.promotion import promote as promotion
 from flows.retrain.notify import deliver, notification_block, send
 from flows.retrain.row_changes import Changes, Rows, count, load, rows_of, save
@@ -179,8 +179,10 @@ def retrained(asked: Asked, home: Path, say: Say) -> Outcome:
         return Outcome("skipped", [f"The data's files changed since run {before.run.name}, none of their rows did."])
     for reason in reasons:
         say(reason)
-    vetted = vet(asked.recipe, sets=asked.sets, home=home)  # pins later than the rows were read: nothing is missed
-    run = Path(run_vetted(vetted, only=[], because=reasons))
+    validated = validate(
+        asked.recipe, sets=asked.sets, home=home
+    )  # pins later than the rows were read: nothing is missed
+    run = Path(run_validated(validated, only=[], because=reasons))
     word, told, decided = _decided(run, home, say) if asked.promote else _undecided(run)
     record = {
         "schema": 1,

@@ -8,7 +8,7 @@ from prefect.blocks.abstract import NotificationBlock
 from prefect.blocks.core import Block, UnknownBlockType
 from prefect.cache_policies import NO_CACHE
 
-from recipes.problem import Problem, RecipeError
+from recipes.problem import Problem
 
 RETRY_S = [2.0, 10.0]
 
@@ -20,13 +20,13 @@ def notification_block(name: str) -> NotificationBlock:
         RecipeError: There is no such block, it cannot be loaded here, or it sends no messages.
     """
     if "/" not in name:
-        raise RecipeError([_refusal(name, "A block is named by its type and its name.")])
+        raise _refusal(name, "A block is named by its type and its name.").error()
     try:
         found: object = Block.load(name)
     except (ValueError, RuntimeError, UnknownBlockType) as error:  # no such block; its data or its package are not here
-        raise RecipeError([_refusal(name, str(error))]) from None
+        raise _refusal(name, str(error)).error() from None
     if not isinstance(found, NotificationBlock):
-        raise RecipeError([_refusal(name, f"{type(found).__name__} is no block that sends messages.")])
+        raise _refusal(name, f"{type(found).__name__} is no block that sends messages.").error()
     return found
 
 

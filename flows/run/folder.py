@@ -17,7 +17,7 @@ from flows.pins import Pins
 from recipes.checks.python import named_python
 from recipes.models.headers import read_headers
 from recipes.models.linear import Linear
-from recipes.problem import Problem, RecipeError
+from recipes.problem import Problem
 from recipes.read.load import Loaded
 from recipes.schemes.engines import refusals
 from recipes.schemes.scheme import Scheme
@@ -230,13 +230,9 @@ def find_run(home: Path, name: str | None) -> Path:
     if len(found) == 1:
         return found[0].resolve()
     names = sorted(folder.name for folder in root.glob("*/") if folder.name != "latest")
-    raise RecipeError(
-        [
-            Problem(
-                what=f"{len(found)} runs are called {name!r}" if name else "there is no run yet",
-                where=str(root),
-                why="a report belongs to one run",
-                next=f"name one of: {', '.join(names[-5:])}" if names else "quench run RECIPE",
-            )
-        ]
-    )
+    raise Problem(
+        what=f"{len(found)} runs are called {name!r}" if name else "there is no run yet",
+        where=str(root),
+        why="a report belongs to one run",
+        next=f"name one of: {', '.join(names[-5:])}" if names else "quench run RECIPE",
+    ).error()

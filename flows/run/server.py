@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from recipes.problem import Problem, RecipeError
+from recipes.problem import Problem
 from tasks.runtime.process.launch import Child, Launcher, child_env
 from tasks.runtime.store.local import read_json
 
@@ -104,16 +104,12 @@ def wait_for(ready: Callable[[], bool], what: str, *, at: str, child: Child | No
         ended = child is not None and child.ended.done()
         if ended or time.monotonic() > deadline:
             there = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-            raise RecipeError(
-                [
-                    Problem(
-                        what=f"{what} {'ended' if ended else f'did not answer within {START_S} s'}",
-                        where=at,
-                        why=" | ".join(there[-5:]) or "its log is empty",
-                        next=f"read {log}; running the same command again starts it anew",
-                    )
-                ]
-            )
+            raise Problem(
+                what=f"{what} {'ended' if ended else f'did not answer within {START_S} s'}",
+                where=at,
+                why=" | ".join(there[-5:]) or "its log is empty",
+                next=f"read {log}; running the same command again starts it anew",
+            ).error()
         time.sleep(0.1)
 
 

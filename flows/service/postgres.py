@@ -10,7 +10,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import psycopg2
 
-from recipes.problem import Problem, RecipeError
+from recipes.problem import Problem
 
 SCHEMA = "mlflow"
 CONNECT_S = 10
@@ -31,16 +31,16 @@ def stores(url: str) -> Stores:
     """
     parts = urlsplit(url)
     if parts.scheme not in ("postgresql", "postgres") or not parts.path.strip("/"):
-        raise RecipeError([_problem("that is no URL of a PostgreSQL database", "it is not understood")])
+        raise _problem("that is no URL of a PostgreSQL database", "it is not understood").error()
     try:
         database = psycopg2.connect(url, connect_timeout=CONNECT_S)
     except psycopg2.Error as error:
-        raise RecipeError([_problem(f"no PostgreSQL at {parts.hostname}", str(error).splitlines()[0])]) from None
+        raise _problem(f"no PostgreSQL at {parts.hostname}", str(error).splitlines()[0]).error() from None
     try:
         with database, database.cursor() as cursor:
             cursor.execute(f"create schema if not exists {SCHEMA}")
     except psycopg2.Error as error:
-        raise RecipeError([_problem(f"no schema {SCHEMA} can be made", str(error).splitlines()[0])]) from None
+        raise _problem(f"no schema {SCHEMA} can be made", str(error).splitlines()[0]).error() from None
     finally:
         database.close()
     query = "&".join(filter(None, [parts.query, f"options=-csearch_path%3D{SCHEMA}"]))

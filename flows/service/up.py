@@ -23,7 +23,7 @@ import psutil
 
 from flows.run.server import answers, links, prefect_settings, start_prefect, wait_for
 from flows.service.postgres import Stores, stores
-from recipes.problem import Problem, RecipeError
+from recipes.problem import Problem
 from tasks.runtime.process.launch import CHECKOUT, Child, Launcher, child_env
 from tasks.runtime.store.home import open_home
 from tasks.runtime.store.local import locked_now, read_json, write_json
@@ -198,7 +198,7 @@ class Services:
                 why=" | ".join(part.log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]),
                 next="mend what the log says and run `quench up` again",
             )
-            raise RecipeError([problem])
+            raise problem.error()
         self.say(f"{part.name} ended and is started again; its log: {part.log}")
         if part is self.worker:
             self._mark("its worker ended; running it again resumes")
@@ -293,7 +293,7 @@ def only_one(home: Path) -> Generator[None]:
                 why=f"{at}; two workers on one database would execute each other's runs",
                 next="use that one, or end it by Ctrl-C or SIGTERM; or set another QUENCH_HOME",
             )
-            raise RecipeError([problem])
+            raise problem.error()
         yield
 
 
@@ -320,7 +320,7 @@ def taken_port(host: str, wanted: int | None, usual: int, *, option: str) -> Gen
         why="a server has to listen there",
         next=f"leave {option} out, or name another",
     )
-    raise RecipeError([problem])
+    raise problem.error()
 
 
 def _free(host: str, port: int) -> bool:

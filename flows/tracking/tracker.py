@@ -31,7 +31,6 @@ from mlflow.utils.file_utils import local_file_uri_to_path
 from flows.mlflow_uri import no_answer, tracking_uri
 from flows.report.text import no_tags, overview
 from flows.tracking.files import link_tree, parted
-from recipes.problem import RecipeError
 from recipes.secrets import hide
 from tasks.runtime.process.events import read_events
 from tasks.runtime.store.local import Store, flocked, read_json
@@ -118,7 +117,7 @@ class Tracker:
                 found = self._client.get_experiment_by_name(experiment)
                 self.experiment = found.experiment_id if found else self._create(experiment)
         except MlflowException as error:
-            raise RecipeError([no_answer(self.uri, str(error).splitlines()[0])]) from error
+            raise no_answer(self.uri, str(error).splitlines()[0]).error() from error
 
     def _create(self, experiment: str) -> str:
         local = self.uri.startswith("sqlite:")

@@ -58,16 +58,12 @@ def read_adapter(folder: Path) -> Adapter:
     config = json_object(folder / CONFIG)
     if config is None or not (folder / WEIGHTS).is_file():
         missing = " and ".join(name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file())
-        raise RecipeError(
-            [
-                Problem(
-                    what=f"This is no adapter: {missing + ' missing' if missing else CONFIG + ' is not JSON'}.",
-                    where=str(folder),
-                    why="An adapter is read from PEFT's safetensors; a pickle (adapter_model.bin) can run code.",
-                    next="Name a folder that PEFT's save_pretrained wrote (safetensors is its default).",
-                )
-            ]
-        )
+        raise Problem(
+            what=f"This is no adapter: {missing + ' missing' if missing else CONFIG + ' is not JSON'}.",
+            where=str(folder),
+            why="An adapter is read from PEFT's safetensors; a pickle (adapter_model.bin) can run code.",
+            next="Name a folder that PEFT's save_pretrained wrote (safetensors is its default).",
+        ).error()
     problems = [*_initialisation(folder, config), *_kind(folder, config)]
     tensors: dict[str, Tensor] = {}
     try:

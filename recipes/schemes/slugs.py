@@ -129,16 +129,12 @@ def by_backend(scheme: Scheme, backend: str) -> Scheme:
     legal: dict[str, Backend] = {one: one for one in family.others} if family else {}
     if backend not in legal:
         others = [scheme.backend, *legal]
-        raise RecipeError(
-            [
-                Problem(
-                    what=f"The backend {backend} does not make {scheme.slug}.",
-                    where=scheme.slug,
-                    why=f"It is made by {' or '.join(others)}.",
-                    next=f"Write backend: {others[-1]}, or leave it out.",
-                )
-            ]
-        )
+        raise Problem(
+            what=f"The backend {backend} does not make {scheme.slug}.",
+            where=scheme.slug,
+            why=f"It is made by {' or '.join(others)}.",
+            next=f"Write backend: {others[-1]}, or leave it out.",
+        ).error()
     return replace(scheme, slug=f"{scheme.slug}.{backend}", backend=legal[backend])
 
 
@@ -160,9 +156,7 @@ def _refused(slug: str, what: str, why: str) -> RecipeError:
     near = _nearest(slug).slug
     groups = "/".join(map(str, GROUP_SIZES))
     remedy = f"Write {near}, the nearest; legal are {forms}, each with -g{groups} (all but AWQ without, too); "
-    return RecipeError(
-        [Problem(what=what, where=slug, why=why, next=remedy + ", ".join([*MIXED, *BITSANDBYTES]) + ".")]
-    )
+    return Problem(what=what, where=slug, why=why, next=remedy + ", ".join([*MIXED, *BITSANDBYTES]) + ".").error()
 
 
 def _nearest(slug: str) -> Scheme:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tasks.runtime.step import Kitchen, Step, run_step
+from tasks.runtime.step import Context, Step, run_step
 from tasks.runtime.store.local import MANIFEST, Artifact, Store, read_json
 
 
@@ -17,7 +17,7 @@ def work_folder(out: Path) -> Path:
     return out.with_name(f".{out.name}.quench")
 
 
-def make_folder(step: Step, inputs: Mapping[str, Artifact], kitchen: Kitchen, *, out: Path) -> dict[str, Any]:
+def make_folder(step: Step, inputs: Mapping[str, Artifact], context: Context, *, out: Path) -> dict[str, Any]:
     """Run a step in a store of its own, then rename its files, manifest.json among them, to `out`.
 
     Until then nothing is visible at `out`, which must not exist or be empty. After a failure the work folder holds
@@ -33,7 +33,7 @@ def make_folder(step: Step, inputs: Mapping[str, Artifact], kitchen: Kitchen, *,
     work = work_folder(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        made = run_step(step, inputs, replace(kitchen, store=Store(work))).artifact
+        made = run_step(step, inputs, replace(context, store=Store(work))).artifact
         assert made.folder is not None  # run_step returns what it committed
         (made.folder / MANIFEST).rename(made.path / MANIFEST)
         if out.exists():

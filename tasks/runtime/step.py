@@ -139,7 +139,7 @@ def resolve_device(wanted: str) -> str:
 
 
 @dataclass(kw_only=True)
-class Kitchen:
+class Context:
     """Everything run_step works with: store, children, leases, limits, and who is told."""
 
     store: Store
@@ -168,7 +168,7 @@ def brought(step: Step, inputs: Mapping[str, Artifact], store: Store) -> Artifac
     return store.bring(lookup(step, inputs, store))
 
 
-def run_step(step: Step, inputs: Mapping[str, Artifact], kitchen: Kitchen) -> Made:
+def run_step(step: Step, inputs: Mapping[str, Artifact], context: Context) -> Made:
     """Return the step's artifact; make it when it is not there. Commits before it reports to anyone.
 
     Raises:
@@ -177,48 +177,48 @@ def run_step(step: Step, inputs: Mapping[str, Artifact], kitchen: Kitchen) -> Ma
         InterruptedError: The run was stopped.
     """
     try:
-        return _found_or_made(step, inputs, kitchen)
+        return _found_or_made(step, inputs, context)
     except StoreTrouble as error:
         log = "none: what a child had finished is kept, and the next run takes it up"
         raise StepFailed(step.key, error.problems[0], log=log, returncode=1) from error
 
 
-def _found_or_made(step: Step, inputs: Mapping[str, Artifact], kitchen: Kitchen) -> Made:
-    if found := brought(step, inputs, kitchen.store):
+def _found_or_made(step: Step, inputs: Mapping[str, Artifact], context: Context) -> Made:
+    if found := brought(step, inputs, context.store):
         return Made(artifact=found, hit=True)
     if problem := environment_problem(step.environment):
         raise StepFailed(step.key, problem, log="none: no child was started", returncode=1)
-    stop = kitchen.launcher.stop
-    say = functools.partial(kitchen.on_line, step)
-    with kitchen.store.lock(step.stage, step.fingerprint, stop=stop, say=say):
-        if found := brought(step, inputs, kitchen.store):
+    stop = context.launcher.stop
+    say = functools.partial(context.on_line, step)
+    with context.store.lock(step.stage, step.fingerprint, stop=stop, say=say):
+        if found := brought(step, inputs, context.store):
             return Made(artifact=found, hit=True)
         digests = {name: one.digest for name, one in inputs.items()}
-        if finished := kitchen.store.take_up(step.stage, step.slug, step.fingerprint, inputs=digests):
+        if finished := context.store.take_up(step.stage, step.slug, step.fingerprint, inputs=digests):
             return Made(artifact=finished, hit=True)
-        want = wanted(step, kitchen.limits)
-        with kitchen.leases.take(want.cpus, want.gpus, stop=stop, say=say) as lease:
+        want = wanted(step, context.limits)
+        with context.leases.take(want.cpus, want.gpus, stop=stop, say=say) as lease:
             try:
-                return _make(step, inputs, kitchen, lease)
+                return _make(step, inputs, context, lease)
             except OSError as error:
                 if not is_full(error):
                     raise
-                problem = full(kitchen.store.home, error.filename or step.key)
+                problem = full(context.store.home, error.filename or step.key)
                 raise StepFailed(step.key, problem, log="none: it could not be written", returncode=1) from error
 
 
-def _make(step: Step, inputs: Mapping[str, Artifact], kitchen: Kitchen, lease: Lease) -> Made:
+def _make(step: Step, inputs: Mapping[str, Artifact], context: Context, lease: Lease) -> Made:
     digests = {name: one.digest for name, one in inputs.items()}
-    attempt = kitchen.store.begin(step.stage, step.slug, step.fingerprint, inputs=digests)
-    processes = _processes(step, kitchen.limits)
-    threads = max(1, len(lease.cpus) // processes) if not step.whole_machine else kitchen.limits.threads
+    attempt = context.store.begin(step.stage, step.slug, step.fingerprint, inputs=digests)
+    processes = _processes(step, context.limits)
+    threads = max(1, len(lease.cpus) // processes) if not step.whole_machine else context.limits.threads
     execution = Execution(
         device="cuda" if lease.gpus else "cpu",
         threads=threads,
-        micro_batch=kitchen.limits.micro_batch,
+        micro_batch=context.limits.micro_batch,
         processes=processes,
-        launcher=kitchen.limits.launcher,
-        log_level=kitchen.limits.log_level,
+        launcher=context.limits.launcher,
+        log_level=context.limits.log_level,
     )
     job = Job(
         stage=step.stage,
@@ -236,15 +236,15 @@ def _make(step: Step, inputs: Mapping[str, Artifact], kitchen: Kitchen, lease: L
     job.dump(attempt.own / "job.json")
     started, clock = dt.datetime.now(dt.UTC), time.monotonic()
     log = attempt.own / "log.txt"
-    child = kitchen.launcher.start(
+    child = context.launcher.start(
         ["run", str(attempt.own / "job.json")],
         env=child_env(threads=threads, gpus=lease.gpus),
         cwd=attempt.own,
         log=log,
         python=interpreter(step.environment),
     )
-    code = _follow(step, kitchen, child, attempt)
-    answer = _answer(step, kitchen, attempt, code)
+    code = _follow(step, context, child, attempt)
+    answer = _answer(step, context, attempt, code)
     manifest = {
         "stage": step.stage,
         "slug": step.slug,
@@ -254,7 +254,7 @@ def _make(step: Step, inputs: Mapping[str, Artifact], kitchen: Kitchen, lease: L
             name: {
                 "fingerprint": one.fingerprint,
                 "digest": one.digest,
-                "path": _relative(one.path, kitchen.store.home),
+                "path": _relative(one.path, context.store.home),
             }
             for name, one in inputs.items()
         },
@@ -274,10 +274,10 @@ def _make(step: Step, inputs: Mapping[str, Artifact], kitchen: Kitchen, lease: L
         },
     }
     try:
-        return Made(artifact=kitchen.store.commit(attempt, manifest), hit=False)
+        return Made(artifact=context.store.commit(attempt, manifest), hit=False)
     except LostRaceError:
         shutil.rmtree(attempt.folder, ignore_errors=True)
-        won = brought(step, inputs, kitchen.store)
+        won = brought(step, inputs, context.store)
         if won is None:
             raise
         return Made(artifact=won, hit=True)
@@ -307,11 +307,11 @@ def _relative(path: Path, home: Path) -> str:
     return str(path.relative_to(home)) if path.is_relative_to(home) else str(path)
 
 
-def _follow(step: Step, kitchen: Kitchen, child: Child, attempt: Attempt) -> int:
+def _follow(step: Step, context: Context, child: Child, attempt: Attempt) -> int:
     """Pass the child's events and log lines on while it runs; end it at the time limit."""
     events = attempt.files / "events.jsonl"
     log = attempt.own / "log.txt"
-    limit = kitchen.limits.time_limit_s
+    limit = context.limits.time_limit_s
     deadline = time.monotonic() + limit if limit else None
     seen_events = seen_log = 0
     code: int | None = None
@@ -320,27 +320,27 @@ def _follow(step: Step, kitchen: Kitchen, child: Child, attempt: Attempt) -> int
             code = child.wait(FOLLOW_S)
         except TimeoutError:
             if deadline is not None and time.monotonic() > deadline:
-                kitchen.launcher.end(child)
+                context.launcher.end(child)
         for event, after in read_events(events, offset=seen_events):
             seen_events = after
-            kitchen.on_event(step, event)
-        seen_log = _pass_lines(step, kitchen, log, seen_log)
+            context.on_event(step, event)
+        seen_log = _pass_lines(step, context, log, seen_log)
     return code
 
 
-def _pass_lines(step: Step, kitchen: Kitchen, log: Path, offset: int) -> int:
+def _pass_lines(step: Step, context: Context, log: Path, offset: int) -> int:
     with log.open("rb") as file:
         file.seek(offset)
         chunk = file.read()
     whole = chunk.rfind(b"\n") + 1
     for line in chunk[:whole].decode("utf-8", errors="replace").splitlines():
-        kitchen.on_line(step, line)
+        context.on_line(step, line)
     return offset + whole
 
 
-def _answer(step: Step, kitchen: Kitchen, attempt: Attempt, code: int) -> dict[str, Any]:
+def _answer(step: Step, context: Context, attempt: Attempt, code: int) -> dict[str, Any]:
     """The child's result.json. Raises StepFailed with the four parts."""
-    if kitchen.launcher.stop.is_set():
+    if context.launcher.stop.is_set():
         raise InterruptedError(f"{step.key}: the run was stopped")
     log = attempt.own / "log.txt"
     path = attempt.own / "result.json"
@@ -350,15 +350,15 @@ def _answer(step: Step, kitchen: Kitchen, attempt: Attempt, code: int) -> dict[s
             return answer
         problem = Problem(**answer["problem"])
     else:
-        problem = _no_result(step, kitchen, code, log)
+        problem = _no_result(step, context, code, log)
     raise StepFailed(step.key, problem, log=str(log), returncode=code)
 
 
-def _no_result(step: Step, kitchen: Kitchen, code: int, log: Path) -> Problem:
+def _no_result(step: Step, context: Context, code: int, log: Path) -> Problem:
     tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-3:]
-    limit = kitchen.limits.time_limit_s
+    limit = context.limits.time_limit_s
     if not has_space(log.parent):
-        return full(kitchen.store.home, step.key)
+        return full(context.store.home, step.key)
     if code == -15 and limit:
         what = f"the child was ended at run.time_limit_s = {limit}"
     elif code == -9:

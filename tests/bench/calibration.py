@@ -31,7 +31,7 @@ from recipes.checks.check import load_and_check
 from tasks.runtime.process.environments import locked_versions
 from tasks.runtime.process.launch import CHECKOUT, Launcher
 from tasks.runtime.process.leases import Leases
-from tasks.runtime.step import Kitchen, Limits, Step, hardware, run_step
+from tasks.runtime.step import Context, Limits, Step, hardware, run_step
 from tasks.runtime.store.local import Artifact, Store
 from tests.jobs.build import make_job
 
@@ -71,13 +71,13 @@ def prepared(home: Path) -> Made:
     artifacts: dict[str, Artifact] = {}
     calibsets: dict[tuple[str, int], Path] = {}
     with Launcher() as launcher:
-        kitchen = Kitchen(store=Store(home), launcher=launcher, leases=Leases(home), limits=Limits(threads=1))
+        context = Context(store=Store(home), launcher=launcher, leases=Leases(home), limits=Limits(threads=1))
 
         def do(step: Step) -> None:
             if step.stage in ("prepare", "train", "merge", "reference", "calibrate"):
                 inputs = known_inputs(step, artifacts)
                 assert inputs is not None
-                artifacts[step.key] = run_step(step, inputs, kitchen).artifact
+                artifacts[step.key] = run_step(step, inputs, context).artifact
                 print(step.key, flush=True)
 
         for seed in SEEDS:

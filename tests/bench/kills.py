@@ -179,7 +179,7 @@ def _curve(home: Home) -> dict[str, float]:
     return {str(event["step"]): event["value"] for event in events}
 
 
-def moment(home: Home, share: float, plain: Undisturbed) -> tuple[str, float]:
+def snapshot(home: Home, share: float, plain: Undisturbed) -> tuple[str, float]:
     """Where a share of what a run has left lies, by the undisturbed one: a step, and seconds after its start.
 
     By steps and not by the clock alone, since the machine is not as fast each time.
@@ -197,7 +197,7 @@ def moment(home: Home, share: float, plain: Undisturbed) -> tuple[str, float]:
 
 def kill(home: Home, number: int, victim: str, *, share: float, plain: Undisturbed) -> Kill | None:
     """Start a run and kill the victim after a share of what is left to do; returns None where the run ended before."""
-    key, after = moment(home, share, plain)
+    key, after = snapshot(home, share, plain)
     clock, run = time.monotonic(), home.start()
     while run.poll() is None and key not in ("start", home.under_way()):
         there = home.manifests()

@@ -23,7 +23,7 @@ from typing import Any
 from tasks.runtime.process.job import Input, Job
 from tasks.runtime.process.launch import CHECKOUT, Launcher
 from tasks.runtime.process.leases import Leases
-from tasks.runtime.step import Kitchen, Limits, Step, hardware, run_step
+from tasks.runtime.step import Context, Limits, Step, hardware, run_step
 from tasks.runtime.store.local import Store
 from tests.bench import operations
 
@@ -131,20 +131,20 @@ def steps(home: Path, times: int) -> dict[str, list[float]]:
         server.start()
         server.wait()
         os.environ["PREFECT_API_URL"] = server.api
-        kitchen = Kitchen(store=Store(home), launcher=launcher, leases=Leases(home), limits=Limits())
-        in_task = _task(kitchen)
+        context = Context(store=Store(home), launcher=launcher, leases=Leases(home), limits=Limits())
+        in_task = _task(context)
         in_task("warm")
-        run_step(empty_step("warm-2"), {}, kitchen)
+        run_step(empty_step("warm-2"), {}, context)
         for number in range(times):
             found["bare child"].append(run(home, [sys.executable, "-P", "-c", "pass"]))
             clock = time.monotonic()
-            run_step(empty_step(f"plain-{number}"), {}, kitchen)
+            run_step(empty_step(f"plain-{number}"), {}, context)
             found["run_step"].append(time.monotonic() - clock)
             found["Prefect's task and run_step"].append(in_task(f"task-{number}"))
     return found
 
 
-def _task(kitchen: Kitchen) -> Callable[[str], float]:
+def _task(context: Context) -> Callable[[str], float]:
     """A flow with one task around run_step, set as the pipeline's; returns the seconds from submit to result."""
     from prefect import flow, task
     from prefect.cache_policies import NO_CACHE
@@ -154,7 +154,7 @@ def _task(kitchen: Kitchen) -> Callable[[str], float]:
 
     @task(cache_policy=NO_CACHE, persist_result=False)
     def make(name: str) -> str:
-        return str(run_step(empty_step(name), {}, kitchen).artifact.folder)
+        return str(run_step(empty_step(name), {}, context).artifact.folder)
 
     @flow(task_runner=ThreadPoolTaskRunner(max_workers=WAITING_TASKS), persist_result=False)  # pyright: ignore
     def timed(name: str) -> float:

@@ -14,7 +14,7 @@ import pytest
 from flows.compose import compose
 from flows.pins import pin
 from flows.plan.memory import predict
-from flows.plan.validate import vet
+from flows.plan.validate import validate
 from flows.report.build import render
 from recipes.checks.external import external_headers
 from recipes.models.headers import read_headers
@@ -94,13 +94,13 @@ def test_bytes_of_an_external_model_are_its_identity(recipe: Path, tmp_path: Pat
 
 def test_arms_that_are_not_there_are_refused(recipe: Path, tmp_path: Path):
     with pytest.raises(RecipeError) as caught:
-        vet(recipe, sets=[], home=tmp_path / "home", only=["prd", "external"])
+        validate(recipe, sets=[], home=tmp_path / "home", only=["prd", "external"])
     (problem,) = caught.value.problems
     assert problem.where == "--only prd" and problem.next == "Did you mean prod?"
     with pytest.raises(RecipeError, match="no external model"):
-        vet(recipe, sets=["evaluate.external={}"], home=tmp_path / "home", only=["external"])
-    vetted = vet(recipe, sets=[], home=tmp_path / "home", only=["external"])
-    assert [line.key for line in vetted.plan] == list(steps(load(recipe), tmp_path, "external"))
+        validate(recipe, sets=["evaluate.external={}"], home=tmp_path / "home", only=["external"])
+    validated = validate(recipe, sets=[], home=tmp_path / "home", only=["external"])
+    assert [line.key for line in validated.plan] == list(steps(load(recipe), tmp_path, "external"))
 
 
 def test_memory_follows_the_external_models_own_size(recipe: Path):

@@ -125,7 +125,7 @@ def test_gc_says_what_the_bucket_keeps_and_what_it_took_is_a_hit_again(
 def test_a_bucket_that_does_not_answer_is_refused_before_anything_is_spent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flows.plan.validate import vet
+    from flows.plan.validate import validate
     from recipes.problem import RecipeError
     from tests.conftest import write_small_recipe
 
@@ -133,5 +133,5 @@ def test_a_bucket_that_does_not_answer_is_refused_before_anything_is_spent(
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
     with pytest.raises(RecipeError, match="The bucket's server does not answer"):
-        vet(write_small_recipe(tmp_path / "project"), sets=[], home=tmp_path / "home")
+        validate(write_small_recipe(tmp_path / "project"), sets=[], home=tmp_path / "home")
     assert not list((tmp_path / "home").glob("store/*"))

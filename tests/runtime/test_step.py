@@ -13,7 +13,7 @@ from tasks.runtime.process.errors import StepFailed
 from tasks.runtime.process.job import Job
 from tasks.runtime.process.launch import Launcher
 from tasks.runtime.process.leases import Leases
-from tasks.runtime.step import External, Kitchen, Limits, Step, run_step
+from tasks.runtime.step import Context, External, Limits, Step, run_step
 from tasks.runtime.store.local import Store
 
 MODEL = External(name="model", path=Path("model"), digest="d" * 64, source="here")
@@ -33,19 +33,19 @@ def choice(**more: object) -> Step:
 
 
 @pytest.fixture
-def kitchen(tmp_path: Path):
+def context(tmp_path: Path):
     with Launcher() as launcher:
-        yield Kitchen(store=Store(tmp_path), launcher=launcher, leases=Leases(tmp_path))
+        yield Context(store=Store(tmp_path), launcher=launcher, leases=Leases(tmp_path))
 
 
-def test_made_once_then_a_hit(kitchen: Kitchen):
+def test_made_once_then_a_hit(context: Context):
     seen: list[dict[str, object]] = []
-    kitchen.on_event = lambda step, event: seen.append(event)
+    context.on_event = lambda step, event: seen.append(event)
     lines: list[str] = []
-    kitchen.on_line = lambda step, line: lines.append(line)
+    context.on_line = lambda step, line: lines.append(line)
     step, inputs = choice(), {"dequantized": MODEL.artifact}
-    made = run_step(step, inputs, kitchen)
-    again = run_step(step, inputs, kitchen)
+    made = run_step(step, inputs, context)
+    again = run_step(step, inputs, context)
     assert (made.hit, again.hit) == (False, True)
     assert made.artifact == again.artifact
     manifest = made.artifact.manifest
@@ -55,8 +55,8 @@ def test_made_once_then_a_hit(kitchen: Kitchen):
     assert lines == ["choice: dequantized: named by the recipe (merge.base)"]
 
 
-def test_job_json_round_trips(kitchen: Kitchen):
-    made = run_step(choice(), {"dequantized": MODEL.artifact}, kitchen)
+def test_job_json_round_trips(context: Context):
+    made = run_step(choice(), {"dequantized": MODEL.artifact}, context)
     path = made.artifact.folder / "attempt-1" / "job.json"  # type: ignore[operator]
     job = Job.load(path)
     copy = path.with_name("copy.json")
@@ -64,20 +64,20 @@ def test_job_json_round_trips(kitchen: Kitchen):
     assert Job.load(copy) == job and job.entry == "tasks.jobs.choose:run"
 
 
-def test_a_failure_is_never_stored_and_says_why(kitchen: Kitchen):
+def test_a_failure_is_never_stored_and_says_why(context: Context):
     inputs = {"dequantized": MODEL.artifact, "original": replace(MODEL, digest="e" * 64).artifact}
     step = choice(inputs={"dequantized": MODEL, "original": replace(MODEL, digest="e" * 64)})
     for attempt in (1, 2):
         with pytest.raises(StepFailed) as caught:
-            run_step(step, inputs, kitchen)
+            run_step(step, inputs, context)
         assert caught.value.problem.what == "KeyError: 'dequantized_scores'"
         assert f"attempt-{attempt}" in caught.value.log and Path(caught.value.log).exists()
-    assert not list(kitchen.store.manifests())
+    assert not list(context.store.manifests())
 
 
-def test_an_entry_that_does_not_exist_fails_with_its_name(kitchen: Kitchen):
+def test_an_entry_that_does_not_exist_fails_with_its_name(context: Context):
     with pytest.raises(StepFailed, match="no_such_job"):
-        run_step(choice(entry="tasks.jobs.no_such_job:run"), {"dequantized": MODEL.artifact}, kitchen)
+        run_step(choice(entry="tasks.jobs.no_such_job:run"), {"dequantized": MODEL.artifact}, context)
 
 
 def test_identity_holds_what_was_asked_and_execution_stays_out():
@@ -97,28 +97,28 @@ def test_a_choice_depends_on_its_lineage_alone():
     assert one.fingerprint == two.fingerprint
 
 
-def test_time_limit_and_kill_are_told_apart(kitchen: Kitchen):
+def test_time_limit_and_kill_are_told_apart(context: Context):
     step = choice(entry="tests.runtime.process.hang:run")
-    kitchen.limits = Limits(time_limit_s=1)
+    context.limits = Limits(time_limit_s=1)
     with pytest.raises(StepFailed, match="time_limit_s = 1"):
-        run_step(step, {"dequantized": MODEL.artifact}, kitchen)
-    kitchen.limits = Limits()
-    kitchen.on_line = lambda step, line: os.kill(int(line), signal.SIGKILL)
+        run_step(step, {"dequantized": MODEL.artifact}, context)
+    context.limits = Limits()
+    context.on_line = lambda step, line: os.kill(int(line), signal.SIGKILL)
     with pytest.raises(StepFailed, match="SIGKILL") as caught:
-        run_step(step, {"dequantized": MODEL.artifact}, kitchen)
+        run_step(step, {"dequantized": MODEL.artifact}, context)
     assert caught.value.returncode == -signal.SIGKILL
 
 
 def test_stop_ends_the_child_and_stores_nothing(tmp_path: Path):
     errors: list[BaseException] = []
     with Launcher() as launcher:
-        kitchen = Kitchen(store=Store(tmp_path), launcher=launcher, leases=Leases(tmp_path))
+        context = Context(store=Store(tmp_path), launcher=launcher, leases=Leases(tmp_path))
         running = threading.Event()
-        kitchen.on_line = lambda step, line: running.set()
+        context.on_line = lambda step, line: running.set()
 
         def work() -> None:
             try:
-                run_step(choice(entry="tests.runtime.process.hang:run"), {"dequantized": MODEL.artifact}, kitchen)
+                run_step(choice(entry="tests.runtime.process.hang:run"), {"dequantized": MODEL.artifact}, context)
             except InterruptedError as error:
                 errors.append(error)
 

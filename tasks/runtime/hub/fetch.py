@@ -118,7 +118,7 @@ def _look(hub: HubId) -> _Seen:
             return _Seen(commit=commit, files=None, unlisted=_unreached(error))
         files = [name for name in sizes if _is_asked(hub, name)]
         if problem := _unusable(hub, commit, files, sizes) or _no_room(hub, commit, {one: sizes[one] for one in files}):
-            raise RecipeError([problem])
+            raise problem.error()
         hf_hub_download(hub.name, min(files, key=sizes.__getitem__), repo_type=hub.repo_type, revision=commit)
         return _Seen(commit=commit, files=files)
 
@@ -230,7 +230,7 @@ def _explained(hub: HubId, seen: _Seen | None = None) -> Generator[None]:
     try:
         yield
     except (OSError, TransportError, RevisionResolutionError, HFValidationError) as error:
-        raise RecipeError([_problem(hub, seen, error)]) from error
+        raise _problem(hub, seen, error).error() from error
 
 
 def _problem(hub: HubId, seen: _Seen | None, error: Exception) -> Problem:

@@ -122,7 +122,7 @@ def _digest(path: Path, like: str) -> str:
 
 
 def _refused(name: str, what: str, why: str, next: str) -> RecipeError:
-    return RecipeError([Problem(what=what, where=f"--push {name}", why=why, next=next)])
+    return Problem(what=what, where=f"--push {name}", why=why, next=next).error()
 
 
 @contextmanager

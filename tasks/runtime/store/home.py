@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from recipes.problem import Problem, RecipeError
+from recipes.problem import Problem
 
 # Raised when this Quench could no longer read the store, runs or promotions that another one wrote. A home without the
 # file is of the time before it: layout 1.
@@ -30,10 +30,10 @@ def open_home(home: Path) -> None:
                 Path(home / NAME).hardlink_to(draft.name)
     except FileExistsError:
         if not home.is_dir():
-            raise RecipeError([_unwritable(home, "it is a file")]) from None
+            raise _unwritable(home, "it is a file").error() from None
         # else another process was faster, with the same number
     except OSError as error:
-        raise RecipeError([_unwritable(home, f"{error.strerror}: {error.filename or home}")]) from None
+        raise _unwritable(home, f"{error.strerror}: {error.filename or home}").error() from None
 
 
 def check_layout(home: Path) -> None:
@@ -47,17 +47,13 @@ def check_layout(home: Path) -> None:
     if found == str(LAYOUT):
         return
     older = found.isdigit() and int(found) < LAYOUT
-    raise RecipeError(
-        [
-            Problem(
-                what=f"this QUENCH_HOME has layout {found!r}; this Quench reads layout {LAYOUT}",
-                where=str(path),
-                why=f"{'an older' if older else 'a newer'} Quench wrote it, and reading it by other rules could take "
-                "one artifact for another",
-                next="set QUENCH_HOME to another folder, or use that other Quench on this one",
-            )
-        ]
-    )
+    raise Problem(
+        what=f"this QUENCH_HOME has layout {found!r}; this Quench reads layout {LAYOUT}",
+        where=str(path),
+        why=f"{'an older' if older else 'a newer'} Quench wrote it, and reading it by other rules could take "
+        "one artifact for another",
+        next="set QUENCH_HOME to another folder, or use that other Quench on this one",
+    ).error()
 
 
 def _unwritable(home: Path, why: str) -> Problem:

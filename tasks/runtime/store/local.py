@@ -112,7 +112,7 @@ class Attempt:
 class Listing:
     """A stage's committed folders, oldest name first: by any 12 digits in their names, and by what is before."""
 
-    by_print: dict[str, list[str]]
+    by_fingerprint: dict[str, list[str]]
     by_name: dict[str, list[str]]
 
 
@@ -133,7 +133,7 @@ class Store:
         self.partial = home / "partial"
         self._listed: dict[str, Listing] | None = None
 
-    def moment(self) -> Store:
+    def snapshot(self) -> Store:
         """A view that lists each stage once, for a plan; who makes something has to see what others made meanwhile."""
         view = copy.copy(self)
         view._listed = {}
@@ -154,24 +154,24 @@ class Store:
         """URL of an artifact's files in the bucket behind this home; None where they are only here."""
         return None
 
-    def address(self, stage: str, name: str, print_: str) -> str:
+    def address(self, stage: str, name: str, fingerprint: str) -> str:
         """Folder name of a step: `<slug>-<first 12 hex digits of the fingerprint>`."""
-        return f"{stage}/{name}-{print_[:12]}"
+        return f"{stage}/{name}-{fingerprint[:12]}"
 
     def manifests(self, stage: str | None = None) -> Iterator[Path]:
         """Every committed manifest, oldest name first."""
         yield from sorted(self.root.glob(f"{stage or '*'}/*/{MANIFEST}"))
 
-    def find(self, stage: str, print_: str, inputs: Mapping[str, str]) -> Found:
+    def find(self, stage: str, fingerprint: str, inputs: Mapping[str, str]) -> Found:
         """Look a step up by fingerprint and by the digests of its inputs as they are in the store now.
 
         Sizes of all files are checked. A hit needs both keys; otherwise `why` says what is missing.
         """
         why = "not made yet"
-        for entry in self._listing(stage, print_[:12]).by_print.get(print_[:12], []):
+        for entry in self._listing(stage, fingerprint[:12]).by_fingerprint.get(fingerprint[:12], []):
             folder = self.root / stage / entry
             manifest = _manifest(folder)
-            if manifest is None or manifest["fingerprint"] != print_:
+            if manifest is None or manifest["fingerprint"] != fingerprint:
                 continue
             there = {name: one["digest"] for name, one in manifest["inputs"].items()}
             if there != dict(inputs):
@@ -190,10 +190,10 @@ class Store:
             if stage in self._listed:
                 return self._listed[stage]
             part = ""
-        folder, found = self.root / stage, Listing(by_print={}, by_name={})
+        folder, found = self.root / stage, Listing(by_fingerprint={}, by_name={})
         for entry in sorted(one.name for one in os.scandir(folder) if part in one.name) if folder.is_dir() else ():
             for one in PRINT.finditer(entry) if not entry.startswith(".") else ():
-                found.by_print.setdefault(one[1], []).append(entry)
+                found.by_fingerprint.setdefault(one[1], []).append(entry)
                 found.by_name.setdefault(entry[: one.start()], []).append(entry)
         if self._listed is not None:
             self._listed[stage] = found
@@ -234,7 +234,7 @@ class Store:
     def lock(
         self,
         stage: str,
-        print_: str,
+        fingerprint: str,
         *,
         stop: threading.Event | None = None,
         say: Callable[[str], None] = lambda text: None,
@@ -243,7 +243,7 @@ class Store:
 
         Args:
             stage: The step's stage.
-            print_: The step's fingerprint.
+            fingerprint: The step's fingerprint.
             stop: Ends the waiting.
             say: Is told once where another run has the lock.
 
@@ -251,21 +251,21 @@ class Store:
             InterruptedError: `stop` was set while waiting.
         """
         waits = functools.partial(say, "waiting for another run that makes the same step")
-        with flocked(self.lock_file(stage, print_), stop=stop, waits=waits):
+        with flocked(self.lock_file(stage, fingerprint), stop=stop, waits=waits):
             yield
 
-    def lock_file(self, stage: str, print_: str) -> Path:
+    def lock_file(self, stage: str, fingerprint: str) -> Path:
         """The step's lock file, in a folder that exists."""
         folder = self.home / "locks"
         folder.mkdir(parents=True, exist_ok=True)
-        return folder / f"{stage}-{print_[:12]}.lock"
+        return folder / f"{stage}-{fingerprint[:12]}.lock"
 
-    def begin(self, stage: str, name: str, print_: str, *, inputs: Mapping[str, str]) -> Attempt:
+    def begin(self, stage: str, name: str, fingerprint: str, *, inputs: Mapping[str, str]) -> Attempt:
         """Open the next attempt in the step's partial folder (under its lock).
 
         files/ is emptied; checkpoint/ is kept unless it was written for other inputs.
         """
-        folder = self.partial / self.address(stage, name, print_)
+        folder = self.partial / self.address(stage, name, fingerprint)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MANIFEST).unlink(missing_ok=True)
         made_for = folder / "inputs.json"
@@ -309,9 +309,9 @@ class Store:
         draft.unlink()
         return self._publish(attempt.folder, manifest)
 
-    def take_up(self, stage: str, name: str, print_: str, *, inputs: Mapping[str, str]) -> Artifact | None:
+    def take_up(self, stage: str, name: str, fingerprint: str, *, inputs: Mapping[str, str]) -> Artifact | None:
         """Publish what a killed process had finished but not renamed (under the step's lock)."""
-        folder = self.partial / self.address(stage, name, print_)
+        folder = self.partial / self.address(stage, name, fingerprint)
         if not (folder / MANIFEST).exists():
             return None
         manifest = read_json(folder / MANIFEST)

@@ -91,17 +91,17 @@ class S3Store(Store):
 
     # ---- finding
 
-    def find(self, stage: str, print_: str, inputs: Mapping[str, str]) -> Found:
+    def find(self, stage: str, fingerprint: str, inputs: Mapping[str, str]) -> Found:
         """Look in the cache, then in the bucket by the exact key; nothing is downloaded."""
-        key = _manifest_key(stage, print_, inputs)
+        key = _manifest_key(stage, fingerprint, inputs)
         if here := self._cached(key):
             return Found(artifact=here, why="hit")
-        there = self._manifests(stage, print_)
+        there = self._manifests(stage, fingerprint)
         if key in there and (held := self.bucket.read(key)):
             if self._damaged.get(key) == held.etag:
                 return Found(artifact=None, why="damaged in the bucket")
             return Found(artifact=None, why="in the bucket", away=self._away(key, held.etag, json.loads(held.body)))
-        local = super().find(stage, print_, inputs)
+        local = super().find(stage, fingerprint, inputs)
         if local.artifact:
             return Found(artifact=None, why="made here, not in the bucket yet", away=local.artifact)
         return Found(artifact=None, why="input was remade" if there and local.why == "not made yet" else local.why)
@@ -116,8 +116,8 @@ class S3Store(Store):
     def _is_whole(self, folder: Path) -> bool:
         return (folder / MANIFEST).is_file() and not self.damage(folder, read_json(folder / MANIFEST))
 
-    def _manifests(self, stage: str, print_: str) -> dict[str, Listed]:
-        return {one.key: one for one in self.bucket.listed(f"manifests/{stage}/{print_}/")}
+    def _manifests(self, stage: str, fingerprint: str) -> dict[str, Listed]:
+        return {one.key: one for one in self.bucket.listed(f"manifests/{stage}/{fingerprint}/")}
 
     def _away(self, key: str, etag: str, made: dict[str, Any]) -> Away:
         for name in (self.place(made), *made["files"]):
@@ -205,19 +205,19 @@ class S3Store(Store):
 
     # ---- into the bucket
 
-    def take_up(self, stage: str, name: str, print_: str, *, inputs: Mapping[str, str]) -> Artifact | None:
+    def take_up(self, stage: str, name: str, fingerprint: str, *, inputs: Mapping[str, str]) -> Artifact | None:
         """Upload what was finished here and is not in the bucket: by a killed process, or before there was a bucket."""
-        folder = self.partial / self.address(stage, name, print_)
+        folder = self.partial / self.address(stage, name, fingerprint)
         if (folder / MANIFEST).exists() and self.damage(folder, read_json(folder / MANIFEST), digests=True):
             return None
         try:
-            if finished := super().take_up(stage, name, print_, inputs=inputs):
+            if finished := super().take_up(stage, name, fingerprint, inputs=inputs):
                 return finished
-            local = super().find(stage, print_, inputs).artifact
+            local = super().find(stage, fingerprint, inputs).artifact
             return self._adopt(local.folder) if local and local.folder else None
         except LostRaceError:
             shutil.rmtree(folder, ignore_errors=True)
-            return self.bring(self.find(stage, print_, inputs))
+            return self.bring(self.find(stage, fingerprint, inputs))
 
     def _adopt(self, folder: Path) -> Artifact | None:
         """Upload an artifact that this home has under another bucket's name or none, and keep it under this one's."""
@@ -259,15 +259,15 @@ class S3Store(Store):
         Raises:
             LostRaceError: Another machine committed the same request with the same inputs first.
         """
-        stage, print_ = manifest["stage"], manifest["fingerprint"]
-        key = _manifest_key(stage, print_, {role: one["digest"] for role, one in manifest["inputs"].items()})
+        stage, fingerprint = manifest["stage"], manifest["fingerprint"]
+        key = _manifest_key(stage, fingerprint, {role: one["digest"] for role, one in manifest["inputs"].items()})
         body = json.dumps(manifest, indent=2, sort_keys=True, default=str).encode()
-        there = self._manifests(stage, print_)
+        there = self._manifests(stage, fingerprint)
         broken = self._damaged.get(key)
         if key in there and there[key].etag != broken:
             if (held := self.bucket.read(key)) and held.body == body:
                 return key  # ours: a kill came between this and the cache
-            raise LostRaceError(print_)
+            raise LostRaceError(fingerprint)
         name = self.place(manifest)
         self._clean(manifest, keep={name, *map(self._named, there)})
         base = f"store/{name}/files/"
@@ -279,7 +279,7 @@ class S3Store(Store):
             raise StoreTrouble([_removed(f"{self.bucket.url}/{gone[0]}")])
         etag = self.bucket.replace(key, body, etag=broken) if broken else self.bucket.create(key, body)
         if etag is None:
-            raise LostRaceError(print_)
+            raise LostRaceError(fingerprint)
         self._damaged.pop(key, None)
         return key
 
@@ -301,16 +301,16 @@ class S3Store(Store):
     def lock(
         self,
         stage: str,
-        print_: str,
+        fingerprint: str,
         *,
         stop: threading.Event | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> Generator[None]:
         """Hold the home's lock of the step, then the bucket's; see Store.lock and remote_lock."""
-        key = f"locks/{stage}-{print_[:12]}.json"
+        key = f"locks/{stage}-{fingerprint[:12]}.json"
         waits = functools.partial(_waits, say)
         with (
-            super().lock(stage, print_, stop=stop, say=say),
+            super().lock(stage, fingerprint, stop=stop, say=say),
             remote_lock(self.bucket, key, home=self._home(), expiry_s=self.expiry_s, stop=stop, waits=waits),
         ):
             yield
@@ -331,8 +331,8 @@ def _waits(say: Callable[[str], None], owner: str) -> None:
     say(f"waiting for another machine that makes the same step: {owner}")
 
 
-def _manifest_key(stage: str, print_: str, inputs: Mapping[str, str]) -> str:
-    return f"manifests/{stage}/{print_}/{fingerprint({'inputs': dict(inputs)})[:16]}.json"
+def _manifest_key(stage: str, fingerprint: str, inputs: Mapping[str, str]) -> str:
+    return f"manifests/{stage}/{fingerprint}/{fingerprint({'inputs': dict(inputs)})[:16]}.json"
 
 
 def _outside(where: str, name: str) -> Problem:

@@ -16,7 +16,7 @@ from tasks.runtime.process.environments import environment_problem, lock_digest,
 from tasks.runtime.process.errors import StepFailed
 from tasks.runtime.process.launch import Launcher
 from tasks.runtime.process.leases import Leases
-from tasks.runtime.step import Kitchen, run_step
+from tasks.runtime.step import Context, run_step
 from tasks.runtime.store.local import Store
 from tests.runtime.test_step import MODEL, choice
 
@@ -25,9 +25,9 @@ INPUTS = {"dequantized": MODEL.artifact}
 
 
 @pytest.fixture
-def kitchen(tmp_path: Path):
+def context(tmp_path: Path):
     with Launcher() as launcher:
-        yield Kitchen(store=Store(tmp_path), launcher=launcher, leases=Leases(tmp_path))
+        yield Context(store=Store(tmp_path), launcher=launcher, leases=Leases(tmp_path))
 
 
 @pytest.fixture
@@ -41,18 +41,18 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_the_child_runs_there_without_our_packages(kitchen: Kitchen, installed: Path):
+def test_the_child_runs_there_without_our_packages(context: Context, installed: Path):
     step = choice(
         stage="train",
         entry="tests.runtime.process.where:run",
         environment=NAME,
         tools=("llmcompressor", "transformers"),
     )
-    manifest = run_step(step, INPUTS, kitchen).artifact.manifest
+    manifest = run_step(step, INPUTS, context).artifact.manifest
     assert manifest["result"] == {"prefix": str(installed)}
     assert manifest["environment"]["name"] == NAME and manifest["environment"]["lock"] == lock_digest(NAME)
     assert manifest["environment"]["versions"]["compressed-tensors"] == locked_versions(NAME)["compressed-tensors"]
-    here = run_step(choice(stage="train", entry="tests.runtime.process.where:run"), INPUTS, kitchen).artifact.manifest
+    here = run_step(choice(stage="train", entry="tests.runtime.process.where:run"), INPUTS, context).artifact.manifest
     assert here["result"] != manifest["result"] and here["environment"] == {"name": "main", "lock": lock_digest()}
 
 
@@ -67,11 +67,11 @@ def other_numpy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return here
 
 
-def test_what_is_installed_counts_and_not_the_lock(other_numpy: str, kitchen: Kitchen):
+def test_what_is_installed_counts_and_not_the_lock(other_numpy: str, context: Context):
     """`uv pip install numpy==X` in the checkout: other artifacts, whose manifests say why, and a warning of a run."""
     assert locked_versions()["numpy"] == "0.0.1" and off_lock() == {"numpy": other_numpy}
     step = choice(stage="train", entry="tests.runtime.process.where:run", tools=("numpy",))
-    manifest = run_step(step, INPUTS, kitchen).artifact.manifest
+    manifest = run_step(step, INPUTS, context).artifact.manifest
     assert manifest["identity"]["tools"] == {"numpy": other_numpy}
     assert manifest["environment"]["off_lock"] == {"numpy": other_numpy}
     (warning,) = other_packages()
@@ -95,12 +95,12 @@ def test_versions_are_those_of_the_environment(installed: Path):
 
 
 @pytest.mark.parametrize(("stamp", "what"), [(None, "not installed"), ("0" * 64, "of another lock")])
-def test_where_it_is_not_installed_nothing_starts(stamp: str | None, what: str, kitchen: Kitchen, installed: Path):
+def test_where_it_is_not_installed_nothing_starts(stamp: str | None, what: str, context: Context, installed: Path):
     (installed / ".installed").unlink()
     if stamp:
         (installed / ".installed").write_text(stamp)
     with pytest.raises(StepFailed, match=what) as caught:
-        run_step(choice(environment=NAME), INPUTS, kitchen)
+        run_step(choice(environment=NAME), INPUTS, context)
     assert caught.value.problem.next == "Run: make env-llmcompressor"
     assert not list(installed.parent.parent.glob("partial/*"))
 

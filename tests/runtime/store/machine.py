@@ -6,7 +6,7 @@ import threading
 
 from tasks.runtime.process.launch import Launcher
 from tasks.runtime.process.leases import Leases
-from tasks.runtime.step import Kitchen, run_step
+from tasks.runtime.step import Context, run_step
 from tasks.runtime.store.local import Artifact, Store, bucket, find_home
 from tasks.runtime.store.open import open_store
 
@@ -14,21 +14,21 @@ PRINT = "ab" * 32
 
 
 def written(
-    store: Store, files: dict[str, bytes], *, inputs: dict[str, str], print_: str = PRINT, stage: str = "train"
+    store: Store, files: dict[str, bytes], *, inputs: dict[str, str], fingerprint: str = PRINT, stage: str = "train"
 ) -> Artifact:
     """Begin, write, commit."""
-    attempt = store.begin(stage, "tiny", print_, inputs=inputs)
+    attempt = store.begin(stage, "tiny", fingerprint, inputs=inputs)
     for name, data in {**files, "events.jsonl": b"{}\n"}.items():
         (attempt.files / name).parent.mkdir(parents=True, exist_ok=True)
         (attempt.files / name).write_bytes(data)
-    return store.commit(attempt, manifest(inputs, print_, stage))
+    return store.commit(attempt, manifest(inputs, fingerprint, stage))
 
 
-def manifest(inputs: dict[str, str], print_: str = PRINT, stage: str = "train") -> dict[str, object]:
+def manifest(inputs: dict[str, str], fingerprint: str = PRINT, stage: str = "train") -> dict[str, object]:
     return {
         "stage": stage,
         "slug": "tiny",
-        "fingerprint": print_,
+        "fingerprint": fingerprint,
         "identity": {"params": {"rank": 8}},
         "inputs": {name: {"fingerprint": "f", "digest": one, "path": "p"} for name, one in inputs.items()},
         "result": {},
@@ -41,8 +41,8 @@ def make() -> None:
 
     home = find_home()
     with Launcher() as launcher:
-        kitchen = Kitchen(store=open_store(home), launcher=launcher, leases=Leases(home))
-        made = run_step(choice(), {"dequantized": MODEL.artifact}, kitchen)
+        context = Context(store=open_store(home), launcher=launcher, leases=Leases(home))
+        made = run_step(choice(), {"dequantized": MODEL.artifact}, context)
     attempts = len(list(made.artifact.folder.glob("attempt-*")))  # type: ignore[union-attr]
     said = {"hit": made.hit, "manifest": made.artifact.manifest, "attempts": attempts}
     print(json.dumps(said), flush=True)

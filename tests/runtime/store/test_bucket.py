@@ -13,7 +13,7 @@ from recipes.problem import Problem
 from tasks.runtime.process.errors import StepFailed
 from tasks.runtime.process.launch import Launcher
 from tasks.runtime.process.leases import Leases
-from tasks.runtime.step import Kitchen, run_step
+from tasks.runtime.step import Context, run_step
 from tasks.runtime.store.bucket import Bucket
 from tasks.runtime.store.local import Store, StoreTrouble
 from tasks.runtime.store.open import open_store
@@ -147,13 +147,13 @@ def test_an_outage_at_the_end_fails_the_step_and_its_work_is_taken_up(
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("AWS_ENDPOINT_URL", line.endpoint)
         home = tmp_path / "home"
-        kitchen = Kitchen(store=open_store(home), launcher=launcher, leases=Leases(home))
+        context = Context(store=open_store(home), launcher=launcher, leases=Leases(home))
         line.status = lambda method, path: 503 if method == "PUT" and "/store/" in path.removeprefix("/store") else None
         with pytest.raises(StepFailed) as caught:
-            run_step(choice(), {"dequantized": MODEL.artifact}, kitchen)
+            run_step(choice(), {"dequantized": MODEL.artifact}, context)
         assert "could not be used for uploading" in caught.value.problem.what
         assert not list(Store(home).manifests()) and not server.keys(url, "manifests/")
         line.status = lambda method, path: None
-        made = run_step(choice(), {"dequantized": MODEL.artifact}, kitchen)
+        made = run_step(choice(), {"dequantized": MODEL.artifact}, context)
         assert made.hit and made.artifact.manifest["attempts"] == 1  # the child did not run again
         assert server.keys(url, "manifests/")

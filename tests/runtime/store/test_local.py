@@ -11,8 +11,10 @@ from tasks.runtime.store.local import Artifact, LostRaceError, Store, find_home,
 from tests.runtime.store.machine import PRINT, manifest, written
 
 
-def make(store: Store, text: str, *, inputs: dict[str, str], print_: str = PRINT, stage: str = "train") -> Artifact:
-    return written(store, {"weights.txt": text.encode()}, inputs=inputs, print_=print_, stage=stage)
+def make(
+    store: Store, text: str, *, inputs: dict[str, str], fingerprint: str = PRINT, stage: str = "train"
+) -> Artifact:
+    return written(store, {"weights.txt": text.encode()}, inputs=inputs, fingerprint=fingerprint, stage=stage)
 
 
 @pytest.fixture
@@ -110,17 +112,17 @@ def test_what_was_finished_but_not_renamed_is_taken_up(store: Store, monkeypatch
 
 
 def test_a_view_of_one_moment_sees_nothing_later_and_the_store_does(store: Store):
-    view = store.moment()
+    view = store.snapshot()
     assert view.find("train", PRINT, {"base": "1"}).why == "not made yet"
     made = make(store, "x", inputs={"base": "1"})
     assert view.find("train", PRINT, {"base": "1"}).artifact is None
-    for later in (store, store.moment()):
+    for later in (store, store.snapshot()):
         assert later.find("train", PRINT, {"base": "1"}).artifact == made
 
 
 def test_what_goes_after_it_was_listed_is_not_made(store: Store):
     make(store, "x", inputs={"base": "1"})
-    view = store.moment()
+    view = store.snapshot()
     assert view.find("train", PRINT, {"base": "1"}).artifact is not None
     shutil.rmtree(store.root / "train")
     assert view.find("train", PRINT, {"base": "1"}).why == "not made yet"

@@ -389,7 +389,7 @@ def test_what_a_home_made_before_it_had_a_bucket_is_uploaded_and_paths_are_the_s
 ) -> None:
     assert in_bucket.bucket
     plain = Store(in_bucket.home("one"))
-    below = written(plain, {"w": b"x"}, inputs={}, print_="cd" * 32)
+    below = written(plain, {"w": b"x"}, inputs={}, fingerprint="cd" * 32)
     attempt = plain.begin("train", "tiny", PRINT, inputs={"base": below.digest})
     (attempt.files / "w").write_bytes(b"y")
     raw = manifest({"base": below.digest})
@@ -399,9 +399,9 @@ def test_what_a_home_made_before_it_had_a_bucket_is_uploaded_and_paths_are_the_s
     found = one.find("train", PRINT, {"base": below.digest})
     assert found.artifact is None and found.away == above and found.why == "made here, not in the bucket yet"
     assert one.bring(found) is None  # not before it is uploaded, under the lock
-    for print_, inputs in (("cd" * 32, {}), (PRINT, {"base": below.digest})):
-        taken = one.take_up("train", "tiny", print_, inputs=inputs)
-        there = two.bring(two.find("train", print_, inputs))
+    for fingerprint, inputs in (("cd" * 32, {}), (PRINT, {"base": below.digest})):
+        taken = one.take_up("train", "tiny", fingerprint, inputs=inputs)
+        there = two.bring(two.find("train", fingerprint, inputs))
         assert taken is not None and there is not None and taken.digest == there.digest
         assert taken.path.relative_to(one.home) == there.path.relative_to(two.home)
     path = there.manifest["inputs"]["base"]["path"]
