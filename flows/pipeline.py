@@ -316,9 +316,8 @@ def _work(session: Session, validated: Validated, *, only: Sequence[str]) -> Non
     record.pinned(validated.pins, only=only)
     write_json(record.folder / "preflight.json", validated.preflight)
     (record.folder / "plan.txt").write_text("\n".join(str(line) for line in validated.plan) + "\n", encoding="utf-8")
-    session.tracker.start(
-        validated.recipe.model_dump(mode="json"), tags={"mlflow.source.name": str(validated.loaded.path)}
-    )
+    source = {"mlflow.source.name": str(validated.loaded.path)}
+    session.tracker.start(validated.recipe.model_dump(mode="json"), tags=source)
     log = get_run_logger()
     hits = sum(one.hit for one in validated.plan)
     log.info("run %s: %d of %d steps are in the store", record.id, hits, len(validated.plan))
@@ -381,9 +380,8 @@ def evaluate_only(recipe: str, sets: list[str] | None = None, only: list[str] | 
     settle(get_run_logger())
     with refusals_logged():
         validated = validate(Path(recipe), sets=sets or [], home=find_home(), only=only or [])
-        if problems := [
-            _missing(one) for one in validated.plan if not one.hit and one.key.split("/")[0] not in SCORING
-        ]:
+        lacking = [line for line in validated.plan if not line.hit and line.key.split("/")[0] not in SCORING]
+        if problems := [_missing(line) for line in lacking]:
             raise RecipeError(problems)
     return run_validated(validated, only=only or [])
 

@@ -179,9 +179,8 @@ def retrained(asked: Asked, home: Path, say: Say) -> Outcome:
         return Outcome("skipped", [f"The data's files changed since run {before.run.name}, none of their rows did."])
     for reason in reasons:
         say(reason)
-    validated = validate(
-        asked.recipe, sets=asked.sets, home=home
-    )  # pins later than the rows were read: nothing is missed
+    # It pins later than the rows were read: nothing is missed.
+    validated = validate(asked.recipe, sets=asked.sets, home=home)
     run = Path(run_validated(validated, only=[], because=reasons))
     word, told, decided = _decided(run, home, say) if asked.promote else _undecided(run)
     record = {

@@ -331,8 +331,8 @@ def _waits(say: Callable[[str], None], owner: str) -> None:
     say(f"waiting for another machine that makes the same step: {owner}")
 
 
-def _manifest_key(stage: str, fingerprint: str, inputs: Mapping[str, str]) -> str:
-    return f"manifests/{stage}/{fingerprint}/{fingerprint({'inputs': dict(inputs)})[:16]}.json"
+def _manifest_key(stage: str, asked_for: str, inputs: Mapping[str, str]) -> str:
+    return f"manifests/{stage}/{asked_for}/{fingerprint({'inputs': dict(inputs)})[:16]}.json"
 
 
 def _outside(where: str, name: str) -> Problem:
