@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,8 +22,9 @@ from recipes.models.headers import Headers, read_headers
 from recipes.problem import Problem, RecipeError
 from recipes.read.load import Loaded
 from recipes.schema import MOST_ROWS, TOKENS_PER_INPUT, Recipe
+from tasks.runtime.gpus import all_gpus, visible_gpus
 from tasks.runtime.process.environments import environment_problem
-from tasks.runtime.process.leases import cpu_slots, visible_gpus
+from tasks.runtime.process.leases import cpu_slots
 from tasks.runtime.step import Limits
 
 SAMPLE_ROWS = 2000  # rows of the data that are read to tell how long rows are
@@ -47,13 +47,7 @@ def available() -> Memory:
 
 
 def _free_gpu_gib() -> float | None:
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return None
-    query = [program, "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
-    said = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
-    free = [int(line) for line in said.stdout.split() if line.isdigit()]
-    return min(free) / 1024 if said.returncode == 0 and free else None
+    return min((gpu.free_bytes / GIB for gpu in all_gpus() if gpu.free_bytes is not None), default=None)
 
 
 def disk_problem(predicted: Sequence[Predicted], home: Path, *, download_gib: float = 0.0) -> Problem | None:

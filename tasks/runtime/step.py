@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 
 from recipes.problem import Problem
 from tasks.runtime.fingerprint import canonical, fingerprint
+from tasks.runtime.gpus import all_gpus, visible_gpus
 from tasks.runtime.process.disk import full, has_space, is_full
 from tasks.runtime.process.environments import described, environment_problem, interpreter, versions
 from tasks.runtime.process.errors import StepFailed
 from tasks.runtime.process.events import read_events
 from tasks.runtime.process.job import Execution, Input, Job
 from tasks.runtime.process.launch import Child, Launcher, child_env
-from tasks.runtime.process.leases import Given, Lease, Leases, cpu_slots, visible_gpus
+from tasks.runtime.process.leases import Given, Lease, Leases, cpu_slots
 from tasks.runtime.store.local import Artifact, Attempt, Found, LostRaceError, Store, StoreTrouble, read_json
 
 FOLLOW_S = 0.2
@@ -108,13 +109,10 @@ def hardware() -> dict[str, Any]:
     """CPU model, cores, memory and GPUs of this machine; no CUDA library is loaded."""
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
-    if info.exists() and (named := re.search(r"^model name\s*:\s*(.+)$", info.read_text(), flags=re.MULTILINE)):
-        model = named[1]
+    if info.exists() and (line := re.search(r"^model name\s*:\s*(.+)$", info.read_text(), flags=re.MULTILINE)):
+        model = line[1]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)
-    gpus: list[str] = []
-    for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
-        if named := re.search(r"^Model:\s*(.+)$", path.read_text(), flags=re.MULTILINE):
-            gpus.append(named[1])
+    gpus = [gpu.name for gpu in all_gpus()]
     return {"cpu": model, "cores": cpu_slots(), "memory_gib": round(memory, 1), "gpus": gpus}
 
 

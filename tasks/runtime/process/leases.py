@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from tasks.runtime.gpus import visible_gpus
 from tasks.runtime.store.local import flocked
 
 
@@ -39,15 +40,6 @@ def cpu_slots() -> int:
     """CPU slots of this machine: QUENCH_CPU_SLOTS, else the cores this process may run on."""
     named = os.environ.get("QUENCH_CPU_SLOTS")
     return max(1, int(named)) if named else len(os.sched_getaffinity(0))
-
-
-def visible_gpus() -> tuple[int, ...]:
-    """Indices of NVIDIA GPUs, from CUDA_VISIBLE_DEVICES or the driver's own list; no CUDA library is loaded."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return tuple(int(one) for one in named.split(",") if one.strip().isdigit())
-    folder = Path("/proc/driver/nvidia/gpus")
-    return tuple(range(len(list(folder.iterdir())))) if folder.is_dir() else ()
 
 
 class Given:
@@ -96,7 +88,7 @@ class Leases:
             first = functools.partial(say, f"waiting behind another step, for {want_cpus} cpu and {gpus} gpu")
             with flocked(self.folder / "gate.lock", stop=stop, waits=first):
                 got_cpus = self._some("cpu", tuple(every), want_cpus, held=held, stop=stop, say=say)
-                got_gpus = self._some("gpu", visible_gpus(), gpus, held=held, stop=stop, say=say)
+                got_gpus = self._some("gpu", visible_gpus() if gpus else (), gpus, held=held, stop=stop, say=say)
             yield Lease(cpus=got_cpus, gpus=got_gpus)
 
     def _some(
