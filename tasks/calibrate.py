@@ -1,4 +1,4 @@
-"""calibrate: dataset -> calibset: rows of train, stratified, seeded, packed, with fixed token ids."""
+"""calibrate: dataset -> calibset (rows of train, stratified, seeded, packed, with fixed token ids)."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from typing import Any
 
 from recipes.arms import Calibration
 from recipes.schema import TOKENS_PER_INPUT, Recipe
-from tasks.runtime.step import External, Step
+from tasks.runtime.step import External, Step, present
 
 
 def step(recipe: Recipe, *, dataset: Step, largest_in_features: int) -> Step:
-    """The calibration set. Fewer than 4 tokens an input feature would leave the widest Hessian badly estimated."""
-    own = recipe.calibrate.model_dump(exclude={"controls", "general"})
+    """The calibration set. Fewer than 4 tokens per input feature would leave the widest Hessian badly estimated."""
+    settings = recipe.calibrate.model_dump(exclude={"controls", "general"})
     return Step(
         stage="calibrate",
         slug=recipe.name,
         entry="tasks.jobs.calibrate:run",
         version=2,
-        params={**own, "min_tokens": TOKENS_PER_INPUT * largest_in_features},
+        params={**settings, "min_tokens": TOKENS_PER_INPUT * largest_in_features},
         inputs={"dataset": dataset},
         tools=("datasketch",),
     )
 
 
 def alone(slug: str, *, rows: External, tokenizer: External, params: Mapping[str, Any]) -> Step:
-    """A calibration set of rows of the user's, without a recipe; params: rows, seq_len, seed, min_tokens."""
+    """A calibration set of a user's own rows, without a recipe; params: rows, seq_len, seed, min_tokens."""
     return Step(
         stage="calibrate",
         slug=slug,
@@ -38,14 +38,13 @@ def alone(slug: str, *, rows: External, tokenizer: External, params: Mapping[str
 
 
 def control(recipe: Recipe, kind: Calibration, *, dataset: Step, calibset: Step, general: External | None) -> Step:
-    """A set of the same shape that is not, or half, of the domain."""
-    text = {} if kind == "random" or general is None else {"general": general}
+    """A control: a set of the same shape that is not of the domain, or only half of it."""
     return Step(
         stage="calibrate",
         slug=f"{recipe.name}-{kind}",
         entry="tasks.jobs.calibration.controls:run",
         version=1,
         params={"kind": kind, "seed": recipe.calibrate.seed},
-        inputs={"dataset": dataset, "calibset": calibset, **text},
+        inputs=present(dataset=dataset, calibset=calibset, general=None if kind == "random" else general),
         tools=("transformers", "tokenizers"),
     )

@@ -1,4 +1,4 @@
-"""choose: candidates -> the one that comes after. With a fixed merge base the choice is trivial."""
+"""choose: candidates -> the one that what comes after is made from; with a fixed merge base there is only one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from recipes.schema import Recipe
 from tasks.runtime.step import External, Step
 
-SCORES = "_scores"  # input that holds a candidate's scores: its name with this behind it
+SCORES = "_scores"  # the scores of candidate `name` are the input `name_scores`
 
 
 def step(
@@ -28,11 +28,11 @@ def step(
         scores: Its scores, by the same names; read by `auto` alone.
         lineage: What all candidates come from.
     """
-    fixed = recipe.merge.base
-    if fixed == "auto":
+    base = recipe.merge.base
+    if base == "auto":
         inputs = {**merged, **{f"{name}{SCORES}": scores[name] for name in merged}}
     else:
-        inputs = {fixed: merged[fixed]}
+        inputs = {base: merged[base]}
     return Step(
         stage="choose",
         slug=recipe.name,
@@ -45,5 +45,5 @@ def step(
 
 
 def candidates(step: Step) -> list[str]:
-    """Names of what a choice is between."""
+    """Names of the candidates of a choice."""
     return [name for name in step.inputs if not name.endswith(SCORES)]

@@ -1,18 +1,13 @@
-"""evaluate: one arm, loaded from its stored artifact in a fresh process -> scores, a row a row and metric."""
+"""evaluate: one arm, loaded from its stored artifact in a fresh process -> scores, one line per row and metric."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from recipes.arms import KV
 from recipes.schema import Recipe
-from tasks.quantize import readers
-from tasks.rehearse import packages
+from tasks.arm import readers, scorer_packages, trust
 from tasks.runtime.step import External, Step
-
-
-def trusted(recipe: Recipe, arm: str) -> dict[str, bool]:
-    """Parameter of an arm whose own code may run; none of any other one, so that their identities stay."""
-    external = recipe.evaluate.externals.get(arm)
-    return {"trust_remote_code": True} if external and external.trust_remote_code else {}
 
 
 def step(
@@ -20,7 +15,7 @@ def step(
     arm: str,
     *,
     kind: str,
-    inputs: dict[str, Step | External],
+    inputs: Mapping[str, Step | External],
     kv: KV | None = None,
     after: tuple[Step, ...] = (),
 ) -> Step:
@@ -32,11 +27,11 @@ def step(
         kind: How its model is loaded.
         inputs: model, dataset and, where there are, reference, adapter, calibset (KV scales), what scorers read.
         kv: How its KV cache is stored; None for bf16.
-        after: What has to be found right before.
+        after: Steps that have to be made before it starts.
     """
-    asked = recipe.evaluate
-    external = asked.externals.get(arm)
-    template = external.chat_template if external else None
+    settings = recipe.evaluate
+    external = settings.externals.get(arm)
+    template = {"chat_template": external.chat_template} if external and external.chat_template else {}
     return Step(
         stage="evaluate",
         slug=arm,
@@ -45,13 +40,13 @@ def step(
         params={
             "kind": kind,
             "kv": kv,
-            "scorers": [one.params() for one in asked.scorers],
-            **asked.model_dump(include={"max_new_tokens", "batch_size", "seed"}),
-            **({"chat_template": template} if template else {}),
-            **trusted(recipe, arm),
+            "scorers": [scorer.params() for scorer in settings.scorers],
+            **settings.model_dump(include={"max_new_tokens", "batch_size", "seed"}),
+            **template,
+            **trust(recipe, arm),
         },
         inputs=inputs,
-        tools=(*readers(inputs["model"]), *packages(recipe)),
+        tools=(*readers(inputs["model"]), *scorer_packages(recipe)),
         after=after,
         gpus=1,
     )

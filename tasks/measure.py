@@ -1,16 +1,18 @@
-"""measure: load time and tokens/s of one arm, alone on the machine. Its identity holds the hardware."""
+"""measure: one arm, alone on the machine -> load time and tokens/s. Its identity holds the hardware."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from recipes.schema import Recipe
-from tasks.evaluate import trusted
-from tasks.quantize import readers
+from tasks.arm import readers, trust
 from tasks.runtime.step import External, Step, hardware
 
 
-def step(recipe: Recipe, arm: str, *, kind: str, device: str, threads: int, inputs: dict[str, Step | External]) -> Step:
+def step(
+    recipe: Recipe, arm: str, *, kind: str, device: str, threads: int, inputs: Mapping[str, Step | External]
+) -> Step:
     """Speed of an arm. `inputs` has model, dataset and, where the arm has one, adapter."""
-    asked = recipe.measure
     return Step(
         stage="measure",
         slug=arm,
@@ -18,8 +20,8 @@ def step(recipe: Recipe, arm: str, *, kind: str, device: str, threads: int, inpu
         version=1,
         params={
             "kind": kind,
-            **asked.model_dump(include={"batch", "prompt_tokens", "new_tokens", "repeats"}),
-            **trusted(recipe, arm),
+            **recipe.measure.model_dump(include={"batch", "prompt_tokens", "new_tokens", "repeats"}),
+            **trust(recipe, arm),
             "hardware": {**hardware(), "device": device, "threads": threads},
         },
         inputs=inputs,

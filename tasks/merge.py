@@ -1,4 +1,4 @@
-"""merge: base + adapter -> model, bf16. Into the dequantized NF4 weights that were trained, or the original ones."""
+"""merge: base + adapter -> model, bf16, merged into the dequantized NF4 weights of training or the original ones."""
 
 from __future__ import annotations
 

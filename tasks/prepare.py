@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from recipes.data.rows import source_name
 from recipes.schema import Recipe
-from tasks.runtime.step import External, Step
+from tasks.runtime.step import External, Step, present
 
 IDENTITY = {"domain", "group", "dev", "test", "salt", "max_length", "near_duplicates"}
 
@@ -23,25 +23,25 @@ def step(
 
     Args:
         recipe: The recipe.
-        data: Its sources, one each; as inputs they are called data, data-1, data-2 ...
+        data: One per source; as inputs they are called data, data-1, data-2 ...
         tokenizer: Tokenizer files of the base.
         general: The general hold-out.
         template: Jinja file, for a base that has none.
     """
-    asked = recipe.data
-    inputs = {"tokenizer": tokenizer, "general": general, "template": template}
-    inputs |= {source_name(number): one for number, one in enumerate(data)}
+    settings = recipe.data
+    sources = {source_name(number): source for number, source in enumerate(data)}
+    ignored = settings.near_duplicates == "ignore"
     return Step(
         stage="prepare",
         slug=recipe.name,
         entry="tasks.jobs.prepare:run",
         version=2,
         params={
-            **asked.model_dump(include=IDENTITY),
-            "sources": [part.model_dump(include={"format", "weight", "domain"}) for part in asked.parts],
-            **({} if asked.near_duplicates == "ignore" else {"near_duplicate_jaccard": asked.near_duplicate_jaccard}),
+            **settings.model_dump(include=IDENTITY),
+            "sources": [part.model_dump(include={"format", "weight", "domain"}) for part in settings.parts],
+            **({} if ignored else {"near_duplicate_jaccard": settings.near_duplicate_jaccard}),
             "chat_template": recipe.model.chat_template if template is None else None,
         },
-        inputs={name: one for name, one in inputs.items() if one is not None},
+        inputs=present(tokenizer=tokenizer, general=general, template=template) | sources,
         tools=("transformers", "tokenizers", "trl"),
     )

@@ -1,4 +1,4 @@
-"""quantize: model + calibset -> 4-bit model, one a scheme."""
+"""quantize: model + calibset -> 4-bit model, one per scheme."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from recipes.schema import Recipe
 from recipes.schemes.scheme import Backend, Scheme
-from tasks.runtime.step import External, Step
+from tasks.runtime.step import External, Step, present
 
 TOOLS: dict[Backend, tuple[str, ...]] = {
     "quench-rtn": ("torch", "transformers"),
@@ -36,17 +36,14 @@ def step(
 
     Args:
         recipe: The recipe.
-        scheme: How.
+        scheme: How it is quantized.
         model: What is quantized.
         calibset: The calibration set.
         arm: Slug of the arm.
         scales_from: Model on which AWQ's scales and clipping are searched, where it is another one.
     """
-    inputs: dict[str, Step | External] = {"model": model}
-    if scales_from is not None:
-        inputs["scales_from"] = scales_from
-    if scheme.needs_calibration:
-        inputs["calibset"] = calibset
+    calibration = calibset if scheme.needs_calibration else None
+    inputs = present(model=model, scales_from=scales_from, calibset=calibration)
     return alone(arm, scheme, inputs=inputs, damp=recipe.quantize.damp, seed=recipe.quantize.seed)
 
 
@@ -54,26 +51,15 @@ def alone(
     slug: str, scheme: Scheme, *, inputs: Mapping[str, Step | External], damp: float = 0.05, seed: int = 0
 ) -> Step:
     """The same without a recipe, and with its defaults. Inputs: model; calibset where the scheme needs one."""
-    own = {"damp": damp} if scheme.method == "gptq" else {}
+    gptq = {"damp": damp} if scheme.method == "gptq" else {}
     return Step(
         stage="quantize",
         slug=slug,
         entry="tasks.jobs.quantize:run",
         version=4,
-        params={**scheme.params(), **own, "seed": seed},
+        params={**scheme.params(), **gptq, "seed": seed},
         inputs=inputs,
         tools=TOOLS[scheme.backend],
         gpus=0 if scheme.backend == "quench-rtn" else 1,  # rounding waits for the disk
         environment=ENVIRONMENTS.get(scheme.backend),
     )
-
-
-def readers(model: Step | External) -> tuple[str, ...]:
-    """What loads an arm's model in the main environment and shapes its logits, by who made it.
-
-    A model from elsewhere may be in any format; the base is unquantized.
-    """
-    foreign = isinstance(model, External) and model.name != "base"
-    own = model.tools if isinstance(model, Step) else ()
-    every = ("torch", "transformers", "peft", "bitsandbytes", "gptqmodel")
-    return (*every, "compressed-tensors") if foreign or "compressed-tensors" in own else every

@@ -1,29 +1,25 @@
-"""rehearse: the recipe's scorers on the data's own answers, before anything is trained.
+"""rehearse: dataset -> what the recipe's scorers say of the data's own answers, before anything is trained.
 
-What a scorer rejects, or cannot load, it would reject or not load in every arm's evaluation.
+An answer that a scorer rejects here, or a scorer that does not load, would fail in every arm's evaluation.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from recipes.schema import Recipe
+from tasks.arm import scorer_packages
 from tasks.runtime.step import External, Step
 
-PACKAGES = {"json-schema": "jsonschema", "lm-eval": "lm-eval"}  # kind -> package that decides its scores
 
-
-def step(recipe: Recipe, *, dataset: Step, scorers: dict[str, External]) -> Step:
-    """What the scorers say of the reference answers; no model is loaded."""
+def step(recipe: Recipe, *, dataset: Step, scorers: Mapping[str, External]) -> Step:
+    """Scores of the reference answers; no model is loaded."""
     return Step(
         stage="rehearse",
         slug=recipe.name,
         entry="tasks.jobs.rehearse:run",
         version=1,
-        params={"scorers": [one.params() for one in recipe.evaluate.scorers]},
+        params={"scorers": [scorer.params() for scorer in recipe.evaluate.scorers]},
         inputs={"dataset": dataset, **scorers},
-        tools=packages(recipe),
+        tools=scorer_packages(recipe),
     )
-
-
-def packages(recipe: Recipe) -> tuple[str, ...]:
-    """Packages beside Quench that decide scores."""
-    return tuple(sorted({PACKAGES[one.kind] for one in recipe.evaluate.scorers if one.kind in PACKAGES}))

@@ -1,4 +1,4 @@
-"""reload: a copy of an arm, loaded in plain transformers and compared with the original."""
+"""reload: an arm and a copy of it, loaded in plain transformers -> how they compare."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from tasks.runtime.step import External, Step
 
 
 def step(arm: str, *, kind: str, inputs: Mapping[str, External]) -> Step:
-    """Inputs: model and copy; adapter where one is on top."""
+    """The comparison. `inputs` has model, copy and, where one is on top, adapter."""
     return Step(
         stage="reload",
         slug=arm,
         entry="tasks.jobs.reload:run",
         version=1,
         params={"kind": kind},
-        inputs=dict(inputs),
+        inputs=inputs,
         gpus=1,
     )

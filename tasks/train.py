@@ -15,8 +15,8 @@ def step(
         recipe: The recipe.
         dataset: The dataset.
         base: The base model.
-        adapter: The adapter that stands in place of training.
-        after: What has to be found right before training is paid for.
+        adapter: Is taken instead of training one.
+        after: Steps that have to be made before training starts.
     """
     if adapter is not None:
         return Step(

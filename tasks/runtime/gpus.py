@@ -1,7 +1,7 @@
 """The NVIDIA GPUs of this machine, asked of the driver's own library (NVML); no CUDA library is loaded."""
 
 # pynvml has no types, and makes its error classes while it is imported
-# pyright: reportUnknownMemberType=false, reportAttributeAccessIssue=false
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import os

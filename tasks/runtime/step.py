@@ -104,6 +104,11 @@ class Step:
         return fingerprint(self.identity)
 
 
+def present(**inputs: Step | External | None) -> dict[str, Step | External]:
+    """The inputs that there are: an optional one that is None is left out."""
+    return {name: origin for name, origin in inputs.items() if origin is not None}
+
+
 @functools.cache
 def hardware() -> dict[str, Any]:
     """CPU model, cores, memory and GPUs of this machine; no CUDA library is loaded."""
