@@ -42,7 +42,7 @@ from recipes.problem import Problem, RecipeError
 from tasks.runtime.process.errors import StepFailed
 from tasks.runtime.process.launch import Launcher
 from tasks.runtime.process.leases import Leases
-from tasks.runtime.step import Context, Made, Step, lookup, run_step
+from tasks.runtime.step import Context, Outcome, Step, lookup, run_step
 from tasks.runtime.store.local import Artifact, find_home, write_json
 from tasks.runtime.store.open import open_store
 
@@ -88,7 +88,7 @@ class Session:
         self.steps[step.key] = step
         inputs = known_inputs(step, self.artifacts)
         if inputs is not None and (found := lookup(step, inputs, self.store).artifact):
-            self.done(step, Made(artifact=found, hit=True))
+            self.done(step, Outcome(artifact=found, hit=True))
             return
         if step.whole_machine:  # it would hold the gate while others wait: let them finish first
             self.wait()
@@ -125,7 +125,7 @@ class Session:
         self.record.add(step, "failed", problem=error.problem.as_dict(), log=error.log, node=node)
         self.display.ended(step.key, f"fail  {step.key:<36} {error.problem.what}\n      log: {error.log}", style="red")
 
-    def done(self, step: Step, made: Made, *, node: dict[str, str] | None = None) -> None:
+    def done(self, step: Step, made: Outcome, *, node: dict[str, str] | None = None) -> None:
         """Take a finished step in: record, terminal, MLflow."""
         self.artifacts[step.key] = made.artifact
         folder = made.artifact.folder

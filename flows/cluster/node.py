@@ -24,7 +24,7 @@ from tasks.runtime.process.child import verify_checkout
 from tasks.runtime.process.environments import environment_problem, installed, locked_versions
 from tasks.runtime.process.errors import StepFailed
 from tasks.runtime.process.launch import CHECKOUT, Launcher
-from tasks.runtime.process.leases import Given
+from tasks.runtime.process.leases import GrantedLease
 from tasks.runtime.step import Context, External, Limits, Step, run_step
 from tasks.runtime.store.local import MANIFEST, Artifact, Store, StoreTrouble
 from tasks.runtime.store.open import open_store
@@ -289,7 +289,7 @@ def make_on_node(key: str, order: Callable[[], Order], before: Sequence[Landed])
         context = Context(
             store=asked.place.open(launcher),
             launcher=launcher,
-            leases=Given(cpus=asked.cpus, gpus=ray.get_runtime_context().get_accelerator_ids()["GPU"]),
+            leases=GrantedLease(cpus=asked.cpus, gpus=ray.get_runtime_context().get_accelerator_ids()["GPU"]),
             limits=asked.limits,
             on_event=on_event,
             on_line=functools.partial(_say, log),

@@ -25,7 +25,7 @@ from flows.compose import compose, limits
 from flows.plan.validate import Validated
 from recipes.problem import Problem, RecipeError
 from tasks.runtime.process.environments import installed, locked_versions
-from tasks.runtime.step import External, Step, wanted
+from tasks.runtime.step import External, Step, resources
 from tasks.runtime.store.bucket import CLOCK_S
 from tasks.runtime.store.open import open_store
 from tasks.runtime.store.s3 import S3Store
@@ -237,7 +237,7 @@ def _unplaceable(steps: Sequence[Step], validated: Validated) -> Iterator[Proble
     own = ray.get_runtime_context().get_node_id()
     here = [one["Resources"] for one in ray.nodes() if one["NodeID"] == own]
     for step in steps:
-        want = wanted(step, limits(validated.recipe))
+        want = resources(step, limits(validated.recipe))
         able = here if step.whole_machine else nodes
         if any(one.get("CPU", 0) >= max(1, want.cpus) and one.get("GPU", 0) >= want.gpus for one in able):
             continue

@@ -26,7 +26,7 @@ from flows.tracking.tracker import Tracker
 from recipes.problem import Problem
 from tasks.runtime.process.errors import StepFailed
 from tasks.runtime.process.launch import Launcher
-from tasks.runtime.step import Made, Step, lookup, wanted
+from tasks.runtime.step import Outcome, Step, lookup, resources
 from tasks.runtime.store.local import StoreTrouble
 
 RETRIES = 3  # of a step whose worker or node died
@@ -70,7 +70,7 @@ class ClusterSession(Session):
 
     def _lease(self, step: Step) -> dict[str, Any]:
         """What Ray has to lease; speed is measured on the flow's own node, whose hardware its identity names."""
-        want = wanted(step, self.context.limits)
+        want = resources(step, self.context.limits)
         if not step.whole_machine:
             return {"num_cpus": want.cpus, "num_gpus": want.gpus, "max_retries": RETRIES}
         own = ray.get_runtime_context().get_node_id()
@@ -127,7 +127,7 @@ class ClusterSession(Session):
         except StepFailed as error:  # it was made, and cannot be read here: the next run finds it
             self.failed(step, error, node=asdict(landed.node))
             return
-        self.done(step, Made(artifact=artifact, hit=landed.hit), node=asdict(landed.node))
+        self.done(step, Outcome(artifact=artifact, hit=landed.hit), node=asdict(landed.node))
 
 
 class ClusterRunner(RayTaskRunner[Any]):

@@ -23,8 +23,8 @@ from tasks.runtime.process.errors import StepFailed
 from tasks.runtime.process.events import read_events
 from tasks.runtime.process.job import Execution, Input, Job
 from tasks.runtime.process.launch import Child, Launcher, child_env
-from tasks.runtime.process.leases import Given, Lease, Leases, cpu_slots
-from tasks.runtime.store.local import Artifact, Attempt, Found, LostRaceError, Store, StoreTrouble, read_json
+from tasks.runtime.process.leases import GrantedLease, Lease, Leases, cpu_slots
+from tasks.runtime.store.local import Artifact, Attempt, Lookup, LostRaceError, Store, StoreTrouble, read_json
 
 FOLLOW_S = 0.2
 
@@ -93,7 +93,7 @@ class Step:
                 "stage": self.stage,
                 "version": self.version,
                 "params": dict(self.params),
-                "inputs": {name: one.fingerprint for name, one in origins.items()},
+                "inputs": {name: origin.fingerprint for name, origin in origins.items()},
                 "tools": versions(self.tools, self.environment),
             }
         )
@@ -134,45 +134,45 @@ class Limits:
     log_level: str = "INFO"
 
 
-def resolve_device(wanted: str) -> str:
+def resolve_device(device: str) -> str:
     """`auto` -> `cuda` where a GPU is visible, else `cpu`."""
-    if wanted != "auto":
-        return wanted
+    if device != "auto":
+        return device
     return "cuda" if visible_gpus() else "cpu"
 
 
 @dataclass(kw_only=True)
 class Context:
-    """Everything run_step works with: store, children, leases, limits, and who is told."""
+    """Everything run_step works with: store, children, leases, limits, and who is called with events and log lines."""
 
     store: Store
     launcher: Launcher
-    leases: Leases | Given
+    leases: Leases | GrantedLease
     limits: Limits = field(default_factory=Limits)
     on_event: Callable[[Step, dict[str, Any]], None] = lambda step, event: None
     on_line: Callable[[Step, str], None] = lambda step, line: None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
-    """What run_step returns: the artifact and whether it was there already."""
+class Outcome:
+    """What run_step returns: the artifact, and whether it had been made before."""
 
     artifact: Artifact
     hit: bool
 
 
-def lookup(step: Step, inputs: Mapping[str, Artifact], store: Store) -> Found:
+def lookup(step: Step, inputs: Mapping[str, Artifact], store: Store) -> Lookup:
     """Find a step's artifact for its inputs as they are now."""
-    return store.find(step.stage, step.fingerprint, {name: one.digest for name, one in inputs.items()})
+    return store.find(step.stage, step.fingerprint, _digests(inputs))
 
 
-def brought(step: Step, inputs: Mapping[str, Artifact], store: Store) -> Artifact | None:
-    """A step's artifact with its files on this machine, where it was made before."""
+def local_artifact(step: Step, inputs: Mapping[str, Artifact], store: Store) -> Artifact | None:
+    """A step's artifact with its files on this machine; None where it has to be made."""
     return store.bring(lookup(step, inputs, store))
 
 
-def run_step(step: Step, inputs: Mapping[str, Artifact], context: Context) -> Made:
-    """Return the step's artifact; make it when it is not there. Commits before it reports to anyone.
+def run_step(step: Step, inputs: Mapping[str, Artifact], context: Context) -> Outcome:
+    """Return the step's artifact, made now where it was not made before. Commits before it reports to anyone.
 
     Raises:
         StepFailed: The child ended without a result, and its attempt folder stays, or its environment is not
@@ -180,70 +180,50 @@ def run_step(step: Step, inputs: Mapping[str, Artifact], context: Context) -> Ma
         InterruptedError: The run was stopped.
     """
     try:
-        return _found_or_made(step, inputs, context)
+        return _find_or_make(step, inputs, context)
     except StoreTrouble as error:
         log = "none: what a child had finished is kept, and the next run takes it up"
         raise StepFailed(step.key, error.problems[0], log=log, returncode=1) from error
 
 
-def _found_or_made(step: Step, inputs: Mapping[str, Artifact], context: Context) -> Made:
-    if found := brought(step, inputs, context.store):
-        return Made(artifact=found, hit=True)
+def _find_or_make(step: Step, inputs: Mapping[str, Artifact], context: Context) -> Outcome:
+    store, stop = context.store, context.launcher.stop
+    if artifact := local_artifact(step, inputs, store):
+        return Outcome(artifact=artifact, hit=True)
     if problem := environment_problem(step.environment):
         raise StepFailed(step.key, problem, log="none: no child was started", returncode=1)
-    stop = context.launcher.stop
     say = functools.partial(context.on_line, step)
-    with context.store.lock(step.stage, step.fingerprint, stop=stop, say=say):
-        if found := brought(step, inputs, context.store):
-            return Made(artifact=found, hit=True)
-        digests = {name: one.digest for name, one in inputs.items()}
-        if finished := context.store.take_up(step.stage, step.slug, step.fingerprint, inputs=digests):
-            return Made(artifact=finished, hit=True)
-        want = wanted(step, context.limits)
-        with context.leases.take(want.cpus, want.gpus, stop=stop, say=say) as lease:
+    with store.lock(step.stage, step.fingerprint, stop=stop, say=say):
+        if artifact := local_artifact(step, inputs, store):
+            return Outcome(artifact=artifact, hit=True)
+        if artifact := store.take_up(step.stage, step.slug, step.fingerprint, inputs=_digests(inputs)):
+            return Outcome(artifact=artifact, hit=True)
+        needed = resources(step, context.limits)
+        with context.leases.take(needed.cpus, needed.gpus, stop=stop, say=say) as lease:
             try:
                 return _make(step, inputs, context, lease)
             except OSError as error:
                 if not is_full(error):
                     raise
-                problem = full(context.store.home, error.filename or step.key)
+                problem = full(store.home, error.filename or step.key)
                 raise StepFailed(step.key, problem, log="none: it could not be written", returncode=1) from error
 
 
-def _make(step: Step, inputs: Mapping[str, Artifact], context: Context, lease: Lease) -> Made:
-    digests = {name: one.digest for name, one in inputs.items()}
-    attempt = context.store.begin(step.stage, step.slug, step.fingerprint, inputs=digests)
-    processes = _processes(step, context.limits)
-    threads = max(1, len(lease.cpus) // processes) if not step.whole_machine else context.limits.threads
-    execution = Execution(
-        device="cuda" if lease.gpus else "cpu",
-        threads=threads,
-        micro_batch=context.limits.micro_batch,
-        processes=processes,
-        launcher=context.limits.launcher,
-        log_level=context.limits.log_level,
-    )
-    job = Job(
-        stage=step.stage,
-        slug=step.slug,
-        fingerprint=step.fingerprint,
-        entry=step.entry,
-        params=canonical(dict(step.params)),
-        inputs={
-            name: Input(path=one.path, digest=one.digest, fingerprint=one.fingerprint) for name, one in inputs.items()
-        },
-        out=attempt.files,
-        checkpoint=attempt.checkpoint,
-        execution=execution,
-    )
-    job.dump(attempt.own / "job.json")
+def _digests(inputs: Mapping[str, Artifact]) -> dict[str, str]:
+    return {name: artifact.digest for name, artifact in inputs.items()}
+
+
+def _make(step: Step, inputs: Mapping[str, Artifact], context: Context, lease: Lease) -> Outcome:
+    """Run the step's child in a new attempt and commit what it made."""
+    attempt = context.store.begin(step.stage, step.slug, step.fingerprint, inputs=_digests(inputs))
+    execution = _execution(step, context.limits, lease)
+    _job(step, inputs, attempt, execution).dump(attempt.own / "job.json")
     started, clock = dt.datetime.now(dt.UTC), time.monotonic()
-    log = attempt.own / "log.txt"
     child = context.launcher.start(
         ["run", str(attempt.own / "job.json")],
-        env=child_env(threads=threads, gpus=lease.gpus),
+        env=child_env(threads=execution.threads, gpus=lease.gpus),
         cwd=attempt.own,
-        log=log,
+        log=attempt.own / "log.txt",
         python=interpreter(step.environment),
     )
     code = _follow(step, context, child, attempt)
@@ -253,14 +233,7 @@ def _make(step: Step, inputs: Mapping[str, Artifact], context: Context, lease: L
         "slug": step.slug,
         "fingerprint": step.fingerprint,
         "identity": step.identity,
-        "inputs": {
-            name: {
-                "fingerprint": one.fingerprint,
-                "digest": one.digest,
-                "path": _relative(one.path, context.store.home),
-            }
-            for name, one in inputs.items()
-        },
+        "inputs": {name: _origin(artifact, context.store.home) for name, artifact in inputs.items()},
         "result": answer["result"],
         "seconds": round(time.monotonic() - clock, 3),
         "peak_rss_gib": answer["peak_rss_gib"],
@@ -271,43 +244,80 @@ def _make(step: Step, inputs: Mapping[str, Artifact], context: Context, lease: L
         "environment": described(step.environment),
         "execution": {
             "device": execution.device,
-            "threads": threads,
+            "threads": execution.threads,
             "micro_batch": execution.micro_batch,
-            "processes": processes,
+            "processes": execution.processes,
         },
     }
+    return _commit(step, inputs, context.store, attempt, manifest)
+
+
+def _execution(step: Step, limits: Limits, lease: Lease) -> Execution:
+    processes = _processes(step, limits)
+    return Execution(
+        device="cuda" if lease.gpus else "cpu",
+        threads=limits.threads if step.whole_machine else max(1, len(lease.cpus) // processes),
+        micro_batch=limits.micro_batch,
+        processes=processes,
+        launcher=limits.launcher,
+        log_level=limits.log_level,
+    )
+
+
+def _job(step: Step, inputs: Mapping[str, Artifact], attempt: Attempt, execution: Execution) -> Job:
+    return Job(
+        stage=step.stage,
+        slug=step.slug,
+        fingerprint=step.fingerprint,
+        entry=step.entry,
+        params=canonical(dict(step.params)),
+        inputs={
+            name: Input(path=artifact.path, digest=artifact.digest, fingerprint=artifact.fingerprint)
+            for name, artifact in inputs.items()
+        },
+        out=attempt.files,
+        checkpoint=attempt.checkpoint,
+        execution=execution,
+    )
+
+
+def _origin(artifact: Artifact, home: Path) -> dict[str, str]:
+    """What a manifest says of an input; its path is relative to QUENCH_HOME inside it, absolute outside."""
+    path = artifact.path.relative_to(home) if artifact.path.is_relative_to(home) else artifact.path
+    return {"fingerprint": artifact.fingerprint, "digest": artifact.digest, "path": str(path)}
+
+
+def _commit(
+    step: Step, inputs: Mapping[str, Artifact], store: Store, attempt: Attempt, manifest: dict[str, Any]
+) -> Outcome:
+    """Commit an attempt; where another process was first, its artifact is the outcome."""
     try:
-        return Made(artifact=context.store.commit(attempt, manifest), hit=False)
+        return Outcome(artifact=store.commit(attempt, manifest), hit=False)
     except LostRaceError:
         shutil.rmtree(attempt.folder, ignore_errors=True)
-        won = brought(step, inputs, context.store)
-        if won is None:
+        winner = local_artifact(step, inputs, store)
+        if winner is None:
             raise
-        return Made(artifact=won, hit=True)
+        return Outcome(artifact=winner, hit=True)
 
 
-class Wanted(NamedTuple):
+class Resources(NamedTuple):
     """CPU slots (0: the whole machine) and GPUs of a step."""
 
     cpus: int
     gpus: int
 
 
-def wanted(step: Step, limits: Limits) -> Wanted:
+def resources(step: Step, limits: Limits) -> Resources:
     """What a step has to lease."""
     processes = _processes(step, limits)
     cpus = 0 if step.whole_machine else limits.threads * processes
-    return Wanted(cpus=cpus, gpus=step.gpus * processes if limits.device == "cuda" else 0)
+    return Resources(cpus=cpus, gpus=step.gpus * processes if limits.device == "cuda" else 0)
 
 
 def _processes(step: Step, limits: Limits) -> int:
     """Ranks of a step: all but train have one."""
     return limits.processes if step.distributed else 1
-
-
-def _relative(path: Path, home: Path) -> str:
-    """Relative to QUENCH_HOME inside it, absolute outside."""
-    return str(path.relative_to(home)) if path.is_relative_to(home) else str(path)
 
 
 def _follow(step: Step, context: Context, child: Child, attempt: Attempt) -> int:
@@ -342,7 +352,7 @@ def _pass_lines(step: Step, context: Context, log: Path, offset: int) -> int:
 
 
 def _answer(step: Step, context: Context, attempt: Attempt, code: int) -> dict[str, Any]:
-    """The child's result.json. Raises StepFailed with the four parts."""
+    """The child's result.json. Raises StepFailed where the child failed or left none."""
     if context.launcher.stop.is_set():
         raise InterruptedError(f"{step.key}: the run was stopped")
     log = attempt.own / "log.txt"

@@ -42,8 +42,8 @@ def cpu_slots() -> int:
     return max(1, int(named)) if named else len(os.sched_getaffinity(0))
 
 
-class Given:
-    """What somebody else, Ray, has leased for this process already: nothing is waited for, nothing is locked."""
+class GrantedLease:
+    """What somebody else, Ray, has leased to this process already: nothing is waited for, nothing is locked."""
 
     def __init__(self, *, cpus: int, gpus: Sequence[int | str]) -> None:
         self.lease = Lease(cpus=tuple(range(cpus)), gpus=tuple(gpus))
@@ -57,7 +57,7 @@ class Given:
         stop: threading.Event | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> Generator[Lease]:
-        """All of it, to the one step of this process; see Leases.take."""
+        """All of it, for the one step of this process; see Leases.take."""
         yield self.lease
 
 

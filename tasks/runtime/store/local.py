@@ -72,7 +72,7 @@ class Artifact:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class Lookup:
     """Answer of `find`: the artifact, or why there is none.
 
     Attributes:
@@ -142,11 +142,11 @@ class Store:
     def check(self) -> None:
         """Raise RecipeError where what lies behind this home cannot be used; here nothing does."""
 
-    def bring(self, found: Found) -> Artifact | None:
+    def bring(self, found: Lookup) -> Artifact | None:
         """What was found, with its files here; None where it has to be made."""
         return found.artifact
 
-    def download_bytes(self, found: Found) -> int:
+    def download_bytes(self, found: Lookup) -> int:
         """What `bring` would download."""
         return 0
 
@@ -162,7 +162,7 @@ class Store:
         """Every committed manifest, oldest name first."""
         yield from sorted(self.root.glob(f"{stage or '*'}/*/{MANIFEST}"))
 
-    def find(self, stage: str, fingerprint: str, inputs: Mapping[str, str]) -> Found:
+    def find(self, stage: str, fingerprint: str, inputs: Mapping[str, str]) -> Lookup:
         """Look a step up by fingerprint and by the digests of its inputs as they are in the store now.
 
         Sizes of all files are checked. A hit needs both keys; otherwise `why` says what is missing.
@@ -181,8 +181,8 @@ class Store:
             if damage := self.damage(folder, manifest):
                 why = f"damaged: {damage}"
                 continue
-            return Found(artifact=self.fetch(folder, manifest), why="hit")
-        return Found(artifact=None, why=why)
+            return Lookup(artifact=self.fetch(folder, manifest), why="hit")
+        return Lookup(artifact=None, why=why)
 
     def _listing(self, stage: str, part: str) -> Listing:
         """Folders with `part` in their names; in a view of one moment all of them, once."""

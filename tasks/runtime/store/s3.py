@@ -32,7 +32,7 @@ from tasks.runtime.store.bucket_lock import EXPIRY_S, remote_lock
 from tasks.runtime.store.local import (
     MANIFEST,
     Artifact,
-    Found,
+    Lookup,
     LostRaceError,
     Store,
     StoreTrouble,
@@ -91,20 +91,20 @@ class S3Store(Store):
 
     # ---- finding
 
-    def find(self, stage: str, fingerprint: str, inputs: Mapping[str, str]) -> Found:
+    def find(self, stage: str, fingerprint: str, inputs: Mapping[str, str]) -> Lookup:
         """Look in the cache, then in the bucket by the exact key; nothing is downloaded."""
         key = _manifest_key(stage, fingerprint, inputs)
         if here := self._cached(key):
-            return Found(artifact=here, why="hit")
+            return Lookup(artifact=here, why="hit")
         there = self._manifests(stage, fingerprint)
         if key in there and (held := self.bucket.read(key)):
             if self._damaged.get(key) == held.etag:
-                return Found(artifact=None, why="damaged in the bucket")
-            return Found(artifact=None, why="in the bucket", away=self._away(key, held.etag, json.loads(held.body)))
+                return Lookup(artifact=None, why="damaged in the bucket")
+            return Lookup(artifact=None, why="in the bucket", away=self._away(key, held.etag, json.loads(held.body)))
         local = super().find(stage, fingerprint, inputs)
         if local.artifact:
-            return Found(artifact=None, why="made here, not in the bucket yet", away=local.artifact)
-        return Found(artifact=None, why="input was remade" if there and local.why == "not made yet" else local.why)
+            return Lookup(artifact=None, why="made here, not in the bucket yet", away=local.artifact)
+        return Lookup(artifact=None, why="input was remade" if there and local.why == "not made yet" else local.why)
 
     def _cached(self, key: str) -> Artifact | None:
         mark = self.marks / key
@@ -132,13 +132,13 @@ class S3Store(Store):
             fingerprint=made["fingerprint"], digest=digest, path=path, folder=folder, key=key, etag=etag, made=made
         )
 
-    def download_bytes(self, found: Found) -> int:
+    def download_bytes(self, found: Lookup) -> int:
         """What `bring` would download."""
         return sum(one["size"] for one in found.away.made["files"].values()) if isinstance(found.away, Away) else 0
 
     # ---- from the bucket
 
-    def bring(self, found: Found) -> Artifact | None:
+    def bring(self, found: Lookup) -> Artifact | None:
         """Download what was found in the bucket, each file verified by its sha256; what is damaged there is None."""
         away = found.away
         if found.artifact or not isinstance(away, Away):
