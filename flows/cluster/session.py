@@ -44,7 +44,7 @@ class ClusterSession(Session):
     def do(self, step: Step) -> None:
         """As on one machine; but what this home has and the bucket lacks is uploaded here: no node could see it."""
         inputs = known_inputs(step, self.artifacts)
-        if inputs is not None and (found := lookup(step, inputs, self.store)).away:
+        if inputs is not None and (found := lookup(step, inputs, self.store)).remote:
             digests = {name: one.digest for name, one in inputs.items()}
             lock = self.store.lock(step.stage, step.fingerprint)
             with contextlib.suppress(StoreTrouble), lock:  # a node finds out for itself whether the bucket answers

@@ -62,7 +62,7 @@ def plan(recipe: Recipe, pins: Pins, store: Store, *, only: Sequence[str] = ()) 
             why = f"after {', '.join(waits)}"
         else:
             found = lookup(step, inputs, store)
-            if there := found.artifact or found.away:
+            if there := found.artifact or found.remote:
                 artifacts[step.key] = there
                 size = store.download_bytes(found)
                 hit = Planned(key=step.key, fingerprint=step.fingerprint, hit=True, why=found.why, download_bytes=size)

@@ -24,7 +24,8 @@ from tasks.runtime.process.events import read_events
 from tasks.runtime.process.job import Execution, Input, Job
 from tasks.runtime.process.launch import Child, Launcher, child_env
 from tasks.runtime.process.leases import GrantedLease, Lease, Leases, cpu_slots
-from tasks.runtime.store.local import Artifact, Attempt, Lookup, LostRaceError, Store, StoreTrouble, read_json
+from tasks.runtime.store.attempt import Attempt
+from tasks.runtime.store.local import Artifact, Lookup, LostRaceError, Store, StoreTrouble, read_json
 
 FOLLOW_S = 0.2
 

@@ -41,10 +41,19 @@ MULTIPART_BYTES = 64 << 20  # a larger file goes in parts
 PART_BYTES = 32 << 20
 PARALLEL = 10  # requests of a transfer at once
 CONNECTIONS = 64  # kept open: many steps wait, look and transfer side by side
-SAID_AFTER_S = 2.0
+REPORT_EVERY_S = 2.0
 CLOCK_S = 120.0  # apart: times of two machines are compared by people; S3 itself refuses at 15 minutes
 CHANGED = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
 ABSENT = ("NoSuchKey", "404")
+WRONG_CREDENTIALS = (
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "ExpiredToken",
+    "InvalidToken",
+    "InvalidClientTokenId",
+)
+FORBIDDEN = ("AccessDenied", "403", "AllAccessDisabled", "Forbidden")
+OTHER_REGION = ("PermanentRedirect", "301", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException")
 RIGHTS = (
     "s3:ListBucket, s3:ListBucketMultipartUploads, s3:GetObject, s3:PutObject, s3:DeleteObject and "
     "s3:AbortMultipartUpload"
@@ -52,14 +61,14 @@ RIGHTS = (
 CREDENTIALS = "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give this machine a role."
 
 
-class Held(NamedTuple):
+class StoredObject(NamedTuple):
     """An object that was read."""
 
     body: bytes
     etag: str
 
 
-class Listed(NamedTuple):
+class ObjectSummary(NamedTuple):
     """An object that was listed; the key is without the store's prefix."""
 
     key: str
@@ -82,7 +91,7 @@ class Bucket:
         Args:
             url: s3://BUCKET or s3://BUCKET/PREFIX.
             stop: Ends a transfer.
-            say: Is told about transfers that take longer than two seconds.
+            say: Is called with the progress of transfers that take longer than two seconds.
 
         Raises:
             StoreTrouble: The URL is not one of a bucket, or the profile named in the environment does not exist.
@@ -98,7 +107,7 @@ class Bucket:
         self.name, self.prefix = parts.netloc, parts.path.strip("/")
         self.url = f"s3://{self.name}/{self.prefix}".rstrip("/")
         self.stop, self.say = stop, say
-        with self._asked("opened"):
+        with self._explained("opened"):
             self.client: Any = boto3.session.Session().client("s3", config=_config())  # pyright: ignore
 
     def check(self) -> None:
@@ -108,12 +117,12 @@ class Bucket:
             StoreTrouble: The bucket cannot be used as a store.
         """
         key = self._key("conditional-put")
-        with self._asked("listed"):
+        with self._explained("listed"):
             answer = self.client.list_objects_v2(Bucket=self.name, Prefix=key, MaxKeys=1)
         self._check_clock(answer["ResponseMetadata"]["HTTPHeaders"].get("date", ""))
         for _ in range(2):
             try:
-                with self._asked("written to"):
+                with self._explained("written to"):
                     self.client.put_object(Bucket=self.name, Key=key, Body=b"kept for ever", IfNoneMatch="*")
             except _Changed:
                 return
@@ -126,20 +135,20 @@ class Bucket:
 
     def _check_clock(self, date: str) -> None:
         """Compare the server's time, as HTTP's Date header says it, with ours."""
-        told = parsedate_tz(date)
-        if told is None:  # no Date, or none that can be read
+        server_time = parsedate_tz(date)
+        if server_time is None:  # no Date, or none that can be read
             return
-        off = time.time() - mktime_tz(told)
+        off = time.time() - mktime_tz(server_time)
         if abs(off) > CLOCK_S:
             side = "ahead of" if off > 0 else "behind"
             raise _clock(self.url, f"It is {abs(off) / 60:.0f} minutes {side} that of the bucket's server.")
 
-    def read(self, key: str) -> Held | None:
+    def read(self, key: str) -> StoredObject | None:
         """An object, or None where there is none."""
         try:
-            with self._asked("read"):
+            with self._explained("read"):
                 answer = self.client.get_object(Bucket=self.name, Key=self._key(key))
-                return Held(answer["Body"].read(), answer["ETag"])
+                return StoredObject(answer["Body"].read(), answer["ETag"])
         except _Absent:
             return None
 
@@ -153,37 +162,38 @@ class Bucket:
 
     def _put(self, key: str, body: bytes, **condition: str) -> str | None:
         try:
-            with self._asked("written to"):
+            with self._explained("written to"):
                 return self.client.put_object(Bucket=self.name, Key=self._key(key), Body=body, **condition)["ETag"]
         except _Absent:
             return None
         except _Changed:
-            held = self.read(key)  # a repeated request whose first answer was lost: it was ours
-            return held.etag if held and held.body == body else None
+            stored = self.read(key)  # a repeated request whose first answer was lost: it was ours
+            return stored.etag if stored and stored.body == body else None
 
-    def listed(self, prefix: str) -> list[Listed]:
+    def list_objects(self, prefix: str) -> list[ObjectSummary]:
         """Every object whose key begins so."""
-        with self._asked("listed"):
+        with self._explained("listed"):
             pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=self._key(prefix))
             return [
-                Listed(self._own(one["Key"]), one["ETag"], one["Size"])
+                ObjectSummary(self._without_prefix(summary["Key"]), summary["ETag"], summary["Size"])
                 for page in pages
-                for one in page.get("Contents", ())
+                for summary in page.get("Contents", ())
             ]
 
     def remove(self, key: str) -> None:
         """Delete an object."""
-        with self._asked("deleted from"):
+        with self._explained("deleted from"):
             self.client.delete_object(Bucket=self.name, Key=self._key(key))
 
     def drop_unfinished(self, prefix: str) -> None:
         """Abort multipart uploads that somebody began below a prefix and did not finish."""
-        with self._asked("asked for unfinished uploads"):
+        with self._explained("asked for unfinished uploads"):
             pages = self.client.get_paginator("list_multipart_uploads")
             for page in pages.paginate(Bucket=self.name, Prefix=self._key(prefix)):
-                for one in page.get("Uploads", ()):
-                    with contextlib.suppress(_Absent), self._asked("asked to abort an upload"):
-                        self.client.abort_multipart_upload(Bucket=self.name, Key=one["Key"], UploadId=one["UploadId"])
+                for upload in page.get("Uploads", ()):
+                    key, upload_id = upload["Key"], upload["UploadId"]
+                    with contextlib.suppress(_Absent), self._explained("asked to abort an upload"):
+                        self.client.abort_multipart_upload(Bucket=self.name, Key=key, UploadId=upload_id)
 
     # ---- files
 
@@ -201,7 +211,7 @@ class Bucket:
     def receive(self, files: Mapping[str, Path], *, total: int) -> None:
         """Download keys to files, in parallel; a file has its name only when it is whole.
 
-        One that arrived with other bytes than the server sent is not there: the caller looks, and asks again.
+        A file that arrived with other bytes than the server sent is missing: the caller looks, and asks again.
         """
         for path in files.values():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -216,25 +226,23 @@ class Bucket:
 
     def _transfer(self, start: Callable[[Any, BaseSubscriber], list[Any]], total: int, *, doing: str) -> None:
         moved = _Moved()
-        said = time.monotonic()
+        reported = time.monotonic()
         config = TransferConfig(
             multipart_threshold=MULTIPART_BYTES, multipart_chunksize=PART_BYTES, max_request_concurrency=PARALLEL
         )
         try:
-            with self._asked(f"used for {doing}"), TransferManager(self.client, config) as manager:
+            with self._explained(f"used for {doing}"), TransferManager(self.client, config) as manager:
                 futures = start(manager, moved)
-                while not all(one.done() for one in futures):
+                while not all(future.done() for future in futures):
                     if self.stop is not None and self.stop.is_set():
                         raise InterruptedError(f"stopped while {doing}")
-                    if time.monotonic() - said > SAID_AFTER_S:
-                        said = time.monotonic()
+                    if time.monotonic() - reported > REPORT_EVERY_S:
+                        reported = time.monotonic()
                         self.say(f"{doing} {moved.size / 1e9:.2f} of {total / 1e9:.2f} GB, {self.url}")
                     time.sleep(0.02)
-                for one in futures:
-                    with contextlib.suppress(
-                        FlexibleChecksumError
-                    ):  # it arrived otherwise, so it has no file: see receive
-                        one.result()
+                for future in futures:
+                    with contextlib.suppress(FlexibleChecksumError):  # other bytes arrived: it has no file, see receive
+                        future.result()
         except (_Absent, _Changed) as error:
             remedy = "Nobody may remove objects of a store in use; the same command starts over."
             raise _trouble("An object went or changed while it was read.", self.url, f"{error}", remedy) from error
@@ -244,12 +252,12 @@ class Bucket:
     def _key(self, key: str) -> str:
         return f"{self.prefix}/{key}" if self.prefix else key
 
-    def _own(self, key: str) -> str:
+    def _without_prefix(self, key: str) -> str:
         return key.removeprefix(f"{self.prefix}/") if self.prefix else key
 
     @contextlib.contextmanager
-    def _asked(self, done: str) -> Generator[None]:
-        """Say what went wrong in four parts; done: what the bucket could not be."""
+    def _explained(self, done: str) -> Generator[None]:
+        """Turn whatever boto3 raises into StoreTrouble; `done` completes `The bucket could not be ...`."""
         try:
             yield
         except ClientError as error:
@@ -268,25 +276,21 @@ class Bucket:
             remedy = "Mend that; the same command resumes."
             raise _trouble(f"The bucket could not be {done}.", self.url, str(error), remedy) from error
 
-    def _refused(self, code: str, done: str, said: str) -> StoreTrouble:
+    def _refused(self, code: str, done: str, answer: str) -> StoreTrouble:
         if code == "NoSuchBucket":
-            return _trouble(f"There is no bucket {self.name}.", self.url, said, "Create it, or correct QUENCH_STORE.")
-        if code in (
-            "InvalidAccessKeyId",
-            "SignatureDoesNotMatch",
-            "ExpiredToken",
-            "InvalidToken",
-            "InvalidClientTokenId",
-        ):
-            return _trouble("The credentials for the bucket are wrong.", self.url, said, CREDENTIALS)
-        if code in ("AccessDenied", "403", "AllAccessDisabled", "Forbidden"):
+            return _trouble(f"There is no bucket {self.name}.", self.url, answer, "Create it, or correct QUENCH_STORE.")
+        if code in WRONG_CREDENTIALS:
+            return _trouble("The credentials for the bucket are wrong.", self.url, answer, CREDENTIALS)
+        if code in FORBIDDEN:
             remedy = f"Give these credentials {RIGHTS} there."
-            return _trouble(f"The bucket may not be {done} with these credentials.", self.url, said, remedy)
+            return _trouble(f"The bucket may not be {done} with these credentials.", self.url, answer, remedy)
         if code == "RequestTimeTooSkewed":
-            return _clock(self.url, said)
-        if code in ("PermanentRedirect", "301", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"):
-            return _trouble("The bucket lies in another region.", self.url, said, "Set AWS_REGION to the bucket's own.")
-        return _trouble(f"The bucket could not be {done}.", self.url, said, "Mend that; the same command resumes.")
+            return _clock(self.url, answer)
+        if code in OTHER_REGION:
+            return _trouble(
+                "The bucket lies in another region.", self.url, answer, "Set AWS_REGION to the bucket's own."
+            )
+        return _trouble(f"The bucket could not be {done}.", self.url, answer, "Mend that; the same command resumes.")
 
 
 class _Changed(Exception):
@@ -309,13 +313,13 @@ class _Moved(BaseSubscriber):
 
 
 def _config() -> Config:
-    own = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     return Config(
         connect_timeout=5,
         read_timeout=60,
         retries={"mode": "standard", "max_attempts": 4},
         max_pool_connections=CONNECTIONS,
-        s3={"addressing_style": "path" if own else "auto"},  # servers of one's own seldom have a name a bucket
+        s3={"addressing_style": "path" if endpoint else "auto"},  # a server of one's own seldom has a name per bucket
     )
 
 

@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Callable, Generator
 from typing import Any
 
-from tasks.runtime.store.bucket import Bucket, Held
+from tasks.runtime.store.bucket import Bucket, StoredObject
 from tasks.runtime.store.local import StoreTrouble
 
 EXPIRY_S = 60.0
@@ -44,7 +44,7 @@ def remote_lock(
         home: Names the local home, whose own lock the caller holds: an owner of the same home is dead.
         expiry_s: An owner without a new beat for so long is taken for dead.
         stop: Ends the waiting.
-        waits: Is told once who has the lock.
+        waits: Is called once with who has the lock.
 
     Raises:
         InterruptedError: `stop` was set while waiting.
@@ -78,27 +78,27 @@ class _Ownership:
 
     def take(self, expiry_s: float, *, stop: threading.Event | None, waits: Callable[[str], None]) -> None:
         """Wait for the lock and take it."""
-        seen, since, said = "", time.monotonic(), False
+        seen, since, reported = "", time.monotonic(), False
         self.etag = self.bucket.create(self.key, self._body())
         while self.etag is None:
-            held = self.bucket.read(self.key)
-            if held is None:
+            lock = self.bucket.read(self.key)
+            if lock is None:
                 self.etag = self.bucket.create(self.key, self._body())
                 continue
-            if held.etag != seen:
-                seen, since = held.etag, time.monotonic()
-            if self._is_free(held) or time.monotonic() - since >= expiry_s:
-                self.etag = self.bucket.replace(self.key, self._body(), etag=held.etag)
+            if lock.etag != seen:
+                seen, since = lock.etag, time.monotonic()
+            if self._is_free(lock) or time.monotonic() - since >= expiry_s:
+                self.etag = self.bucket.replace(self.key, self._body(), etag=lock.etag)
                 continue
-            if not said:
-                waits(_owner(held))
-                said = True
+            if not reported:
+                waits(_owner(lock))
+                reported = True
             if (stop or threading.Event()).wait(min(POLL_S, expiry_s / 4)):
                 raise InterruptedError(f"stopped while waiting for {self.key}")
 
-    def _is_free(self, held: Held) -> bool:
-        told = json.loads(held.body)
-        return told.get("free", False) or told["home"] == self.about["home"]
+    def _is_free(self, lock: StoredObject) -> bool:
+        owner = json.loads(lock.body)
+        return owner.get("free", False) or owner["home"] == self.about["home"]
 
     def beat(self, done: threading.Event, every_s: float) -> None:
         """Write a beat now and then; end where somebody else has taken the lock."""
@@ -113,6 +113,6 @@ class _Ownership:
                 self.bucket.replace(self.key, self._body(free=True), etag=self.etag)
 
 
-def _owner(held: Held) -> str:
-    told = json.loads(held.body)
-    return f"{told['host']}, process {told['process']}"
+def _owner(lock: StoredObject) -> str:
+    owner = json.loads(lock.body)
+    return f"{owner['host']}, process {owner['process']}"

@@ -22,7 +22,7 @@ def open_home(home: Path) -> None:
     check_layout(home)
     try:
         home.mkdir(parents=True, exist_ok=True)
-        # Root passes every permission bit, and no bit tells a read-only mount: only writing does.
+        # Root passes every permission bit, and no bit shows a read-only mount: only writing does.
         with tempfile.NamedTemporaryFile("w", dir=home, encoding="utf-8") as draft:
             draft.write(f"{LAYOUT}\n")
             draft.flush()
@@ -37,18 +37,18 @@ def open_home(home: Path) -> None:
 
 
 def check_layout(home: Path) -> None:
-    """Nothing is read by wrong rules.
+    """Refuse a home that this Quench would read by wrong rules.
 
     Raises:
         RecipeError: An older or newer Quench wrote this home.
     """
     path = home / NAME
-    found = path.read_text(encoding="utf-8").strip() if path.is_file() else str(LAYOUT)
-    if found == str(LAYOUT):
+    layout = path.read_text(encoding="utf-8").strip() if path.is_file() else str(LAYOUT)
+    if layout == str(LAYOUT):
         return
-    older = found.isdigit() and int(found) < LAYOUT
+    older = layout.isdigit() and int(layout) < LAYOUT
     raise Problem(
-        what=f"this QUENCH_HOME has layout {found!r}; this Quench reads layout {LAYOUT}",
+        what=f"this QUENCH_HOME has layout {layout!r}; this Quench reads layout {LAYOUT}",
         where=str(path),
         why=f"{'an older' if older else 'a newer'} Quench wrote it, and reading it by other rules could take "
         "one artifact for another",

@@ -1,4 +1,4 @@
-"""The store: find / begin / commit / fetch / lock. Addressed by what was asked, verified by what came out.
+"""The store: find / begin / commit / fetch / lock. Addressed by the fingerprint, verified by what came out.
 
 `store/<stage>/<slug>-<fp12>/` holds manifest.json, files/ and the attempts' job.json and log.txt. Work happens in
 `partial/<stage>/<slug>-<fp12>/`; the manifest is created exclusively and last, then the folder is renamed.
@@ -15,7 +15,6 @@ import functools
 import itertools
 import json
 import os
-import re
 import shutil
 import threading
 import time
@@ -26,25 +25,26 @@ from typing import Any
 
 from recipes.problem import RecipeError
 from tasks.runtime.fingerprint import difference, file_digest, fingerprint
+from tasks.runtime.store.attempt import Attempt
 from tasks.runtime.store.home import check_layout
+from tasks.runtime.store.listing import Listing, list_stage
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
-PRINT = re.compile(r"-([0-9a-f]{12})(?=-|$)")  # in the name of a folder; a slug may look like one
 
 
 def find_home(start: Path | None = None) -> Path:
     """QUENCH_HOME, else the nearest `.quench` from the current folder upwards, else `.quench` here.
 
     Raises:
-        RecipeError: Another layout stands in it than this Quench reads.
+        RecipeError: It has another layout than this Quench reads.
     """
     here = (start or Path.cwd()).resolve()
-    if named := os.environ.get("QUENCH_HOME"):
-        home = Path(named).expanduser().resolve()
+    if configured := os.environ.get("QUENCH_HOME"):
+        home = Path(configured).expanduser().resolve()
     else:
-        found = (folder / ".quench" for folder in (here, *here.parents))
-        home = next((folder for folder in found if folder.is_dir()), here / ".quench")
+        homes = (folder / ".quench" for folder in (here, *here.parents))
+        home = next((folder for folder in homes if folder.is_dir()), here / ".quench")
     check_layout(home)
     return home
 
@@ -76,44 +76,13 @@ class Lookup:
     """Answer of `find`: the artifact, or why there is none.
 
     Attributes:
-        away: It is finished, but not here in full: digests are known, `Store.bring` gets the files. Only stores with
-            something behind them know this.
+        remote: It is finished, but not all of it is here: digests are known, `Store.bring` gets the files. Only a store
+            in a bucket has this.
     """
 
     artifact: Artifact | None
     why: str
-    away: Artifact | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Attempt:
-    """One try at making a step, in its partial folder."""
-
-    number: int
-    folder: Path
-
-    @property
-    def own(self) -> Path:
-        """attempt-N/: job.json, log.txt, result.json."""
-        return self.folder / f"attempt-{self.number}"
-
-    @property
-    def files(self) -> Path:
-        """What the job writes; empty at the start."""
-        return self.folder / "files"
-
-    @property
-    def checkpoint(self) -> Path:
-        """Kept over attempts of the same inputs; gone at commit."""
-        return self.folder / "checkpoint"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Listing:
-    """A stage's committed folders, oldest name first: by any 12 digits in their names, and by what is before."""
-
-    by_fingerprint: dict[str, list[str]]
-    by_name: dict[str, list[str]]
+    remote: Artifact | None = None
 
 
 class LostRaceError(Exception):
@@ -121,7 +90,7 @@ class LostRaceError(Exception):
 
 
 class StoreTrouble(RecipeError):
-    """What lies behind a home, a bucket, does not do what it was asked for; what is finished here is kept."""
+    """The bucket behind a home cannot be used, or fails; what is finished here is kept."""
 
 
 class Store:
@@ -134,19 +103,19 @@ class Store:
         self._listed: dict[str, Listing] | None = None
 
     def snapshot(self) -> Store:
-        """A view that lists each stage once, for a plan; who makes something has to see what others made meanwhile."""
+        """A view that lists each stage once, for a plan; a run needs the store itself, with what others made since."""
         view = copy.copy(self)
         view._listed = {}
         return view
 
     def check(self) -> None:
-        """Raise RecipeError where what lies behind this home cannot be used; here nothing does."""
+        """Raise RecipeError where the bucket behind this home cannot be used; here there is none."""
 
-    def bring(self, found: Lookup) -> Artifact | None:
+    def bring(self, lookup: Lookup) -> Artifact | None:
         """What was found, with its files here; None where it has to be made."""
-        return found.artifact
+        return lookup.artifact
 
-    def download_bytes(self, found: Lookup) -> int:
+    def download_bytes(self, lookup: Lookup) -> int:
         """What `bring` would download."""
         return 0
 
@@ -173,9 +142,9 @@ class Store:
             manifest = _manifest(folder)
             if manifest is None or manifest["fingerprint"] != fingerprint:
                 continue
-            there = {name: one["digest"] for name, one in manifest["inputs"].items()}
-            if there != dict(inputs):
-                changed = [name for name in inputs if there.get(name) != inputs[name]]
+            digests = input_digests(manifest)
+            if digests != dict(inputs):
+                changed = [name for name in inputs if digests.get(name) != inputs[name]]
                 why = f"input was remade: {', '.join(changed) or 'fewer inputs'}"
                 continue
             if damage := self.damage(folder, manifest):
@@ -185,38 +154,31 @@ class Store:
         return Lookup(artifact=None, why=why)
 
     def _listing(self, stage: str, part: str) -> Listing:
-        """Folders with `part` in their names; in a view of one moment all of them, once."""
-        if self._listed is not None:
-            if stage in self._listed:
-                return self._listed[stage]
-            part = ""
-        folder, found = self.root / stage, Listing(by_fingerprint={}, by_name={})
-        for entry in sorted(one.name for one in os.scandir(folder) if part in one.name) if folder.is_dir() else ():
-            for one in PRINT.finditer(entry) if not entry.startswith(".") else ():
-                found.by_fingerprint.setdefault(one[1], []).append(entry)
-                found.by_name.setdefault(entry[: one.start()], []).append(entry)
-        if self._listed is not None:
-            self._listed[stage] = found
-        return found
+        """Folders with `part` in their names; in a snapshot all of them, listed once."""
+        if self._listed is None:
+            return list_stage(self.root / stage, part)
+        if stage not in self._listed:
+            self._listed[stage] = list_stage(self.root / stage)
+        return self._listed[stage]
 
     def fetch(self, folder: Path, manifest: Mapping[str, Any] | None = None) -> Artifact:
         """The artifact in a committed folder. A choice stands for the artifact that it names."""
-        made: Mapping[str, Any] = manifest or read_json(folder / MANIFEST)
-        path, digest = folder / "files", made["digest"]
-        if made["stage"] == "choose":
-            chosen = made["inputs"][read_json(path / "choice.json")["candidate"]]
+        recorded: Mapping[str, Any] = manifest or read_json(folder / MANIFEST)
+        path, digest = folder / "files", recorded["digest"]
+        if recorded["stage"] == "choose":
+            chosen = recorded["inputs"][read_json(path / "choice.json")["candidate"]]
             path, digest = self.home / chosen["path"], chosen["digest"]
-        return Artifact(fingerprint=made["fingerprint"], digest=digest, path=path, folder=folder)
+        return Artifact(fingerprint=recorded["fingerprint"], digest=digest, path=path, folder=folder)
 
     def damage(self, folder: Path, manifest: Mapping[str, Any], *, digests: bool = False) -> str | None:
         """What is wrong with a committed folder's files, or None. Sizes always, sha256 on request."""
-        for name, one in manifest["files"].items():
+        for name, expected in manifest["files"].items():
             path = folder / "files" / name
             if not path.is_file():
                 return f"{name} is missing"
-            if path.stat().st_size != one["size"]:
-                return f"{name} has {path.stat().st_size} bytes, the manifest says {one['size']}"
-            if digests and file_digest(path) != one["sha256"]:
+            if path.stat().st_size != expected["size"]:
+                return f"{name} has {path.stat().st_size} bytes, the manifest says {expected['size']}"
+            if digests and file_digest(path) != expected["sha256"]:
                 return f"{name} has another sha256 than the manifest says"
         return None
 
@@ -245,7 +207,7 @@ class Store:
             stage: The step's stage.
             fingerprint: The step's fingerprint.
             stop: Ends the waiting.
-            say: Is told once where another run has the lock.
+            say: Is called once where another run has the lock.
 
         Raises:
             InterruptedError: `stop` was set while waiting.
@@ -268,15 +230,15 @@ class Store:
         folder = self.partial / self.address(stage, name, fingerprint)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MANIFEST).unlink(missing_ok=True)
-        made_for = folder / "inputs.json"
-        if not made_for.exists() or read_json(made_for) != dict(inputs):
+        last_inputs = folder / "inputs.json"
+        if not last_inputs.exists() or read_json(last_inputs) != dict(inputs):
             shutil.rmtree(folder / "checkpoint", ignore_errors=True)
-            made_for.write_text(json.dumps(dict(inputs), sort_keys=True), encoding="utf-8")
+            last_inputs.write_text(json.dumps(dict(inputs), sort_keys=True), encoding="utf-8")
         numbers = [int(old.name.removeprefix("attempt-")) for old in folder.glob("attempt-*")]
         attempt = Attempt(number=max(numbers, default=0) + 1, folder=folder)
         shutil.rmtree(attempt.files, ignore_errors=True)
-        for made in (attempt.own, attempt.files, attempt.checkpoint):
-            made.mkdir(exist_ok=True)
+        for subfolder in (attempt.own, attempt.files, attempt.checkpoint):
+            subfolder.mkdir(exist_ok=True)
         return attempt
 
     def commit(self, attempt: Attempt, manifest: dict[str, Any]) -> Artifact:
@@ -291,11 +253,10 @@ class Store:
             if path.is_file()
         }
         # The event file has times in it: it is kept and verified, but it does not shape what comes after.
-        content = {name: one["sha256"] for name, one in files.items() if name != "events.jsonl"}
+        content = {name: file["sha256"] for name, file in files.items() if name != "events.jsonl"}
         manifest = {"schema": SCHEMA, **manifest, "attempts": attempt.number, "files": files}
         manifest["digest"] = fingerprint({"files": content})
-        inputs = {name: one["digest"] for name, one in manifest["inputs"].items()}
-        if self.find(manifest["stage"], manifest["fingerprint"], inputs).artifact is not None:
+        if self.find(manifest["stage"], manifest["fingerprint"], input_digests(manifest)).artifact is not None:
             raise LostRaceError(manifest["fingerprint"])
         for path in attempt.files.rglob("*"):
             if path.is_file():
@@ -315,8 +276,7 @@ class Store:
         if not (folder / MANIFEST).exists():
             return None
         manifest = read_json(folder / MANIFEST)
-        there = {name: one["digest"] for name, one in manifest["inputs"].items()}
-        if there != dict(inputs) or self.damage(folder, manifest):
+        if input_digests(manifest) != dict(inputs) or self.damage(folder, manifest):
             return None
         return self._publish(folder, manifest)
 
@@ -332,21 +292,30 @@ class Store:
         folder.rename(target)
         return self.fetch(target)
 
-    def _free(self, wanted: Path) -> Path:
-        """`wanted`, or the next of its numbered neighbours that nothing valid occupies; damage is moved aside."""
-        number = 1
-        target = wanted
-        while target.exists():
-            if self.damage(target, read_json(target / MANIFEST)):
-                name = f"{target.parent.name}-{target.name}"
-                aside = (self.home / "damaged" / f"{name}-{count}" for count in itertools.count(1))
-                place = next(path for path in aside if not path.exists())
-                place.parent.mkdir(parents=True, exist_ok=True)
-                target.rename(place)
+    def _free(self, folder: Path) -> Path:
+        """`folder`, or the next of its numbered neighbours that nothing valid occupies; damage is moved aside."""
+        target = folder
+        for number in itertools.count(2):
+            if not target.exists():
                 break
-            number += 1
-            target = wanted.with_name(f"{wanted.name}-{number}")
+            if self.damage(target, read_json(target / MANIFEST)):
+                self._set_aside(target)
+                break
+            target = folder.with_name(f"{folder.name}-{number}")
         return target
+
+    def _set_aside(self, folder: Path) -> None:
+        """Move a damaged folder out of the store."""
+        name = f"{folder.parent.name}-{folder.name}"
+        places = (self.home / "damaged" / f"{name}-{count}" for count in itertools.count(1))
+        place = next(path for path in places if not path.exists())
+        place.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(place)
+
+
+def input_digests(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Digests of the inputs that an artifact was made from, by name."""
+    return {name: origin["digest"] for name, origin in manifest["inputs"].items()}
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
@@ -386,13 +355,13 @@ def flocked(
     Args:
         path: The lock file.
         stop: Ends the waiting.
-        waits: Is called once where the lock is not free at once.
+        waits: Is called once where somebody else has the lock.
 
     Raises:
         InterruptedError: `stop` was set while waiting.
     """
     with path.open("a") as file:
-        said = False
+        reported = False
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -400,9 +369,9 @@ def flocked(
             except BlockingIOError:
                 if stop is not None and stop.is_set():
                     raise InterruptedError(f"stopped while waiting for {path.name}") from None
-                if not said:
+                if not reported:
                     waits()
-                    said = True
+                    reported = True
                 time.sleep(0.05)
         yield
 

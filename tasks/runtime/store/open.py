@@ -18,7 +18,7 @@ def open_store(
     Args:
         home: QUENCH_HOME.
         stop: Ends transfers.
-        say: Is told about transfers that take long, and about damage in the bucket.
+        say: Is called with the progress of long transfers, and with damage in the bucket.
 
     Raises:
         StoreTrouble: QUENCH_STORE names no bucket.

@@ -27,7 +27,7 @@ from typing import Any
 
 from recipes.problem import Problem
 from tasks.runtime.fingerprint import file_digest, fingerprint
-from tasks.runtime.store.bucket import Bucket, Listed
+from tasks.runtime.store.bucket import Bucket, ObjectSummary
 from tasks.runtime.store.bucket_lock import EXPIRY_S, remote_lock
 from tasks.runtime.store.local import (
     MANIFEST,
@@ -37,6 +37,7 @@ from tasks.runtime.store.local import (
     Store,
     StoreTrouble,
     flocked,
+    input_digests,
     read_json,
     write_json,
 )
@@ -45,18 +46,18 @@ TRIES = 3  # of a download that arrives with other bytes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Away(Artifact):
+class RemoteArtifact(Artifact):
     """An artifact in the bucket; path and folder are where its files will lie.
 
     Attributes:
         key: Of its manifest.
         etag: Of its manifest.
-        made: Its manifest.
+        recorded: Its manifest.
     """
 
     key: str
     etag: str
-    made: Mapping[str, Any]
+    recorded: Mapping[str, Any]
 
 
 class S3Store(Store):
@@ -79,7 +80,7 @@ class S3Store(Store):
     def place(self, manifest: Mapping[str, Any]) -> str:
         """`<stage>/<slug>-<fp12>-<content12>`, in the bucket and in every home."""
         address = self.address(manifest["stage"], manifest["slug"], manifest["fingerprint"])
-        content = {name: one["sha256"] for name, one in manifest["files"].items()}
+        content = {name: file["sha256"] for name, file in manifest["files"].items()}
         return f"{address}-{fingerprint({'files': content})[:12]}"
 
     def place_in_bucket(self, folder: Path) -> str | None:
@@ -94,17 +95,19 @@ class S3Store(Store):
     def find(self, stage: str, fingerprint: str, inputs: Mapping[str, str]) -> Lookup:
         """Look in the cache, then in the bucket by the exact key; nothing is downloaded."""
         key = _manifest_key(stage, fingerprint, inputs)
-        if here := self._cached(key):
-            return Lookup(artifact=here, why="hit")
-        there = self._manifests(stage, fingerprint)
-        if key in there and (held := self.bucket.read(key)):
-            if self._damaged.get(key) == held.etag:
+        if artifact := self._cached(key):
+            return Lookup(artifact=artifact, why="hit")
+        manifests = self._manifests(stage, fingerprint)
+        if key in manifests and (stored := self.bucket.read(key)):
+            if self._damaged.get(key) == stored.etag:
                 return Lookup(artifact=None, why="damaged in the bucket")
-            return Lookup(artifact=None, why="in the bucket", away=self._away(key, held.etag, json.loads(held.body)))
+            remote = self._remote(key, stored.etag, json.loads(stored.body))
+            return Lookup(artifact=None, why="in the bucket", remote=remote)
         local = super().find(stage, fingerprint, inputs)
         if local.artifact:
-            return Lookup(artifact=None, why="made here, not in the bucket yet", away=local.artifact)
-        return Lookup(artifact=None, why="input was remade" if there and local.why == "not made yet" else local.why)
+            return Lookup(artifact=None, why="made here, not in the bucket yet", remote=local.artifact)
+        remade = manifests and local.why == "not made yet"
+        return Lookup(artifact=None, why="input was remade" if remade else local.why)
 
     def _cached(self, key: str) -> Artifact | None:
         mark = self.marks / key
@@ -116,87 +119,98 @@ class S3Store(Store):
     def _is_whole(self, folder: Path) -> bool:
         return (folder / MANIFEST).is_file() and not self.damage(folder, read_json(folder / MANIFEST))
 
-    def _manifests(self, stage: str, fingerprint: str) -> dict[str, Listed]:
-        return {one.key: one for one in self.bucket.listed(f"manifests/{stage}/{fingerprint}/")}
+    def _manifests(self, stage: str, fingerprint: str) -> dict[str, ObjectSummary]:
+        return {listed.key: listed for listed in self.bucket.list_objects(f"manifests/{stage}/{fingerprint}/")}
 
-    def _away(self, key: str, etag: str, made: dict[str, Any]) -> Away:
-        for name in (self.place(made), *made["files"]):
+    def _remote(self, key: str, etag: str, manifest: dict[str, Any]) -> RemoteArtifact:
+        for name in (self.place(manifest), *manifest["files"]):
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise StoreTrouble([_outside(f"{self.bucket.url}/{key}", name)])
-        folder = self.root / self.place(made)
-        path, digest = folder / "files", made["digest"]
-        if made["stage"] == "choose":  # it stands for what it names
-            chosen = made["inputs"][made["result"]["candidate"]]
+        folder = self.root / self.place(manifest)
+        path, digest = folder / "files", manifest["digest"]
+        if manifest["stage"] == "choose":  # it stands for the artifact that it names
+            chosen = manifest["inputs"][manifest["result"]["candidate"]]
             path, digest = self.home / chosen["path"], chosen["digest"]
-        return Away(
-            fingerprint=made["fingerprint"], digest=digest, path=path, folder=folder, key=key, etag=etag, made=made
+        return RemoteArtifact(
+            fingerprint=manifest["fingerprint"],
+            digest=digest,
+            path=path,
+            folder=folder,
+            key=key,
+            etag=etag,
+            recorded=manifest,
         )
 
-    def download_bytes(self, found: Lookup) -> int:
+    def download_bytes(self, lookup: Lookup) -> int:
         """What `bring` would download."""
-        return sum(one["size"] for one in found.away.made["files"].values()) if isinstance(found.away, Away) else 0
+        if not isinstance(lookup.remote, RemoteArtifact):
+            return 0
+        return sum(file["size"] for file in lookup.remote.recorded["files"].values())
 
     # ---- from the bucket
 
-    def bring(self, found: Lookup) -> Artifact | None:
-        """Download what was found in the bucket, each file verified by its sha256; what is damaged there is None."""
-        away = found.away
-        if found.artifact or not isinstance(away, Away):
-            return found.artifact
-        name = self.place(away.made)
+    def bring(self, lookup: Lookup) -> Artifact | None:
+        """Download what was found in the bucket, each file verified by its sha256; None where it is damaged there."""
+        remote = lookup.remote
+        if lookup.artifact or not isinstance(remote, RemoteArtifact):
+            return lookup.artifact
+        name = self.place(remote.recorded)
         gate = self.lock_file("fetch", hashlib.sha256(name.encode()).hexdigest())
         with flocked(gate, stop=self.bucket.stop):
             folder = self.root / name
-            if not self._is_whole(folder) and (damage := self._download(name, away.made)):
-                self._damaged[away.key] = away.etag
+            if not self._is_whole(folder) and (damage := self._download(name, remote.recorded)):
+                self._damaged[remote.key] = remote.etag
                 self.bucket.say(f"damaged in the bucket, made again: {name}: {damage}")
                 return None
-            self._mark(away.key, name)
+            self._mark(remote.key, name)
             return self.fetch(folder)
 
-    def _download(self, name: str, made: Mapping[str, Any]) -> str | None:
-        """Bring an artifact's files into the cache; says what is wrong with them in the bucket, or None."""
+    def _download(self, name: str, manifest: Mapping[str, Any]) -> str | None:
+        """Download an artifact's files into the cache; returns what is wrong with them in the bucket, or None."""
         base = f"store/{name}/files/"
-        there = {one.key.removeprefix(base): one.size for one in self.bucket.listed(base)}
-        for file, one in made["files"].items():
-            if there.get(file) != one["size"]:
-                return f"{file} is missing" if file not in there else f"{file} has {there[file]} bytes"
+        sizes = self._sizes(base)
+        for file, expected in manifest["files"].items():
+            size = sizes.get(base + file)
+            if size != expected["size"]:
+                return f"{file} is missing" if size is None else f"{file} has {size} bytes"
         draft = self.partial / ".from-bucket" / name  # what is whole in it stays: the next try goes on from there
-        missing = self._other(draft, made)
+        missing = self._drop_incomplete(draft, manifest)
         for _ in range(TRIES):
-            total = sum(made["files"][file]["size"] for file in missing)
+            total = sum(manifest["files"][file]["size"] for file in missing)
             self.bucket.receive({base + file: draft / "files" / file for file in missing}, total=total)
-            missing = self._other(draft, made)
+            missing = self._drop_incomplete(draft, manifest)
             if not missing:
                 break
             self.bucket.say(f"arrived with other bytes, downloading again: {name}: {', '.join(missing)}")
         if missing:
             shutil.rmtree(draft)
             return f"{missing[0]} has another sha256 than the manifest says"
-        for file in made["files"]:
+        for file in manifest["files"]:
             (draft / "files" / file).chmod(0o444)
-        write_json(draft / MANIFEST, made)
-        self._rename(draft, self.root / name)
+        self._into_cache(draft, name, manifest)
         return None
 
-    def _other(self, draft: Path, made: Mapping[str, Any]) -> list[str]:
-        """Files of a draft that are not there or have other bytes; these are removed."""
+    def _drop_incomplete(self, draft: Path, manifest: Mapping[str, Any]) -> list[str]:
+        """Remove a draft's files that have other bytes; returns these and those that are not there."""
         (draft / "files").mkdir(parents=True, exist_ok=True)
-        found: list[str] = []
-        for file, one in made["files"].items():
+        missing: list[str] = []
+        for file, expected in manifest["files"].items():
             path = draft / "files" / file
-            if not path.is_file() or path.stat().st_size != one["size"] or file_digest(path) != one["sha256"]:
+            same_size = path.is_file() and path.stat().st_size == expected["size"]
+            if not same_size or file_digest(path) != expected["sha256"]:
                 path.unlink(missing_ok=True)
-                found.append(file)
-        return found
+                missing.append(file)
+        return missing
 
-    def _rename(self, draft: Path, folder: Path) -> None:
-        target = self._free(folder)  # what is damaged there goes aside
+    def _into_cache(self, draft: Path, name: str, manifest: Mapping[str, Any]) -> None:
+        """Write the manifest beside a draft's files and rename it into the store."""
+        write_json(draft / MANIFEST, manifest)
+        target = self._free(self.root / name)  # what is damaged there goes aside
         target.parent.mkdir(parents=True, exist_ok=True)
         draft.rename(target)
 
     def _mark(self, key: str, name: str, *, folder: str | None = None) -> None:
-        """Note that the bucket has what lies here as `name`, and as `folder` from before."""
+        """Note that the bucket has what lies here as `name`, or lay here before as `folder`."""
         for path in (self.marks / key, self.marks / "folders" / (folder or name)):
             path.parent.mkdir(parents=True, exist_ok=True)
             draft = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
@@ -220,24 +234,26 @@ class S3Store(Store):
             return self.bring(self.find(stage, fingerprint, inputs))
 
     def _adopt(self, folder: Path) -> Artifact | None:
-        """Upload an artifact that this home has under another bucket's name or none, and keep it under this one's."""
-        made = read_json(folder / MANIFEST)
-        if self.damage(folder, made, digests=True):
+        """Upload an artifact that this home has without a bucket or from another; keep it by its name in this one."""
+        manifest = read_json(folder / MANIFEST)
+        if self.damage(folder, manifest, digests=True):
             return None
-        made["inputs"] = {role: {**one, "path": self._shared(one["path"])} for role, one in made["inputs"].items()}
-        key, name = self._upload(folder, made), self.place(made)
+        manifest["inputs"] = {
+            role: {**origin, "path": self._path_in_every_home(origin["path"])}
+            for role, origin in manifest["inputs"].items()
+        }
+        key, name = self._upload(folder, manifest), self.place(manifest)
         if not self._is_whole(self.root / name):
             draft = self.partial / ".from-bucket" / name
             shutil.rmtree(draft, ignore_errors=True)
             shutil.copytree(folder / "files", draft / "files", copy_function=os.link)
-            write_json(draft / MANIFEST, made)
-            self._rename(draft, self.root / name)
+            self._into_cache(draft, name, manifest)
         self._mark(key, name)
         self._mark(key, name, folder=str(folder.relative_to(self.root)))
         return self.fetch(self.root / name)
 
-    def _shared(self, path: str) -> str:
-        """An input's path as every home has it."""
+    def _path_in_every_home(self, path: str) -> str:
+        """An input's path, under its name in the bucket."""
         folder = (self.home / path).parent
         if not folder.is_relative_to(self.root) or not (folder / MANIFEST).is_file():
             return path
@@ -260,40 +276,46 @@ class S3Store(Store):
             LostRaceError: Another machine committed the same request with the same inputs first.
         """
         stage, fingerprint = manifest["stage"], manifest["fingerprint"]
-        key = _manifest_key(stage, fingerprint, {role: one["digest"] for role, one in manifest["inputs"].items()})
+        key = _manifest_key(stage, fingerprint, input_digests(manifest))
         body = json.dumps(manifest, indent=2, sort_keys=True, default=str).encode()
-        there = self._manifests(stage, fingerprint)
-        broken = self._damaged.get(key)
-        if key in there and there[key].etag != broken:
-            if (held := self.bucket.read(key)) and held.body == body:
+        manifests = self._manifests(stage, fingerprint)
+        damaged = self._damaged.get(key)  # ETag of the manifest that this one replaces
+        if key in manifests and manifests[key].etag != damaged:
+            if (stored := self.bucket.read(key)) and stored.body == body:
                 return key  # ours: a kill came between this and the cache
             raise LostRaceError(fingerprint)
-        name = self.place(manifest)
-        self._clean(manifest, keep={name, *map(self._named, there)})
-        base = f"store/{name}/files/"
-        files = {base + file: folder / "files" / file for file in manifest["files"]}
-        sizes = {one.key: one.size for one in self.bucket.listed(base)}
-        self.bucket.send({at: path for at, path in files.items() if sizes.get(at) != path.stat().st_size or broken})
-        sizes = {one.key: one.size for one in self.bucket.listed(base)}
-        if gone := [at for at, path in files.items() if sizes.get(at) != path.stat().st_size]:
-            raise StoreTrouble([_removed(f"{self.bucket.url}/{gone[0]}")])
-        etag = self.bucket.replace(key, body, etag=broken) if broken else self.bucket.create(key, body)
+        self._remove_leftovers(manifest, keep={self.place(manifest), *map(self._place_of, manifests)})
+        self._upload_files(folder, manifest, again=damaged is not None)
+        etag = self.bucket.replace(key, body, etag=damaged) if damaged else self.bucket.create(key, body)
         if etag is None:
             raise LostRaceError(fingerprint)
         self._damaged.pop(key, None)
         return key
 
-    def _named(self, key: str) -> str:
-        held = self.bucket.read(key)
-        return self.place(json.loads(held.body)) if held else ""
+    def _upload_files(self, folder: Path, manifest: Mapping[str, Any], *, again: bool) -> None:
+        """Upload the files that the bucket does not have in their size, or all of them `again`; then see them there."""
+        base = f"store/{self.place(manifest)}/files/"
+        files = {base + file: folder / "files" / file for file in manifest["files"]}
+        self.bucket.send(files if again else _absent(files, self._sizes(base)))
+        if removed := list(_absent(files, self._sizes(base))):
+            raise StoreTrouble([_removed(f"{self.bucket.url}/{removed[0]}")])
 
-    def _clean(self, manifest: Mapping[str, Any], *, keep: set[str]) -> None:
+    def _sizes(self, prefix: str) -> dict[str, int]:
+        """Bytes of the objects whose keys begin so, by key."""
+        return {listed.key: listed.size for listed in self.bucket.list_objects(prefix)}
+
+    def _place_of(self, key: str) -> str:
+        """The place that the manifest with this key names."""
+        stored = self.bucket.read(key)
+        return self.place(json.loads(stored.body)) if stored else ""
+
+    def _remove_leftovers(self, manifest: Mapping[str, Any], *, keep: set[str]) -> None:
         """Remove what killed uploads of the same step left, under its lock: no manifest names it."""
-        step = f"store/{self.address(manifest['stage'], manifest['slug'], manifest['fingerprint'])}-"
-        self.bucket.drop_unfinished(step)
-        for one in self.bucket.listed(step):
-            if "/".join(one.key.split("/")[1:3]) not in keep:
-                self.bucket.remove(one.key)
+        prefix = f"store/{self.address(manifest['stage'], manifest['slug'], manifest['fingerprint'])}-"
+        self.bucket.drop_unfinished(prefix)
+        for listed in self.bucket.list_objects(prefix):
+            if "/".join(listed.key.split("/")[1:3]) not in keep:
+                self.bucket.remove(listed.key)
 
     # ---- the lock
 
@@ -331,8 +353,13 @@ def _waits(say: Callable[[str], None], owner: str) -> None:
     say(f"waiting for another machine that makes the same step: {owner}")
 
 
-def _manifest_key(stage: str, asked_for: str, inputs: Mapping[str, str]) -> str:
-    return f"manifests/{stage}/{asked_for}/{fingerprint({'inputs': dict(inputs)})[:16]}.json"
+def _absent(files: Mapping[str, Path], sizes: Mapping[str, int]) -> dict[str, Path]:
+    """The files that the bucket does not have in their size."""
+    return {key: path for key, path in files.items() if sizes.get(key) != path.stat().st_size}
+
+
+def _manifest_key(stage: str, step_fingerprint: str, inputs: Mapping[str, str]) -> str:
+    return f"manifests/{stage}/{step_fingerprint}/{fingerprint({'inputs': dict(inputs)})[:16]}.json"
 
 
 def _outside(where: str, name: str) -> Problem:

@@ -7,7 +7,8 @@ import threading
 from tasks.runtime.process.launch import Launcher
 from tasks.runtime.process.leases import Leases
 from tasks.runtime.step import Context, run_step
-from tasks.runtime.store.local import Artifact, Store, bucket, find_home
+from tasks.runtime.store import bucket
+from tasks.runtime.store.local import Artifact, Store, find_home
 from tasks.runtime.store.open import open_store
 
 PRINT = "ab" * 32

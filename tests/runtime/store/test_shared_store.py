@@ -158,7 +158,7 @@ def test_a_choice_stands_for_what_it_names_on_every_machine(machines: Machines) 
     looked = two.find("choose", "ef" * 32, {"dequantized": model.digest})
     found = two.bring(looked)
     assert there is not None and found is not None
-    assert choice.digest == (looked.artifact or looked.away or choice).digest == found.digest == there.digest
+    assert choice.digest == (looked.artifact or looked.remote or choice).digest == found.digest == there.digest
     assert found.path == there.path and (found.path / "w").read_bytes() == b"x"
 
 
@@ -397,7 +397,7 @@ def test_what_a_home_made_before_it_had_a_bucket_is_uploaded_and_paths_are_the_s
     above = plain.commit(attempt, raw)
     one, two = in_bucket.store("one"), in_bucket.store("two")
     found = one.find("train", PRINT, {"base": below.digest})
-    assert found.artifact is None and found.away == above and found.why == "made here, not in the bucket yet"
+    assert found.artifact is None and found.remote == above and found.why == "made here, not in the bucket yet"
     assert one.bring(found) is None  # not before it is uploaded, under the lock
     for fingerprint, inputs in (("cd" * 32, {}), (PRINT, {"base": below.digest})):
         taken = one.take_up("train", "tiny", fingerprint, inputs=inputs)
