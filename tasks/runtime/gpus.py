@@ -45,8 +45,8 @@ def all_gpus() -> tuple[Gpu, ...]:
 
 def visible_gpus() -> tuple[int, ...]:
     """Indices of the GPUs that steps may lease: those of CUDA_VISIBLE_DEVICES, or all."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return tuple(gpu.index for gpu in all_gpus()) if named is None else visible_indices(named)
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return tuple(gpu.index for gpu in all_gpus()) if devices is None else visible_indices(devices)
 
 
 def visible_indices(devices: str) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""One step into a folder of the user's instead of the store: same child, same checks, same manifest."""
+"""One step whose artifact goes to a user's folder instead of the store: same child, same checks, same manifest."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def make_folder(step: Step, inputs: Mapping[str, Artifact], context: Context, *,
     work = work_folder(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        made = run_step(step, inputs, replace(context, store=Store(work))).artifact
-        assert made.folder is not None  # run_step returns what it committed
-        (made.folder / MANIFEST).rename(made.path / MANIFEST)
+        artifact = run_step(step, inputs, replace(context, store=Store(work))).artifact
+        assert artifact.folder is not None  # run_step returns what it committed
+        (artifact.folder / MANIFEST).rename(artifact.path / MANIFEST)
         if out.exists():
             out.rmdir()
-        made.path.rename(out)
+        artifact.path.rename(out)
     finally:
         for files in work.glob("partial/*/*/files"):
             shutil.rmtree(files, ignore_errors=True)

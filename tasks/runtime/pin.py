@@ -52,7 +52,7 @@ def snapshot(repository: str, *, revision: str | None, kind: Kind, field: str) -
     return snapshots([HubId(name=repository, revision=revision, kind=kind, field=field)])[0]
 
 
-def snapshots(asked: Sequence[HubId]) -> list[Snapshot]:
+def snapshots(hub_ids: Sequence[HubId]) -> list[Snapshot]:
     """Download repositories, each pinned to the commit that its revision names now.
 
     All are looked at before the first weight is fetched: does it exist, may we read it, does it hold what is expected.
@@ -61,8 +61,8 @@ def snapshots(asked: Sequence[HubId]) -> list[Snapshot]:
     Raises:
         RecipeError: All that is wrong with any of them.
     """
-    if not asked:
+    if not hub_ids:
         return []
     from tasks.runtime.hub import fetch  # huggingface_hub takes 0.5 s; local folders do without it
 
-    return fetch.snapshots(asked)
+    return fetch.snapshots(hub_ids)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tasks.runtime.process.child import GIB, LOWER, _as_problem, asked_gib
+from tasks.runtime.process.child import GIB, MEMORY_FIELDS, _as_problem, requested_gib
 from tests.jobs.build import make_job
 
 # As torch 2.13 words it.
@@ -17,24 +17,24 @@ CUDA = (
 )
 
 
-@pytest.mark.parametrize("stage", LOWER)
+@pytest.mark.parametrize("stage", MEMORY_FIELDS)
 def test_torchs_own_error_on_a_cpu(stage: str, tmp_path: Path):
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 52, dtype=torch.uint8)  # 4 PiB: no machine has them
-    assert asked_gib(caught.value) == (1 << 52) / GIB
+    assert requested_gib(caught.value) == (1 << 52) / GIB
     problem = _as_problem(make_job(stage, tmp_path / "out", params={}), caught.value)
     assert stage in problem.what and "4194304.00 GiB" in problem.what and "host" in problem.what
-    assert all(field in problem.next for field in LOWER[stage]) and "resumes" in problem.next
+    assert all(field in problem.next for field in MEMORY_FIELDS[stage]) and "resumes" in problem.next
 
 
 @pytest.mark.parametrize(("said", "gib"), [("1.50 GiB", 1.5), ("256.00 MiB", 0.25), ("20.00 KiB", 20 / (1 << 20))])
 def test_the_message_of_a_gpu(said: str, gib: float, tmp_path: Path):
     error = torch.OutOfMemoryError(CUDA.replace("1.50 GiB", said))
-    assert asked_gib(error) == gib
+    assert requested_gib(error) == gib
     problem = _as_problem(make_job("train", tmp_path / "out", params={}), error)
     assert "GPU memory: train" in problem.what and "run.micro_batch or data.max_length" in problem.next
     assert "23.64 GiB" in problem.why
 
 
 def test_other_errors_are_not_taken_for_it():
-    assert asked_gib(RuntimeError("Tried to allocate 1.50 GiB")) is None
+    assert requested_gib(RuntimeError("Tried to allocate 1.50 GiB")) is None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from recipes.problem import Problem
 from tasks.runtime.tokenizer_files import TOKENIZER_FILES
 
 Kind = Literal["model", "adapter", "dataset"]
@@ -54,3 +55,8 @@ class HubId:
     def repo_type(self) -> str:
         """The hub's word: an adapter lies in a model repository."""
         return "dataset" if self.kind == "dataset" else "model"
+
+    def problem(self, what: str, *, why: str, next: str) -> Problem:
+        """A problem of this repository; `what` continues `model org/name@revision`."""
+        revision = f"@{self.revision}" if self.revision else ""
+        return Problem(what=f"{self.kind} {self.name}{revision} {what}", where=self.field, why=why, next=next)

@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Generator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from httpx2 import TransportError
-from huggingface_hub import HfApi, RepoFile, get_token
+from huggingface_hub import HfApi, get_token
 from huggingface_hub.constants import ENDPOINT
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars
 
-from recipes.problem import Problem, RecipeError
+from recipes.problem import Problem
 from tasks.runtime.fingerprint import file_digest
+from tasks.runtime.hub.repository import explained, first_line, list_files, shortened
 
 OWN = ".gitattributes"  # what a hub puts into a new repository
-SHOWN = 8  # files that an error lists
+# What huggingface_hub raises; a ValueError, too, for a model card that it cannot read.
+ERRORS = (OSError, TransportError, ValueError, RuntimeError)
 
 
 class Pushed(NamedTuple):
@@ -46,32 +47,33 @@ def check(name: str) -> None:
     Raises:
         RecipeError: With what to do.
     """
+    settings = f"{ENDPOINT}/settings/tokens"
     if get_token() is None:
-        raise _refused(
+        raise _problem(
             name,
             "No token is set.",
-            "a hub takes files only from somebody whom it knows",
-            f"set HF_TOKEN to a token with write access (from {ENDPOINT}/settings/tokens)",
-        )
-    with _explained(name):
+            why="a hub takes files only from somebody whom it knows",
+            next=f"set HF_TOKEN to a token with write access (from {settings})",
+        ).error()
+    with explained(partial(_push_problem, name), *ERRORS):
         account: dict[str, Any] = HfApi().whoami()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-    owner = name.split("/")[0]
+    owner, repository = name.split("/")[0], name.split("/")[-1]
     role = account.get("auth", {}).get("accessToken", {}).get("role")
-    mine = [account["name"], *(one["name"] for one in account.get("orgs", []))]
+    owners = [account["name"], *(org["name"] for org in account.get("orgs", []))]
     if role == "read":
-        raise _refused(
+        raise _problem(
             name,
             "The token may only read.",
-            f"it is a token of {account['name']} with the role read",
-            f"set HF_TOKEN to one with write access (from {ENDPOINT}/settings/tokens)",
-        )
-    if owner not in mine:
-        raise _refused(
+            why=f"it is a token of {account['name']} with the role read",
+            next=f"set HF_TOKEN to one with write access (from {settings})",
+        ).error()
+    if owner not in owners:
+        raise _problem(
             name,
             f"The token belongs to nobody in {owner}.",
-            f"it is of {account['name']}, who may write to {', '.join(mine)}",
-            f"push to {account['name']}/{name.split('/')[-1]}, or set HF_TOKEN to a token of a member of {owner}",
-        )
+            why=f"it is of {account['name']}, who may write to {', '.join(owners)}",
+            next=f"push to {account['name']}/{repository}, or set HF_TOKEN to a token of a member of {owner}",
+        ).error()
 
 
 def push(folder: Path, name: str) -> Pushed:
@@ -85,30 +87,29 @@ def push(folder: Path, name: str) -> Pushed:
     if not sys.stderr.isatty():
         disable_progress_bars()
     api = HfApi()
-    with _explained(name):
-        there = _files(api, name)
-        if foreign := sorted(one for one, digest in (there or {}).items() if digest != _digest(folder / one, digest)):
-            shown = ", ".join(foreign[:SHOWN]) + (f" and {len(foreign) - SHOWN} more" if len(foreign) > SHOWN else "")
-            raise _refused(
+    with explained(partial(_push_problem, name), *ERRORS):
+        digests = _digests(name)
+        foreign = sorted(file for file, digest in (digests or {}).items() if digest != _digest(folder / file, digest))
+        if foreign:
+            raise _problem(
                 name,
                 "The repository exists, with other content.",
-                f"these files are not in {folder}, or differ: {shown}",
-                f"name another repository, or delete this one on {ENDPOINT}/{name}/settings",
-            )
-        if there is None:
+                why=f"these files are not in {folder}, or differ: {shortened(foreign)}",
+                next=f"name another repository, or delete this one on {ENDPOINT}/{name}/settings",
+            ).error()
+        if digests is None:
             api.create_repo(name, private=True)
-        said = api.upload_folder(repo_id=name, folder_path=folder, commit_message=f"Upload {folder.name} by Quench")
-    return Pushed(url=f"{ENDPOINT}/{name}", commit=said.oid, created=there is None)
+        commit = api.upload_folder(repo_id=name, folder_path=folder, commit_message=f"Upload {folder.name} by Quench")
+    return Pushed(url=f"{ENDPOINT}/{name}", commit=commit.oid, created=digests is None)
 
 
-def _files(api: HfApi, name: str) -> dict[str, str] | None:
+def _digests(name: str) -> dict[str, str] | None:
     """File -> sha256 (of large files) or Git's id (of others); None where there is no repository."""
     try:
-        tree = list(api.list_repo_tree(name, recursive=True))
+        files = list_files(name)
     except RepositoryNotFoundError:
         return None
-    files = [one for one in tree if isinstance(one, RepoFile) and one.path != OWN]
-    return {one.path: one.lfs.sha256 if one.lfs else one.blob_id for one in files}
+    return {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in files if file.path != OWN}
 
 
 def _digest(path: Path, like: str) -> str:
@@ -121,36 +122,28 @@ def _digest(path: Path, like: str) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
-def _refused(name: str, what: str, why: str, next: str) -> RecipeError:
-    return Problem(what=what, where=f"--push {name}", why=why, next=next).error()
+def _problem(name: str, what: str, *, why: str, next: str) -> Problem:
+    return Problem(what=what, where=f"--push {name}", why=why, next=next)
 
 
-@contextmanager
-def _explained(name: str) -> Generator[None]:
-    """Turn whatever huggingface_hub raises into a RecipeError."""
-    try:
-        yield
-    except (OSError, TransportError, ValueError, RuntimeError) as error:  # ValueError: a card that it cannot read, too
-        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
-        raise _problem(name, cause) from error
-
-
-def _problem(name: str, error: BaseException) -> RecipeError:
-    first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _push_problem(name: str, error: BaseException) -> Problem:
+    """What huggingface_hub raised, with what to do."""
+    if isinstance(error, RuntimeError) and error.__cause__:
+        error = error.__cause__
+    again = "type the same command again"
     if isinstance(error, HFValidationError):
-        return _refused(name, "This is no id of a hub.", first, "Write it as ORG/NAME.")
+        return _problem(name, "This is no id of a hub.", why=first_line(error), next="Write it as ORG/NAME.")
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
-        why = f"{ENDPOINT} answered {status}: {error.server_message or first}"
+        why = f"{ENDPOINT} answered {status}: {error.server_message or first_line(error)}"
         if status in (401, 403):
             remedy = f"set HF_TOKEN to a token that may write to {name} (from {ENDPOINT}/settings/tokens)"
-            return _refused(name, "The token may not write there.", why, remedy)
-        return _refused(name, "The hub did not take it.", why, "type the same command again later")
+            return _problem(name, "The token may not write there.", why=why, next=remedy)
+        return _problem(name, "The hub did not take it.", why=why, next=f"{again} later")
     if isinstance(error, ValueError):
-        return _refused(name, "The hub does not take the folder.", " ".join(str(error).split()), "mend that file")
+        why = " ".join(str(error).split())
+        return _problem(name, "The hub does not take the folder.", why=why, next="mend that file")
     if isinstance(error, OfflineModeIsEnabled):
-        return _refused(name, "HF_HUB_OFFLINE is set.", "nothing can be sent then", "unset it")
-    why = f"{type(error).__name__}: {first}"
-    return _refused(
-        name, f"{ENDPOINT} was not reached, or not to the end.", why, "type the same command again: it goes on"
-    )
+        return _problem(name, "HF_HUB_OFFLINE is set.", why="nothing can be sent then", next="unset it")
+    why = f"{type(error).__name__}: {first_line(error)}"
+    return _problem(name, f"{ENDPOINT} was not reached, or not to the end.", why=why, next=f"{again}: it goes on")

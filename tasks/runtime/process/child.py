@@ -2,9 +2,9 @@
 
 `run JOB.json` imports the job's body and runs it; result.json beside job.json is what the parent reads:
 {"ok": true, "result", "peak_rss_gib", "peak_gpu_gib"} or {"ok": false, "problem", "type"}.
-Where several processes do a job together, it turns into `accelerate launch`, which starts it once a rank.
-`exec -- PROGRAM ARGS` turns into a program that is not ours, `guard -- PROGRAM ARGS` starts one that has children.
-All die with the parent, also when it is killed by SIGKILL (Linux: PR_SET_PDEATHSIG).
+Where several processes do a job together, it becomes `accelerate launch`, which starts it once per rank.
+`exec -- PROGRAM ARGS` becomes a program that is not ours, `guard -- PROGRAM ARGS` starts one that has children.
+All die with the parent, even when SIGKILL ends it (Linux: PR_SET_PDEATHSIG).
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ PR_SET_PDEATHSIG = 1
 NOISY = ("torchao", "torch.utils._pytree")
 GIB = 1 << 30
 UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": GIB}
-# The two fields of a stage that its memory follows most.
-LOWER = {
+# The two fields of a stage that its memory depends on most.
+MEMORY_FIELDS = {
     "train": ("run.micro_batch", "data.max_length"),
     "reference": ("evaluate.batch_size", "data.max_length"),
     "evaluate": ("evaluate.batch_size", "data.max_length"),
@@ -47,7 +47,7 @@ LOWER = {
 
 
 def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
-    """Ask the kernel for a signal when the spawning thread ends; leave at once if the parent is gone already."""
+    """Ask the kernel for a signal when the spawning thread ends; exit at once if the parent is gone already."""
     parent = os.environ.pop("QUENCH_PARENT", None)
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)
@@ -71,22 +71,22 @@ def verify_checkout() -> None:
 def guard(words: Sequence[str]) -> int:
     """Run a program and return its exit code; when the parent dies, kill its whole process group.
 
-    The kernel's signal reaches only who asked for it, not the processes that an MLflow server or a Prefect worker
-    starts in turn: they would outlive a parent that was killed. SIGTERM is sent to the group, the program included.
+    The kernel's signal reaches only the process that asked for it, not those that an MLflow server or a Prefect worker
+    starts in turn: they would outlive a parent that was killed. Whoever sends SIGTERM sends it to the whole group.
     """
 
     def end_group(number: int, frame: object) -> None:
         os.killpg(0, signal.SIGKILL)
 
-    def leave_it(number: int, frame: object) -> None:  # SIG_IGN would be inherited by the program
+    def ignore(number: int, frame: object) -> None:  # SIG_IGN would be inherited by the program
         return
 
     signal.signal(signal.SIGHUP, end_group)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, leave_it)
+        signal.signal(number, ignore)
     die_with_parent(signal.SIGHUP)
     code = subprocess.Popen(words).wait()
-    return code if code >= 0 else 128 - code  # as a shell says which signal it was
+    return code if code >= 0 else 128 - code  # as a shell reports a signal
 
 
 def _peak_gpu_gib() -> float | None:
@@ -97,7 +97,7 @@ def _peak_gpu_gib() -> float | None:
 
 
 def launch_ranks(job: Job, path: Path) -> None:
-    """Turn into `accelerate launch`, which starts `execution.processes` of this same command; does not return.
+    """Become `accelerate launch`, which starts this same command `execution.processes` times; does not return.
 
     It stays leader of the process group and keeps PR_SET_PDEATHSIG; each rank asks for its own, because torch's
     launcher gives ranks sessions of their own, where a signal to the group does not reach.
@@ -131,7 +131,7 @@ def run_job(path: Path) -> int:
     except StageError as error:
         print(error, file=sys.stderr)
         answer = {"ok": False, "type": "StageError", "problem": error.problem.as_dict()}
-    except Exception as error:  # the child's top: whatever it was, the parent gets it in four parts
+    except Exception as error:  # the child's top: the parent gets every error in four parts
         traceback.print_exc()
         answer = {"ok": False, "type": type(error).__name__, "problem": _as_problem(job, error).as_dict()}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)  # KiB on Linux
@@ -142,7 +142,7 @@ def run_job(path: Path) -> int:
 
 
 def _write_answer(answer: dict[str, Any], path: Path, *, first_wins: bool) -> None:
-    """Whole or not at all. Of several ranks the first that says something wins: when one fails, others follow."""
+    """Write it whole or not at all. Of several ranks the first wins: when one fails, others fail after it."""
     draft = path.with_name(f"result.draft-{os.getpid()}.json")
     draft.write_text(json.dumps(answer, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if not first_wins:
@@ -153,29 +153,28 @@ def _write_answer(answer: dict[str, Any], path: Path, *, first_wins: bool) -> No
     draft.unlink()
 
 
-def asked_gib(error: Exception) -> float | None:
-    """GiB that torch could not get, read from its message; None for any other error. 0 where it names no size."""
+def requested_gib(error: Exception) -> float | None:
+    """GiB that torch could not get, read from its message; 0 where it names no size, None for any other error."""
     if type(error).__name__ == "OutOfMemoryError":
-        named = re.search(r"Tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", str(error))
-        return float(named[1]) * UNITS[named[2]] / GIB if named else 0.0
-    named = re.search(r"DefaultCPUAllocator: .*you tried to allocate (\d+) bytes", str(error))
-    return int(named[1]) / GIB if named else None
+        size = re.search(r"Tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", str(error))
+        return float(size[1]) * UNITS[size[2]] / GIB if size else 0.0
+    size = re.search(r"DefaultCPUAllocator: .*you tried to allocate (\d+) bytes", str(error))
+    return int(size[1]) / GIB if size else None
 
 
 def _as_problem(job: Job, error: Exception) -> Problem:
     where = f"{job.stage}/{job.slug}"
     if is_full(error) or not has_space(job.out):
         return full(job.out, where)
-    if (asked := asked_gib(error)) is not None:
-        on = "GPU" if type(error).__name__ == "OutOfMemoryError" else "host"
-        fields = LOWER.get(job.stage)
+    if (gib := requested_gib(error)) is not None:
+        memory = "GPU" if type(error).__name__ == "OutOfMemoryError" else "host"
+        fields = MEMORY_FIELDS.get(job.stage)
+        remedy = f"lower {' or '.join(fields)}" if fields else "free memory there"
         return Problem(
-            what=f"out of {on} memory: {job.stage} asked for {asked:.2f} GiB more",
+            what=f"out of {memory} memory: {job.stage} asked for {gib:.2f} GiB more",
             where=where,
             why=str(error).splitlines()[0],
-            next=f"lower {' or '.join(fields)}; running the same command again resumes"
-            if fields
-            else "free memory there; running the same command again resumes",
+            next=f"{remedy}; running the same command again resumes",
         )
     last = traceback.extract_tb(error.__traceback__)[-1]
     return Problem(
@@ -191,13 +190,12 @@ def main(argv: list[str]) -> int:
     match argv:
         case ["guard", "--", *words]:
             return guard(words)
-        case _:
-            die_with_parent()
-    match argv:
         case ["run", path]:
+            die_with_parent()
             verify_checkout()
             return run_job(Path(path))
         case ["exec", "--", program, *rest]:
+            die_with_parent()
             os.execvp(program, [program, *rest])
         case _:
             print(

@@ -1,4 +1,4 @@
-"""A full disk, told in four parts: of an error, or of an end that could not even be written down."""
+"""A full disk as a problem: after an error that says so, or after a child that could not even write its result."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from pathlib import Path
 from recipes.problem import Problem
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-SAID = ("No space left on device", "Disk quota exceeded", "database or disk is full")
+MESSAGES = ("No space left on device", "Disk quota exceeded", "database or disk is full")
 LEAST_BYTES = 1 << 20  # with less free, a child can leave neither its result nor a line in its log
 
 
 def is_full(error: BaseException) -> bool:
-    """True where an error says so, by number or, where a library has made a text of it, by words; causes included."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if getattr(seen, "errno", None) in FULL or any(words in str(seen) for words in SAID):
+    """Whether an error, or a cause of it, says that the disk is full: by its number, or by a library's message."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if getattr(cause, "errno", None) in FULL or any(message in str(cause) for message in MESSAGES):
             return True
-        seen = seen.__cause__ or seen.__context__
+        cause = cause.__cause__ or cause.__context__
     return False
 
 
 def has_space(folder: Path) -> bool:
-    """False where next to nothing is free."""
+    """Whether more than next to nothing is free."""
     return shutil.disk_usage(folder).free >= LEAST_BYTES
 
 
 def full(folder: Path, where: str) -> Problem:
-    """The disk below a folder is full."""
+    """The problem of a full disk below a folder."""
     free = shutil.disk_usage(folder).free / (1 << 20)
     return Problem(
         what="the disk is full",

@@ -29,21 +29,21 @@ def locked_versions(name: str | None = None) -> dict[str, str]:
 
 def installed(names: Sequence[str]) -> dict[str, str]:
     """Version of each distribution that this Python has, without the build (`+cpu`, `+cu130`)."""
-    found = {name: _installed(name) for name in names}
-    return {name: version for name, version in found.items() if version is not None}
+    by_name = {name: _installed(name) for name in names}
+    return {name: version for name, version in by_name.items() if version is not None}
 
 
 def versions(names: Sequence[str], environment: str | None = None) -> dict[str, str]:
     """Versions that an environment's children import: of the main one as they are installed here, not as locked.
 
-    The others are refused where they are of another lock (`environment_problem`), so their lock says it.
+    Another environment is refused unless it was installed from its lock (`environment_problem`), so the lock counts.
 
     Raises:
         KeyError: Neither installed nor locked.
     """
     locked = locked_versions(environment)
-    here = installed(names) if environment is None else {}
-    return {name: here.get(name) or locked[name] for name in names}
+    present = installed(names) if environment is None else {}
+    return {name: present.get(name) or locked[name] for name in names}
 
 
 def off_lock() -> dict[str, str]:
@@ -78,15 +78,15 @@ def environment_problem(name: str | None) -> Problem | None:
 
 
 def described(name: str | None) -> dict[str, object]:
-    """What a manifest says of the environment: name, sha256 of the lock, and what follows from neither.
+    """What a manifest says of the environment: name, sha256 of the lock, and versions.
 
-    That is every version of another environment, and of the main one those that are not the lock's.
+    Of another environment all versions, of the main one those that differ from the lock.
     """
-    found: dict[str, object] = {"name": name or MAIN, "lock": lock_digest(name)}
+    environment: dict[str, object] = {"name": name or MAIN, "lock": lock_digest(name)}
     if name is not None:
-        return found | {"versions": locked_versions(name)}
-    other = off_lock()
-    return found | ({"off_lock": other} if other else {})
+        return environment | {"versions": locked_versions(name)}
+    differing = off_lock()
+    return environment | ({"off_lock": differing} if differing else {})
 
 
 def _lock(name: str | None) -> Path:

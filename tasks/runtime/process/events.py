@@ -1,4 +1,4 @@
-"""What a job says while it works: one JSON object a line, appended to events.jsonl inside its artifact.
+"""What a job says while it works: one JSON object per line, appended to events.jsonl inside its artifact.
 
 The parent follows the file for progress bars and live MLflow curves; a later hit replays it. Kinds:
 

@@ -35,7 +35,7 @@ class Execution:
     Attributes:
         device: `cpu` or `cuda`.
         threads: Threads the child may use: the size of its lease.
-        micro_batch: Rows a forward pass in training; None lets the job take the whole batch.
+        micro_batch: Rows per forward pass in training; None lets the job take the whole batch.
         processes: Ranks that do the job together, started by `accelerate launch`; this is 1 for all but train.
         launcher: Configuration of the launch: infra/accelerate/LAUNCHER.yaml.
         log_level: Level of the child's own loggers.
@@ -85,8 +85,8 @@ class Job:
         if raw["schema"] != SCHEMA:
             raise ValueError(f"{path}: job schema {raw['schema']}, this checkout reads {SCHEMA}")
         inputs = {
-            name: Input(path=Path(one["path"]), digest=one["digest"], fingerprint=one["fingerprint"])
-            for name, one in raw["inputs"].items()
+            name: Input(path=Path(origin["path"]), digest=origin["digest"], fingerprint=origin["fingerprint"])
+            for name, origin in raw["inputs"].items()
         }
         return cls(
             stage=raw["stage"],

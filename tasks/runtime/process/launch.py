@@ -93,8 +93,7 @@ class Launcher:
         """
         if self.stop.is_set():
             raise InterruptedError("the launcher has ended")
-        own = python or Path(sys.executable)
-        request = _Request(argv=argv, env=env, cwd=cwd, log=log, python=own, answer=Future())
+        request = _Request(argv=argv, env=env, cwd=cwd, log=log, python=python or Path(sys.executable), answer=Future())
         self._requests.put(request)
         return request.answer.result()
 
@@ -186,5 +185,5 @@ def child_env(
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"):
         env[name] = str(threads)
     if gpus is not None:
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(str(one) for one in gpus)
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for gpu in gpus)
     return env

@@ -1,7 +1,7 @@
-"""Leases: CPU slots and GPUs, one heavy step each, across flows and processes, by file lock.
+"""Leases: CPU slots and GPUs, each for one heavy step, across flows and processes, by file lock.
 
 A child's thread count is its lease. Everyone passes one gate to take slots, so a step that wants the whole
-machine is not starved by small ones; whoever waits says for what. A dead owner's lease is free.
+machine is not starved by small ones; a step that waits says what it waits for. A dead owner's lease is free.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Lease:
 
 def cpu_slots() -> int:
     """CPU slots of this machine: QUENCH_CPU_SLOTS, else the cores this process may run on."""
-    named = os.environ.get("QUENCH_CPU_SLOTS")
-    return max(1, int(named)) if named else len(os.sched_getaffinity(0))
+    slots = os.environ.get("QUENCH_CPU_SLOTS")
+    return max(1, int(slots)) if slots else len(os.sched_getaffinity(0))
 
 
 class GrantedLease:
@@ -82,40 +82,42 @@ class Leases:
         Raises:
             InterruptedError: `stop` was set while waiting.
         """
-        every = range(cpu_slots())
-        want_cpus = len(every) if cpus == 0 else min(cpus, len(every))
+        slots = tuple(range(cpu_slots()))
+        count = len(slots) if cpus == 0 else min(cpus, len(slots))
         with contextlib.ExitStack() as held:
-            first = functools.partial(say, f"waiting behind another step, for {want_cpus} cpu and {gpus} gpu")
+            first = functools.partial(say, f"waiting behind another step, for {count} cpu and {gpus} gpu")
             with flocked(self.folder / "gate.lock", stop=stop, waits=first):
-                got_cpus = self._some("cpu", tuple(every), want_cpus, held=held, stop=stop, say=say)
-                got_gpus = self._some("gpu", visible_gpus() if gpus else (), gpus, held=held, stop=stop, say=say)
-            yield Lease(cpus=got_cpus, gpus=got_gpus)
+                leased_cpus = self._lock("cpu", slots, count, held=held, stop=stop, say=say)
+                visible = visible_gpus() if gpus else ()
+                leased_gpus = self._lock("gpu", visible, gpus, held=held, stop=stop, say=say)
+            yield Lease(cpus=leased_cpus, gpus=leased_gpus)
 
-    def _some(
+    def _lock(
         self,
         kind: str,
-        names: tuple[int, ...],
-        want: int,
+        numbers: tuple[int, ...],
+        count: int,
         *,
         held: contextlib.ExitStack,
         stop: threading.Event | None,
         say: Callable[[str], None],
     ) -> tuple[int, ...]:
-        got: list[int] = []
-        said = False
-        while len(got) < want:
-            for name in names:
-                if name not in got and len(got) < want and (file := self._try(f"{kind}-{name}")):
+        """Lock `count` of these slots, waiting until so many are free."""
+        leased: list[int] = []
+        reported = False
+        while len(leased) < count:
+            for number in numbers:
+                if number not in leased and len(leased) < count and (file := self._try(f"{kind}-{number}")):
                     held.enter_context(file)
-                    got.append(name)
-            if len(got) < want:
-                if not said:
-                    say(f"waiting for {want - len(got)} more {kind} of {len(names)}")
-                    said = True
+                    leased.append(number)
+            if len(leased) < count:
+                if not reported:
+                    say(f"waiting for {count - len(leased)} more {kind} of {len(numbers)}")
+                    reported = True
                 if stop is not None and stop.is_set():
                     raise InterruptedError(f"stopped while waiting for a {kind}")
                 time.sleep(0.05)
-        return tuple(sorted(got))
+        return tuple(sorted(leased))
 
     def _try(self, name: str) -> IO[str] | None:
         file = (self.folder / f"{name}.lock").open("a")
