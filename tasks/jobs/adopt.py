@@ -10,7 +10,6 @@ import torch
 from safetensors import safe_open
 
 from recipes.models.adapters import CONFIG, RECORD, WEIGHTS, read_adapter
-from recipes.problem import Problem
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
 
@@ -59,11 +58,9 @@ def _refuse_broken(job: Job) -> None:
     with safe_open(path, framework="pt") as file:
         broken = [name for name in file.keys() if not torch.isfinite(file.get_tensor(name)).all()]  # noqa: SIM118
     if broken:
-        raise StageError(
-            Problem(
-                what=f"{len(broken)} tensor(s) of the adapter hold inf or NaN",
-                where=f"{path}: {', '.join(broken)}",
-                why="its training diverged, or the file is damaged",
-                next="name another checkpoint of it as train.adapter",
-            )
+        raise StageError.of(
+            what=f"{len(broken)} tensor(s) of the adapter hold inf or NaN",
+            where=f"{path}: {', '.join(broken)}",
+            why="its training diverged, or the file is damaged",
+            next="name another checkpoint of it as train.adapter",
         )

@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recipes.data.rows import Message
-from recipes.problem import Problem
 from recipes.schema import LEAST_ROWS, MOST_ROWS
 from tasks.jobs.text.leaks import Held, near_twins, refuse_leaks, without_near_duplicates
 from tasks.runtime.process.errors import StageError
@@ -190,13 +189,11 @@ def _counts(strata: Mapping[str, Sequence[Candidate]], params: dict[str, Any]) -
         told = ", ".join(
             f"{count} of {name or '(none)'}, which has {sizes.get(name, 0)}" for name, count in short.items()
         )
-        raise StageError(
-            Problem(
-                what=f"calibrate.stratify asks for {told}",
-                where="calibrate.stratify",
-                why="given shares are kept exactly; these rows of train are distinct and fit seq_len",
-                next=f"give them smaller shares of {total}, or take fewer rows; domains are {', '.join(sizes)}",
-            )
+        raise StageError.of(
+            what=f"calibrate.stratify asks for {told}",
+            where="calibrate.stratify",
+            why="given shares are kept exactly; these rows of train are distinct and fit seq_len",
+            next=f"give them smaller shares of {total}, or take fewer rows; domains are {', '.join(sizes)}",
         )
     return counts
 
@@ -272,15 +269,12 @@ def _too_few_rows(params: dict[str, Any], pool: Pool) -> StageError:
     )
     if pool.too_long:
         remedy += ", or raise calibrate.seq_len"
-    return StageError(
-        Problem(
-            what=f"calibration needs {params['rows']} rows; train has {pool.rows} distinct ones of up to "
-            f"{params['seq_len']} tokens",
-            where="calibrate.rows, calibrate.seq_len",
-            why=f"below {LEAST_ROWS} rows the Hessian of a wide layer is not of full rank and scales follow single "
-            "rows",
-            next=remedy,
-        )
+    return StageError.of(
+        what=f"calibration needs {params['rows']} rows; train has {pool.rows} distinct ones of up to "
+        f"{params['seq_len']} tokens",
+        where="calibrate.rows, calibrate.seq_len",
+        why=f"below {LEAST_ROWS} rows the Hessian of a wide layer is not of full rank and scales follow single rows",
+        next=remedy,
     )
 
 
@@ -292,13 +286,11 @@ def _too_few_tokens(params: dict[str, Any], *, tokens: int, pool: Pool) -> Stage
         remedy += ", or give calibrate.allow_unusual_size a reason"
     if needed <= most:
         remedy = f"set calibrate.rows to {needed}"
-    return StageError(
-        Problem(
-            what=f"{params['rows']} rows give {tokens} calibration tokens; {params['min_tokens']} are needed",
-            where="calibrate.rows",
-            why="with fewer tokens than a layer has inputs its Hessian is not of full rank",
-            next=remedy,
-        )
+    return StageError.of(
+        what=f"{params['rows']} rows give {tokens} calibration tokens; {params['min_tokens']} are needed",
+        where="calibrate.rows",
+        why="with fewer tokens than a layer has inputs its Hessian is not of full rank",
+        next=remedy,
     )
 
 

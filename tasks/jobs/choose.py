@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from scipy.stats import t
 
-from recipes.problem import Problem
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
 
@@ -131,6 +130,4 @@ def paired(ours: Grouped, theirs: Grouped) -> Paired:
 
 
 def _refused(what: str, why: str) -> StageError:
-    return StageError(
-        Problem(what=what, where="dev", why=why, next="run again with merge.base: dequantized (or original)")
-    )
+    return StageError.of(what=what, where="dev", why=why, next="run again with merge.base: dequantized (or original)")

@@ -15,7 +15,7 @@ from torch import Tensor
 from recipes.models import headers
 from recipes.models.adapters import WEIGHTS, Adapter, read_adapter
 from recipes.models.headers import read_tensors
-from recipes.problem import Problem, RecipeError
+from recipes.problem import RecipeError
 from tasks.jobs.loading.load import setup
 from tasks.jobs.merging.deltas import Change, Delta, beyond_stream, read_changes
 from tasks.jobs.merging.embeddings import Embeddings, new_config, settle
@@ -141,13 +141,11 @@ def _base_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     if "quantization_config" in config:
-        raise StageError(
-            Problem(
-                what="the base is quantized already",
-                where=f"{path} quantization_config",
-                why="a delta is added to plain weights; what training quantized is made again from the original ones",
-                next="name the original bf16, fp16 or fp32 model",
-            )
+        raise StageError.of(
+            what="the base is quantized already",
+            where=f"{path} quantization_config",
+            why="a delta is added to plain weights; what training quantized is made again from the original ones",
+            next="name the original bf16, fp16 or fp32 model",
         )
     return config
 
@@ -175,13 +173,11 @@ def _four_bit(job: Job, skeleton: Skeleton, records: Records) -> frozenset[str]:
 def _check_numbers(adapter: Adapter, reader: Reader) -> None:
     bad = [name for name, stored in adapter.tensors.items() if not torch.isfinite(reader.read(stored)).all()]
     if bad:
-        raise StageError(
-            Problem(
-                what=f"{len(bad)} tensor(s) of the adapter hold inf or NaN",
-                where=f"{adapter.folder / WEIGHTS}: {', '.join(bad)}",
-                why="its training diverged, or its file is damaged; merged, it would spoil whole layers",
-                next="look at train/loss of the adapter; train again with a lower train.learning_rate",
-            )
+        raise StageError.of(
+            what=f"{len(bad)} tensor(s) of the adapter hold inf or NaN",
+            where=f"{adapter.folder / WEIGHTS}: {', '.join(bad)}",
+            why="its training diverged, or its file is damaged; merged, it would spoil whole layers",
+            next="look at train/loss of the adapter; train again with a lower train.learning_rate",
         )
 
 
@@ -199,13 +195,11 @@ def _items(
     """
     absent = skeleton.shapes.keys() - skeleton.stored.keys() - _shared(skeleton)
     if absent and not skeleton.converted:
-        raise StageError(
-            Problem(
-                what=f"{len(absent)} tensor(s) of the base are missing",
-                where=", ".join(sorted(absent)),
-                why="its architecture (config.json) has them, its weight files do not",
-                next="download or write the base again",
-            )
+        raise StageError.of(
+            what=f"{len(absent)} tensor(s) of the base are missing",
+            where=", ".join(sorted(absent)),
+            why="its architecture (config.json) has them, its weight files do not",
+            next="download or write the base again",
         )
     parameter = {stored: name for name, stored in skeleton.stored.items()}
     items = []
@@ -347,13 +341,11 @@ def _nf4(matrix: _Matrix, module: str, records: Records) -> Iterator[tuple[int, 
 
 def _check_finite(rows: Tensor, name: str) -> None:
     if not torch.isfinite(rows).all():
-        raise StageError(
-            Problem(
-                what="the merged weights hold inf or NaN",
-                where=name,
-                why="the adapter itself has none, so the base's file is damaged or the sum leaves bf16's range",
-                next="download the base again; train again with a lower train.learning_rate",
-            )
+        raise StageError.of(
+            what="the merged weights hold inf or NaN",
+            where=name,
+            why="the adapter itself has none, so the base's file is damaged or the sum leaves bf16's range",
+            next="download the base again; train again with a lower train.learning_rate",
         )
 
 

@@ -11,8 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recipes.data.rows import SHOWN, Row, content_hash, side
-from recipes.problem import Problem
+from recipes.data.rows import Row, content_hash, listed, side
 from tasks.jobs.loading.load import setup
 from tasks.jobs.text.conversation import Conversation, RowError, behind_thinking
 from tasks.jobs.text.plain_texts import read_texts, text_records
@@ -163,14 +162,11 @@ def _render(job: Job, rows: dict[str, Row], renderer: Renderer) -> _Made:
         ways.update({one.rendered.way for one in samples})
         skewed += any(one.rendered.skewed for one in samples)
     if wrong:
-        more = f"\n    and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
-        raise StageError(
-            Problem(
-                what=f"{len(wrong)} row(s) have completions that cannot be told from their prompts",
-                where=wrong[0].split(" ", 1)[0],
-                why="the loss would fall on the wrong tokens:\n    " + "\n    ".join(wrong[:SHOWN]) + more,
-                next="use a chat template with {% generation %} markers, or correct these rows",
-            )
+        raise StageError.of(
+            what=f"{len(wrong)} row(s) have completions that cannot be told from their prompts",
+            where=wrong[0].split(" ", 1)[0],
+            why=f"the loss would fall on the wrong tokens:{listed(wrong)}",
+            next="use a chat template with {% generation %} markers, or correct these rows",
         )
     _note_masks(job, done, ways, skewed=skewed, renderer=renderer)
     return _Made(done, lost, too_long, dict(sorted(ways.items())))
@@ -245,13 +241,11 @@ def _check_splits(rows: list[dict[str, Any]], job: Job) -> None:
     empty = [name for name in ("train", "dev", "test") if not counts[name]]
     if empty:
         groups = len({record["group"] for record in rows})
-        raise StageError(
-            Problem(
-                what=f"{' and '.join(empty)} would have no rows",
-                where=f"{job.inputs['data'].path.name} ({len(rows)} rows, {groups} groups), data.dev, data.test",
-                why=f"groups fall on a side by hash; dev has a share of {job.params['dev']}, test {job.params['test']}",
-                next="give more rows or finer groups, or larger data.dev and data.test; another data.salt draws again",
-            )
+        raise StageError.of(
+            what=f"{' and '.join(empty)} would have no rows",
+            where=f"{job.inputs['data'].path.name} ({len(rows)} rows, {groups} groups), data.dev, data.test",
+            why=f"groups fall on a side by hash; dev has a share of {job.params['dev']}, test {job.params['test']}",
+            next="give more rows or finer groups, or larger data.dev and data.test; another data.salt draws again",
         )
 
 

@@ -13,10 +13,9 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from recipes.problem import Problem
 from tasks.jobs.loading.load import load_arm, setup
 from tasks.jobs.measuring.own_tokenizer import another
-from tasks.jobs.measuring.teacher_forcing import Model, Row, batches, forced, read_rows
+from tasks.jobs.measuring.teacher_forcing import Model, TokenRow, batches, forced, read_rows
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
 
@@ -70,7 +69,7 @@ def run(job: Job) -> dict[str, Any]:
     return {"rows": len(kept), "of_rows": len(every), "tokens": shape[0], "vocabulary": shape[1]}
 
 
-def _model(job: Job, rows: list[Row]) -> Model:
+def _model(job: Job, rows: list[TokenRow]) -> Model:
     device = job.execution.device
     if job.params.get("kind") != "external":
         return load_arm("nf4", job.inputs["base"].path, adapter=job.inputs["adapter"].path, device=device)
@@ -78,13 +77,11 @@ def _model(job: Job, rows: list[Row]) -> Model:
     why = another(folder, job.inputs["dataset"].path, rows)
     if why is None:
         return load_arm("external", folder, device=device, trusted=job.params.get("trust_remote_code", False))
-    raise StageError(
-        Problem(
-            what=f"the reference has {why}",
-            where="evaluate.reference",
-            why="KL and agreement compare probabilities token by token",
-            next="name a model with the base's tokenizer, or leave evaluate.reference out",
-        )
+    raise StageError.of(
+        what=f"the reference has {why}",
+        where="evaluate.reference",
+        why="KL and agreement compare probabilities token by token",
+        next="name a model with the base's tokenizer, or leave evaluate.reference out",
     )
 
 
@@ -108,10 +105,10 @@ def _example(model: Model) -> Tensor:
     return model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False).logits[0]
 
 
-def _sample(rows: Sequence[Row], *, limit: int, seed: int) -> list[Row]:
+def _sample(rows: Sequence[TokenRow], *, limit: int, seed: int) -> list[TokenRow]:
     """Whole rows, in an order drawn by the seed and the row's own hash, while their tokens fit `limit`."""
     drawn = sorted(rows, key=lambda row: hashlib.sha256(f"{seed}:{row.row}".encode()).digest())
-    kept: list[Row] = []
+    kept: list[TokenRow] = []
     for row in drawn:
         limit -= row.n
         if limit < 0:
@@ -120,15 +117,13 @@ def _sample(rows: Sequence[Row], *, limit: int, seed: int) -> list[Row]:
     return kept
 
 
-def _note_sample(job: Job, kept: Sequence[Row], *, of: int) -> None:
+def _note_sample(job: Job, kept: Sequence[TokenRow], *, of: int) -> None:
     gib = job.params["reference_gib"]
     if not kept:
-        raise StageError(
-            Problem(
-                what=f"no row's logits fit into {gib} GiB",
-                where="evaluate.reference_gib",
-                why="KL is exact over the vocabulary, so whole rows of logits are stored",
-                next="raise evaluate.reference_gib",
-            )
+        raise StageError.of(
+            what=f"no row's logits fit into {gib} GiB",
+            where="evaluate.reference_gib",
+            why="KL is exact over the vocabulary, so whole rows of logits are stored",
+            next="raise evaluate.reference_gib",
         )
     job.events.note("reference", f"{len(kept)} of {of} rows of dev and test fit into {gib} GiB: KL is over these")

@@ -11,7 +11,6 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 
-from recipes.problem import Problem
 from tasks.jobs.loading.load import load_nf4, setup
 from tasks.jobs.merging.nf4 import write_record
 from tasks.jobs.training.checkpoints import last_checkpoint, restore_best
@@ -58,13 +57,11 @@ def run(job: Job) -> dict[str, Any]:
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     dev_losses = trainer.dev_losses
     if not math.isfinite(losses[-1]) or not math.isfinite(dev_losses[-1].loss):
-        raise StageError(
-            Problem(
-                what="the loss is no longer a number",
-                where=f"step {state.global_step}",
-                why="the adapter's weights are worthless after it",
-                next="lower train.learning_rate or train.max_grad_norm",
-            )
+        raise StageError.of(
+            what="the loss is no longer a number",
+            where=f"step {state.global_step}",
+            why="the adapter's weights are worthless after it",
+            next="lower train.learning_rate or train.max_grad_norm",
         )
     kept = trainer.best if job.params["keep"] == "best" else dev_losses[-1]
     evaluating_s = sum(

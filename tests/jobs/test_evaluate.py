@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from tasks.jobs import evaluate, prepare, reference
 from tasks.jobs.evaluate import divergence
 from tasks.jobs.loading.load import load_bf16
-from tasks.jobs.measuring.teacher_forcing import Row, _before_end, completion_bytes
+from tasks.jobs.measuring.teacher_forcing import TokenRow, _before_end, completion_bytes
 from tasks.runtime.process.errors import StageError
 from tests.jobs.build import curve, make_job, notes, write_jsonl
 from tests.jobs.test_merge import plant_adapter
@@ -237,7 +237,7 @@ def test_bytes_are_those_of_the_counted_text(world: Path) -> None:
     ):
         part = tokenizer(text)["input_ids"]
         ids, counted = [*ids, *part], [*counted, *[inside] * len(part)]
-    row = Row(row="r", group="r", split="test", ids=ids, counted=counted)
+    row = TokenRow(row="r", group="r", split="test", ids=ids, counted=counted)
     assert completion_bytes(row, tokenizer) == len("blue €".encode()) + len(" sky") == 12
 
 

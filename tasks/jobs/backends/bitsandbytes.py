@@ -1,7 +1,7 @@
 """NF4 and int8 of a finished model through bitsandbytes and transformers, saved so that what loads is what was written.
 
 Neither looks at data. NF4 is that of QLoRA, with double quantization (Dettmers et al. 2023, arXiv:2305.14314); int8 is
-LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339): a scale an output, and inputs beyond 6.0 are multiplied in fp16.
+LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339): a scale per output, and inputs beyond 6.0 are multiplied in fp16.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def quantize(
     loaded = (load_nf4 if params["method"] == "nf4" else load_int8)(model, device=device)
     loaded.save_pretrained(out)
     headers = read_headers(model)
-    modules = {name: one for name, one in loaded.named_modules() if isinstance(one, Linear4bit | Linear8bitLt)}
+    modules = {name: module for name, module in loaded.named_modules() if isinstance(module, Linear4bit | Linear8bitLt)}
     records: list[LayerRecord] = []
     with Reader() as reader:
         reader.open(headers.tensors.values())

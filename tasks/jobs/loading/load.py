@@ -22,7 +22,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AwqConfig, BitsAndBytesConfig, GPTQConfig, PreTrainedModel
 from transformers.quantizers.quantizer_awq import AwqQuantizer
 
-from recipes.problem import Problem
 from recipes.schemes.scheme import PER_CHANNEL
 from tasks.jobs.loading.environment import tame_gptqmodel
 from tasks.runtime.process.errors import StageError
@@ -117,13 +116,11 @@ def attach(model: PreTrainedModel, adapter: Path) -> PeftModel:
     from peft import PeftModel
 
     if not (adapter / "adapter_model.safetensors").exists():
-        raise StageError(
-            Problem(
-                what="no adapter_model.safetensors in the adapter folder",
-                where=str(adapter),
-                why="adapters are read from safetensors only; a pickle can run code when it is opened",
-                next="save the adapter again with PEFT's save_pretrained (safetensors is its default)",
-            )
+        raise StageError.of(
+            what="no adapter_model.safetensors in the adapter folder",
+            where=str(adapter),
+            why="adapters are read from safetensors only; a pickle can run code when it is opened",
+            next="save the adapter again with PEFT's save_pretrained (safetensors is its default)",
         )
     return PeftModel.from_pretrained(model, str(adapter), is_trainable=False).eval()
 
@@ -161,13 +158,11 @@ def load_arm(
     else:
         model = _load(folder, device=device)
     if (kind != "bf16") != bool(getattr(model, "is_quantized", False)):
-        raise StageError(
-            Problem(
-                what=f"{folder.name} was to be loaded as {kind}",
-                where=str(folder / "config.json"),
-                why="its quantization_config says otherwise, and the figures would stand under the wrong name",
-                next="name an unquantized model for bf16 and nf4, a quantized one for quantized",
-            )
+        raise StageError.of(
+            what=f"{folder.name} was to be loaded as {kind}",
+            where=str(folder / "config.json"),
+            why="its quantization_config says otherwise, and the figures would stand under the wrong name",
+            next="name an unquantized model for bf16 and nf4, a quantized one for quantized",
         )
     return attach(model, adapter) if adapter else model
 
@@ -286,14 +281,12 @@ def _is_quantized_layer(module: nn.Module) -> bool:
 def _refuse_missing(names: list[str], folder: Path) -> None:
     """Transformers fills weights that it does not find with random numbers, and logs a warning."""
     if names:
-        raise StageError(
-            Problem(
-                what=f"{len(names)} weights of the model are not in the checkpoint: {', '.join(names[:5])}",
-                where=str(folder),
-                why="transformers would use random numbers in their place; packed experts of mixtures are such a case",
-                next="write another scheme for this model (quench schemes lists them); of an external model, name a "
-                "folder that is whole",
-            )
+        raise StageError.of(
+            what=f"{len(names)} weights of the model are not in the checkpoint: {', '.join(names[:5])}",
+            where=str(folder),
+            why="transformers would use random numbers in their place; packed experts of mixtures are such a case",
+            next="write another scheme for this model (quench schemes lists them); of an external model, name a "
+            "folder that is whole",
         )
 
 
@@ -307,13 +300,11 @@ def _load(folder: Path, *, device: str, whole: bool = False, **extra: Any) -> Pr
         extra: More arguments of from_pretrained.
     """
     if not any(folder.glob("*.safetensors")):
-        raise StageError(
-            Problem(
-                what="no *.safetensors in the model folder",
-                where=str(folder),
-                why="weights are read from safetensors only; a pickle (*.bin, *.pt) can run code when it is opened",
-                next="convert it once where you trust it: model.save_pretrained(folder) writes safetensors",
-            )
+        raise StageError.of(
+            what="no *.safetensors in the model folder",
+            where=str(folder),
+            why="weights are read from safetensors only; a pickle (*.bin, *.pt) can run code when it is opened",
+            next="convert it once where you trust it: model.save_pretrained(folder) writes safetensors",
         )
     gpu = int(os.environ.get("LOCAL_RANK", "0"))  # of the lease's, where several processes train together
     place = {"": gpu if device == "cuda" else device}

@@ -19,7 +19,6 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 
 from recipes.arms import KV
-from recipes.problem import Problem
 from tasks.jobs.measuring.teacher_forcing import Model
 from tasks.runtime.process.errors import StageError
 
@@ -183,6 +182,6 @@ class KVCache:
 
 
 def _refused(what: str, why: str) -> StageError:
-    return StageError(
-        Problem(what=what, where="evaluate.kv_cache", why=why, next="leave evaluate.kv_cache out for this model")
+    return StageError.of(
+        what=what, where="evaluate.kv_cache", why=why, next="leave evaluate.kv_cache out for this model"
     )

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from recipes.models import headers
 from recipes.models.adapters import WEIGHTS, Adapter
-from recipes.problem import Problem
 from tasks.jobs.merging.skeleton import Skeleton
 from tasks.jobs.merging.streams import Reader
 from tasks.runtime.process.errors import StageError
@@ -165,13 +164,11 @@ def read_changes(adapter: Adapter, skeleton: Skeleton) -> Changes:
         bare = [name for name, one in changes.items() if one.a is not None and one.magnitude is None]
         strange += [f"{name} lacks DoRA's magnitudes" for name in bare]
     if strange:
-        raise StageError(
-            Problem(
-                what=f"{len(strange)} part(s) of the adapter fit nothing in this base",
-                where=f"{adapter.folder / WEIGHTS}: {'; '.join(strange)}",
-                why="it was trained on another base, and a part of it would be lost in silence",
-                next="merge it into the base that it was trained on",
-            )
+        raise StageError.of(
+            what=f"{len(strange)} part(s) of the adapter fit nothing in this base",
+            where=f"{adapter.folder / WEIGHTS}: {'; '.join(strange)}",
+            why="it was trained on another base, and a part of it would be lost in silence",
+            next="merge it into the base that it was trained on",
         )
     return Changes(by_parameter=changes, modules=tuple(modules))
 

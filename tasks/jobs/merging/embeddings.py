@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from recipes.models import headers
-from recipes.problem import Problem
 from tasks.jobs.merging.deltas import Change
 from tasks.jobs.merging.skeleton import Skeleton
 from tasks.jobs.merging.streams import Reader
@@ -122,11 +121,9 @@ def _check_lengths(kept: Mapping[str, Change], sides: list[str], skeleton: Skele
     lengths = {name: entries(name) for name in sides}
     if shared or len(set(lengths.values())) <= 1:
         return
-    raise StageError(
-        Problem(
-            what="the adapter has new entries for one of embeddings and output layer only",
-            where=", ".join(f"{name}: {count} entries" for name, count in lengths.items()),
-            why="the other side's new entries were trained or drawn at random, and are not in the adapter",
-            next="save the adapter again with save_embedding_layers=True",
-        )
+    raise StageError.of(
+        what="the adapter has new entries for one of embeddings and output layer only",
+        where=", ".join(f"{name}: {count} entries" for name, count in lengths.items()),
+        why="the other side's new entries were trained or drawn at random, and are not in the adapter",
+        next="save the adapter again with save_embedding_layers=True",
     )

@@ -20,7 +20,6 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
 from recipes.models import headers
-from recipes.problem import Problem
 from tasks.runtime.process.errors import StageError
 
 SHARD = "5GB"  # what transformers wrote for years; hubs and loaders are used to it
@@ -159,22 +158,18 @@ def _write(descriptor: int, raw: memoryview, offset: int) -> None:
         except OSError as error:
             if error.errno not in FULL:
                 raise
-            raise StageError(
-                Problem(
-                    what=f"the disk is full: {error.strerror}",
-                    where=str(Path(f"/proc/self/fd/{descriptor}").readlink()),
-                    why="the merged model does not fit; what was written of it is thrown away",
-                    next="free space there (the model needs about 2 bytes a parameter), then run the same again",
-                )
+            raise StageError.of(
+                what=f"the disk is full: {error.strerror}",
+                where=str(Path(f"/proc/self/fd/{descriptor}").readlink()),
+                why="the merged model does not fit; what was written of it is thrown away",
+                next="free space there (the model needs about 2 bytes a parameter), then run the same again",
             ) from error
 
 
 def _cut_short(path: Path) -> StageError:
-    return StageError(
-        Problem(
-            what="a weight file ended while it was read",
-            where=str(path),
-            why="it is shorter than its header says",
-            next="download or write this file again",
-        )
+    return StageError.of(
+        what="a weight file ended while it was read",
+        where=str(path),
+        why="it is shorter than its header says",
+        next="download or write this file again",
     )

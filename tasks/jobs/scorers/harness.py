@@ -22,7 +22,6 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig, PreTrainedTokenizerBase
 
 from recipes.checks.lm_eval_tasks import find_tasks
-from recipes.problem import Problem
 from tasks.jobs.scorers import ScorerFailed, is_share
 from tasks.runtime.process.errors import StageError
 
@@ -111,13 +110,11 @@ class Harness:
         metric, _, chosen = (self._params["metric"] or next(iter(better), "")).partition(",")
         if not better.get(metric, False):
             more = [name for name, higher in better.items() if higher]
-            raise StageError(
-                Problem(
-                    what=f"the task {task.task_name} has no metric `{metric}` of which more is better",
-                    where="evaluate.scorers, kind lm-eval",
-                    why=f"it has {', '.join(more) or 'none'}",
-                    next=f"write `metric: {more[0]}`" if more else "leave this task out",
-                )
+            raise StageError.of(
+                what=f"the task {task.task_name} has no metric `{metric}` of which more is better",
+                where="evaluate.scorers, kind lm-eval",
+                why=f"it has {', '.join(more) or 'none'}",
+                next=f"write `metric: {more[0]}`" if more else "leave this task out",
             )
         return metric, chosen or None
 
@@ -211,13 +208,11 @@ def _refuse(task: Task) -> None:
     reasons = {"UNSAFE_CODE": "it runs code that the model writes", "MULTIMODAL": "it shows pictures"}
     for attribute, why in reasons.items():
         if getattr(task, attribute, False):
-            raise StageError(
-                Problem(
-                    what=f"the task {name} cannot be scored here",
-                    where="evaluate.scorers, kind lm-eval",
-                    why=why,
-                    next="leave it out",
-                )
+            raise StageError.of(
+                what=f"the task {name} cannot be scored here",
+                where="evaluate.scorers, kind lm-eval",
+                why=why,
+                next="leave it out",
             )
 
 
@@ -232,39 +227,33 @@ def _render(task: Task) -> None:
 
 
 def _unaskable(task: str, error: Exception) -> StageError:
-    return StageError(
-        Problem(
-            what=f"the first document of the task {task} cannot be asked",
-            where="evaluate.scorers, kind lm-eval",
-            why=f"{type(error).__name__}: {error}",
-            next="correct doc_to_text and doc_to_target of the task: they name columns of its documents",
-        )
+    return StageError.of(
+        what=f"the first document of the task {task} cannot be asked",
+        where="evaluate.scorers, kind lm-eval",
+        why=f"{type(error).__name__}: {error}",
+        next="correct doc_to_text and doc_to_target of the task: they name columns of its documents",
     )
 
 
 def _unknown(near: Mapping[str, str]) -> StageError:
     guesses = [name for name in near.values() if name]
-    return StageError(
-        Problem(
-            what=f"lm-evaluation-harness has no task {', '.join(near)}",
-            where="evaluate.scorers, kind lm-eval",
-            why="neither a task nor a group or tag bears that name",
-            next=f"did you mean {', '.join(guesses)}?" if guesses else "`.venv/bin/lm-eval ls tasks` lists all names",
-        )
+    return StageError.of(
+        what=f"lm-evaluation-harness has no task {', '.join(near)}",
+        where="evaluate.scorers, kind lm-eval",
+        why="neither a task nor a group or tag bears that name",
+        next=f"did you mean {', '.join(guesses)}?" if guesses else "`.venv/bin/lm-eval ls tasks` lists all names",
     )
 
 
 def _not_here(names: Sequence[str], error: Exception) -> StageError:
     """The library found the task and could not load it: as a rule its data set is on a hub."""
     listed = ", ".join(map(repr, names))
-    return StageError(
-        Problem(
-            what=f"the lm-eval task(s) {', '.join(names)} cannot be loaded",
-            where="evaluate.scorers, kind lm-eval",
-            why=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}; jobs read what "
-            "is on this machine and fetch nothing",
-            next="fetch the data set once, with a network: "
-            f'.venv/bin/python -c "from lm_eval.tasks import TaskManager; TaskManager().load([{listed}])"; '
-            "or name a YAML task with `data_files` by `include:`",
-        )
+    return StageError.of(
+        what=f"the lm-eval task(s) {', '.join(names)} cannot be loaded",
+        where="evaluate.scorers, kind lm-eval",
+        why=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}; jobs read what "
+        "is on this machine and fetch nothing",
+        next="fetch the data set once, with a network: "
+        f'.venv/bin/python -c "from lm_eval.tasks import TaskManager; TaskManager().load([{listed}])"; '
+        "or name a YAML task with `data_files` by `include:`",
     )

@@ -10,7 +10,6 @@ from typing import Any
 from jsonschema.exceptions import SchemaError, best_match
 from jsonschema.validators import validator_for
 
-from recipes.problem import Problem
 from tasks.jobs.scorers import Verdict
 from tasks.runtime.process.errors import StageError
 
@@ -33,13 +32,11 @@ class JsonSchema:
         try:
             kind.check_schema(schema)
         except SchemaError as error:
-            raise StageError(
-                Problem(
-                    what=f"{path.name} is no JSON schema",
-                    where=f"{path}, at {error.json_path}",
-                    why=error.message,
-                    next="correct it; `$schema` names the draft that it is read as",
-                )
+            raise StageError.of(
+                what=f"{path.name} is no JSON schema",
+                where=f"{path}, at {error.json_path}",
+                why=error.message,
+                next="correct it; `$schema` names the draft that it is read as",
             ) from None
         self._validator = kind(schema)
         self._equal = equal

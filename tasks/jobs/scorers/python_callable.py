@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from recipes.problem import Problem
 from tasks.jobs.scorers import Scorer, ScorerFailed, Verdict, is_share
 from tasks.runtime.process.errors import StageError
 
@@ -50,11 +49,9 @@ def _said(error: Exception) -> str:
 
 
 def _unusable(path: Path, name: str, why: str) -> StageError:
-    return StageError(
-        Problem(
-            what=f"the scorer {path.name}:{name} cannot be loaded",
-            where=str(path),
-            why=why,
-            next="correct the file; it is loaded alone, so it may import installed packages and nothing beside itself",
-        )
+    return StageError.of(
+        what=f"the scorer {path.name}:{name} cannot be loaded",
+        where=str(path),
+        why=why,
+        next="correct the file; it is loaded alone, so it may import installed packages and nothing beside itself",
     )

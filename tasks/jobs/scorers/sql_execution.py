@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipes.problem import Problem
 from tasks.jobs.scorers import Verdict
 from tasks.runtime.process.errors import StageError
 
@@ -99,22 +98,18 @@ def execute(database: sqlite3.Connection, query: str) -> Result:
 
 
 def _bad_reference(reference: str, schema: str, error: BaseException) -> StageError:
-    return StageError(
-        Problem(
-            what="a reference answer does not run",
-            where=f"database {schema}: {reference}",
-            why=f"sqlite3 says: {error}",
-            next="correct that row of the data, or its database",
-        )
+    return StageError.of(
+        what="a reference answer does not run",
+        where=f"database {schema}: {reference}",
+        why=f"sqlite3 says: {error}",
+        next="correct that row of the data, or its database",
     )
 
 
 def _no_database(schema: str, column: str, there: list[str]) -> StageError:
-    return StageError(
-        Problem(
-            what=f"no database for `{column}` {schema}",
-            where="evaluate.scorers, kind sql-execution: databases",
-            why=f"the folder has {', '.join(there) or 'no .sql file'}",
-            next=f"add {schema}.sql, or correct column `{column}` of the data",
-        )
+    return StageError.of(
+        what=f"no database for `{column}` {schema}",
+        where="evaluate.scorers, kind sql-execution: databases",
+        why=f"the folder has {', '.join(there) or 'no .sql file'}",
+        next=f"add {schema}.sql, or correct column `{column}` of the data",
     )

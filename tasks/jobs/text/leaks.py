@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from recipes.data.rows import Message, Side, normalised
-from recipes.problem import Problem
 from tasks.jobs.text.near_duplicates import COMPARED, near_duplicates
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
@@ -35,13 +34,11 @@ def refuse_leaks(train: list[dict[str, Any]], held: list[dict[str, Any]], *, pat
     seen = set[object]().union(*map(names, held))
     leaked = [row["row"] for row in train if names(row) & seen]
     if leaked:
-        raise StageError(
-            Problem(
-                what=f"{len(leaked)} row(s) of train stand in dev or test, too",
-                where=f"{path}, rows {', '.join(leaked[:SHOWN])}",
-                why="weights would be calibrated on what they are judged by",
-                next="make the dataset again with quench run; prepare removes duplicates",
-            )
+        raise StageError.of(
+            what=f"{len(leaked)} row(s) of train stand in dev or test, too",
+            where=f"{path}, rows {', '.join(leaked[:SHOWN])}",
+            why="weights would be calibrated on what they are judged by",
+            next="make the dataset again with quench run; prepare removes duplicates",
         )
 
 
@@ -75,14 +72,12 @@ def near_twins(drawn: Mapping[str, Sequence[Message]], held: Mapping[str, Held],
     named = ", ".join(f"{row} like {like} of {held[like].split}" for row, like in twins[:SHOWN])
     told = f"{len(twins)} of {len(drawn)} rows are near-twins of a row of dev or test (Jaccard >= {JACCARD:g})"
     if len(twins) > most * len(drawn):
-        raise StageError(
-            Problem(
-                what=told,
-                where=f"calibrate.max_near_duplicates {most:g}: {math.floor(most * len(drawn))} rows",
-                why=f"weights would be calibrated on what they are judged by: {named}",
-                next="name the column that keeps such rows together as data.group, or set data.near_duplicates: "
-                "remove; calibrate.max_near_duplicates allows more",
-            )
+        raise StageError.of(
+            what=told,
+            where=f"calibrate.max_near_duplicates {most:g}: {math.floor(most * len(drawn))} rows",
+            why=f"weights would be calibrated on what they are judged by: {named}",
+            next="name the column that keeps such rows together as data.group, or set data.near_duplicates: "
+            "remove; calibrate.max_near_duplicates allows more",
         )
     if limited:
         told += f"; {limited} rows were compared with {COMPARED} of the rows that MinHash proposed, not with all"

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from recipes.data.rows import TEXT, Row, content_hash, side
-from recipes.problem import Problem
 from tasks.jobs.text.rendering import Rendered, Renderer
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
@@ -25,13 +24,11 @@ def read_texts(path: Path, *, what: str) -> Iterator[tuple[str, str]]:
             text: str = json.loads(line)["text"]
             text.encode()  # a number has no such thing, half of a surrogate pair no bytes
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StageError(
-                Problem(
-                    what=f"malformed row in {what}",
-                    where=f"{path.name}:{number}",
-                    why=f'rows are {{"text": ...}} ({error!r})',
-                    next=f"correct line {number} of {path}",
-                )
+            raise StageError.of(
+                what=f"malformed row in {what}",
+                where=f"{path.name}:{number}",
+                why=f'rows are {{"text": ...}} ({error!r})',
+                next=f"correct line {number} of {path}",
             ) from None
         yield content_hash([{"role": TEXT, "content": text}])[:16], text
 

@@ -20,7 +20,6 @@ from transformers import AutoTokenizer
 from trl.chat_template_utils import get_training_chat_template
 
 from recipes.data.rows import Message
-from recipes.problem import Problem
 from tasks.jobs.text.conversation import Conversation, RowError, behind_thinking, called
 from tasks.runtime.process.errors import StageError
 
@@ -397,4 +396,4 @@ def _end_of_turn(tokenizer: Any, folder: Path, *, special: set[int]) -> int:
 
 
 def _refusal(what: str, folder: Path, why: str, next: str) -> StageError:
-    return StageError(Problem(what=what, where=str(folder), why=why, next=next))
+    return StageError.of(what=what, where=str(folder), why=why, next=next)

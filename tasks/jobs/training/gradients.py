@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel
 
-from recipes.problem import Problem
 from tasks.runtime.process.errors import StageError
 
 
@@ -56,13 +55,11 @@ def check_gradients(model: PeftModel, batch: dict[str, Any]) -> Alike:
     cosine = torch.nn.functional.cosine_similarity(before, after, dim=0).item()
     alike = Alike(cosine=cosine, norm_ratio=(after.norm() / before.norm()).item())
     if not alike.sound:
-        raise StageError(
-            Problem(
-                what="the gradient of one batch changes after an evaluation forward",
-                where=f"before step 1: cosine {alike.cosine:.3f}, norm x {alike.norm_ratio:.3f}",
-                why="the 4-bit layers now run a kernel without a backward, so training would go wrong in silence "
-                "(bitsandbytes 0.50.2 does this on CPUs with AVX512-BF16 unless it is told not to)",
-                next="install the bitsandbytes of infra/locks, or train on a GPU (run.device: cuda)",
-            )
+        raise StageError.of(
+            what="the gradient of one batch changes after an evaluation forward",
+            where=f"before step 1: cosine {alike.cosine:.3f}, norm x {alike.norm_ratio:.3f}",
+            why="the 4-bit layers now run a kernel without a backward, so training would go wrong in silence "
+            "(bitsandbytes 0.50.2 does this on CPUs with AVX512-BF16 unless it is told not to)",
+            next="install the bitsandbytes of infra/locks, or train on a GPU (run.device: cuda)",
         )
     return alike

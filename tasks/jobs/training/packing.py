@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from recipes.problem import Problem
 from tasks.runtime.process.errors import StageError
 
 # Norm of the difference over the norm, bf16: 0.004 at most over the tiny models of the tests; a row that sees the one
@@ -57,13 +56,11 @@ def check_packing(
     """
     error = packing_error(model, rows, collate=collate)
     if not error < LIMIT:
-        raise StageError(
-            Problem(
-                what="packed rows do not give what they give alone",
-                where=f"{type(model.get_base_model()).__name__}: hidden states differ by {error:.1%}",
-                why="this architecture's attention does not keep the rows of one sequence apart, so each would be "
-                "trained with another row as its context",
-                next="set train.packing: false",
-            )
+        raise StageError.of(
+            what="packed rows do not give what they give alone",
+            where=f"{type(model.get_base_model()).__name__}: hidden states differ by {error:.1%}",
+            why="this architecture's attention does not keep the rows of one sequence apart, so each would be "
+            "trained with another row as its context",
+            next="set train.packing: false",
         )
     return error

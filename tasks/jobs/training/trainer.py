@@ -13,7 +13,6 @@ from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
 from transformers import (
-    AutoTokenizer,
     PrinterCallback,
     TrainerCallback,
     TrainerControl,
@@ -23,6 +22,7 @@ from transformers import (
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from tasks.jobs.text.tokenizer import load_tokenizer
 from tasks.jobs.training.checkpoints import best_weights, link_best, mark_whole
 from tasks.jobs.training.lora import WEIGHTS, save_weights, to_fp32
 from tasks.runtime.process.job import Job
@@ -35,7 +35,7 @@ CURVES = {
     "eval_loss": "train/dev_loss",
 }
 DEV_ROWS = 128  # of dev, for the dev loss: rows are in the order of their hashes, so the first ones are a fair sample
-DEV_POINTS = 4  # dev losses a training, where eval_steps is not set: each costs DEV_ROWS forward passes
+DEV_POINTS = 4  # dev losses per training, where eval_steps is not set: each costs DEV_ROWS forward passes
 
 
 class DevLoss(NamedTuple):
@@ -56,12 +56,14 @@ class Trainer(SFTTrainer):
     @property
     def dev_losses(self) -> list[DevLoss]:
         """So far, with those of earlier attempts: checkpoints carry the history."""
-        return [DevLoss(int(one["step"]), one["eval_loss"]) for one in self.state.log_history if "eval_loss" in one]
+        return [
+            DevLoss(int(entry["step"]), entry["eval_loss"]) for entry in self.state.log_history if "eval_loss" in entry
+        ]
 
     @property
     def best(self) -> DevLoss:
         """The lowest dev loss; the earliest of equal ones."""
-        return min((one for one in self.dev_losses if math.isfinite(one.loss)), key=lambda one: one.loss)
+        return min((point for point in self.dev_losses if math.isfinite(point.loss)), key=lambda point: point.loss)
 
     @property
     def tokens_here(self) -> int:
@@ -82,7 +84,7 @@ class Trainer(SFTTrainer):
         """Dev loss, the sum of nats over the sum of tokens; then keep a new best, or stop where none has come."""
         clock, model = time.monotonic(), cast("torch.nn.Module", self.model)
         model.eval()
-        # Not through compute_loss: it gathers metrics once a batch, and ranks may have different numbers of them.
+        # Not through compute_loss: it gathers metrics once per batch, and ranks may have different numbers of them.
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         for batch in self._dev_batches():
             with torch.no_grad(), self.accelerator.autocast():
@@ -107,7 +109,7 @@ class Trainer(SFTTrainer):
     def _judge(self) -> None:
         """Keep the weights of a new best; stop after `patience` dev losses without one."""
         params, losses = self.job.params, self.dev_losses
-        finite = [one for one in losses if math.isfinite(one.loss)]
+        finite = [point for point in losses if math.isfinite(point.loss)]
         if params["keep"] == "best" and finite and self.best == losses[-1]:
             self._keep_best()
         if params["patience"] and finite:
@@ -193,7 +195,7 @@ def make_trainer(job: Job, model: PeftModel) -> Trainer:
         args=_settings(job, rows=len(train)),
         train_dataset=Dataset.from_list(train),
         eval_dataset=Dataset.from_list(dev),  # the Trainer wants one; `evaluate` reads `dev`
-        processing_class=AutoTokenizer.from_pretrained(str(job.inputs["base"].path), local_files_only=True),
+        processing_class=load_tokenizer(job.inputs["base"].path),
         callbacks=[Reporter(job)],
     )
     trainer.job, trainer.dev = job, dev

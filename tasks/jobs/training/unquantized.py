@@ -11,7 +11,6 @@ from typing import NamedTuple
 from torch import nn
 from transformers import PreTrainedModel
 
-from recipes.problem import Problem
 from tasks.jobs.loading.load import linear4bit
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
@@ -56,12 +55,10 @@ def check_unquantized(model: PreTrainedModel, job: Job) -> None:
     if found.share:
         job.events.note("unquantized", f"{said}, the largest is {found.largest}")
     if found.share > LIMIT and not job.params["accept_unquantized"]:
-        raise StageError(
-            Problem(
-                what=said,
-                where=f"the base, {found.largest}",
-                why="bitsandbytes quantizes linear layers only; transformers holds a mixture's experts as 3-D "
-                "parameters, so they keep 2 bytes a weight",
-                next="set train.accept_unquantized: true if that memory is there, or take a dense base",
-            )
+        raise StageError.of(
+            what=said,
+            where=f"the base, {found.largest}",
+            why="bitsandbytes quantizes linear layers only; transformers holds a mixture's experts as 3-D "
+            "parameters, so they keep 2 bytes a weight",
+            next="set train.accept_unquantized: true if that memory is there, or take a dense base",
         )

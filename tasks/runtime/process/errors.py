@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 from recipes.problem import Problem
 
 
@@ -11,6 +13,11 @@ class StageError(Exception):
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         super().__init__(str(problem))
+
+    @classmethod
+    def of(cls, *, what: str, where: str, why: str, next: str) -> Self:
+        """The refusal for the problem of these four parts: `raise StageError.of(what=..., ...)`."""
+        return cls(Problem(what=what, where=where, why=why, next=next))
 
 
 class StepFailed(Exception):

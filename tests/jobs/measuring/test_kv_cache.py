@@ -16,7 +16,7 @@ from transformers import DeepseekV3Config, DynamicCache, GenerationConfig, PreTr
 from recipes.arms import KV, KV_CACHES
 from tasks.jobs.loading.load import load_arm, load_bf16
 from tasks.jobs.measuring.kv_cache import KVCache, Scales, StoredCache, calibrated, e4m3, int8
-from tasks.jobs.measuring.teacher_forcing import Row, answers, forced
+from tasks.jobs.measuring.teacher_forcing import TokenRow, forced, greedy_answers
 from tasks.runtime.process.errors import StageError
 from tests.jobs.architectures import write_architecture
 from tests.jobs.build import make_job, notes
@@ -29,14 +29,14 @@ WINDOW = 16  # of gemma3's sliding layer; rows are longer
 END = GenerationConfig(max_new_tokens=24, do_sample=False, eos_token_id=[2, 0], pad_token_id=0)
 
 
-def rows() -> list[Row]:
+def rows() -> list[TokenRow]:
     """Three of different lengths, so that a batch is padded."""
     draw = torch.Generator().manual_seed(3)
     made = []
     for number, length in enumerate((48, 37, 20)):
         ids = torch.randint(4, 300, (length,), generator=draw).tolist()
         made.append(
-            Row(
+            TokenRow(
                 row=str(number),
                 group=str(number),
                 split="test",
@@ -129,7 +129,7 @@ def test_an_identity_changes_no_bit(name: str, load: Callable[[str], PreTrainedM
     model = load(name)
     for plain, through in zip(logits(model), logits(model, identity(model)), strict=True):
         assert torch.equal(plain, through)
-    assert answers(model, rows(), END) == answers(model, rows(), END, identity(model))
+    assert greedy_answers(model, rows(), END) == greedy_answers(model, rows(), END, identity(model))
 
 
 @pytest.mark.parametrize("kind", KV_CACHES)
@@ -176,7 +176,7 @@ def test_generate_decodes_what_forcing_predicts(load: Callable[[str], PreTrained
     model = load("llama").double()
     try:
         caches, row = quantized(model, "fp8-calibrated", tmp_path), rows()[0]
-        (decoded,) = answers(model, [row], END, caches)
+        (decoded,) = greedy_answers(model, [row], END, caches)
         ids = list(row.prompt_ids)
         for token in decoded:
             with torch.inference_mode():
@@ -254,4 +254,4 @@ def test_an_adapter_on_top_goes_through_the_cache_too(world: Path, tmp_path: Pat
     (plain,) = (one.every for one in forced(model, rows()[:1]))
     (through,) = (one.every for one in forced(model, rows()[:1], caches))
     assert not torch.equal(plain, through) and caches.layers == {0, 1}
-    assert answers(model, rows()[:1], END, caches)
+    assert greedy_answers(model, rows()[:1], END, caches)

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from tasks.jobs import prepare
 from tasks.jobs.measuring.own_tokenizer import another, read_rows_as
-from tasks.jobs.measuring.teacher_forcing import Row, read_rows
+from tasks.jobs.measuring.teacher_forcing import TokenRow, read_rows
 from tasks.runtime.process.errors import StageError
 from tests.jobs.build import make_job, write_jsonl
 from tests.jobs.test_prepare import PARAMS as PREPARE
@@ -46,17 +46,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def rows(world: Path) -> list[Row]:
+def rows(world: Path) -> list[TokenRow]:
     return read_rows(world / "dataset", "dev", "test")
 
 
-def read(folder: Path, world: Path, rows: list[Row], chat_template: str | None = None, longest: int | None = None):
+def read(folder: Path, world: Path, rows: list[TokenRow], chat_template: str | None = None, longest: int | None = None):
     return read_rows_as(
         folder, world / "dataset", rows, why="another tokenizer", chat_template=chat_template, longest=longest
     )
 
 
-def test_the_same_ids_are_the_same_tokenizer_whatever_its_files_say(world: Path, rows: list[Row], tmp_path: Path):
+def test_the_same_ids_are_the_same_tokenizer_whatever_its_files_say(world: Path, rows: list[TokenRow], tmp_path: Path):
     assert another(world / "base", world / "dataset", rows) is None
     # Without markers the template renders the same; without any, the dataset's stands in.
     assert another(write_base(tmp_path / "plain", chat_template=PLAIN), world / "dataset", rows) is None
@@ -68,7 +68,7 @@ def test_the_same_ids_are_the_same_tokenizer_whatever_its_files_say(world: Path,
     assert other.startswith("another tokenizer: 3")
 
 
-def test_rows_are_read_with_its_own_template_and_end(world: Path, rows: list[Row], tmp_path: Path):
+def test_rows_are_read_with_its_own_template_and_end(world: Path, rows: list[TokenRow], tmp_path: Path):
     folder = write_base(tmp_path / "other", tokenizer=other_tokenizer())
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 9]}))
     own = AutoTokenizer.from_pretrained(folder)
@@ -93,7 +93,7 @@ def test_rows_are_read_with_its_own_template_and_end(world: Path, rows: list[Row
     assert 0 < len(found.prompts) < len(rows)
 
 
-def test_a_template_that_forgets_earlier_turns_gives_a_piece_a_turn(world: Path, rows: list[Row], tmp_path: Path):
+def test_a_template_that_forgets_earlier_turns_gives_a_piece_a_turn(world: Path, rows: list[TokenRow], tmp_path: Path):
     folder = write_base(tmp_path / "forgetful", tokenizer=other_tokenizer(chat_template=FORGETFUL))
     found = read(folder, world, rows)
     talks = [one for one in rows if one.prompt_ids]
@@ -111,7 +111,7 @@ def test_a_template_that_forgets_earlier_turns_gives_a_piece_a_turn(world: Path,
     )
 
 
-def test_without_a_template_it_is_refused_or_chatml(world: Path, rows: list[Row], tmp_path: Path):
+def test_without_a_template_it_is_refused_or_chatml(world: Path, rows: list[TokenRow], tmp_path: Path):
     folder = write_base(tmp_path / "bare", tokenizer=other_tokenizer(chat_template=None))
     assert another(folder, world / "dataset", rows) is not None
     with pytest.raises(StageError, match="another tokenizer and no chat template") as refused:
@@ -123,7 +123,7 @@ def test_without_a_template_it_is_refused_or_chatml(world: Path, rows: list[Row]
     assert found.ends == [0]
 
 
-def test_what_it_cannot_take_is_refused_with_the_rows(world: Path, rows: list[Row], tmp_path: Path):
+def test_what_it_cannot_take_is_refused_with_the_rows(world: Path, rows: list[TokenRow], tmp_path: Path):
     strict = "{%- if messages|length > 2 -%}{{ raise_exception('one exchange only') }}{%- endif -%}"
     folder = write_base(tmp_path / "strict", tokenizer=other_tokenizer(chat_template=strict + OTHER))
     with pytest.raises(StageError, match="cannot render") as refused:
