@@ -50,11 +50,8 @@ def run(job: Job) -> dict[str, Any]:
     kind, device, copy = job.params["kind"], job.execution.device, job.inputs["copy"].path
     adapter = job.optional("adapter")
     original = _golden_output(kind, job.inputs["model"].path, adapter, device)
-    copied = (
-        _golden_output(kind, copy / "base", copy / "adapter", device)
-        if adapter
-        else _golden_output(kind, copy, None, device)
-    )
+    copied_base, copied_adapter = (copy / "base", copy / "adapter") if adapter else (copy, None)
+    copied = _golden_output(kind, copied_base, copied_adapter, device)
     if original.ids != copied.ids:
         raise _differs("renders the prompt into other tokens", "tokenizer files or chat template")
     largest = original.logits.abs().max().item()

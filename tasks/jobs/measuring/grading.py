@@ -35,7 +35,7 @@ class Grader(NamedTuple):
 
 
 class Graders(NamedTuple):
-    """The recipe's scorers: of the rows' answers, and by metric the lm-eval tasks, which have documents of their own."""
+    """The recipe's scorers: those of the rows' answers, and by metric the lm-eval tasks, which have documents."""
 
     answers: list[Grader]
     harnesses: dict[str, Harness]

@@ -1,4 +1,4 @@
-"""Which checkpoint a killed training goes on from: a whole one, made from the same inputs; and its best weights."""
+"""Which checkpoint a killed training resumes from: a whole one, made from the same inputs; and its best weights."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ BEST = "best.safetensors"
 def last_checkpoint(job: Job) -> Path | None:
     """The last whole checkpoint that was made from these inputs; all others are removed, with a note."""
     job.checkpoint.mkdir(parents=True, exist_ok=True)
-    digests = json.dumps({name: one.digest for name, one in sorted(job.inputs.items())})
+    digests = json.dumps({name: source.digest for name, source in sorted(job.inputs.items())})
     stamp = job.checkpoint / "inputs.json"
     same = stamp.exists() and stamp.read_text(encoding="utf-8") == digests
-    found = sorted(job.checkpoint.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    whole = [path for path in found if same and _is_whole(path)]
-    for path in found:
+    checkpoints = sorted(job.checkpoint.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    whole = [path for path in checkpoints if same and _is_whole(path)]
+    for path in checkpoints:
         if path not in whole:
             why = "its files are not whole" if same else "it was made from other inputs"
             job.events.note("checkpoint", f"{path.name} is left out: {why}")
@@ -44,7 +44,7 @@ def restore_best(job: Job, checkpoint: Path | None) -> None:
 
 
 def link_best(job: Job, checkpoint: Path) -> None:
-    """Make the best weights so far a part of a checkpoint."""
+    """Hard-link the best weights so far into a checkpoint."""
     if best_weights(job).exists():
         os.link(best_weights(job), checkpoint / BEST)
 

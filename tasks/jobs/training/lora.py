@@ -63,8 +63,7 @@ def finish(job: Job, *, best: bool) -> None:
     """
     if best:
         best_weights(job).replace(job.out / WEIGHTS)
-    path = job.out / "adapter_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = json.loads((job.out / "adapter_config.json").read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = job.inputs["base"].digest
     config["target_modules"] = sorted(config["target_modules"])
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    job.write_json("adapter_config.json", config)

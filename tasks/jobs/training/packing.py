@@ -30,9 +30,10 @@ def packing_error(
         collate: Makes one sequence of several rows.
     """
 
-    def hidden(some: list[dict[str, list[int]]]) -> torch.Tensor:
+    def hidden(batch_rows: list[dict[str, list[int]]]) -> torch.Tensor:
         batch = {
-            name: value.to(model.device) if torch.is_tensor(value) else value for name, value in collate(some).items()
+            name: value.to(model.device) if torch.is_tensor(value) else value
+            for name, value in collate(batch_rows).items()
         }
         del batch["labels"]
         with torch.no_grad(), torch.autocast(model.device.type, dtype=torch.bfloat16):
