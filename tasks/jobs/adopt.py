@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from typing import Any
 
@@ -20,8 +19,8 @@ def run(job: Job) -> dict[str, Any]:
     Reads:
         adapter: PEFT folder. dataset: tokenizer/.
     Writes:
-        adapter_config.json, adapter_model.safetensors, what tells how it was trained (nf4.json, config.json) where it
-        is there, and tokenizer/, all byte for byte; train.json.
+        adapter_config.json, adapter_model.safetensors, nf4.json and config.json (how it was trained; may be
+        absent) and tokenizer/, all byte for byte; train.json.
     Metrics:
         None.
 
@@ -43,7 +42,7 @@ def run(job: Job) -> dict[str, Any]:
         "initialisation": adapter.initialisation,
         "parameters": sum(tensor.numel for tensor in adapter.tensors.values()),
     }
-    (job.out / "train.json").write_text(json.dumps(result, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    job.write_json("train.json", result)
     job.events.note(
         "adapter",
         f"trained elsewhere ({result['parameters']:,} parameters); the base in that training: {adapter.base_type} "

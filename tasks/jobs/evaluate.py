@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 from safetensors import safe_open
 from torch import Tensor
 
-from tasks.jobs.loading.load import kernel_of, load_arm, setup
+from tasks.jobs.loading.kernels import kernel_of
+from tasks.jobs.loading.load import load_arm, setup
 from tasks.jobs.measuring.grading import Prompting, grade, open_graders, refuse_references, run_harnesses
 from tasks.jobs.measuring.kv_cache import KVCache, calibrated
 from tasks.jobs.measuring.own_tokenizer import OwnReading, own_reading

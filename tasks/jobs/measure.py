@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from tasks.jobs.loading.load import kernel_of, load_arm, setup
+from tasks.jobs.loading.kernels import kernel_of
+from tasks.jobs.loading.load import load_arm, setup
 from tasks.jobs.measuring.teacher_forcing import Model
 from tasks.jobs.text.tokenizer import load_tokenizer
 from tasks.runtime.process.job import Job

@@ -41,32 +41,32 @@ def run(job: Job) -> dict[str, Any]:
     """
     setup(job)
     params = job.params
-    every = read_rows(job.inputs["dataset"].path, "dev", "test")
-    model = _model(job, every)
+    rows = read_rows(job.inputs["dataset"].path, "dev", "test")
+    model = _model(job, rows)
     example = _example(model)
-    kept = _sample(every, limit=int(params["reference_gib"] * GIB) // example.nbytes, seed=params["seed"])
-    if len(kept) < len(every):
-        _note_sample(job, kept, of=len(every))
+    kept = _sample(rows, limit=int(params["reference_gib"] * GIB) // example.nbytes, seed=params["seed"])
+    if len(kept) < len(rows):
+        _note_sample(job, kept, of=len(rows))
     chosen = {row.row for row in kept}
     shape = (sum(row.n for row in kept), example.shape[-1])
     # Batches are formed over all rows, as evaluate forms them.
-    groups = batches(every, params["batch_size"], key=lambda row: len(row.ids))
+    groups = batches(rows, params["batch_size"], key=lambda row: len(row.ids))
     groups = [group for group in groups if any(row.row in chosen for row in group)]
     places: list[dict[str, Any]] = []
     start = 0
     with (job.out / "reference.safetensors").open("wb") as file:
         file.write(_header(shape, example.dtype))
         for done, group in enumerate(groups, start=1):
-            for one in forced(model, group):
-                row = one.row
+            for prediction in forced(model, group):
+                row = prediction.row
                 if row.row in chosen:
-                    file.write(one.logits.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                    file.write(prediction.logits.cpu().contiguous().view(torch.uint8).numpy().tobytes())
                     places.append({"row": row.row, "split": row.split, "start": start, "n": row.n})
                     start += row.n
             job.events.progress(done, len(groups), unit="batch")
     pq.write_table(pa.Table.from_pylist(places, schema=PLACES), job.out / "reference.parquet")
     _check(job.out / "reference.safetensors", _header(shape, example.dtype), shape[0] * example.nbytes)
-    return {"rows": len(kept), "of_rows": len(every), "tokens": shape[0], "vocabulary": shape[1]}
+    return {"rows": len(kept), "of_rows": len(rows), "tokens": shape[0], "vocabulary": shape[1]}
 
 
 def _model(job: Job, rows: list[TokenRow]) -> Model:

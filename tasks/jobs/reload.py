@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tasks.jobs.loading.load import Kind, kernel_of, load_arm, setup
+from tasks.jobs.loading.kernels import kernel_of
+from tasks.jobs.loading.load import Kind, load_arm, setup
 from tasks.jobs.text.tokenizer import load_tokenizer
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job

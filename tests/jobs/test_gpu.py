@@ -9,7 +9,8 @@ import torch
 
 from recipes.schema import Train
 from tasks.jobs import merge, prepare, quantize, train
-from tasks.jobs.loading.load import kernel_of, load_arm
+from tasks.jobs.loading.kernels import kernel_of
+from tasks.jobs.loading.load import load_arm
 from tests.jobs.build import make_job, write_jsonl
 from tests.jobs.quantized import COST, params, write_calibset
 from tests.jobs.test_merge import FAITHFUL, kl, log_probs

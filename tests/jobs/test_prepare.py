@@ -421,8 +421,8 @@ def test_a_system_turn_that_all_rows_share_makes_no_near_duplicates(tmp_path: Pa
 def test_the_limit_is_the_exact_jaccard_similarity(jaccard: float, expected: bool) -> None:
     rows = {str(i): almost(i, of=0)["messages"] for i in range(2)}
     # 115 + 3 words give 114 5-grams, of which the last one differs: 113 / 115 = 0.983.
-    found = near_duplicates(rows, {"0": "test", "1": "train"}, jaccard=jaccard).found
-    assert [(one.row, one.like) for one in found] == ([("1", "0")] if expected else [])
+    pairs = near_duplicates(rows, {"0": "test", "1": "train"}, jaccard=jaccard).pairs
+    assert [(pair.row, pair.like) for pair in pairs] == ([("1", "0")] if expected else [])
 
 
 def test_what_long_rows_lose_is_counted(tmp_path: Path) -> None:

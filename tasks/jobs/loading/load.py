@@ -11,7 +11,7 @@ import logging
 import os
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,8 +22,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AwqConfig, BitsAndBytesConfig, GPTQConfig, PreTrainedModel
 from transformers.quantizers.quantizer_awq import AwqQuantizer
 
-from recipes.schemes.scheme import PER_CHANNEL
 from tasks.jobs.loading.environment import tame_gptqmodel
+from tasks.jobs.loading.kernels import Note, choose_kernel
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:  # PEFT and bitsandbytes add about a quarter to the import tim
     from peft import PeftModel
 
 Kind = Literal["bf16", "nf4", "quantized", "external"]
-Note = Callable[[str, str], None]  # what about, and the text
 
 
 def setup(job: Job) -> None:
@@ -47,7 +46,7 @@ def setup(job: Job) -> None:
         transformers.logging.disable_progress_bar()
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # a kernel named by load_arm
-        # A line a layer and forward pass: int8 layers get fp16 inputs; quantize says it once.
+        # One line per layer and forward pass: int8 layers get fp16 inputs; quantize notes it once.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
@@ -143,7 +142,7 @@ def load_arm(
         device: `cpu` or `cuda`.
         adapter: PEFT folder or None.
         trusted: Code in the folder of an external model may run.
-        note: Told where another kernel than the usual one was taken, and why.
+        note: Called where another kernel than the usual one was taken, with the reason.
 
     Raises:
         StageError: No safetensors in a folder, weights that are missing there, or kind and checkpoint contradict each
@@ -176,7 +175,7 @@ def _load_external(folder: Path, *, device: str, trusted: bool, note: Note) -> P
 
 
 def _load_quantized(folder: Path, *, device: str, note: Note) -> PreTrainedModel:
-    """A quantized checkpoint by its format's own loader, on the kernel of `_kernel`."""
+    """A quantized checkpoint by its format's own loader, on the kernel of `choose_kernel`."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     stored = config.get("quantization_config", {})
     method = stored.get("quant_method")
@@ -190,57 +189,13 @@ def _load_quantized(folder: Path, *, device: str, note: Note) -> PreTrainedModel
     if method not in ("gptq", "awq"):
         return _load(folder, device=device)
     tame_gptqmodel()
-    kernel = _kernel(stored, device=device, note=note)
+    kernel = choose_kernel(stored, device=device, note=note)
     extra: dict[str, Any] = {}
     if kernel is not None:  # of this config transformers takes the kernel alone; the rest is the checkpoint's
         config_class: Any = GPTQConfig if method == "gptq" else AwqConfig  # the stub knows no kernel by its word
         extra["quantization_config"] = config_class(bits=4, backend=kernel)
     with awq_in_bf16():
         return _load(folder, device=device, **extra)
-
-
-def _kernel(stored: dict[str, Any], *, device: str, note: Note) -> str | None:
-    """GPTQModel's kernel for a checkpoint, in transformers' words; None leaves the choice to it.
-
-    On CUDA its first choices are Machete (Hopper) and Swordfish (Blackwell), which fetch CUTLASS from the net and end
-    in an error without it. Marlin compiles from what is installed, once a machine, given nvcc and a C++ compiler; where
-    it cannot, plain torch needs neither. On CPUs, for 4 bits per channel, the choice would be a kernel that reads no
-    zero points and ends in an error where a layer has inputs other than 32, 64, 128 or 256 (TorchFusedLinear).
-
-    Args:
-        stored: quantization_config of the checkpoint.
-        device: `cpu` or `cuda`.
-        note: Told where Marlin would fit and is not there.
-    """
-    gptq, group = stored["quant_method"] == "gptq", stored.get("group_size")
-    if device == "cpu":
-        return "gptq_torch" if gptq and group == PER_CHANNEL and stored["bits"] == 4 else None
-    if not gptq and stored.get("format", stored.get("version", "gemm")) != "gemm":
-        return None  # an external model's: layouts that have one kernel each
-    symmetric = not gptq or stored.get("sym", True)  # its AWQ layers read zero points
-    fits = stored.get("bits") in (4, 8) and group in (PER_CHANNEL, 32, 64, 128) and symmetric
-    if fits:
-        missing = _no_marlin()
-        if missing is None:
-            return "gptq_marlin" if gptq else "marlin"
-        note("kernel", f"{missing}, so these layers run in plain torch, and slower")
-    return "gptq_torch" if gptq else "torch_awq"
-
-
-def _no_marlin() -> str | None:
-    """Why Marlin does not run here; where its extensions are not there yet, they are compiled.
-
-    Both types: bf16 multiplies, fp16 packs, because the layers are made before transformers says which type they have.
-    """
-    if torch.cuda.get_device_capability() < (8, 0):
-        return "Marlin takes a GPU of compute capability 8.0"
-    from gptqmodel.utils.marlin import marlin_runtime_available, marlin_runtime_error
-
-    print("kernel: Marlin is compiled at its first use on a machine, for about 5 minutes", flush=True)
-    for dtype in (torch.bfloat16, torch.float16):
-        if not marlin_runtime_available(dtype):
-            return f"Marlin does not compile here ({marlin_runtime_error(dtype).partition(chr(10))[0]})"
-    return None
 
 
 @contextlib.contextmanager
@@ -257,29 +212,8 @@ def awq_in_bf16() -> Iterator[None]:
         AwqQuantizer.update_dtype = cast
 
 
-def kernel_of(model: nn.Module) -> str:
-    """Class names of the quantized linear layers in use, joined by `+`; `Linear` for an unquantized model."""
-    names = {type(module).__name__ for module in model.modules() if _is_quantized_layer(module)}
-    if any(isinstance(module, nn.Linear) and hasattr(module, "quantization_scheme") for module in model.modules()):
-        names.add("Linear (unpacked from compressed-tensors)")
-    return "+".join(sorted(names)) or "Linear"
-
-
-def _is_quantized_layer(module: nn.Module) -> bool:
-    """By the base class's name, because importing gptqmodel to ask costs 8-21 s."""
-    return any(
-        (base.__name__, base.__module__.partition(".")[0])
-        in {
-            ("Linear4bit", "bitsandbytes"),
-            ("Linear8bitLt", "bitsandbytes"),
-            ("BaseQuantLinear", "gptqmodel"),
-        }
-        for base in type(module).__mro__
-    )
-
-
 def _refuse_missing(names: list[str], folder: Path) -> None:
-    """Transformers fills weights that it does not find with random numbers, and logs a warning."""
+    """Refuse weights that are missing: transformers would fill them with random numbers, and log a warning."""
     if names:
         raise StageError.of(
             what=f"{len(names)} weights of the model are not in the checkpoint: {', '.join(names[:5])}",

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from recipes.models.headers import Headers
 from tasks.jobs.backends import relative_error
-from tasks.jobs.loading.load import kernel_of, load_arm, load_bf16
+from tasks.jobs.loading.kernels import kernel_of
+from tasks.jobs.loading.load import load_arm, load_bf16
 from tasks.jobs.merging.streams import Reader
 
 TOKENS = 512  # eight such windows of the quickstart's rows, gptq-w4-g64: each block within 8 % of its mean

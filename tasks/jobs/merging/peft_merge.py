@@ -27,7 +27,7 @@ def merge_by_peft(job: Job, why: str) -> dict[str, Any]:
     dequantized = job.params["onto"] == "dequantized"
     model = load_dequantized(base, device=device) if dequantized else load_bf16(base, device=device)
     parameters = model.num_parameters()
-    dtypes = {name: one.dtype for name, one in model.named_parameters()}
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     job.events.note("merge", f"by PEFT, with the whole model in memory, not as a stream: {why}")
     try:
         merged: Any = attach(model, adapter).merge_and_unload(safe_merge=True)  # pyright: ignore[reportCallIssue]

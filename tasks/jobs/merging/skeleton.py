@@ -81,7 +81,7 @@ def read_skeleton(folder: Path, tensors: Iterable[str]) -> Skeleton:
         converted = converted or (source is not None and renamed in meta)
         if source is None and renamed in meta:
             stored[renamed] = name
-    shapes = {name: tuple(one.shape) for name, one in meta.items()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in meta.items()}
     return Skeleton(
         shapes=shapes,
         stored=stored,
@@ -96,8 +96,8 @@ def read_skeleton(folder: Path, tensors: Iterable[str]) -> Skeleton:
     )
 
 
-def _name(model: nn.Module, wanted: nn.Module | None) -> str:
-    return next((name for name, module in model.named_modules() if module is wanted), "")
+def _name(model: nn.Module, searched: nn.Module | None) -> str:
+    return next((name for name, module in model.named_modules() if module is searched), "")
 
 
 def _dtypes(model: PreTrainedModel, shapes: Iterable[str]) -> dict[str, torch.dtype]:

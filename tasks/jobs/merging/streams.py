@@ -84,7 +84,7 @@ class Reader:
         return self.read(tensor).view(tensor.shape)
 
 
-class Planned(NamedTuple):
+class PlannedTensor(NamedTuple):
     """A tensor that will be written."""
 
     name: str
@@ -104,15 +104,15 @@ class Writer:
         StageError: The disk is full.
     """
 
-    def __init__(self, folder: Path, plan: Iterable[Planned]) -> None:
+    def __init__(self, folder: Path, plan: Iterable[PlannedTensor]) -> None:
         self._files = ExitStack()
         self._places: dict[str, _Place] = {}
-        wanted = {one.name: one for one in plan}
-        meta = {name: torch.empty(one.shape, dtype=one.dtype, device="meta") for name, one in wanted.items()}
+        planned = {tensor.name: tensor for tensor in plan}
+        meta = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in planned.items()}
         split = split_torch_state_dict_into_shards(meta, max_shard_size=SHARD)
         self.files = list(split.filename_to_tensors)
         for file, names in split.filename_to_tensors.items():
-            self._begin(folder / file, [wanted[name] for name in names])
+            self._begin(folder / file, [planned[name] for name in names])
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -128,26 +128,26 @@ class Writer:
         place = self._places[name]
         _write(place.descriptor, raw_bytes(values), place.start + first * values.dtype.itemsize)
 
-    def _begin(self, path: Path, tensors: list[Planned]) -> None:
+    def _begin(self, path: Path, tensors: list[PlannedTensor]) -> None:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offsets, end = {}, 0
         # Wide types first, as the format's own writer does: every tensor starts at a multiple of its element size.
-        for one in sorted(tensors, key=lambda one: -one.dtype.itemsize):
-            size = one.dtype.itemsize * torch.Size(one.shape).numel()
-            header[one.name] = {
-                "dtype": NAMES[one.dtype],
-                "shape": list(one.shape),
+        for tensor in sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize):
+            size = tensor.dtype.itemsize * torch.Size(tensor.shape).numel()
+            header[tensor.name] = {
+                "dtype": NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
                 "data_offsets": [end, end + size],
             }
-            offsets[one] = end
+            offsets[tensor] = end
             end += size
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         self._files.callback(os.close, descriptor)
         _write(descriptor, memoryview(len(text).to_bytes(8, "little") + text), 0)
-        for one, offset in offsets.items():
-            self._places[one.name] = _Place(descriptor, 8 + len(text) + offset)
+        for tensor, offset in offsets.items():
+            self._places[tensor.name] = _Place(descriptor, 8 + len(text) + offset)
 
 
 def _write(descriptor: int, raw: memoryview, offset: int) -> None:
@@ -162,7 +162,7 @@ def _write(descriptor: int, raw: memoryview, offset: int) -> None:
                 what=f"the disk is full: {error.strerror}",
                 where=str(Path(f"/proc/self/fd/{descriptor}").readlink()),
                 why="the merged model does not fit; what was written of it is thrown away",
-                next="free space there (the model needs about 2 bytes a parameter), then run the same again",
+                next="free space there (the model needs about 2 bytes per parameter), then run the same again",
             ) from error
 
 

@@ -14,7 +14,7 @@ from tasks.jobs.scorers import Verdict
 from tasks.runtime.process.errors import StageError
 
 
-class JsonSchema:
+class JsonSchemaScorer:
     """Scores answers against one schema file."""
 
     def __init__(self, path: Path, *, equal: bool) -> None:
@@ -33,7 +33,7 @@ class JsonSchema:
             kind.check_schema(schema)
         except SchemaError as error:
             raise StageError.of(
-                what=f"{path.name} is no JSON schema",
+                what=f"{path.name} is not a JSON schema",
                 where=f"{path}, at {error.json_path}",
                 why=error.message,
                 next="correct it; `$schema` names the draft that it is read as",
@@ -44,16 +44,16 @@ class JsonSchema:
     def __call__(self, answer: str, reference: str, columns: Mapping[str, Any]) -> Verdict:
         """1 where the answer, and nothing around it, is JSON that the schema accepts."""
         try:
-            found = strict_json(answer)
+            value = strict_json(answer)
         except (ValueError, RecursionError) as error:
             return Verdict(0.0, f"no JSON: {error}")
-        wrong = best_match(self._validator.iter_errors(found))
+        wrong = best_match(self._validator.iter_errors(value))
         if wrong is not None:
             return Verdict(0.0, f"{wrong.json_path}: {wrong.message}")
         if not self._equal:
             return Verdict(1.0)
         try:
-            return Verdict(float(same(found, strict_json(reference))))
+            return Verdict(float(same(value, strict_json(reference))))
         except (ValueError, RecursionError) as error:
             return Verdict(0.0, f"the reference is no JSON: {error}")
 
@@ -72,7 +72,7 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(same(value, b[name]) for name, value in a.items())
     if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(same(one, other) for one, other in zip(a, b, strict=True))
+        return len(a) == len(b) and all(same(left, right) for left, right in zip(a, b, strict=True))
     return isinstance(a, bool) == isinstance(b, bool) and a == b
 
 
@@ -81,7 +81,7 @@ def _refuse(name: str) -> Any:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    value = dict(pairs)
+    if len(value) < len(pairs):
         raise ValueError("a name stands twice in one object")
-    return found
+    return value

@@ -23,8 +23,8 @@ def load_function(path: Path, name: str) -> Scorer:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # the user's code: whatever it raises is told, not ours to foresee
-        raise _unusable(path, name, _said(error)) from error
+    except Exception as error:  # the user's code: it may raise anything, and all of it is reported
+        raise _unusable(path, name, _in_words(error)) from error
     function = getattr(module, name, None)
     if not callable(function):
         raise _unusable(path, name, "it has no such callable")
@@ -36,7 +36,7 @@ def _scorer(function: Callable[..., Any], name: str) -> Scorer:
         try:
             value = function(answer, reference, dict(columns))
         except Exception as error:  # the user's code, as above
-            raise ScorerFailed(f"{name} raised {_said(error)}") from error
+            raise ScorerFailed(f"{name} raised {_in_words(error)}") from error
         if not is_share(value):
             raise ScorerFailed(f"{name} returned {value!r}, which is no number from 0 to 1")
         return Verdict(float(value))
@@ -44,7 +44,7 @@ def _scorer(function: Callable[..., Any], name: str) -> Scorer:
     return score
 
 
-def _said(error: Exception) -> str:
+def _in_words(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 

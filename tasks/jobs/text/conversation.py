@@ -35,7 +35,7 @@ class Conversation:
             RowError: `tools` is neither, or a tool call is no object with a name and JSON arguments.
         """
         tools = _from_json(tools, "its `tools` are") if isinstance(tools, str) and tools else tools
-        if tools and not (isinstance(tools, list) and all(isinstance(one, dict) for one in tools)):
+        if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
             raise RowError("has `tools` that are no list of JSON schemas")
         return cls(turns=[_with_arguments(turn, number) for number, turn in enumerate(turns, 1)], tools=tools or None)
 

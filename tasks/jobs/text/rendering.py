@@ -1,30 +1,27 @@
 """Turns into token ids, and which of them are completion: the one place that renders a chat template.
 
-Token ids of a row are made here once, in prepare; train, calibrate and evaluate read them. Where the completions stand
-is told in the first of these ways that is sound for the row: the template's own generation markers; TRL's training
-template for it, if that renders the row to the same ids; the token difference of prefixes. Where all fail because a
-template renders earlier turns otherwise than the last (Qwen3 drops their thinking), each assistant turn becomes a
-sample of its own: the true history up to it, rendered by the model's own template, and that turn alone trained.
+Token ids of a row are made here once, in prepare; train, calibrate and evaluate read them. The completions are found
+in the first of these ways that is sound for the row: the template's own generation markers; TRL's training template for
+it, if that renders the row to the same ids; the token difference of prefixes. Where all fail because a template renders
+earlier turns differently from the last (Qwen3 drops their thinking), each assistant turn becomes a sample of its own:
+the true history up to it, rendered by the model's own template, and only that turn is trained.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer
-from trl.chat_template_utils import get_training_chat_template
 
 from recipes.data.rows import Message
 from tasks.jobs.text.conversation import Conversation, RowError, behind_thinking, called
+from tasks.jobs.text.templates import GENERATION, chatml, end_of_turn, generation_prompt, training_template
+from tasks.jobs.text.tokenizer import load_tokenizer
 from tasks.runtime.process.errors import StageError
 
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-PROBE = "Quench"
 ONE_A_TURN: Final = "one sample a turn"
 Way = Literal["generation markers", "TRL's training template", "prefixes", "one sample a turn", "all tokens"]
 
@@ -35,7 +32,7 @@ class Rendered:
 
     Attributes:
         prompt_ids: The history before the last turn with the generation prompt: what an answer is decoded from.
-        way: How the trained tokens were told.
+        way: How the trained tokens were found.
     """
 
     input_ids: list[int]
@@ -103,45 +100,51 @@ class Renderer:
             StageError: No tokenizer, no template, two templates, or turns that end with no special token.
         """
         if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-            raise _refusal("the base folder has no tokenizer", folder, "rows cannot be tokenised", "add its files")
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            raise StageError.of(
+                what="the base folder has no tokenizer",
+                where=str(folder),
+                why="rows cannot be tokenised",
+                next="add its files",
+            )
+        tokenizer = load_tokenizer(folder)
         if template and tokenizer.chat_template:
-            raise _refusal(
-                "the base has a chat template of its own and the recipe names another one",
-                folder,
-                "the base was trained with its own; a second one would undo that",
-                "remove model.chat_template from the recipe",
+            raise StageError.of(
+                what="the base has a chat template of its own and the recipe names another one",
+                where=str(folder),
+                why="the base was trained with its own; a second one would undo that",
+                next="remove model.chat_template from the recipe",
             )
         if template:
             tokenizer.chat_template = chatml(tokenizer) if template == "chatml" else template
         if not tokenizer.chat_template:
-            raise _refusal(
-                "the base has no chat template",
-                folder,
-                "turns cannot be told apart without one",
-                "write model.chat_template: chatml (or the path of a Jinja file) into the recipe",
+            raise StageError.of(
+                what="the base has no chat template",
+                where=str(folder),
+                why="turns cannot be told apart without one",
+                next="write model.chat_template: chatml (or the path of a Jinja file) into the recipe",
             )
         special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
         special |= {tokenizer.eos_token_id} - {None}
         try:
-            end_of_turn, opening = _end_of_turn(tokenizer, folder, special=special), _opening(tokenizer)
+            ending = end_of_turn(tokenizer, folder, special=special)
+            opening = generation_prompt(tokenizer)
         except (TemplateError, TypeError, ValueError) as error:  # ValueError: the answer is not in the text
-            raise _refusal(
-                f"the chat template cannot render a question and its answer: {error}",
-                folder,
-                "rows cannot be told apart without it",
-                "correct the template (model.chat_template, or chat_template.jinja of the base)",
+            raise StageError.of(
+                what=f"the chat template cannot render a question and its answer: {error}",
+                where=str(folder),
+                why="rows cannot be told apart without it",
+                next="correct the template (model.chat_template, or chat_template.jinja of the base)",
             ) from None
         return cls(
             tokenizer=tokenizer,
-            end_of_turn=end_of_turn,
+            end_of_turn=ending,
             opening=opening,
             special=frozenset(special),
-            training=_training_template(tokenizer),
+            training=training_template(tokenizer),
         )
 
     def samples(self, talk: Conversation, *, max_length: int) -> list[Sample | TooLong]:
-        """What a row is trained and judged by: one sample, or one an assistant turn, each cut to fit.
+        """The samples that a row is trained on and scored by: one, or one per assistant turn, each cut to fit.
 
         Raises:
             RowError: The template refuses the turns, or no way gives a sound mask.
@@ -291,18 +294,18 @@ class Renderer:
 
         The end-of-turn token, else the last special one (`<|eom_id|>`, `<|call|>` behind tool calls).
         """
-        found = None
+        last_special = None
         for place in range(stop - 1, start - 1, -1):
             if ids[place] == self.end_of_turn:
                 return place
             if ids[place] in self.special:
-                found = place if found is None else found
+                last_special = place if last_special is None else last_special
             elif self.tokenizer.decode([ids[place]]).strip():
                 break
-        return found
+        return last_special
 
     def _checked(self, talk: Conversation, rendered: Rendered) -> Rendered:
-        """The same; RowError for a doubled beginning-of-text token, or a tool call that the template leaves out."""
+        """Pass it on; RowError for a doubled beginning-of-text token, or a tool call that the template leaves out."""
         ids, mask, bos = rendered.input_ids, rendered.mask, self.tokenizer.bos_token_id
         if bos is not None and ids[:2] == [bos, bos]:
             raise RowError("begins with two beginning-of-text tokens")
@@ -335,65 +338,3 @@ def _spans(mask: list[bool]) -> list[tuple[int, int]]:
     """[start, stop) of every run of True."""
     edges = [i for i in range(len(mask) + 1) if (i < len(mask) and mask[i]) != (i > 0 and mask[i - 1])]
     return list(zip(edges[::2], edges[1::2], strict=True))
-
-
-def _training_template(tokenizer: Any) -> str | None:
-    """TRL's training template where the tokenizer's own equals, byte for byte, one that TRL ships; else None."""
-    own = tokenizer.chat_template
-    if not isinstance(own, str) or GENERATION.search(own):
-        return None
-    try:
-        return get_training_chat_template(tokenizer)
-    except (ValueError, TypeError, TemplateError):  # ValueError: none shipped; the others: its probes are refused
-        return None
-
-
-def chatml(tokenizer: Any) -> str:
-    """ChatML with generation markers, for this tokenizer.
-
-    A turn ends with `<|im_end|>` where the vocabulary has it, else with the end-of-text token: the embedding table is
-    not resized. Begins with the beginning-of-text token where the tokenizer puts it before plain text.
-    """
-    end = "<|im_end|>" if "<|im_end|>" in tokenizer.get_vocab() else tokenizer.eos_token
-    bos = tokenizer.bos_token if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else ""
-    return (
-        (f"{{{{- '{bos}' -}}}}\n" if bos else "")
-        + "{%- for message in messages -%}\n"
-        + "{{- '<|im_start|>' + message['role'] + '\\n' -}}\n"
-        + "{%- if message['role'] == 'assistant' -%}\n"
-        + f"{{%- generation -%}}{{{{- message['content'] + '{end}' -}}}}{{%- endgeneration -%}}\n"
-        + f"{{%- else -%}}\n{{{{- message['content'] + '{end}' -}}}}\n{{%- endif -%}}\n"
-        + "{{- '\\n' -}}\n{%- endfor -%}\n"
-        + "{%- if add_generation_prompt -%}\n{{- '<|im_start|>assistant\\n' -}}\n{%- endif -%}\n"
-    )
-
-
-def _opening(tokenizer: Any) -> list[int]:
-    """What the generation prompt adds to a history (Phi-3's end of all text does not stand before it)."""
-    turns = [{"role": "user", "content": PROBE}]
-    history, prompt = (
-        tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False, add_generation_prompt=asked)
-        for asked in (False, True)
-    )
-    alike = [one == other for one, other in zip(history, prompt, strict=False)]
-    return prompt[alike.index(False) if False in alike else len(alike) :]
-
-
-def _end_of_turn(tokenizer: Any, folder: Path, *, special: set[int]) -> int:
-    """The first special token behind an assistant turn's text."""
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False)
-    tail = tokenizer(text[text.rindex(PROBE) + len(PROBE) :], add_special_tokens=False)["input_ids"]
-    for token in tail:
-        if token in special:
-            return token
-    raise _refusal(
-        "the chat template ends an assistant turn with no special token",
-        folder,
-        "the model would never learn to stop",
-        "give a template whose turns end with the tokenizer's end token",
-    )
-
-
-def _refusal(what: str, folder: Path, why: str, next: str) -> StageError:
-    return StageError.of(what=what, where=str(folder), why=why, next=next)

@@ -16,7 +16,8 @@ from recipes.schemes.scheme import Grid, Rule, Scheme
 from recipes.schemes.serve_file import describe, readable
 from recipes.schemes.slugs import parse_scheme
 from tasks.jobs.backends.llm_compressor import targets
-from tasks.jobs.loading.load import attach, kernel_of, load_arm, load_bf16
+from tasks.jobs.loading.kernels import kernel_of
+from tasks.jobs.loading.load import attach, load_arm, load_bf16
 from tests.jobs.backends import compressed
 from tests.jobs.quantized import log_probs, mean_kl
 from tests.tiny import write_base

@@ -22,7 +22,8 @@ from recipes.schemes.limits import LIMITS, Limit, limit_problems
 from recipes.schemes.slugs import parse_scheme
 from tasks.jobs import quantize
 from tasks.jobs.loading.environment import tame_gptqmodel
-from tasks.jobs.loading.load import kernel_of, load_arm, load_bf16
+from tasks.jobs.loading.kernels import kernel_of
+from tasks.jobs.loading.load import load_arm, load_bf16
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.events import Events
 from tests.jobs.architectures import write_architecture

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from recipes.models.headers import read_headers
 from recipes.schemes.scheme import Grid, Rule, Scheme
 from recipes.schemes.slugs import parse_scheme
-from tasks.jobs.loading.load import kernel_of, load_arm, load_bf16
+from tasks.jobs.loading.kernels import kernel_of
+from tasks.jobs.loading.load import load_arm, load_bf16
 from tasks.runtime.process.environments import environment_problem, interpreter
 from tasks.runtime.process.events import read_events
 from tasks.runtime.process.job import Job

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from recipes.schema import Evaluate
 from recipes.scorers import NUMBER
 from tasks.jobs.scorers import Scorer, make_scorer
-from tasks.jobs.scorers.number import Number
+from tasks.jobs.scorers.number import NumberScorer
 from tasks.jobs.scorers.sql_execution import orders
 from tasks.runtime.process.errors import StageError
 
@@ -128,7 +128,7 @@ def test_an_unknown_scorer_is_no_silent_default() -> None:
     ],
 )
 def test_the_last_number_is_found(text: str, expected: str | None) -> None:
-    found = Number(NUMBER, absolute=0, relative=0).find(text)
+    found = NumberScorer(NUMBER, absolute=0, relative=0).find(text)
     assert found == (None if expected is None else Decimal(expected))
 
 
