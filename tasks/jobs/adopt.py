@@ -1,4 +1,4 @@
-"""An adapter that was trained elsewhere -> the artifact that a training here would have left (train.adapter)."""
+"""An adapter that was trained elsewhere -> the artifact that train would have made (train.adapter)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(job: Job) -> dict[str, Any]:
 
     Raises:
         StageError: inf or NaN in the adapter.
-        RecipeError: The folder is no adapter any more.
+        RecipeError: The folder is no longer an adapter.
     """
     folder = job.inputs["adapter"].path
     adapter = read_adapter(folder)

@@ -208,7 +208,7 @@ def allot(sizes: Mapping[str, int], *, total: int, weights: Mapping[str, float])
         weights: Shares are in proportion to these.
     """
     shares: dict[str, int] = {}
-    while True:  # a stratum whose share is all it holds gives all; the others share the rest anew
+    while True:  # a stratum whose share is all of its rows gives them all; the others share the rest again
         left = {name: weights[name] for name in sizes if name not in shares}
         rest = total - sum(shares.values())
         share = {name: rest * weights[name] / (sum(left.values()) or 1) for name in left}
@@ -239,7 +239,7 @@ def pack(rows: list[DrawableRow], *, seq_len: int) -> list[list[DrawableRow]]:
 
 
 def _draw(strata: Mapping[str, Sequence[DrawableRow]], *, counts: Mapping[str, int], seed: int) -> list[DrawableRow]:
-    """A seeded sample of each stratum, with a generator of its own: its rows do not depend on other strata's.
+    """A seeded sample of each stratum, each with its own generator: its rows do not depend on other strata.
 
     A domain's rows come in equal parts from its short, middle and long ones.
     """

@@ -35,7 +35,7 @@ def run(job: Job) -> dict[str, Any]:
         None.
 
     Raises:
-        StageError: The two were not scored on the same rows of dev, or a loss is no number.
+        StageError: The two were not scored on the same rows of dev, or a loss is not a number.
     """
     candidates = [name for name in job.inputs if not name.endswith(SCORES)]
     choice: dict[str, Any] = {"candidate": candidates[0]}
@@ -62,7 +62,7 @@ def _decided(job: Job) -> dict[str, Any]:
         )
     losses = {name: _mean(table) for name, table in ((PREFERRED, ours), (OTHER, theirs))}
     if not np.isfinite(list(losses.values())).all():
-        raise _undecidable("a loss on dev is no number", f"mean losses: {losses}")
+        raise _undecidable("a loss on dev is not a number", f"mean losses: {losses}")
     comparison = paired(_grouped(ours), _grouped(theirs))
     return {
         "candidate": OTHER if comparison.ci95 is not None and comparison.ci95[0] > 0 else PREFERRED,
@@ -107,7 +107,7 @@ def _grouped(table: pa.Table) -> Grouped:
 
 
 class PairedDifference(NamedTuple):
-    """Difference of two mean losses (nats a token) with its 95 % interval; None where there is one group only."""
+    """Difference of two mean losses (nats per token) with its 95 % interval; None where there is only one group."""
 
     difference: float
     ci95: tuple[float, float] | None

@@ -61,7 +61,7 @@ def run(job: Job) -> dict[str, Any]:
         kl.parquet: KL per token. answers.parquet: prompt, reference and answer, with `score` and `error` of the
         first scorer and `scores`, JSON {NAME: {score, error}} of all. Rows without a prompt (plain texts) have no task
         and no answer. kv_cache.json: how a quantized KV cache was simulated (params.kv).
-        Without a reference there is no kl and no agree; a model with another tokenizer has bits and task scores alone.
+        Without a reference there is no kl and no agree; a model with another tokenizer has only bits and task scores.
         `absent` of the result says why, by metric.
     Metrics:
         The mean of each, by split. `problems` of the result: metric -> why the arm has no score of it.
@@ -261,7 +261,7 @@ def _shared(reference: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
 def divergence(reference: Tensor, logits: Tensor) -> Tensor:
     """KL(reference || arm) per token in nats, sum_v p_v (log p_v - log q_v). Both [n, vocabulary] -> [n].
 
-    In fp64: fp32 is off by up to 1e-6 nats a token, and a faithful merge costs 1e-5.
+    In fp64: fp32 is off by up to 1e-6 nats per token, and a faithful merge costs 1e-5.
     """
     log_p, log_q = reference.double().log_softmax(-1), logits.double().log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)

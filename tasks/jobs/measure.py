@@ -136,7 +136,7 @@ def _time_once(model: Model, ids: Tensor, new_tokens: int, *, device: str) -> _T
 
 
 def _now(device: str) -> float:
-    """The clock, after the GPU has done what it was given."""
+    """The clock, after the GPU has finished its queue."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -164,7 +164,7 @@ def _render(job: Job, rows: dict[str, Row], renderer: Renderer) -> _RenderedRows
         skewed += any(sample.rendered.skewed for sample in samples)
     if wrong:
         raise StageError.of(
-            what=f"{len(wrong)} row(s) have completions that cannot be told from their prompts",
+            what=f"{len(wrong)} row(s) have completions that cannot be found among their tokens",
             where=wrong[0].split(" ", 1)[0],
             why=f"the loss would fall on the wrong tokens:{listed(wrong)}",
             next="use a chat template with {% generation %} markers, or correct these rows",
@@ -200,7 +200,7 @@ def _record(row: Row, sample: Sample, renderer: Renderer) -> dict[str, Any]:
     """What rows.parquet holds of a sample. Only the one with the row's last turn has a prompt, to be answered."""
     rendered, turn = sample.rendered, sample.turns[-1]
     answer = behind_thinking(turn.get("content") or "")
-    if turn.get("tool_calls"):  # there is no text for a call but the template's
+    if turn.get("tool_calls"):  # the text of a call is the template's
         answer = renderer.completion(rendered)
     return {
         "messages": json.dumps(
@@ -220,7 +220,7 @@ def _distinct(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows whose text and token ids are unique over all splits, sorted by split and row.
 
     Rows that differed only in dropped turns are equal now; the copy in test stays, so that no test row is in train.
-    So do samples of conversations that begin alike: the one with an answer to score stays.
+    So are samples of conversations with the same beginning: the one with an answer to score stays.
     """
     order = ("test", "dev", "train")
     kept, seen = [], set[object]()
@@ -247,7 +247,7 @@ def _check_splits(rows: list[dict[str, Any]], job: Job) -> None:
 
 
 def _general(job: Job, renderer: Renderer) -> list[dict[str, Any]]:
-    """Rows of the general hold-out, cut to max_length tokens, sorted by hash; empty where there is no file."""
+    """Rows of the general hold-out, cut to max_length tokens, sorted by hash; empty without a file."""
     if "general" not in job.inputs:
         job.events.note("general", "no data.general in the recipe: forgetting is not measured")
         return []

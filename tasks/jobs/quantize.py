@@ -185,7 +185,7 @@ def _refuse_nan(out: Path) -> None:
     """Raise StageError where a stored float (scales among them) is inf or NaN."""
     for path in sorted(out.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+            for name in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
                 tensor = file.get_tensor(name)
                 if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                     raise StageError.of(

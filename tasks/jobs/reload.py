@@ -1,4 +1,4 @@
-"""Loads a copy of an arm in plain transformers, as the arm is loaded, and compares its logits with the original's."""
+"""Loads a copy of an arm as the arm itself is loaded, and compares its logits with the original's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
 
 GOLDEN = [{"role": "user", "content": "Say in one sentence what you were trained to do, and give 3 examples."}]
-# Share of the largest logit: the same bytes on the same kernel give 0 on a CPU; a GPU may sum in another order.
+# Share of the largest logit: the same bytes on the same kernel give 0 on a CPU; a GPU may add in another order.
 BOUND = 1e-3
 
 

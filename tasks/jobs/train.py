@@ -39,7 +39,7 @@ def run(job: Job) -> dict[str, Any]:
 
     Raises:
         StageError: Gradients differ after an evaluation; packed rows see each other; too much of the base stays
-            unquantized; the loss is no number.
+            unquantized; the loss is not a number.
     """
     setup(job)
     started = time.monotonic()
@@ -123,7 +123,7 @@ def _final_loss(trainer: Trainer) -> float:
     """Loss of the last step.
 
     Raises:
-        StageError: It, or the last dev loss, is no number.
+        StageError: It, or the last dev loss, is not a number.
     """
     loss = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1]
     if not math.isfinite(loss) or not math.isfinite(trainer.dev_losses[-1].loss):

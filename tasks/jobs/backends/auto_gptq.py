@@ -4,7 +4,7 @@ It asks for CUDA before it quantizes, although its arithmetic is plain torch. On
 passed over and layers stay where they are (`_stay_on_cpu`); a note says so.
 
 What it does without saying so: it sets weights to zero whose input was zero in all calibration tokens, and asymmetric
-zero points of 0 are packed as -1, which spoils the words they stand in.
+zero points of 0 are packed as -1, which corrupts the packed words that hold them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def quantize(
     """Quantize and save in GPTQ's v1 layout.
 
     Args:
-        model: bf16 model folder; its model type stands in recipes.schemes.limits.
+        model: bf16 model folder; its model type is listed in recipes.schemes.limits.
         out: Gets model*.safetensors, config.json and quantize_config.json.
         rows: Token ids of the calibration sequences, without padding; each is a batch of its own.
         params: bits, group_size, symmetric, desc_act, damp.

@@ -29,7 +29,7 @@ def quantize(
     """Quantize and save in the gemm layout.
 
     Args:
-        model: bf16 model folder; its model type stands in recipes.schemes.limits.
+        model: bf16 model folder; its model type is listed in recipes.schemes.limits.
         out: Gets model*.safetensors, config.json and quantize_config.json.
         rows: Token ids of the calibration sequences, without padding.
         params: bits (4) and group_size.

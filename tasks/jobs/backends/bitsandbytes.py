@@ -56,7 +56,7 @@ def quantize(
 
 
 def dequantized(layer: Linear4bit | Linear8bitLt) -> Tensor:
-    """[out, in]: the weight that a layer stands for, in bf16 (NF4) or fp32 (int8: code x scale / 127)."""
+    """[out, in]: the dequantized weight of a layer, in bf16 (NF4) or fp32 (int8: code x scale / 127)."""
     weight: Any = layer.weight  # Params4bit or Int8Params, whose state no stub names
     if isinstance(layer, Linear4bit):
         return dequantize_4bit(weight.data, weight.quant_state)

@@ -1,4 +1,4 @@
-"""GPTQ and AWQ through GPTQModel 7.6, on CPU and CUDA, and notes on what it does in silence.
+"""GPTQ and AWQ through GPTQModel 7.6, on CPU and CUDA, with a note on everything that it does silently.
 
 What it does without saying so: it drops rows of up to 10 tokens, cuts rows at max_position_embeddings, raises the
 damping where a Hessian does not factor, rounds a layer to nearest where hardly any token reached it, and searches AWQ's
@@ -167,7 +167,7 @@ def _record(name: str, entry: dict[str, Any]) -> LayerRecord:
 
 
 def _note_rope(config: Any, *, events: Events) -> None:
-    """Rotary embeddings by layer type stand in `rope_parameters` under the name of the type."""
+    """Note position embeddings that differ by layer type; `rope_parameters` holds them under the type's name."""
     types: list[str] = list(getattr(config, "layer_types", None) or [])
     if len({str(config.rope_parameters.get(name)) for name in types}) > 1:
         other = [number for number, name in enumerate(types) if name != types[0]]

@@ -86,7 +86,7 @@ def _generic(tokenizer: PreTrainedTokenizerBase, lengths: list[int], job: Job) -
         raise StageError.of(
             what=f"the general texts have {len(stream)} tokens; {sum(lengths)} are needed",
             where=f"calibrate.general, {len(texts)} texts",
-            why="a control has as many tokens as the run's own calibration set, else size would be compared, too",
+            why="a control has as many tokens as the run's own calibration set: size must make no difference",
             next="give calibrate.general more texts, or lower calibrate.rows",
         )
     ends = [0]

@@ -160,7 +160,7 @@ def load_arm(
         raise StageError.of(
             what=f"{folder.name} was to be loaded as {kind}",
             where=str(folder / "config.json"),
-            why="its quantization_config says otherwise, and the figures would stand under the wrong name",
+            why="its quantization_config says otherwise, and its figures would be reported under the wrong name",
             next="name an unquantized model for bf16 and nf4, a quantized one for quantized",
         )
     return attach(model, adapter) if adapter else model

@@ -2,7 +2,7 @@
 
 Two forward passes: the bf16 model's, which keeps what every attention and FFN adds to the residual stream, and the
 quantized model's, in which each of them is compared and then replaced by the kept one. So each sees the inputs that it
-has in the bf16 model, and no error stands for another layer's. It needs no format's arithmetic: what is loaded counts.
+has in the bf16 model, and no layer's error contains another layer's. It works for every format that can be loaded.
 
 The first pass also keeps the largest activation: a model that was trained in bf16 may go beyond fp16's 65,504, and
 kernels that compute in fp16 (AutoAWQ's, ExLlamaV2's) overflow then.

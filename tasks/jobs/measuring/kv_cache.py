@@ -41,7 +41,7 @@ Storage = Callable[[Entries, int], Entries]
 
 @dataclass(frozen=True, kw_only=True)
 class Scales:
-    """What one e4m3 step of 1 stands for in a layer's keys and values; 1.0 stores them as they are."""
+    """The scales of a layer's keys and values in e4m3; 1.0 stores them as they are."""
 
     keys: float = 1.0
     values: float = 1.0

@@ -51,8 +51,8 @@ class OwnReading:
     Attributes:
         why: `another tokenizer: ...`, in one sentence.
         tokenizer: Its tokenizer, with its template.
-        rows: Every row in its tokens. A row is several where its template renders earlier turns otherwise than the
-            last: each assistant turn then stands behind its own history.
+        rows: Every row in its tokens. A row is several where its template renders earlier turns differently
+            from the last: each assistant turn then comes after its own history.
         prompts: The rows that have a prompt, with its tokens as prompt_ids.
         ends: Ids that end an answer.
     """
@@ -137,7 +137,7 @@ def read_rows_as(
         folder: The model.
         dataset: The dataset: turns and texts.
         rows: Its rows as the base's tokenizer reads them.
-        why: What `another` said.
+        why: The answer of `another`.
         chat_template: `chatml` for a tokenizer without a template of its own, or None.
         longest: Tokens that the model was made for.
 

@@ -151,13 +151,13 @@ def forced(model: Model, rows: Sequence[TokenRow], caches: Caches | None = None)
         raise StageError.of(
             what=f"inf or NaN in the logits of {len(broken)} rows",
             where=f"rows {', '.join(broken[:5])}{' ...' if len(broken) > 5 else ''}",
-            why="this model's figures would mean nothing, and leaving rows out would make it look better",
+            why="this model's figures would mean nothing, and without these rows it would look better",
             next="look at the step that made the model; an fp16 kernel on a bf16 model overflows like this",
         )
 
 
 def completion_bytes(row: TokenRow, tokenizer: Any) -> int:
-    """UTF-8 bytes of the text that the tokens that count stand for, special ones left out."""
+    """UTF-8 bytes of the text of the tokens that count, without special ones."""
     size = 0
     for counts, tokens in groupby(zip(row.counted, row.ids, strict=True), key=itemgetter(0)):
         if counts:
@@ -186,7 +186,7 @@ def greedy_answers(
     """Tokens of the greedy answers of one batch from the true history, padded on the left, without the end token."""
     ids, mask = _padded([row.prompt_ids for row in rows], left=True)
     generator: Any = model
-    generator.generation_config = config  # generate() fills what is unset from the checkpoint's own
+    generator.generation_config = config  # generate() takes unset fields from the checkpoint's own
     cached = {"past_key_values": caches()} if caches else {}
     generated = generator.generate(
         input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config, **cached

@@ -1,4 +1,4 @@
-"""Does quantizing the base again give what was trained? Compares each module with the adapter's record."""
+"""Compares each quantized module of the base with the adapter's record: are these the weights that were trained on?"""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def merge_items(
     """Everything that is written, in the order in which the base has it.
 
     Raises:
-        StageError: The base lacks parameters of its own architecture.
+        StageError: The base lacks parameters of its architecture.
     """
     absent = skeleton.shapes.keys() - skeleton.stored.keys() - _shared(skeleton)
     if absent and not skeleton.converted:
@@ -67,7 +67,7 @@ def merge_items(
 
 
 def _shared(skeleton: Skeleton) -> set[str]:
-    """Parameters that another one stands for."""
+    """Tied parameters whose values are stored under the other name."""
     pairs = skeleton.tied.items()
     return {b if a in skeleton.stored else a for a, b in pairs if a in skeleton.stored or b in skeleton.stored}
 

@@ -109,7 +109,7 @@ def _dtypes(model: PreTrainedModel, shapes: Iterable[str]) -> dict[str, torch.dt
 
 
 def _four_bit(model: PreTrainedModel) -> frozenset[str]:
-    """What transformers' bitsandbytes quantizer replaces when it is given no list of its own."""
+    """What transformers' bitsandbytes quantizer replaces when it is given no list."""
     skip = HfQuantizer.get_modules_to_not_convert(model, None, list(model._keep_in_fp32_modules or ()))
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     return frozenset(linear4bit(replace_with_bnb_linear(model, skip, settings)))

@@ -104,7 +104,7 @@ class Harness:
         """Metric and filter (None: the first) of a task.
 
         Raises:
-            StageError: The task has no such metric, or less of it is better.
+            StageError: The task does not have the metric, or lower values of it are better.
         """
         better: Mapping[str, bool] = task.higher_is_better() or {}
         metric, _, chosen = (self._params["metric"] or next(iter(better), "")).partition(",")

@@ -62,7 +62,7 @@ def strict_json(text: str) -> Any:
     """A JSON value; NaN and Infinity, which Python would read, and a name that stands twice are refused.
 
     Raises:
-        ValueError: It is no JSON.
+        ValueError: It is not JSON.
     """
     return json.loads(text, parse_constant=_refuse, object_pairs_hook=_once)
 

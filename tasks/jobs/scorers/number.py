@@ -18,7 +18,7 @@ class NumberScorer:
         self._absolute, self._relative = Decimal(str(absolute)), Decimal(str(relative))
 
     def __call__(self, answer: str, reference: str, columns: Mapping[str, Any]) -> Verdict:
-        """1 where both numbers are within the tolerance. A reference without one is scored 0, and so is refused."""
+        """1 where both numbers are within the tolerance. A reference without one scores 0 and is refused."""
         expected, number = self.find(reference), self.find(answer)
         if expected is None:
             return Verdict(0.0, "no number in the reference")
@@ -28,7 +28,7 @@ class NumberScorer:
         return Verdict(float(abs(number - expected) <= within))
 
     def find(self, text: str) -> Decimal | None:
-        """The last match as a number; None where nothing matches, or what matches last is no number."""
+        """The last match as a number; None where nothing matches, or the last match is not a number."""
         matches = self._pattern.findall(text)
         if not matches:
             return None

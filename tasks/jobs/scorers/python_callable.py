@@ -15,7 +15,7 @@ def load_function(path: Path, name: str) -> Scorer:
     """Run the file once, alone: modules beside it are not found, since they would not be part of the identity.
 
     Raises:
-        StageError: It raises, or has no such callable.
+        StageError: The file raises, or does not have the callable.
     """
     spec = importlib.util.spec_from_file_location(f"scorer_{path.stem}", path)
     if spec is None or spec.loader is None:
@@ -27,7 +27,7 @@ def load_function(path: Path, name: str) -> Scorer:
         raise _unusable(path, name, _in_words(error)) from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise _unusable(path, name, "it has no such callable")
+        raise _unusable(path, name, f"it has no callable named {name}")
     return _scorer(function, name)
 
 

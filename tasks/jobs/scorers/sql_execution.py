@@ -14,7 +14,7 @@ from tasks.runtime.process.errors import StageError
 
 ALLOWED = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 FILES = {sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH}  # a SCHEMA.sql makes tables in memory; VACUUM INTO attaches, too
-STEPS = 5_000_000  # virtual machine instructions per query, about 0.2 s; counted, so that a busy machine scores alike
+STEPS = 5_000_000  # virtual machine instructions per query, about 0.2 s; time would depend on the machine
 BYTES = 1_000_000  # longest string or blob
 QUOTED = re.compile(r"'(?:[^']|'')*'|\"[^\"]*\"|`[^`]*`|\[[^\]]*\]")
 INNERMOST = re.compile(r"\([^()]*\)")
@@ -86,7 +86,7 @@ def execute(database: sqlite3.Connection, query: str) -> Result:
     """Rows of one query, floats rounded to 6 places: AVG and SUM / COUNT differ behind them.
 
     Raises:
-        sqlite3.Error, sqlite3.Warning, ValueError: It does not run, writes, is no query, or takes over STEPS.
+        sqlite3.Error, sqlite3.Warning, ValueError: It does not run, writes, is not a query, or takes more than STEPS.
     """
     ticks = iter(range(STEPS // 1000))
     database.set_progress_handler(lambda: next(ticks, None) is None, 1000)

@@ -35,7 +35,7 @@ def near_duplicates(
     """Rows whose set of word 5-grams has a Jaccard similarity of `jaccard` or more with that of an earlier row.
 
     Rows come in the order test, dev, train, and by name within a side. With a row of dev or train that is almost equal
-    to an earlier one later rows are not compared: a row counts against the rows that would stay.
+    to an earlier one later rows are not compared: only with rows that would stay.
 
     Args:
         rows: Turns by name.
@@ -74,7 +74,7 @@ def not_all_compared(limited: int) -> str:
 
 
 def _grams(row: Sequence[Message]) -> set[bytes]:
-    """Word 5-grams of the turns. Without system turns: a long one that all rows share would make all of them alike."""
+    """Word 5-grams of the turns. Without system turns: a long one in all rows would make all of them similar."""
     turns = [turn.get("content") or "" for turn in row if turn["role"] not in ("system", "developer")]
     words = " ".join(turns).split()
     return {" ".join(words[i : i + GRAM]).encode() for i in range(max(1, len(words) - GRAM + 1))}

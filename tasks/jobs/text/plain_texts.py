@@ -1,4 +1,4 @@
-"""Plain texts -> records of the dataset: every token is trained, there is no prompt to answer."""
+"""Plain texts -> records of the dataset: every token is trained, and there is no prompt."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def read_texts(path: Path, *, what: str) -> Iterator[tuple[str, str]]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             text: str = json.loads(line)["text"]
-            text.encode()  # a number has no such thing, half of a surrogate pair no bytes
+            text.encode()  # fails for a number, and for half of a surrogate pair
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StageError.of(
                 what=f"malformed row in {what}",

@@ -42,7 +42,7 @@ class Rendered:
 
     @property
     def skewed(self) -> bool:
-        """The last turn is not trained behind the prompt that its answer is decoded from (only markers allow it)."""
+        """The last turn is trained after another prompt than its answer is decoded from (only markers allow it)."""
         return self.input_ids[: len(self.prompt_ids)] != self.prompt_ids
 
 
@@ -120,7 +120,7 @@ class Renderer:
             raise StageError.of(
                 what="the base has no chat template",
                 where=str(folder),
-                why="turns cannot be told apart without one",
+                why="without one it is unknown where a turn begins and ends",
                 next="write model.chat_template: chatml (or the path of a Jinja file) into the recipe",
             )
         special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
@@ -132,7 +132,7 @@ class Renderer:
             raise StageError.of(
                 what=f"the chat template cannot render a question and its answer: {error}",
                 where=str(folder),
-                why="rows cannot be told apart without it",
+                why="without it the completions of a row cannot be found",
                 next="correct the template (model.chat_template, or chat_template.jinja of the base)",
             ) from None
         return cls(
@@ -181,10 +181,10 @@ class Renderer:
         return self._checked(talk, Rendered(input_ids=ids, mask=mask, prompt_ids=prompt, way="prefixes"))
 
     def render_last(self, talk: Conversation) -> Rendered:
-        """Token ids of a conversation, its last turn alone trained: what stands behind the history before it.
+        """Token ids of a conversation with only its last turn trained: the tokens after the history.
 
         Raises:
-            RowError: The template refuses the turns, or the history is no prefix of the whole.
+            RowError: The template refuses the turns, or the history is not a prefix of the whole.
         """
         ids = self._ids(talk)
         turn = self._difference(talk, ids)
@@ -213,10 +213,10 @@ class Renderer:
     def _render(self, talk: Conversation, **options: Any) -> Any:
         """What apply_chat_template gives; RowError with the turn from which on the template refuses."""
         if not talk.turns:
-            raise RowError("turn 1: an assistant turn with nothing before it, which no template asks for")
+            raise RowError("turn 1: an assistant turn with nothing before it, which no template generates")
         try:
             return self.tokenizer.apply_chat_template(talk.turns, tools=talk.tools, tokenize=True, **options)
-        except (TemplateError, TypeError) as error:  # TypeError: text + nothing, or an object that is no JSON
+        except (TemplateError, TypeError) as error:  # TypeError: text + None, or an object that is not JSON
             number = len(talk.turns)
             while number > 1 and self._refuses(talk.until(number - 1)):
                 number -= 1
@@ -271,10 +271,10 @@ class Renderer:
         if until[: len(before)] != before:
             raise RowError(
                 f"turn {number}: it does not begin with the tokens of the history and the generation prompt, by the "
-                "template or by a token that spans the seam, so the completion's tokens cannot be told"
+                "template or by a token that spans the seam, so the completion's tokens cannot be found"
             )
         if ids[:stop] != until[:stop]:
-            raise RowError(f"turn {number}: the template renders the turns up to it otherwise than in the whole row")
+            raise RowError(f"turn {number}: the template renders the turns up to it differently from the whole row")
         if last is None:
             raise RowError(f"turn {number}: no special token ends it, so the model would not learn to stop")
         if last == len(before):

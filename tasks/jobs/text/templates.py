@@ -1,4 +1,4 @@
-"""What a chat template tells before any row is rendered: its generation prompt and how a turn ends; and ChatML."""
+"""What is read from a chat template before any row is rendered: generation prompt, end of turn; and ChatML."""
 
 from __future__ import annotations
 

@@ -32,12 +32,12 @@ def last_checkpoint(job: Job) -> Path | None:
 
 
 def best_weights(job: Job) -> Path:
-    """The adapter's weights at the best dev loss so far. A checkpoint holds a hard link to those of its own time."""
+    """The adapter's weights at the best dev loss so far. A checkpoint holds a hard link to those of its time."""
     return job.checkpoint / BEST
 
 
 def restore_best(job: Job, checkpoint: Path | None) -> None:
-    """The best weights as they were at `checkpoint`: what came after it is trained and judged again."""
+    """The best weights as they were at `checkpoint`: later steps are trained and evaluated again."""
     best_weights(job).unlink(missing_ok=True)
     if checkpoint is not None and (checkpoint / BEST).exists():
         os.link(checkpoint / BEST, best_weights(job))
@@ -50,14 +50,14 @@ def link_best(job: Job, checkpoint: Path) -> None:
 
 
 def mark_whole(folder: Path) -> None:
-    """List a finished checkpoint's files with their sizes, last of all and atomically."""
+    """List a finished checkpoint's files with their sizes, as its last file, atomically."""
     draft = folder / "whole.draft"
     draft.write_text(json.dumps(_sizes(folder)), encoding="utf-8")
     draft.replace(folder / "whole.json")
 
 
 def _is_whole(folder: Path) -> bool:
-    """All files are there with the sizes that stood in the list when the checkpoint was complete."""
+    """All files have the sizes that were listed when the checkpoint was complete."""
     try:
         return json.loads((folder / "whole.json").read_text(encoding="utf-8")) == _sizes(folder)
     except (OSError, ValueError):

@@ -58,7 +58,7 @@ def check_gradients(model: PeftModel, batch: dict[str, Any]) -> GradientComparis
         raise StageError.of(
             what="the gradient of one batch changes after an evaluation forward",
             where=f"before step 1: cosine {comparison.cosine:.3f}, norm x {comparison.norm_ratio:.3f}",
-            why="the 4-bit layers now run a kernel without a backward, so training would go wrong in silence "
+            why="the 4-bit layers now run a kernel without a backward, so training would go wrong unnoticed "
             "(bitsandbytes 0.50.2 does this on CPUs with AVX512-BF16 unless it is told not to)",
             next="install the bitsandbytes of infra/locks, or train on a GPU (run.device: cuda)",
         )

@@ -58,7 +58,7 @@ def check_packing(
     error = packing_error(model, rows, collate=collate)
     if not error < LIMIT:
         raise StageError.of(
-            what="packed rows do not give what they give alone",
+            what="packed rows give other hidden states than the same rows alone",
             where=f"{type(model.get_base_model()).__name__}: hidden states differ by {error:.1%}",
             why="this architecture's attention does not keep the rows of one sequence apart, so each would be "
             "trained with another row as its context",

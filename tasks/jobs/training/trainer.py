@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer over rows that are tokenised already, with an exact dev loss, the best weights, and our events."""
+"""TRL's SFTTrainer on tokenised rows, with an exact dev loss, the best weights, and events."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ DEV_POINTS = 4  # dev losses per training, where eval_steps is not set: each cos
 
 
 class DevLoss(NamedTuple):
-    """Mean nats a completion token of the first DEV_ROWS dev rows after a step."""
+    """Mean nats per completion token of the first DEV_ROWS dev rows after a step."""
 
     step: int
     loss: float
@@ -51,7 +51,7 @@ class Trainer(SFTTrainer):
     job: Job
     dev: list[dict[str, Any]]
     gradient_cosine: float = math.nan
-    _places = 0
+    _positions = 0
 
     @property
     def dev_losses(self) -> list[DevLoss]:
@@ -71,13 +71,13 @@ class Trainer(SFTTrainer):
         return int(self.state.num_input_tokens_seen - self._initial_num_input_tokens_seen)
 
     def padding_share(self) -> float:
-        """Share of this attempt's places in training batches that were padding, over all ranks."""
-        places: Any = self.accelerator.reduce(torch.tensor(self._places, device=self.args.device))
-        return 1 - self.tokens_here / places.item()
+        """Share of padding among the positions of this attempt's training batches, over all ranks."""
+        positions: Any = self.accelerator.reduce(torch.tensor(self._positions, device=self.args.device))
+        return 1 - self.tokens_here / positions.item()
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any) -> torch.Tensor:
-        """Forward and backward of one micro-batch; counts its places."""
-        self._places += inputs["input_ids"].numel()
+        """Forward and backward of one micro-batch; counts its positions."""
+        self._positions += inputs["input_ids"].numel()
         return super().training_step(model, inputs, *args)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -120,7 +120,7 @@ class Trainer(SFTTrainer):
                     f"{since} dev losses in a row above that of step {self.best.step}: {self.best.loss:.4f}",
                 )
                 self.control.should_training_stop = True
-                self.control.should_save = False  # resumed there, the Trainer would train on
+                self.control.should_save = False  # resumed there, the Trainer would go on training
 
     def _keep_best(self) -> None:
         weights = self.whole_weights()
@@ -161,7 +161,7 @@ class Reporter(TrainerCallback):
             control.should_training_stop = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """One optimizer step is done. None is saved after the last: resumed there, the Trainer would add a step."""
+        """An optimizer step is done. Nothing is saved after the last: resumed there, the Trainer would add a step."""
         self.events.progress(state.global_step, state.max_steps, note="training")
         if state.global_step >= state.max_steps:
             control.should_save = False
@@ -235,8 +235,8 @@ def _settings(job: Job, *, rows: int) -> SFTConfig:
         eval_strategy="steps",
         eval_steps=params["eval_steps"] or max(1, math.ceil(steps / DEV_POINTS)),
         logging_steps=1,
-        logging_nan_inf_filter=False,  # the filter shows the mean of earlier steps for a loss that is no number
-        # Packed batches have no attention mask: every place is a token.
+        logging_nan_inf_filter=False,  # the filter shows the mean of earlier steps for a loss that is not a number
+        # Packed batches have no attention mask: every position is a token.
         include_num_input_tokens_seen="all" if params["packing"] else "non_padding",
         dataloader_num_workers=0,
         dataloader_pin_memory=not on_cpu,

@@ -149,7 +149,7 @@ def test_a_file_that_cannot_be_loaded_is_refused_before_the_model(world: Path, o
     broken.write_text("import beside_me\n")
     with pytest.raises(StageError, match="No module named 'beside_me'"):
         scored(world, tmp_path / "out", [python("score")], model=tmp_path / "nothing", **{"scorer-0": broken})
-    with pytest.raises(StageError, match="it has no such callable"):
+    with pytest.raises(StageError, match="it has no callable named"):
         scored(world, tmp_path / "out", [python("absent")], model=tmp_path / "nothing", **{"scorer-0": own})
 
 

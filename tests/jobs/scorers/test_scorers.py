@@ -207,5 +207,5 @@ def test_true_is_not_1_in_json(tmp_path: Path) -> None:
 
 
 def test_a_schema_that_is_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StageError, match="is no JSON schema"):
+    with pytest.raises(StageError, match="is not a JSON schema"):
         json_scorer(tmp_path, "valid", schema={"type": "objekt"})

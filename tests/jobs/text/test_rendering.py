@@ -133,7 +133,7 @@ def test_tool_calls_are_trained_and_tools_are_in_the_prompt(name: str, expected:
     ("turns", "tools", "says"),
     [
         (chat("a", "b"), "no json", "`tools` are no JSON"),
-        (chat("a", "b"), {"name": "add"}, "no list of JSON schemas"),
+        (chat("a", "b"), {"name": "add"}, "not a list of JSON schemas"),
         ([*chat("a"), {"role": "assistant", "content": "", "tool_calls": ["add"]}], None, "turn 2: a tool call"),
         (
             [*chat("a"), {"role": "assistant", "content": "", "tool_calls": {"name": "add"}}],
