@@ -12,12 +12,6 @@ from tasks.jobs import reload
 from tasks.runtime.process.errors import StageError
 from tests.jobs.build import make_job
 from tests.jobs.test_merge import plant_adapter
-from tests.tiny import write_base
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_base(tmp_path_factory.mktemp("base"))
 
 
 def compare(kind: str, tmp_path: Path, **inputs: Path) -> dict[str, object]:

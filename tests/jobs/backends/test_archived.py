@@ -22,11 +22,6 @@ from tests.tiny import write_base
 LAYER = "model.layers.0.mlp.up_proj"
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_base(tmp_path_factory.mktemp("archived") / "base")
-
-
 def state_of(base: Path) -> dict[str, Tensor]:
     """What AutoGPTQ's model would have for one quantized layer: fp16, a zero bias, a second name of the embeddings."""
     state = {name: tensor.half() for name, tensor in load_file(base / "model.safetensors").items()}

@@ -39,7 +39,6 @@ from tests.jobs.quantized import (
     mean_kl,
     meant,
     params,
-    write_calibset,
 )
 
 ARCHITECTURES = ("llama", "qwen3", "mistral", "gemma2", "gemma3", "qwen2")
@@ -69,11 +68,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return root / name if (root / name).exists() else write_architecture(root / name, name)
 
     return write
-
-
-@pytest.fixture(scope="module")
-def calibset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_calibset(tmp_path_factory.mktemp("calibset") / "calibset")
 
 
 def by_gptqmodel(folder: Path, *, slug: str) -> nn.Module:

@@ -68,11 +68,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_base(tmp_path_factory.mktemp("llm-compressor") / "base")
 
 
-@pytest.fixture(scope="module")
-def calibset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_calibset(tmp_path_factory.mktemp("calibset") / "calibset")
-
-
 @pytest.mark.parametrize("slug", [*SCHEMES, "ct-gptq-w4-attn32-ffn128"])
 def test_it_loads_here_as_the_weights_it_stands_for(slug: str, base: Path, calibset: Path, tmp_path: Path) -> None:
     scheme, out = parse_scheme(slug), tmp_path / "out"

@@ -6,7 +6,6 @@ import contextlib
 import io
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -15,7 +14,6 @@ from tasks.jobs.backends import gptqmodel
 from tasks.jobs.loading.environment import tame_gptqmodel
 from tests.jobs.build import make_job
 from tests.jobs.test_quantize import params
-from tests.tiny import write_base
 
 LENGTHS, PADDED = (96, 80, 96, 61, 90, 77), 128
 FILL = 7  # a token like any other: the embedding of the padding token is zero and would hide itself
@@ -44,11 +42,6 @@ def by_library(base: Path, out: Path, *, masked: bool) -> dict[str, Tensor]:
         loaded.quantize(samples, batch_size=len(samples))
         loaded.save(str(out))
     return load_file(out / "model.safetensors")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_base(tmp_path_factory.mktemp("padding") / "base")
 
 
 def test_the_same_rows_padded_and_not_give_equal_scales(base: Path, tmp_path: Path) -> None:
