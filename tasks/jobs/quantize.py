@@ -20,7 +20,7 @@ from recipes.models.headers import Headers, read_headers
 from recipes.problem import RecipeError
 from recipes.schemes.limits import limit_problems
 from recipes.schemes.scheme import Scheme
-from tasks.jobs.backends import Quantized
+from tasks.jobs.backends import Quantized, Request
 from tasks.jobs.backends.awq_scales import scales_found_on
 from tasks.jobs.loading.load import setup
 from tasks.jobs.measuring import block_errors
@@ -116,19 +116,21 @@ def _checked(model: Path, scheme: Scheme) -> Headers:
 
 def _quantize(job: Job, scheme: Scheme, rows: list[list[int]]) -> Quantized:
     """Run the scheme's backend; it writes the weights and their configs."""
-    options: dict[str, Any] = {
-        "rows": rows,
-        "params": job.params,
-        "device": job.execution.device,
-        "events": job.events,
-    }
+    request = Request(
+        model=job.inputs["model"].path,
+        out=job.out,
+        rows=rows,
+        params=job.params,
+        device=job.execution.device,
+        events=job.events,
+    )
     # Nothing is compiled here, and bitsandbytes would import the compiler: 1 s, 48 MiB.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     backend = importlib.import_module(f"tasks.jobs.backends.{scheme.backend.replace('-', '_')}")
     with contextlib.ExitStack() as stack:
         if other := job.optional("scales_from"):
-            stack.enter_context(scales_found_on(other, out=job.out, **options))
-        return backend.quantize(job.inputs["model"].path, job.out, **options)
+            stack.enter_context(scales_found_on(other, request))
+        return backend.quantize(request)
 
 
 def _complete_folder(job: Job, scheme: Scheme) -> None:

@@ -1,4 +1,4 @@
-"""Who quantizes: one module per backend, each with `quantize(model, out, *, rows, params, device, events)`."""
+"""Who quantizes: one module per backend, each with `quantize(request) -> Quantized`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,32 @@ from tasks.runtime.process.events import Events
 
 if TYPE_CHECKING:  # a body that needs no tensor does not pay for torch
     from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a backend is asked to quantize.
+
+    Attributes:
+        model: bf16 model folder.
+        out: Gets model*.safetensors and config.json; other files are the caller's to replace.
+        rows: Token ids of the calibration sequences, without padding; empty where the scheme needs none.
+        params: The scheme's, with damp for GPTQ.
+        device: `cpu` or `cuda`.
+        events: Gets progress, and a note for everything that the backend does without saying so.
+    """
+
+    model: Path
+    out: Path
+    rows: Sequence[Sequence[int]]
+    params: dict[str, Any]
+    device: str
+    events: Events
+
+    @property
+    def tokens(self) -> int:
+        """Calibration tokens."""
+        return sum(map(len, self.rows))
 
 
 @dataclass(frozen=True, kw_only=True)

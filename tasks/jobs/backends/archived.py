@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from tasks.jobs.backends import LayerRecord, linear_names, note_skipped, note_tokens
+from tasks.jobs.backends import LayerRecord, Request, linear_names, note_skipped, note_tokens
 from tasks.jobs.backends.rewrite import rewrite, write_configs
 from tasks.jobs.merging.rope import older_spelling
 from tasks.runtime.process.errors import StageError
@@ -60,28 +60,26 @@ def refuse_overflow(model: nn.Module) -> None:
             )
 
 
-def write_checkpoint(
-    model: Path, out: Path, state: Mapping[str, Tensor], *, quantization: dict[str, Any], events: Events
-) -> None:
-    """Write the quantized model under the input's tensor names, in as many files.
+def write_checkpoint(request: Request, state: Mapping[str, Tensor], *, quantization: dict[str, Any]) -> None:
+    """Write the quantized model under the input's tensor names, in as many files, with both configs.
 
     A tensor that was not changed is written as the input has it (bf16), one that was (norms that AWQ scales) in fp16.
 
     Args:
-        model: The input's folder.
-        out: Gets model*.safetensors, their index, config.json and quantize_config.json.
+        request: Its out folder gets the files, its events a note on changed tensors.
         state: state_dict of the quantized model.
         quantization: quantization_config of config.json.
-        events: Gets a note on changed tensors.
 
     Raises:
         StageError: The backend made a tensor that the input has no place for.
     """
     changed: list[str] = []
-    _refuse_lost(state, rewrite(model, out, partial(_written, state=state, changed=changed)))
+    _refuse_lost(state, rewrite(request.model, request.out, partial(_written, state=state, changed=changed)))
     if changed:
-        events.note("unquantized tensors", f"{len(changed)} were scaled and are stored in fp16: {', '.join(changed)}")
-    write_configs(model, out, quantization=quantization)
+        request.events.note(
+            "unquantized tensors", f"{len(changed)} were scaled and are stored in fp16: {', '.join(changed)}"
+        )
+    write_configs(request.model, request.out, quantization=quantization)
 
 
 def _written(name: str, original: Tensor, *, state: Mapping[str, Tensor], changed: list[str]) -> dict[str, Tensor]:

@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from tasks.jobs.backends import LayerRecord, Quantized, linear_names, unpadded
+from tasks.jobs.backends import LayerRecord, Quantized, Request, linear_names, unpadded
 from tasks.jobs.backends.archived import note_habits, read_config, refuse_overflow, write_checkpoint
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.events import Events
@@ -27,25 +25,16 @@ from tasks.runtime.process.events import Events
 LOSS = "avg loss: "  # AutoGPTQ reports a layer's loss nowhere but in its log
 
 
-def quantize(
-    model: Path, out: Path, *, rows: Sequence[Sequence[int]], params: dict[str, Any], device: str, events: Events
-) -> Quantized:
+def quantize(request: Request) -> Quantized:
     """Quantize and save in GPTQ's v1 layout.
-
-    Args:
-        model: bf16 model folder; its model type is listed in recipes.schemes.limits.
-        out: Gets model*.safetensors, config.json and quantize_config.json.
-        rows: Token ids of the calibration sequences, without padding; each is a batch of its own.
-        params: bits, group_size, symmetric, desc_act, damp.
-        device: `cpu` or `cuda`.
-        events: Gets progress by layer, and a note for every silent habit that showed.
 
     Raises:
         StageError: A weight does not fit fp16; a zero point cannot be packed.
     """
+    model, params, events = request.model, request.params, request.events
     auto_gptq: Any = importlib.import_module("auto_gptq")
     modeling: Any = importlib.import_module("auto_gptq.modeling")
-    if device == "cpu":
+    if request.device == "cpu":
         _stay_on_cpu(modeling)
         events.note("device", "AutoGPTQ asks for CUDA to quantize; that is passed over: the same arithmetic on the CPU")
     quantize_config = auto_gptq.BaseQuantizeConfig(
@@ -63,15 +52,15 @@ def quantize(
     refuse_overflow(loaded)
     for name, module in loaded.named_modules():
         if name.endswith("rotary_emb"):
-            module.to(device)  # newer than AutoGPTQ: it moves embeddings and layers alone
+            module.to(request.device)  # newer than AutoGPTQ: it moves embeddings and layers alone
     wrapped = modeling.GPTQ_CAUSAL_LM_MODEL_MAP[config.model_type](loaded, False, quantize_config)
     names = linear_names(model)
     layers: list[LayerRecord] = []
     _record(modeling, loaded, layers, total=len(names), damp=params["damp"], events=events)
-    wrapped.quantize(unpadded(rows), batch_size=1)
-    write_checkpoint(model, out, loaded.state_dict(), quantization=_quantization(params), events=events)
+    wrapped.quantize(unpadded(request.rows), batch_size=1)
+    write_checkpoint(request, loaded.state_dict(), quantization=_quantization(params))
     layers.sort(key=lambda layer: names.index(layer.name))  # it begins each decoder layer with k_proj
-    note_habits(model, layers, tokens=sum(map(len, rows)), events=events)
+    note_habits(model, layers, tokens=request.tokens, events=events)
     kinds = {type(module).__module__.rpartition(".")[2] for module in loaded.modules() if hasattr(module, "QUANT_TYPE")}
     return Quantized(backend=f"auto-gptq:{auto_gptq.__version__}", packer="+".join(sorted(kinds)), layers=layers)
 

@@ -1,4 +1,4 @@
-"""AWQ by AutoAWQ 0.2.9, the archived original, in the environment `autoawq`; on CPU and CUDA.
+"""AWQ by AutoAWQ 0.2.9, the archived original, in the environment `autoawq`; on CPU and CUDA (the GPU that it sees).
 
 What it does without saying so: it drops rows longer than `max_calib_seq_len` and those behind `max_calib_samples`,
 joins the rest and cuts them into blocks, and leaves out the last, shorter one; it searches the clipping on about 512 of
@@ -8,14 +8,12 @@ the tokens; it does not scale o_proj under grouped-query attention.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from tasks.jobs.backends import LayerRecord, Quantized
+from tasks.jobs.backends import LayerRecord, Quantized, Request
 from tasks.jobs.backends.archived import note_habits, refuse_overflow, write_checkpoint
 from tasks.jobs.backends.gptqmodel import equal_lengths
 from tasks.runtime.process.events import Events
@@ -23,25 +21,18 @@ from tasks.runtime.process.events import Events
 CLIP_TOKENS = 512  # n_sample_token of its _compute_best_clip
 
 
-def quantize(
-    model: Path, out: Path, *, rows: Sequence[Sequence[int]], params: dict[str, Any], device: str, events: Events
-) -> Quantized:
-    """Quantize and save in the gemm layout.
-
-    Args:
-        model: bf16 model folder; its model type is listed in recipes.schemes.limits.
-        out: Gets model*.safetensors, config.json and quantize_config.json.
-        rows: Token ids of the calibration sequences, without padding.
-        params: bits (4) and group_size.
-        device: `cpu`: scales are searched in fp32. AutoAWQ takes the GPU that it sees: the one that was leased.
-        events: Gets progress by layer, and a note for every silent habit that showed.
+def quantize(request: Request) -> Quantized:
+    """Quantize and save in the gemm layout. On a CPU the scales are searched in fp32.
 
     Raises:
         StageError: A weight does not fit fp16.
     """
+    model, params, events = request.model, request.params, request.events
     awq: Any = importlib.import_module("awq")
-    blocks = equal_lengths(rows, events=events, why="AutoAWQ runs all sequences as one tensor")
-    searched = torch.float32 if device == "cpu" else torch.float16  # fp16 on a CPU: 65 s per layer of the quickstart
+    blocks = equal_lengths(request.rows, events=events, why="AutoAWQ runs all sequences as one tensor")
+    searched = (
+        torch.float32 if request.device == "cpu" else torch.float16
+    )  # fp16 on a CPU: 65 s per layer of the quickstart
     loaded = awq.AutoAWQForCausalLM.from_pretrained(
         str(model), torch_dtype=searched, trust_remote_code=False, local_files_only=True
     )
@@ -54,9 +45,7 @@ def quantize(
         max_calib_seq_len=len(blocks[0]),  # one row per block: nothing is dropped or cut
         quantizer_cls=_recorder(figures, events=events),
     )
-    write_checkpoint(
-        model, out, loaded.model.state_dict(), quantization=loaded.quant_config.to_transformers_dict(), events=events
-    )
+    write_checkpoint(request, loaded.model.state_dict(), quantization=loaded.quant_config.to_transformers_dict())
     config, tokens = loaded.model.config, sum(map(len, blocks))
     if len(set(getattr(config, "layer_types", ()))) > 1 and (config.sliding_window or 0) < len(blocks[0]):
         events.note("attention", "AutoAWQ gives every layer the first one's mask; layers here differ in their window")

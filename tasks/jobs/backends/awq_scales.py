@@ -11,14 +11,13 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from tasks.jobs.backends import gptqmodel
-from tasks.runtime.process.events import Events
+from tasks.jobs.backends import Request, gptqmodel
 
 
 class Scaling(NamedTuple):
@@ -51,22 +50,16 @@ class Search:
 
 
 @contextlib.contextmanager
-def scales_found_on(
-    model: Path, *, out: Path, rows: Sequence[Sequence[int]], params: dict[str, Any], device: str, events: Events
-) -> Iterator[None]:
+def scales_found_on(model: Path, request: Request) -> Iterator[None]:
     """While it lasts, GPTQModel's AWQ takes scales and clipping from this model instead of searching for them.
 
     Args:
-        model: bf16 model folder of the same shape.
-        out: Existing folder, for what the search writes and throws away.
-        rows: Token ids of the calibration sequences, for the search.
-        params: As of `gptqmodel.quantize`.
-        device: `cpu` or `cuda`.
-        events: Gets what quantizing the other model says, and a note.
+        model: bf16 model folder of the same shape as the request's.
+        request: How to search. Its out folder gets what the search writes and throws away.
     """
-    with _recording() as search, tempfile.TemporaryDirectory(dir=out) as scratch:
-        gptqmodel.quantize(model, Path(scratch), rows=rows, params=params, device=device, events=events)
-    events.note(
+    with _recording() as search, tempfile.TemporaryDirectory(dir=request.out) as scratch:
+        gptqmodel.quantize(replace(request, model=model, out=Path(scratch)))
+    request.events.note(
         "scales from another model",
         f"{len(search.scalings)} scalings and {sum(map(len, search.clips.values()))} clippings were found on the base "
         "and are applied as they are; the losses of the layers are those of that search",

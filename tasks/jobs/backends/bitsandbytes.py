@@ -6,9 +6,7 @@ LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339): a scale per output, and inp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,28 +15,17 @@ from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from torch import Tensor
 
 from recipes.models.headers import read_headers
-from tasks.jobs.backends import LayerRecord, Quantized, note_skipped, relative_error
+from tasks.jobs.backends import LayerRecord, Quantized, Request, note_skipped, relative_error
 from tasks.jobs.loading.load import load_int8, load_nf4
 from tasks.jobs.merging.streams import Reader
-from tasks.runtime.process.events import Events
 
 
-def quantize(
-    model: Path, out: Path, *, rows: Sequence[Sequence[int]], params: dict[str, Any], device: str, events: Events
-) -> Quantized:
-    """Quantize every linear layer but lm_head, and save.
-
-    Args:
-        model: bf16 model folder.
-        out: Gets model*.safetensors, config.json, and files that the caller replaces.
-        rows: Not looked at.
-        params: method, `nf4` or `int8`.
-        device: `cpu` or `cuda`.
-        events: Gets progress, and a note for what bitsandbytes does without saying so.
-    """
-    loaded = (load_nf4 if params["method"] == "nf4" else load_int8)(model, device=device)
-    loaded.save_pretrained(out)
-    headers = read_headers(model)
+def quantize(request: Request) -> Quantized:
+    """Quantize every linear layer but lm_head, and save."""
+    params, events = request.params, request.events
+    loaded = (load_nf4 if params["method"] == "nf4" else load_int8)(request.model, device=request.device)
+    loaded.save_pretrained(request.out)
+    headers = read_headers(request.model)
     modules = {name: module for name, module in loaded.named_modules() if isinstance(module, Linear4bit | Linear8bitLt)}
     records: list[LayerRecord] = []
     with Reader() as reader:

@@ -13,11 +13,10 @@ import io
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from recipes.schemes.scheme import PER_CHANNEL
-from tasks.jobs.backends import LayerRecord, Quantized, linear_names, note_skipped, note_tokens, unpadded
+from tasks.jobs.backends import LayerRecord, Quantized, Request, linear_names, note_skipped, note_tokens, unpadded
 from tasks.jobs.loading.environment import tame_gptqmodel
 from tasks.runtime.process.events import Events
 
@@ -25,20 +24,11 @@ from tasks.runtime.process.events import Events
 HARMLESS = ("Python GIL", "Disk subsystem", "Calibration dataset size", "average length of input_ids")
 
 
-def quantize(
-    model: Path, out: Path, *, rows: Sequence[Sequence[int]], params: dict[str, Any], device: str, events: Events
-) -> Quantized:
-    """Quantize and save.
-
-    Args:
-        model: bf16 model folder.
-        out: Gets model*.safetensors, config.json, quantize_config.json, and files that the caller replaces.
-        rows: Token ids of the calibration sequences, without padding.
-        params: method, bits, group_size, symmetric, desc_act, damp (GPTQ).
-        device: `cpu` or `cuda`.
-        events: Gets progress by layer, and a note for every silent habit that showed.
-    """
-    model, out, events = model.resolve(), out.resolve(), Events(events.path.resolve())  # the current folder changes
+def quantize(request: Request) -> Quantized:
+    """Quantize and save."""
+    params, device, rows = request.params, request.device, request.rows
+    # The current folder changes.
+    model, out, events = request.model.resolve(), request.out.resolve(), Events(request.events.path.resolve())
     tame_gptqmodel()
     from gptqmodel import BACKEND, GPTQModel, __version__
 

@@ -12,8 +12,6 @@ import os
 import re
 from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -21,25 +19,14 @@ from torch.utils.data import DataLoader
 
 from recipes.models.linear import Linear
 from recipes.schemes.scheme import FUSED, Grid, Scheme
-from tasks.jobs.backends import Quantized, linear_names
+from tasks.jobs.backends import Quantized, Request, linear_names
 from tasks.jobs.backends.llm_compressor_watch import Watch
 from tasks.jobs.loading.load import load_bf16
 from tasks.runtime.process.errors import StageError
-from tasks.runtime.process.events import Events
 
 
-def quantize(
-    model: Path, out: Path, *, rows: Sequence[Sequence[int]], params: dict[str, Any], device: str, events: Events
-) -> Quantized:
-    """Quantize and save.
-
-    Args:
-        model: bf16 model folder.
-        out: Gets model*.safetensors, config.json, and files that the caller replaces.
-        rows: Token ids of the calibration sequences, without padding.
-        params: The scheme's, with damp for GPTQ.
-        device: `cpu` or `cuda`: llm-compressor takes the GPU that it sees, and one decoder layer at a time onto it.
-        events: Gets progress by decoder layer, and a note for every silent habit that showed.
+def quantize(request: Request) -> Quantized:
+    """Quantize and save; llm-compressor takes one decoder layer at a time onto the GPU that it sees.
 
     Raises:
         StageError: A linear layer of the checkpoint is not one in the loaded model.
@@ -49,21 +36,21 @@ def quantize(
 
     from tasks.jobs.backends.llm_compressor_modifiers import modifiers, watched
 
-    scheme = Scheme.of(params, slug="")
-    loaded = load_bf16(model, device="cpu")
-    names = linear_names(model)
+    scheme, damp = Scheme.of(request.params, slug=""), request.params.get("damp")
+    loaded = load_bf16(request.model, device="cpu")
+    names = linear_names(request.model)
     ignored = _ignored(loaded, scheme, names)
-    watch = Watch(events, layers=loaded.config.get_text_config().num_hidden_layers, device=device)
-    samples = [{"input_ids": torch.tensor([list(row)])} for row in rows]
+    watch = Watch(request.events, layers=loaded.config.get_text_config().num_hidden_layers, device=request.device)
+    samples = [{"input_ids": torch.tensor([list(row)])} for row in request.rows]
     with watched(watch):
         oneshot(
             model=loaded,
             dataset=DataLoader(samples, batch_size=None),  # pyright: ignore[reportArgumentType]
-            recipe=modifiers(scheme, targets(scheme, names), ignored, damp=params.get("damp"), watch=watch),
+            recipe=modifiers(scheme, targets(scheme, names), ignored, damp=damp, watch=watch),
         )
-        loaded.save_pretrained(out, save_compressed=True)
-    layers = [watch.record(name, scheme, damp=params.get("damp")) for name in names if scheme.grid_of(name)]
-    watch.note_habits(ignored, layers, tokens=sum(map(len, rows)))
+        loaded.save_pretrained(request.out, save_compressed=True)
+    layers = [watch.record(name, scheme, damp=damp) for name in names if scheme.grid_of(name)]
+    watch.note_habits(ignored, layers, tokens=request.tokens)
     return Quantized(
         backend=f"llm-compressor:{version('llmcompressor')}",
         packer=f"compressed-tensors:{version('compressed-tensors')}",

@@ -25,9 +25,8 @@ from tasks.jobs.loading.environment import tame_gptqmodel
 from tasks.jobs.loading.kernels import kernel_of
 from tasks.jobs.loading.load import load_arm, load_bf16
 from tasks.runtime.process.errors import StageError
-from tasks.runtime.process.events import Events
 from tests.jobs.architectures import write_architecture
-from tests.jobs.build import make_job
+from tests.jobs.build import make_job, make_request
 from tests.jobs.quantized import (
     COST,
     NOISE,
@@ -190,8 +189,6 @@ def test_packed_experts_are_refused_because_they_would_load_as_random_numbers(
         assert "experts" in problem.what
     assert limit_problems(parse_scheme("nf4"), read_headers(model)) == []
     rtn = importlib.import_module("tasks.jobs.backends.quench_rtn")  # the backend alone, past the check
-    (tmp_path / "out").mkdir()
-    events = Events(tmp_path / "events.jsonl")
-    rtn.quantize(model, tmp_path / "out", rows=[], params=params("rtn-w4-g32"), device="cpu", events=events)
+    rtn.quantize(make_request(model, tmp_path / "out", params=params("rtn-w4-g32")))
     with pytest.raises(StageError, match=r"not in the checkpoint: model\.layers\.0\.mlp\.experts"):
         load_arm("quantized", tmp_path / "out", device="cpu")

@@ -52,7 +52,7 @@ def test_the_same_rows_padded_and_not_give_equal_scales(base: Path, tmp_path: Pa
     """
     job = make_job("quantize", tmp_path / "ours", params={})
     asked = params(SLUG) | {"damp": 0.05}
-    gptqmodel.quantize(base, job.out, rows=rows(), params=asked, device="cpu", events=job.events)
+    gptqmodel.quantize(make_request(base, job.out, rows=rows(), params=asked))
     ours = load_file(job.out / "model.safetensors")
     masked, unmasked = (by_library(base, tmp_path / str(mask), masked=mask) for mask in (True, False))
     first = [
