@@ -1,4 +1,4 @@
-"""GPTQ and AWQ through GPTQModel 7.6, on CPU and CUDA, with a note on everything that it does silently.
+"""GPTQ and AWQ through GPTQModel 7.6, on CPU and CUDA; its silent habits become notes.
 
 What it does without saying so: it drops rows of up to 10 tokens, cuts rows at max_position_embeddings, raises the
 damping where a Hessian does not factor, rounds a layer to nearest where hardly any token reached it, and searches AWQ's
@@ -27,7 +27,7 @@ HARMLESS = ("Python GIL", "Disk subsystem", "Calibration dataset size", "average
 def quantize(request: Request) -> Quantized:
     """Quantize and save."""
     params, device, rows = request.params, request.device, request.rows
-    # The current folder changes.
+    # Absolute paths, because the current folder changes below.
     model, out, events = request.model.resolve(), request.out.resolve(), Events(request.events.path.resolve())
     tame_gptqmodel()
     from gptqmodel import BACKEND, GPTQModel, __version__

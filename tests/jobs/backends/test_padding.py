@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tasks.jobs.backends import gptqmodel
 from tasks.jobs.loading.environment import tame_gptqmodel
-from tests.jobs.build import make_job
+from tests.jobs.build import make_job, make_request
 from tests.jobs.test_quantize import params
 
 LENGTHS, PADDED = (96, 80, 96, 61, 90, 77), 128
