@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Self
-
 from recipes.problem import Problem
 
 
@@ -15,7 +13,7 @@ class StageError(Exception):
         super().__init__(str(problem))
 
     @classmethod
-    def of(cls, *, what: str, where: str, why: str, next: str) -> Self:
+    def of(cls, *, what: str, where: str, why: str, next: str) -> StageError:
         """The refusal for the problem of these four parts: `raise StageError.of(what=..., ...)`."""
         return cls(Problem(what=what, where=where, why=why, next=next))
 
