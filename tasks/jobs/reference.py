@@ -16,11 +16,11 @@ from torch import Tensor
 from tasks.jobs.loading.load import load_arm, setup
 from tasks.jobs.measuring.own_tokenizer import another
 from tasks.jobs.measuring.teacher_forcing import Model, TokenRow, batches, forced, read_rows
+from tasks.jobs.merging.streams import NAMES, raw_bytes
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
 
 GIB = 1 << 30
-NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # safetensors' words
 PLACES = pa.schema([("row", pa.string()), ("split", pa.string()), ("start", pa.int64()), ("n", pa.int32())])
 
 
@@ -60,7 +60,7 @@ def run(job: Job) -> dict[str, Any]:
             for prediction in forced(model, group):
                 row = prediction.row
                 if row.row in chosen:
-                    file.write(prediction.logits.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                    file.write(raw_bytes(prediction.logits.cpu()))
                     places.append({"row": row.row, "split": row.split, "start": start, "n": row.n})
                     start += row.n
             job.events.progress(done, len(groups), unit="batch")

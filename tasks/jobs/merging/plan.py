@@ -32,17 +32,27 @@ class MergeItem(NamedTuple):
 
 
 def merge_items(
-    skeleton: Skeleton,
-    tensors: Mapping[str, headers.Tensor],
-    embeddings: Embeddings,
-    *,
-    four_bit: frozenset[str],
+    skeleton: Skeleton, tensors: Mapping[str, headers.Tensor], embeddings: Embeddings, *, four_bit: frozenset[str]
 ) -> list[MergeItem]:
     """Everything that is written, in the order in which the base has it.
 
     Raises:
         StageError: The base lacks parameters of its architecture.
     """
+
+    def item(written: str, name: str, stored: headers.Tensor) -> MergeItem:
+        module, _, leaf = name.rpartition(".")
+        change = embeddings.changes.get(name)
+        source = change.full if change and change.full else stored
+        dtype = skeleton.dtypes[name] if DTYPES[stored.dtype].is_floating_point else DTYPES[stored.dtype]
+        return MergeItem(
+            planned=PlannedTensor(written, dtype, source.shape),
+            source=source,
+            module=module if module in four_bit and leaf == "weight" else "",
+            transposed=module in skeleton.transposed and leaf == "weight",
+            change=change,
+        )
+
     absent = skeleton.shapes.keys() - skeleton.stored.keys() - _shared(skeleton)
     if absent and not skeleton.converted:
         raise StageError.of(
@@ -58,11 +68,11 @@ def merge_items(
         if name is None:  # no parameter of the model, or a part of one that nothing changes: copied as it is
             items.append(MergeItem(PlannedTensor(stored.name, DTYPES[stored.dtype], stored.shape), stored))
         elif name not in embeddings.dropped:
-            items.append(_item(stored.name, name, stored, skeleton, embeddings, four_bit=four_bit))
+            items.append(item(stored.name, name, stored))
     for name, origin in embeddings.untied.items():
         if name not in skeleton.stored:
             stored = tensors[skeleton.stored[origin]]
-            items.append(_item(name, name, stored, skeleton, embeddings, four_bit=four_bit))
+            items.append(item(name, name, stored))
     return items
 
 
@@ -70,25 +80,3 @@ def _shared(skeleton: Skeleton) -> set[str]:
     """Tied parameters whose values are stored under the other name."""
     pairs = skeleton.tied.items()
     return {b if a in skeleton.stored else a for a, b in pairs if a in skeleton.stored or b in skeleton.stored}
-
-
-def _item(
-    written: str,
-    name: str,
-    stored: headers.Tensor,
-    skeleton: Skeleton,
-    embeddings: Embeddings,
-    *,
-    four_bit: frozenset[str],
-) -> MergeItem:
-    module, _, leaf = name.rpartition(".")
-    change = embeddings.changes.get(name)
-    source = change.full if change and change.full else stored
-    dtype = skeleton.dtypes[name] if DTYPES[stored.dtype].is_floating_point else DTYPES[stored.dtype]
-    return MergeItem(
-        planned=PlannedTensor(written, dtype, source.shape),
-        source=source,
-        module=module if module in four_bit and leaf == "weight" else "",
-        transposed=module in skeleton.transposed and leaf == "weight",
-        change=change,
-    )
