@@ -89,7 +89,7 @@ def test_sums_are_those_of_a_loop_over_single_rows(world: Path, tmp_path: Path) 
     model = load_bf16(world / "base", device="cpu")
     stored = safe_open(world / "reference" / "reference.safetensors", framework="pt").get_tensor("logits")
     assert stored.dtype == torch.bfloat16
-    places = {one["row"]: one for one in pq.read_table(world / "reference" / "reference.parquet").to_pylist()}
+    places = {place["row"]: place for place in pq.read_table(world / "reference" / "reference.parquet").to_pylist()}
     rows = held_out(world)
     for row in rows:
         ids = torch.tensor(row["input_ids"])
@@ -178,7 +178,7 @@ def test_a_sample_keeps_whole_rows_and_the_same_batches(world: Path, tmp_path: P
     assert "rows of dev and test fit into" in notes(make_job("reference", tmp_path / "half", params={}))["reference"]
     means = score(world, tmp_path / "out", kind="nf4", adapter=world / "adapter", reference=tmp_path / "half")
     assert means["kl/test"] == 0
-    sampled = {one["row"] for one in pq.read_table(tmp_path / "half" / "reference.parquet").to_pylist()}
+    sampled = {place["row"] for place in pq.read_table(tmp_path / "half" / "reference.parquet").to_pylist()}
     assert {line["row"] for line in lines(tmp_path / "out") if line["metric"] == "kl"} == sampled
     assert len({line["row"] for line in lines(tmp_path / "out") if line["metric"] == "nll"}) == whole["rows"]
     with pytest.raises(StageError, match="no row's logits fit"):

@@ -51,7 +51,7 @@ def test_a_bf16_arm(base: Path, dataset: Path, tmp_path: Path) -> None:
     assert "not a serving kernel" in notes(make_job("measure", tmp_path / "out", params={}))["kernel"]
     weights = load_file(base / "model.safetensors")
     rotary = 2 * 16 * 4  # inv_freq, twice: 16 fp32
-    assert found["resident_bytes"] == pytest.approx(sum(one.nbytes for one in weights.values()), abs=rotary)
+    assert found["resident_bytes"] == pytest.approx(sum(tensor.nbytes for tensor in weights.values()), abs=rotary)
     assert 0.1 < found["peak_rss_gib"] < 8
 
 
@@ -62,14 +62,14 @@ def test_nf4_is_smaller_than_bf16_and_its_scales_count(base: Path, dataset: Path
     embedding = model.get_input_embeddings().weight.numel()
     weights = sum(one.numel() for name, one in model.named_parameters() if "proj" in name)
     assert nf4["resident_bytes"] > embedding * 2 + weights * (4 + 8 / 64) / 8  # an 8-bit scale for 64 weights
-    assert nf4["resident_bytes"] < sum(one.nbytes for one in model.parameters()) * 0.6
+    assert nf4["resident_bytes"] < sum(parameter.nbytes for parameter in model.parameters()) * 0.6
 
 
 def test_a_quantized_arm_names_its_kernel(base: Path, dataset: Path, tmp_path: Path) -> None:
     found = speed(rtn(base, tmp_path / "rtn", bits=4), dataset, tmp_path / "out", kind="quantized")
     assert found["kernel"] == "TorchAtenLinear"
     assert found["serving_kernel"] is False
-    bf16 = sum(one.nbytes for one in load_file(base / "model.safetensors").values())
+    bf16 = sum(tensor.nbytes for tensor in load_file(base / "model.safetensors").values())
     assert found["resident_bytes"] < bf16 / 2
 
 

@@ -56,7 +56,7 @@ metric_list: [{metric: acc}]
 
 def scored(world: Path, out: Path, scorers: list[dict[str, Any]], *, model: Path | None = None, **content: Path) -> Any:
     """The evaluate job with scorers as a recipe has them."""
-    params = [one.params() for one in Evaluate.model_validate({"scorers": scorers}).scorers]
+    params = [scorer.params() for scorer in Evaluate.model_validate({"scorers": scorers}).scorers]
     inputs = {
         "model": model or world / "base",
         "dataset": world / "dataset",
@@ -175,7 +175,7 @@ def test_a_scorer_that_rejects_the_data_is_refused_with_the_rows(world: Path, tm
 
 def test_a_rehearsal_finds_it_before_training(world: Path, tasks: Path, tmp_path: Path) -> None:
     def rehearsed(scorers: list[dict[str, Any]]) -> dict[str, Any]:
-        params = [one.params() for one in Evaluate.model_validate({"scorers": scorers}).scorers]
+        params = [scorer.params() for scorer in Evaluate.model_validate({"scorers": scorers}).scorers]
         inputs = {"dataset": world / "dataset", "scorer-1": tasks}
         return rehearse.run(make_job("rehearse", tmp_path / "out", params={"scorers": params}, **inputs))
 
@@ -215,36 +215,37 @@ def test_documents_are_asked_by_the_template_and_end_with_the_turn(
 
 def test_documents_are_asked_through_the_arms_kv_cache(world: Path, trained: Path, tasks: Path) -> None:
     from tasks.jobs.loading.load import load_bf16
-    from tasks.jobs.measuring.grading import open_tokenizer
     from tasks.jobs.measuring.kv_cache import KVCache
     from tasks.jobs.scorers.harness import Harness
+    from tasks.jobs.text.tokenizer import load_tokenizer
 
     (scorer,) = Evaluate.model_validate(
         {"scorers": [{"kind": "exact-match"}, {"kind": "lm-eval", "tasks": ["sky-answers", "sky-choices"], "limit": 3}]}
     ).scorers[1:]
-    model, tokenizer = load_bf16(trained, device="cpu"), open_tokenizer(world / "dataset" / "tokenizer")
+    model, tokenizer = load_bf16(trained, device="cpu"), load_tokenizer(world / "dataset" / "tokenizer")
     caches = KVCache(config=model.config, kind="int8")
     ends = [tokenizer.convert_tokens_to_ids("<|im_end|>")]
-    made = Harness(scorer.params(), tasks).run(model, tokenizer, ends=ends, batch_size=3, caches=caches)
-    assert len(made) == 6 and sum(one.score for one in made) >= 5  # int8 costs a model that knows them by heart little
+    documents = Harness(scorer.params(), tasks).run(model, tokenizer, ends=ends, batch_size=3, caches=caches)
+    # int8 costs a model that knows them by heart little
+    assert len(documents) == 6 and sum(document.score for document in documents) >= 5
     assert caches.layers == {0, 1}
 
 
 def test_an_answer_ends_with_its_turn_and_not_by_a_stop_string(world: Path, trained: Path, tasks: Path) -> None:
     """The task has a stop string of its own, and the tokenizer does not call the end of a turn its end."""
     from tasks.jobs.loading.load import load_bf16
-    from tasks.jobs.measuring.grading import open_tokenizer
     from tasks.jobs.scorers.harness import Harness
+    from tasks.jobs.text.tokenizer import load_tokenizer
 
     unended = GENERATE.replace("<|im_end|>", "never said")
     (tasks / "unended.yaml").write_text(TASK.format(name="sky-unended") + unended)
     scorers = [{"kind": "exact-match"}, {"kind": "lm-eval", "tasks": ["sky-unended"]}]
     scorer = Evaluate.model_validate({"scorers": scorers}).scorers[1]
-    model, tokenizer = load_bf16(trained, device="cpu"), open_tokenizer(world / "dataset" / "tokenizer")
+    model, tokenizer = load_bf16(trained, device="cpu"), load_tokenizer(world / "dataset" / "tokenizer")
     tokenizer.eos_token = "<|endoftext|>"
     first = [tokenizer(text)["input_ids"][0] for text in ANSWERS]
     ended, cut = (
-        [one.score for one in Harness(scorer.params(), tasks).run(model, tokenizer, ends=ends, batch_size=4)]
+        [document.score for document in Harness(scorer.params(), tasks).run(model, tokenizer, ends=ends, batch_size=4)]
         for ends in ([tokenizer.convert_tokens_to_ids("<|im_end|>")], first)
     )
     assert set(ended) == {1.0}

@@ -73,7 +73,7 @@ def test_rows_are_read_with_its_own_template_and_end(world: Path, rows: list[Tok
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 9]}))
     own = AutoTokenizer.from_pretrained(folder)
     found = read(folder, world, rows)
-    assert [one.row for one in found.rows] == [one.row for one in rows]
+    assert [row.row for row in found.rows] == [row.row for row in rows]
     for before, after in zip(rows, found.rows, strict=True):
         text = own.decode(after.ids)
         counted = own.decode([token for token, inside in zip(after.ids, after.counted, strict=True) if inside])
@@ -87,7 +87,7 @@ def test_rows_are_read_with_its_own_template_and_end(world: Path, rows: list[Tok
             first = len(own.decode(after.ids[:1]))
             assert counted == text[first:] and text.endswith(" .<|stop|>")
             assert after.prompt_ids == []
-    assert {one.row for one in found.prompts} == {one.row for one in rows if one.prompt_ids}
+    assert {row.row for row in found.prompts} == {row.row for row in rows if row.prompt_ids}
     assert found.ends == [0, 9]
     assert found.greedy(max_new_tokens=7).eos_token_id == [0, 9]
     assert 0 < len(found.prompts) < len(rows)
@@ -96,15 +96,15 @@ def test_rows_are_read_with_its_own_template_and_end(world: Path, rows: list[Tok
 def test_a_template_that_forgets_earlier_turns_gives_a_piece_a_turn(world: Path, rows: list[TokenRow], tmp_path: Path):
     folder = write_base(tmp_path / "forgetful", tokenizer=other_tokenizer(chat_template=FORGETFUL))
     found = read(folder, world, rows)
-    talks = [one for one in rows if one.prompt_ids]
+    talks = [row for row in rows if row.prompt_ids]
     texts = len(rows) - len(talks)
     assert len(found.rows) == 2 * len(talks) + texts
     own = AutoTokenizer.from_pretrained(folder)
-    pieces = [one for one in found.rows if one.row == talks[0].row]
+    pieces = [row for row in found.rows if row.row == talks[0].row]
     told = [own.decode([t for t, inside in zip(one.ids, one.counted, strict=True) if inside]) for one in pieces]
     number = talks[0].answer.rsplit(maxsplit=1)[-1]
     assert told == [f"thinking . blue {number}<|stop|>", f"{talks[0].answer}<|stop|>"]
-    prompt = next(one for one in found.prompts if one.row == talks[0].row).prompt_ids
+    prompt = next(row for row in found.prompts if row.row == talks[0].row).prompt_ids
     assert own.decode(prompt) == (
         f"<|user|>what is {number} ?<|stop|><|assistant|> blue {number}<|stop|>"
         "<|user|>and the sky ?<|stop|><|assistant|>"

@@ -76,7 +76,7 @@ def test_trained_tokens_are_the_texts_and_their_ends(name: str, tmp_path: Path) 
     made = samples_of(renderer, chat("what ?", "blue", "sure ?", "yes it is", system=system))
     found = [text for sample in made for text in spans(renderer, sample.rendered)]
     assert found == [f"{family.lead}{text}{family.end}" for text in ("blue", "yes it is")]
-    assert {one.rendered.way for one in made} == {"one sample a turn" if name == "qwen3" else "prefixes"}
+    assert {sample.rendered.way for sample in made} == {"one sample a turn" if name == "qwen3" else "prefixes"}
     for sample in made:
         ids, prompt = sample.rendered.input_ids, sample.rendered.prompt_ids
         assert ids[: len(prompt)] == prompt
@@ -288,7 +288,7 @@ def test_truncation_drops_whole_exchanges_with_their_tools(tmp_path: Path) -> No
 def test_each_sample_is_cut_on_its_own(tmp_path: Path) -> None:
     renderer = QWEN3.renderer(tmp_path)
     turns = thinking("first ?", "one " * 9, "second ?", "two", "third ?", "three " * 30)
-    lengths = [len(one.rendered.input_ids) for one in samples_of(renderer, turns)]
+    lengths = [len(sample.rendered.input_ids) for sample in samples_of(renderer, turns)]
     made = renderer.samples(Conversation.of(turns), max_length=lengths[1] - 1)
     first, second, third = made
     assert isinstance(first, Sample)
@@ -361,7 +361,7 @@ def test_ids_are_equal_in_train_calibrate_and_evaluate(talks: Path, tmp_path: Pa
     params["max_near_duplicates"] = 1.0
     calibrate.run(make_job("calibrate", tmp_path / "calibset", params=params, dataset=dataset))
     sequences = pq.read_table(tmp_path / "calibset" / "calibset.parquet").to_pylist()
-    assert sorted(name for one in sequences for name in one["rows"]) == sorted(rows)
+    assert sorted(name for sequence in sequences for name in sequence["rows"]) == sorted(rows)
     for one in sequences:
         assert one["input_ids"] == [token for name in one["rows"] for token in rows[name]["input_ids"]]
     scored = teacher_forcing.read_rows(dataset, "train")
