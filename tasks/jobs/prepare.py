@@ -65,9 +65,9 @@ def run(job: Job) -> dict[str, Any]:
     every = [row for read in reads for row in read.rows]
     unique = {content_hash(row.messages)[:16]: row for row in reversed(every)}  # the first of equal rows stays
     chosen, selection = select(job, unique)
-    talks = _render(job, {name: row for name, row in chosen.items() if not row.is_text}, renderer)
+    chats = _render(job, {name: row for name, row in chosen.items() if not row.is_text}, renderer)
     texts = text_records(job, {name: row for name, row in chosen.items() if row.is_text}, renderer)
-    rendered = [*talks.records, *texts.records]
+    rendered = [*chats.records, *texts.records]
     rows = _distinct(rendered)
     _check_splits(rows, job)
     general = _general(job, renderer)
@@ -75,14 +75,14 @@ def run(job: Job) -> dict[str, Any]:
     pq.write_table(pa.Table.from_pylist(general, schema=GENERAL), job.out / "general.parquet")
     _write_tokenizer(job, renderer)
     duplicates = len(every) - len(unique) + len(rendered) - len(rows)
-    summary = _summary(rows, general, duplicates=duplicates, too_long=len(talks.too_long))
-    summary |= {"format": reads[0].format, "detected_from": reads[0].detected_from, "mask_from": talks.ways}
-    summary |= selection | _cut(job, lost=[*talks.lost, *texts.lost], gone=talks.too_long)
+    summary = _summary(rows, general, duplicates=duplicates, too_long=len(chats.too_long))
+    summary |= {"format": reads[0].format, "detected_from": reads[0].detected_from, "mask_from": chats.ways}
+    summary |= selection | _cut(job, lost=[*chats.lost, *texts.lost], gone=chats.too_long)
     job.write_json("summary.json", summary)
     events.note("rows", ", ".join(f"{name} {count}" for name, count in summary["rows"].items()))
     events.note(
         "left out",
-        f"{duplicates} duplicates, {len(talks.too_long)} rows whose last exchange alone is over {params['max_length']} "
+        f"{duplicates} duplicates, {len(chats.too_long)} rows whose last exchange alone is over {params['max_length']} "
         f"tokens; {summary['truncated_rows']} rows lost leading turns",
     )
     return summary
@@ -144,8 +144,8 @@ def _render(job: Job, rows: dict[str, Row], renderer: Renderer) -> _RenderedRows
         if number % 500 == 0:
             events.progress(number, len(rows), unit="row", note="tokenising")
         try:
-            talk = Conversation.of(row.messages, row.columns.get("tools"))
-            fitted = renderer.samples(talk, max_length=params["max_length"])
+            chat = Conversation.of(row.messages, row.columns.get("tools"))
+            fitted = renderer.samples(chat, max_length=params["max_length"])
         except RowError as error:
             wrong.append(f"{row.where} {error}")
             continue

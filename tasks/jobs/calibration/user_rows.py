@@ -62,8 +62,8 @@ def _turns(rows: dict[str, Row], job: Job, *, path: Path) -> Iterator[dict[str, 
     wrong: list[str] = []
     for name, row in sorted(rows.items()):
         try:
-            talk = Conversation.of(row.messages, row.columns.get("tools"))
-            samples = renderer.samples(talk, max_length=job.params["seq_len"])
+            chat = Conversation.of(row.messages, row.columns.get("tools"))
+            samples = renderer.samples(chat, max_length=job.params["seq_len"])
         except RowError as error:
             wrong.append(f"{row.where} {error}")
             continue

@@ -39,7 +39,7 @@ class RowSource(NamedTuple):
         return self.turns[0]["role"] == TEXT
 
     @property
-    def talk(self) -> Conversation:
+    def chat(self) -> Conversation:
         """As a template gets it."""
         return Conversation.of(self.turns, self.tools)
 
@@ -110,14 +110,14 @@ def _same(row: TokenRow, source: RowSource, own: Any, theirs: Any) -> bool:
     if source.is_text:
         text = source.turns[0]["content"]
         return own(text)["input_ids"] == theirs(text)["input_ids"]
-    talk = source.talk
+    chat = source.chat
 
     def ids(turns: list[Message], **options: bool) -> list[int]:
-        return own.apply_chat_template(turns, tools=talk.tools, tokenize=True, return_dict=False, **options)
+        return own.apply_chat_template(turns, tools=chat.tools, tokenize=True, return_dict=False, **options)
 
     try:
-        whole = ids(talk.turns) == row.ids
-        return whole and (not row.prompt_ids or ids(talk.turns[:-1], add_generation_prompt=True) == row.prompt_ids)
+        whole = ids(chat.turns) == row.ids
+        return whole and (not row.prompt_ids or ids(chat.turns[:-1], add_generation_prompt=True) == row.prompt_ids)
     except (TemplateError, TypeError):
         return False
 
@@ -194,15 +194,15 @@ def _read(row: TokenRow, source: RowSource, renderer: Renderer, *, ended: bool) 
 
 
 def _rendered(renderer: Renderer, source: RowSource) -> list[Rendered]:
-    talk = source.talk
+    chat = source.chat
     if source.turn:
-        return [renderer.render_last(talk)]
+        return [renderer.render_last(chat)]
     try:
-        return [renderer.render(talk)]
+        return [renderer.render(chat)]
     except RowError:
-        if len(talk.answered) == 1:
+        if len(chat.answered) == 1:
             raise
-    return [renderer.render_last(talk.until(number)) for number in talk.answered]
+    return [renderer.render_last(chat.until(number)) for number in chat.answered]
 
 
 def _sources(dataset: Path) -> dict[str, RowSource]:

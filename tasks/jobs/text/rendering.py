@@ -99,30 +99,7 @@ class Renderer:
         Raises:
             StageError: No tokenizer, no template, two templates, or turns that end with no special token.
         """
-        if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-            raise StageError.of(
-                what="the base folder has no tokenizer",
-                where=str(folder),
-                why="rows cannot be tokenised",
-                next="add its files",
-            )
-        tokenizer = load_tokenizer(folder)
-        if template and tokenizer.chat_template:
-            raise StageError.of(
-                what="the base has a chat template of its own and the recipe names another one",
-                where=str(folder),
-                why="the base was trained with its own; a second one would undo that",
-                next="remove model.chat_template from the recipe",
-            )
-        if template:
-            tokenizer.chat_template = chatml(tokenizer) if template == "chatml" else template
-        if not tokenizer.chat_template:
-            raise StageError.of(
-                what="the base has no chat template",
-                where=str(folder),
-                why="without one it is unknown where a turn begins and ends",
-                next="write model.chat_template: chatml (or the path of a Jinja file) into the recipe",
-            )
+        tokenizer = _with_template(folder, template)
         special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
         special |= {tokenizer.eos_token_id} - {None}
         try:
@@ -143,57 +120,57 @@ class Renderer:
             training=training_template(tokenizer),
         )
 
-    def samples(self, talk: Conversation, *, max_length: int) -> list[Sample | TooLong]:
+    def samples(self, chat: Conversation, *, max_length: int) -> list[Sample | TooLong]:
         """The samples that a row is trained on and scored by: one, or one per assistant turn, each cut to fit.
 
         Raises:
             RowError: The template refuses the turns, or no way gives a sound mask.
         """
         try:
-            return [_fitted(talk, self.render, max_length=max_length, turn=0, last=True)]
+            return [_fitted(chat, self.render, max_length=max_length, turn=0, last=True)]
         except RowError:
-            if len(talk.answered) == 1:
+            if len(chat.answered) == 1:
                 raise
         return [
             _fitted(
-                talk.until(number), self.render_last, max_length=max_length, turn=number, last=number == len(talk.turns)
+                chat.until(number), self.render_last, max_length=max_length, turn=number, last=number == len(chat.turns)
             )
-            for number in talk.answered
+            for number in chat.answered
         ]
 
-    def render(self, talk: Conversation) -> Rendered:
+    def render(self, chat: Conversation) -> Rendered:
         """Token ids of a conversation, every assistant turn trained.
 
         Raises:
             RowError: The template refuses the turns, or no way gives a sound mask.
         """
-        ids = self._ids(talk)
-        prompt = self.prompt(talk)
-        template = self.tokenizer.get_chat_template(tools=talk.tools)
+        ids = self._ids(chat)
+        prompt = self.prompt(chat)
+        template = self.tokenizer.get_chat_template(tools=chat.tools)
         marked: Way = "generation markers" if GENERATION.search(template) else "TRL's training template"
         source = template if marked == "generation markers" else self.training
-        if source and (mask := self._by_markers(talk, ids, source)):
-            return self._checked(talk, Rendered(input_ids=ids, mask=mask, prompt_ids=prompt, way=marked))
+        if source and (mask := self._by_markers(chat, ids, source)):
+            return self._checked(chat, Rendered(input_ids=ids, mask=mask, prompt_ids=prompt, way=marked))
         mask = [False] * len(ids)
-        for number in talk.answered:
-            turn = self._difference(talk.until(number), ids)
+        for number in chat.answered:
+            turn = self._difference(chat.until(number), ids)
             mask[turn.start : turn.stop] = [True] * len(turn)
-        return self._checked(talk, Rendered(input_ids=ids, mask=mask, prompt_ids=prompt, way="prefixes"))
+        return self._checked(chat, Rendered(input_ids=ids, mask=mask, prompt_ids=prompt, way="prefixes"))
 
-    def render_last(self, talk: Conversation) -> Rendered:
+    def render_last(self, chat: Conversation) -> Rendered:
         """Token ids of a conversation with only its last turn trained: the tokens after the history.
 
         Raises:
             RowError: The template refuses the turns, or the history is not a prefix of the whole.
         """
-        ids = self._ids(talk)
-        turn = self._difference(talk, ids)
+        ids = self._ids(chat)
+        turn = self._difference(chat, ids)
         mask = [place in turn for place in range(len(ids))]
-        return self._checked(talk, Rendered(input_ids=ids, mask=mask, prompt_ids=self.prompt(talk), way=ONE_A_TURN))
+        return self._checked(chat, Rendered(input_ids=ids, mask=mask, prompt_ids=self.prompt(chat), way=ONE_A_TURN))
 
-    def prompt(self, talk: Conversation) -> list[int]:
+    def prompt(self, chat: Conversation) -> list[int]:
         """Token ids of the history before the last turn, with the generation prompt."""
-        return self._ids(talk.until(len(talk.turns) - 1), add_generation_prompt=True)
+        return self._ids(chat.until(len(chat.turns) - 1), add_generation_prompt=True)
 
     def marked_text(self, row: Rendered) -> str:
         """The row as text, trained tokens between ⟦ and ⟧."""
@@ -210,29 +187,29 @@ class Renderer:
         start, stop = _spans(rendered.mask)[-1]
         return behind_thinking(self.tokenizer.decode(rendered.input_ids[start:stop], skip_special_tokens=True))
 
-    def _render(self, talk: Conversation, **options: Any) -> Any:
+    def _render(self, chat: Conversation, **options: Any) -> Any:
         """What apply_chat_template gives; RowError with the turn from which on the template refuses."""
-        if not talk.turns:
+        if not chat.turns:
             raise RowError("turn 1: an assistant turn with nothing before it, which no template generates")
         try:
-            return self.tokenizer.apply_chat_template(talk.turns, tools=talk.tools, tokenize=True, **options)
+            return self.tokenizer.apply_chat_template(chat.turns, tools=chat.tools, tokenize=True, **options)
         except (TemplateError, TypeError) as error:  # TypeError: text + None, or an object that is not JSON
-            number = len(talk.turns)
-            while number > 1 and self._refuses(talk.until(number - 1)):
+            number = len(chat.turns)
+            while number > 1 and self._refuses(chat.until(number - 1)):
                 number -= 1
             raise RowError(f"turn {number}: is refused by the chat template: {error}") from None
 
-    def _refuses(self, talk: Conversation) -> bool:
+    def _refuses(self, chat: Conversation) -> bool:
         try:
-            self.tokenizer.apply_chat_template(talk.turns, tools=talk.tools, tokenize=False)
+            self.tokenizer.apply_chat_template(chat.turns, tools=chat.tools, tokenize=False)
         except (TemplateError, TypeError):
             return True
         return False
 
-    def _ids(self, talk: Conversation, **options: bool) -> list[int]:
-        return self._render(talk, return_dict=False, **options)
+    def _ids(self, chat: Conversation, **options: bool) -> list[int]:
+        return self._render(chat, return_dict=False, **options)
 
-    def _by_markers(self, talk: Conversation, ids: list[int], template: str) -> list[bool] | None:
+    def _by_markers(self, chat: Conversation, ids: list[int], template: str) -> list[bool] | None:
         """Mask from a template's generation markers, each span from the generation prompt to the turn's end.
 
         Markers may hold the line ends behind both (TRL's for Qwen2.5) or a whole header: a model never writes these.
@@ -241,7 +218,7 @@ class Renderer:
         if not self.tokenizer.is_fast:  # no map from characters to tokens
             return None
         try:
-            both = self._render(talk, return_dict=True, return_assistant_tokens_mask=True, chat_template=template)
+            both = self._render(chat, return_dict=True, return_assistant_tokens_mask=True, chat_template=template)
         except RowError:
             return None
         if both["input_ids"] != ids:
@@ -257,15 +234,15 @@ class Renderer:
             if end is not None:
                 mask[end + 1 : stop] = [False] * len(mask[end + 1 : stop])
                 ends.add(end)
-        return mask if len(ends) >= len(talk.answered) else None
+        return mask if len(ends) >= len(chat.answered) else None
 
-    def _difference(self, talk: Conversation, ids: list[int]) -> range:
-        """Places in `ids` of the last turn of `talk`, up to the token that ends it.
+    def _difference(self, chat: Conversation, ids: list[int]) -> range:
+        """Places in `ids` of the last turn of `chat`, up to the token that ends it.
 
         Verified: the history with the generation prompt, and the turns up to this one's end, are prefixes of `ids`.
         """
-        number = len(talk.turns)
-        before, until = self.prompt(talk), self._ids(talk)
+        number = len(chat.turns)
+        before, until = self.prompt(chat), self._ids(chat)
         last = self._end(until, len(before), len(until))
         stop = len(before) if last is None else last + 1
         if until[: len(before)] != before:
@@ -304,32 +281,65 @@ class Renderer:
                 break
         return last_special
 
-    def _checked(self, talk: Conversation, rendered: Rendered) -> Rendered:
+    def _checked(self, chat: Conversation, rendered: Rendered) -> Rendered:
         """Pass it on; RowError for a doubled beginning-of-text token, or a tool call that the template leaves out."""
         ids, mask, bos = rendered.input_ids, rendered.mask, self.tokenizer.bos_token_id
         if bos is not None and ids[:2] == [bos, bos]:
             raise RowError("begins with two beginning-of-text tokens")
-        trained = talk.answered if rendered.way != ONE_A_TURN else [len(talk.turns)]
-        if any(talk.turns[number - 1].get("tool_calls") for number in trained):
+        trained = chat.answered if rendered.way != ONE_A_TURN else [len(chat.turns)]
+        if any(chat.turns[number - 1].get("tool_calls") for number in trained):
             text = self.tokenizer.decode([token for token, inside in zip(ids, mask, strict=True) if inside])
             for number in trained:
-                for name in called(talk.turns[number - 1]):
+                for name in called(chat.turns[number - 1]):
                     if name not in text:
                         raise RowError(f"turn {number}: the template leaves out its call of {name}")
         return rendered
 
 
+def _with_template(folder: Path, template: str | None) -> Any:
+    """The folder's tokenizer with the chat template to render by.
+
+    Raises:
+        StageError: No tokenizer, no template, or two templates.
+    """
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise StageError.of(
+            what="the base folder has no tokenizer",
+            where=str(folder),
+            why="rows cannot be tokenised",
+            next="add its files",
+        )
+    tokenizer = load_tokenizer(folder)
+    if template and tokenizer.chat_template:
+        raise StageError.of(
+            what="the base has a chat template of its own and the recipe names another one",
+            where=str(folder),
+            why="the base was trained with its own; a second one would undo that",
+            next="remove model.chat_template from the recipe",
+        )
+    if template:
+        tokenizer.chat_template = chatml(tokenizer) if template == "chatml" else template
+    if not tokenizer.chat_template:
+        raise StageError.of(
+            what="the base has no chat template",
+            where=str(folder),
+            why="without one it is unknown where a turn begins and ends",
+            next="write model.chat_template: chatml (or the path of a Jinja file) into the recipe",
+        )
+    return tokenizer
+
+
 def _fitted(
-    talk: Conversation, render: Callable[[Conversation], Rendered], *, max_length: int, turn: int, last: bool
+    chat: Conversation, render: Callable[[Conversation], Rendered], *, max_length: int, turn: int, last: bool
 ) -> Sample | TooLong:
     """The longest version within `max_length` tokens, leading exchanges dropped."""
     tokens = 0
-    for shorter in talk.shorter():
+    for shorter in chat.shorter():
         rendered = render(shorter)
         length = len(rendered.input_ids)
         tokens = tokens or length
         if length <= max_length:
-            dropped = len(talk.turns) - len(shorter.turns)
+            dropped = len(chat.turns) - len(shorter.turns)
             return Sample(shorter.turns, rendered, turn, dropped, last, lost=tokens - length)
     return TooLong(tokens)
 

@@ -95,7 +95,7 @@ class Trainer(SFTTrainer):
         metrics = {"eval_loss": nats / tokens, "eval_runtime": time.monotonic() - clock}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self._judge()
+        self._keep_or_stop()
         return metrics
 
     def _dev_batches(self) -> list[dict[str, Any]]:
@@ -106,7 +106,7 @@ class Trainer(SFTTrainer):
         mine = [*rows, *[silent] * (-len(rows) % world)][rank::world]
         return [self.data_collator(mine[start : start + size]) for start in range(0, len(mine), size)]
 
-    def _judge(self) -> None:
+    def _keep_or_stop(self) -> None:
         """Keep the weights of a new best; stop after `patience` dev losses without one."""
         params, losses = self.job.params, self.dev_losses
         finite = [point for point in losses if math.isfinite(point.loss)]

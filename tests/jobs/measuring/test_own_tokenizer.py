@@ -96,15 +96,15 @@ def test_rows_are_read_with_its_own_template_and_end(world: Path, rows: list[Tok
 def test_a_template_that_forgets_earlier_turns_gives_a_piece_a_turn(world: Path, rows: list[TokenRow], tmp_path: Path):
     folder = write_base(tmp_path / "forgetful", tokenizer=other_tokenizer(chat_template=FORGETFUL))
     found = read(folder, world, rows)
-    talks = [row for row in rows if row.prompt_ids]
-    texts = len(rows) - len(talks)
-    assert len(found.rows) == 2 * len(talks) + texts
+    chats = [row for row in rows if row.prompt_ids]
+    texts = len(rows) - len(chats)
+    assert len(found.rows) == 2 * len(chats) + texts
     own = AutoTokenizer.from_pretrained(folder)
-    pieces = [row for row in found.rows if row.row == talks[0].row]
+    pieces = [row for row in found.rows if row.row == chats[0].row]
     told = [own.decode([t for t, inside in zip(one.ids, one.counted, strict=True) if inside]) for one in pieces]
-    number = talks[0].answer.rsplit(maxsplit=1)[-1]
-    assert told == [f"thinking . blue {number}<|stop|>", f"{talks[0].answer}<|stop|>"]
-    prompt = next(row for row in found.prompts if row.row == talks[0].row).prompt_ids
+    number = chats[0].answer.rsplit(maxsplit=1)[-1]
+    assert told == [f"thinking . blue {number}<|stop|>", f"{chats[0].answer}<|stop|>"]
+    prompt = next(row for row in found.prompts if row.row == chats[0].row).prompt_ids
     assert own.decode(prompt) == (
         f"<|user|>what is {number} ?<|stop|><|assistant|> blue {number}<|stop|>"
         "<|user|>and the sky ?<|stop|><|assistant|>"
