@@ -141,9 +141,9 @@ def test_allot_gives_all_and_never_more_than_there_is() -> None:
         sizes = {f"d{i}": draw.randint(0, 40) for i in range(draw.randint(1, 8))}
         total = draw.randint(0, sum(sizes.values()))
         weights = sizes if draw.random() < 0.5 else {name: draw.random() + 0.01 for name in sizes}
-        given = calibrate.allot(sizes, total=total, weights=weights)
-        assert sum(given.values()) == total
-        assert all(given[name] <= sizes[name] for name in sizes)
+        shares = calibrate.allot(sizes, total=total, weights=weights)
+        assert sum(shares.values()) == total
+        assert all(shares[name] <= sizes[name] for name in sizes)
 
 
 def test_the_same_inputs_give_the_same_bytes_and_another_seed_does_not(dataset: Path, tmp_path: Path) -> None:

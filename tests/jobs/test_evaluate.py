@@ -85,7 +85,7 @@ def test_the_reference_scored_against_itself_is_exactly_0(world: Path, tmp_path:
 
 def test_sums_are_those_of_a_loop_over_single_rows(world: Path, tmp_path: Path) -> None:
     means = score(world, tmp_path / "out")
-    found = {(line["row"], line["metric"]): line for line in lines(tmp_path / "out")}
+    scores = {(line["row"], line["metric"]): line for line in lines(tmp_path / "out")}
     model = load_bf16(world / "base", device="cpu")
     stored = safe_open(world / "reference" / "reference.safetensors", framework="pt").get_tensor("logits")
     assert stored.dtype == torch.bfloat16
@@ -105,14 +105,14 @@ def test_sums_are_those_of_a_loop_over_single_rows(world: Path, tmp_path: Path) 
         counts = {"nll": len(predicted), "kl": place["n"], "nll_all": len(ids) - 1, "bits": len(text)}
         assert counts["nll"] == counts["kl"]
         for metric, value in (("nll", nll), ("kl", kl), ("nll_all", every), ("bits", nll / math.log(2))):
-            line = found[row["row"], metric]
+            line = scores[row["row"], metric]
             assert line["n"] == counts[metric]
             assert line["sum"] == pytest.approx(value, rel=0.02)  # bf16 sums differ with the batch: 0.3 % here
         tokens = [line["kl"] for line in lines(tmp_path / "out", "kl") if line["row"] == row["row"]]
-        assert sum(tokens) == pytest.approx(found[row["row"], "kl"]["sum"], rel=1e-5)  # stored as fp32
-    assert {key[1] for key in found} == {*SCORED, "nll_general"}
-    assert len(found) == len(SCORED) * len(rows) + 6
-    general = [line for line in found.values() if line["metric"] == "nll_general"]
+        assert sum(tokens) == pytest.approx(scores[row["row"], "kl"]["sum"], rel=1e-5)  # stored as fp32
+    assert {key[1] for key in scores} == {*SCORED, "nll_general"}
+    assert len(scores) == len(SCORED) * len(rows) + 6
+    general = [line for line in scores.values() if line["metric"] == "nll_general"]
     assert {line["split"] for line in general} == {"general"}
     texts = pq.read_table(world / "dataset" / "general.parquet").to_pylist()
     assert sum(line["n"] for line in general) == sum(len(text["input_ids"]) - 1 for text in texts)

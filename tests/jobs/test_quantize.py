@@ -81,8 +81,8 @@ def test_its_warnings_become_notes(tmp_path: Path) -> None:
     job = make_job("quantize", tmp_path / "out", params={})
     with _warnings(job.events):
         print("\rWARN  Module `a`: Hessian diagonal floor   \nINFO  fine\nWARN  Python GIL is enabled")
-    told = [event for event, _ in read_events(job.out / "events.jsonl")]
-    assert [(note["about"], note["text"]) for note in told] == [("gptqmodel", "Module `a`: Hessian diagonal floor")]
+    events = [event for event, _ in read_events(job.out / "events.jsonl")]
+    assert [(note["about"], note["text"]) for note in events] == [("gptqmodel", "Module `a`: Hessian diagonal floor")]
 
 
 def test_awq_takes_scales_and_clipping_from_another_model(base: Path, calibset: Path, tmp_path: Path) -> None:

@@ -37,11 +37,11 @@ def test_files_carry_the_inputs_names_and_what_was_not_changed(base: Path, tmp_p
     state[norm] = state[norm] * 1.25
     job = make_job("quantize", tmp_path / "out", params={})
     write_checkpoint(make_request(base, job.out, params={}), state, quantization={"quant_method": "gptq"})
-    given, written = load_file(base / "model.safetensors"), load_file(job.out / "model.safetensors")
+    original, written = load_file(base / "model.safetensors"), load_file(job.out / "model.safetensors")
     parts = {f"{LAYER}.{part}" for part in ("qweight", "qzeros", "scales")}
-    assert written.keys() == (given.keys() - {f"{LAYER}.weight"}) | parts
-    for name in given.keys() & written.keys() - {norm}:
-        assert written[name].dtype == torch.bfloat16 and torch.equal(written[name], given[name])
+    assert written.keys() == (original.keys() - {f"{LAYER}.weight"}) | parts
+    for name in original.keys() & written.keys() - {norm}:
+        assert written[name].dtype == torch.bfloat16 and torch.equal(written[name], original[name])
     assert torch.equal(written[norm], state[norm]) and norm in notes(job)["unquantized tensors"]
     assert json.loads((job.out / "config.json").read_text())["quantization_config"] == {"quant_method": "gptq"}
 

@@ -89,13 +89,13 @@ def differing(model: nn.Module, base: Path, written: Path, *, slug: str) -> dict
     """Weights that the loaded layers have otherwise than `written` means, by layer."""
     tensors = load_file(written / "model.safetensors")
     dtype = torch.bfloat16 if slug == "nf4" else torch.float16
-    found = {}
+    differences = {}
     for layer in read_headers(base).linears:
         loaded = weight_of(model.get_submodule(layer.name), layer.in_features, dtype=dtype)
         number = int((loaded != meant(tensors, layer.name, slug).to(dtype)).sum())
         if number:
-            found[layer.name] = number
-    return found
+            differences[layer.name] = number
+    return differences
 
 
 @pytest.mark.parametrize(("name", "slug"), cells())
@@ -119,11 +119,13 @@ def test_contract(name: str, slug: str, base: Callable[[str], Path], calibset: P
     if scheme.form != "bitsandbytes":
         assert mean_kl(stood_for, log_probs(by_gptqmodel(out, slug=slug))) < NOISE
 
-    said = json.loads((out / "quantize.json").read_text())
-    assert [layer["name"] for layer in said["layers"]] == [layer.name for layer in read_headers(model).linears]
-    errors = [one["output_error"] if scheme.needs_calibration else one["weight_error"] for one in said["blocks"]]
+    record = json.loads((out / "quantize.json").read_text())
+    assert [layer["name"] for layer in record["layers"]] == [layer.name for layer in read_headers(model).linears]
+    errors = [
+        block["output_error"] if scheme.needs_calibration else block["weight_error"] for block in record["blocks"]
+    ]
     assert len(errors) == 4 and all(0.001 < error < 0.9 for error in errors)  # two layers; 1 would be a zero output
-    assert said["kernel"] == (kernel_of(loaded) if scheme.needs_calibration else None)
+    assert record["kernel"] == (kernel_of(loaded) if scheme.needs_calibration else None)
 
 
 def shift_zero_point(tensors: dict[str, torch.Tensor], layer: str) -> None:
@@ -150,10 +152,10 @@ def test_planted_damage_is_found(
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     damage(tensors, layer)
     save_file(tensors, tmp_path / "damaged" / "model.safetensors", metadata={"format": "pt"})
-    found = differing(by_gptqmodel(tmp_path / "damaged", slug=slug), model, tmp_path / "out", slug=slug)
+    differences = differing(by_gptqmodel(tmp_path / "damaged", slug=slug), model, tmp_path / "out", slug=slug)
     zeros = codes(load_file(tmp_path / "out" / "model.safetensors")[f"{layer}.qzeros"], 4)
-    assert found.keys() == {layer}
-    assert 20 < found[layer] <= 32, zeros  # one group of one output; a doubled scale leaves zeros where they are
+    assert differences.keys() == {layer}
+    assert 20 < differences[layer] <= 32, zeros  # one group of one output; a doubled scale leaves zeros where they are
 
 
 def test_what_is_saved_is_what_was_made(base: Callable[[str], Path], calibset: Path, tmp_path: Path) -> None:

@@ -78,10 +78,10 @@ def test_it_loads_here_as_the_weights_it_stands_for(slug: str, base: Path, calib
     assert all(torch.equal(loaded.get_submodule(name).weight, weight) for name, weight in meant.items())
     cost = mean_kl(log_probs(original), log_probs(loaded))
     assert 1e-7 < cost < COST[scheme.bits]
-    told = json.loads((out / "quantize.json").read_text())
-    assert told["kernel"] == kernel_of(loaded)
-    assert len(told["blocks"]) == 4 and all(block["output_error"] > 0 for block in told["blocks"])
-    layers = told["layers"]
+    record = json.loads((out / "quantize.json").read_text())
+    assert record["kernel"] == kernel_of(loaded)
+    assert len(record["blocks"]) == 4 and all(block["output_error"] > 0 for block in record["blocks"])
+    layers = record["layers"]
     assert [layer["name"] for layer in layers] == [layer.name for layer in read_headers(base).linears]
     unscaled = {layer["name"] for layer in layers if layer["loss"] is None}
     skipped = (

@@ -51,8 +51,8 @@ def test_the_same_rows_padded_and_not_give_equal_scales(base: Path, tmp_path: Pa
     into other codes in every later layer, so those say nothing about padding.
     """
     job = make_job("quantize", tmp_path / "ours", params={})
-    asked = params(SLUG) | {"damp": 0.05}
-    gptqmodel.quantize(make_request(base, job.out, rows=rows(), params=asked))
+    scheme_params = params(SLUG) | {"damp": 0.05}
+    gptqmodel.quantize(make_request(base, job.out, rows=rows(), params=scheme_params))
     ours = load_file(job.out / "model.safetensors")
     masked, unmasked = (by_library(base, tmp_path / str(mask), masked=mask) for mask in (True, False))
     first = [

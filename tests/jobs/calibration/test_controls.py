@@ -58,9 +58,9 @@ def test_it_has_the_shape_of_the_own_set_and_the_same_bytes_twice(
 def test_generic_text_is_all_texts_joined(inputs: dict[str, Path], tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(inputs["dataset"] / "tokenizer")
     sequences = made("generic", inputs, tmp_path / "out")
-    told = tokenizer.decode([id for sequence in sequences for id in sequence["input_ids"]]).split(tokenizer.eos_token)
-    assert set(told[:-1]) <= set(TEXTS) and len(set(told)) == len(told)
-    assert any(text.startswith(told[-1]) for text in TEXTS)
+    texts = tokenizer.decode([id for sequence in sequences for id in sequence["input_ids"]]).split(tokenizer.eos_token)
+    assert set(texts[:-1]) <= set(TEXTS) and len(set(texts)) == len(texts)
+    assert any(text.startswith(texts[-1]) for text in TEXTS)
     assert {len(name) for sequence in sequences for name in sequence["rows"]} == {16}
 
 

@@ -98,18 +98,18 @@ def tasks(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_all_scorers_score_one_decoding(world: Path, own: Path, tmp_path: Path) -> None:
     scorers = [{"kind": "exact-match"}, python("length"), {"kind": "exact-match", "name": "again"}]
     means = scored(world, tmp_path / "out", scorers, **{"scorer-1": own})
-    found = lines(tmp_path / "out")
+    scores = lines(tmp_path / "out")
     rows = {row["row"] for row in held_out(world)}
     for metric in ("task", "task.length", "task.again"):
-        assert {line["row"] for line in found if line["metric"] == metric} == rows
+        assert {line["row"] for line in scores if line["metric"] == metric} == rows
     assert 0 < means["task.length/test"] < 1
     assert "problems" not in means
     for answer in lines(tmp_path / "out", "answers"):
-        said = json.loads(answer["scores"])
-        assert list(said) == ["exact-match", "length", "again"]
-        assert said["exact-match"] == said["again"] == {"score": answer["score"], "error": answer["error"]}
+        verdicts = json.loads(answer["scores"])
+        assert list(verdicts) == ["exact-match", "length", "again"]
+        assert verdicts["exact-match"] == verdicts["again"] == {"score": answer["score"], "error": answer["error"]}
         own_words, wanted = len(answer["answer"]), len(answer["reference"])
-        assert said["length"]["score"] == min(own_words, wanted) / max(own_words, wanted, 1)
+        assert verdicts["length"]["score"] == min(own_words, wanted) / max(own_words, wanted, 1)
 
 
 @pytest.mark.parametrize(
@@ -125,8 +125,8 @@ def test_a_scorer_that_fails_leaves_no_mean_and_all_other_scores(
     assert problem["what"] == f"the scorer {function} failed on {len(rows)} of {len(rows)} answers"
     assert any(row["row"] in problem["where"] for row in rows) and ", answer " in problem["where"]
     assert why in problem["why"]
-    found = {line["metric"] for line in lines(tmp_path / "out")}
-    assert "task" not in found and {"task.exact-match", "nll", "kl"} <= found
+    metrics = {line["metric"] for line in lines(tmp_path / "out")}
+    assert "task" not in metrics and {"task.exact-match", "nll", "kl"} <= metrics
     assert "task/test" not in means and means["task.exact-match/test"] == 0
     assert {answer["score"] for answer in lines(tmp_path / "out", "answers")} == {None}
 
@@ -182,8 +182,8 @@ def test_a_rehearsal_finds_it_before_training(world: Path, tasks: Path, tmp_path
     rows = held_out(world)
     test = sum(row["split"] == "test" for row in rows)
     sky = {"kind": "lm-eval", "name": "sky", "tasks": ["sky-answers", "sky-choices"], "limit": 3}
-    found = rehearsed([{"kind": "exact-match"}, sky])
-    assert found == {"references": len(rows), "documents": {"task.sky": {"sky-answers": 3, "sky-choices": 3}}}
+    result = rehearsed([{"kind": "exact-match"}, sky])
+    assert result == {"references": len(rows), "documents": {"task.sky": {"sky-answers": 3, "sky-choices": 3}}}
     assert rehearsed([{"kind": "exact-match"}, sky | {"limit": 999}])["documents"]["task.sky"]["sky-answers"] == test
     with pytest.raises(StageError, match="the scorer number rejects the reference answers"):
         rehearsed([{"kind": "number"}])

@@ -61,8 +61,8 @@ def test_the_same_ids_are_the_same_tokenizer_whatever_its_files_say(world: Path,
     # Without markers the template renders the same; without any, the dataset's stands in.
     assert another(write_base(tmp_path / "plain", chat_template=PLAIN), world / "dataset", rows) is None
     assert another(write_base(tmp_path / "none", chat_template=False), world / "dataset", rows) is None
-    told = another(write_base(tmp_path / "spoken", chat_template=PLAIN.replace("\n", " ")), world / "dataset", rows)
-    assert told is not None and told.startswith("another tokenizer: the base's vocabulary, but ")
+    why = another(write_base(tmp_path / "spoken", chat_template=PLAIN.replace("\n", " ")), world / "dataset", rows)
+    assert why is not None and why.startswith("another tokenizer: the base's vocabulary, but ")
     other = another(write_base(tmp_path / "o", tokenizer=other_tokenizer()), world / "dataset", rows)
     assert other is not None and f"{len(rows)} of {len(rows)} rows get other token ids" in other
     assert other.startswith("another tokenizer: 3")
@@ -72,9 +72,9 @@ def test_rows_are_read_with_its_own_template_and_end(world: Path, rows: list[Tok
     folder = write_base(tmp_path / "other", tokenizer=other_tokenizer())
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 9]}))
     own = AutoTokenizer.from_pretrained(folder)
-    found = read(folder, world, rows)
-    assert [row.row for row in found.rows] == [row.row for row in rows]
-    for before, after in zip(rows, found.rows, strict=True):
+    reading = read(folder, world, rows)
+    assert [row.row for row in reading.rows] == [row.row for row in rows]
+    for before, after in zip(rows, reading.rows, strict=True):
         text = own.decode(after.ids)
         counted = own.decode([token for token, inside in zip(after.ids, after.counted, strict=True) if inside])
         assert (after.group, after.split, after.answer) == (before.group, before.split, before.answer)
@@ -87,24 +87,26 @@ def test_rows_are_read_with_its_own_template_and_end(world: Path, rows: list[Tok
             first = len(own.decode(after.ids[:1]))
             assert counted == text[first:] and text.endswith(" .<|stop|>")
             assert after.prompt_ids == []
-    assert {row.row for row in found.prompts} == {row.row for row in rows if row.prompt_ids}
-    assert found.ends == [0, 9]
-    assert found.greedy(max_new_tokens=7).eos_token_id == [0, 9]
-    assert 0 < len(found.prompts) < len(rows)
+    assert {row.row for row in reading.prompts} == {row.row for row in rows if row.prompt_ids}
+    assert reading.ends == [0, 9]
+    assert reading.greedy(max_new_tokens=7).eos_token_id == [0, 9]
+    assert 0 < len(reading.prompts) < len(rows)
 
 
 def test_a_template_that_forgets_earlier_turns_gives_a_piece_a_turn(world: Path, rows: list[TokenRow], tmp_path: Path):
     folder = write_base(tmp_path / "forgetful", tokenizer=other_tokenizer(chat_template=FORGETFUL))
-    found = read(folder, world, rows)
+    reading = read(folder, world, rows)
     chats = [row for row in rows if row.prompt_ids]
     texts = len(rows) - len(chats)
-    assert len(found.rows) == 2 * len(chats) + texts
+    assert len(reading.rows) == 2 * len(chats) + texts
     own = AutoTokenizer.from_pretrained(folder)
-    pieces = [row for row in found.rows if row.row == chats[0].row]
-    told = [own.decode([t for t, inside in zip(one.ids, one.counted, strict=True) if inside]) for one in pieces]
+    pieces = [row for row in reading.rows if row.row == chats[0].row]
+    trained = [
+        own.decode([t for t, inside in zip(piece.ids, piece.counted, strict=True) if inside]) for piece in pieces
+    ]
     number = chats[0].answer.rsplit(maxsplit=1)[-1]
-    assert told == [f"thinking . blue {number}<|stop|>", f"{chats[0].answer}<|stop|>"]
-    prompt = next(row for row in found.prompts if row.row == chats[0].row).prompt_ids
+    assert trained == [f"thinking . blue {number}<|stop|>", f"{chats[0].answer}<|stop|>"]
+    prompt = next(row for row in reading.prompts if row.row == chats[0].row).prompt_ids
     assert own.decode(prompt) == (
         f"<|user|>what is {number} ?<|stop|><|assistant|> blue {number}<|stop|>"
         "<|user|>and the sky ?<|stop|><|assistant|>"
@@ -117,10 +119,10 @@ def test_without_a_template_it_is_refused_or_chatml(world: Path, rows: list[Toke
     with pytest.raises(StageError, match="another tokenizer and no chat template") as refused:
         read(folder, world, rows)
     assert "chat_template: chatml" in refused.value.problem.next
-    found = read(folder, world, rows, chat_template="chatml")
+    reading = read(folder, world, rows, chat_template="chatml")
     own = AutoTokenizer.from_pretrained(folder)
-    assert own.decode(found.prompts[0].prompt_ids).endswith("<|im_start|>assistant\n")
-    assert found.ends == [0]
+    assert own.decode(reading.prompts[0].prompt_ids).endswith("<|im_start|>assistant\n")
+    assert reading.ends == [0]
 
 
 def test_what_it_cannot_take_is_refused_with_the_rows(world: Path, rows: list[TokenRow], tmp_path: Path):

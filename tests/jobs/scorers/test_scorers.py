@@ -128,8 +128,8 @@ def test_an_unknown_scorer_is_no_silent_default() -> None:
     ],
 )
 def test_the_last_number_is_found(text: str, expected: str | None) -> None:
-    found = NumberScorer(NUMBER, absolute=0, relative=0).find(text)
-    assert found == (None if expected is None else Decimal(expected))
+    number = NumberScorer(NUMBER, absolute=0, relative=0).find(text)
+    assert number == (None if expected is None else Decimal(expected))
 
 
 def number(**changes: Any) -> Scorer:
