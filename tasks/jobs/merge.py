@@ -21,7 +21,7 @@ from tasks.jobs.merging.embeddings import Embeddings, new_config, settle
 from tasks.jobs.merging.nf4_record import Records
 from tasks.jobs.merging.peft_merge import merge_by_peft
 from tasks.jobs.merging.plan import MergeItem, merge_items
-from tasks.jobs.merging.rows import PART, FourBitChecks, Matrix, merged_rows
+from tasks.jobs.merging.rows import PART, FourBitChecks, WeightRows, merged_rows
 from tasks.jobs.merging.skeleton import Skeleton, read_skeleton
 from tasks.jobs.merging.streams import Reader, Writer
 from tasks.jobs.merging.weight_error import Norms, summary
@@ -174,7 +174,7 @@ def _merge_one(item: MergeItem, reader: Reader, writer: Writer, checks: FourBitC
                 writer.write(name, values.to(item.planned.dtype), first)
             return
         delta = change.load(reader, device) if change else None
-        matrix = Matrix(item, reader, device)
+        matrix = WeightRows(item, reader, device)
         if not item.transposed:
             for first, rows in merged_rows(matrix, item, delta, checks):
                 writer.write(name, rows, first * matrix.columns)

@@ -28,7 +28,7 @@ class FourBitChecks(NamedTuple):
     norms: Norms
 
 
-class Matrix:
+class WeightRows:
     """A tensor as rows [out, in] of bf16 on the device, as loading the base gives it; a bias is rows of one."""
 
     def __init__(self, item: MergeItem, reader: Reader, device: str) -> None:
@@ -52,7 +52,7 @@ class Matrix:
 
 
 def merged_rows(
-    matrix: Matrix, item: MergeItem, delta: Delta | None, checks: FourBitChecks
+    matrix: WeightRows, item: MergeItem, delta: Delta | None, checks: FourBitChecks
 ) -> Iterator[tuple[int, Tensor]]:
     """First row and merged rows of each part, on the CPU.
 
@@ -71,12 +71,12 @@ def merged_rows(
         yield first, rows.cpu()
 
 
-def _plain(matrix: Matrix) -> Iterator[tuple[int, Tensor]]:
+def _plain(matrix: WeightRows) -> Iterator[tuple[int, Tensor]]:
     for first, last in matrix.spans:
         yield first, matrix.read(first, last)
 
 
-def _nf4(matrix: Matrix, module: str, records: Records) -> Iterator[tuple[int, Tensor]]:
+def _nf4(matrix: WeightRows, module: str, records: Records) -> Iterator[tuple[int, Tensor]]:
     """The rows as NF4 makes them, compared with the record."""
     weight = quantize(matrix.read(first, last) for first, last in matrix.spans)
     places, samples = torch.tensor(sample_positions(matrix.rows * matrix.columns)), []

@@ -36,7 +36,7 @@ def read_sources(job: Job) -> list[Rows]:
     return reads
 
 
-class Place(NamedTuple):
+class RowPlace(NamedTuple):
     """Where a row belongs."""
 
     group: str
@@ -44,11 +44,11 @@ class Place(NamedTuple):
     domain: str
 
 
-def place_of(name: str, row: Row, params: Mapping[str, Any]) -> Place:
+def place_of(name: str, row: Row, params: Mapping[str, Any]) -> RowPlace:
     """The row's group (its own name where the recipe names no column), side and domain."""
     group = str(row.columns[params["group"]]) if params.get("group") else name
     split = side(group, salt=params["salt"], dev=params["dev"], test=params["test"])
-    return Place(group, split, row.domain(params.get("domain")))
+    return RowPlace(group, split, row.domain(params.get("domain")))
 
 
 class Selection(NamedTuple):
