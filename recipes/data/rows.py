@@ -323,13 +323,18 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
+def listed(lines: list[str]) -> str:
+    """The first 20 lines, each on a line of its own; the rest is counted."""
+    more = f"\n    and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
+    return "\n    " + "\n    ".join(lines[:SHOWN]) + more
+
+
 def malformed(paths: Sequence[Path], wrong: list[str]) -> Problem:
     """Malformed rows as one problem: the first 20 by name, the rest counted."""
-    more = f"\n    and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
     return Problem(
         what=f"{len(wrong)} malformed row(s)",
         where=wrong[0].split(" ", 1)[0],
-        why="these rows cannot be read:\n    " + "\n    ".join(wrong[:SHOWN]) + more,
+        why=f"these rows cannot be read:{listed(wrong)}",
         next=f"correct or remove them in {', '.join(map(str, paths))}",
     )
 

@@ -1,8 +1,7 @@
-"""An adapter that was trained elsewhere -> the artifact that a training here would have left (train.adapter)."""
+"""An adapter that was trained elsewhere -> the artifact that train would have made (train.adapter)."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from typing import Any
 
@@ -10,7 +9,6 @@ import torch
 from safetensors import safe_open
 
 from recipes.models.adapters import CONFIG, RECORD, WEIGHTS, read_adapter
-from recipes.problem import Problem
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
 
@@ -21,14 +19,14 @@ def run(job: Job) -> dict[str, Any]:
     Reads:
         adapter: PEFT folder. dataset: tokenizer/.
     Writes:
-        adapter_config.json, adapter_model.safetensors, what tells how it was trained (nf4.json, config.json) where it
-        is there, and tokenizer/, all byte for byte; train.json.
+        adapter_config.json, adapter_model.safetensors, nf4.json and config.json (how it was trained; may be
+        absent) and tokenizer/, all byte for byte; train.json.
     Metrics:
         None.
 
     Raises:
         StageError: inf or NaN in the adapter.
-        RecipeError: The folder is no adapter any more.
+        RecipeError: The folder is no longer an adapter.
     """
     folder = job.inputs["adapter"].path
     adapter = read_adapter(folder)
@@ -44,7 +42,7 @@ def run(job: Job) -> dict[str, Any]:
         "initialisation": adapter.initialisation,
         "parameters": sum(tensor.numel for tensor in adapter.tensors.values()),
     }
-    (job.out / "train.json").write_text(json.dumps(result, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    job.write_json("train.json", result)
     job.events.note(
         "adapter",
         f"trained elsewhere ({result['parameters']:,} parameters); the base in that training: {adapter.base_type} "
@@ -59,11 +57,9 @@ def _refuse_broken(job: Job) -> None:
     with safe_open(path, framework="pt") as file:
         broken = [name for name in file.keys() if not torch.isfinite(file.get_tensor(name)).all()]  # noqa: SIM118
     if broken:
-        raise StageError(
-            Problem(
-                what=f"{len(broken)} tensor(s) of the adapter hold inf or NaN",
-                where=f"{path}: {', '.join(broken)}",
-                why="its training diverged, or the file is damaged",
-                next="name another checkpoint of it as train.adapter",
-            )
+        raise StageError.of(
+            what=f"{len(broken)} tensor(s) of the adapter hold inf or NaN",
+            where=f"{path}: {', '.join(broken)}",
+            why="its training diverged, or the file is damaged",
+            next="name another checkpoint of it as train.adapter",
         )

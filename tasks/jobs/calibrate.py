@@ -7,6 +7,7 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recipes.data.rows import Message
-from recipes.problem import Problem
 from recipes.schema import LEAST_ROWS, MOST_ROWS
-from tasks.jobs.text.leaks import Held, near_twins, refuse_leaks, without_near_duplicates
+from tasks.jobs.text.leaks import HeldOutRow, near_twins, refuse_leaks, without_near_duplicates
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
 
@@ -25,7 +25,7 @@ LENGTHS = ("short", "middle", "long")  # terciles of a domain's rows by tokens
 PREVIEW_ROWS = 5
 
 
-class Candidate(NamedTuple):
+class DrawableRow(NamedTuple):
     """A row that may be drawn."""
 
     row: str
@@ -56,7 +56,7 @@ class Pool(NamedTuple):
         near_duplicates: Rows that are almost equal to one that may be drawn.
     """
 
-    strata: dict[str, list[Candidate]]
+    strata: dict[str, list[DrawableRow]]
     train: int
     too_long: int
     near_duplicates: int
@@ -73,7 +73,7 @@ def run(job: Job) -> dict[str, Any]:
     Reads:
         dataset: rows.parquet.
     Writes:
-        calibset.parquet (one line a sequence), preview.md, summary.json; near_twins.jsonl: rows that are almost equal
+        calibset.parquet (one line per sequence), preview.md, summary.json; near_twins.jsonl: rows that are almost equal
         to one of dev or test.
     Metrics:
         None.
@@ -85,7 +85,7 @@ def run(job: Job) -> dict[str, Any]:
     path = job.inputs["dataset"].path / "rows.parquet"
     columns = ["row", "split", "domain", "messages", "input_ids"]
     rows = pq.read_table(path, columns=columns).to_pylist()
-    train, held = ([row for row in rows if (row["split"] == "train") == wanted] for wanted in (True, False))
+    train, held = ([row for row in rows if (row["split"] == "train") == in_train] for in_train in (True, False))
     refuse_leaks(train, held, path=path)
     return calibset(train, held, job=job)
 
@@ -106,19 +106,19 @@ def calibset(train: list[dict[str, Any]], held: list[dict[str, Any]], *, job: Jo
     if pool.rows < params["rows"]:
         raise _too_few_rows(params, pool)
     drawn = _draw(pool.strata, counts=_counts(pool.strata, params), seed=params["seed"])
-    tokens = sum(len(one.input_ids) for one in drawn)
+    tokens = sum(len(row.input_ids) for row in drawn)
     if tokens < params.get("min_tokens", 0):
         raise _too_few_tokens(params, tokens=tokens, pool=pool)
     twins = 0
     if held:
         twins = near_twins(
-            {one.row: one.turns for one in drawn},
-            {row["row"]: Held(row["split"], json.loads(row["messages"])) for row in held},
+            {row.row: row.turns for row in drawn},
+            {row["row"]: HeldOutRow(row["split"], json.loads(row["messages"])) for row in held},
             most=params["max_near_duplicates"],
             job=job,
         )
     packed = pack(drawn, seq_len=params["seq_len"])
-    joined = [Packed([one.row for one in some], [id for one in some for id in one.input_ids]) for some in packed]
+    joined = [Packed([row.row for row in rows], [id for row in rows for id in row.input_ids]) for rows in packed]
     write_calibset(job.out, joined)
     (job.out / "preview.md").write_text(_preview(drawn, params), encoding="utf-8")
     summary = {
@@ -126,19 +126,19 @@ def calibset(train: list[dict[str, Any]], held: list[dict[str, Any]], *, job: Jo
         "tokens": tokens,
         "sequences": len(packed),
         "fill": tokens / (len(packed) * params["seq_len"]),
-        "domains": {domain: sum(one.domain == domain for one in drawn) for domain in sorted(pool.strata)},
+        "domains": {domain: sum(row.domain == domain for row in drawn) for domain in sorted(pool.strata)},
         "too_long_rows": pool.too_long,
         "near_duplicate_rows": pool.near_duplicates,
         "near_twins": twins,
     }
-    (job.out / "summary.json").write_text(json.dumps(summary, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    job.write_json("summary.json", summary)
     _note(job, summary, pool)
     return summary
 
 
 def write_calibset(out: Path, sequences: Sequence[Packed]) -> None:
-    """calibset.parquet: a line a sequence."""
-    lines = [{"sequence": number, **one._asdict()} for number, one in enumerate(sequences)]
+    """calibset.parquet: one line per sequence."""
+    lines = [{"sequence": number, **sequence._asdict()} for number, sequence in enumerate(sequences)]
     pq.write_table(pa.Table.from_pylist(lines, schema=CALIBSET), out / "calibset.parquet")
 
 
@@ -163,40 +163,38 @@ def _pool(train: list[dict[str, Any]], job: Job) -> Pool:
     """Rows of train that fit a sequence, each of them unlike the others."""
     seq_len = job.params["seq_len"]
     fitting = {
-        row["row"]: Candidate(row["row"], row["domain"], row["messages"], row["input_ids"])
-        for row in sorted(train, key=lambda one: one["row"])
+        row["row"]: DrawableRow(row["row"], row["domain"], row["messages"], row["input_ids"])
+        for row in sorted(train, key=itemgetter("row"))
         if len(row["input_ids"]) <= seq_len
     }
-    distinct = without_near_duplicates({name: one.turns for name, one in fitting.items()})
-    strata: dict[str, list[Candidate]] = defaultdict(list)
+    distinct = without_near_duplicates({name: row.turns for name, row in fitting.items()})
+    strata: dict[str, list[DrawableRow]] = defaultdict(list)
     for name in distinct:
         strata[fitting[name].domain].append(fitting[name])
     return Pool(strata, len(train), len(train) - len(fitting), len(fitting) - len(distinct))
 
 
-def _counts(strata: Mapping[str, Sequence[Candidate]], params: dict[str, Any]) -> dict[str, int]:
-    """Rows a domain gives.
+def _counts(strata: Mapping[str, Sequence[DrawableRow]], params: dict[str, Any]) -> dict[str, int]:
+    """Rows to draw from each domain.
 
     Raises:
         StageError: A share is given for a domain that train does not have, or has too few rows of.
     """
     sizes = {name: len(strata[name]) for name in sorted(strata)}
-    asked, total = params["stratify"], params["rows"]
-    if not isinstance(asked, dict):
-        return allot(sizes, total=total, weights=sizes if asked == "proportional" else dict.fromkeys(sizes, 1))
-    counts = allot(dict.fromkeys(asked, total), total=total, weights=asked)
+    stratify, total = params["stratify"], params["rows"]
+    if not isinstance(stratify, dict):
+        return allot(sizes, total=total, weights=sizes if stratify == "proportional" else dict.fromkeys(sizes, 1))
+    counts = allot(dict.fromkeys(stratify, total), total=total, weights=stratify)
     short = {name: count for name, count in counts.items() if count > sizes.get(name, 0)}
     if short:
-        told = ", ".join(
+        missing = ", ".join(
             f"{count} of {name or '(none)'}, which has {sizes.get(name, 0)}" for name, count in short.items()
         )
-        raise StageError(
-            Problem(
-                what=f"calibrate.stratify asks for {told}",
-                where="calibrate.stratify",
-                why="given shares are kept exactly; these rows of train are distinct and fit seq_len",
-                next=f"give them smaller shares of {total}, or take fewer rows; domains are {', '.join(sizes)}",
-            )
+        raise StageError.of(
+            what=f"calibrate.stratify asks for {missing}",
+            where="calibrate.stratify",
+            why="given shares are kept exactly; these rows of train are distinct and fit seq_len",
+            next=f"give them smaller shares of {total}, or take fewer rows; domains are {', '.join(sizes)}",
         )
     return counts
 
@@ -205,31 +203,31 @@ def allot(sizes: Mapping[str, int], *, total: int, weights: Mapping[str, float])
     """Share `total` rows out over strata of these sizes, none more than it holds: largest remainders, ties by name.
 
     Args:
-        sizes: Rows a stratum holds; their sum is at least `total`.
-        total: Rows wanted.
+        sizes: Rows in each stratum; their sum is at least `total`.
+        total: Rows to allot.
         weights: Shares are in proportion to these.
     """
-    given: dict[str, int] = {}
-    while True:  # a stratum whose share is all it holds gives all; the others share the rest anew
-        left = {name: weights[name] for name in sizes if name not in given}
-        rest = total - sum(given.values())
+    shares: dict[str, int] = {}
+    while True:  # a stratum whose share is all of its rows gives them all; the others share the rest again
+        left = {name: weights[name] for name in sizes if name not in shares}
+        rest = total - sum(shares.values())
         share = {name: rest * weights[name] / (sum(left.values()) or 1) for name in left}
         full = {name: sizes[name] for name in left if share[name] >= sizes[name]}
         if not full:
             break
-        given |= full
-    given |= {name: math.floor(share[name]) for name in left}
+        shares |= full
+    shares |= {name: math.floor(share[name]) for name in left}
     by_remainder = sorted(left, key=lambda name: (math.floor(share[name]) - share[name], name))
-    for name in by_remainder[: total - sum(given.values())]:
-        given[name] += 1
-    return given
+    for name in by_remainder[: total - sum(shares.values())]:
+        shares[name] += 1
+    return shares
 
 
-def pack(rows: list[Candidate], *, seq_len: int) -> list[list[Candidate]]:
+def pack(rows: list[DrawableRow], *, seq_len: int) -> list[list[DrawableRow]]:
     """Whole rows into sequences of at most `seq_len` tokens: first-fit decreasing, ties by row, so deterministic."""
-    sequences: list[list[Candidate]] = []
+    sequences: list[list[DrawableRow]] = []
     free: list[int] = []
-    for row in sorted(rows, key=lambda one: (-len(one.input_ids), one.row)):
+    for row in sorted(rows, key=lambda row: (-len(row.input_ids), row.row)):
         length = len(row.input_ids)
         place = next((i for i, left in enumerate(free) if left >= length), len(free))
         if place == len(free):
@@ -240,12 +238,12 @@ def pack(rows: list[Candidate], *, seq_len: int) -> list[list[Candidate]]:
     return sequences
 
 
-def _draw(strata: Mapping[str, Sequence[Candidate]], *, counts: Mapping[str, int], seed: int) -> list[Candidate]:
-    """A seeded sample of each stratum, with a generator of its own: its rows do not depend on other strata's.
+def _draw(strata: Mapping[str, Sequence[DrawableRow]], *, counts: Mapping[str, int], seed: int) -> list[DrawableRow]:
+    """A seeded sample of each stratum, each with its own generator: its rows do not depend on other strata.
 
     A domain's rows come in equal parts from its short, middle and long ones.
     """
-    drawn: list[Candidate] = []
+    drawn: list[DrawableRow] = []
     for domain, count in counts.items():
         thirds = by_length(strata[domain])
         sizes = {name: len(rows) for name, rows in thirds.items()}
@@ -254,9 +252,9 @@ def _draw(strata: Mapping[str, Sequence[Candidate]], *, counts: Mapping[str, int
     return drawn
 
 
-def by_length(rows: Sequence[Candidate]) -> dict[str, list[Candidate]]:
+def by_length(rows: Sequence[DrawableRow]) -> dict[str, list[DrawableRow]]:
     """Terciles by tokens, ties by name; of equal size to within one row."""
-    ordered = sorted(rows, key=lambda one: (len(one.input_ids), one.row))
+    ordered = sorted(rows, key=lambda row: (len(row.input_ids), row.row))
     ends = [len(ordered) * third // 3 for third in range(4)]
     return {name: ordered[ends[i] : ends[i + 1]] for i, name in enumerate(LENGTHS)}
 
@@ -272,15 +270,12 @@ def _too_few_rows(params: dict[str, Any], pool: Pool) -> StageError:
     )
     if pool.too_long:
         remedy += ", or raise calibrate.seq_len"
-    return StageError(
-        Problem(
-            what=f"calibration needs {params['rows']} rows; train has {pool.rows} distinct ones of up to "
-            f"{params['seq_len']} tokens",
-            where="calibrate.rows, calibrate.seq_len",
-            why=f"below {LEAST_ROWS} rows the Hessian of a wide layer is not of full rank and scales follow single "
-            "rows",
-            next=remedy,
-        )
+    return StageError.of(
+        what=f"calibration needs {params['rows']} rows; train has {pool.rows} distinct ones of up to "
+        f"{params['seq_len']} tokens",
+        where="calibrate.rows, calibrate.seq_len",
+        why=f"below {LEAST_ROWS} rows the Hessian of a wide layer is not of full rank and scales follow single rows",
+        next=remedy,
     )
 
 
@@ -292,22 +287,20 @@ def _too_few_tokens(params: dict[str, Any], *, tokens: int, pool: Pool) -> Stage
         remedy += ", or give calibrate.allow_unusual_size a reason"
     if needed <= most:
         remedy = f"set calibrate.rows to {needed}"
-    return StageError(
-        Problem(
-            what=f"{params['rows']} rows give {tokens} calibration tokens; {params['min_tokens']} are needed",
-            where="calibrate.rows",
-            why="with fewer tokens than a layer has inputs its Hessian is not of full rank",
-            next=remedy,
-        )
+    return StageError.of(
+        what=f"{params['rows']} rows give {tokens} calibration tokens; {params['min_tokens']} are needed",
+        where="calibrate.rows",
+        why="with fewer tokens than a layer has inputs its Hessian is not of full rank",
+        next=remedy,
     )
 
 
-def _preview(drawn: list[Candidate], params: dict[str, Any]) -> str:
+def _preview(drawn: list[DrawableRow], params: dict[str, Any]) -> str:
     """The first rows by name, readable."""
     parts = [f"# Calibration set: {PREVIEW_ROWS} of {len(drawn)} rows (seed {params['seed']})\n"]
-    for one in sorted(drawn, key=lambda candidate: candidate.row)[:PREVIEW_ROWS]:
-        parts.append(f"## {one.row}, {len(one.input_ids)} tokens, domain {one.domain or '(none)'}\n")
-        for turn in one.turns:
-            said = turn.get("content") or json.dumps(turn.get("tool_calls"), ensure_ascii=False)
-            parts.append(f"**{turn['role']}**\n\n```\n{said}\n```\n")
+    for row in sorted(drawn, key=lambda row: row.row)[:PREVIEW_ROWS]:
+        parts.append(f"## {row.row}, {len(row.input_ids)} tokens, domain {row.domain or '(none)'}\n")
+        for turn in row.turns:
+            text = turn.get("content") or json.dumps(turn.get("tool_calls"), ensure_ascii=False)
+            parts.append(f"**{turn['role']}**\n\n```\n{text}\n```\n")
     return "\n".join(parts)

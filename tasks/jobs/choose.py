@@ -1,4 +1,4 @@
-"""choose: name one of the candidates. Where there are several, by their loss on dev and on nothing else."""
+"""Names one of the candidates. Where there are several, by their loss on dev and on nothing else."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from scipy.stats import t
 
-from recipes.problem import Problem
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
 
@@ -29,14 +28,14 @@ def run(job: Job) -> dict[str, Any]:
     """Name the only candidate, or the better of the two merges.
 
     Reads:
-        One input a candidate. Where there are two, scores.parquet of NAME_scores for each: its nll rows of dev.
+        One input per candidate. Where there are two, scores.parquet of NAME_scores for each: its nll rows of dev.
     Writes:
         choice.json {"candidate": name of the input}; where it was decided here, with the figures and the rule.
     Metrics:
         None.
 
     Raises:
-        StageError: The two were not scored on the same rows of dev, or a loss is no number.
+        StageError: The two were not scored on the same rows of dev, or a loss is not a number.
     """
     candidates = [name for name in job.inputs if not name.endswith(SCORES)]
     choice: dict[str, Any] = {"candidate": candidates[0]}
@@ -58,21 +57,21 @@ def run(job: Job) -> dict[str, Any]:
 def _decided(job: Job) -> dict[str, Any]:
     ours, theirs = (_dev_losses(job.inputs[f"{name}{SCORES}"].path) for name in (PREFERRED, OTHER))
     if ours.select(["row", "group", "n"]) != theirs.select(["row", "group", "n"]):
-        raise _refused(
+        raise _undecidable(
             "the two merged models were not scored on the same rows of dev", "a paired comparison needs them"
         )
     losses = {name: _mean(table) for name, table in ((PREFERRED, ours), (OTHER, theirs))}
     if not np.isfinite(list(losses.values())).all():
-        raise _refused("a loss on dev is no number", f"mean losses: {losses}")
-    found = paired(_grouped(ours), _grouped(theirs))
+        raise _undecidable("a loss on dev is not a number", f"mean losses: {losses}")
+    comparison = paired(_grouped(ours), _grouped(theirs))
     return {
-        "candidate": OTHER if found.ci95 is not None and found.ci95[0] > 0 else PREFERRED,
+        "candidate": OTHER if comparison.ci95 is not None and comparison.ci95[0] > 0 else PREFERRED,
         "rule": RULE,
         "loss": losses,
-        "difference": found.difference,
-        "ci95": found.ci95 and list(found.ci95),
+        "difference": comparison.difference,
+        "ci95": comparison.ci95 and list(comparison.ci95),
         "rows": ours.num_rows,
-        "groups": found.groups,
+        "groups": comparison.groups,
         "tokens": int(ours["n"].to_numpy().sum()),
     }
 
@@ -107,30 +106,28 @@ def _grouped(table: pa.Table) -> Grouped:
     return Grouped(sums["sum_sum"].to_numpy(), sums["n_sum"].to_numpy().astype(np.float64))
 
 
-class Paired(NamedTuple):
-    """Difference of two mean losses (nats a token) with its 95 % interval; None where there is one group only."""
+class PairedDifference(NamedTuple):
+    """Difference of two mean losses (nats per token) with its 95 % interval; None where there is only one group."""
 
     difference: float
     ci95: tuple[float, float] | None
     groups: int
 
 
-def paired(ours: Grouped, theirs: Grouped) -> Paired:
+def paired(ours: Grouped, theirs: Grouped) -> PairedDifference:
     """Mean loss of ours - theirs, with Student's t over groups.
 
     The mean is a ratio of sums, so a group's influence on it is its excess over the mean, linearised: (difference of
-    its sums - difference of means * its tokens) / tokens a group. docs/adr says why this and no bootstrap.
+    its sums - difference of means * its tokens) / tokens per group. docs/adr says why this and no bootstrap.
     """
-    apart, tokens = ours.total - theirs.total, ours.tokens
-    groups, difference = len(tokens), float(apart.sum() / tokens.sum())
+    differences, tokens = ours.total - theirs.total, ours.tokens
+    groups, difference = len(tokens), float(differences.sum() / tokens.sum())
     if groups < 2:
-        return Paired(difference, None, groups)
-    influence = (apart - difference * tokens) / tokens.mean()
+        return PairedDifference(difference, None, groups)
+    influence = (differences - difference * tokens) / tokens.mean()
     half = float(t.ppf(0.975, groups - 1) * influence.std(ddof=1) / np.sqrt(groups))
-    return Paired(difference, (difference - half, difference + half), groups)
+    return PairedDifference(difference, (difference - half, difference + half), groups)
 
 
-def _refused(what: str, why: str) -> StageError:
-    return StageError(
-        Problem(what=what, where="dev", why=why, next="run again with merge.base: dequantized (or original)")
-    )
+def _undecidable(what: str, why: str) -> StageError:
+    return StageError.of(what=what, where="dev", why=why, next="run again with merge.base: dequantized (or original)")

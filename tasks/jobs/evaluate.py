@@ -1,11 +1,11 @@
-"""One arm, loaded from what was stored, over dev, test and the general hold-out: a score a row and metric."""
+"""One arm, loaded from the store, over dev, test and the general hold-out: one score per row and metric."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,22 +14,24 @@ import pyarrow.parquet as pq
 from safetensors import safe_open
 from torch import Tensor
 
-from tasks.jobs.loading.load import kernel_of, load_arm, setup
-from tasks.jobs.measuring.grading import Asking, ask_harnesses, grade, open_graders, open_tokenizer, refuse_references
+from tasks.jobs.loading.kernels import kernel_of
+from tasks.jobs.loading.load import load_arm, setup
+from tasks.jobs.measuring.grading import Prompting, grade, open_graders, refuse_references, run_harnesses
 from tasks.jobs.measuring.kv_cache import KVCache, calibrated
 from tasks.jobs.measuring.own_tokenizer import OwnReading, own_reading
 from tasks.jobs.measuring.teacher_forcing import (
     Model,
-    Predicted,
-    Row,
-    answers,
+    Prediction,
+    TokenRow,
     batches,
     completion_bytes,
     forced,
+    greedy_answers,
     greedy_config,
     read_general,
     read_rows,
 )
+from tasks.jobs.text.tokenizer import load_tokenizer
 from tasks.runtime.process.job import Job
 
 SCORES = pa.schema(
@@ -56,10 +58,10 @@ def run(job: Job) -> dict[str, Any]:
         UTF-8 bytes of the completions' text), kl (KL(reference || arm) in nats, n completion tokens), agree (top-1
         agreements, n completion tokens), task (the first scorer's score, n = 1), task.NAME (another one's; documents of
         lm-eval tasks are rows of their own).
-        kl.parquet: KL a token. answers.parquet: what was asked, expected and answered, with `score` and `error` of the
+        kl.parquet: KL per token. answers.parquet: prompt, reference and answer, with `score` and `error` of the
         first scorer and `scores`, JSON {NAME: {score, error}} of all. Rows without a prompt (plain texts) have no task
         and no answer. kv_cache.json: how a quantized KV cache was simulated (params.kv).
-        Without a reference there is no kl and no agree; a model with another tokenizer has bits and task scores alone.
+        Without a reference there is no kl and no agree; a model with another tokenizer has only bits and task scores.
         `absent` of the result says why, by metric.
     Metrics:
         The mean of each, by split. `problems` of the result: metric -> why the arm has no score of it.
@@ -71,50 +73,41 @@ def run(job: Job) -> dict[str, Any]:
     setup(job)
     if job.execution.device == "cpu":
         os.environ["GPTQ_TORCH_CACHE_WEIGHTS"] = "1"  # 2- and 3-bit layers dequantize once, not in every forward
-    params, dataset = job.params, job.inputs["dataset"].path
+    dataset = job.inputs["dataset"].path
     rows, general = read_rows(dataset, "dev", "test"), read_general(dataset)
-    asked = [row for row in rows if row.prompt_ids]  # one sample a conversation
-    if len(asked) < len(rows):
-        job.events.note(
-            "task", f"{len(rows) - len(asked)} of {len(rows)} rows are plain text: no prompt, so no task score"
-        )
+    prompted = _with_prompt(rows, job)
     graders = open_graders(job)
-    refuse_references(asked, graders.answers)
-    adapter = job.inputs["adapter"].path if "adapter" in job.inputs else None
+    refuse_references(prompted, graders.answers)
     own = _own_reading(rows, job)
-    trusted = params.get("trust_remote_code", False)
-    model = load_arm(
-        params["kind"],
-        job.inputs["model"].path,
-        adapter=adapter,
-        device=job.execution.device,
-        trusted=trusted,
-        note=job.events.note,
-    )
-    job.events.note("kernel", f"{kernel_of(model)} on {job.execution.device}")
-    arm = _Loaded(model, open_tokenizer(dataset / "tokenizer"), _kv_cache(model, job))
-    progress = _Progress(job, [own.rows, asked] if own else [rows, asked, general])
-    if own:
-        scores, tokens, absent = _own_scores(arm, own, rows, job, progress)
-    else:
-        scores, tokens, absent = _forced_scores(arm, rows, job, progress)
-        scores += _general_scores(arm, general, job, progress)
-    answered = _answers(arm, asked, job, progress, own=own)
-    graded = grade(asked, [one["answer"] for one in answered], graders.answers)
+    arm = _load(job, passes=[own.rows, prompted] if own else [rows, prompted, general])
+    scores, tokens, absent = _own_scores(arm, own, rows) if own else _forced_scores(arm, rows)
+    if not own:
+        scores += _general_scores(arm, general)
+    answers = _answers(arm, prompted, own=own)
+    graded = grade(prompted, [line["answer"] for line in answers], graders.answers)
     scores += [_score(row, metric, value, 1) for metric, values in graded.scores.items() for row, value in values]
-    answered = [one | said for one, said in zip(answered, graded.said, strict=True)]
-    asking = Asking(own.tokenizer, own.ends) if own else Asking.of(dataset / "tokenizer")
-    documents, problems = ask_harnesses(model, graders.harnesses, job, asking=asking, caches=arm.caches)
+    answers = [line | verdicts for line, verdicts in zip(answers, graded.verdicts, strict=True)]
+    prompting = Prompting(own.tokenizer, own.ends) if own else Prompting.of(dataset / "tokenizer")
+    documents, problems = run_harnesses(arm.model, graders.harnesses, job, prompting=prompting, caches=arm.caches)
     scores += documents
-    for name, lines, schema in (("scores", scores, SCORES), ("kl", tokens, TOKENS), ("answers", answered, ANSWERS)):
+    for name, lines, schema in (("scores", scores, SCORES), ("kl", tokens, TOKENS), ("answers", answers, ANSWERS)):
         pq.write_table(pa.Table.from_pylist(lines, schema=schema), job.out / f"{name}.parquet")
     problems = {metric: problem.as_dict() for metric, problem in (graded.problems | problems).items()}
-    said = {"absent": absent, "problems": problems}
-    given = {name: one for name, one in said.items() if one}
-    return {"kernel": kernel_of(model), **given, **_stored(arm.caches, job), **_means(scores, job)}
+    gaps = {name: reasons for name, reasons in (("absent", absent), ("problems", problems)) if reasons}
+    return {"kernel": kernel_of(arm.model), **gaps, **_record_kv_cache(arm), **_means(scores, job)}
 
 
-def _own_reading(rows: list[Row], job: Job) -> OwnReading | None:
+def _with_prompt(rows: list[TokenRow], job: Job) -> list[TokenRow]:
+    """The rows that a model is asked: one sample per conversation, no plain texts."""
+    prompted = [row for row in rows if row.prompt_ids]
+    if len(prompted) < len(rows):
+        job.events.note(
+            "task", f"{len(rows) - len(prompted)} of {len(rows)} rows are plain text: no prompt, so no task score"
+        )
+    return prompted
+
+
+def _own_reading(rows: list[TokenRow], job: Job) -> OwnReading | None:
     """The rows as an external model with another tokenizer reads them; None for every other arm."""
     if job.params["kind"] != "external":
         return None
@@ -128,12 +121,39 @@ def _own_reading(rows: list[Row], job: Job) -> OwnReading | None:
     return own
 
 
-class _Loaded(NamedTuple):
-    """The arm, the dataset's tokenizer, and what makes the arm's KV caches where they are quantized."""
+class _LoadedArm(NamedTuple):
+    """The arm in memory, the dataset's tokenizer, and what makes the arm's KV caches where they are quantized."""
 
+    job: Job
     model: Model
     tokenizer: Any
     caches: KVCache | None
+    progress: _Progress
+
+    def forced(self, rows: list[TokenRow], note: str, *, caches: KVCache | None = None) -> Iterator[Prediction]:
+        """Teacher forcing over all rows, batch by batch."""
+        for batch in self.batches(rows, key=lambda row: len(row.ids)):
+            yield from forced(self.model, batch, caches)
+            self.progress.step(note)
+
+    def batches(self, rows: list[TokenRow], *, key: Callable[[TokenRow], int]) -> list[list[TokenRow]]:
+        """The rows in batches of the job's size."""
+        return batches(rows, self.job.params["batch_size"], key=key)
+
+
+def _load(job: Job, *, passes: Sequence[Sequence[TokenRow]]) -> _LoadedArm:
+    """Load the arm; `passes` are the rows of each pass over it, for its progress."""
+    model = load_arm(
+        job.params["kind"],
+        job.inputs["model"].path,
+        adapter=job.optional("adapter"),
+        device=job.execution.device,
+        trusted=job.params.get("trust_remote_code", False),
+        note=job.events.note,
+    )
+    job.events.note("kernel", f"{kernel_of(model)} on {job.execution.device}")
+    tokenizer = load_tokenizer(job.inputs["dataset"].path / "tokenizer")
+    return _LoadedArm(job, model, tokenizer, _kv_cache(model, job), _Progress(job, passes))
 
 
 def _kv_cache(model: Model, job: Job) -> KVCache | None:
@@ -145,18 +165,18 @@ def _kv_cache(model: Model, job: Job) -> KVCache | None:
     return KVCache(config=model.config, kind=kind, scales=scales)
 
 
-def _stored(caches: KVCache | None, job: Job) -> dict[str, Any]:
-    """Record how the KV cache was stored, in kv_cache.json, a note and the manifest."""
-    if caches is None:
+def _record_kv_cache(arm: _LoadedArm) -> dict[str, Any]:
+    """Write to kv_cache.json, a note and the manifest how the KV cache was stored."""
+    if arm.caches is None:
         return {}
-    record = caches.record()
-    (job.out / "kv_cache.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    job.events.note("kv cache", caches.note)
+    record = arm.caches.record()
+    (arm.job.out / "kv_cache.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    arm.job.events.note("kv cache", arm.caches.note)
     return {"kv_cache": {"kind": record["kind"], "label": record["label"], "layers": len(record["layers"])}}
 
 
 class _Progress:
-    def __init__(self, job: Job, passes: Sequence[Sequence[Row]]) -> None:
+    def __init__(self, job: Job, passes: Sequence[Sequence[TokenRow]]) -> None:
         self._events, self._done = job.events, 0
         self._total = sum(-(-len(rows) // job.params["batch_size"]) for rows in passes)
 
@@ -165,7 +185,7 @@ class _Progress:
         self._events.progress(self._done, self._total, unit="batch", note=note)
 
 
-def _score(row: Row, metric: str, value: float, n: int) -> dict[str, Any]:
+def _score(row: TokenRow, metric: str, value: float, n: int) -> dict[str, Any]:
     return {
         "row": row.row,
         "group": row.group,
@@ -177,7 +197,7 @@ def _score(row: Row, metric: str, value: float, n: int) -> dict[str, Any]:
     }
 
 
-class _Forced(NamedTuple):
+class _Scored(NamedTuple):
     """Lines of scores.parquet and of kl.parquet; and why a metric has none."""
 
     scores: list[dict[str, Any]]
@@ -185,51 +205,48 @@ class _Forced(NamedTuple):
     absent: dict[str, str]
 
 
-def _own_scores(arm: _Loaded, own: OwnReading, rows: list[Row], job: Job, progress: _Progress) -> _Forced:
-    """Bits of every row's completions in the model's own tokens, over the bytes that every other arm's stand over."""
+def _own_scores(arm: _LoadedArm, own: OwnReading, rows: list[TokenRow]) -> _Scored:
+    """Bits of every row's completions in the model's own tokens, per byte of the same text as for every other arm."""
     nll = dict.fromkeys((row.row for row in rows), 0.0)
-    for group in batches(own.rows, job.params["batch_size"], key=lambda row: len(row.ids)):
-        for one in forced(arm.model, group):
-            nll[one.row.row] += one.losses()[one.counted].sum().item()
-        progress.step("completions")
+    for prediction in arm.forced(own.rows, "completions"):
+        nll[prediction.row.row] += prediction.losses()[prediction.counted].sum().item()
     sizes = {row.row: completion_bytes(row, arm.tokenizer) for row in rows}
     scores = [_score(row, "bits", nll[row.row] / math.log(2), sizes[row.row]) for row in rows if sizes[row.row]]
-    return _Forced(scores, [], dict.fromkeys(("nll", "nll_all", "nll_general", "kl", "agree"), own.why))
+    return _Scored(scores, [], dict.fromkeys(("nll", "nll_all", "nll_general", "kl", "agree"), own.why))
 
 
-def _forced_scores(arm: _Loaded, rows: list[Row], job: Job, progress: _Progress) -> _Forced:
+def _forced_scores(arm: _LoadedArm, rows: list[TokenRow]) -> _Scored:
     """Loss of every row; KL and agreement of the rows that the reference holds."""
-    reference = _Reference(job.inputs["reference"].path) if "reference" in job.inputs else None
-    found = _Forced([], [], {} if reference else dict.fromkeys(("kl", "agree"), NO_REFERENCE))
-    for group in batches(rows, job.params["batch_size"], key=lambda row: len(row.ids)):
-        for one in forced(arm.model, group, arm.caches):
-            row = one.row
-            found.scores.extend(_losses(one, arm.tokenizer))
-            wanted = reference.logits(row) if reference else None
-            if wanted is None:
-                continue
-            wanted, logits = _shared(wanted.to(one.every.device), one.logits)
-            if logits.shape[-1] < len(arm.tokenizer):
-                why = f"{logits.shape[-1]:,} logits, fewer than the {len(arm.tokenizer):,} tokens of the vocabulary"
-                found.absent.update(dict.fromkeys(("kl", "agree"), why))
-                continue
-            kl = divergence(wanted, logits)
-            agree = (wanted.max(-1).indices == logits.max(-1).indices).sum().item()  # argmax of bf16: 4 times slower
-            found.scores.append(_score(row, "kl", kl.sum().item(), row.n))
-            found.scores.append(_score(row, "agree", agree, row.n))
-            place = {"row": row.row, "group": row.group, "split": row.split}
-            found.tokens.extend({**place, "kl": value} for value in kl.tolist())
-        progress.step("completions")
-    return found
+    folder = arm.job.optional("reference")
+    reference = _Reference(folder) if folder else None
+    scored = _Scored([], [], {} if reference else dict.fromkeys(("kl", "agree"), NO_REFERENCE))
+    for prediction in arm.forced(rows, "completions", caches=arm.caches):
+        row = prediction.row
+        scored.scores.extend(_losses(prediction, arm.tokenizer))
+        expected = reference.logits(row) if reference else None
+        if expected is None:
+            continue
+        expected, logits = _shared(expected.to(prediction.every.device), prediction.logits)
+        if logits.shape[-1] < len(arm.tokenizer):
+            why = f"{logits.shape[-1]:,} logits, fewer than the {len(arm.tokenizer):,} tokens of the vocabulary"
+            scored.absent.update(dict.fromkeys(("kl", "agree"), why))
+            continue
+        kl = divergence(expected, logits)
+        agree = (expected.max(-1).indices == logits.max(-1).indices).sum().item()  # argmax of bf16: 4 times slower
+        scored.scores.append(_score(row, "kl", kl.sum().item(), row.n))
+        scored.scores.append(_score(row, "agree", agree, row.n))
+        place = {"row": row.row, "group": row.group, "split": row.split}
+        scored.tokens.extend({**place, "kl": value} for value in kl.tolist())
+    return scored
 
 
-def _losses(one: Predicted, tokenizer: Any) -> list[dict[str, Any]]:
+def _losses(prediction: Prediction, tokenizer: Any) -> list[dict[str, Any]]:
     """nll, nll_all and bits of a row; no bits for completions without any text."""
-    row, losses = one.row, one.losses()
-    nll = losses[one.counted].sum().item()
+    row, losses = prediction.row, prediction.losses()
+    nll = losses[prediction.counted].sum().item()
     n_bytes = completion_bytes(row, tokenizer)
-    found = [_score(row, "nll", nll, row.n), _score(row, "nll_all", losses.sum().item(), len(losses))]
-    return [*found, _score(row, "bits", nll / math.log(2), n_bytes)] if n_bytes else found
+    scores = [_score(row, "nll", nll, row.n), _score(row, "nll_all", losses.sum().item(), len(losses))]
+    return [*scores, _score(row, "bits", nll / math.log(2), n_bytes)] if n_bytes else scores
 
 
 def _shared(reference: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,9 +259,9 @@ def _shared(reference: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def divergence(reference: Tensor, logits: Tensor) -> Tensor:
-    """KL(reference || arm) a token in nats, sum_v p_v (log p_v - log q_v). Both [n, vocabulary] -> [n].
+    """KL(reference || arm) per token in nats, sum_v p_v (log p_v - log q_v). Both [n, vocabulary] -> [n].
 
-    In fp64: fp32 is off by up to 1e-6 nats a token, and a faithful merge costs 1e-5.
+    In fp64: fp32 is off by up to 1e-6 nats per token, and a faithful merge costs 1e-5.
     """
     log_p, log_q = reference.double().log_softmax(-1), logits.double().log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
@@ -255,10 +272,10 @@ class _Reference:
 
     def __init__(self, folder: Path) -> None:
         places = pq.read_table(folder / "reference.parquet").to_pylist()
-        self._places = {one["row"]: (one["start"], one["start"] + one["n"]) for one in places}
+        self._places = {place["row"]: (place["start"], place["start"] + place["n"]) for place in places}
         self._logits = safe_open(folder / "reference.safetensors", framework="pt").get_slice("logits")
 
-    def logits(self, row: Row) -> Tensor | None:
+    def logits(self, row: TokenRow) -> Tensor | None:
         """[n, vocabulary] of a row's completion tokens, or None where the row was not sampled."""
         if row.row not in self._places:
             return None
@@ -266,29 +283,28 @@ class _Reference:
         return self._logits[start:end]
 
 
-def _general_scores(arm: _Loaded, rows: list[Row], job: Job, progress: _Progress) -> list[dict[str, Any]]:
-    scores = []
-    for group in batches(rows, job.params["batch_size"], key=lambda row: len(row.ids)):
-        for one in forced(arm.model, group, arm.caches):
-            scores.append(_score(one.row, "nll_general", one.losses().sum().item(), one.row.n))
-        progress.step("general text")
-    return scores
+def _general_scores(arm: _LoadedArm, rows: list[TokenRow]) -> list[dict[str, Any]]:
+    return [
+        _score(prediction.row, "nll_general", prediction.losses().sum().item(), prediction.row.n)
+        for prediction in arm.forced(rows, "general text", caches=arm.caches)
+    ]
 
 
-def _answers(
-    arm: _Loaded, rows: list[Row], job: Job, progress: _Progress, *, own: OwnReading | None
-) -> list[dict[str, Any]]:
-    """Greedy answers, decoded once for all scorers, in the order of `rows`; from the prompts of `own` where there are.
+def _answers(arm: _LoadedArm, rows: list[TokenRow], *, own: OwnReading | None) -> list[dict[str, Any]]:
+    """Greedy answers, decoded once for all scorers, in the order of `rows`; to the prompts of `own` where it is given.
 
-    Rows with answers of like length share a batch: it decodes until its last answer has ended.
+    Rows with answers of similar length share a batch: a batch decodes until its last answer has ended.
     """
-    words, longest = job.inputs["dataset"].path / "tokenizer", job.params["max_new_tokens"]
-    config = own.greedy(max_new_tokens=longest) if own else greedy_config(words, max_new_tokens=longest)
-    tokenizer = own.tokenizer if own else arm.tokenizer
-    found: dict[str, dict[str, Any]] = {}
-    for group in batches(own.prompts if own else rows, job.params["batch_size"], key=lambda row: row.answer_tokens):
-        for row, tokens in zip(group, answers(arm.model, group, config, arm.caches), strict=True):
-            found[row.row] = {
+    longest = arm.job.params["max_new_tokens"]
+    if own:
+        prompts, tokenizer, config = own.prompts, own.tokenizer, own.greedy(max_new_tokens=longest)
+    else:
+        folder = arm.job.inputs["dataset"].path / "tokenizer"
+        prompts, tokenizer, config = rows, arm.tokenizer, greedy_config(folder, max_new_tokens=longest)
+    lines: dict[str, dict[str, Any]] = {}
+    for batch in arm.batches(prompts, key=lambda row: row.answer_tokens):
+        for row, tokens in zip(batch, greedy_answers(arm.model, batch, config, arm.caches), strict=True):
+            lines[row.row] = {
                 "row": row.row,
                 "split": row.split,
                 "domain": row.domain,
@@ -296,17 +312,17 @@ def _answers(
                 "reference": row.answer,
                 "answer": tokenizer.decode(tokens, skip_special_tokens=True),
             }
-        progress.step("answers")
-    return [found[row.row] for row in rows]
+        arm.progress.step("answers")
+    return [lines[row.row] for row in rows]
 
 
 def _means(scores: list[dict[str, Any]], job: Job) -> dict[str, float]:
     """Mean of each metric by split, as `metric/split`; also written as metric events."""
     sums: dict[str, list[float]] = {}
-    for one in scores:
-        both = sums.setdefault(f"{one['metric']}/{one['split']}", [0.0, 0.0])
-        both[0] += one["sum"]
-        both[1] += one["n"]
+    for score in scores:
+        total_and_n = sums.setdefault(f"{score['metric']}/{score['split']}", [0.0, 0.0])
+        total_and_n[0] += score["sum"]
+        total_and_n[1] += score["n"]
     means = {name: total / n for name, (total, n) in sums.items() if n}
     for name, value in means.items():
         job.events.metric(name, value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import resource
 import time
 from pathlib import Path
@@ -13,10 +12,11 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
-from tasks.jobs.loading.load import kernel_of, load_arm, setup
+from tasks.jobs.loading.kernels import kernel_of
+from tasks.jobs.loading.load import load_arm, setup
 from tasks.jobs.measuring.teacher_forcing import Model
+from tasks.jobs.text.tokenizer import load_tokenizer
 from tasks.runtime.process.job import Job
 
 BIG_BYTES = 2 << 30  # above this a load takes long: it is timed once
@@ -28,7 +28,7 @@ def run(job: Job) -> dict[str, Any]:
     Reads:
         model: folder. adapter: PEFT folder (optional). dataset: real tokens for the prompt.
     Writes:
-        speed.json: load_s, prefill_tokens_per_s, decode_tokens_per_s (one value a repeat), resident_bytes,
+        speed.json: load_s, prefill_tokens_per_s, decode_tokens_per_s (one value per repeat), resident_bytes,
         peak_rss_gib (peak_gpu_gib on CUDA), kernel, serving_kernel, device, threads, batch, context, new_tokens.
     Metrics:
         The medians.
@@ -41,17 +41,19 @@ def run(job: Job) -> dict[str, Any]:
     model, loads = _load(job)
     own = job.inputs["model"].path if params["kind"] == "external" else None
     ids = _prompt(job.inputs["dataset"].path, params["batch"], params["prompt_tokens"], own=own).to(device)
-    once = []
+    timings = []
     for repeat in range(params["repeats"] + 1):  # the first is not counted
-        once.append(_once(model, ids, params["new_tokens"], device=device))
+        timings.append(_time_once(model, ids, params["new_tokens"], device=device))
         job.events.progress(repeat, params["repeats"], unit="repeat")
     kernel = kernel_of(model)
     serving = device == "cuda" and "Torch" not in kernel  # GPTQModel's Torch* layers dequantize, then multiply
     job.events.note("kernel", f"{kernel} on {device}{'' if serving else ': not a serving kernel'}")
     speed = {
         "load_s": loads,
-        "prefill_tokens_per_s": [ids.numel() / one.prefill_s for one in once[1:]],
-        "decode_tokens_per_s": [params["batch"] * (params["new_tokens"] - 1) / one.decode_s for one in once[1:]],
+        "prefill_tokens_per_s": [ids.numel() / timing.prefill_s for timing in timings[1:]],
+        "decode_tokens_per_s": [
+            params["batch"] * (params["new_tokens"] - 1) / timing.decode_s for timing in timings[1:]
+        ],
         **_memory(model, device),
         "kernel": kernel,
         "serving_kernel": serving,
@@ -61,36 +63,40 @@ def run(job: Job) -> dict[str, Any]:
         "context": params["prompt_tokens"],
         "new_tokens": params["new_tokens"],
     }
-    (job.out / "speed.json").write_text(json.dumps(speed, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    job.write_json("speed.json", speed)
     medians = {name: median(speed[name]) for name in ("load_s", "prefill_tokens_per_s", "decode_tokens_per_s")}
     for name, value in medians.items():
         job.events.metric(name, value)
     return {"kernel": kernel, "repeats": params["repeats"], **medians}
 
 
-class _Loaded(NamedTuple):
+class _TimedLoads(NamedTuple):
     model: Model
     seconds: list[float]
 
 
-def _load(job: Job) -> _Loaded:
+def _load(job: Job) -> _TimedLoads:
     """The arm, and the seconds of every load after the first, which imports the backend and fills the file cache."""
     folder, device = job.inputs["model"].path, job.execution.device
-    adapter = job.inputs["adapter"].path if "adapter" in job.inputs else None
-    repeats, trusted = job.params["repeats"], job.params.get("trust_remote_code", False)
+    repeats = job.params["repeats"]
+
+    def load() -> Model:
+        trusted = job.params.get("trust_remote_code", False)
+        return load_arm(job.params["kind"], folder, adapter=job.optional("adapter"), device=device, trusted=trusted)
+
     if sum(path.stat().st_size for path in folder.glob("*.safetensors")) > BIG_BYTES:
         repeats = 1
         job.events.note("load_s", f"timed once: the model is larger than {BIG_BYTES >> 30} GiB")
-    model = load_arm(job.params["kind"], folder, adapter=adapter, device=device, trusted=trusted)
+    model = load()
     gc.freeze()  # GPTQModel collects garbage at the end of a load: 0.6 s over imported modules, no part of loading
     seconds = []
     for _ in range(repeats):
         del model
         gc.collect()
         clock = _now(device)
-        model = load_arm(job.params["kind"], folder, adapter=adapter, device=device, trusted=trusted)
+        model = load()
         seconds.append(_now(device) - clock)
-    return _Loaded(model, seconds)
+    return _TimedLoads(model, seconds)
 
 
 def _prompt(dataset: Path, batch: int, length: int, *, own: Path | None = None) -> Tensor:
@@ -99,29 +105,25 @@ def _prompt(dataset: Path, batch: int, length: int, *, own: Path | None = None) 
     Args:
         dataset: The dataset.
         batch: Sequences.
-        length: Tokens a sequence.
+        length: Tokens per sequence.
         own: Model folder whose own tokenizer reads the same text.
     """
     column = pq.read_table(dataset / "rows.parquet", columns=["input_ids"])["input_ids"]
     ids = column.combine_chunks().values.to_pylist()[: batch * length]
     if own is not None:
-        text = _tokenizer(dataset / "tokenizer").decode(ids, skip_special_tokens=True)
-        ids = _tokenizer(own)(text, add_special_tokens=False)["input_ids"]
+        text = load_tokenizer(dataset / "tokenizer").decode(ids, skip_special_tokens=True)
+        ids = load_tokenizer(own)(text, add_special_tokens=False)["input_ids"]
     stream = torch.tensor(ids)
     return stream.repeat(-(-batch * length // len(stream)))[: batch * length].view(batch, length)
 
 
-def _tokenizer(folder: Path) -> Any:
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-
-
-class _Once(NamedTuple):
+class _Timing(NamedTuple):
     prefill_s: float
     decode_s: float
 
 
 @torch.inference_mode()
-def _once(model: Model, ids: Tensor, new_tokens: int, *, device: str) -> _Once:
+def _time_once(model: Model, ids: Tensor, new_tokens: int, *, device: str) -> _Timing:
     """Seconds of the prefill, which gives the first token, and of the new_tokens - 1 steps after it; ends ignored."""
     start = _now(device)
     out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
@@ -130,11 +132,11 @@ def _once(model: Model, ids: Tensor, new_tokens: int, *, device: str) -> _Once:
     for _ in range(new_tokens - 1):
         out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
         token = out.logits[:, -1:].argmax(-1)
-    return _Once(middle - start, _now(device) - middle)
+    return _Timing(middle - start, _now(device) - middle)
 
 
 def _now(device: str) -> float:
-    """The clock, after the GPU has done what it was given."""
+    """The clock, after the GPU has finished its queue."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -143,10 +145,10 @@ def _now(device: str) -> float:
 def _memory(model: Model, device: str) -> dict[str, float]:
     """Peak memory of the process, and bytes of the loaded weights: NF4 keeps its scales outside its buffers."""
     tensors = (*model.parameters(), *model.buffers(), *model.state_dict().values())
-    found: dict[str, float] = {
-        "resident_bytes": sum({one.data_ptr(): one.nbytes for one in tensors}.values()),
+    memory: dict[str, float] = {
+        "resident_bytes": sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values()),
         "peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20),
     }
     if device == "cuda":
-        found["peak_gpu_gib"] = torch.cuda.max_memory_allocated() / (1 << 30)
-    return found
+        memory["peak_gpu_gib"] = torch.cuda.max_memory_allocated() / (1 << 30)
+    return memory

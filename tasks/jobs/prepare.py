@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 import statistics
 from collections import Counter
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recipes.data.rows import SHOWN, Row, content_hash, side
-from recipes.problem import Problem
+from recipes.data.rows import Row, content_hash, listed
 from tasks.jobs.loading.load import setup
 from tasks.jobs.text.conversation import Conversation, RowError, behind_thinking
 from tasks.jobs.text.plain_texts import read_texts, text_records
 from tasks.jobs.text.rendering import ONE_A_TURN, Renderer, Sample, TooLong
-from tasks.jobs.text.sources import read_sources, select
+from tasks.jobs.text.sources import place_of, read_sources, select
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
 from tasks.runtime.tokenizer_files import copy_files
@@ -45,7 +45,7 @@ def run(job: Job) -> dict[str, Any]:
     """Make the dataset.
 
     Reads:
-        data, data-1 ...: one file or folder a source. general: JSONL with `text` (may be absent). tokenizer: base
+        data, data-1 ...: one file or folder per source. general: JSONL with `text` (may be absent). tokenizer: base
         model folder. template: Jinja file (may be absent).
     Writes:
         rows.parquet, general.parquet, tokenizer/ (byte-for-byte copies), summary.json.
@@ -65,9 +65,9 @@ def run(job: Job) -> dict[str, Any]:
     every = [row for read in reads for row in read.rows]
     unique = {content_hash(row.messages)[:16]: row for row in reversed(every)}  # the first of equal rows stays
     chosen, selection = select(job, unique)
-    made = _render(job, {name: row for name, row in chosen.items() if not row.is_text}, renderer)
+    chats = _render(job, {name: row for name, row in chosen.items() if not row.is_text}, renderer)
     texts = text_records(job, {name: row for name, row in chosen.items() if row.is_text}, renderer)
-    rendered = [*made.records, *texts.records]
+    rendered = [*chats.records, *texts.records]
     rows = _distinct(rendered)
     _check_splits(rows, job)
     general = _general(job, renderer)
@@ -75,27 +75,27 @@ def run(job: Job) -> dict[str, Any]:
     pq.write_table(pa.Table.from_pylist(general, schema=GENERAL), job.out / "general.parquet")
     _write_tokenizer(job, renderer)
     duplicates = len(every) - len(unique) + len(rendered) - len(rows)
-    summary = _summary(rows, general, duplicates=duplicates, too_long=len(made.too_long))
-    summary |= {"format": reads[0].format, "detected_from": reads[0].detected_from, "mask_from": made.ways}
-    summary |= selection | _cut(job, lost=[*made.lost, *texts.lost], gone=made.too_long)
-    (job.out / "summary.json").write_text(json.dumps(summary, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    summary = _summary(rows, general, duplicates=duplicates, too_long=len(chats.too_long))
+    summary |= {"format": reads[0].format, "detected_from": reads[0].detected_from, "mask_from": chats.ways}
+    summary |= selection | _cut(job, lost=[*chats.lost, *texts.lost], gone=chats.too_long)
+    job.write_json("summary.json", summary)
     events.note("rows", ", ".join(f"{name} {count}" for name, count in summary["rows"].items()))
     events.note(
         "left out",
-        f"{duplicates} duplicates, {len(made.too_long)} rows whose last exchange alone is over {params['max_length']} "
+        f"{duplicates} duplicates, {len(chats.too_long)} rows whose last exchange alone is over {params['max_length']} "
         f"tokens; {summary['truncated_rows']} rows lost leading turns",
     )
     return summary
 
 
-class _Made(NamedTuple):
-    """What rendering gave.
+class _RenderedRows(NamedTuple):
+    """All rows with turns, rendered.
 
     Attributes:
         records: Of rows.parquet.
         lost: Tokens that each cut sample lost.
         too_long: Tokens of each sample whose last exchange alone is over the limit.
-        ways: Rows by the way their trained tokens were told.
+        ways: Rows by the way in which their trained tokens were found.
     """
 
     records: list[dict[str, Any]]
@@ -129,14 +129,14 @@ def _cut(job: Job, *, lost: list[int], gone: list[int]) -> dict[str, Any]:
     }
 
 
-def _render(job: Job, rows: dict[str, Row], renderer: Renderer) -> _Made:
-    """Every row as one record of rows.parquet, or one an assistant turn; samples of a row share its group.
+def _render(job: Job, rows: dict[str, Row], renderer: Renderer) -> _RenderedRows:
+    """Every row as one record of rows.parquet, or one per assistant turn; samples of a row share its group.
 
     Raises:
         StageError: Rows without a sound mask, the first 20 named.
     """
     params, events = job.params, job.events
-    done: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     lost: list[int] = []
     too_long: list[int] = []
     wrong, ways, skewed = [], Counter[str](), 0
@@ -144,52 +144,49 @@ def _render(job: Job, rows: dict[str, Row], renderer: Renderer) -> _Made:
         if number % 500 == 0:
             events.progress(number, len(rows), unit="row", note="tokenising")
         try:
-            talk = Conversation.of(row.messages, row.columns.get("tools"))
-            made = renderer.samples(talk, max_length=params["max_length"])
+            chat = Conversation.of(row.messages, row.columns.get("tools"))
+            fitted = renderer.samples(chat, max_length=params["max_length"])
         except RowError as error:
             wrong.append(f"{row.where} {error}")
             continue
-        samples = [one for one in made if isinstance(one, Sample)]
-        too_long += [one.tokens for one in made if isinstance(one, TooLong)]
-        lost += [one.lost for one in samples if one.dropped]
-        group = str(row.columns[params["group"]]) if params.get("group") else name
-        domain = row.domain(params.get("domain"))
-        split = side(group, salt=params["salt"], dev=params["dev"], test=params["test"])
-        place = {"group": group, "split": split, "domain": domain}
-        if samples and not done:
+        samples = [sample for sample in fitted if isinstance(sample, Sample)]
+        too_long += [sample.tokens for sample in fitted if isinstance(sample, TooLong)]
+        lost += [sample.lost for sample in samples if sample.dropped]
+        place = place_of(name, row, params)._asdict()
+        if samples and not records:
             text = renderer.marked_text(samples[0].rendered)
             events.note("example", f"{row.where}, trained tokens between ⟦ and ⟧:\n{text}")
-        done += [{"row": _sample_name(name, one), **place, **_record(row, one, renderer)} for one in samples]
-        ways.update({one.rendered.way for one in samples})
-        skewed += any(one.rendered.skewed for one in samples)
+        records += [
+            {"row": f"{name}.{sample.turn}" if sample.turn else name, **place, **_record(row, sample, renderer)}
+            for sample in samples
+        ]
+        ways.update({sample.rendered.way for sample in samples})
+        skewed += any(sample.rendered.skewed for sample in samples)
     if wrong:
-        more = f"\n    and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
-        raise StageError(
-            Problem(
-                what=f"{len(wrong)} row(s) have completions that cannot be told from their prompts",
-                where=wrong[0].split(" ", 1)[0],
-                why="the loss would fall on the wrong tokens:\n    " + "\n    ".join(wrong[:SHOWN]) + more,
-                next="use a chat template with {% generation %} markers, or correct these rows",
-            )
+        raise StageError.of(
+            what=f"{len(wrong)} row(s) have completions that cannot be found among their tokens",
+            where=wrong[0].split(" ", 1)[0],
+            why=f"the loss would fall on the wrong tokens:{listed(wrong)}",
+            next="use a chat template with {% generation %} markers, or correct these rows",
         )
-    _note_masks(job, done, ways, skewed=skewed, renderer=renderer)
-    return _Made(done, lost, too_long, dict(sorted(ways.items())))
+    _note_masks(job, records, ways, skewed=skewed, renderer=renderer)
+    return _RenderedRows(records, lost, too_long, dict(sorted(ways.items())))
 
 
 def _note_masks(
     job: Job, records: list[dict[str, Any]], ways: Counter[str], *, skewed: int, renderer: Renderer
 ) -> None:
-    """Say how trained tokens were told, for how many rows, and what samples of single turns cost."""
+    """Note how trained tokens were found, for how many rows, and what samples of single turns cost."""
     how = ", ".join(f"{way} ({count} rows)" for way, count in ways.most_common())
     job.events.note("mask", f"completion tokens come from {how}; a turn ends with token {renderer.end_of_turn}")
-    single = [len(one["input_ids"]) for one in records if one["turn"]]
+    single = [len(record["input_ids"]) for record in records if record["turn"]]
     if single:
-        once = sum(len(one["input_ids"]) for one in records if one["turn"] and one["prompt_ids"])
+        last = sum(len(record["input_ids"]) for record in records if record["turn"] and record["prompt_ids"])
         job.events.note(
             "samples",
             "the template renders earlier turns otherwise than the last, so that each assistant turn of "
             f"{ways[ONE_A_TURN]} rows is a sample with its own history: {len(single)} samples of {sum(single)} tokens, "
-            f"where the last ones alone, which hold all turns, have {once}",
+            f"where the last ones alone, which hold all turns, have {last}",
         )
     if skewed:
         job.events.note(
@@ -199,15 +196,11 @@ def _note_masks(
         )
 
 
-def _sample_name(row: str, sample: Sample) -> str:
-    return f"{row}.{sample.turn}" if sample.turn else row
-
-
 def _record(row: Row, sample: Sample, renderer: Renderer) -> dict[str, Any]:
     """What rows.parquet holds of a sample. Only the one with the row's last turn has a prompt, to be answered."""
     rendered, turn = sample.rendered, sample.turns[-1]
     answer = behind_thinking(turn.get("content") or "")
-    if turn.get("tool_calls"):  # there is no text for a call but the template's
+    if turn.get("tool_calls"):  # the text of a call is the template's
         answer = renderer.completion(rendered)
     return {
         "messages": json.dumps(
@@ -227,16 +220,16 @@ def _distinct(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows whose text and token ids are unique over all splits, sorted by split and row.
 
     Rows that differed only in dropped turns are equal now; the copy in test stays, so that no test row is in train.
-    So do samples of conversations that begin alike: the one with an answer to score stays.
+    So are samples of conversations with the same beginning: the one with an answer to score stays.
     """
     order = ("test", "dev", "train")
     kept, seen = [], set[object]()
-    for record in sorted(rows, key=lambda one: (order.index(one["split"]), not one["prompt_ids"], one["row"])):
+    for record in sorted(rows, key=lambda row: (order.index(row["split"]), not row["prompt_ids"], row["row"])):
         keys = {content_hash(json.loads(record["messages"])), tuple(record["input_ids"])}
         if not keys & seen:
             kept.append(record)
         seen |= keys
-    return sorted(kept, key=lambda one: (one["split"], one["row"]))
+    return sorted(kept, key=itemgetter("split", "row"))
 
 
 def _check_splits(rows: list[dict[str, Any]], job: Job) -> None:
@@ -245,29 +238,27 @@ def _check_splits(rows: list[dict[str, Any]], job: Job) -> None:
     empty = [name for name in ("train", "dev", "test") if not counts[name]]
     if empty:
         groups = len({record["group"] for record in rows})
-        raise StageError(
-            Problem(
-                what=f"{' and '.join(empty)} would have no rows",
-                where=f"{job.inputs['data'].path.name} ({len(rows)} rows, {groups} groups), data.dev, data.test",
-                why=f"groups fall on a side by hash; dev has a share of {job.params['dev']}, test {job.params['test']}",
-                next="give more rows or finer groups, or larger data.dev and data.test; another data.salt draws again",
-            )
+        raise StageError.of(
+            what=f"{' and '.join(empty)} would have no rows",
+            where=f"{job.inputs['data'].path.name} ({len(rows)} rows, {groups} groups), data.dev, data.test",
+            why=f"groups fall on a side by hash; dev has a share of {job.params['dev']}, test {job.params['test']}",
+            next="give more rows or finer groups, or larger data.dev and data.test; another data.salt draws again",
         )
 
 
 def _general(job: Job, renderer: Renderer) -> list[dict[str, Any]]:
-    """Rows of the general hold-out, cut to max_length tokens, sorted by hash; empty where there is no file."""
+    """Rows of the general hold-out, cut to max_length tokens, sorted by hash; empty without a file."""
     if "general" not in job.inputs:
         job.events.note("general", "no data.general in the recipe: forgetting is not measured")
         return []
-    found = {}
+    rows = {}
     path = job.inputs["general"].path
     for name, text in read_texts(path, what="the general hold-out"):
         ids = renderer.tokenizer(text)["input_ids"][: job.params["max_length"]]
         if len(ids) > 1:  # the first token has no prediction
             n_chars = len(renderer.tokenizer.decode(ids, skip_special_tokens=True))
-            found[name] = {"row": name, "input_ids": ids, "n_chars": n_chars}
-    return [found[name] for name in sorted(found)]
+            rows[name] = {"row": name, "input_ids": ids, "n_chars": n_chars}
+    return [rows[name] for name in sorted(rows)]
 
 
 def _write_tokenizer(job: Job, renderer: Renderer) -> None:
@@ -301,10 +292,10 @@ def _summary(
     return {
         "rows": {name: len(by_split[name]) for name in splits} | {"general": len(general)},
         "groups": {name: len({record["group"] for record in by_split[name]}) for name in splits},
-        "domains": {name: dict(sorted(Counter(one["domain"] for one in by_split[name]).items())) for name in splits},
-        "tokens": {name: sum(len(one["input_ids"]) for one in by_split[name]) for name in splits}
-        | {"general": sum(len(one["input_ids"]) for one in general)},
-        "completion_tokens": {name: sum(sum(one["completion_mask"]) for one in by_split[name]) for name in splits},
+        "domains": {name: dict(sorted(Counter(row["domain"] for row in by_split[name]).items())) for name in splits},
+        "tokens": {name: sum(len(row["input_ids"]) for row in by_split[name]) for name in splits}
+        | {"general": sum(len(row["input_ids"]) for row in general)},
+        "completion_tokens": {name: sum(sum(row["completion_mask"]) for row in by_split[name]) for name in splits},
         "length_tokens": {f"p{p}": int(np.percentile(lengths, p)) for p in (50, 90, 99, 100)},
         "duplicates": duplicates,
         "too_long_rows": too_long,

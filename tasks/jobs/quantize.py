@@ -17,13 +17,14 @@ import torch
 from safetensors import safe_open
 
 from recipes.models.headers import Headers, read_headers
-from recipes.problem import Problem, RecipeError
+from recipes.problem import RecipeError
 from recipes.schemes.limits import limit_problems
 from recipes.schemes.scheme import Scheme
-from tasks.jobs.backends import Quantized
+from tasks.jobs.backends import Quantized, Request
 from tasks.jobs.backends.awq_scales import scales_found_on
 from tasks.jobs.loading.load import setup
 from tasks.jobs.measuring import block_errors
+from tasks.jobs.measuring.block_errors import BlockRecord, Measured
 from tasks.jobs.merging.rope import older_spelling
 from tasks.jobs.serve_file import write_serve_file
 from tasks.runtime.process.errors import StageError
@@ -31,7 +32,7 @@ from tasks.runtime.process.job import Job
 from tasks.runtime.tokenizer_files import TOKENIZER_FILES, copy_files
 
 WEIGHTS = ("config.json", "quantize_config.json", "*.safetensors", "*.safetensors.index.json")
-MEASURED = ("gptqmodel", "llm-compressor")  # what their environment loads itself, it compares with the bf16 model
+MEASURED = ("gptqmodel", "llm-compressor")  # backends whose environment can also load what they write
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def run(job: Job) -> dict[str, Any]:
         folder on which AWQ's scales and clipping are searched (where it is not `model`).
     Writes:
         model*.safetensors, config.json, quantize_config.json; tokenizer files and generation_config.json byte for
-        byte from `model`; quantize.json: backend, packer, kernel at load, loss, tokens and damping a layer, and what
+        byte from `model`; quantize.json: backend, packer, kernel at load, loss, tokens and damping per layer, and what
         each attention and FFN lost and its largest activation; serve.json, serve.md.
     Metrics:
         loss by layer, in the order of the layers; error of attention and FFN by decoder layer.
@@ -51,65 +52,46 @@ def run(job: Job) -> dict[str, Any]:
         StageError: The scheme does not fit a layer; inf or NaN in what was written.
     """
     setup(job)
-    params, events, model = job.params, job.events, job.inputs["model"].path
-    scheme = Scheme.of(params, slug=job.slug)
-    headers = _checked(model, scheme)
+    scheme = Scheme.of(job.params, slug=job.slug)
+    headers = _checked(job.inputs["model"].path, scheme)
     clock = time.perf_counter()
     rows = _rows(job.inputs["calibset"].path) if scheme.needs_calibration else []
-    options: dict[str, Any] = {"rows": rows, "params": params, "device": job.execution.device, "events": events}
-    os.environ["TORCHDYNAMO_DISABLE"] = (
-        "1"  # nothing is compiled here; bitsandbytes would import the compiler: 1 s, 48 MiB
-    )
-    backend = importlib.import_module(f"tasks.jobs.backends.{scheme.backend.replace('-', '_')}")
-    with contextlib.ExitStack() as stack:
-        if "scales_from" in job.inputs:
-            stack.enter_context(scales_found_on(job.inputs["scales_from"].path, out=job.out, **options))
-        done: Quantized = backend.quantize(model, job.out, **options)
-    quantized = time.perf_counter()
-    _keep_companions(model, job.out)
-    _spell_rope(job.out / "config.json")
-    _refuse_nan(job.out)
-    write_serve_file(job.out, name=job.slug, model=model, scheme=scheme)
-    seen = None
-    if rows and scheme.backend in MEASURED:
-        gc.collect()  # of the backend's model
-        seen = block_errors.measure(headers, job.out, rows=rows, device=job.execution.device)
-        if warning := seen.fp16_warning():
-            events.note("activations", warning)
+    quantized = _quantize(job, scheme, rows)
+    quantize_s = time.perf_counter() - clock
+    clock = time.perf_counter()
+    _complete_folder(job, scheme)
+    measured = _measured(job, scheme, headers, rows)
     blocks = block_errors.records(
         headers,
-        seen=seen,
-        weight_errors={one.name: one.weight_error for one in done.layers if one.weight_error is not None},
+        measured=measured,
+        weight_errors={layer.name: layer.weight_error for layer in quantized.layers if layer.weight_error is not None},
     )
-    summary = {
-        "params": params,
+    tokens = sum(map(len, rows))
+    kernel = measured and measured.kernel
+    record = {
+        "params": job.params,
         "sequences": len(rows),
-        "tokens": sum(map(len, rows)),
-        "kernel": seen and seen.kernel,
-        "error_tokens": seen.tokens if seen else 0,
-        "stream_max": seen and seen.stream_max,
-        "blocks": [asdict(one) for one in blocks],
-        **done.as_dict(),
+        "tokens": tokens,
+        "kernel": kernel,
+        "error_tokens": measured.tokens if measured else 0,
+        "stream_max": measured and measured.stream_max,
+        "blocks": [asdict(block) for block in blocks],
+        **quantized.as_dict(),
     }
-    (job.out / "quantize.json").write_text(json.dumps(summary, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    losses = [layer.loss for layer in done.layers if layer.loss is not None]
-    for step, loss in enumerate(losses):
-        events.metric("quantize/loss", loss, step=step)
-    for block in blocks:
-        error = block.output_error if block.output_error is not None else block.weight_error
-        if error is not None:
-            events.metric(f"quantize/error/{block.part}", error, step=block.layer)
+    job.write_json("quantize.json", record)
+    losses = [layer.loss for layer in quantized.layers if layer.loss is not None]
+    _send_metrics(job, losses, blocks)
     return {
-        "backend": done.backend,
-        "packer": done.packer,
-        "kernel": seen and seen.kernel,
-        "layers": len(done.layers),
+        "backend": quantized.backend,
+        "packer": quantized.packer,
+        "kernel": kernel,
+        "layers": len(quantized.layers),
         "weight_bytes": sum(path.stat().st_size for path in job.out.glob("*.safetensors")),
         "sequences": len(rows),
-        "tokens": sum(map(len, rows)),
+        "tokens": tokens,
         "loss_sum": sum(losses),
-        "quantize_s": round(quantized - clock, 2),
-        "record_s": round(time.perf_counter() - quantized, 2),
+        "quantize_s": round(quantize_s, 2),
+        "record_s": round(time.perf_counter() - clock, 2),
     }
 
 
@@ -132,6 +114,54 @@ def _checked(model: Path, scheme: Scheme) -> Headers:
     return headers
 
 
+def _quantize(job: Job, scheme: Scheme, rows: list[list[int]]) -> Quantized:
+    """Run the scheme's backend; it writes the weights and their configs."""
+    request = Request(
+        model=job.inputs["model"].path,
+        out=job.out,
+        rows=rows,
+        params=job.params,
+        device=job.execution.device,
+        events=job.events,
+    )
+    # Nothing is compiled here, and bitsandbytes would import the compiler: 1 s, 48 MiB.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    backend = importlib.import_module(f"tasks.jobs.backends.{scheme.backend.replace('-', '_')}")
+    with contextlib.ExitStack() as stack:
+        if other := job.optional("scales_from"):
+            stack.enter_context(scales_found_on(other, request))
+        return backend.quantize(request)
+
+
+def _complete_folder(job: Job, scheme: Scheme) -> None:
+    """Check the weights, and put beside them what a model folder needs."""
+    model = job.inputs["model"].path
+    _keep_companions(model, job.out)
+    _spell_rope(job)
+    _refuse_nan(job.out)
+    write_serve_file(job.out, name=job.slug, model=model, scheme=scheme)
+
+
+def _measured(job: Job, scheme: Scheme, headers: Headers, rows: list[list[int]]) -> Measured | None:
+    """What each attention and FFN lost on the rows; None without rows, or where this environment cannot load it."""
+    if not rows or scheme.backend not in MEASURED:
+        return None
+    gc.collect()  # of the backend's model
+    measured = block_errors.measure(headers, job.out, rows=rows, device=job.execution.device)
+    if warning := measured.fp16_warning():
+        job.events.note("activations", warning)
+    return measured
+
+
+def _send_metrics(job: Job, losses: list[float], blocks: list[BlockRecord]) -> None:
+    for step, loss in enumerate(losses):
+        job.events.metric("quantize/loss", loss, step=step)
+    for block in blocks:
+        error = block.output_error if block.output_error is not None else block.weight_error
+        if error is not None:
+            job.events.metric(f"quantize/error/{block.part}", error, step=block.layer)
+
+
 def _keep_companions(model: Path, out: Path) -> None:
     """Remove what the backend wrote beside the weights, and copy the input's tokenizer and generation config.
 
@@ -146,26 +176,24 @@ def _keep_companions(model: Path, out: Path) -> None:
     copy_files(model, out, [*TOKENIZER_FILES, "generation_config.json"])
 
 
-def _spell_rope(path: Path) -> None:
-    """Engines that read with transformers 4 find the rotary embedding, too."""
-    config = json.loads(path.read_text(encoding="utf-8"))
+def _spell_rope(job: Job) -> None:
+    """Spell the rotary embedding also as engines with transformers 4 read it."""
+    config = json.loads((job.out / "config.json").read_text(encoding="utf-8"))
     if older := older_spelling(config):
-        path.write_text(json.dumps(config | older, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        job.write_json("config.json", config | older)
 
 
 def _refuse_nan(out: Path) -> None:
     """Raise StageError where a stored float (scales among them) is inf or NaN."""
     for path in sorted(out.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+            for name in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
                 tensor = file.get_tensor(name)
                 if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                    raise StageError(
-                        Problem(
-                            what="a quantized weight holds inf or NaN",
-                            where=name,
-                            why="the input weight is not finite or too large for fp16 scales, or the Hessian "
-                            "could not be factored",
-                            next="check the merged model (quench evaluate); raise quantize.damp",
-                        )
+                    raise StageError.of(
+                        what="a quantized weight holds inf or NaN",
+                        where=name,
+                        why="the input weight is not finite or too large for fp16 scales, or the Hessian "
+                        "could not be factored",
+                        next="check the merged model (quench evaluate); raise quantize.damp",
                     )

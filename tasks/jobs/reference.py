@@ -13,15 +13,14 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from recipes.problem import Problem
 from tasks.jobs.loading.load import load_arm, setup
 from tasks.jobs.measuring.own_tokenizer import another
-from tasks.jobs.measuring.teacher_forcing import Model, Row, batches, forced, read_rows
+from tasks.jobs.measuring.teacher_forcing import Model, TokenRow, batches, forced, read_rows
+from tasks.jobs.merging.streams import NAMES, raw_bytes
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
 
 GIB = 1 << 30
-NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # safetensors' words
 PLACES = pa.schema([("row", pa.string()), ("split", pa.string()), ("start", pa.int64()), ("n", pa.int32())])
 
 
@@ -42,35 +41,35 @@ def run(job: Job) -> dict[str, Any]:
     """
     setup(job)
     params = job.params
-    every = read_rows(job.inputs["dataset"].path, "dev", "test")
-    model = _model(job, every)
+    rows = read_rows(job.inputs["dataset"].path, "dev", "test")
+    model = _model(job, rows)
     example = _example(model)
-    kept = _sample(every, limit=int(params["reference_gib"] * GIB) // example.nbytes, seed=params["seed"])
-    if len(kept) < len(every):
-        _note_sample(job, kept, of=len(every))
+    kept = _sample(rows, limit=int(params["reference_gib"] * GIB) // example.nbytes, seed=params["seed"])
+    if len(kept) < len(rows):
+        _note_sample(job, kept, of=len(rows))
     chosen = {row.row for row in kept}
     shape = (sum(row.n for row in kept), example.shape[-1])
     # Batches are formed over all rows, as evaluate forms them.
-    groups = batches(every, params["batch_size"], key=lambda row: len(row.ids))
+    groups = batches(rows, params["batch_size"], key=lambda row: len(row.ids))
     groups = [group for group in groups if any(row.row in chosen for row in group)]
     places: list[dict[str, Any]] = []
     start = 0
     with (job.out / "reference.safetensors").open("wb") as file:
         file.write(_header(shape, example.dtype))
         for done, group in enumerate(groups, start=1):
-            for one in forced(model, group):
-                row = one.row
+            for prediction in forced(model, group):
+                row = prediction.row
                 if row.row in chosen:
-                    file.write(one.logits.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                    file.write(raw_bytes(prediction.logits.cpu()))
                     places.append({"row": row.row, "split": row.split, "start": start, "n": row.n})
                     start += row.n
             job.events.progress(done, len(groups), unit="batch")
     pq.write_table(pa.Table.from_pylist(places, schema=PLACES), job.out / "reference.parquet")
     _check(job.out / "reference.safetensors", _header(shape, example.dtype), shape[0] * example.nbytes)
-    return {"rows": len(kept), "of_rows": len(every), "tokens": shape[0], "vocabulary": shape[1]}
+    return {"rows": len(kept), "of_rows": len(rows), "tokens": shape[0], "vocabulary": shape[1]}
 
 
-def _model(job: Job, rows: list[Row]) -> Model:
+def _model(job: Job, rows: list[TokenRow]) -> Model:
     device = job.execution.device
     if job.params.get("kind") != "external":
         return load_arm("nf4", job.inputs["base"].path, adapter=job.inputs["adapter"].path, device=device)
@@ -78,13 +77,11 @@ def _model(job: Job, rows: list[Row]) -> Model:
     why = another(folder, job.inputs["dataset"].path, rows)
     if why is None:
         return load_arm("external", folder, device=device, trusted=job.params.get("trust_remote_code", False))
-    raise StageError(
-        Problem(
-            what=f"the reference has {why}",
-            where="evaluate.reference",
-            why="KL and agreement compare probabilities token by token",
-            next="name a model with the base's tokenizer, or leave evaluate.reference out",
-        )
+    raise StageError.of(
+        what=f"the reference has {why}",
+        where="evaluate.reference",
+        why="KL and agreement compare probabilities token by token",
+        next="name a model with the base's tokenizer, or leave evaluate.reference out",
     )
 
 
@@ -108,10 +105,10 @@ def _example(model: Model) -> Tensor:
     return model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False).logits[0]
 
 
-def _sample(rows: Sequence[Row], *, limit: int, seed: int) -> list[Row]:
+def _sample(rows: Sequence[TokenRow], *, limit: int, seed: int) -> list[TokenRow]:
     """Whole rows, in an order drawn by the seed and the row's own hash, while their tokens fit `limit`."""
     drawn = sorted(rows, key=lambda row: hashlib.sha256(f"{seed}:{row.row}".encode()).digest())
-    kept: list[Row] = []
+    kept: list[TokenRow] = []
     for row in drawn:
         limit -= row.n
         if limit < 0:
@@ -120,15 +117,13 @@ def _sample(rows: Sequence[Row], *, limit: int, seed: int) -> list[Row]:
     return kept
 
 
-def _note_sample(job: Job, kept: Sequence[Row], *, of: int) -> None:
+def _note_sample(job: Job, kept: Sequence[TokenRow], *, of: int) -> None:
     gib = job.params["reference_gib"]
     if not kept:
-        raise StageError(
-            Problem(
-                what=f"no row's logits fit into {gib} GiB",
-                where="evaluate.reference_gib",
-                why="KL is exact over the vocabulary, so whole rows of logits are stored",
-                next="raise evaluate.reference_gib",
-            )
+        raise StageError.of(
+            what=f"no row's logits fit into {gib} GiB",
+            where="evaluate.reference_gib",
+            why="KL is exact over the vocabulary, so whole rows of logits are stored",
+            next="raise evaluate.reference_gib",
         )
     job.events.note("reference", f"{len(kept)} of {of} rows of dev and test fit into {gib} GiB: KL is over these")

@@ -23,10 +23,10 @@ def run(job: Job) -> dict[str, Any]:
         StageError: A scorer cannot be loaded or rejects a reference answer; an lm-eval task is not on this machine.
     """
     graders = open_graders(job)
-    asked = [row for row in read_rows(job.inputs["dataset"].path, "dev", "test") if row.prompt_ids]
-    refuse_references(asked, graders.answers)
+    prompted = [row for row in read_rows(job.inputs["dataset"].path, "dev", "test") if row.prompt_ids]
+    refuse_references(prompted, graders.answers)
     documents = {metric: harness.documents for metric, harness in graders.harnesses.items()}
-    named = ", ".join(f"{count} documents of {task}" for tasks in documents.values() for task, count in tasks.items())
     scorers = ", ".join(grader.name for grader in graders.answers)
-    job.events.note("scorers", f"{scorers} accept all {len(asked)} reference answers{'; ' if named else ''}{named}")
-    return {"references": len(asked), "documents": documents}
+    tasks = ", ".join(f"{n} documents of {task}" for by_task in documents.values() for task, n in by_task.items())
+    job.events.note("scorers", f"{scorers} accept all {len(prompted)} reference answers{'; ' if tasks else ''}{tasks}")
+    return {"references": len(prompted), "documents": documents}

@@ -1,4 +1,4 @@
-"""Loads a copy of an arm in plain transformers, as the arm is loaded, and compares its logits with the original's."""
+"""Loads a copy of an arm as the arm itself is loaded, and compares its logits with the original's."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
-from recipes.problem import Problem
-from tasks.jobs.loading.load import Kind, kernel_of, load_arm, setup
+from tasks.jobs.loading.kernels import kernel_of
+from tasks.jobs.loading.load import Kind, load_arm, setup
+from tasks.jobs.text.tokenizer import load_tokenizer
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
 
 GOLDEN = [{"role": "user", "content": "Say in one sentence what you were trained to do, and give 3 examples."}]
-# Share of the largest logit: the same bytes on the same kernel give 0 on a CPU; a GPU may sum in another order.
+# Share of the largest logit: the same bytes on the same kernel give 0 on a CPU; a GPU may add in another order.
 BOUND = 1e-3
 
 
-class Answer(NamedTuple):
-    """What a model says to the golden prompt.
+class GoldenOutput(NamedTuple):
+    """What a model gives for the golden prompt.
 
     Attributes:
         ids: Token ids of the rendered prompt.
@@ -49,37 +49,36 @@ def run(job: Job) -> dict[str, Any]:
     """
     setup(job)
     kind, device, copy = job.params["kind"], job.execution.device, job.inputs["copy"].path
-    adapter = job.inputs["adapter"].path if "adapter" in job.inputs else None
-    original = _answer(kind, job.inputs["model"].path, adapter, device)
-    again = _answer(kind, copy / "base", copy / "adapter", device) if adapter else _answer(kind, copy, None, device)
-    if original.ids != again.ids:
+    adapter = job.optional("adapter")
+    original = _golden_output(kind, job.inputs["model"].path, adapter, device)
+    copied_base, copied_adapter = (copy / "base", copy / "adapter") if adapter else (copy, None)
+    copied = _golden_output(kind, copied_base, copied_adapter, device)
+    if original.ids != copied.ids:
         raise _differs("renders the prompt into other tokens", "tokenizer files or chat template")
     largest = original.logits.abs().max().item()
-    difference = (original.logits - again.logits).abs().max().item()
+    difference = (original.logits - copied.logits).abs().max().item()
     if not difference <= BOUND * largest:  # NaN, too
         raise _differs(f"gives other logits: by up to {difference:.3g}, where the largest is {largest:.3g}", "weights")
-    return {"prompt_tokens": len(again.ids), "largest_difference": difference, "kernel": again.kernel}
+    return {"prompt_tokens": len(copied.ids), "largest_difference": difference, "kernel": copied.kernel}
 
 
 @torch.no_grad()
-def _answer(kind: Kind, folder: Path, adapter: Path | None, device: str) -> Answer:
+def _golden_output(kind: Kind, folder: Path, adapter: Path | None, device: str) -> GoldenOutput:
     own = adapter / "tokenizer" if adapter and (adapter / "tokenizer").is_dir() else folder
-    tokenizer: Any = AutoTokenizer.from_pretrained(str(own), local_files_only=True, trust_remote_code=False)
+    tokenizer = load_tokenizer(own)
     ids = tokenizer.apply_chat_template(GOLDEN, add_generation_prompt=True, tokenize=True, return_dict=False)
     model = load_arm(kind, folder, device=device, adapter=adapter)
     logits = model(torch.tensor([ids], device=device)).logits[0].float().cpu()
-    answer = Answer(ids, logits, kernel_of(model))
+    output = GoldenOutput(ids, logits, kernel_of(model))
     del model
     gc.collect()
-    return answer
+    return output
 
 
 def _differs(how: str, where: str) -> StageError:
-    return StageError(
-        Problem(
-            what=f"the copy {how}",
-            where=where,
-            why="it would answer otherwise than what was evaluated",
-            next="run quench store verify, then export again",
-        )
+    return StageError.of(
+        what=f"the copy {how}",
+        where=where,
+        why="its answers would differ from those of the model that was evaluated",
+        next="run quench store verify, then export again",
     )

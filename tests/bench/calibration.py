@@ -104,7 +104,7 @@ def covering(out: Path, paths: dict[str, Path], calibsets: dict[tuple[str, int],
     import torch
     from sklearn.cluster import KMeans
 
-    from tasks.jobs.calibrate import Candidate, Packed, pack, write_calibset
+    from tasks.jobs.calibrate import DrawableRow, Packed, pack, write_calibset
     from tasks.jobs.loading.load import load_bf16
     from tasks.jobs.text.leaks import without_near_duplicates
 
@@ -112,7 +112,7 @@ def covering(out: Path, paths: dict[str, Path], calibsets: dict[tuple[str, int],
     columns = ["row", "split", "domain", "messages", "input_ids"]
     every = pq.read_table(paths["prepare/quickstart"] / "rows.parquet", columns=columns).to_pylist()
     train = {
-        one["row"]: Candidate(one["row"], one["domain"], one["messages"], one["input_ids"])
+        one["row"]: DrawableRow(one["row"], one["domain"], one["messages"], one["input_ids"])
         for one in every
         if one["split"] == "train"
     }
@@ -125,7 +125,7 @@ def covering(out: Path, paths: dict[str, Path], calibsets: dict[tuple[str, int],
             hidden = model.model(torch.tensor([row.input_ids])).last_hidden_state
             means[number] = hidden[0].float().mean(0).numpy()
     found = KMeans(params["rows"], n_init=1, random_state=seed).fit(means)
-    chosen: list[Candidate] = []
+    chosen: list[DrawableRow] = []
     for number in range(params["rows"]):
         inside = np.flatnonzero(found.labels_ == number)
         distances = ((means[inside] - found.cluster_centers_[number]) ** 2).sum(1)

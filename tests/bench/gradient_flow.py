@@ -42,7 +42,8 @@ def flows_of(merged: Path, quantized: Mapping[str, Path], dataset: Path) -> list
     """
     import torch
 
-    from tasks.jobs.loading.load import kernel_of, load_arm, load_bf16, load_nf4
+    from tasks.jobs.loading.kernels import kernel_of
+    from tasks.jobs.loading.load import load_arm, load_bf16, load_nf4
     from tasks.jobs.measuring.teacher_forcing import read_rows
 
     torch.set_num_threads(1)

@@ -110,8 +110,8 @@ def _dequantized(weight: Tensor, zero: Tensor, scales: Tensor, group: Tensor) ->
 def codes(packed: Tensor, bits: int) -> Tensor:
     """[rows, n] int32: undo the packing along the last dimension, a stream of bits, low ones first."""
     stream = np.unpackbits(packed.contiguous().numpy().view(np.uint8), axis=1, bitorder="little")
-    found = np.packbits(stream.reshape(len(packed), -1, bits), axis=-1, bitorder="little")[..., 0]
-    return torch.from_numpy(found.astype(np.int32))
+    unpacked = np.packbits(stream.reshape(len(packed), -1, bits), axis=-1, bitorder="little")[..., 0]
+    return torch.from_numpy(unpacked.astype(np.int32))
 
 
 # ---- engines that do not run here, by the arithmetic of their sources

@@ -98,15 +98,15 @@ def _auto_gptq(folder: Path, scratch: Path) -> nn.Module:
     """
     auto_gptq: Any = importlib.import_module("auto_gptq")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    found = config["quantization_config"]
+    quantization = config["quantization_config"]
     copy = Path(shutil.copytree(folder, scratch / "model", copy_function=os.symlink))
     if config.get("tie_word_embeddings"):
         _untie(copy / "model.safetensors")
     settings: dict[str, Any] = {"device": "cpu", "disable_exllama": True, "disable_exllamav2": True}
-    if found["quant_method"] == "awq":
+    if quantization["quant_method"] == "awq":
         torch.Tensor.cuda = lambda tensor: tensor
         settings["quantize_config"] = auto_gptq.BaseQuantizeConfig(
-            bits=found["bits"], group_size=found["group_size"], desc_act=False, awq_gemm_checkpoint=True
+            bits=quantization["bits"], group_size=quantization["group_size"], desc_act=False, awq_gemm_checkpoint=True
         )
     return auto_gptq.AutoGPTQForCausalLM.from_quantized(str(copy), **settings).model
 

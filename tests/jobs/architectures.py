@@ -93,7 +93,7 @@ def train_adapter(
         prepare(model)
     torch.manual_seed(0)
     peft = get_peft_model(model, LoraConfig(**settings)).train()
-    trained = [one for one in peft.parameters() if one.requires_grad]
+    trained = [parameter for parameter in peft.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
     batch = tokens(seed=2)
     for _ in range(steps):

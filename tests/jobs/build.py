@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tasks.runtime.process.events import read_events
+from tasks.jobs.backends import Request
+from tasks.runtime.process.events import Events, read_events
 from tasks.runtime.process.job import Execution, Input, Job
 
 
@@ -34,6 +35,13 @@ def make_job(
         checkpoint=checkpoint or out.parent / f"{out.name}-checkpoint",
         execution=Execution(device=device, threads=1, micro_batch=micro_batch),
     )
+
+
+def make_request(model: Path, out: Path, *, rows: Sequence[Sequence[int]] = (), params: Mapping[str, Any]) -> Request:
+    """What a backend is asked on a CPU, past the quantize job; `out` exists then."""
+    out.mkdir(parents=True, exist_ok=True)
+    events = Events(out / "events.jsonl")
+    return Request(model=model, out=out, rows=rows, params=dict(params), device="cpu", events=events)
 
 
 def notes(job: Job) -> dict[str, str]:

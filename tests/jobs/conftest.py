@@ -1,4 +1,4 @@
-"""A tiny base and a dataset of uneven rows, for the tests that train on them."""
+"""A tiny base, a dataset of uneven rows to train on, and a calibration set of random tokens."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 
 from tasks.jobs import prepare
 from tests.jobs.build import make_job, write_jsonl
+from tests.jobs.quantized import write_calibset
 from tests.jobs.test_prepare import PARAMS, chat, questions
 from tests.tiny import write_base
 
@@ -24,3 +25,8 @@ def dataset(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = write_jsonl(folder / "rows.jsonl", questions(40) + uneven)
     prepare.run(make_job("prepare", folder / "dataset", params=PARAMS, data=data, tokenizer=base))
     return folder / "dataset"
+
+
+@pytest.fixture(scope="module")
+def calibset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_calibset(tmp_path_factory.mktemp("calibset") / "calibset")

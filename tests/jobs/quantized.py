@@ -87,13 +87,13 @@ def meant(tensors: dict[str, Tensor], name: str, slug: str) -> Tensor:
 def _nf4(tensors: dict[str, Tensor], name: str) -> Tensor:
     """Level x absmax of 64 weights; absmax = 8-bit level x absmax of 256 of them + offset."""
     state = tensors[f"{name}.quant_state.bitsandbytes__nf4"].numpy().tobytes()
-    said = json.loads(state)
+    quant_state = json.loads(state)
     nested = tensors[f"{name}.nested_quant_map"][tensors[f"{name}.absmax"].int()]
-    of_256 = tensors[f"{name}.nested_absmax"].repeat_interleave(said["nested_blocksize"])[: len(nested)]
-    absmax = nested * of_256 + said["nested_offset"]
+    of_256 = tensors[f"{name}.nested_absmax"].repeat_interleave(quant_state["nested_blocksize"])[: len(nested)]
+    absmax = nested * of_256 + quant_state["nested_offset"]
     packed = tensors[name].flatten().int()  # two codes a byte, the first one in its high half
     levels = torch.tensor(NF4)[torch.stack([packed >> 4, packed & 15], dim=1).flatten()]
-    return (levels.view(-1, said["blocksize"]) * absmax.unsqueeze(-1)).view(said["shape"])
+    return (levels.view(-1, quant_state["blocksize"]) * absmax.unsqueeze(-1)).view(quant_state["shape"])
 
 
 def on_the_grid(tensors: dict[str, Tensor], name: str, slug: str) -> None:

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tasks.jobs.merging.deltas import PREFIX
-from tasks.jobs.merging.streams import Planned, Writer
+from tasks.jobs.merging.streams import PlannedTensor, Writer
 from tests.tiny import _tokenizer
 
 PART = 1 << 24
@@ -34,7 +34,7 @@ def write_synthetic(folder: Path, *, hidden: int, intermediate: int, layers: int
     with torch.device("meta"):
         shapes = {name: tuple(one.shape) for name, one in AutoModelForCausalLM.from_config(config).state_dict().items()}
     noise = (0.02 * torch.randn(PART, generator=torch.Generator().manual_seed(0))).bfloat16()
-    with Writer(folder, [Planned(name, torch.bfloat16, shape) for name, shape in shapes.items()]) as writer:
+    with Writer(folder, [PlannedTensor(name, torch.bfloat16, shape) for name, shape in shapes.items()]) as writer:
         for name, shape in shapes.items():
             size = torch.Size(shape).numel()
             for first in range(0, size, PART):

@@ -36,15 +36,15 @@ def job_for(out: Path, world: Path, *, adapter: Path | None = None) -> Job:
 
 def test_files_byte_for_byte_and_no_claim_about_the_training(world: Path, tmp_path: Path) -> None:
     job = job_for(tmp_path / "out", world)
-    said = adopt.run(job)
-    assert (said["trained_here"], said["provenance"]) == (False, "unknown")
-    assert json.loads((job.out / "train.json").read_text()) == said
+    result = adopt.run(job)
+    assert (result["trained_here"], result["provenance"]) == (False, "unknown")
+    assert json.loads((job.out / "train.json").read_text()) == result
     assert "the base in that training: unknown" in notes(job)["adapter"]
-    there = {str(path.relative_to(job.out)): path for path in job.out.rglob("*") if path.is_file()}
-    given = {f"tokenizer/{path.name}": path for path in (world / "dataset" / "tokenizer").iterdir()}
-    given |= {name: world / "adapter" / name for name in ("adapter_config.json", "adapter_model.safetensors")}
-    assert set(there) == {*given, "train.json", "events.jsonl"}  # no model card, no optimizer
-    assert all(there[name].read_bytes() == path.read_bytes() for name, path in given.items())
+    files = {str(path.relative_to(job.out)): path for path in job.out.rglob("*") if path.is_file()}
+    expected = {f"tokenizer/{path.name}": path for path in (world / "dataset" / "tokenizer").iterdir()}
+    expected |= {name: world / "adapter" / name for name in ("adapter_config.json", "adapter_model.safetensors")}
+    assert set(files) == {*expected, "train.json", "events.jsonl"}  # no model card, no optimizer
+    assert all(files[name].read_bytes() == path.read_bytes() for name, path in expected.items())
 
 
 def test_it_merges_as_an_adapter_that_was_trained_here(world: Path, tmp_path: Path) -> None:

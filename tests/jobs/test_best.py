@@ -66,4 +66,4 @@ def test_training_ends_when_dev_gets_no_better(base: Path, dataset: Path, tmp_pa
     assert result["steps"] == result["kept_step"] == best + 2 < 10
     assert f"step {best}" in notes(job)["early stop"]
     assert not (job.checkpoint / f"checkpoint-{result['steps']}").exists()  # resumed there, it would train on
-    assert all(math.isfinite(one) for one in points.values())
+    assert all(math.isfinite(loss) for loss in points.values())

@@ -119,8 +119,8 @@ def test_short_middle_and_long_rows_of_a_domain_come_in_equal_parts(dataset: Pat
         candidates = [calibrate.Candidate(row["row"], "many", row["messages"], row["input_ids"]) for row in rows]
         thirds = calibrate.by_length(candidates)
         assert [len(third) for third in thirds.values()] == [83, 83, 84]
-        assert max(len(one.input_ids) for one in thirds["short"]) <= min(len(one.input_ids) for one in thirds["middle"])
-        counts = [sum(one.row in drawn for one in third) for third in thirds.values()]
+        assert max(len(row.input_ids) for row in thirds["short"]) <= min(len(row.input_ids) for row in thirds["middle"])
+        counts = [sum(row.row in drawn for row in third) for third in thirds.values()]
         assert sum(counts) == 44 and max(counts) - min(counts) <= 1
 
 
@@ -141,9 +141,9 @@ def test_allot_gives_all_and_never_more_than_there_is() -> None:
         sizes = {f"d{i}": draw.randint(0, 40) for i in range(draw.randint(1, 8))}
         total = draw.randint(0, sum(sizes.values()))
         weights = sizes if draw.random() < 0.5 else {name: draw.random() + 0.01 for name in sizes}
-        given = calibrate.allot(sizes, total=total, weights=weights)
-        assert sum(given.values()) == total
-        assert all(given[name] <= sizes[name] for name in sizes)
+        shares = calibrate.allot(sizes, total=total, weights=weights)
+        assert sum(shares.values()) == total
+        assert all(shares[name] <= sizes[name] for name in sizes)
 
 
 def test_the_same_inputs_give_the_same_bytes_and_another_seed_does_not(dataset: Path, tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_near_duplicates_within_train_are_drawn_once(tmp_path: Path) -> None:
     data = write(tmp_path / "dataset", [*rows, *copies])
     summary, sequences = run(data, tmp_path / "out", rows=401, allow_unusual_size=None)
     assert summary["near_duplicate_rows"] == 5 and summary["domains"]["copies"] == 1
-    assert [name for one in sequences for name in one["rows"] if name.startswith("copy")] == ["copy0"]
+    assert [name for sequence in sequences for name in sequence["rows"] if name.startswith("copy")] == ["copy0"]
     with pytest.raises(StageError, match="train has 401 distinct ones"):
         run(data, tmp_path / "all", rows=402)
 

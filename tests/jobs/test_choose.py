@@ -33,10 +33,10 @@ def choice(folder: Path, **scores: Path) -> dict[str, Any]:
     """choose.run over two folders of scores, by name of the merge."""
     inputs = {f"{name}_scores": path for name, path in scores.items()} | {name: folder for name in scores}
     job = make_job("choose", folder / "out", params={}, **inputs)
-    said = choose.run(job)
-    assert json.loads((folder / "out" / "choice.json").read_text()) == said
-    assert notes(job)["choice"].startswith(said["candidate"])
-    return said
+    result = choose.run(job)
+    assert json.loads((folder / "out" / "choice.json").read_text()) == result
+    assert notes(job)["choice"].startswith(result["candidate"])
+    return result
 
 
 def write_scores(folder: Path, losses: np.ndarray, *, test: np.ndarray | None = None, rows: int = 2) -> Path:
@@ -68,25 +68,26 @@ def test_the_lower_loss_wins_and_a_tie_goes_to_the_dequantized_base(tmp_path: Pa
     rng = np.random.default_rng(0)
     losses = rng.gamma(1.0, 1.0, 40)
     noise = rng.normal(0, 0.02, 40)  # standard error 0.003: a shift of 0.02 is six of them
-    said = choice(
+    chosen = choice(
         tmp_path,
         dequantized=write_scores(tmp_path / "d", losses),
         original=write_scores(tmp_path / "o", losses + shift + noise - noise.mean()),
     )
-    assert said["candidate"] == wins
-    low, high = said["ci95"]
+    assert chosen["candidate"] == wins
+    low, high = chosen["ci95"]
     assert (low <= 0 <= high) == (shift == 0)
-    assert (said["rows"], said["groups"], said["tokens"]) == (80, 40, 2 * sum(5 + group % 7 for group in range(40)))
-    assert said["difference"] == pytest.approx(said["loss"]["dequantized"] - said["loss"]["original"])
+    assert (chosen["rows"], chosen["groups"]) == (80, 40)
+    assert chosen["tokens"] == 2 * sum(5 + group % 7 for group in range(40))
+    assert chosen["difference"] == pytest.approx(chosen["loss"]["dequantized"] - chosen["loss"]["original"])
 
 
 def test_equal_scores_and_a_single_group_are_ties(tmp_path: Path) -> None:
     same = write_scores(tmp_path / "same", np.ones(9))
-    said = choice(tmp_path / "equal", dequantized=same, original=same)
-    assert (said["candidate"], said["difference"], said["ci95"]) == ("dequantized", 0.0, [0.0, 0.0])
-    one = [write_scores(tmp_path / name, np.array([loss])) for name, loss in (("d", 2.0), ("o", 1.0))]
-    said = choice(tmp_path / "one", dequantized=one[0], original=one[1])
-    assert (said["candidate"], said["difference"], said["ci95"]) == ("dequantized", 1.0, None)
+    chosen = choice(tmp_path / "equal", dequantized=same, original=same)
+    assert (chosen["candidate"], chosen["difference"], chosen["ci95"]) == ("dequantized", 0.0, [0.0, 0.0])
+    scores = [write_scores(tmp_path / name, np.array([loss])) for name, loss in (("d", 2.0), ("o", 1.0))]
+    chosen = choice(tmp_path / "one", dequantized=scores[0], original=scores[1])
+    assert (chosen["candidate"], chosen["difference"], chosen["ci95"]) == ("dequantized", 1.0, None)
 
 
 def test_scores_of_test_change_nothing(tmp_path: Path) -> None:
@@ -132,9 +133,9 @@ def test_where_nothing_differs_the_original_base_is_seldom_chosen(kind: str) -> 
     wrong = 0
     for _ in range(1000):
         tokens = rng.integers(5, 60, 40).astype(float)
-        found = paired(Grouped(draws(kind, rng, 40) * tokens, tokens), Grouped(np.zeros(40), tokens))
-        assert found.ci95 is not None
-        wrong += found.ci95[0] > 0
+        comparison = paired(Grouped(draws(kind, rng, 40) * tokens, tokens), Grouped(np.zeros(40), tokens))
+        assert comparison.ci95 is not None
+        wrong += comparison.ci95[0] > 0
     assert wrong <= 40
 
 
@@ -143,13 +144,13 @@ def test_the_interval_is_close_to_the_reports_bootstrap(kind: str) -> None:
     rng = np.random.default_rng(7)
     tokens = rng.integers(5, 60, 200).astype(float)
     total = draws(kind, rng, 200) * tokens
-    found = paired(Grouped(total, tokens), Grouped(np.zeros(200), tokens))
+    comparison = paired(Grouped(total, tokens), Grouped(np.zeros(200), tokens))
     estimand = Estimand(Sums(total, tokens), Sums(np.zeros(200), tokens))
     (wanted,) = difference_intervals(studentized([estimand], draw(200)))
-    assert found.ci95 is not None
+    assert comparison.ci95 is not None
     width = wanted.high - wanted.low
     # The bootstrap widens for the tails that it sees.
-    assert np.abs(np.array(found.ci95) - np.array(wanted)).max() < 0.06 * width
+    assert np.abs(np.array(comparison.ci95) - np.array(wanted)).max() < 0.06 * width
 
 
 # ---- by models that were really trained
@@ -219,7 +220,7 @@ def test_the_weights_that_were_trained_win(
         params = EVALUATE | {"max_new_tokens": 1, "batch_size": 64}
         inputs = {"model": model, "dataset": dataset, "reference": tmp_path / "ref"}
         evaluate.run(make_job("evaluate", scores[onto], params=params, **inputs))
-    said = choice(tmp_path / "choice", **scores)
-    assert said["candidate"] == wins
-    low, high = said["ci95"]
+    chosen = choice(tmp_path / "choice", **scores)
+    assert chosen["candidate"] == wins
+    low, high = chosen["ci95"]
     assert high < 0 if wins == "dequantized" else low > 0  # shown, not left to the tie rule

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from tasks.jobs import evaluate, prepare, reference
 from tasks.jobs.evaluate import divergence
 from tasks.jobs.loading.load import load_bf16
-from tasks.jobs.measuring.teacher_forcing import Row, _before_end, completion_bytes
+from tasks.jobs.measuring.teacher_forcing import TokenRow, _before_end, completion_bytes
 from tasks.runtime.process.errors import StageError
 from tests.jobs.build import curve, make_job, notes, write_jsonl
 from tests.jobs.test_merge import plant_adapter
@@ -85,11 +85,11 @@ def test_the_reference_scored_against_itself_is_exactly_0(world: Path, tmp_path:
 
 def test_sums_are_those_of_a_loop_over_single_rows(world: Path, tmp_path: Path) -> None:
     means = score(world, tmp_path / "out")
-    found = {(line["row"], line["metric"]): line for line in lines(tmp_path / "out")}
+    scores = {(line["row"], line["metric"]): line for line in lines(tmp_path / "out")}
     model = load_bf16(world / "base", device="cpu")
     stored = safe_open(world / "reference" / "reference.safetensors", framework="pt").get_tensor("logits")
     assert stored.dtype == torch.bfloat16
-    places = {one["row"]: one for one in pq.read_table(world / "reference" / "reference.parquet").to_pylist()}
+    places = {place["row"]: place for place in pq.read_table(world / "reference" / "reference.parquet").to_pylist()}
     rows = held_out(world)
     for row in rows:
         ids = torch.tensor(row["input_ids"])
@@ -105,14 +105,14 @@ def test_sums_are_those_of_a_loop_over_single_rows(world: Path, tmp_path: Path) 
         counts = {"nll": len(predicted), "kl": place["n"], "nll_all": len(ids) - 1, "bits": len(text)}
         assert counts["nll"] == counts["kl"]
         for metric, value in (("nll", nll), ("kl", kl), ("nll_all", every), ("bits", nll / math.log(2))):
-            line = found[row["row"], metric]
+            line = scores[row["row"], metric]
             assert line["n"] == counts[metric]
             assert line["sum"] == pytest.approx(value, rel=0.02)  # bf16 sums differ with the batch: 0.3 % here
         tokens = [line["kl"] for line in lines(tmp_path / "out", "kl") if line["row"] == row["row"]]
-        assert sum(tokens) == pytest.approx(found[row["row"], "kl"]["sum"], rel=1e-5)  # stored as fp32
-    assert {key[1] for key in found} == {*SCORED, "nll_general"}
-    assert len(found) == len(SCORED) * len(rows) + 6
-    general = [line for line in found.values() if line["metric"] == "nll_general"]
+        assert sum(tokens) == pytest.approx(scores[row["row"], "kl"]["sum"], rel=1e-5)  # stored as fp32
+    assert {key[1] for key in scores} == {*SCORED, "nll_general"}
+    assert len(scores) == len(SCORED) * len(rows) + 6
+    general = [line for line in scores.values() if line["metric"] == "nll_general"]
     assert {line["split"] for line in general} == {"general"}
     texts = pq.read_table(world / "dataset" / "general.parquet").to_pylist()
     assert sum(line["n"] for line in general) == sum(len(text["input_ids"]) - 1 for text in texts)
@@ -178,7 +178,7 @@ def test_a_sample_keeps_whole_rows_and_the_same_batches(world: Path, tmp_path: P
     assert "rows of dev and test fit into" in notes(make_job("reference", tmp_path / "half", params={}))["reference"]
     means = score(world, tmp_path / "out", kind="nf4", adapter=world / "adapter", reference=tmp_path / "half")
     assert means["kl/test"] == 0
-    sampled = {one["row"] for one in pq.read_table(tmp_path / "half" / "reference.parquet").to_pylist()}
+    sampled = {place["row"] for place in pq.read_table(tmp_path / "half" / "reference.parquet").to_pylist()}
     assert {line["row"] for line in lines(tmp_path / "out") if line["metric"] == "kl"} == sampled
     assert len({line["row"] for line in lines(tmp_path / "out") if line["metric"] == "nll"}) == whole["rows"]
     with pytest.raises(StageError, match="no row's logits fit"):
@@ -237,7 +237,7 @@ def test_bytes_are_those_of_the_counted_text(world: Path) -> None:
     ):
         part = tokenizer(text)["input_ids"]
         ids, counted = [*ids, *part], [*counted, *[inside] * len(part)]
-    row = Row(row="r", group="r", split="test", ids=ids, counted=counted)
+    row = TokenRow(row="r", group="r", split="test", ids=ids, counted=counted)
     assert completion_bytes(row, tokenizer) == len("blue €".encode()) + len(" sky") == 12
 
 

@@ -26,10 +26,10 @@ from tests.tiny import other_tokenizer, write_base
 
 def scored(out: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """Metric -> row -> line."""
-    found: dict[str, dict[str, dict[str, Any]]] = {}
+    by_metric: dict[str, dict[str, dict[str, Any]]] = {}
     for line in lines(out):
-        found.setdefault(line["metric"], {})[line["row"]] = line
-    return found
+        by_metric.setdefault(line["metric"], {})[line["row"]] = line
+    return by_metric
 
 
 def saved(base: Path, out: Path, dtype: torch.dtype) -> Path:
@@ -45,14 +45,14 @@ def test_the_same_tokenizer_has_everything_in_the_type_of_its_files(world: Path,
         name = str(dtype).removeprefix("torch.")
         folder = saved(world / "base", tmp_path / f"in-{name}", dtype)
         assert load_arm("external", folder, device="cpu").dtype == dtype
-        found = score(world, tmp_path / name, model=folder, kind="external")
-        assert found.keys() == means.keys() and "absent" not in found
-        same = {key: value for key, value in found.items() if key != "kernel"}
+        result = score(world, tmp_path / name, model=folder, kind="external")
+        assert result.keys() == means.keys() and "absent" not in result
+        same = {key: value for key, value in result.items() if key != "kernel"}
         if dtype == torch.bfloat16:
             assert same == {key: value for key, value in means.items() if key != "kernel"}
         else:
-            assert found["nll/test"] == pytest.approx(means["nll/test"], rel=1e-2)
-            assert found["nll/test"] != means["nll/test"]
+            assert result["nll/test"] == pytest.approx(means["nll/test"], rel=1e-2)
+            assert result["nll/test"] != means["nll/test"]
 
 
 def test_without_a_reference_only_kl_and_agreement_are_missing(world: Path, tmp_path: Path):  # noqa: F811
@@ -84,8 +84,8 @@ def test_another_tokenizer_has_bits_over_the_same_bytes_and_answers(world: Path,
             log_q = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
         nll = -sum(log_q[i - 1, ids[i]].item() for i in range(len(prompt), len(ids)))
         assert theirs["bits"][row["row"]]["sum"] == pytest.approx(nll / math.log(2), rel=0.02)  # bf16 batches
-    said = notes(make_job("evaluate", tmp_path / "out", params={}))["tokenizer"]
-    assert "in its own tokens" in said
+    note = notes(make_job("evaluate", tmp_path / "out", params={}))["tokenizer"]
+    assert "in its own tokens" in note
 
 
 def test_another_tokenizers_answers_end_with_its_own_turn(world: Path, tmp_path: Path):  # noqa: F811
@@ -119,11 +119,11 @@ def test_a_padded_vocabulary_is_compared_over_the_tokens_that_both_have(world: P
 
 @pytest.mark.parametrize("scheme", ["rtn-w4-g32", "nf4"])
 def test_a_quantized_checkpoint_is_loaded_as_its_config_says(world: Path, tmp_path: Path, scheme: str):  # noqa: F811
-    made = tmp_path / "quantized"
+    quantized = tmp_path / "quantized"
     params = {**parse_scheme(scheme).params(), "seed": 0, "damp": 0.05}
-    quantize.run(make_job("quantize", made, params=params, model=world / "base"))
-    external = score(world, tmp_path / "external", model=made, kind="external")
-    assert external == score(world, tmp_path / "own", model=made, kind="quantized")
+    quantize.run(make_job("quantize", quantized, params=params, model=world / "base"))
+    external = score(world, tmp_path / "external", model=quantized, kind="external")
+    assert external == score(world, tmp_path / "own", model=quantized, kind="quantized")
     assert external["kernel"] != "Linear"
 
 
@@ -170,5 +170,5 @@ def test_speed_is_measured_on_its_own_tokens(world: Path, tmp_path: Path):  # no
     largest = max(token for row in held_out(world) for token in row["input_ids"])
     assert largest >= 262  # the dataset's ids would be none of this model's
     params = {"kind": "external", "batch": 2, "prompt_tokens": 8, "new_tokens": 2, "repeats": 1}
-    said = measure.run(make_job("measure", tmp_path / "out", params=params, model=folder, dataset=world / "dataset"))
-    assert said["prefill_tokens_per_s"] > 0
+    speed = measure.run(make_job("measure", tmp_path / "out", params=params, model=folder, dataset=world / "dataset"))
+    assert speed["prefill_tokens_per_s"] > 0

@@ -9,20 +9,15 @@ import torch
 
 from recipes.schema import Train
 from tasks.jobs import merge, prepare, quantize, train
-from tasks.jobs.loading.load import kernel_of, load_arm
+from tasks.jobs.loading.kernels import kernel_of
+from tasks.jobs.loading.load import load_arm
 from tests.jobs.build import make_job, write_jsonl
-from tests.jobs.quantized import COST, params, write_calibset
-from tests.jobs.test_merge import FAITHFUL, kl, log_probs
+from tests.jobs.quantized import COST, mean_kl, params, write_calibset
+from tests.jobs.test_merge import FAITHFUL, log_probs
 from tests.jobs.test_prepare import PARAMS, questions
-from tests.tiny import write_base
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")]
 SETTINGS = Train(rank=4, learning_rate=5e-3, batch_size=8, max_steps=12).model_dump()
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_base(tmp_path_factory.mktemp("base"))
 
 
 def on_gpu(model: torch.nn.Module) -> torch.Tensor:
@@ -40,7 +35,7 @@ def test_a_gpu_adapter_merges_faithfully(base: Path, tmp_path: Path):
     onto = {"onto": "dequantized"}
     merge.run(make_job("merge", merged, params=onto, base=base, adapter=adapter, device="cuda"))
     reference = on_gpu(load_arm("nf4", base, adapter=adapter, device="cuda"))
-    assert kl(reference, on_gpu(load_arm("bf16", merged, device="cuda"))) < FAITHFUL
+    assert mean_kl(reference, on_gpu(load_arm("bf16", merged, device="cuda"))) < FAITHFUL
 
 
 # Groups of 32 are not Machete's, GPTQModel's first choice on Hopper; those of 64 and one a channel are.
@@ -53,4 +48,4 @@ def test_schemes_made_and_loaded_on_a_gpu(base: Path, tmp_path: Path, slug: str)
     loaded = load_arm("quantized", out, device="cuda")
     assert "Machete" not in kernel_of(loaded) and loaded.dtype == torch.bfloat16
     reference = on_gpu(load_arm("bf16", base, device="cuda"))
-    assert 0 < kl(reference, on_gpu(loaded)) < COST[params(slug)["bits"]]
+    assert 0 < mean_kl(reference, on_gpu(loaded)) < COST[params(slug)["bits"]]

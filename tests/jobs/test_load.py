@@ -12,9 +12,10 @@ from transformers import AwqConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.quantizer_awq import AwqQuantizer
 
-from tasks.jobs import load
+from tasks.jobs.loading import kernels
 from tasks.jobs.loading.environment import tame_gptqmodel
-from tasks.jobs.loading.load import attach, awq_in_bf16, kernel_of, linear4bit, load_arm, load_bf16, load_nf4
+from tasks.jobs.loading.kernels import kernel_of
+from tasks.jobs.loading.load import attach, awq_in_bf16, linear4bit, load_arm, load_bf16, load_nf4
 from tasks.runtime.process.errors import StageError
 from tests.tiny import write_base
 
@@ -94,8 +95,8 @@ def test_on_cuda_no_kernel_is_taken_that_would_fetch_its_source(
     monkeypatch: pytest.MonkeyPatch, stored: dict[str, Any], kernel: str
 ) -> None:
     """And the one that is named reads the scheme, by what GPTQModel declares of it."""
-    monkeypatch.setattr(load, "_no_marlin", lambda: None)
-    assert load._kernel(stored, device="cuda", note=pytest.fail) == kernel
+    monkeypatch.setattr(kernels, "_no_marlin", lambda: None)
+    assert kernels.choose_kernel(stored, device="cuda", note=pytest.fail) == kernel
     tame_gptqmodel()
     from gptqmodel.models._const import DEVICE
     from gptqmodel.quantization import FORMAT, METHOD
@@ -113,14 +114,14 @@ def test_on_cuda_no_kernel_is_taken_that_would_fetch_its_source(
 def test_without_marlin_torch_takes_over_and_the_reason_is_told(
     monkeypatch: pytest.MonkeyPatch, stored: dict[str, Any], kernel: str
 ) -> None:
-    told: list[tuple[str, str]] = []
-    monkeypatch.setattr(load, "_no_marlin", lambda: "no nvcc here")
-    assert load._kernel(stored, device="cuda", note=lambda *said: told.append(said)) == kernel
-    assert told == [("kernel", "no nvcc here, so these layers run in plain torch, and slower")]
+    notes: list[tuple[str, str]] = []
+    monkeypatch.setattr(kernels, "_no_marlin", lambda: "no nvcc here")
+    assert kernels.choose_kernel(stored, device="cuda", note=lambda *note: notes.append(note)) == kernel
+    assert notes == [("kernel", "no nvcc here, so these layers run in plain torch, and slower")]
 
 
 def test_layouts_of_awq_with_one_kernel_each_are_left_to_transformers() -> None:
-    assert load._kernel(AWQ | {"version": "gemv"}, device="cuda", note=pytest.fail) is None
+    assert kernels.choose_kernel(AWQ | {"version": "gemv"}, device="cuda", note=pytest.fail) is None
 
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")

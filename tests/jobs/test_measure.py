@@ -41,18 +41,18 @@ def speed(model: Path, dataset: Path, out: Path, **changed: Any) -> dict[str, An
 
 
 def test_a_bf16_arm(base: Path, dataset: Path, tmp_path: Path) -> None:
-    found = speed(base, dataset, tmp_path / "out")
+    measured = speed(base, dataset, tmp_path / "out")
     for name in REPEATED:
-        assert len(found[name]) == 5
-        assert min(found[name]) > 0
-    assert (found["kernel"], found["device"], found["threads"]) == ("Linear", "cpu", 1)
-    assert (found["batch"], found["context"], found["new_tokens"]) == (2, 40, 4)
-    assert found["serving_kernel"] is False
+        assert len(measured[name]) == 5
+        assert min(measured[name]) > 0
+    assert (measured["kernel"], measured["device"], measured["threads"]) == ("Linear", "cpu", 1)
+    assert (measured["batch"], measured["context"], measured["new_tokens"]) == (2, 40, 4)
+    assert measured["serving_kernel"] is False
     assert "not a serving kernel" in notes(make_job("measure", tmp_path / "out", params={}))["kernel"]
     weights = load_file(base / "model.safetensors")
     rotary = 2 * 16 * 4  # inv_freq, twice: 16 fp32
-    assert found["resident_bytes"] == pytest.approx(sum(one.nbytes for one in weights.values()), abs=rotary)
-    assert 0.1 < found["peak_rss_gib"] < 8
+    assert measured["resident_bytes"] == pytest.approx(sum(tensor.nbytes for tensor in weights.values()), abs=rotary)
+    assert 0.1 < measured["peak_rss_gib"] < 8
 
 
 def test_nf4_is_smaller_than_bf16_and_its_scales_count(base: Path, dataset: Path, tmp_path: Path) -> None:
@@ -62,15 +62,15 @@ def test_nf4_is_smaller_than_bf16_and_its_scales_count(base: Path, dataset: Path
     embedding = model.get_input_embeddings().weight.numel()
     weights = sum(one.numel() for name, one in model.named_parameters() if "proj" in name)
     assert nf4["resident_bytes"] > embedding * 2 + weights * (4 + 8 / 64) / 8  # an 8-bit scale for 64 weights
-    assert nf4["resident_bytes"] < sum(one.nbytes for one in model.parameters()) * 0.6
+    assert nf4["resident_bytes"] < sum(parameter.nbytes for parameter in model.parameters()) * 0.6
 
 
 def test_a_quantized_arm_names_its_kernel(base: Path, dataset: Path, tmp_path: Path) -> None:
-    found = speed(rtn(base, tmp_path / "rtn", bits=4), dataset, tmp_path / "out", kind="quantized")
-    assert found["kernel"] == "TorchAtenLinear"
-    assert found["serving_kernel"] is False
-    bf16 = sum(one.nbytes for one in load_file(base / "model.safetensors").values())
-    assert found["resident_bytes"] < bf16 / 2
+    measured = speed(rtn(base, tmp_path / "rtn", bits=4), dataset, tmp_path / "out", kind="quantized")
+    assert measured["kernel"] == "TorchAtenLinear"
+    assert measured["serving_kernel"] is False
+    bf16 = sum(tensor.nbytes for tensor in load_file(base / "model.safetensors").values())
+    assert measured["resident_bytes"] < bf16 / 2
 
 
 def test_the_prompt_is_real_and_repeats_where_rows_end(dataset: Path) -> None:

@@ -16,6 +16,7 @@ from tasks.jobs import merge
 from tasks.jobs.loading.load import load_arm, load_bf16
 from tasks.runtime.process.errors import StageError
 from tests.jobs.build import make_job
+from tests.jobs.quantized import mean_kl
 from tests.tiny import write_base
 
 FAITHFUL = (
@@ -46,11 +47,6 @@ def log_probs(model: torch.nn.Module) -> torch.Tensor:
     return model(tokens).logits.float().log_softmax(-1).flatten(0, 1)
 
 
-def kl(reference: torch.Tensor, other: torch.Tensor) -> float:
-    """Mean KL(reference || other) in nats a token."""
-    return (reference.exp() * (reference - other)).sum(-1).mean().item()
-
-
 def merge_onto(onto: str, base: Path, adapter: Path, out: Path) -> Path:
     merge.run(make_job("merge", out, params={"onto": onto}, base=base, adapter=adapter))
     return out
@@ -69,7 +65,7 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_merged_dequantized_is_the_trained_model(base: Path, adapter: Path, tmp_path: Path) -> None:
     reference = log_probs(load_arm("nf4", base, adapter=adapter, device="cpu"))
     cost = {
-        onto: kl(reference, log_probs(load_bf16(merge_onto(onto, base, adapter, tmp_path / onto), device="cpu")))
+        onto: mean_kl(reference, log_probs(load_bf16(merge_onto(onto, base, adapter, tmp_path / onto), device="cpu")))
         for onto in ("dequantized", "original")
     }
     assert cost["dequantized"] < FAITHFUL
@@ -78,7 +74,9 @@ def test_merged_dequantized_is_the_trained_model(base: Path, adapter: Path, tmp_
     config = json.loads((adapter / "adapter_config.json").read_text())
     wrong = shutil.copytree(adapter, tmp_path / "wrong")
     (wrong / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": config["lora_alpha"] * 1.1}))
-    off = kl(reference, log_probs(load_bf16(merge_onto("dequantized", base, wrong, tmp_path / "off"), device="cpu")))
+    off = mean_kl(
+        reference, log_probs(load_bf16(merge_onto("dequantized", base, wrong, tmp_path / "off"), device="cpu"))
+    )
     assert not off < FAITHFUL
 
 

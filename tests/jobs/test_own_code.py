@@ -53,12 +53,12 @@ def test_code_runs_only_where_it_was_asked_for(strange: Path, tmp_path: Path) ->
 
 def test_it_is_evaluated_as_the_same_model_without_code(world: Path, strange: Path, tmp_path: Path) -> None:  # noqa: F811
     inputs = {"dataset": world / "dataset", "reference": world / "reference"}
-    told = {
+    notes_by_kind = {
         name: evaluate.run(make_job("evaluate", tmp_path / name, params=PARAMS | more, model=model, **inputs))
         for name, model, more in (
             ("own", strange, {"kind": "external", "trust_remote_code": True}),
             ("plain", world / "base", {"kind": "external"}),
         )
     }
-    assert (tmp_path / "mark").exists() and "nll/test" in told["own"]
-    assert told["own"] == told["plain"]
+    assert (tmp_path / "mark").exists() and "nll/test" in notes_by_kind["own"]
+    assert notes_by_kind["own"] == notes_by_kind["plain"]

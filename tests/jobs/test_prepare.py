@@ -157,11 +157,11 @@ def test_only_the_first_twenty_are_listed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("column", ["domain", "group", "keep_columns"])
 def test_a_row_without_a_named_column_is_malformed(tmp_path: Path, column: str) -> None:
-    named = {column: ["kind"] if column == "keep_columns" else "kind"}
+    columns = {column: ["kind"] if column == "keep_columns" else "kind"}
     rows = [row | {"kind": "a"} for row in questions(60)]
     del rows[40]["kind"]
     with pytest.raises(StageError, match=r"out\.jsonl:41 has no `kind`"):
-        run(tmp_path, rows, **named)
+        run(tmp_path, rows, **columns)
 
 
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:
@@ -396,11 +396,11 @@ def test_near_duplicates_are_counted_and_removed_so_that_no_test_row_goes(tmp_pa
     tables = {mode: {row["row"]: row for row in table(job.out)} for mode, job in jobs.items()}
     counts = {mode: json.loads((job.out / "summary.json").read_text()) for mode, job in jobs.items()}
     assert tables["ignore"] == tables["count"] and "near_duplicates" not in counts["ignore"]
-    found = counts["count"]["near_duplicates"]
-    assert (found["rows"], found["removed"]) == (8 * 5, 0)  # of six that are alike one is the first
-    assert found["rows"] == found["train"] + found["dev"] + found["test"] and found["across_sides"] > 0
+    counted = counts["count"]["near_duplicates"]
+    assert (counted["rows"], counted["removed"]) == (8 * 5, 0)  # of six that are alike one is the first
+    assert counted["rows"] == counted["train"] + counted["dev"] + counted["test"] and counted["across_sides"] > 0
     gone = tables["count"].keys() - tables["remove"].keys()
-    assert len(gone) == counts["remove"]["near_duplicates"]["removed"] == found["train"] + found["dev"]
+    assert len(gone) == counts["remove"]["near_duplicates"]["removed"] == counted["train"] + counted["dev"]
     assert all(tables["count"][name]["split"] != "test" for name in gone)
     stories = {}
     for row in tables["remove"].values():
@@ -421,8 +421,8 @@ def test_a_system_turn_that_all_rows_share_makes_no_near_duplicates(tmp_path: Pa
 def test_the_limit_is_the_exact_jaccard_similarity(jaccard: float, expected: bool) -> None:
     rows = {str(i): almost(i, of=0)["messages"] for i in range(2)}
     # 115 + 3 words give 114 5-grams, of which the last one differs: 113 / 115 = 0.983.
-    found = near_duplicates(rows, {"0": "test", "1": "train"}, jaccard=jaccard).found
-    assert [(one.row, one.like) for one in found] == ([("1", "0")] if expected else [])
+    pairs = near_duplicates(rows, {"0": "test", "1": "train"}, jaccard=jaccard).pairs
+    assert [(pair.row, pair.like) for pair in pairs] == ([("1", "0")] if expected else [])
 
 
 def test_what_long_rows_lose_is_counted(tmp_path: Path) -> None:

@@ -19,16 +19,6 @@ from tests.jobs.quantized import make, params, write_calibset
 from tests.tiny import write_base
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_base(tmp_path_factory.mktemp("quantize") / "base")
-
-
-@pytest.fixture(scope="module")
-def calibset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_calibset(tmp_path_factory.mktemp("calibset") / "calibset")
-
-
 @pytest.mark.parametrize("slug", ["rtn-w4-g32", "gptq-w4-g32", "awq-w4-g32"])
 def test_the_same_inputs_give_the_same_bytes_and_no_machine_path(
     slug: str, base: Path, calibset: Path, tmp_path: Path
@@ -91,8 +81,8 @@ def test_its_warnings_become_notes(tmp_path: Path) -> None:
     job = make_job("quantize", tmp_path / "out", params={})
     with _warnings(job.events):
         print("\rWARN  Module `a`: Hessian diagonal floor   \nINFO  fine\nWARN  Python GIL is enabled")
-    told = [event for event, _ in read_events(job.out / "events.jsonl")]
-    assert [(note["about"], note["text"]) for note in told] == [("gptqmodel", "Module `a`: Hessian diagonal floor")]
+    events = [event for event, _ in read_events(job.out / "events.jsonl")]
+    assert [(note["about"], note["text"]) for note in events] == [("gptqmodel", "Module `a`: Hessian diagonal floor")]
 
 
 def test_awq_takes_scales_and_clipping_from_another_model(base: Path, calibset: Path, tmp_path: Path) -> None:

@@ -12,12 +12,6 @@ from tasks.jobs import reload
 from tasks.runtime.process.errors import StageError
 from tests.jobs.build import make_job
 from tests.jobs.test_merge import plant_adapter
-from tests.tiny import write_base
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_base(tmp_path_factory.mktemp("base"))
 
 
 def compare(kind: str, tmp_path: Path, **inputs: Path) -> dict[str, object]:
@@ -26,16 +20,16 @@ def compare(kind: str, tmp_path: Path, **inputs: Path) -> dict[str, object]:
 
 def test_the_same_bytes_give_the_same_logits(base: Path, tmp_path: Path):
     copy = shutil.copytree(base, tmp_path / "copy")
-    said = compare("bf16", tmp_path, model=base, copy=copy)
-    assert said["largest_difference"] == 0 and said["kernel"] == "Linear" and said["prompt_tokens"]
+    result = compare("bf16", tmp_path, model=base, copy=copy)
+    assert result["largest_difference"] == 0 and result["kernel"] == "Linear" and result["prompt_tokens"]
 
 
 def test_base_and_adapter(base: Path, tmp_path: Path):
     adapter = plant_adapter(base, tmp_path / "adapter")
     shutil.copytree(base, tmp_path / "copy" / "base")
     copied = shutil.copytree(adapter, tmp_path / "copy" / "adapter")
-    said = compare("nf4", tmp_path, model=base, adapter=adapter, copy=tmp_path / "copy")
-    assert said["largest_difference"] == 0 and said["kernel"] == "Linear4bit"
+    result = compare("nf4", tmp_path, model=base, adapter=adapter, copy=tmp_path / "copy")
+    assert result["largest_difference"] == 0 and result["kernel"] == "Linear4bit"
     weights = load_file(copied / "adapter_model.safetensors")
     save_file({name: 1.1 * tensor for name, tensor in weights.items()}, copied / "adapter_model.safetensors")
     with pytest.raises(StageError, match="other logits"):

@@ -24,11 +24,6 @@ from tests.tiny import write_base
 TOKENS = torch.randint(4, 300, (2, 32), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_base(tmp_path_factory.mktemp("base"))
-
-
 def loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Names that the Python of serve.md defines, run in the folder as it says."""
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "serve.md").read_text(), flags=re.DOTALL)

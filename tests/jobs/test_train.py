@@ -101,7 +101,7 @@ def test_labels_are_exactly_the_mask(base: Path, dataset: Path, tmp_path: Path) 
     same = shutil.copytree(base, tmp_path / "base")
     (same / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": config["eos_token"]}))
     job = job_for(tmp_path / "out", same, dataset)
-    made = trainer.make_trainer(job, train._model(job))
+    built = trainer.make_trainer(job, train._model(job))
     rows = pq.read_table(dataset / "rows.parquet", filters=[("split", "==", "train")]).to_pylist()
     expected = {
         tuple(row["input_ids"]): [
@@ -110,7 +110,7 @@ def test_labels_are_exactly_the_mask(base: Path, dataset: Path, tmp_path: Path) 
         for row in rows
     }
     seen = 0
-    for batch in made.get_train_dataloader():
+    for batch in built.get_train_dataloader():
         for ids, labels, attended in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
             length = int(attended.sum())
             assert labels[:length].tolist() == expected[tuple(ids[:length].tolist())]
@@ -191,11 +191,11 @@ def test_accumulation_is_the_whole_batch(
     whole: tuple[Job, dict[str, Any]], base: Path, dataset: Path, tmp_path: Path
 ) -> None:
     """Same rows a step and a mean over tokens: without dropout only rounding differs."""
-    one = job_for(tmp_path / "one", base, dataset, dropout=0.0, max_steps=3)
+    whole_batch = job_for(tmp_path / "one", base, dataset, dropout=0.0, max_steps=3)
     two = job_for(tmp_path / "two", base, dataset, dropout=0.0, max_steps=3, micro_batch=2)
-    train.run(one)
+    train.run(whole_batch)
     train.run(two)
-    expected = curve(one, "train/loss")
+    expected = curve(whole_batch, "train/loss")
     # Rounding makes up to 5e-5 of it here; a mean of the micro-batches' means would be off by 7e-3.
     assert curve(two, "train/loss") == pytest.approx(expected, rel=5e-4)
 

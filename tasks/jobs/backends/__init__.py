@@ -1,15 +1,43 @@
-"""Who loads and who quantizes: one module a backend."""
+"""Who quantizes: one module per backend, each with `quantize(request) -> Quantized`."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recipes.models.headers import read_headers
 from tasks.runtime.process.events import Events
 
 if TYPE_CHECKING:  # a body that needs no tensor does not pay for torch
     from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a backend is asked to quantize.
+
+    Attributes:
+        model: bf16 model folder.
+        out: Gets model*.safetensors and config.json; other files are the caller's to replace.
+        rows: Token ids of the calibration sequences, without padding; empty where the scheme needs none.
+        params: The scheme's, with damp for GPTQ.
+        device: `cpu` or `cuda`.
+        events: Gets progress, and a note for everything that the backend does without saying so.
+    """
+
+    model: Path
+    out: Path
+    rows: Sequence[Sequence[int]]
+    params: dict[str, Any]
+    device: str
+    events: Events
+
+    @property
+    def tokens(self) -> int:
+        """Calibration tokens."""
+        return sum(map(len, self.rows))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +78,23 @@ def relative_error(weight: Tensor, quantized: Tensor) -> float:
     return ((original - quantized.float()).norm() / original.norm().clamp(min=1e-30)).item()
 
 
-def note_skipped(names: Iterable[str], made: Collection[str], *, events: Events) -> None:
-    """Say which linear layers were not quantized."""
-    if skipped := sorted(set(names) - set(made)):
+def linear_names(model: Path) -> list[str]:
+    """Names of the linear layers inside the decoder layers, in the order of the checkpoint."""
+    return [layer.name for layer in read_headers(model).linears]
+
+
+def unpadded(rows: Sequence[Sequence[int]]) -> list[dict[str, list[int]]]:
+    """Calibration sequences as GPTQModel and AutoGPTQ take them, each without padding."""
+    return [{"input_ids": list(row), "attention_mask": [1] * len(row)} for row in rows]
+
+
+def note_skipped(names: Iterable[str], quantized: Collection[str], *, events: Events) -> None:
+    """Note which linear layers were not quantized."""
+    if skipped := sorted(set(names) - set(quantized)):
         events.note("skipped layers", f"{len(skipped)} linear layers stay in bf16: {', '.join(skipped)}")
 
 
 def note_tokens(layers: Sequence[LayerRecord], *, tokens: int, events: Events) -> None:
-    """Say which layers saw other numbers of calibration tokens than there were."""
+    """Note which layers saw other numbers of calibration tokens than there were."""
     if other := {layer.name: layer.tokens for layer in layers if layer.tokens not in (tokens, None)}:
         events.note("tokens", f"of {tokens} calibration tokens these layers saw other numbers: {other}")

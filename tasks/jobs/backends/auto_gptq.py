@@ -1,56 +1,43 @@
 """GPTQ by AutoGPTQ 0.7.1, the archived original, in the environment `autogptq`; on CPU and CUDA.
 
-It asks for CUDA before it quantizes. Its arithmetic is plain torch, though: on a machine without a GPU that question is
-passed over, and layers stay where they are (`_stay_on_cpu`); it notes so.
+It asks for CUDA before it quantizes, although its arithmetic is plain torch. On a machine without a GPU the question is
+passed over and layers stay where they are (`_stay_on_cpu`); a note says so.
 
 What it does without saying so: it sets weights to zero whose input was zero in all calibration tokens, and asymmetric
-zero points of 0 are packed as -1, which spoils the words they stand in.
+zero points of 0 are packed as -1, which corrupts the packed words that hold them.
 """
 
 from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from recipes.models.headers import read_headers
-from recipes.problem import Problem
-from tasks.jobs.backends import LayerRecord, Quantized
+from tasks.jobs.backends import LayerRecord, Quantized, Request, linear_names, unpadded
 from tasks.jobs.backends.archived import note_habits, read_config, refuse_overflow, write_checkpoint
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.events import Events
 
-LOSS = "avg loss: "  # the only place where it tells a layer's loss is its log
+LOSS = "avg loss: "  # AutoGPTQ reports a layer's loss nowhere but in its log
 
 
-def quantize(
-    model: Path, out: Path, *, rows: Sequence[Sequence[int]], params: dict[str, Any], device: str, events: Events
-) -> Quantized:
+def quantize(request: Request) -> Quantized:
     """Quantize and save in GPTQ's v1 layout.
-
-    Args:
-        model: bf16 model folder; its model type stands in recipes.schemes.limits.
-        out: Gets model*.safetensors, config.json and quantize_config.json.
-        rows: Token ids of the calibration sequences, without padding; each is a batch of its own.
-        params: bits, group_size, symmetric, desc_act, damp.
-        device: `cpu` or `cuda`.
-        events: Gets progress by layer, and a note for every silent habit that showed.
 
     Raises:
         StageError: A weight does not fit fp16; a zero point cannot be packed.
     """
+    model, params, events = request.model, request.params, request.events
     auto_gptq: Any = importlib.import_module("auto_gptq")
     modeling: Any = importlib.import_module("auto_gptq.modeling")
-    if device == "cpu":
+    if request.device == "cpu":
         _stay_on_cpu(modeling)
         events.note("device", "AutoGPTQ asks for CUDA to quantize; that is passed over: the same arithmetic on the CPU")
-    asked = auto_gptq.BaseQuantizeConfig(
+    quantize_config = auto_gptq.BaseQuantizeConfig(
         bits=params["bits"],
         group_size=params["group_size"],
         sym=params["symmetric"],
@@ -63,17 +50,17 @@ def quantize(
         str(model), config=config, torch_dtype=torch.float16, local_files_only=True, use_safetensors=True
     ).eval()
     refuse_overflow(loaded)
-    for module in (one for name, one in loaded.named_modules() if name.endswith("rotary_emb")):
-        module.to(device)  # newer than AutoGPTQ: it moves embeddings and layers alone
-    wrapped = modeling.GPTQ_CAUSAL_LM_MODEL_MAP[config.model_type](loaded, False, asked)
-    names = [layer.name for layer in read_headers(model).linears]
+    for name, module in loaded.named_modules():
+        if name.endswith("rotary_emb"):
+            module.to(request.device)  # newer than AutoGPTQ: it moves embeddings and layers alone
+    wrapped = modeling.GPTQ_CAUSAL_LM_MODEL_MAP[config.model_type](loaded, False, quantize_config)
+    names = linear_names(model)
     layers: list[LayerRecord] = []
     _record(modeling, loaded, layers, total=len(names), damp=params["damp"], events=events)
-    samples = [{"input_ids": list(row), "attention_mask": [1] * len(row)} for row in rows]
-    wrapped.quantize(samples, batch_size=1)
-    write_checkpoint(model, out, loaded.state_dict(), quantization=_quantization(params), events=events)
+    wrapped.quantize(unpadded(request.rows), batch_size=1)
+    write_checkpoint(request, loaded.state_dict(), quantization=_quantization(params))
     layers.sort(key=lambda layer: names.index(layer.name))  # it begins each decoder layer with k_proj
-    note_habits(model, layers, tokens=sum(map(len, rows)), events=events)
+    note_habits(model, layers, tokens=request.tokens, events=events)
     kinds = {type(module).__module__.rpartition(".")[2] for module in loaded.modules() if hasattr(module, "QUANT_TYPE")}
     return Quantized(backend=f"auto-gptq:{auto_gptq.__version__}", packer="+".join(sorted(kinds)), layers=layers)
 
@@ -109,7 +96,7 @@ def _record(
     factor, a calibration sequence.
     """
     names = {module: name for name, module in model.named_modules()}
-    losses = _Losses()
+    losses = _LossReader()
     log = logging.getLogger("auto_gptq.quantization.gptq")
     log.addHandler(losses)
     log.setLevel(logging.INFO)
@@ -128,7 +115,7 @@ def _record(
                 events.note("dead inputs", f"{name}: {dead} inputs were always zero; their weights are set to zero")
             scale, zero, g_idx = super().fasterquant(**settings)
             if (zero <= 0).any():
-                raise StageError(_unpackable(name))
+                raise _unpackable(name)
             layers.append(LayerRecord(name=name, loss=losses.last, tokens=self.tokens, damp=damp))
             events.progress(len(layers), total, unit="layer")
             return scale, zero, g_idx
@@ -136,7 +123,7 @@ def _record(
     modeling._base.GPTQ = Recorder
 
 
-class _Losses(logging.Handler):
+class _LossReader(logging.Handler):
     """Keeps the last loss that it logged."""
 
     last: float | None = None
@@ -147,8 +134,8 @@ class _Losses(logging.Handler):
             self.last = float(message.removeprefix(LOSS))
 
 
-def _unpackable(name: str) -> Problem:
-    return Problem(
+def _unpackable(name: str) -> StageError:
+    return StageError.of(
         what="a zero point of 0 cannot be packed",
         where=name,
         why="all weights of a group are positive; GPTQ's v1 files store zero points less one, and AutoGPTQ writes the "

@@ -1,6 +1,6 @@
-"""AWQ with scales and clipping that were found on another model: may the quantization of the base be reused?
+"""AWQ with scales and clipping from a search on another model: can the quantization of the base be reused?
 
-GPTQModel 7.6 searches in two methods of AWQProcessor, once a decoder layer, and does all else (scaling, clipping,
+GPTQModel 7.6 searches in two methods of AWQProcessor, once per decoder layer, and does all else (scaling, clipping,
 rounding, packing) with what they return. So the search runs on the other model, what it returns is kept, and on the
 model that is quantized the two methods return that. Clipping is kept as it was found: the largest absolute value of
 each group.
@@ -11,14 +11,13 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from tasks.jobs.backends import gptqmodel
-from tasks.runtime.process.events import Events
+from tasks.jobs.backends import Request, gptqmodel
 
 
 class Scaling(NamedTuple):
@@ -39,7 +38,7 @@ class Scaling(NamedTuple):
 
 @dataclass
 class Search:
-    """What was found.
+    """Results of a search.
 
     Attributes:
         scalings: By number of the decoder layer and names of the layers.
@@ -51,27 +50,21 @@ class Search:
 
 
 @contextlib.contextmanager
-def scales_found_on(
-    model: Path, *, out: Path, rows: Sequence[Sequence[int]], params: dict[str, Any], device: str, events: Events
-) -> Iterator[None]:
+def scales_found_on(model: Path, request: Request) -> Iterator[None]:
     """While it lasts, GPTQModel's AWQ takes scales and clipping from this model instead of searching for them.
 
     Args:
-        model: bf16 model folder of the same shape.
-        out: Existing folder, for what the search writes and throws away.
-        rows: Token ids of the calibration sequences, for the search.
-        params: As of `gptqmodel.quantize`.
-        device: `cpu` or `cuda`.
-        events: Gets what quantizing the other model says, and a note.
+        model: bf16 model folder of the same shape as the request's.
+        request: How to search. Its out folder gets what the search writes and throws away.
     """
-    with _recording() as found, tempfile.TemporaryDirectory(dir=out) as scratch:
-        gptqmodel.quantize(model, Path(scratch), rows=rows, params=params, device=device, events=events)
-    events.note(
+    with _recording() as search, tempfile.TemporaryDirectory(dir=request.out) as scratch:
+        gptqmodel.quantize(replace(request, model=model, out=Path(scratch)))
+    request.events.note(
         "scales from another model",
-        f"{len(found.scalings)} scalings and {sum(map(len, found.clips.values()))} clippings were found on the base "
+        f"{len(search.scalings)} scalings and {sum(map(len, search.clips.values()))} clippings were found on the base "
         "and are applied as they are; the losses of the layers are those of that search",
     )
-    with _reusing(found):
+    with _reusing(search):
         yield
 
 
@@ -79,33 +72,33 @@ def scales_found_on(
 def _recording() -> Iterator[Search]:
     from gptqmodel.looper.awq_processor import AWQProcessor
 
-    found = Search()
+    search = Search()
     scale, clip = AWQProcessor._search_best_scale, AWQProcessor._search_best_clip
 
     def search_scale(self: Any, module: Any, *args: Any, **more: Any) -> tuple[str, tuple[str, ...], Tensor, float]:
-        one = Scaling(*scale(self, module, *args, **more))
-        found.scalings[_layer(self), one.layers] = one._replace(scales=one.scales.clone())
-        return one
+        scaling = Scaling(*scale(self, module, *args, **more))
+        search.scalings[_layer(self), scaling.layers] = scaling._replace(scales=scaling.scales.clone())
+        return scaling
 
     def search_clip(self: Any, *args: Any) -> list[tuple[str, Tensor]]:
         clips = clip(self, *args)
-        found.clips[_layer(self)] = [(name, most.clone()) for name, most in clips]
+        search.clips[_layer(self)] = [(name, most.clone()) for name, most in clips]
         return clips
 
     with _replaced(AWQProcessor, search_scale, search_clip):
-        yield found
+        yield search
 
 
 @contextlib.contextmanager
-def _reusing(found: Search) -> Iterator[None]:
+def _reusing(search: Search) -> Iterator[None]:
     from gptqmodel.looper.awq_processor import AWQProcessor, get_op_name
 
     def search_scale(self: Any, module: Any, prev_op: Any, layers: Sequence[Any], **_: Any) -> Scaling:
-        one = found.scalings[_layer(self), tuple(get_op_name(module, layer) for layer in layers)]
-        return one._replace(scales=one.scales.clone())
+        scaling = search.scalings[_layer(self), tuple(get_op_name(module, layer) for layer in layers)]
+        return scaling._replace(scales=scaling.scales.clone())
 
     def search_clip(self: Any, *_: Any) -> list[tuple[str, Tensor]]:
-        return [(name, most.clone()) for name, most in found.clips[_layer(self)]]
+        return [(name, most.clone()) for name, most in search.clips[_layer(self)]]
 
     with _replaced(AWQProcessor, search_scale, search_clip):
         yield

@@ -1,14 +1,12 @@
 """NF4 and int8 of a finished model through bitsandbytes and transformers, saved so that what loads is what was written.
 
 Neither looks at data. NF4 is that of QLoRA, with double quantization (Dettmers et al. 2023, arXiv:2305.14314); int8 is
-LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339): a scale an output, and inputs beyond 6.0 are multiplied in fp16.
+LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339): a scale per output, and inputs beyond 6.0 are multiplied in fp16.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,29 +15,18 @@ from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from torch import Tensor
 
 from recipes.models.headers import read_headers
-from tasks.jobs.backends import LayerRecord, Quantized, note_skipped, relative_error
+from tasks.jobs.backends import LayerRecord, Quantized, Request, note_skipped, relative_error
 from tasks.jobs.loading.load import load_int8, load_nf4
 from tasks.jobs.merging.streams import Reader
-from tasks.runtime.process.events import Events
 
 
-def quantize(
-    model: Path, out: Path, *, rows: Sequence[Sequence[int]], params: dict[str, Any], device: str, events: Events
-) -> Quantized:
-    """Quantize every linear layer but lm_head, and save.
-
-    Args:
-        model: bf16 model folder.
-        out: Gets model*.safetensors, config.json, and files that the caller replaces.
-        rows: Not looked at.
-        params: method, `nf4` or `int8`.
-        device: `cpu` or `cuda`.
-        events: Gets progress, and a note for what bitsandbytes does without saying so.
-    """
-    loaded = (load_nf4 if params["method"] == "nf4" else load_int8)(model, device=device)
-    loaded.save_pretrained(out)
-    headers = read_headers(model)
-    modules = {name: one for name, one in loaded.named_modules() if isinstance(one, Linear4bit | Linear8bitLt)}
+def quantize(request: Request) -> Quantized:
+    """Quantize every linear layer but lm_head, and save."""
+    params, events = request.params, request.events
+    loaded = (load_nf4 if params["method"] == "nf4" else load_int8)(request.model, device=request.device)
+    loaded.save_pretrained(request.out)
+    headers = read_headers(request.model)
+    modules = {name: module for name, module in loaded.named_modules() if isinstance(module, Linear4bit | Linear8bitLt)}
     records: list[LayerRecord] = []
     with Reader() as reader:
         reader.open(headers.tensors.values())
@@ -56,7 +43,7 @@ def quantize(
 
 
 def dequantized(layer: Linear4bit | Linear8bitLt) -> Tensor:
-    """[out, in]: the weight that a layer stands for, in bf16 (NF4) or fp32 (int8: code x scale / 127)."""
+    """[out, in]: the dequantized weight of a layer, in bf16 (NF4) or fp32 (int8: code x scale / 127)."""
     weight: Any = layer.weight  # Params4bit or Int8Params, whose state no stub names
     if isinstance(layer, Linear4bit):
         return dequantize_4bit(weight.data, weight.quant_state)

@@ -1,4 +1,4 @@
-"""GPTQ and AWQ through GPTQModel 7.6, on CPU and CUDA, with its silent habits made loud.
+"""GPTQ and AWQ through GPTQModel 7.6, on CPU and CUDA; its silent habits become notes.
 
 What it does without saying so: it drops rows of up to 10 tokens, cuts rows at max_position_embeddings, raises the
 damping where a Hessian does not factor, rounds a layer to nearest where hardly any token reached it, and searches AWQ's
@@ -13,12 +13,10 @@ import io
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from recipes.models.headers import read_headers
 from recipes.schemes.scheme import PER_CHANNEL
-from tasks.jobs.backends import LayerRecord, Quantized, note_skipped, note_tokens
+from tasks.jobs.backends import LayerRecord, Quantized, Request, linear_names, note_skipped, note_tokens, unpadded
 from tasks.jobs.loading.environment import tame_gptqmodel
 from tasks.runtime.process.events import Events
 
@@ -26,20 +24,11 @@ from tasks.runtime.process.events import Events
 HARMLESS = ("Python GIL", "Disk subsystem", "Calibration dataset size", "average length of input_ids")
 
 
-def quantize(
-    model: Path, out: Path, *, rows: Sequence[Sequence[int]], params: dict[str, Any], device: str, events: Events
-) -> Quantized:
-    """Quantize and save.
-
-    Args:
-        model: bf16 model folder.
-        out: Gets model*.safetensors, config.json, quantize_config.json, and files that the caller replaces.
-        rows: Token ids of the calibration sequences, without padding.
-        params: method, bits, group_size, symmetric, desc_act, damp (GPTQ).
-        device: `cpu` or `cuda`.
-        events: Gets progress by layer, and a note for every silent habit that showed.
-    """
-    model, out, events = model.resolve(), out.resolve(), Events(events.path.resolve())  # the current folder changes
+def quantize(request: Request) -> Quantized:
+    """Quantize and save."""
+    params, device, rows = request.params, request.device, request.rows
+    # Absolute paths, because the current folder changes below.
+    model, out, events = request.model.resolve(), request.out.resolve(), Events(request.events.path.resolve())
     tame_gptqmodel()
     from gptqmodel import BACKEND, GPTQModel, __version__
 
@@ -59,13 +48,12 @@ def quantize(
 
         loaded.layer_callback = layer_done
         _note_rope(loaded.model.config.get_text_config(), events=events)
-        # One row a batch: no padding exists that could enter a statistic, and it costs nothing (9.9 s against 10.6 s).
-        samples = [{"input_ids": list(row), "attention_mask": [1] * len(row)} for row in rows]
-        log = loaded.quantize(samples, batch_size=1, backend=backend)
+        # One row per batch: no padding can enter a statistic, and it costs nothing (9.9 s against 10.6 s).
+        log = loaded.quantize(unpadded(rows), batch_size=1, backend=backend)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints both configs
             loaded.save(str(out))
     prefix = loaded.extract_layers_node()[0]
-    names = [layer.name for layer in read_headers(model).linears]
+    names = linear_names(model)
     entries = {f"{prefix}.{entry['layer']}.{entry['module']}": entry for entry in log[params["method"]]}
     # Its log has the order in which threads ended; ours has the checkpoint's, so that equal inputs give equal files.
     layers = [_record(name, entries[name]) for name in sorted(entries, key=names.index)]
@@ -80,7 +68,7 @@ def equal_lengths(
     events: Events,
     why: str = "with unequal ones GPTQModel's AWQ looks at the last sequence only",
 ) -> list[list[int]]:
-    """The same tokens in as many rows of one length; fewer tokens than there are rows are left over.
+    """The same tokens in as many rows of equal length; a rest of fewer tokens than there are rows is left out.
 
     Where lengths differ, GPTQModel searches AWQ's scales and clipping on the last batch alone, and logs the tokens of
     all: of the quickstart's 30 sequences it would look at one.
@@ -120,14 +108,14 @@ def _config(params: dict[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def _scratch() -> Iterator[None]:
-    """A current folder to throw away: it makes logs/ wherever it runs."""
+    """Work in a temporary folder: GPTQModel makes logs/ wherever it runs."""
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         yield
 
 
 @contextlib.contextmanager
 def _warnings(events: Events) -> Iterator[None]:
-    """Every distinct warning and error line that it prints becomes a note."""
+    """Make a note of every distinct warning and error line that GPTQModel prints."""
     tee = _Tee()
     try:
         with contextlib.redirect_stdout(tee):
@@ -155,7 +143,7 @@ class _Tee(io.TextIOBase):
 
 
 def _record(name: str, entry: dict[str, Any]) -> LayerRecord:
-    """A line of its log; a loss in words becomes None here and a note in _note_habits."""
+    """One line of its log; a loss in words becomes None here and a note in _note_habits."""
     try:
         loss = float(entry["loss"])
     except ValueError:
@@ -169,7 +157,7 @@ def _record(name: str, entry: dict[str, Any]) -> LayerRecord:
 
 
 def _note_rope(config: Any, *, events: Events) -> None:
-    """Rotary embeddings by layer type stand in `rope_parameters` under the name of the type."""
+    """Note position embeddings that differ by layer type; `rope_parameters` holds them under the type's name."""
     types: list[str] = list(getattr(config, "layer_types", None) or [])
     if len({str(config.rope_parameters.get(name)) for name in types}) > 1:
         other = [number for number, name in enumerate(types) if name != types[0]]
@@ -204,8 +192,8 @@ def _losses_in_words(layers: list[LayerRecord], entries: dict[str, dict[str, Any
     `fallback(rtn)`: rounded to nearest, because hardly any token reached it. `not applicable`: AWQ quantized it
     without scaling (o_proj under grouped-query attention).
     """
-    found: dict[str, list[str]] = {}
+    by_words: dict[str, list[str]] = {}
     for layer in layers:
         if layer.loss is None:
-            found.setdefault(f"`{entries[layer.name]['loss'].split(':')[0]}`", []).append(layer.name)
-    return found
+            by_words.setdefault(f"`{entries[layer.name]['loss'].split(':')[0]}`", []).append(layer.name)
+    return by_words

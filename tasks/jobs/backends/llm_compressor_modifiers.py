@@ -25,7 +25,7 @@ from loguru import logger  # pyright: ignore[reportMissingImports]
 from pydantic import PrivateAttr
 
 from recipes.schemes.scheme import Grid, Scheme
-from tasks.jobs.backends.llm_compressor import Watch
+from tasks.jobs.backends.llm_compressor_watch import Watch
 
 FP8_CACHE = QuantizationArgs(
     num_bits=8, type=QuantizationType.FLOAT, strategy=QuantizationStrategy.TENSOR, symmetric=True, dynamic=False
@@ -45,12 +45,12 @@ def modifiers(
         "kv_cache_scheme": FP8_CACHE if scheme.kv_scales else None,
     }
     if scheme.method == "awq":
-        scales = WatchedAWQ()
-        scales._watch = watch
-        return [scales, QuantizationModifier(**common)]
-    found = WatchedGPTQ(**common, dampening_frac=damp, actorder="static")
-    found._watch = watch
-    return [found]
+        awq_modifier = WatchedAWQ()
+        awq_modifier._watch = watch
+        return [awq_modifier, QuantizationModifier(**common)]
+    gptq_modifier = WatchedGPTQ(**common, dampening_frac=damp, actorder="static")
+    gptq_modifier._watch = watch
+    return [gptq_modifier]
 
 
 def _weights(grid: Grid) -> QuantizationArgs:
@@ -67,7 +67,7 @@ def _weights(grid: Grid) -> QuantizationArgs:
 @contextlib.contextmanager
 def watched(watch: Watch) -> Iterator[None]:
     """Warnings become notes. Without an accelerator AWQ's cache is not pinned: it would raise there."""
-    sink = logger.add(watch.said, level="WARNING")
+    sink = logger.add(watch.note_warning, level="WARNING")
     try:
         with contextlib.ExitStack() as stack:
             if not torch.accelerator.is_available():
@@ -92,7 +92,7 @@ class WatchedGPTQ(GPTQModifier):
         for module in module_list:
             if dead := int((self._hessians[module].diagonal() == 0).sum()):
                 self._watch.dead[self._module_names[module]] = dead
-        with patch_attr(gptq, "CompressionLogger", partial(_Losses, self._watch.losses, self._module_names)):
+        with patch_attr(gptq, "CompressionLogger", partial(_LossKeeper, self._watch.losses, self._module_names)):
             super().compress_module_list(module_list)
 
     def on_sequential_epoch_end(self, *args: Any, **kwargs: Any) -> None:
@@ -106,7 +106,7 @@ class WatchedGPTQ(GPTQModifier):
         return super().on_finalize(*args, **kwargs)
 
 
-class _Losses(CompressionLogger):
+class _LossKeeper(CompressionLogger):
     """Its log rounds a loss to two decimals; this keeps it."""
 
     def __init__(self, losses: dict[str, float], names: Mapping[torch.nn.Module, str], module: torch.nn.Module) -> None:
@@ -114,7 +114,7 @@ class _Losses(CompressionLogger):
         self._losses, self._layer = losses, names[module]
 
     def set_results(self, name: str | None = None, loss: float | None = None) -> None:
-        """Called once a layer."""
+        """Called once per layer."""
         super().set_results(name, loss)
         if loss is not None:
             self._losses[self._layer] = loss

@@ -5,8 +5,6 @@ Written in GPTQ's v1 packing, so that whatever loads GPTQ loads it. Reads and wr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,9 +13,8 @@ from torch import Tensor
 
 from recipes.models.headers import read_headers
 from recipes.schemes.scheme import PER_CHANNEL
-from tasks.jobs.backends import LayerRecord, Quantized, relative_error
+from tasks.jobs.backends import LayerRecord, Quantized, Request, relative_error
 from tasks.jobs.backends.rewrite import rewrite, write_configs
-from tasks.runtime.process.events import Events
 
 VERSION = 1
 
@@ -93,19 +90,9 @@ def _inputs(weight: Tensor, group_size: int) -> int:
     return weight.shape[1] if group_size == PER_CHANNEL else group_size
 
 
-def quantize(
-    model: Path, out: Path, *, rows: Sequence[Sequence[int]], params: dict[str, Any], device: str, events: Events
-) -> Quantized:
-    """Quantize every linear layer inside the decoder layers; everything else is copied.
-
-    Args:
-        model: bf16 model folder.
-        out: Gets model*.safetensors, config.json and quantize_config.json.
-        rows: Not looked at.
-        params: bits, group_size.
-        device: Not used: packing is on the CPU, and reading the weights takes longer.
-        events: Gets progress.
-    """
+def quantize(request: Request) -> Quantized:
+    """Quantize every linear layer inside the decoder layers; everything else is copied. Always on the CPU."""
+    model, params = request.model, request.params
     layers = {f"{layer.name}.weight": layer for layer in read_headers(model).linears}
     errors: dict[str, float] = {}
 
@@ -115,11 +102,11 @@ def quantize(
         rounded = round_to_nearest(weight, bits=params["bits"], group_size=params["group_size"])
         stem = layers[name].name
         errors[stem] = relative_error(weight, rounded.dequantized())
-        events.progress(len(errors), len(layers), unit="layer")
+        request.events.progress(len(errors), len(layers), unit="layer")
         return {f"{stem}.{part}": value for part, value in packed(rounded, bits=params["bits"]).items()}
 
-    rewrite(model, out, change)
-    write_configs(model, out, quantization=_quantization(params))
+    rewrite(model, request.out, change)
+    write_configs(model, request.out, quantization=_quantization(params))
     records = [LayerRecord(name=layer.name, weight_error=errors[layer.name]) for layer in layers.values()]
     return Quantized(backend=f"quench-rtn:{VERSION}", packer="numpy", layers=records)
 

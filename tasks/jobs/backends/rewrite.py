@@ -1,4 +1,4 @@
-"""A checkpoint written again with some tensors in other forms, one shard at a time, under the input's file names."""
+"""Rewrites a checkpoint with some of its tensors replaced, one shard at a time, under the input's file names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def rewrite(model: Path, out: Path, change: Callable[[str, Tensor], dict[str, Te
     Args:
         model: Folder with *.safetensors.
         out: Gets as many files, and their index where there are several.
-        change: Name and tensor -> what stands in its place, by name.
+        change: Name and tensor -> the tensors to write in its place, by name.
 
     Returns:
         File by name of what was written.
@@ -30,7 +30,7 @@ def rewrite(model: Path, out: Path, change: Callable[[str, Tensor], dict[str, Te
     for shard in sorted({tensor.file for tensor in read_tensors(model).values()}):
         tensors: dict[str, Tensor] = {}
         with safe_open(shard, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+            for name in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
                 tensors |= change(name, file.get_tensor(name))
         save_file(tensors, out / shard.name, metadata={"format": "pt"})
         files |= dict.fromkeys(tensors, shard.name)

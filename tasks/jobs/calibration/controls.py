@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import random
 from itertools import pairwise
 from typing import Any
 
 import pyarrow.parquet as pq
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from recipes.problem import Problem
 from tasks.jobs.calibrate import Packed, write_calibset
 from tasks.jobs.text.plain_texts import read_texts
+from tasks.jobs.text.tokenizer import load_tokenizer
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
 
@@ -38,28 +37,30 @@ def run(job: Job) -> dict[str, Any]:
     """
     kind, seed = job.params["kind"], job.params["seed"]
     table = pq.read_table(job.inputs["calibset"].path / "calibset.parquet")
-    own = [Packed(one["rows"], one["input_ids"]) for one in table.to_pylist()]
-    words = str(job.inputs["dataset"].path / "tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(words, local_files_only=True, trust_remote_code=False)
-    kept = [one if kind == "mixed" and number % 2 == 0 else None for number, one in enumerate(own)]
-    lengths = [len(one.input_ids) for one, same in zip(own, kept, strict=True) if same is None]
-    made = iter(_random(tokenizer, lengths, seed=seed) if kind == "random" else _generic(tokenizer, lengths, job))
-    sequences = [same or next(made) for same in kept]
+    own = [Packed(line["rows"], line["input_ids"]) for line in table.to_pylist()]
+    tokenizer = load_tokenizer(job.inputs["dataset"].path / "tokenizer")
+    kept = [sequence if kind == "mixed" and number % 2 == 0 else None for number, sequence in enumerate(own)]
+    lengths = [len(sequence.input_ids) for sequence, same in zip(own, kept, strict=True) if same is None]
+    controls = iter(_random(tokenizer, lengths, seed=seed) if kind == "random" else _generic(tokenizer, lengths, job))
+    sequences = [same or next(controls) for same in kept]
     write_calibset(job.out, sequences)
     parts = [f"# Calibration set, {kind}: {PREVIEWED} of {len(sequences)} sequences (seed {seed})\n"]
-    for number, one in enumerate(sequences[:PREVIEWED]):
-        parts.append(f"## {number}, {len(one.input_ids)} tokens\n")
-        parts.append(f"```\n{tokenizer.decode(one.input_ids)[:SHOWN_CHARS]}\n```\n")
+    for number, sequence in enumerate(sequences[:PREVIEWED]):
+        parts.append(f"## {number}, {len(sequence.input_ids)} tokens\n")
+        parts.append(f"```\n{tokenizer.decode(sequence.input_ids)[:SHOWN_CHARS]}\n```\n")
     (job.out / "preview.md").write_text("\n".join(parts), encoding="utf-8")
     summary = {
-        "tokens": sum(len(one.input_ids) for one in sequences),
+        "tokens": sum(len(sequence.input_ids) for sequence in sequences),
         "sequences": len(sequences),
         "own_sequences": len(own) - len(lengths),
-        "own_tokens": sum(len(one.input_ids) for one in kept if one),
+        "own_tokens": sum(len(sequence.input_ids) for sequence in kept if sequence),
     }
-    (job.out / "summary.json").write_text(json.dumps(summary, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    said = f"{summary['tokens']} tokens in {summary['sequences']} sequences, in the shape of the run's own set"
-    job.events.note(f"calibration set, {kind}", f"{said}; {summary['own_tokens']} tokens are that set's")
+    job.write_json("summary.json", summary)
+    job.events.note(
+        f"calibration set, {kind}",
+        f"{summary['tokens']} tokens in {summary['sequences']} sequences, in the shape of the run's own set; "
+        f"{summary['own_tokens']} tokens are that set's",
+    )
     return summary
 
 
@@ -82,13 +83,11 @@ def _generic(tokenizer: PreTrainedTokenizerBase, lengths: list[int], job: Job) -
         if len(stream) >= sum(lengths):
             break
     else:
-        raise StageError(
-            Problem(
-                what=f"the general texts have {len(stream)} tokens; {sum(lengths)} are needed",
-                where=f"calibrate.general, {len(texts)} texts",
-                why="a control has as many tokens as the run's own calibration set, else size would be compared, too",
-                next="give calibrate.general more texts, or lower calibrate.rows",
-            )
+        raise StageError.of(
+            what=f"the general texts have {len(stream)} tokens; {sum(lengths)} are needed",
+            where=f"calibrate.general, {len(texts)} texts",
+            why="a control has as many tokens as the run's own calibration set: size must make no difference",
+            next="give calibrate.general more texts, or lower calibrate.rows",
         )
     ends = [0]
     for length in lengths:
@@ -106,12 +105,10 @@ def _texts(job: Job) -> dict[str, str]:
     texts = dict(read_texts(path, what="the generic calibration text"))
     evaluated = pq.read_table(job.inputs["dataset"].path / "general.parquet", columns=["row"])["row"].to_pylist()
     if shared := sorted(set(texts) & set(evaluated)):
-        raise StageError(
-            Problem(
-                what=f"{len(shared)} texts of calibrate.general are in data.general, too",
-                where=f"{path.name}, texts {', '.join(shared[:20])}",
-                why="ppl_general would be measured on what a control was calibrated on",
-                next="remove them from one of the two files",
-            )
+        raise StageError.of(
+            what=f"{len(shared)} texts of calibrate.general are in data.general, too",
+            where=f"{path.name}, texts {', '.join(shared[:20])}",
+            why="ppl_general would be measured on what a control was calibrated on",
+            next="remove them from one of the two files",
         )
     return texts

@@ -1,4 +1,4 @@
-"""Rows of any accepted form -> calibration set, for a model that no recipe of ours made: `quench quantize`."""
+"""Rows in any accepted format -> calibration set, for a model that no recipe made: `quench quantize`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from recipes.data.rows import Row, content_hash, malformed, read_rows
 from tasks.jobs.calibrate import calibset
 from tasks.jobs.text.conversation import Conversation, RowError
 from tasks.jobs.text.rendering import Renderer, Sample
+from tasks.jobs.text.tokenizer import load_tokenizer
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
 
@@ -36,20 +35,18 @@ def run(job: Job) -> dict[str, Any]:
     if read.problems:
         raise StageError(read.problems[0])
     unique = {content_hash(row.messages)[:16]: row for row in reversed(read.rows)}
-    made = list(_texts(unique, job) if read.format == "text" else _turns(unique, job, path=path))
+    records = list(_texts(unique, job) if read.format == "text" else _turns(unique, job, path=path))
     job.events.note(
         "rows",
-        f"{len(read.rows)} of the form {read.format}, {len(read.rows) - len(unique)} of them repeated; {len(made)} fit "
-        f"{job.params['seq_len']} tokens",
+        f"{len(read.rows)} of the form {read.format}, {len(read.rows) - len(unique)} of them repeated; "
+        f"{len(records)} fit {job.params['seq_len']} tokens",
     )
-    return calibset(made, [], job=job)
+    return calibset(records, [], job=job)
 
 
 def _texts(rows: dict[str, Row], job: Job) -> Iterator[dict[str, Any]]:
     """Texts as the tokenizer makes them, cut at seq_len; no template renders them."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(
-        str(job.inputs["tokenizer"].path), local_files_only=True, trust_remote_code=False
-    )
+    tokenizer = load_tokenizer(job.inputs["tokenizer"].path)
     cut = 0
     for name, row in sorted(rows.items()):
         ids = tokenizer(row.messages[0]["content"])["input_ids"]
@@ -65,8 +62,8 @@ def _turns(rows: dict[str, Row], job: Job, *, path: Path) -> Iterator[dict[str, 
     wrong: list[str] = []
     for name, row in sorted(rows.items()):
         try:
-            talk = Conversation.of(row.messages, row.columns.get("tools"))
-            samples = renderer.samples(talk, max_length=job.params["seq_len"])
+            chat = Conversation.of(row.messages, row.columns.get("tools"))
+            samples = renderer.samples(chat, max_length=job.params["seq_len"])
         except RowError as error:
             wrong.append(f"{row.where} {error}")
             continue

@@ -1,7 +1,7 @@
 """compressed-tensors files in transformers: unpacked at load into bf16 weights on their grid.
 
 No kernel in transformers 5.23 reads the packed codes: left alone, the first forward would unpack them. Its
-`dequantize=True` is no way round: it reads every layer of a file by the first of its grids, and leaves KV scales out.
+`dequantize=True` does not help: it reads every layer of a file by the first of its grids, and leaves KV scales out.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ GPTQMODEL = {
     "GPTQMODEL_DISABLE_PACK_EXT": "1",
     # 2- and 3-bit layers would compile their dequantization in the first forward: 18 s, and a compiler is needed.
     "TORCHDYNAMO_DISABLE": "1",
-    # Some of its kernels fetch CUTLASS from the net at their first use: jobs ask nobody. load.py names other kernels.
+    # Some of its kernels fetch CUTLASS from the net at their first use: kernels.py names others.
     "GPTQMODEL_OFFLINE": "1",
     # Otherwise thousands of redrawn progress bars end up in the log; ours comes from events.
     "TERM": "dumb",

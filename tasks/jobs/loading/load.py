@@ -11,7 +11,7 @@ import logging
 import os
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,9 +22,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AwqConfig, BitsAndBytesConfig, GPTQConfig, PreTrainedModel
 from transformers.quantizers.quantizer_awq import AwqQuantizer
 
-from recipes.problem import Problem
-from recipes.schemes.scheme import PER_CHANNEL
 from tasks.jobs.loading.environment import tame_gptqmodel
+from tasks.jobs.loading.kernels import Note, choose_kernel
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
 
@@ -33,7 +32,6 @@ if TYPE_CHECKING:  # PEFT and bitsandbytes add about a quarter to the import tim
     from peft import PeftModel
 
 Kind = Literal["bf16", "nf4", "quantized", "external"]
-Note = Callable[[str, str], None]  # what about, and the text
 
 
 def setup(job: Job) -> None:
@@ -48,7 +46,7 @@ def setup(job: Job) -> None:
         transformers.logging.disable_progress_bar()
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # a kernel named by load_arm
-        # A line a layer and forward pass: int8 layers get fp16 inputs; quantize says it once.
+        # One line per layer and forward pass: int8 layers get fp16 inputs; quantize notes it once.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
@@ -117,13 +115,11 @@ def attach(model: PreTrainedModel, adapter: Path) -> PeftModel:
     from peft import PeftModel
 
     if not (adapter / "adapter_model.safetensors").exists():
-        raise StageError(
-            Problem(
-                what="no adapter_model.safetensors in the adapter folder",
-                where=str(adapter),
-                why="adapters are read from safetensors only; a pickle can run code when it is opened",
-                next="save the adapter again with PEFT's save_pretrained (safetensors is its default)",
-            )
+        raise StageError.of(
+            what="no adapter_model.safetensors in the adapter folder",
+            where=str(adapter),
+            why="adapters are read from safetensors only; a pickle can run code when it is opened",
+            next="save the adapter again with PEFT's save_pretrained (safetensors is its default)",
         )
     return PeftModel.from_pretrained(model, str(adapter), is_trainable=False).eval()
 
@@ -146,7 +142,7 @@ def load_arm(
         device: `cpu` or `cuda`.
         adapter: PEFT folder or None.
         trusted: Code in the folder of an external model may run.
-        note: Told where another kernel than the usual one was taken, and why.
+        note: Called where another kernel than the usual one was taken, with the reason.
 
     Raises:
         StageError: No safetensors in a folder, weights that are missing there, or kind and checkpoint contradict each
@@ -161,13 +157,11 @@ def load_arm(
     else:
         model = _load(folder, device=device)
     if (kind != "bf16") != bool(getattr(model, "is_quantized", False)):
-        raise StageError(
-            Problem(
-                what=f"{folder.name} was to be loaded as {kind}",
-                where=str(folder / "config.json"),
-                why="its quantization_config says otherwise, and the figures would stand under the wrong name",
-                next="name an unquantized model for bf16 and nf4, a quantized one for quantized",
-            )
+        raise StageError.of(
+            what=f"{folder.name} was to be loaded as {kind}",
+            where=str(folder / "config.json"),
+            why="its quantization_config says otherwise, and its figures would be reported under the wrong name",
+            next="name an unquantized model for bf16 and nf4, a quantized one for quantized",
         )
     return attach(model, adapter) if adapter else model
 
@@ -181,7 +175,7 @@ def _load_external(folder: Path, *, device: str, trusted: bool, note: Note) -> P
 
 
 def _load_quantized(folder: Path, *, device: str, note: Note) -> PreTrainedModel:
-    """A quantized checkpoint by its format's own loader, on the kernel of `_kernel`."""
+    """A quantized checkpoint by its format's own loader, on the kernel of `choose_kernel`."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     stored = config.get("quantization_config", {})
     method = stored.get("quant_method")
@@ -195,57 +189,13 @@ def _load_quantized(folder: Path, *, device: str, note: Note) -> PreTrainedModel
     if method not in ("gptq", "awq"):
         return _load(folder, device=device)
     tame_gptqmodel()
-    kernel = _kernel(stored, device=device, note=note)
+    kernel = choose_kernel(stored, device=device, note=note)
     extra: dict[str, Any] = {}
     if kernel is not None:  # of this config transformers takes the kernel alone; the rest is the checkpoint's
         config_class: Any = GPTQConfig if method == "gptq" else AwqConfig  # the stub knows no kernel by its word
         extra["quantization_config"] = config_class(bits=4, backend=kernel)
     with awq_in_bf16():
         return _load(folder, device=device, **extra)
-
-
-def _kernel(stored: dict[str, Any], *, device: str, note: Note) -> str | None:
-    """GPTQModel's kernel for a checkpoint, in transformers' words; None leaves the choice to it.
-
-    On CUDA its first choices are Machete (Hopper) and Swordfish (Blackwell), which fetch CUTLASS from the net and end
-    in an error without it. Marlin compiles from what is installed, once a machine, given nvcc and a C++ compiler; where
-    it cannot, plain torch needs neither. On CPUs, for 4 bits per channel, the choice would be a kernel that reads no
-    zero points and ends in an error where a layer has inputs other than 32, 64, 128 or 256 (TorchFusedLinear).
-
-    Args:
-        stored: quantization_config of the checkpoint.
-        device: `cpu` or `cuda`.
-        note: Told where Marlin would fit and is not there.
-    """
-    gptq, group = stored["quant_method"] == "gptq", stored.get("group_size")
-    if device == "cpu":
-        return "gptq_torch" if gptq and group == PER_CHANNEL and stored["bits"] == 4 else None
-    if not gptq and stored.get("format", stored.get("version", "gemm")) != "gemm":
-        return None  # an external model's: layouts that have one kernel each
-    symmetric = not gptq or stored.get("sym", True)  # its AWQ layers read zero points
-    fits = stored.get("bits") in (4, 8) and group in (PER_CHANNEL, 32, 64, 128) and symmetric
-    if fits:
-        missing = _no_marlin()
-        if missing is None:
-            return "gptq_marlin" if gptq else "marlin"
-        note("kernel", f"{missing}, so these layers run in plain torch, and slower")
-    return "gptq_torch" if gptq else "torch_awq"
-
-
-def _no_marlin() -> str | None:
-    """Why Marlin does not run here; where its extensions are not there yet, they are compiled.
-
-    Both types: bf16 multiplies, fp16 packs, because the layers are made before transformers says which type they have.
-    """
-    if torch.cuda.get_device_capability() < (8, 0):
-        return "Marlin takes a GPU of compute capability 8.0"
-    from gptqmodel.utils.marlin import marlin_runtime_available, marlin_runtime_error
-
-    print("kernel: Marlin is compiled at its first use on a machine, for about 5 minutes", flush=True)
-    for dtype in (torch.bfloat16, torch.float16):
-        if not marlin_runtime_available(dtype):
-            return f"Marlin does not compile here ({marlin_runtime_error(dtype).partition(chr(10))[0]})"
-    return None
 
 
 @contextlib.contextmanager
@@ -262,38 +212,15 @@ def awq_in_bf16() -> Iterator[None]:
         AwqQuantizer.update_dtype = cast
 
 
-def kernel_of(model: nn.Module) -> str:
-    """Class names of the quantized linear layers in use, joined by `+`; `Linear` for an unquantized model."""
-    names = {type(module).__name__ for module in model.modules() if _is_quantized_layer(module)}
-    if any(isinstance(module, nn.Linear) and hasattr(module, "quantization_scheme") for module in model.modules()):
-        names.add("Linear (unpacked from compressed-tensors)")
-    return "+".join(sorted(names)) or "Linear"
-
-
-def _is_quantized_layer(module: nn.Module) -> bool:
-    """By the base class's name, because importing gptqmodel to ask costs 8-21 s."""
-    return any(
-        (base.__name__, base.__module__.partition(".")[0])
-        in {
-            ("Linear4bit", "bitsandbytes"),
-            ("Linear8bitLt", "bitsandbytes"),
-            ("BaseQuantLinear", "gptqmodel"),
-        }
-        for base in type(module).__mro__
-    )
-
-
 def _refuse_missing(names: list[str], folder: Path) -> None:
-    """Transformers fills weights that it does not find with random numbers, and logs a warning."""
+    """Refuse weights that are missing: transformers would fill them with random numbers, and log a warning."""
     if names:
-        raise StageError(
-            Problem(
-                what=f"{len(names)} weights of the model are not in the checkpoint: {', '.join(names[:5])}",
-                where=str(folder),
-                why="transformers would use random numbers in their place; packed experts of mixtures are such a case",
-                next="write another scheme for this model (quench schemes lists them); of an external model, name a "
-                "folder that is whole",
-            )
+        raise StageError.of(
+            what=f"{len(names)} weights of the model are not in the checkpoint: {', '.join(names[:5])}",
+            where=str(folder),
+            why="transformers would use random numbers in their place; packed experts of mixtures are such a case",
+            next="write another scheme for this model (quench schemes lists them); of an external model, name a "
+            "folder that is whole",
         )
 
 
@@ -307,13 +234,11 @@ def _load(folder: Path, *, device: str, whole: bool = False, **extra: Any) -> Pr
         extra: More arguments of from_pretrained.
     """
     if not any(folder.glob("*.safetensors")):
-        raise StageError(
-            Problem(
-                what="no *.safetensors in the model folder",
-                where=str(folder),
-                why="weights are read from safetensors only; a pickle (*.bin, *.pt) can run code when it is opened",
-                next="convert it once where you trust it: model.save_pretrained(folder) writes safetensors",
-            )
+        raise StageError.of(
+            what="no *.safetensors in the model folder",
+            where=str(folder),
+            why="weights are read from safetensors only; a pickle (*.bin, *.pt) can run code when it is opened",
+            next="convert it once where you trust it: model.save_pretrained(folder) writes safetensors",
         )
     gpu = int(os.environ.get("LOCAL_RANK", "0"))  # of the lease's, where several processes train together
     place = {"": gpu if device == "cuda" else device}

@@ -2,7 +2,7 @@
 
 Two forward passes: the bf16 model's, which keeps what every attention and FFN adds to the residual stream, and the
 quantized model's, in which each of them is compared and then replaced by the kept one. So each sees the inputs that it
-has in the bf16 model, and no error stands for another layer's. It needs no format's arithmetic: what is loaded counts.
+has in the bf16 model, and no layer's error contains another layer's. It works for every format that can be loaded.
 
 The first pass also keeps the largest activation: a model that was trained in bf16 may go beyond fp16's 65,504, and
 kernels that compute in fp16 (AutoAWQ's, ExLlamaV2's) overflow then.
@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 
 from recipes.models.headers import Headers
 from tasks.jobs.backends import relative_error
-from tasks.jobs.loading.load import kernel_of, load_arm, load_bf16
+from tasks.jobs.loading.kernels import kernel_of
+from tasks.jobs.loading.load import load_arm, load_bf16
 from tasks.jobs.merging.streams import Reader
 
 TOKENS = 512  # eight such windows of the quickstart's rows, gptq-w4-g64: each block within 8 % of its mean
@@ -73,7 +75,7 @@ class Measured(NamedTuple):
 
     def fp16_warning(self) -> str | None:
         """What to say where fp16 may overflow; None where it has room."""
-        block, largest = max(self.maxima.items(), key=lambda one: one[1])
+        block, largest = max(self.maxima.items(), key=itemgetter(1))
         where = f"{block[1]} of layer {block[0]}"
         if self.stream_max > largest:
             where, largest = "the residual stream", self.stream_max
@@ -97,36 +99,38 @@ def weight_squares(headers: Headers) -> dict[str, tuple[float, int]]:
     with Reader() as reader:
         reader.open(headers.tensors.values())
         tensors = {layer.name: headers.tensors[f"{layer.name}.weight"] for layer in headers.linears}
-        return {name: (reader.read(one).float().square().sum().item(), one.numel) for name, one in tensors.items()}
+        return {
+            name: (reader.read(tensor).float().square().sum().item(), tensor.numel) for name, tensor in tensors.items()
+        }
 
 
-def records(headers: Headers, *, seen: Measured | None, weight_errors: Mapping[str, float]) -> list[BlockRecord]:
-    """One record a block, in the order of the layers.
+def records(headers: Headers, *, measured: Measured | None, weight_errors: Mapping[str, float]) -> list[BlockRecord]:
+    """One record per block, in the order of the layers.
 
     Args:
         headers: The bf16 model.
-        seen: What the forward passes gave; None where there were none.
+        measured: What the forward passes gave; None where there were none.
         weight_errors: ||W - Wq|| / ||W|| by linear layer; may be empty.
     """
     squares = weight_squares(headers)
     blocks: dict[Block, list[str]] = {}
     for name in squares:
         blocks.setdefault(block_of(name), []).append(name)
-    found: list[BlockRecord] = []
+    blocks_in_order: list[BlockRecord] = []
     for (layer, part), names in sorted(blocks.items()):
         total = sum(squares[name][0] for name in names)
-        lost = [weight_errors[name] ** 2 * squares[name][0] for name in names if name in weight_errors]
-        found.append(
+        errors = [weight_errors[name] ** 2 * squares[name][0] for name in names if name in weight_errors]
+        blocks_in_order.append(
             BlockRecord(
                 layer=layer,
                 part=part,
                 weight_std=(total / sum(squares[name][1] for name in names)) ** 0.5,
-                output_error=seen.errors.get((layer, part)) if seen else None,
-                weight_error=(sum(lost) / total) ** 0.5 if len(lost) == len(names) and total else None,
-                activation_max=seen.maxima.get((layer, part)) if seen else None,
+                output_error=measured.errors.get((layer, part)) if measured else None,
+                weight_error=(sum(errors) / total) ** 0.5 if len(errors) == len(names) and total else None,
+                activation_max=measured.maxima.get((layer, part)) if measured else None,
             )
         )
-    return found
+    return blocks_in_order
 
 
 @torch.inference_mode()
@@ -153,9 +157,9 @@ def measure(headers: Headers, quantized: Path, *, rows: Sequence[Sequence[int]],
         return output
 
     def compare(block: Block, output: Tensor) -> Tensor:
-        wanted = kept.pop(block)
-        errors[block] = relative_error(wanted, output)
-        return wanted
+        original_output = kept.pop(block)
+        errors[block] = relative_error(original_output, output)
+        return original_output
 
     original = load_bf16(headers.folder, device=device)
     _hook(original, blocks, keep)
@@ -172,16 +176,15 @@ def measure(headers: Headers, quantized: Path, *, rows: Sequence[Sequence[int]],
 
 def _watch_maxima(model: nn.Module, blocks: set[Block]) -> dict[Block | None, float]:
     """Largest |x| by block, None for the residual stream behind each decoder layer; forward passes fill it."""
-    found: dict[Block | None, float] = {}
+    maxima: dict[Block | None, float] = {}
     numbers = {number for number, _ in blocks}
 
     def watch(module: nn.Module, place: Block | None) -> None:
-        def hook(_: nn.Module, given: tuple[Any, ...], output: Any) -> None:
-            tensors = [output, *given] if place else [output]
-            for one in tensors:
-                one = one[0] if isinstance(one, tuple) else one
-                if isinstance(one, Tensor) and one.is_floating_point():
-                    found[place] = max(found.get(place, 0.0), one.abs().max().item())
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            for value in [output, *args] if place else [output]:
+                tensor = value[0] if isinstance(value, tuple) else value
+                if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                    maxima[place] = max(maxima.get(place, 0.0), tensor.abs().max().item())
 
         module.register_forward_hook(hook)
 
@@ -191,19 +194,19 @@ def _watch_maxima(model: nn.Module, blocks: set[Block]) -> dict[Block | None, fl
             watch(module, block_of(name))
         elif layer and not _BLOCK.search(name) and int(layer[1]) in numbers:
             watch(module, None)
-    return found
+    return maxima
 
 
-def _hook(model: nn.Module, blocks: set[Block], see: Callable[[Block, Tensor], Tensor]) -> None:
-    """`see` gets what every block adds to the residual stream, and gives what is added in its place."""
+def _hook(model: nn.Module, blocks: set[Block], replace: Callable[[Block, Tensor], Tensor]) -> None:
+    """`replace` gets what every block adds to the residual stream, and returns what is added in its place."""
     for name, module in model.named_modules():
         match = _BLOCK.search(name)
         if match and match.end() == len(name) and block_of(name) in blocks:
-            module.register_forward_hook(_replacing(block_of(name), see))
+            module.register_forward_hook(_replacing(block_of(name), replace))
 
 
-def _replacing(block: Block, see: Callable[[Block, Tensor], Tensor]) -> Callable[..., Any]:
+def _replacing(block: Block, replace: Callable[[Block, Tensor], Tensor]) -> Callable[..., Any]:
     def hook(_: nn.Module, __: Any, output: Any) -> Any:
-        return (see(block, output[0]), *output[1:]) if isinstance(output, tuple) else see(block, output)
+        return (replace(block, output[0]), *output[1:]) if isinstance(output, tuple) else replace(block, output)
 
     return hook

@@ -1,4 +1,4 @@
-"""All scorers of a recipe on one set of answers, and what becomes of an answer that a scorer cannot judge."""
+"""All scorers of a recipe on one set of answers, and what happens to an answer that a scorer cannot judge."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from recipes.problem import Problem
 from recipes.scorers import input_name
-from tasks.jobs.measuring.teacher_forcing import Caches, Model, Row, greedy_config
+from tasks.jobs.measuring.teacher_forcing import Caches, Model, TokenRow, greedy_config
 from tasks.jobs.scorers import Scorer, ScorerFailed, make_scorer
 from tasks.jobs.text.conversation import behind_thinking
+from tasks.jobs.text.tokenizer import load_tokenizer
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
 
@@ -41,16 +42,16 @@ class Graders(NamedTuple):
 
 
 class Graded(NamedTuple):
-    """What scorers said of the answers.
+    """The scorers' verdicts on the answers.
 
     Attributes:
         scores: Metric -> (row, score); without a metric whose scorer failed.
-        said: `score`, `error` and `scores` of answers.parquet, in the order of the answers.
+        verdicts: `score`, `error` and `scores` of answers.parquet, in the order of the answers.
         problems: Metric -> why it has no scores.
     """
 
-    scores: dict[str, list[tuple[Row, float]]]
-    said: list[dict[str, Any]]
+    scores: dict[str, list[tuple[TokenRow, float]]]
+    verdicts: list[dict[str, Any]]
     problems: dict[str, Problem]
 
 
@@ -60,16 +61,15 @@ def open_graders(job: Job) -> Graders:
     Raises:
         StageError: One cannot be loaded.
     """
-    found = Graders([], {})
+    graders = Graders([], {})
     for number, params in enumerate(job.params["scorers"]):
-        name = input_name(number)
-        content = job.inputs[name].path if name in job.inputs else None
+        content = job.optional(input_name(number))
         metric = f"task.{params['name']}" if number else "task"
         if params["kind"] == "lm-eval":
-            found.harnesses[metric] = _harness(params, content)
+            graders.harnesses[metric] = _harness(params, content)
         else:
-            found.answers.append(Grader(params["name"], metric, make_scorer(params, content)))
-    return found
+            graders.answers.append(Grader(params["name"], metric, make_scorer(params, content)))
+    return graders
 
 
 def _harness(params: Mapping[str, Any], include: Path | None) -> Harness:
@@ -78,22 +78,15 @@ def _harness(params: Mapping[str, Any], include: Path | None) -> Harness:
     return Harness(params, include)
 
 
-def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The data set's tokenizer."""
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-
-
-def refuse_references(rows: Sequence[Row], graders: Sequence[Grader]) -> None:
+def refuse_references(rows: Sequence[TokenRow], graders: Sequence[Grader]) -> None:
     """Raise StageError where the data's own answer is missing or would score less than 1."""
-    silent = [row.row for row in rows if not row.answer.strip()]
-    if silent:
-        raise StageError(
-            Problem(
-                what=f"{len(silent)} row(s) of dev and test have no reference answer",
-                where=f"rows {', '.join(silent[:SHOWN])}",
-                why="there is nothing to compare a model's answer with",
-                next="write their last turn's answer, or remove these rows",
-            )
+    unanswered = [row.row for row in rows if not row.answer.strip()]
+    if unanswered:
+        raise StageError.of(
+            what=f"{len(unanswered)} row(s) of dev and test have no reference answer",
+            where=f"rows {', '.join(unanswered[:SHOWN])}",
+            why="there is nothing to compare a model's answer with",
+            next="write their last turn's answer, or remove these rows",
         )
     for grader in graders:
         wrong: dict[str, str] = {}
@@ -111,50 +104,48 @@ def refuse_references(rows: Sequence[Row], graders: Sequence[Grader]) -> None:
 
 def _rejects(grader: Grader, wrong: Mapping[str, str]) -> StageError:
     first = next(iter(wrong))
-    return StageError(
-        Problem(
-            what=f"the scorer {grader.name} rejects the reference answers of {len(wrong)} row(s)",
-            where=f"rows {', '.join(list(wrong)[:SHOWN])}",
-            why=f"an arm that answers as the data says would be counted as wrong ({first}: {wrong[first]})",
-            next="correct these rows, or choose another entry of evaluate.scorers",
-        )
+    return StageError.of(
+        what=f"the scorer {grader.name} rejects the reference answers of {len(wrong)} row(s)",
+        where=f"rows {', '.join(list(wrong)[:SHOWN])}",
+        why=f"an arm that answers as the data says would be counted as wrong ({first}: {wrong[first]})",
+        next="correct these rows, or choose another entry of evaluate.scorers",
     )
 
 
-def grade(rows: Sequence[Row], texts: Sequence[str], graders: Sequence[Grader]) -> Graded:
+def grade(rows: Sequence[TokenRow], texts: Sequence[str], graders: Sequence[Grader]) -> Graded:
     """Score every answer by every scorer.
 
     A scorer that fails on one answer has no scores at all: a mean over the others would be of an easier set.
 
     Args:
-        rows: What was asked.
+        rows: The rows that were asked.
         texts: The answers, in the same order.
         graders: The scorers; the first one's score is `score` of answers.parquet.
     """
-    found = Graded({}, [{"score": None, "error": None} for _ in rows], {})
-    every: list[dict[str, dict[str, Any]]] = [{} for _ in rows]
+    graded = Graded({}, [{"score": None, "error": None} for _ in rows], {})
+    by_scorer: list[dict[str, dict[str, Any]]] = [{} for _ in rows]  # of each answer
     for grader in graders:
-        failed: list[tuple[Row, str, str]] = []
-        scores: list[tuple[Row, float]] = []
-        for row, text, said in zip(rows, texts, every, strict=True):
+        failed: list[tuple[TokenRow, str, str]] = []
+        scores: list[tuple[TokenRow, float]] = []
+        for row, text, verdicts in zip(rows, texts, by_scorer, strict=True):
             try:
                 verdict = grader.score(behind_thinking(text), row.answer, row.columns)
             except ScorerFailed as error:
                 failed.append((row, text, str(error)))
-                said[grader.name] = {"score": None, "error": str(error)}
+                verdicts[grader.name] = {"score": None, "error": str(error)}
             else:
                 scores.append((row, verdict.score))
-                said[grader.name] = {"score": verdict.score, "error": verdict.error}
+                verdicts[grader.name] = {"score": verdict.score, "error": verdict.error}
         if failed:
-            found.problems[grader.metric] = _failed(grader, failed, of=len(rows))
+            graded.problems[grader.metric] = _failed(grader, failed, of=len(rows))
         else:
-            found.scores[grader.metric] = scores
-    for line, said in zip(found.said, every, strict=True):
-        line |= {**next(iter(said.values()), {}), "scores": json.dumps(said, ensure_ascii=False)}
-    return found
+            graded.scores[grader.metric] = scores
+    for line, verdicts in zip(graded.verdicts, by_scorer, strict=True):
+        line |= {**next(iter(verdicts.values()), {}), "scores": json.dumps(verdicts, ensure_ascii=False)}
+    return graded
 
 
-def _failed(grader: Grader, failed: Sequence[tuple[Row, str, str]], *, of: int) -> Problem:
+def _failed(grader: Grader, failed: Sequence[tuple[TokenRow, str, str]], *, of: int) -> Problem:
     row, text, why = failed[0]
     shown = text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]} ..."
     return Problem(
@@ -165,20 +156,20 @@ def _failed(grader: Grader, failed: Sequence[tuple[Row, str, str]], *, of: int) 
     )
 
 
-class Asking(NamedTuple):
-    """How documents are asked: a tokenizer with its template, and the token ids that end an answer."""
+class Prompting(NamedTuple):
+    """How documents become prompts: a tokenizer with its template, and the token ids that end an answer."""
 
     tokenizer: PreTrainedTokenizerBase
     ends: list[int]
 
     @classmethod
-    def of(cls, folder: Path) -> Asking:
-        """As the rows are, with the data set's tokenizer."""
-        return cls(open_tokenizer(folder), greedy_config(folder, max_new_tokens=1).eos_token_id)
+    def of(cls, folder: Path) -> Prompting:
+        """As for the rows, with the dataset's tokenizer."""
+        return cls(load_tokenizer(folder), greedy_config(folder, max_new_tokens=1).eos_token_id)
 
 
-def ask_harnesses(
-    model: Model, harnesses: Mapping[str, Harness], job: Job, *, asking: Asking, caches: Caches | None = None
+def run_harnesses(
+    model: Model, harnesses: Mapping[str, Harness], job: Job, *, prompting: Prompting, caches: Caches | None = None
 ) -> tuple[list[dict[str, Any]], dict[str, Problem]]:
     """Lines of scores.parquet of all lm-eval tasks (split `test`), and what went wrong, by metric."""
     lines: list[dict[str, Any]] = []
@@ -186,7 +177,7 @@ def ask_harnesses(
     size = job.params["batch_size"]
     for metric, harness in harnesses.items():
         try:
-            made = harness.run(model, asking.tokenizer, ends=asking.ends, batch_size=size, caches=caches)
+            documents = harness.run(model, prompting.tokenizer, ends=prompting.ends, batch_size=size, caches=caches)
         except ScorerFailed as error:
             problems[metric] = Problem(
                 what=f"no score of {metric}",
@@ -195,7 +186,7 @@ def ask_harnesses(
                 next="name another `metric:` of its tasks, or leave them out",
             )
             continue
-        for one in made:
-            place = {"row": one.row, "group": one.row, "split": "test", "domain": one.task}
-            lines.append({**place, "metric": metric, "sum": one.score, "n": 1})
+        for document in documents:
+            place = {"row": document.row, "group": document.row, "split": "test", "domain": document.task}
+            lines.append({**place, "metric": metric, "sum": document.score, "n": 1})
     return lines, problems

@@ -19,7 +19,6 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 
 from recipes.arms import KV
-from recipes.problem import Problem
 from tasks.jobs.measuring.teacher_forcing import Model
 from tasks.runtime.process.errors import StageError
 
@@ -42,7 +41,7 @@ Storage = Callable[[Entries, int], Entries]
 
 @dataclass(frozen=True, kw_only=True)
 class Scales:
-    """What one e4m3 step of 1 stands for in a layer's keys and values; 1.0 stores them as they are."""
+    """The scales of a layer's keys and values in e4m3; 1.0 stores them as they are."""
 
     keys: float = 1.0
     values: float = 1.0
@@ -73,7 +72,7 @@ def e4m3(numbers: Tensor, scale: float) -> Tensor:
 
 
 def int8(numbers: Tensor) -> Tensor:
-    """To int8 and back with a symmetric fp32 scale a token and head: the largest of a head's numbers / 127.
+    """To int8 and back with a symmetric fp32 scale per token and head: the largest of a head's numbers / 127.
 
     numbers [..., head size]. Off by at most half a scale, and by the rounding to their type.
     """
@@ -86,18 +85,20 @@ def int8(numbers: Tensor) -> Tensor:
 class Maxima:
     """A storage that changes nothing and keeps the largest absolute key and value of every layer."""
 
-    found: dict[int, tuple[float, float]] = field(default_factory=dict)
+    maxima: dict[int, tuple[float, float]] = field(default_factory=dict)
 
     def __call__(self, new: Entries, layer: int) -> Entries:
         """Look at some entries."""
-        keys, values = self.found.get(layer, (0.0, 0.0))
-        self.found[layer] = (max(keys, _largest(new.keys)), max(values, _largest(new.values)))
+        keys, values = self.maxima.get(layer, (0.0, 0.0))
+        self.maxima[layer] = (max(keys, _largest(new.keys)), max(values, _largest(new.values)))
         return new
 
     @property
     def scales(self) -> dict[int, Scales]:
         """Scales that put each layer's largest number on e4m3's largest."""
-        return {layer: Scales(keys=_scale(keys), values=_scale(values)) for layer, (keys, values) in self.found.items()}
+        return {
+            layer: Scales(keys=_scale(keys), values=_scale(values)) for layer, (keys, values) in self.maxima.items()
+        }
 
 
 def _largest(numbers: Tensor) -> float:
@@ -136,7 +137,7 @@ class KVCache:
 
     def __post_init__(self) -> None:
         if getattr(self.config.get_text_config(decoder=True), "kv_lora_rank", None):
-            raise _refused(
+            raise _cannot_simulate(
                 "the model caches a latent vector a token, not keys and values (kv_lora_rank in config.json)",
                 "transformers caches what is projected from it, so what a server would store cannot be simulated here",
             )
@@ -159,7 +160,7 @@ class KVCache:
             StageError: No layer has used the cache, so that nothing was quantized.
         """
         if not self.layers:
-            raise _refused("no layer of the model stores keys and values in a cache", "nothing was quantized")
+            raise _cannot_simulate("no layer of the model stores keys and values in a cache", "nothing was quantized")
         return {
             "kind": self.kind,
             "label": LABEL,
@@ -182,7 +183,7 @@ class KVCache:
         )
 
 
-def _refused(what: str, why: str) -> StageError:
-    return StageError(
-        Problem(what=what, where="evaluate.kv_cache", why=why, next="leave evaluate.kv_cache out for this model")
+def _cannot_simulate(what: str, why: str) -> StageError:
+    return StageError.of(
+        what=what, where="evaluate.kv_cache", why=why, next="leave evaluate.kv_cache out for this model"
     )

@@ -1,4 +1,4 @@
-"""An external model's own tokenizer and template: does it read the rows as the base's does, and if not, how it does."""
+"""An external model's tokenizer and template: does it read the rows as the base's does, and how does it read them?"""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 from jinja2 import TemplateError
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 
-from recipes.data.rows import SHOWN, TEXT, Message
-from recipes.problem import Problem
-from tasks.jobs.measuring.teacher_forcing import Row
+from recipes.data.rows import SHOWN, TEXT, Message, listed
+from tasks.jobs.measuring.teacher_forcing import TokenRow
 from tasks.jobs.text.conversation import Conversation, RowError
 from tasks.jobs.text.rendering import Rendered, Renderer
+from tasks.jobs.text.tokenizer import load_tokenizer, with_end
 from tasks.runtime.process.errors import StageError
 
 
-class Source(NamedTuple):
+class RowSource(NamedTuple):
     """What a row was made from.
 
     Attributes:
@@ -39,7 +39,7 @@ class Source(NamedTuple):
         return self.turns[0]["role"] == TEXT
 
     @property
-    def talk(self) -> Conversation:
+    def chat(self) -> Conversation:
         """As a template gets it."""
         return Conversation.of(self.turns, self.tools)
 
@@ -51,16 +51,16 @@ class OwnReading:
     Attributes:
         why: `another tokenizer: ...`, in one sentence.
         tokenizer: Its tokenizer, with its template.
-        rows: Every row in its tokens. A row is several where its template renders earlier turns otherwise than the
-            last: each assistant turn then stands behind its own history.
+        rows: Every row in its tokens. A row is several where its template renders earlier turns differently
+            from the last: each assistant turn then comes after its own history.
         prompts: The rows that have a prompt, with its tokens as prompt_ids.
         ends: Ids that end an answer.
     """
 
     why: str
     tokenizer: Any
-    rows: list[Row]
-    prompts: list[Row]
+    rows: list[TokenRow]
+    prompts: list[TokenRow]
     ends: list[int]
 
     def greedy(self, *, max_new_tokens: int) -> GenerationConfig:
@@ -71,7 +71,7 @@ class OwnReading:
 
 
 def own_reading(
-    folder: Path, dataset: Path, rows: Sequence[Row], *, chat_template: str | None, trusted: bool
+    folder: Path, dataset: Path, rows: Sequence[TokenRow], *, chat_template: str | None, trusted: bool
 ) -> OwnReading | None:
     """The rows as the model in this folder reads them, where its tokenizer is another one; else None.
 
@@ -86,12 +86,12 @@ def own_reading(
     return read_rows_as(folder, dataset, rows, why=why, chat_template=chat_template, longest=longest)
 
 
-def another(folder: Path, dataset: Path, rows: Sequence[Row]) -> str | None:
+def another(folder: Path, dataset: Path, rows: Sequence[TokenRow]) -> str | None:
     """Why the tokenizer of a model folder is another one than the dataset's; None where all token ids are the same.
 
     What counts is what it does: rows and prompts through its own template, or the dataset's where it has none.
     """
-    own, theirs = _tokenizer(folder), _tokenizer(dataset / "tokenizer")
+    own, theirs = load_tokenizer(folder), load_tokenizer(dataset / "tokenizer")
     if not own.chat_template:
         own.chat_template = theirs.chat_template
     sources = _sources(dataset)
@@ -106,24 +106,30 @@ def another(folder: Path, dataset: Path, rows: Sequence[Row]) -> str | None:
     )
 
 
-def _same(row: Row, source: Source, own: Any, theirs: Any) -> bool:
+def _same(row: TokenRow, source: RowSource, own: Any, theirs: Any) -> bool:
     if source.is_text:
         text = source.turns[0]["content"]
         return own(text)["input_ids"] == theirs(text)["input_ids"]
-    talk = source.talk
+    chat = source.chat
 
     def ids(turns: list[Message], **options: bool) -> list[int]:
-        return own.apply_chat_template(turns, tools=talk.tools, tokenize=True, return_dict=False, **options)
+        return own.apply_chat_template(turns, tools=chat.tools, tokenize=True, return_dict=False, **options)
 
     try:
-        whole = ids(talk.turns) == row.ids
-        return whole and (not row.prompt_ids or ids(talk.turns[:-1], add_generation_prompt=True) == row.prompt_ids)
+        whole = ids(chat.turns) == row.ids
+        return whole and (not row.prompt_ids or ids(chat.turns[:-1], add_generation_prompt=True) == row.prompt_ids)
     except (TemplateError, TypeError):
         return False
 
 
 def read_rows_as(
-    folder: Path, dataset: Path, rows: Sequence[Row], *, why: str, chat_template: str | None, longest: int | None
+    folder: Path,
+    dataset: Path,
+    rows: Sequence[TokenRow],
+    *,
+    why: str,
+    chat_template: str | None,
+    longest: int | None,
 ) -> OwnReading:
     """All rows through the tokenizer and template of a model folder.
 
@@ -131,109 +137,103 @@ def read_rows_as(
         folder: The model.
         dataset: The dataset: turns and texts.
         rows: Its rows as the base's tokenizer reads them.
-        why: What `another` said.
+        why: The answer of `another`.
         chat_template: `chatml` for a tokenizer without a template of its own, or None.
         longest: Tokens that the model was made for.
 
     Raises:
         StageError: It has no template; its template refuses rows; rows are longer than the model's context.
     """
-    if chat_template is None and not _tokenizer(folder).chat_template:
-        raise StageError(
-            Problem(
-                what="the model has another tokenizer and no chat template",
-                where=str(folder),
-                why="turns cannot be rendered as it expects them",
-                next="put its chat_template.jinja into the folder, or write evaluate.external.NAME as "
-                "{path: ..., chat_template: chatml}",
-            )
+    if chat_template is None and not load_tokenizer(folder).chat_template:
+        raise StageError.of(
+            what="the model has another tokenizer and no chat template",
+            where=str(folder),
+            why="turns cannot be rendered as it expects them",
+            next="put its chat_template.jinja into the folder, or write evaluate.external.NAME as "
+            "{path: ..., chat_template: chatml}",
         )
     renderer = Renderer.open(folder, template=chat_template)
     sources = _sources(dataset)
-    end = _tokenizer(dataset / "tokenizer").eos_token_id
-    pieces: list[Row] = []
-    prompts: list[Row] = []
+    end = load_tokenizer(dataset / "tokenizer").eos_token_id
+    own_rows: list[TokenRow] = []
+    prompts: list[TokenRow] = []
     wrong: list[str] = []
     for row in rows:
         try:
-            made = list(_read(row, sources[row.row], renderer, ended=row.ids[-1] == end))
+            samples = list(_read(row, sources[row.row], renderer, ended=row.ids[-1] == end))
         except RowError as error:
             wrong.append(f"{row.row} {error}")
             continue
-        pieces += made
+        own_rows += samples
         if row.prompt_ids:
-            prompts.append(made[-1])
+            prompts.append(samples[-1])
     if wrong:
-        raise StageError(_unreadable(wrong, folder))
-    if longest is not None and (long := [one.row for one in pieces if len(one.ids) > longest]):
-        raise StageError(_too_long(long, folder, longest=longest))
-    return OwnReading(why=why, tokenizer=renderer.tokenizer, rows=pieces, prompts=prompts, ends=_ends(folder, renderer))
+        raise _unreadable(wrong, folder)
+    if longest is not None and (long := [row.row for row in own_rows if len(row.ids) > longest]):
+        raise _too_long(long, folder, longest=longest)
+    return OwnReading(
+        why=why, tokenizer=renderer.tokenizer, rows=own_rows, prompts=prompts, ends=_ends(folder, renderer)
+    )
 
 
-def _read(row: Row, source: Source, renderer: Renderer, *, ended: bool) -> list[Row]:
+def _read(row: TokenRow, source: RowSource, renderer: Renderer, *, ended: bool) -> list[TokenRow]:
     if source.is_text:
         ids: list[int] = renderer.tokenizer(source.turns[0]["content"])["input_ids"]
-        end = renderer.tokenizer.eos_token_id
-        if ended and end is not None and ids[-1:] != [end]:
-            ids = [*ids, end]
+        if ended:
+            ids = with_end(renderer.tokenizer, ids)
         return [replace(row, ids=ids, counted=[False, *[True] * (len(ids) - 1)], prompt_ids=[])]
     return [
         replace(
             row,
-            ids=one.input_ids,
-            counted=[False, *one.mask[1:]],
-            prompt_ids=one.prompt_ids if row.prompt_ids else [],
+            ids=rendered.input_ids,
+            counted=[False, *rendered.mask[1:]],
+            prompt_ids=rendered.prompt_ids if row.prompt_ids else [],
         )
-        for one in _rendered(renderer, source)
+        for rendered in _rendered(renderer, source)
     ]
 
 
-def _rendered(renderer: Renderer, source: Source) -> list[Rendered]:
-    talk = source.talk
+def _rendered(renderer: Renderer, source: RowSource) -> list[Rendered]:
+    chat = source.chat
     if source.turn:
-        return [renderer.render_last(talk)]
+        return [renderer.render_last(chat)]
     try:
-        return [renderer.render(talk)]
+        return [renderer.render(chat)]
     except RowError:
-        if len(talk.answered) == 1:
+        if len(chat.answered) == 1:
             raise
-    return [renderer.render_last(talk.until(number)) for number in talk.answered]
+    return [renderer.render_last(chat.until(number)) for number in chat.answered]
 
 
-def _tokenizer(folder: Path) -> Any:
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-
-
-def _sources(dataset: Path) -> dict[str, Source]:
+def _sources(dataset: Path) -> dict[str, RowSource]:
     held_out = [("split", "in", ("dev", "test"))]
     table = pq.read_table(dataset / "rows.parquet", columns=["row", "messages", "columns", "turn"], filters=held_out)
     return {
-        one["row"]: Source(json.loads(one["messages"]), json.loads(one["columns"]).get("tools"), one["turn"])
-        for one in table.to_pylist()
+        line["row"]: RowSource(json.loads(line["messages"]), json.loads(line["columns"]).get("tools"), line["turn"])
+        for line in table.to_pylist()
     }
 
 
 def _ends(folder: Path, renderer: Renderer) -> list[int]:
     """The end of its turn first, then what its generation_config.json names."""
-    found = [renderer.end_of_turn]
+    ends = [renderer.end_of_turn]
     if (folder / "generation_config.json").exists():
         stored = GenerationConfig.from_pretrained(str(folder), local_files_only=True).eos_token_id
-        found += stored if isinstance(stored, list) else [] if stored is None else [stored]
-    return list(dict.fromkeys(found))
+        ends += stored if isinstance(stored, list) else [] if stored is None else [stored]
+    return list(dict.fromkeys(ends))
 
 
-def _unreadable(wrong: Sequence[str], folder: Path) -> Problem:
-    more = f"\n    and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
-    return Problem(
+def _unreadable(wrong: Sequence[str], folder: Path) -> StageError:
+    return StageError.of(
         what=f"its chat template cannot render {len(wrong)} row(s)",
         where=str(folder),
-        why="an answer needs the same history as every other arm's:\n    " + "\n    ".join(wrong[:SHOWN]) + more,
+        why=f"an answer needs the same history as every other arm's:{listed(wrong)}",
         next="give a template that takes such turns (chat_template.jinja of that folder), or leave the model out",
     )
 
 
-def _too_long(long: Sequence[str], folder: Path, *, longest: int) -> Problem:
-    return Problem(
+def _too_long(long: Sequence[str], folder: Path, *, longest: int) -> StageError:
+    return StageError.of(
         what=f"{len(long)} row(s) are longer than the model's context of {longest} tokens",
         where=f"{folder / 'config.json'}: rows {', '.join(long[:SHOWN])}",
         why="its tokenizer makes more tokens of them than the base's",

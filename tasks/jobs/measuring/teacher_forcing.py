@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig, PreTrainedModel
 
-from recipes.problem import Problem
 from tasks.runtime.process.errors import StageError
 
 if TYPE_CHECKING:  # a seventh of the import time, and most arms have no adapter
@@ -32,8 +31,8 @@ LOSS_TOKENS = 256  # fp32 logits of so many tokens at once
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One row of the dataset, or a text of the general hold-out (split `general`, every token counts).
+class TokenRow:
+    """A row of the dataset in tokens, or a text of the general hold-out (split `general`, every token counts).
 
     Attributes:
         ids: Token ids, T of them.
@@ -62,7 +61,7 @@ class Row:
         return len(self.ids) - len(self.prompt_ids)
 
 
-class Predicted(NamedTuple):
+class Prediction(NamedTuple):
     """What a model predicts for a row of T tokens, n of which count.
 
     Attributes:
@@ -72,7 +71,7 @@ class Predicted(NamedTuple):
         counted: [n] places in both of the tokens that count.
     """
 
-    row: Row
+    row: TokenRow
     every: Tensor
     followed: Tensor
     counted: Tensor
@@ -89,47 +88,47 @@ class Predicted(NamedTuple):
         return torch.cat(whole) - chosen
 
 
-def read_rows(dataset: Path, *splits: str) -> list[Row]:
+def read_rows(dataset: Path, *splits: str) -> list[TokenRow]:
     """Rows of some splits, in the order of the file."""
     table = pq.read_table(dataset / "rows.parquet", filters=[("split", "in", splits)])
     return [
-        Row(
-            row=one["row"],
-            group=one["group"],
-            split=one["split"],
-            domain=one["domain"],
-            ids=one["input_ids"],
-            counted=[False, *one["completion_mask"][1:]],
-            prompt_ids=one["prompt_ids"],
-            answer=one["answer"],
-            columns=json.loads(one["columns"]),
+        TokenRow(
+            row=line["row"],
+            group=line["group"],
+            split=line["split"],
+            domain=line["domain"],
+            ids=line["input_ids"],
+            counted=[False, *line["completion_mask"][1:]],
+            prompt_ids=line["prompt_ids"],
+            answer=line["answer"],
+            columns=json.loads(line["columns"]),
         )
-        for one in table.to_pylist()
+        for line in table.to_pylist()
     ]
 
 
-def read_general(dataset: Path) -> list[Row]:
+def read_general(dataset: Path) -> list[TokenRow]:
     """The general hold-out; empty where the recipe names none."""
     return [
-        Row(
-            row=one["row"],
-            group=one["row"],
+        TokenRow(
+            row=line["row"],
+            group=line["row"],
             split="general",
-            ids=one["input_ids"],
-            counted=[False, *[True] * (len(one["input_ids"]) - 1)],
+            ids=line["input_ids"],
+            counted=[False, *[True] * (len(line["input_ids"]) - 1)],
         )
-        for one in pq.read_table(dataset / "general.parquet").to_pylist()
+        for line in pq.read_table(dataset / "general.parquet").to_pylist()
     ]
 
 
-def batches(rows: Sequence[Row], size: int, *, key: Callable[[Row], int]) -> list[list[Row]]:
+def batches(rows: Sequence[TokenRow], size: int, *, key: Callable[[TokenRow], int]) -> list[list[TokenRow]]:
     """Rows by falling length (the largest batch fails first), ties by row, in batches of `size`."""
     ordered = sorted(rows, key=lambda row: (-key(row), row.row))
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
 @torch.inference_mode()
-def forced(model: Model, rows: Sequence[Row], caches: Caches | None = None) -> Iterator[Predicted]:
+def forced(model: Model, rows: Sequence[TokenRow], caches: Caches | None = None) -> Iterator[Prediction]:
     """Teacher forcing on one batch, padded on the right, through a KV cache where one is given.
 
     Raises:
@@ -143,24 +142,22 @@ def forced(model: Model, rows: Sequence[Row], caches: Caches | None = None) -> I
     for i, row in enumerate(rows):
         last = len(row.ids) - 1  # position t - 1 predicts token t
         own = logits[i, :last]
-        if torch.isfinite(own.sum(-1, dtype=torch.float32)).all():  # 0.7 us a token of 4,096; isfinite of each 10.7
+        if torch.isfinite(own.sum(-1, dtype=torch.float32)).all():  # 0.7 us per token of 4,096; isfinite of each 10.7
             counted = torch.tensor(row.counted[1:], device=own.device).nonzero().squeeze(1)
-            yield Predicted(row, own, ids[i, 1 : last + 1].to(own.device), counted)
+            yield Prediction(row, own, ids[i, 1 : last + 1].to(own.device), counted)
         else:
             broken.append(row.row)
     if broken:
-        raise StageError(
-            Problem(
-                what=f"inf or NaN in the logits of {len(broken)} rows",
-                where=f"rows {', '.join(broken[:5])}{' ...' if len(broken) > 5 else ''}",
-                why="this model's figures would mean nothing, and leaving rows out would make it look better",
-                next="look at the step that made the model; an fp16 kernel on a bf16 model overflows like this",
-            )
+        raise StageError.of(
+            what=f"inf or NaN in the logits of {len(broken)} rows",
+            where=f"rows {', '.join(broken[:5])}{' ...' if len(broken) > 5 else ''}",
+            why="this model's figures would mean nothing, and without these rows it would look better",
+            next="look at the step that made the model; an fp16 kernel on a bf16 model overflows like this",
         )
 
 
-def completion_bytes(row: Row, tokenizer: Any) -> int:
-    """UTF-8 bytes of the text that the tokens that count stand for, special ones left out."""
+def completion_bytes(row: TokenRow, tokenizer: Any) -> int:
+    """UTF-8 bytes of the text of the tokens that count, without special ones."""
     size = 0
     for counts, tokens in groupby(zip(row.counted, row.ids, strict=True), key=itemgetter(0)):
         if counts:
@@ -183,18 +180,18 @@ def greedy_config(folder: Path, *, max_new_tokens: int) -> GenerationConfig:
 
 
 @torch.inference_mode()
-def answers(
-    model: Model, rows: Sequence[Row], config: GenerationConfig, caches: Caches | None = None
+def greedy_answers(
+    model: Model, rows: Sequence[TokenRow], config: GenerationConfig, caches: Caches | None = None
 ) -> list[list[int]]:
     """Tokens of the greedy answers of one batch from the true history, padded on the left, without the end token."""
     ids, mask = _padded([row.prompt_ids for row in rows], left=True)
     generator: Any = model
-    generator.generation_config = config  # generate() fills what is unset from the checkpoint's own
+    generator.generation_config = config  # generate() takes unset fields from the checkpoint's own
     cached = {"past_key_values": caches()} if caches else {}
-    made = generator.generate(
+    generated = generator.generate(
         input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config, **cached
     )
-    return [_before_end(line, config.eos_token_id) for line in made[:, ids.shape[1] :].tolist()]
+    return [_before_end(line, config.eos_token_id) for line in generated[:, ids.shape[1] :].tolist()]
 
 
 def _before_end(tokens: list[int], ends: list[int]) -> list[int]:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from recipes.models import headers
 from recipes.models.adapters import WEIGHTS, Adapter
-from recipes.problem import Problem
 from tasks.jobs.merging.skeleton import Skeleton
 from tasks.jobs.merging.streams import Reader
 from tasks.runtime.process.errors import StageError
@@ -46,7 +45,7 @@ MORE = (
 
 
 @dataclass(kw_only=True)
-class Change:
+class ParameterChange:
     """What an adapter does to one parameter; its parts are still on disk.
 
     Attributes:
@@ -113,7 +112,7 @@ class Delta(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Changes:
+class AdapterChanges:
     """All that an adapter changes.
 
     Attributes:
@@ -121,62 +120,60 @@ class Changes:
         modules: Modules that got A and B.
     """
 
-    by_parameter: dict[str, Change] = field(default_factory=dict)
+    by_parameter: dict[str, ParameterChange] = field(default_factory=dict)
     modules: tuple[str, ...] = ()
 
 
 def beyond_stream(adapter: Adapter) -> str:
-    """What of this adapter only PEFT can merge, or an empty string."""
+    """What in this adapter only PEFT can merge, or an empty string."""
     if adapter.config["peft_type"] != "LORA":
         return f"its kind is {adapter.config['peft_type']}"
     if adapter.initialisation == "mica":
         return "init_lora_weights: mica"
-    named = [name for name in MORE if adapter.config.get(name)]
+    settings = [name for name in MORE if adapter.config.get(name)]
     if adapter.config.get("use_dora") and any("lora_embedding_" in key for key in adapter.tensors):
-        named.append("DoRA of an embedding")
-    return ", ".join(named)
+        settings.append("DoRA of an embedding")
+    return ", ".join(settings)
 
 
-def read_changes(adapter: Adapter, skeleton: Skeleton) -> Changes:
+def read_changes(adapter: Adapter, skeleton: Skeleton) -> AdapterChanges:
     """Sort an adapter's tensors by the parameter of the base that they change.
 
     Raises:
         StageError: Tensors that belong to no parameter of this base or do not fit it: all are named.
     """
-    changes: dict[str, Change] = {}
+    changes: dict[str, ParameterChange] = {}
     modules: dict[str, None] = {}
     for key, stored in adapter.tensors.items():
         name = WRAPPERS.sub(".", key.removeprefix(PREFIX))
         if ".original_module." in name:  # the base's own weights, which PEFT saves beside a resized embedding
             continue
-        found = PART.match(name)
-        if found is None:
+        match = PART.match(name)
+        if match is None:
             parent, _, leaf = name.rpartition(".")
-            changes.setdefault(f"{skeleton.module(parent)}.{leaf}", Change()).full = stored
+            changes.setdefault(f"{skeleton.module(parent)}.{leaf}", ParameterChange()).full = stored
             continue
-        module, part = skeleton.module(found["module"]), found["part"]
+        module, part = skeleton.module(match["module"]), match["part"]
         modules[module] = None
         leaf = "bias" if part == "lora_B.bias" else "weight"
-        change = changes.setdefault(f"{module}.{leaf}", Change())
+        change = changes.setdefault(f"{module}.{leaf}", ParameterChange())
         _place(change, part, stored)
-        change.scale = _scale(adapter.config, found["module"], rank=_rank(adapter, key))
-    strange = _strange(changes, skeleton)
+        change.scale = _scale(adapter.config, match["module"], rank=_rank(adapter, key))
+    misfits = _misfits(changes, skeleton)
     if adapter.config.get("use_dora"):
-        bare = [name for name, one in changes.items() if one.a is not None and one.magnitude is None]
-        strange += [f"{name} lacks DoRA's magnitudes" for name in bare]
-    if strange:
-        raise StageError(
-            Problem(
-                what=f"{len(strange)} part(s) of the adapter fit nothing in this base",
-                where=f"{adapter.folder / WEIGHTS}: {'; '.join(strange)}",
-                why="it was trained on another base, and a part of it would be lost in silence",
-                next="merge it into the base that it was trained on",
-            )
+        bare = [name for name, change in changes.items() if change.a is not None and change.magnitude is None]
+        misfits += [f"{name} lacks DoRA's magnitudes" for name in bare]
+    if misfits:
+        raise StageError.of(
+            what=f"{len(misfits)} part(s) of the adapter fit nothing in this base",
+            where=f"{adapter.folder / WEIGHTS}: {'; '.join(misfits)}",
+            why="it was trained on another base, and a part of it would be lost without a word",
+            next="merge it into the base that it was trained on",
         )
-    return Changes(by_parameter=changes, modules=tuple(modules))
+    return AdapterChanges(by_parameter=changes, modules=tuple(modules))
 
 
-def _place(change: Change, part: str, stored: headers.Tensor) -> None:
+def _place(change: ParameterChange, part: str, stored: headers.Tensor) -> None:
     match part:
         case "lora_A.weight":
             change.a = stored
@@ -208,30 +205,30 @@ def _scale(config: Mapping[str, Any], module: str, *, rank: int) -> float:
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _strange(changes: Mapping[str, Change], skeleton: Skeleton) -> list[str]:
-    """Everything that fits nothing, each with its reason."""
-    found = []
+def _misfits(changes: Mapping[str, ParameterChange], skeleton: Skeleton) -> list[str]:
+    """Every part of the adapter that fits nothing in the base, with the reason."""
+    misfits = []
     if not changes:
-        found.append("it is empty")
+        misfits.append("it is empty")
     resizable = {f"{module}.weight" for module in skeleton.embeddings if module}
     for name, change in changes.items():
         shape = skeleton.shapes.get(name)
         if shape is None:
-            found.append(f"{name} is not in the base")
+            misfits.append(f"{name} is not in the base")
             continue
         if change.full is not None and (why := _full_differs(change.full.shape, shape, name in resizable)):
-            found.append(f"{name} {why}")
+            misfits.append(f"{name} {why}")
         rows = shape if change.full is None else change.full.shape
         oriented = tuple(reversed(rows)) if name.removesuffix(".weight") in skeleton.transposed else tuple(rows)
         if (change.a is None) != (change.b is None):
-            found.append(f"{name} has only one of lora_A and lora_B")
+            misfits.append(f"{name} has only one of lora_A and lora_B")
         elif change.a is not None and change.b is not None and not _fits(change, oriented):
-            found.append(f"{name} is {list(oriented)} in the base, B @ A is {list(change.shape or ())}")
+            misfits.append(f"{name} is {list(oriented)} in the base, B @ A is {list(change.shape or ())}")
         if change.magnitude is not None and math.prod(change.magnitude.shape) != oriented[0]:
-            found.append(f"{name} has {oriented[0]} rows, DoRA's magnitudes are {list(change.magnitude.shape)}")
+            misfits.append(f"{name} has {oriented[0]} rows, DoRA's magnitudes are {list(change.magnitude.shape)}")
         if change.shift is not None and change.shift.shape != shape:
-            found.append(f"{name} is {list(shape)} in the base, LoRA's bias is {list(change.shift.shape)}")
-    return found
+            misfits.append(f"{name} is {list(shape)} in the base, LoRA's bias is {list(change.shift.shape)}")
+    return misfits
 
 
 def _full_differs(mine: tuple[int, ...], base: tuple[int, ...], resizable: bool) -> str:
@@ -240,7 +237,7 @@ def _full_differs(mine: tuple[int, ...], base: tuple[int, ...], resizable: bool)
     return f"is {list(base)} in the base, {list(mine)} in the adapter"
 
 
-def _fits(change: Change, oriented: tuple[int, ...]) -> bool:
+def _fits(change: ParameterChange, oriented: tuple[int, ...]) -> bool:
     assert change.a is not None and change.b is not None
     ranks = (change.a.shape[1], change.b.shape[0]) if change.embedding else (change.a.shape[0], change.b.shape[1])
     return ranks[0] == ranks[1] and change.shape == oriented

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from recipes.models import headers
-from recipes.problem import Problem
-from tasks.jobs.merging.deltas import Change
+from tasks.jobs.merging.deltas import ParameterChange
 from tasks.jobs.merging.skeleton import Skeleton
 from tasks.jobs.merging.streams import Reader
 from tasks.runtime.process.errors import StageError
@@ -19,7 +18,7 @@ STEP = 1 << 22  # elements compared at once
 
 
 class Embeddings(NamedTuple):
-    """What becomes of them.
+    """What the merge does with them.
 
     Attributes:
         changes: The adapter's changes, without those that change nothing.
@@ -28,14 +27,14 @@ class Embeddings(NamedTuple):
         vocabulary: Entries, where there are others than in the base.
     """
 
-    changes: dict[str, Change]
+    changes: dict[str, ParameterChange]
     untied: dict[str, str]
     dropped: frozenset[str]
     vocabulary: int | None
 
 
 def settle(
-    changes: Mapping[str, Change], skeleton: Skeleton, tensors: Mapping[str, headers.Tensor], reader: Reader
+    changes: Mapping[str, ParameterChange], skeleton: Skeleton, tensors: Mapping[str, headers.Tensor], reader: Reader
 ) -> Embeddings:
     """Untie when, and only when, training changed one side of a tied pair.
 
@@ -56,7 +55,7 @@ def settle(
         if mine is None and other is None:
             continue
         if _alike(mine, other, reader) or _resized_alone(mine, other, own[stored]):
-            kept[stored] = mine or other or Change()
+            kept[stored] = mine or other or ParameterChange()
             kept.pop(missing, None)
             dropped.add(missing)
         else:
@@ -86,20 +85,20 @@ def new_config(config: Mapping[str, Any], embeddings: Embeddings) -> dict[str, A
     return changed
 
 
-def _changes_nothing(change: Change, base: headers.Tensor, reader: Reader) -> bool:
+def _changes_nothing(change: ParameterChange, base: headers.Tensor, reader: Reader) -> bool:
     """A saved copy of the base's own weights: PEFT writes one when it is unsure."""
     return change.a is None and change.full is not None and _same(change.full, base, reader)
 
 
-def _alike(one: Change | None, other: Change | None, reader: Reader) -> bool:
-    if one is None or other is None or one.full is None or other.full is None:
+def _alike(mine: ParameterChange | None, other: ParameterChange | None, reader: Reader) -> bool:
+    if mine is None or other is None or mine.full is None or other.full is None:
         return False
-    return one.a is None and other.a is None and _same(one.full, other.full, reader)
+    return mine.a is None and other.a is None and _same(mine.full, other.full, reader)
 
 
-def _resized_alone(one: Change | None, other: Change | None, base: headers.Tensor) -> bool:
-    """One side is there, with other entries than the base: it can only have been tied when it was saved."""
-    alone = one if other is None else other if one is None else None
+def _resized_alone(mine: ParameterChange | None, other: ParameterChange | None, base: headers.Tensor) -> bool:
+    """Only one side is in the adapter, with more or fewer entries than the base: it must have been tied when saved."""
+    alone = mine if other is None else other if mine is None else None
     return alone is not None and alone.full is not None and alone.full.shape[0] != base.shape[0]
 
 
@@ -114,7 +113,7 @@ def _same(a: headers.Tensor, b: headers.Tensor, reader: Reader) -> bool:
     return all(torch.equal(part(a, first), part(b, first)) for first in range(0, a.numel, STEP))
 
 
-def _check_lengths(kept: Mapping[str, Change], sides: list[str], skeleton: Skeleton, *, shared: bool) -> None:
+def _check_lengths(kept: Mapping[str, ParameterChange], sides: list[str], skeleton: Skeleton, *, shared: bool) -> None:
     def entries(name: str) -> int:
         change = kept.get(name)
         return (skeleton.shapes[name] if change is None or change.full is None else change.full.shape)[0]
@@ -122,11 +121,9 @@ def _check_lengths(kept: Mapping[str, Change], sides: list[str], skeleton: Skele
     lengths = {name: entries(name) for name in sides}
     if shared or len(set(lengths.values())) <= 1:
         return
-    raise StageError(
-        Problem(
-            what="the adapter has new entries for one of embeddings and output layer only",
-            where=", ".join(f"{name}: {count} entries" for name, count in lengths.items()),
-            why="the other side's new entries were trained or drawn at random, and are not in the adapter",
-            next="save the adapter again with save_embedding_layers=True",
-        )
+    raise StageError.of(
+        what="the adapter has new entries for one of embeddings and output layer only",
+        where=", ".join(f"{name}: {count} entries" for name, count in lengths.items()),
+        why="the other side's new entries were trained or drawn at random, and are not in the adapter",
+        next="save the adapter again with save_embedding_layers=True",
     )

@@ -24,9 +24,9 @@ from recipes.models.adapters import RECORD
 from tasks.jobs.loading.load import linear4bit
 from tasks.jobs.merging.streams import raw_bytes
 
-BLOCK = 64  # weights a scale; QLoRA's and bitsandbytes' default
-NESTED = 256  # scales a second scale
-SAMPLES = 64  # values a module in the record
+BLOCK = 64  # weights per scale; QLoRA's and bitsandbytes' default
+NESTED = 256  # scales per second scale
+SAMPLES = 64  # values per module in the record
 
 
 def row_step(columns: int) -> int:

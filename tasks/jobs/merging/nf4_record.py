@@ -1,4 +1,4 @@
-"""Does quantizing the base again give what was trained? Compares each module with the adapter's record."""
+"""Compares each quantized module of the base with the adapter's record: are these the weights that were trained on?"""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from recipes.models.adapters import RECORD
-from recipes.problem import Problem
 from tasks.jobs.merging.nf4 import Nf4, digests, ulps
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
@@ -41,21 +40,21 @@ class Records:
         """Judge one module by its digests and, where only the scales differ, by its sampled values (bf16)."""
         if self.record is None:
             return
-        then = self.modules[module]
+        recorded = self.modules[module]
         now = digests(weight.codes, weight.scales, weight.nested, weight.offset)
-        recorded = torch.tensor(then["values"])
-        same = all(now[part] == then[part] for part in ("codes", "scales"))
-        near = now["codes"] == then["codes"] and ulps(recorded, values) <= 1
+        recorded_values = torch.tensor(recorded["values"])
+        same = all(now[part] == recorded[part] for part in ("codes", "scales"))
+        near = now["codes"] == recorded["codes"] and ulps(recorded_values, values) <= 1
         with self._lock:
             if same:
                 self.exact += 1
             elif near:
-                self.close[module] = float((recorded - values.float()).abs().max())
+                self.close[module] = float((recorded_values - values.float()).abs().max())
             else:
                 self.other.append(module)
 
     def conclude(self, job: Job) -> dict[str, Any]:
-        """Say what was found.
+        """Note and return how this base compares with the trained one.
 
         Raises:
             StageError: Modules are not what was trained, and the recipe does not accept it.
@@ -64,8 +63,8 @@ class Records:
             job.events.note("base", "the adapter has no record of the NF4 weights that it was trained on: not compared")
             return {"record": "none"}
         if self.other and not job.params.get("accept_other_base", False):
-            raise StageError(self._refusal(job))
-        found: dict[str, Any] = {
+            raise self._refusal(job)
+        comparison: dict[str, Any] = {
             "record": "other" if self.other else "close" if self.close else "exact",
             "modules_exact": self.exact,
             "modules_close": len(self.close),
@@ -82,20 +81,22 @@ class Records:
             job.events.note(
                 "base",
                 f"scales of {len(self.close)} modules differ from the trained ones in their last bits; sampled values "
-                f"by up to {found['largest_difference']:.3g}, at most one step of bf16",
+                f"by up to {comparison['largest_difference']:.3g}, at most one step of bf16",
             )
         else:
             job.events.note("base", f"all {self.exact} NF4 modules are bit for bit those that were trained")
-        return found
+        return comparison
 
-    def _refusal(self, job: Job) -> Problem:
+    def _refusal(self, job: Job) -> StageError:
         assert self.record is not None
-        there, here = self.record["device"], job.execution.device
-        merge_it = f"run it on {there}, where it was trained" if there != here else "merge it into its own base"
-        return Problem(
+        trained_on, here = self.record["device"], job.execution.device
+        merge_it = (
+            f"run it on {trained_on}, where it was trained" if trained_on != here else "merge it into its own base"
+        )
+        return StageError.of(
             what=f"{len(self.other)} of {len(self.modules)} NF4 modules are not those that the adapter was trained on",
             where=", ".join(sorted(self.other)),
-            why=f"another base, or another arithmetic (trained on {there} with bitsandbytes "
+            why=f"another base, or another arithmetic (trained on {trained_on} with bitsandbytes "
             f"{self.record['bitsandbytes']}): the merge would not be the model that was trained",
             next=f"{merge_it}; or accept it: merge.accept_other_base: true",
         )

@@ -10,7 +10,6 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from recipes.problem import Problem
 from tasks.jobs.loading.load import attach, linear4bit, load_bf16, load_nf4
 from tasks.jobs.merging.streams import SHARD
 from tasks.runtime.process.errors import StageError
@@ -28,18 +27,16 @@ def merge_by_peft(job: Job, why: str) -> dict[str, Any]:
     dequantized = job.params["onto"] == "dequantized"
     model = load_dequantized(base, device=device) if dequantized else load_bf16(base, device=device)
     parameters = model.num_parameters()
-    dtypes = {name: one.dtype for name, one in model.named_parameters()}
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     job.events.note("merge", f"by PEFT, with the whole model in memory, not as a stream: {why}")
     try:
         merged: Any = attach(model, adapter).merge_and_unload(safe_merge=True)  # pyright: ignore[reportCallIssue]
     except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
-        raise StageError(
-            Problem(
-                what=f"PEFT cannot merge this adapter: {type(error).__name__}: {str(error).splitlines()[0]}",
-                where=str(adapter),
-                why=f"the streamed merge cannot either: {why}",
-                next="merge it into the base that it was trained on; if it is that one, serve it as an adapter",
-            )
+        raise StageError.of(
+            what=f"PEFT cannot merge this adapter: {type(error).__name__}: {str(error).splitlines()[0]}",
+            where=str(adapter),
+            why=f"the streamed merge cannot either: {why}",
+            next="merge it into the base that it was trained on; if it is that one, serve it as an adapter",
         ) from error
     for name, parameter in merged.named_parameters():  # some kinds leave fp32 where the base had bf16
         parameter.data = parameter.data.to(dtypes.get(name, torch.bfloat16))

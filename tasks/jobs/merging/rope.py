@@ -17,5 +17,5 @@ def older_spelling(config: Mapping[str, Any]) -> dict[str, Any]:
     if not rope or "rope_theta" not in rope or "rope_theta" in config:
         return {}
     more = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
-    found = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
-    return found if more.get("rope_type", "default") == "default" else found | {"rope_scaling": more}
+    older = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    return older if more.get("rope_type", "default") == "default" else older | {"rope_scaling": more}

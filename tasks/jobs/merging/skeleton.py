@@ -81,7 +81,7 @@ def read_skeleton(folder: Path, tensors: Iterable[str]) -> Skeleton:
         converted = converted or (source is not None and renamed in meta)
         if source is None and renamed in meta:
             stored[renamed] = name
-    shapes = {name: tuple(one.shape) for name, one in meta.items()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in meta.items()}
     return Skeleton(
         shapes=shapes,
         stored=stored,
@@ -96,8 +96,8 @@ def read_skeleton(folder: Path, tensors: Iterable[str]) -> Skeleton:
     )
 
 
-def _name(model: nn.Module, wanted: nn.Module | None) -> str:
-    return next((name for name, module in model.named_modules() if module is wanted), "")
+def _name(model: nn.Module, searched: nn.Module | None) -> str:
+    return next((name for name, module in model.named_modules() if module is searched), "")
 
 
 def _dtypes(model: PreTrainedModel, shapes: Iterable[str]) -> dict[str, torch.dtype]:
@@ -109,7 +109,7 @@ def _dtypes(model: PreTrainedModel, shapes: Iterable[str]) -> dict[str, torch.dt
 
 
 def _four_bit(model: PreTrainedModel) -> frozenset[str]:
-    """What transformers' bitsandbytes quantizer replaces when it is given no list of its own."""
+    """What transformers' bitsandbytes quantizer replaces when it is given no list."""
     skip = HfQuantizer.get_modules_to_not_convert(model, None, list(model._keep_in_fp32_modules or ()))
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     return frozenset(linear4bit(replace_with_bnb_linear(model, skip, settings)))

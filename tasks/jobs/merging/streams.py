@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 import torch
@@ -20,7 +19,6 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
 from recipes.models import headers
-from recipes.problem import Problem
 from tasks.runtime.process.errors import StageError
 
 SHARD = "5GB"  # what transformers wrote for years; hubs and loaders are used to it
@@ -48,24 +46,18 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
 
 
-class Reader:
+class Reader(ExitStack):
     """Reads parts of stored tensors; safe to share between threads."""
 
     def __init__(self) -> None:
-        self._files = ExitStack()
+        super().__init__()
         self._open: dict[Path, int] = {}
-
-    def __enter__(self) -> Reader:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        self._files.close()
 
     def open(self, tensors: Iterable[headers.Tensor]) -> None:
         """Open the files of these tensors. To be called before threads read."""
         for path in {tensor.file for tensor in tensors} - self._open.keys():
             self._open[path] = os.open(path, os.O_RDONLY)
-            self._files.callback(os.close, self._open[path])
+            self.callback(os.close, self._open[path])
 
     def read(self, tensor: headers.Tensor, first: int = 0, last: int | None = None) -> Tensor:
         """Elements first to last (exclusive, in row-major order) of a stored tensor: 1-D, on the CPU, as stored."""
@@ -76,7 +68,12 @@ class Reader:
         while done < len(view):
             count = os.preadv(self._open[tensor.file], [view[done:]], begin + done)
             if not count:
-                raise _cut_short(tensor.file)
+                raise StageError.of(
+                    what="a weight file ended while it was read",
+                    where=str(tensor.file),
+                    why="it is shorter than its header says",
+                    next="download or write this file again",
+                )
             done += count
         return raw.view(dtype)
 
@@ -85,7 +82,7 @@ class Reader:
         return self.read(tensor).view(tensor.shape)
 
 
-class Planned(NamedTuple):
+class PlannedTensor(NamedTuple):
     """A tensor that will be written."""
 
     name: str
@@ -98,57 +95,50 @@ class _Place(NamedTuple):
     start: int
 
 
-class Writer:
+class Writer(ExitStack):
     """Writes the tensors of a plan into one model.safetensors, or 5 GB shards and their index.
 
     Raises:
         StageError: The disk is full.
     """
 
-    def __init__(self, folder: Path, plan: Iterable[Planned]) -> None:
-        self._files = ExitStack()
+    def __init__(self, folder: Path, plan: Iterable[PlannedTensor]) -> None:
+        super().__init__()
         self._places: dict[str, _Place] = {}
-        wanted = {one.name: one for one in plan}
-        meta = {name: torch.empty(one.shape, dtype=one.dtype, device="meta") for name, one in wanted.items()}
+        planned = {tensor.name: tensor for tensor in plan}
+        meta = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in planned.items()}
         split = split_torch_state_dict_into_shards(meta, max_shard_size=SHARD)
-        self.files = list(split.filename_to_tensors)
         for file, names in split.filename_to_tensors.items():
-            self._begin(folder / file, [wanted[name] for name in names])
+            self._begin(folder / file, [planned[name] for name in names])
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        self._files.close()
 
     def write(self, name: str, values: Tensor, first: int = 0) -> None:
         """Write values of a planned tensor, in its type, from element `first` on; safe to call from several threads."""
         place = self._places[name]
         _write(place.descriptor, raw_bytes(values), place.start + first * values.dtype.itemsize)
 
-    def _begin(self, path: Path, tensors: list[Planned]) -> None:
+    def _begin(self, path: Path, tensors: list[PlannedTensor]) -> None:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offsets, end = {}, 0
         # Wide types first, as the format's own writer does: every tensor starts at a multiple of its element size.
-        for one in sorted(tensors, key=lambda one: -one.dtype.itemsize):
-            size = one.dtype.itemsize * torch.Size(one.shape).numel()
-            header[one.name] = {
-                "dtype": NAMES[one.dtype],
-                "shape": list(one.shape),
+        for tensor in sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize):
+            size = tensor.dtype.itemsize * torch.Size(tensor.shape).numel()
+            header[tensor.name] = {
+                "dtype": NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
                 "data_offsets": [end, end + size],
             }
-            offsets[one] = end
+            offsets[tensor] = end
             end += size
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        self._files.callback(os.close, descriptor)
+        self.callback(os.close, descriptor)
         _write(descriptor, memoryview(len(text).to_bytes(8, "little") + text), 0)
-        for one, offset in offsets.items():
-            self._places[one.name] = _Place(descriptor, 8 + len(text) + offset)
+        for tensor, offset in offsets.items():
+            self._places[tensor.name] = _Place(descriptor, 8 + len(text) + offset)
 
 
 def _write(descriptor: int, raw: memoryview, offset: int) -> None:
@@ -159,22 +149,9 @@ def _write(descriptor: int, raw: memoryview, offset: int) -> None:
         except OSError as error:
             if error.errno not in FULL:
                 raise
-            raise StageError(
-                Problem(
-                    what=f"the disk is full: {error.strerror}",
-                    where=str(Path(f"/proc/self/fd/{descriptor}").readlink()),
-                    why="the merged model does not fit; what was written of it is thrown away",
-                    next="free space there (the model needs about 2 bytes a parameter), then run the same again",
-                )
+            raise StageError.of(
+                what=f"the disk is full: {error.strerror}",
+                where=str(Path(f"/proc/self/fd/{descriptor}").readlink()),
+                why="the merged model does not fit; what was written of it is thrown away",
+                next="free space there (the model needs about 2 bytes per parameter), then run the same again",
             ) from error
-
-
-def _cut_short(path: Path) -> StageError:
-    return StageError(
-        Problem(
-            what="a weight file ended while it was read",
-            where=str(path),
-            why="it is shorter than its header says",
-            next="download or write this file again",
-        )
-    )

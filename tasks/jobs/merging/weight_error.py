@@ -39,7 +39,7 @@ class Norms:
     def ratios(self) -> dict[str, float]:
         """||W - NF4(W)|| / ||delta|| by module; infinity where the adapter changes nothing.
 
-        Above 1 the rounding of the base is the larger of the two changes, and it matters which base is merged into.
+        Above 1 the rounding of the base is the larger of the two changes, and the choice of the merge base matters.
         """
         return {
             name: math.sqrt(error / change) if change else math.inf for name, (error, change) in self._squares.items()
@@ -69,6 +69,6 @@ def summary(ratios: Mapping[str, float]) -> dict[str, Any] | None:
         "max": finite[most],
         "max_module": most,
         "by_kind": {
-            kind: {"median": statistics.median(some), "max": max(some)} for kind, some in sorted(kinds.items())
+            kind: {"median": statistics.median(values), "max": max(values)} for kind, values in sorted(kinds.items())
         },
     }

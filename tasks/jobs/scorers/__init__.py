@@ -1,4 +1,4 @@
-"""How an answer is scored: one module a family."""
+"""How an answer is scored: one module per kind of scorer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def is_share(value: Any) -> TypeGuard[float]:
 
 
 def make_scorer(params: Mapping[str, Any], content: Path | None) -> Scorer:
-    """The scorer that an entry of `evaluate.scorers` names; lm-eval is none, since it asks for its own answers.
+    """The scorer that an entry of `evaluate.scorers` names; not lm-eval, which asks for its own answers.
 
     Args:
         params: What recipes.scorers says of it, `params()`.
@@ -39,20 +39,20 @@ def make_scorer(params: Mapping[str, Any], content: Path | None) -> Scorer:
         StageError: That file is not what its kind needs.
     """
     from tasks.jobs.scorers.exact_match import exact_match
-    from tasks.jobs.scorers.json_schema import JsonSchema
-    from tasks.jobs.scorers.number import Number
+    from tasks.jobs.scorers.json_schema import JsonSchemaScorer
+    from tasks.jobs.scorers.number import NumberScorer
     from tasks.jobs.scorers.python_callable import load_function
-    from tasks.jobs.scorers.sql_execution import SqlExecution
+    from tasks.jobs.scorers.sql_execution import SqlExecutionScorer
 
     match params["kind"], content:
         case "exact-match", _:
             return exact_match
         case "number", _:
-            return Number(params["pattern"], absolute=params["absolute"], relative=params["relative"])
+            return NumberScorer(params["pattern"], absolute=params["absolute"], relative=params["relative"])
         case "json-schema", Path():
-            return JsonSchema(content, equal=params["match"] == "equal")
+            return JsonSchemaScorer(content, equal=params["match"] == "equal")
         case "sql-execution", Path():
-            return SqlExecution(content, column=params["schema_column"])
+            return SqlExecutionScorer(content, column=params["schema_column"])
         case "python", Path():
             return load_function(content, params["function"])
         case _:

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness: their documents, asked of a loaded model, a score a document.
+"""Tasks of lm-evaluation-harness: their documents, asked of a loaded model, one score per document.
 
 The data sets of tasks are read as all children read: from this machine. A relative path in a task of the recipe's own
 counts from its folder.
@@ -22,7 +22,6 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig, PreTrainedTokenizerBase
 
 from recipes.checks.lm_eval_tasks import find_tasks
-from recipes.problem import Problem
 from tasks.jobs.scorers import ScorerFailed, is_share
 from tasks.runtime.process.errors import StageError
 
@@ -32,7 +31,7 @@ FEWSHOT_SEED = 1234  # lm_eval's own default
 LOADING = (OSError, RuntimeError, NotImplementedError, ImportError, AttributeError)
 
 
-class Document(NamedTuple):
+class DocumentScore(NamedTuple):
     """One document's score.
 
     Attributes:
@@ -61,10 +60,10 @@ class Harness:
         """
         self._params = params
         names = list(params["tasks"])
-        found = find_tasks(names, include)
-        if found.near:
-            raise _unknown(found.near)
-        folders = {path.parent for files in found.files.values() for path in files}
+        tasks = find_tasks(names, include)
+        if tasks.near:
+            raise _unknown(tasks.near)
+        folders = {path.parent for files in tasks.files.values() for path in files}
         with _inside(include):
             self._loaded = self._load(names, folders, include)
         for task in self._loaded["tasks"].values():
@@ -83,7 +82,7 @@ class Harness:
         return {name: size if limit is None else min(size, limit) for name, size in sorted(sizes.items())}
 
     def _load(self, names: Sequence[str], folders: set[Path], include: Path | None) -> Any:
-        """The named tasks, from an index of the folders that they are in; of all, where a group reaches further."""
+        """The named tasks, from an index of their own folders; from an index of all, where a group reaches further."""
         own: list[str | Path] = [include] if include else []
         few: list[str | Path] = [*sorted(folders - set(own)), *own]  # later ones win
         try:
@@ -105,19 +104,17 @@ class Harness:
         """Metric and filter (None: the first) of a task.
 
         Raises:
-            StageError: The task has no such metric, or less of it is better.
+            StageError: The task does not have the metric, or lower values of it are better.
         """
         better: Mapping[str, bool] = task.higher_is_better() or {}
         metric, _, chosen = (self._params["metric"] or next(iter(better), "")).partition(",")
         if not better.get(metric, False):
             more = [name for name, higher in better.items() if higher]
-            raise StageError(
-                Problem(
-                    what=f"the task {task.task_name} has no metric `{metric}` of which more is better",
-                    where="evaluate.scorers, kind lm-eval",
-                    why=f"it has {', '.join(more) or 'none'}",
-                    next=f"write `metric: {more[0]}`" if more else "leave this task out",
-                )
+            raise StageError.of(
+                what=f"the task {task.task_name} has no metric `{metric}` of which more is better",
+                where="evaluate.scorers, kind lm-eval",
+                why=f"it has {', '.join(more) or 'none'}",
+                next=f"write `metric: {more[0]}`" if more else "leave this task out",
             )
         return metric, chosen or None
 
@@ -129,14 +126,14 @@ class Harness:
         ends: Sequence[int],
         batch_size: int,
         caches: Caches | None = None,
-    ) -> list[Document]:
+    ) -> list[DocumentScore]:
         """Ask all documents.
 
         Args:
             model: A loaded arm.
             tokenizer: The data set's, with the chat template.
             ends: Token ids that end an answer. Stop strings never match the end-of-turn token, which is special.
-            batch_size: Documents a forward pass.
+            batch_size: Documents per forward pass.
             caches: Makes the arm's KV caches where they are quantized.
 
         Raises:
@@ -162,23 +159,25 @@ class Harness:
         )
         tasks = self._loaded["tasks"]
         return [
-            one for name, samples in sorted(results["samples"].items()) for one in self._scores(tasks[name], samples)
+            score
+            for name, samples in sorted(results["samples"].items())
+            for score in self._scores(tasks[name], samples)
         ]
 
-    def _scores(self, task: Task, samples: Sequence[Mapping[str, Any]]) -> Iterator[Document]:
+    def _scores(self, task: Task, samples: Sequence[Mapping[str, Any]]) -> Iterator[DocumentScore]:
         metric, chosen = self._metric(task)
-        filters = list(dict.fromkeys(one["filter"] for one in samples))
+        filters = list(dict.fromkeys(sample["filter"] for sample in samples))
         chosen = chosen or filters[0]
         if chosen not in filters:
             raise ScorerFailed(f"the task {task.task_name} has no filter `{chosen}`, but {', '.join(filters)}")
-        for one in samples:
-            if one["filter"] != chosen:
+        for sample in samples:
+            if sample["filter"] != chosen:
                 continue
-            value = one.get(metric)
+            value = sample.get(metric)
             if not is_share(value):
                 raise ScorerFailed(f"{metric} of {task.task_name} gives a document {value!r}, no number from 0 to 1")
-            row = f"{task.task_name}/{one['doc_id']}-{one['doc_hash'][:8]}"
-            yield Document(row, task.task_name, float(value))
+            row = f"{task.task_name}/{sample['doc_id']}-{sample['doc_hash'][:8]}"
+            yield DocumentScore(row, task.task_name, float(value))
 
 
 class _Arm(HFLM):
@@ -211,13 +210,11 @@ def _refuse(task: Task) -> None:
     reasons = {"UNSAFE_CODE": "it runs code that the model writes", "MULTIMODAL": "it shows pictures"}
     for attribute, why in reasons.items():
         if getattr(task, attribute, False):
-            raise StageError(
-                Problem(
-                    what=f"the task {name} cannot be scored here",
-                    where="evaluate.scorers, kind lm-eval",
-                    why=why,
-                    next="leave it out",
-                )
+            raise StageError.of(
+                what=f"the task {name} cannot be scored here",
+                where="evaluate.scorers, kind lm-eval",
+                why=why,
+                next="leave it out",
             )
 
 
@@ -227,44 +224,38 @@ def _render(task: Task) -> None:
         try:
             task.doc_to_text(document)
             task.doc_to_target(document)
-        except Exception as error:  # the task's own code: whatever it raises is told
+        except Exception as error:  # the task's own code: it may raise anything, and all of it is reported
             raise _unaskable(task.task_name, error) from error
 
 
 def _unaskable(task: str, error: Exception) -> StageError:
-    return StageError(
-        Problem(
-            what=f"the first document of the task {task} cannot be asked",
-            where="evaluate.scorers, kind lm-eval",
-            why=f"{type(error).__name__}: {error}",
-            next="correct doc_to_text and doc_to_target of the task: they name columns of its documents",
-        )
+    return StageError.of(
+        what=f"the first document of the task {task} cannot be asked",
+        where="evaluate.scorers, kind lm-eval",
+        why=f"{type(error).__name__}: {error}",
+        next="correct doc_to_text and doc_to_target of the task: they name columns of its documents",
     )
 
 
 def _unknown(near: Mapping[str, str]) -> StageError:
     guesses = [name for name in near.values() if name]
-    return StageError(
-        Problem(
-            what=f"lm-evaluation-harness has no task {', '.join(near)}",
-            where="evaluate.scorers, kind lm-eval",
-            why="neither a task nor a group or tag bears that name",
-            next=f"did you mean {', '.join(guesses)}?" if guesses else "`.venv/bin/lm-eval ls tasks` lists all names",
-        )
+    return StageError.of(
+        what=f"lm-evaluation-harness has no task {', '.join(near)}",
+        where="evaluate.scorers, kind lm-eval",
+        why="neither a task nor a group or tag bears that name",
+        next=f"did you mean {', '.join(guesses)}?" if guesses else "`.venv/bin/lm-eval ls tasks` lists all names",
     )
 
 
 def _not_here(names: Sequence[str], error: Exception) -> StageError:
     """The library found the task and could not load it: as a rule its data set is on a hub."""
     listed = ", ".join(map(repr, names))
-    return StageError(
-        Problem(
-            what=f"the lm-eval task(s) {', '.join(names)} cannot be loaded",
-            where="evaluate.scorers, kind lm-eval",
-            why=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}; jobs read what "
-            "is on this machine and fetch nothing",
-            next="fetch the data set once, with a network: "
-            f'.venv/bin/python -c "from lm_eval.tasks import TaskManager; TaskManager().load([{listed}])"; '
-            "or name a YAML task with `data_files` by `include:`",
-        )
+    return StageError.of(
+        what=f"the lm-eval task(s) {', '.join(names)} cannot be loaded",
+        where="evaluate.scorers, kind lm-eval",
+        why=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}; jobs read what "
+        "is on this machine and fetch nothing",
+        next="fetch the data set once, with a network: "
+        f'.venv/bin/python -c "from lm_eval.tasks import TaskManager; TaskManager().load([{listed}])"; '
+        "or name a YAML task with `data_files` by `include:`",
     )

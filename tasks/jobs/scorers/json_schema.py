@@ -10,12 +10,11 @@ from typing import Any
 from jsonschema.exceptions import SchemaError, best_match
 from jsonschema.validators import validator_for
 
-from recipes.problem import Problem
 from tasks.jobs.scorers import Verdict
 from tasks.runtime.process.errors import StageError
 
 
-class JsonSchema:
+class JsonSchemaScorer:
     """Scores answers against one schema file."""
 
     def __init__(self, path: Path, *, equal: bool) -> None:
@@ -33,13 +32,11 @@ class JsonSchema:
         try:
             kind.check_schema(schema)
         except SchemaError as error:
-            raise StageError(
-                Problem(
-                    what=f"{path.name} is no JSON schema",
-                    where=f"{path}, at {error.json_path}",
-                    why=error.message,
-                    next="correct it; `$schema` names the draft that it is read as",
-                )
+            raise StageError.of(
+                what=f"{path.name} is not a JSON schema",
+                where=f"{path}, at {error.json_path}",
+                why=error.message,
+                next="correct it; `$schema` names the draft that it is read as",
             ) from None
         self._validator = kind(schema)
         self._equal = equal
@@ -47,16 +44,16 @@ class JsonSchema:
     def __call__(self, answer: str, reference: str, columns: Mapping[str, Any]) -> Verdict:
         """1 where the answer, and nothing around it, is JSON that the schema accepts."""
         try:
-            found = strict_json(answer)
+            value = strict_json(answer)
         except (ValueError, RecursionError) as error:
             return Verdict(0.0, f"no JSON: {error}")
-        wrong = best_match(self._validator.iter_errors(found))
+        wrong = best_match(self._validator.iter_errors(value))
         if wrong is not None:
             return Verdict(0.0, f"{wrong.json_path}: {wrong.message}")
         if not self._equal:
             return Verdict(1.0)
         try:
-            return Verdict(float(same(found, strict_json(reference))))
+            return Verdict(float(same(value, strict_json(reference))))
         except (ValueError, RecursionError) as error:
             return Verdict(0.0, f"the reference is no JSON: {error}")
 
@@ -65,7 +62,7 @@ def strict_json(text: str) -> Any:
     """A JSON value; NaN and Infinity, which Python would read, and a name that stands twice are refused.
 
     Raises:
-        ValueError: It is no JSON.
+        ValueError: It is not JSON.
     """
     return json.loads(text, parse_constant=_refuse, object_pairs_hook=_once)
 
@@ -75,7 +72,7 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(same(value, b[name]) for name, value in a.items())
     if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(same(one, other) for one, other in zip(a, b, strict=True))
+        return len(a) == len(b) and all(same(left, right) for left, right in zip(a, b, strict=True))
     return isinstance(a, bool) == isinstance(b, bool) and a == b
 
 
@@ -84,7 +81,7 @@ def _refuse(name: str) -> Any:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    value = dict(pairs)
+    if len(value) < len(pairs):
         raise ValueError("a name stands twice in one object")
-    return found
+    return value

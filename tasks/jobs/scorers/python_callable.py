@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from recipes.problem import Problem
 from tasks.jobs.scorers import Scorer, ScorerFailed, Verdict, is_share
 from tasks.runtime.process.errors import StageError
 
@@ -16,7 +15,7 @@ def load_function(path: Path, name: str) -> Scorer:
     """Run the file once, alone: modules beside it are not found, since they would not be part of the identity.
 
     Raises:
-        StageError: It raises, or has no such callable.
+        StageError: The file raises, or does not have the callable.
     """
     spec = importlib.util.spec_from_file_location(f"scorer_{path.stem}", path)
     if spec is None or spec.loader is None:
@@ -24,11 +23,11 @@ def load_function(path: Path, name: str) -> Scorer:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # the user's code: whatever it raises is told, not ours to foresee
-        raise _unusable(path, name, _said(error)) from error
+    except Exception as error:  # the user's code: it may raise anything, and all of it is reported
+        raise _unusable(path, name, _in_words(error)) from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise _unusable(path, name, "it has no such callable")
+        raise _unusable(path, name, f"it has no callable named {name}")
     return _scorer(function, name)
 
 
@@ -37,7 +36,7 @@ def _scorer(function: Callable[..., Any], name: str) -> Scorer:
         try:
             value = function(answer, reference, dict(columns))
         except Exception as error:  # the user's code, as above
-            raise ScorerFailed(f"{name} raised {_said(error)}") from error
+            raise ScorerFailed(f"{name} raised {_in_words(error)}") from error
         if not is_share(value):
             raise ScorerFailed(f"{name} returned {value!r}, which is no number from 0 to 1")
         return Verdict(float(value))
@@ -45,16 +44,14 @@ def _scorer(function: Callable[..., Any], name: str) -> Scorer:
     return score
 
 
-def _said(error: Exception) -> str:
+def _in_words(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
 def _unusable(path: Path, name: str, why: str) -> StageError:
-    return StageError(
-        Problem(
-            what=f"the scorer {path.name}:{name} cannot be loaded",
-            where=str(path),
-            why=why,
-            next="correct the file; it is loaded alone, so it may import installed packages and nothing beside itself",
-        )
+    return StageError.of(
+        what=f"the scorer {path.name}:{name} cannot be loaded",
+        where=str(path),
+        why=why,
+        next="correct the file; it is loaded alone, so it may import installed packages and nothing beside itself",
     )

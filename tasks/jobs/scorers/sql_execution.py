@@ -9,13 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipes.problem import Problem
 from tasks.jobs.scorers import Verdict
 from tasks.runtime.process.errors import StageError
 
 ALLOWED = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 FILES = {sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH}  # a SCHEMA.sql makes tables in memory; VACUUM INTO attaches, too
-STEPS = 5_000_000  # virtual machine instructions a query, about 0.2 s; counted, so that a busy machine scores alike
+STEPS = 5_000_000  # virtual machine instructions per query, about 0.2 s; time would depend on the machine
 BYTES = 1_000_000  # longest string or blob
 QUOTED = re.compile(r"'(?:[^']|'')*'|\"[^\"]*\"|`[^`]*`|\[[^\]]*\]")
 INNERMOST = re.compile(r"\([^()]*\)")
@@ -29,7 +28,7 @@ class Result(NamedTuple):
     rows: list[tuple[Any, ...]]
 
 
-class SqlExecution:
+class SqlExecutionScorer:
     """Scores SQL against the databases of a folder, one SCHEMA.sql each, read-only and in memory."""
 
     def __init__(self, folder: Path, *, column: str) -> None:
@@ -87,34 +86,30 @@ def execute(database: sqlite3.Connection, query: str) -> Result:
     """Rows of one query, floats rounded to 6 places: AVG and SUM / COUNT differ behind them.
 
     Raises:
-        sqlite3.Error, sqlite3.Warning, ValueError: It does not run, writes, is no query, or takes over STEPS.
+        sqlite3.Error, sqlite3.Warning, ValueError: It does not run, writes, is not a query, or takes more than STEPS.
     """
     ticks = iter(range(STEPS // 1000))
     database.set_progress_handler(lambda: next(ticks, None) is None, 1000)
     cursor = database.execute(query)
     if cursor.description is None:
         raise ValueError("not a query")
-    rows = [tuple(round(one, 6) if isinstance(one, float) else one for one in row) for row in cursor]
+    rows = [tuple(round(value, 6) if isinstance(value, float) else value for value in row) for row in cursor]
     return Result(len(cursor.description), rows)
 
 
 def _bad_reference(reference: str, schema: str, error: BaseException) -> StageError:
-    return StageError(
-        Problem(
-            what="a reference answer does not run",
-            where=f"database {schema}: {reference}",
-            why=f"sqlite3 says: {error}",
-            next="correct that row of the data, or its database",
-        )
+    return StageError.of(
+        what="a reference answer does not run",
+        where=f"database {schema}: {reference}",
+        why=f"sqlite3 says: {error}",
+        next="correct that row of the data, or its database",
     )
 
 
-def _no_database(schema: str, column: str, there: list[str]) -> StageError:
-    return StageError(
-        Problem(
-            what=f"no database for `{column}` {schema}",
-            where="evaluate.scorers, kind sql-execution: databases",
-            why=f"the folder has {', '.join(there) or 'no .sql file'}",
-            next=f"add {schema}.sql, or correct column `{column}` of the data",
-        )
+def _no_database(schema: str, column: str, names: list[str]) -> StageError:
+    return StageError.of(
+        what=f"no database for `{column}` {schema}",
+        where="evaluate.scorers, kind sql-execution: databases",
+        why=f"the folder has {', '.join(names) or 'no .sql file'}",
+        next=f"add {schema}.sql, or correct column `{column}` of the data",
     )

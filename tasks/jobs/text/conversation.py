@@ -32,11 +32,11 @@ class Conversation:
         """Read a row's turns and its `tools`: a list of JSON schemas, or the JSON text of one.
 
         Raises:
-            RowError: `tools` is neither, or a tool call is no object with a name and JSON arguments.
+            RowError: `tools` is neither, or a tool call is not an object with a name and JSON arguments.
         """
         tools = _from_json(tools, "its `tools` are") if isinstance(tools, str) and tools else tools
-        if tools and not (isinstance(tools, list) and all(isinstance(one, dict) for one in tools)):
-            raise RowError("has `tools` that are no list of JSON schemas")
+        if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+            raise RowError("has `tools` that are not a list of JSON schemas")
         return cls(turns=[_with_arguments(turn, number) for number, turn in enumerate(turns, 1)], tools=tools or None)
 
     def until(self, number: int) -> Conversation:
@@ -69,7 +69,7 @@ def called(turn: Message) -> list[str]:
 
 
 def behind_thinking(text: str) -> str:
-    """An answer without the thinking before it: what a scorer gets, of the data's answer and of a model's."""
+    """An answer without the thinking before it: what a scorer gets of the data's answers and of a model's."""
     return text.rpartition("</think>")[2].lstrip("\n") if "</think>" in text else text
 
 
@@ -79,12 +79,12 @@ def _with_arguments(turn: Message, number: int) -> Message:
     if not calls:
         return turn
     if not isinstance(calls, list):
-        raise RowError(f"turn {number}: `tool_calls` are no list")
+        raise RowError(f"turn {number}: `tool_calls` are not a list")
     read: list[dict[str, Any]] = []
     for call in calls:
         function = (call.get("function") or call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise RowError(f"turn {number}: a tool call is no object with a name")
+            raise RowError(f"turn {number}: a tool call is not an object with a name")
         arguments = function.get("arguments")
         if isinstance(arguments, str):
             arguments = _from_json(arguments, f"turn {number}: the arguments of {function['name']} are")

@@ -1,4 +1,4 @@
-"""Nothing that is judged may be calibrated on: rows of train that stand in dev or test, too, or almost do."""
+"""Weights must not be calibrated on what they are judged by: rows of train that are, or almost are, in dev or test."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from recipes.data.rows import Message, Side, normalised
-from recipes.problem import Problem
-from tasks.jobs.text.near_duplicates import COMPARED, near_duplicates
+from tasks.jobs.text.near_duplicates import near_duplicates, not_all_compared
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
 
@@ -19,7 +18,7 @@ SHOWN = 20
 TWINS = "near_twins.jsonl"
 
 
-class Held(NamedTuple):
+class HeldOutRow(NamedTuple):
     """A row of dev or test."""
 
     split: str
@@ -29,30 +28,28 @@ class Held(NamedTuple):
 def refuse_leaks(train: list[dict[str, Any]], held: list[dict[str, Any]], *, path: Path) -> None:
     """Raise StageError where a row of train, by hash, text or tokens, is in dev or test."""
 
-    def names(row: dict[str, Any]) -> set[object]:
+    def keys(row: dict[str, Any]) -> set[object]:
         return {row["row"], normalised(json.loads(row["messages"])), tuple(row["input_ids"])}
 
-    seen = set[object]().union(*map(names, held))
-    leaked = [row["row"] for row in train if names(row) & seen]
+    seen = set[object]().union(*map(keys, held))
+    leaked = [row["row"] for row in train if keys(row) & seen]
     if leaked:
-        raise StageError(
-            Problem(
-                what=f"{len(leaked)} row(s) of train stand in dev or test, too",
-                where=f"{path}, rows {', '.join(leaked[:SHOWN])}",
-                why="weights would be calibrated on what they are judged by",
-                next="make the dataset again with quench run; prepare removes duplicates",
-            )
+        raise StageError.of(
+            what=f"{len(leaked)} row(s) of train are in dev or test, too",
+            where=f"{path}, rows {', '.join(leaked[:SHOWN])}",
+            why="weights would be calibrated on what they are judged by",
+            next="make the dataset again with quench run; prepare removes duplicates",
         )
 
 
 def without_near_duplicates(rows: Mapping[str, Sequence[Message]]) -> list[str]:
     """Names of the rows, in their order, without those that are almost equal to an earlier one that stays."""
-    found = near_duplicates(rows, dict.fromkeys(rows, "train"), jaccard=JACCARD).found
-    gone = {one.row for one in found}
-    return [name for name in rows if name not in gone]
+    pairs = near_duplicates(rows, dict.fromkeys(rows, "train"), jaccard=JACCARD).pairs
+    repeated = {pair.row for pair in pairs}
+    return [name for name in rows if name not in repeated]
 
 
-def near_twins(drawn: Mapping[str, Sequence[Message]], held: Mapping[str, Held], *, most: float, job: Job) -> int:
+def near_twins(drawn: Mapping[str, Sequence[Message]], held: Mapping[str, HeldOutRow], *, most: float, job: Job) -> int:
     """Count, list and note drawn rows that are almost equal to a row of dev or test.
 
     Args:
@@ -64,27 +61,24 @@ def near_twins(drawn: Mapping[str, Sequence[Message]], held: Mapping[str, Held],
     Raises:
         StageError: They are more than that.
     """
-    turns: dict[str, Sequence[Message]] = {name: one.turns for name, one in held.items()}
+    turns: dict[str, Sequence[Message]] = {name: row.turns for name, row in held.items()}
     sides: dict[str, Side] = dict.fromkeys(held, "test")  # each of them is compared, whatever is near it
     for name in drawn:
         sides[name] = "train"
-    found, limited = near_duplicates(turns | dict(drawn), sides, jaccard=JACCARD)
-    twins = sorted((one.row, one.like) for one in found if one.row in drawn and one.like in held)
+    pairs, limited = near_duplicates(turns | dict(drawn), sides, jaccard=JACCARD)
+    twins = sorted((pair.row, pair.like) for pair in pairs if pair.row in drawn and pair.like in held)
     lines = [json.dumps({"row": row, "like": like, "split": held[like].split}) + "\n" for row, like in twins]
     (job.out / TWINS).write_text("".join(lines), encoding="utf-8")
-    named = ", ".join(f"{row} like {like} of {held[like].split}" for row, like in twins[:SHOWN])
-    told = f"{len(twins)} of {len(drawn)} rows are near-twins of a row of dev or test (Jaccard >= {JACCARD:g})"
+    examples = ", ".join(f"{row} like {like} of {held[like].split}" for row, like in twins[:SHOWN])
+    share = f"{len(twins)} of {len(drawn)} rows are near-twins of a row of dev or test (Jaccard >= {JACCARD:g})"
     if len(twins) > most * len(drawn):
-        raise StageError(
-            Problem(
-                what=told,
-                where=f"calibrate.max_near_duplicates {most:g}: {math.floor(most * len(drawn))} rows",
-                why=f"weights would be calibrated on what they are judged by: {named}",
-                next="name the column that keeps such rows together as data.group, or set data.near_duplicates: "
-                "remove; calibrate.max_near_duplicates allows more",
-            )
+        raise StageError.of(
+            what=share,
+            where=f"calibrate.max_near_duplicates {most:g}: {math.floor(most * len(drawn))} rows",
+            why=f"weights would be calibrated on what they are judged by: {examples}",
+            next="name the column that keeps such rows together as data.group, or set data.near_duplicates: "
+            "remove; calibrate.max_near_duplicates allows more",
         )
-    if limited:
-        told += f"; {limited} rows were compared with {COMPARED} of the rows that MinHash proposed, not with all"
-    job.events.note("near-twins", f"{told}; {most:.2%} are allowed{': ' if named else ''}{named}")
+    share += not_all_compared(limited)
+    job.events.note("near-twins", f"{share}; {most:.2%} are allowed{': ' if examples else ''}{examples}")
     return len(twins)

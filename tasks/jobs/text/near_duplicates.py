@@ -1,4 +1,4 @@
-"""Rows that are almost equal to another row: MinHash proposes (datasketch), the exact Jaccard similarity decides."""
+"""Rows that are almost equal to another row: MinHash (datasketch) proposes, the exact Jaccard similarity decides."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ GRAM = 5  # words
 PERMUTATIONS = 128
 FOUND = 0.8  # least share of the pairs just at the limit that MinHash has to propose
 COMPARED = (
-    100  # proposals that are compared exactly, a row: rows from one form would else cost the square of their number
+    100  # proposals per row that are compared exactly: rows from one form would else cost the square of their number
 )
 
 
-class Near(NamedTuple):
+class NearDuplicate(NamedTuple):
     """A row and the row before it, in the order test, dev, train, that it is almost equal to."""
 
     row: str
@@ -23,9 +23,9 @@ class Near(NamedTuple):
 
 
 class NearDuplicates(NamedTuple):
-    """What was found, and how many rows had more than 100 proposals, of which the first 100 were compared."""
+    """The pairs, and how many rows had more than 100 proposals, of which the first 100 were compared."""
 
-    found: list[Near]
+    pairs: list[NearDuplicate]
     limited: int
 
 
@@ -35,7 +35,7 @@ def near_duplicates(
     """Rows whose set of word 5-grams has a Jaccard similarity of `jaccard` or more with that of an earlier row.
 
     Rows come in the order test, dev, train, and by name within a side. With a row of dev or train that is almost equal
-    to an earlier one later rows are not compared: they are told apart from the rows that would stay.
+    to an earlier one later rows are not compared: only with rows that would stay.
 
     Args:
         rows: Turns by name.
@@ -50,7 +50,7 @@ def near_duplicates(
     bands = _bands(jaccard)
     index: Any = MinHashLSH(num_perm=PERMUTATIONS, params=(bands, PERMUTATIONS // bands))
     hashes = MinHash.generator((_grams(rows[name]) for name in order), num_perm=PERMUTATIONS)
-    found: list[Near] = []
+    pairs: list[NearDuplicate] = []
     limited = 0
     for place, (name, hashed) in enumerate(zip(order, hashes, strict=True)):
         own = _grams(rows[name])
@@ -60,21 +60,28 @@ def near_duplicates(
         )
         limited += like is None and len(proposed) > COMPARED
         if like is not None:
-            found.append(Near(name, order[like]))
+            pairs.append(NearDuplicate(name, order[like]))
         if like is None or sides[name] == "test":
             index.insert(place, hashed, check_duplication=False)
-    return NearDuplicates(found, limited)
+    return NearDuplicates(pairs, limited)
+
+
+def not_all_compared(limited: int) -> str:
+    """What a note says behind its counts where some rows were not compared with every proposal."""
+    if not limited:
+        return ""
+    return f"; {limited} rows were compared with {COMPARED} of the rows that MinHash proposed, not with all"
 
 
 def _grams(row: Sequence[Message]) -> set[bytes]:
-    """Word 5-grams of the turns. Without system turns: a long one that all rows share would make all of them alike."""
+    """Word 5-grams of the turns. Without system turns: a long one in all rows would make all of them similar."""
     turns = [turn.get("content") or "" for turn in row if turn["role"] not in ("system", "developer")]
     words = " ".join(turns).split()
     return {" ".join(words[i : i + GRAM]).encode() for i in range(max(1, len(words) - GRAM + 1))}
 
 
-def _similar(one: set[bytes], other: set[bytes], jaccard: float) -> bool:
-    return len(one & other) >= jaccard * len(one | other)
+def _similar(a: set[bytes], b: set[bytes], jaccard: float) -> bool:
+    return len(a & b) >= jaccard * len(a | b)
 
 
 def _bands(jaccard: float) -> int:

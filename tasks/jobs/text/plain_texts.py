@@ -1,4 +1,4 @@
-"""Plain texts -> records of the dataset: every token is trained, there is no prompt to answer."""
+"""Plain texts -> records of the dataset: every token is trained, and there is no prompt."""
 
 from __future__ import annotations
 
@@ -7,31 +7,30 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipes.data.rows import TEXT, Row, content_hash, side
-from recipes.problem import Problem
+from recipes.data.rows import TEXT, Row, content_hash
 from tasks.jobs.text.rendering import Rendered, Renderer
+from tasks.jobs.text.sources import place_of
+from tasks.jobs.text.tokenizer import with_end
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
 
 
 def read_texts(path: Path, *, what: str) -> Iterator[tuple[str, str]]:
-    """Name and text of every line `{"text": ...}`; the name is its content's.
+    """Name and text of every line `{"text": ...}`; the name is a hash of the text.
 
     Raises:
-        StageError: A line is no such thing; `what` says whose.
+        StageError: A line is something else; `what` names the file's purpose.
     """
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             text: str = json.loads(line)["text"]
-            text.encode()  # a number has no such thing, half of a surrogate pair no bytes
+            text.encode()  # fails for a number, and for half of a surrogate pair
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StageError(
-                Problem(
-                    what=f"malformed row in {what}",
-                    where=f"{path.name}:{number}",
-                    why=f'rows are {{"text": ...}} ({error!r})',
-                    next=f"correct line {number} of {path}",
-                )
+            raise StageError.of(
+                what=f"malformed row in {what}",
+                where=f"{path.name}:{number}",
+                why=f'rows are {{"text": ...}} ({error!r})',
+                next=f"correct line {number} of {path}",
             ) from None
         yield content_hash([{"role": TEXT, "content": text}])[:16], text
 
@@ -48,23 +47,17 @@ def text_records(job: Job, rows: dict[str, Row], renderer: Renderer) -> Texts:
 
     `prompt_ids` and `answer` are empty: evaluate measures loss and KL on these rows and decodes no answers.
     """
-    params, done = job.params, Texts([], [])
-    limit, end = params["max_length"], renderer.tokenizer.eos_token_id
+    params, texts = job.params, Texts([], [])
     for name, row in sorted(rows.items()):
-        ids = renderer.tokenizer(row.messages[0]["content"])["input_ids"]
-        if end is not None and ids[-1:] != [end]:
-            ids = [*ids, end]
-        kept = ids[:limit]
+        ids = with_end(renderer.tokenizer, renderer.tokenizer(row.messages[0]["content"])["input_ids"])
+        kept = ids[: params["max_length"]]
         if len(kept) < len(ids):
-            done.lost.append(len(ids) - len(kept))
+            texts.lost.append(len(ids) - len(kept))
         text = renderer.tokenizer.decode(kept) if len(kept) < len(ids) else row.messages[0]["content"]
-        group = str(row.columns[params["group"]]) if params.get("group") else name
-        done.records.append(
+        texts.records.append(
             {
                 "row": name,
-                "group": group,
-                "split": side(group, salt=params["salt"], dev=params["dev"], test=params["test"]),
-                "domain": row.domain(params.get("domain")),
+                **place_of(name, row, params)._asdict(),
                 "messages": json.dumps([{"role": TEXT, "content": text}], ensure_ascii=False, sort_keys=True),
                 "input_ids": kept,
                 "completion_mask": [True] * len(kept),
@@ -75,15 +68,15 @@ def text_records(job: Job, rows: dict[str, Row], renderer: Renderer) -> Texts:
                 "turn": 0,
             }
         )
-        if len(done.records) == 1:
+        if len(texts.records) == 1:
             example = Rendered(input_ids=kept, mask=[True] * len(kept), prompt_ids=[], way="all tokens")
             job.events.note(
                 "example text", f"{row.where}, trained tokens between ⟦ and ⟧:\n{renderer.marked_text(example)}"
             )
-    if done.records:
+    if texts.records:
         job.events.note(
             "plain text",
             f"{len(rows)} rows: every token is trained, none goes through the chat template; they have no prompt, so "
             "they are in loss, perplexity and KL but not in the task score",
         )
-    return done
+    return texts

@@ -1,31 +1,27 @@
 """Turns into token ids, and which of them are completion: the one place that renders a chat template.
 
-Token ids of a row are made here once, in prepare; train, calibrate and evaluate read them. Where the completions stand
-is told in the first of these ways that is sound for the row: the template's own generation markers; TRL's training
-template for it, if that renders the row to the same ids; the token difference of prefixes. Where all fail because a
-template renders earlier turns otherwise than the last (Qwen3 drops their thinking), each assistant turn becomes a
-sample of its own: the true history up to it, rendered by the model's own template, and that turn alone trained.
+Token ids of a row are made here once, in prepare; train, calibrate and evaluate read them. The completions are found
+in the first of these ways that is sound for the row: the template's own generation markers; TRL's training template for
+it, if that renders the row to the same ids; the token difference of prefixes. Where all fail because a template renders
+earlier turns differently from the last (Qwen3 drops their thinking), each assistant turn becomes a sample of its own:
+the true history up to it, rendered by the model's own template, and only that turn is trained.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer
-from trl.chat_template_utils import get_training_chat_template
 
 from recipes.data.rows import Message
-from recipes.problem import Problem
 from tasks.jobs.text.conversation import Conversation, RowError, behind_thinking, called
+from tasks.jobs.text.templates import GENERATION, chatml, end_of_turn, generation_prompt, training_template
+from tasks.jobs.text.tokenizer import load_tokenizer
 from tasks.runtime.process.errors import StageError
 
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-PROBE = "Quench"
 ONE_A_TURN: Final = "one sample a turn"
 Way = Literal["generation markers", "TRL's training template", "prefixes", "one sample a turn", "all tokens"]
 
@@ -36,7 +32,7 @@ class Rendered:
 
     Attributes:
         prompt_ids: The history before the last turn with the generation prompt: what an answer is decoded from.
-        way: How the trained tokens were told.
+        way: How the trained tokens were found.
     """
 
     input_ids: list[int]
@@ -46,7 +42,7 @@ class Rendered:
 
     @property
     def skewed(self) -> bool:
-        """The last turn is not trained behind the prompt that its answer is decoded from (only markers allow it)."""
+        """The last turn is trained after another prompt than its answer is decoded from (only markers allow it)."""
         return self.input_ids[: len(self.prompt_ids)] != self.prompt_ids
 
 
@@ -103,95 +99,78 @@ class Renderer:
         Raises:
             StageError: No tokenizer, no template, two templates, or turns that end with no special token.
         """
-        if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-            raise _refusal("the base folder has no tokenizer", folder, "rows cannot be tokenised", "add its files")
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        if template and tokenizer.chat_template:
-            raise _refusal(
-                "the base has a chat template of its own and the recipe names another one",
-                folder,
-                "the base was trained with its own; a second one would undo that",
-                "remove model.chat_template from the recipe",
-            )
-        if template:
-            tokenizer.chat_template = chatml(tokenizer) if template == "chatml" else template
-        if not tokenizer.chat_template:
-            raise _refusal(
-                "the base has no chat template",
-                folder,
-                "turns cannot be told apart without one",
-                "write model.chat_template: chatml (or the path of a Jinja file) into the recipe",
-            )
+        tokenizer = _with_template(folder, template)
         special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
         special |= {tokenizer.eos_token_id} - {None}
         try:
-            end_of_turn, opening = _end_of_turn(tokenizer, folder, special=special), _opening(tokenizer)
+            ending = end_of_turn(tokenizer, folder, special=special)
+            opening = generation_prompt(tokenizer)
         except (TemplateError, TypeError, ValueError) as error:  # ValueError: the answer is not in the text
-            raise _refusal(
-                f"the chat template cannot render a question and its answer: {error}",
-                folder,
-                "rows cannot be told apart without it",
-                "correct the template (model.chat_template, or chat_template.jinja of the base)",
+            raise StageError.of(
+                what=f"the chat template cannot render a question and its answer: {error}",
+                where=str(folder),
+                why="without it the completions of a row cannot be found",
+                next="correct the template (model.chat_template, or chat_template.jinja of the base)",
             ) from None
         return cls(
             tokenizer=tokenizer,
-            end_of_turn=end_of_turn,
+            end_of_turn=ending,
             opening=opening,
             special=frozenset(special),
-            training=_training_template(tokenizer),
+            training=training_template(tokenizer),
         )
 
-    def samples(self, talk: Conversation, *, max_length: int) -> list[Sample | TooLong]:
-        """What a row is trained and judged by: one sample, or one an assistant turn, each cut to fit.
+    def samples(self, chat: Conversation, *, max_length: int) -> list[Sample | TooLong]:
+        """The samples that a row is trained on and scored by: one, or one per assistant turn, each cut to fit.
 
         Raises:
             RowError: The template refuses the turns, or no way gives a sound mask.
         """
         try:
-            return [_fitted(talk, self.render, max_length=max_length, turn=0, last=True)]
+            return [_fitted(chat, self.render, max_length=max_length, turn=0, last=True)]
         except RowError:
-            if len(talk.answered) == 1:
+            if len(chat.answered) == 1:
                 raise
         return [
             _fitted(
-                talk.until(number), self.render_last, max_length=max_length, turn=number, last=number == len(talk.turns)
+                chat.until(number), self.render_last, max_length=max_length, turn=number, last=number == len(chat.turns)
             )
-            for number in talk.answered
+            for number in chat.answered
         ]
 
-    def render(self, talk: Conversation) -> Rendered:
+    def render(self, chat: Conversation) -> Rendered:
         """Token ids of a conversation, every assistant turn trained.
 
         Raises:
             RowError: The template refuses the turns, or no way gives a sound mask.
         """
-        ids = self._ids(talk)
-        prompt = self.prompt(talk)
-        template = self.tokenizer.get_chat_template(tools=talk.tools)
+        ids = self._ids(chat)
+        prompt = self.prompt(chat)
+        template = self.tokenizer.get_chat_template(tools=chat.tools)
         marked: Way = "generation markers" if GENERATION.search(template) else "TRL's training template"
         source = template if marked == "generation markers" else self.training
-        if source and (mask := self._by_markers(talk, ids, source)):
-            return self._checked(talk, Rendered(input_ids=ids, mask=mask, prompt_ids=prompt, way=marked))
+        if source and (mask := self._by_markers(chat, ids, source)):
+            return self._checked(chat, Rendered(input_ids=ids, mask=mask, prompt_ids=prompt, way=marked))
         mask = [False] * len(ids)
-        for number in talk.answered:
-            turn = self._difference(talk.until(number), ids)
+        for number in chat.answered:
+            turn = self._difference(chat.until(number), ids)
             mask[turn.start : turn.stop] = [True] * len(turn)
-        return self._checked(talk, Rendered(input_ids=ids, mask=mask, prompt_ids=prompt, way="prefixes"))
+        return self._checked(chat, Rendered(input_ids=ids, mask=mask, prompt_ids=prompt, way="prefixes"))
 
-    def render_last(self, talk: Conversation) -> Rendered:
-        """Token ids of a conversation, its last turn alone trained: what stands behind the history before it.
+    def render_last(self, chat: Conversation) -> Rendered:
+        """Token ids of a conversation with only its last turn trained: the tokens after the history.
 
         Raises:
-            RowError: The template refuses the turns, or the history is no prefix of the whole.
+            RowError: The template refuses the turns, or the history is not a prefix of the whole.
         """
-        ids = self._ids(talk)
-        turn = self._difference(talk, ids)
+        ids = self._ids(chat)
+        turn = self._difference(chat, ids)
         mask = [place in turn for place in range(len(ids))]
-        return self._checked(talk, Rendered(input_ids=ids, mask=mask, prompt_ids=self.prompt(talk), way=ONE_A_TURN))
+        return self._checked(chat, Rendered(input_ids=ids, mask=mask, prompt_ids=self.prompt(chat), way=ONE_A_TURN))
 
-    def prompt(self, talk: Conversation) -> list[int]:
+    def prompt(self, chat: Conversation) -> list[int]:
         """Token ids of the history before the last turn, with the generation prompt."""
-        return self._ids(talk.until(len(talk.turns) - 1), add_generation_prompt=True)
+        return self._ids(chat.until(len(chat.turns) - 1), add_generation_prompt=True)
 
     def marked_text(self, row: Rendered) -> str:
         """The row as text, trained tokens between ⟦ and ⟧."""
@@ -208,29 +187,29 @@ class Renderer:
         start, stop = _spans(rendered.mask)[-1]
         return behind_thinking(self.tokenizer.decode(rendered.input_ids[start:stop], skip_special_tokens=True))
 
-    def _render(self, talk: Conversation, **options: Any) -> Any:
+    def _render(self, chat: Conversation, **options: Any) -> Any:
         """What apply_chat_template gives; RowError with the turn from which on the template refuses."""
-        if not talk.turns:
-            raise RowError("turn 1: an assistant turn with nothing before it, which no template asks for")
+        if not chat.turns:
+            raise RowError("turn 1: an assistant turn with nothing before it, which no template generates")
         try:
-            return self.tokenizer.apply_chat_template(talk.turns, tools=talk.tools, tokenize=True, **options)
-        except (TemplateError, TypeError) as error:  # TypeError: text + nothing, or an object that is no JSON
-            number = len(talk.turns)
-            while number > 1 and self._refuses(talk.until(number - 1)):
+            return self.tokenizer.apply_chat_template(chat.turns, tools=chat.tools, tokenize=True, **options)
+        except (TemplateError, TypeError) as error:  # TypeError: text + None, or an object that is not JSON
+            number = len(chat.turns)
+            while number > 1 and self._refuses(chat.until(number - 1)):
                 number -= 1
             raise RowError(f"turn {number}: is refused by the chat template: {error}") from None
 
-    def _refuses(self, talk: Conversation) -> bool:
+    def _refuses(self, chat: Conversation) -> bool:
         try:
-            self.tokenizer.apply_chat_template(talk.turns, tools=talk.tools, tokenize=False)
+            self.tokenizer.apply_chat_template(chat.turns, tools=chat.tools, tokenize=False)
         except (TemplateError, TypeError):
             return True
         return False
 
-    def _ids(self, talk: Conversation, **options: bool) -> list[int]:
-        return self._render(talk, return_dict=False, **options)
+    def _ids(self, chat: Conversation, **options: bool) -> list[int]:
+        return self._render(chat, return_dict=False, **options)
 
-    def _by_markers(self, talk: Conversation, ids: list[int], template: str) -> list[bool] | None:
+    def _by_markers(self, chat: Conversation, ids: list[int], template: str) -> list[bool] | None:
         """Mask from a template's generation markers, each span from the generation prompt to the turn's end.
 
         Markers may hold the line ends behind both (TRL's for Qwen2.5) or a whole header: a model never writes these.
@@ -239,7 +218,7 @@ class Renderer:
         if not self.tokenizer.is_fast:  # no map from characters to tokens
             return None
         try:
-            both = self._render(talk, return_dict=True, return_assistant_tokens_mask=True, chat_template=template)
+            both = self._render(chat, return_dict=True, return_assistant_tokens_mask=True, chat_template=template)
         except RowError:
             return None
         if both["input_ids"] != ids:
@@ -255,24 +234,24 @@ class Renderer:
             if end is not None:
                 mask[end + 1 : stop] = [False] * len(mask[end + 1 : stop])
                 ends.add(end)
-        return mask if len(ends) >= len(talk.answered) else None
+        return mask if len(ends) >= len(chat.answered) else None
 
-    def _difference(self, talk: Conversation, ids: list[int]) -> range:
-        """Places in `ids` of the last turn of `talk`, up to the token that ends it.
+    def _difference(self, chat: Conversation, ids: list[int]) -> range:
+        """Places in `ids` of the last turn of `chat`, up to the token that ends it.
 
         Verified: the history with the generation prompt, and the turns up to this one's end, are prefixes of `ids`.
         """
-        number = len(talk.turns)
-        before, until = self.prompt(talk), self._ids(talk)
+        number = len(chat.turns)
+        before, until = self.prompt(chat), self._ids(chat)
         last = self._end(until, len(before), len(until))
         stop = len(before) if last is None else last + 1
         if until[: len(before)] != before:
             raise RowError(
                 f"turn {number}: it does not begin with the tokens of the history and the generation prompt, by the "
-                "template or by a token that spans the seam, so the completion's tokens cannot be told"
+                "template or by a token that spans the seam, so the completion's tokens cannot be found"
             )
         if ids[:stop] != until[:stop]:
-            raise RowError(f"turn {number}: the template renders the turns up to it otherwise than in the whole row")
+            raise RowError(f"turn {number}: the template renders the turns up to it differently from the whole row")
         if last is None:
             raise RowError(f"turn {number}: no special token ends it, so the model would not learn to stop")
         if last == len(before):
@@ -292,42 +271,75 @@ class Renderer:
 
         The end-of-turn token, else the last special one (`<|eom_id|>`, `<|call|>` behind tool calls).
         """
-        found = None
+        last_special = None
         for place in range(stop - 1, start - 1, -1):
             if ids[place] == self.end_of_turn:
                 return place
             if ids[place] in self.special:
-                found = place if found is None else found
+                last_special = place if last_special is None else last_special
             elif self.tokenizer.decode([ids[place]]).strip():
                 break
-        return found
+        return last_special
 
-    def _checked(self, talk: Conversation, rendered: Rendered) -> Rendered:
-        """The same; RowError for a doubled beginning-of-text token, or a tool call that the template leaves out."""
+    def _checked(self, chat: Conversation, rendered: Rendered) -> Rendered:
+        """Pass it on; RowError for a doubled beginning-of-text token, or a tool call that the template leaves out."""
         ids, mask, bos = rendered.input_ids, rendered.mask, self.tokenizer.bos_token_id
         if bos is not None and ids[:2] == [bos, bos]:
             raise RowError("begins with two beginning-of-text tokens")
-        trained = talk.answered if rendered.way != ONE_A_TURN else [len(talk.turns)]
-        if any(talk.turns[number - 1].get("tool_calls") for number in trained):
+        trained = chat.answered if rendered.way != ONE_A_TURN else [len(chat.turns)]
+        if any(chat.turns[number - 1].get("tool_calls") for number in trained):
             text = self.tokenizer.decode([token for token, inside in zip(ids, mask, strict=True) if inside])
             for number in trained:
-                for name in called(talk.turns[number - 1]):
+                for name in called(chat.turns[number - 1]):
                     if name not in text:
                         raise RowError(f"turn {number}: the template leaves out its call of {name}")
         return rendered
 
 
+def _with_template(folder: Path, template: str | None) -> Any:
+    """The folder's tokenizer with the chat template to render by.
+
+    Raises:
+        StageError: No tokenizer, no template, or two templates.
+    """
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise StageError.of(
+            what="the base folder has no tokenizer",
+            where=str(folder),
+            why="rows cannot be tokenised",
+            next="add its files",
+        )
+    tokenizer = load_tokenizer(folder)
+    if template and tokenizer.chat_template:
+        raise StageError.of(
+            what="the base has a chat template of its own and the recipe names another one",
+            where=str(folder),
+            why="the base was trained with its own; a second one would undo that",
+            next="remove model.chat_template from the recipe",
+        )
+    if template:
+        tokenizer.chat_template = chatml(tokenizer) if template == "chatml" else template
+    if not tokenizer.chat_template:
+        raise StageError.of(
+            what="the base has no chat template",
+            where=str(folder),
+            why="without one it is unknown where a turn begins and ends",
+            next="write model.chat_template: chatml (or the path of a Jinja file) into the recipe",
+        )
+    return tokenizer
+
+
 def _fitted(
-    talk: Conversation, render: Callable[[Conversation], Rendered], *, max_length: int, turn: int, last: bool
+    chat: Conversation, render: Callable[[Conversation], Rendered], *, max_length: int, turn: int, last: bool
 ) -> Sample | TooLong:
     """The longest version within `max_length` tokens, leading exchanges dropped."""
     tokens = 0
-    for shorter in talk.shorter():
+    for shorter in chat.shorter():
         rendered = render(shorter)
         length = len(rendered.input_ids)
         tokens = tokens or length
         if length <= max_length:
-            dropped = len(talk.turns) - len(shorter.turns)
+            dropped = len(chat.turns) - len(shorter.turns)
             return Sample(shorter.turns, rendered, turn, dropped, last, lost=tokens - length)
     return TooLong(tokens)
 
@@ -336,65 +348,3 @@ def _spans(mask: list[bool]) -> list[tuple[int, int]]:
     """[start, stop) of every run of True."""
     edges = [i for i in range(len(mask) + 1) if (i < len(mask) and mask[i]) != (i > 0 and mask[i - 1])]
     return list(zip(edges[::2], edges[1::2], strict=True))
-
-
-def _training_template(tokenizer: Any) -> str | None:
-    """TRL's training template where the tokenizer's own equals, byte for byte, one that TRL ships; else None."""
-    own = tokenizer.chat_template
-    if not isinstance(own, str) or GENERATION.search(own):
-        return None
-    try:
-        return get_training_chat_template(tokenizer)
-    except (ValueError, TypeError, TemplateError):  # ValueError: none shipped; the others: its probes are refused
-        return None
-
-
-def chatml(tokenizer: Any) -> str:
-    """ChatML with generation markers, for this tokenizer.
-
-    A turn ends with `<|im_end|>` where the vocabulary has it, else with the end-of-text token: the embedding table is
-    not resized. Begins with the beginning-of-text token where the tokenizer puts it before plain text.
-    """
-    end = "<|im_end|>" if "<|im_end|>" in tokenizer.get_vocab() else tokenizer.eos_token
-    bos = tokenizer.bos_token if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else ""
-    return (
-        (f"{{{{- '{bos}' -}}}}\n" if bos else "")
-        + "{%- for message in messages -%}\n"
-        + "{{- '<|im_start|>' + message['role'] + '\\n' -}}\n"
-        + "{%- if message['role'] == 'assistant' -%}\n"
-        + f"{{%- generation -%}}{{{{- message['content'] + '{end}' -}}}}{{%- endgeneration -%}}\n"
-        + f"{{%- else -%}}\n{{{{- message['content'] + '{end}' -}}}}\n{{%- endif -%}}\n"
-        + "{{- '\\n' -}}\n{%- endfor -%}\n"
-        + "{%- if add_generation_prompt -%}\n{{- '<|im_start|>assistant\\n' -}}\n{%- endif -%}\n"
-    )
-
-
-def _opening(tokenizer: Any) -> list[int]:
-    """What the generation prompt adds to a history (Phi-3's end of all text does not stand before it)."""
-    turns = [{"role": "user", "content": PROBE}]
-    history, prompt = (
-        tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False, add_generation_prompt=asked)
-        for asked in (False, True)
-    )
-    alike = [one == other for one, other in zip(history, prompt, strict=False)]
-    return prompt[alike.index(False) if False in alike else len(alike) :]
-
-
-def _end_of_turn(tokenizer: Any, folder: Path, *, special: set[int]) -> int:
-    """The first special token behind an assistant turn's text."""
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False)
-    tail = tokenizer(text[text.rindex(PROBE) + len(PROBE) :], add_special_tokens=False)["input_ids"]
-    for token in tail:
-        if token in special:
-            return token
-    raise _refusal(
-        "the chat template ends an assistant turn with no special token",
-        folder,
-        "the model would never learn to stop",
-        "give a template whose turns end with the tokenizer's end token",
-    )
-
-
-def _refusal(what: str, folder: Path, why: str, next: str) -> StageError:
-    return StageError(Problem(what=what, where=str(folder), why=why, next=next))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from recipes.data.rows import Row, Rows, Side, drawn, malformed, origins, read_origin, side, source_name
-from tasks.jobs.text.near_duplicates import COMPARED, near_duplicates
+from tasks.jobs.text.near_duplicates import near_duplicates, not_all_compared
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
 
@@ -35,6 +36,21 @@ def read_sources(job: Job) -> list[Rows]:
     return reads
 
 
+class RowPlace(NamedTuple):
+    """Where a row belongs."""
+
+    group: str
+    split: Side
+    domain: str
+
+
+def place_of(name: str, row: Row, params: Mapping[str, Any]) -> RowPlace:
+    """The row's group (its own name where the recipe names no column), side and domain."""
+    group = str(row.columns[params["group"]]) if params.get("group") else name
+    split = side(group, salt=params["salt"], dev=params["dev"], test=params["test"])
+    return RowPlace(group, split, row.domain(params.get("domain")))
+
+
 class Selection(NamedTuple):
     """The rows that go on, by name, and counts for the summary."""
 
@@ -45,30 +61,21 @@ class Selection(NamedTuple):
 def select(job: Job, rows: dict[str, Row]) -> Selection:
     """The rows that the weights of their sources keep, without near-duplicates where these are to be removed."""
     params = job.params
-    sides: dict[str, Side] = {name: _side(job, name, row) for name, row in rows.items()}
+    sides: dict[str, Side] = {name: place_of(name, row, params).split for name, row in rows.items()}
     kept = _drawn(job, rows, sides)
     counts: dict[str, Any] = {"not_drawn_rows": len(rows) - len(kept)}
     if params["near_duplicates"] == "ignore":
         return Selection(kept, counts)
     turns = {name: row.messages for name, row in kept.items()}
-    found, limited = near_duplicates(turns, sides, jaccard=params["near_duplicate_jaccard"])
-    remove = {one.row for one in found if sides[one.row] != "test"} if params["near_duplicates"] == "remove" else set()
+    pairs, limited = near_duplicates(turns, sides, jaccard=params["near_duplicate_jaccard"])
+    remove = {pair.row for pair in pairs if params["near_duplicates"] == "remove" and sides[pair.row] != "test"}
     counts["near_duplicates"] = {
-        "rows": len(found),
-        "across_sides": sum(sides[one.row] != sides[one.like] for one in found),
+        "rows": len(pairs),
+        "across_sides": sum(sides[pair.row] != sides[pair.like] for pair in pairs),
         "removed": len(remove),
-    } | {name: sum(sides[one.row] == name for one in found) for name in ("train", "dev", "test")}
-    said = _said(counts["near_duplicates"], params)
-    if limited:
-        said += f"; {limited} rows were compared with {COMPARED} of the rows that MinHash proposed, not with all"
-    job.events.note("near-duplicates", said)
+    } | {name: sum(sides[pair.row] == name for pair in pairs) for name in ("train", "dev", "test")}
+    job.events.note("near-duplicates", _in_words(counts["near_duplicates"], params) + not_all_compared(limited))
     return Selection({name: row for name, row in kept.items() if name not in remove}, counts)
-
-
-def _side(job: Job, name: str, row: Row) -> Side:
-    params = job.params
-    group = str(row.columns[params["group"]]) if params.get("group") else name
-    return side(group, salt=params["salt"], dev=params["dev"], test=params["test"])
 
 
 def _drawn(job: Job, rows: dict[str, Row], sides: dict[str, Side]) -> dict[str, Row]:
@@ -77,12 +84,15 @@ def _drawn(job: Job, rows: dict[str, Row], sides: dict[str, Side]) -> dict[str, 
     out = {name for name in train if not drawn(name, weight=rows[name].origin.weight, salt=salt)}
     if out:
         had, lost = Counter(rows[name].origin for name in train), Counter(rows[name].origin for name in out)
-        said = [f"{had[one] - lost[one]} of {had[one]} from {one.path.name} ({one.weight:g})" for one in had]
-        job.events.note("weights", f"train rows kept by hash: {', '.join(said)}; dev and test keep all")
+        kept = [
+            f"{count - lost[origin]} of {count} from {origin.path.name} ({origin.weight:g})"
+            for origin, count in had.items()
+        ]
+        job.events.note("weights", f"train rows kept by hash: {', '.join(kept)}; dev and test keep all")
     return {name: row for name, row in rows.items() if name not in out}
 
 
-def _said(counts: dict[str, int], params: dict[str, Any]) -> str:
+def _in_words(counts: dict[str, int], params: dict[str, Any]) -> str:
     text = (
         f"{counts['rows']} rows share {params['near_duplicate_jaccard']:g} or more of their word 5-grams with another: "
         f"{counts['train']} in train, {counts['dev']} in dev, {counts['test']} in test; "

@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel
 
-from recipes.problem import Problem
 from tasks.runtime.process.errors import StageError
 
 
-class Alike(NamedTuple):
+class GradientComparison(NamedTuple):
     """Cosine of two gradients, and the second's norm over the first's."""
 
     cosine: float
@@ -23,7 +22,7 @@ class Alike(NamedTuple):
         return self.cosine > 0.999 and abs(self.norm_ratio - 1) < 0.01
 
 
-def check_gradients(model: PeftModel, batch: dict[str, Any]) -> Alike:
+def check_gradients(model: PeftModel, batch: dict[str, Any]) -> GradientComparison:
     """Compare the gradient of a batch before and after an evaluation forward. Leaves weights and RNG as they were.
 
     Args:
@@ -34,7 +33,7 @@ def check_gradients(model: PeftModel, batch: dict[str, Any]) -> Alike:
     Raises:
         StageError: They differ, so training would follow a wrong gradient from the first evaluation on.
     """
-    batch = {name: one.to(model.device) if torch.is_tensor(one) else one for name, one in batch.items()}
+    batch = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in batch.items()}
     batch["use_cache"] = False  # with a cache, transformers makes no mask between packed rows
 
     def gradient() -> torch.Tensor:
@@ -54,15 +53,13 @@ def check_gradients(model: PeftModel, batch: dict[str, Any]) -> Alike:
         model(**batch, fused_lm_head=True)
     after = gradient()
     cosine = torch.nn.functional.cosine_similarity(before, after, dim=0).item()
-    alike = Alike(cosine=cosine, norm_ratio=(after.norm() / before.norm()).item())
-    if not alike.sound:
-        raise StageError(
-            Problem(
-                what="the gradient of one batch changes after an evaluation forward",
-                where=f"before step 1: cosine {alike.cosine:.3f}, norm x {alike.norm_ratio:.3f}",
-                why="the 4-bit layers now run a kernel without a backward, so training would go wrong in silence "
-                "(bitsandbytes 0.50.2 does this on CPUs with AVX512-BF16 unless it is told not to)",
-                next="install the bitsandbytes of infra/locks, or train on a GPU (run.device: cuda)",
-            )
+    comparison = GradientComparison(cosine=cosine, norm_ratio=(after.norm() / before.norm()).item())
+    if not comparison.sound:
+        raise StageError.of(
+            what="the gradient of one batch changes after an evaluation forward",
+            where=f"before step 1: cosine {comparison.cosine:.3f}, norm x {comparison.norm_ratio:.3f}",
+            why="the 4-bit layers now run a kernel without a backward, so training would go wrong unnoticed "
+            "(bitsandbytes 0.50.2 does this on CPUs with AVX512-BF16 unless it is told not to)",
+            next="install the bitsandbytes of infra/locks, or train on a GPU (run.device: cuda)",
         )
-    return alike
+    return comparison

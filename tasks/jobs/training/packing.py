@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from recipes.problem import Problem
 from tasks.runtime.process.errors import StageError
 
 # Norm of the difference over the norm, bf16: 0.004 at most over the tiny models of the tests; a row that sees the one
@@ -31,9 +30,10 @@ def packing_error(
         collate: Makes one sequence of several rows.
     """
 
-    def hidden(some: list[dict[str, list[int]]]) -> torch.Tensor:
+    def hidden(batch_rows: list[dict[str, list[int]]]) -> torch.Tensor:
         batch = {
-            name: value.to(model.device) if torch.is_tensor(value) else value for name, value in collate(some).items()
+            name: value.to(model.device) if torch.is_tensor(value) else value
+            for name, value in collate(batch_rows).items()
         }
         del batch["labels"]
         with torch.no_grad(), torch.autocast(model.device.type, dtype=torch.bfloat16):
@@ -57,13 +57,11 @@ def check_packing(
     """
     error = packing_error(model, rows, collate=collate)
     if not error < LIMIT:
-        raise StageError(
-            Problem(
-                what="packed rows do not give what they give alone",
-                where=f"{type(model.get_base_model()).__name__}: hidden states differ by {error:.1%}",
-                why="this architecture's attention does not keep the rows of one sequence apart, so each would be "
-                "trained with another row as its context",
-                next="set train.packing: false",
-            )
+        raise StageError.of(
+            what="packed rows give other hidden states than the same rows alone",
+            where=f"{type(model.get_base_model()).__name__}: hidden states differ by {error:.1%}",
+            why="this architecture's attention does not keep the rows of one sequence apart, so each would be "
+            "trained with another row as its context",
+            next="set train.packing: false",
         )
     return error

@@ -1,7 +1,7 @@
-"""`accelerate launch` on one machine, heard on loopback alone.
+"""`accelerate launch` on one machine, listening on loopback only.
 
-torch's key-value store, by which ranks find each other, listens at every address of the machine and asks nobody for a
-password: anyone who reaches the port could write into it. It takes a socket that is bound already, so it gets one.
+torch's key-value store, by which ranks find each other, listens at every address of the machine without a
+password: anyone who reaches the port could write into it. It accepts a socket that is bound already, so it gets one.
 Started as `python -P -m tasks.jobs.training.ranks ACCELERATE'S ARGUMENTS` by tasks.runtime.process.child.
 """
 

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer over rows that are tokenised already, with an exact dev loss, the best weights, and our events."""
+"""TRL's SFTTrainer on tokenised rows, with an exact dev loss, the best weights, and events."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
 from transformers import (
-    AutoTokenizer,
     PrinterCallback,
     TrainerCallback,
     TrainerControl,
@@ -23,6 +22,7 @@ from transformers import (
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from tasks.jobs.text.tokenizer import load_tokenizer
 from tasks.jobs.training.checkpoints import best_weights, link_best, mark_whole
 from tasks.jobs.training.lora import WEIGHTS, save_weights, to_fp32
 from tasks.runtime.process.job import Job
@@ -35,11 +35,11 @@ CURVES = {
     "eval_loss": "train/dev_loss",
 }
 DEV_ROWS = 128  # of dev, for the dev loss: rows are in the order of their hashes, so the first ones are a fair sample
-DEV_POINTS = 4  # dev losses a training, where eval_steps is not set: each costs DEV_ROWS forward passes
+DEV_POINTS = 4  # dev losses per training, where eval_steps is not set: each costs DEV_ROWS forward passes
 
 
 class DevLoss(NamedTuple):
-    """Mean nats a completion token of the first DEV_ROWS dev rows after a step."""
+    """Mean nats per completion token of the first DEV_ROWS dev rows after a step."""
 
     step: int
     loss: float
@@ -51,17 +51,19 @@ class Trainer(SFTTrainer):
     job: Job
     dev: list[dict[str, Any]]
     gradient_cosine: float = math.nan
-    _places = 0
+    _positions = 0
 
     @property
     def dev_losses(self) -> list[DevLoss]:
         """So far, with those of earlier attempts: checkpoints carry the history."""
-        return [DevLoss(int(one["step"]), one["eval_loss"]) for one in self.state.log_history if "eval_loss" in one]
+        return [
+            DevLoss(int(entry["step"]), entry["eval_loss"]) for entry in self.state.log_history if "eval_loss" in entry
+        ]
 
     @property
     def best(self) -> DevLoss:
         """The lowest dev loss; the earliest of equal ones."""
-        return min((one for one in self.dev_losses if math.isfinite(one.loss)), key=lambda one: one.loss)
+        return min((point for point in self.dev_losses if math.isfinite(point.loss)), key=lambda point: point.loss)
 
     @property
     def tokens_here(self) -> int:
@@ -69,20 +71,20 @@ class Trainer(SFTTrainer):
         return int(self.state.num_input_tokens_seen - self._initial_num_input_tokens_seen)
 
     def padding_share(self) -> float:
-        """Share of this attempt's places in training batches that were padding, over all ranks."""
-        places: Any = self.accelerator.reduce(torch.tensor(self._places, device=self.args.device))
-        return 1 - self.tokens_here / places.item()
+        """Share of padding among the positions of this attempt's training batches, over all ranks."""
+        positions: Any = self.accelerator.reduce(torch.tensor(self._positions, device=self.args.device))
+        return 1 - self.tokens_here / positions.item()
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any) -> torch.Tensor:
-        """Forward and backward of one micro-batch; counts its places."""
-        self._places += inputs["input_ids"].numel()
+        """Forward and backward of one micro-batch; counts its positions."""
+        self._positions += inputs["input_ids"].numel()
         return super().training_step(model, inputs, *args)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Dev loss, the sum of nats over the sum of tokens; then keep a new best, or stop where none has come."""
         clock, model = time.monotonic(), cast("torch.nn.Module", self.model)
         model.eval()
-        # Not through compute_loss: it gathers metrics once a batch, and ranks may have different numbers of them.
+        # Not through compute_loss: it gathers metrics once per batch, and ranks may have different numbers of them.
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         for batch in self._dev_batches():
             with torch.no_grad(), self.accelerator.autocast():
@@ -93,7 +95,7 @@ class Trainer(SFTTrainer):
         metrics = {"eval_loss": nats / tokens, "eval_runtime": time.monotonic() - clock}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self._judge()
+        self._keep_or_stop()
         return metrics
 
     def _dev_batches(self) -> list[dict[str, Any]]:
@@ -104,10 +106,10 @@ class Trainer(SFTTrainer):
         mine = [*rows, *[silent] * (-len(rows) % world)][rank::world]
         return [self.data_collator(mine[start : start + size]) for start in range(0, len(mine), size)]
 
-    def _judge(self) -> None:
+    def _keep_or_stop(self) -> None:
         """Keep the weights of a new best; stop after `patience` dev losses without one."""
         params, losses = self.job.params, self.dev_losses
-        finite = [one for one in losses if math.isfinite(one.loss)]
+        finite = [point for point in losses if math.isfinite(point.loss)]
         if params["keep"] == "best" and finite and self.best == losses[-1]:
             self._keep_best()
         if params["patience"] and finite:
@@ -118,7 +120,7 @@ class Trainer(SFTTrainer):
                     f"{since} dev losses in a row above that of step {self.best.step}: {self.best.loss:.4f}",
                 )
                 self.control.should_training_stop = True
-                self.control.should_save = False  # resumed there, the Trainer would train on
+                self.control.should_save = False  # resumed there, the Trainer would go on training
 
     def _keep_best(self) -> None:
         weights = self.whole_weights()
@@ -159,7 +161,7 @@ class Reporter(TrainerCallback):
             control.should_training_stop = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """One optimizer step is done. None is saved after the last: resumed there, the Trainer would add a step."""
+        """An optimizer step is done. Nothing is saved after the last: resumed there, the Trainer would add a step."""
         self.events.progress(state.global_step, state.max_steps, note="training")
         if state.global_step >= state.max_steps:
             control.should_save = False
@@ -193,7 +195,7 @@ def make_trainer(job: Job, model: PeftModel) -> Trainer:
         args=_settings(job, rows=len(train)),
         train_dataset=Dataset.from_list(train),
         eval_dataset=Dataset.from_list(dev),  # the Trainer wants one; `evaluate` reads `dev`
-        processing_class=AutoTokenizer.from_pretrained(str(job.inputs["base"].path), local_files_only=True),
+        processing_class=load_tokenizer(job.inputs["base"].path),
         callbacks=[Reporter(job)],
     )
     trainer.job, trainer.dev = job, dev
@@ -233,8 +235,8 @@ def _settings(job: Job, *, rows: int) -> SFTConfig:
         eval_strategy="steps",
         eval_steps=params["eval_steps"] or max(1, math.ceil(steps / DEV_POINTS)),
         logging_steps=1,
-        logging_nan_inf_filter=False,  # the filter shows the mean of earlier steps for a loss that is no number
-        # Packed batches have no attention mask: every place is a token.
+        logging_nan_inf_filter=False,  # the filter shows the mean of earlier steps for a loss that is not a number
+        # Packed batches have no attention mask: every position is a token.
         include_num_input_tokens_seen="all" if params["packing"] else "non_padding",
         dataloader_num_workers=0,
         dataloader_pin_memory=not on_cpu,

@@ -1,7 +1,7 @@
 """How much of a base stays bf16 after NF4 loading.
 
 transformers 5 fuses a mixture's experts into 3-D parameters, which bitsandbytes passes over: QLoRA then holds most of
-the model at 2 bytes a weight, in silence.
+the model at 2 bytes per weight, and nothing says so.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import NamedTuple
 from torch import nn
 from transformers import PreTrainedModel
 
-from recipes.problem import Problem
 from tasks.jobs.loading.load import linear4bit
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
@@ -31,37 +30,35 @@ class Unquantized(NamedTuple):
 def unquantized(model: PreTrainedModel) -> Unquantized:
     """Count the weights of matrices inside the layers that are not 4-bit."""
     quantized = linear4bit(model)
-    left_out = {id(p) for one in quantized.values() for p in one.parameters()}
-    left_out |= {id(p) for one in model.modules() if isinstance(one, nn.Embedding) for p in one.parameters()}
+    left_out = {id(p) for layer in quantized.values() for p in layer.parameters()}
+    left_out |= {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     head = model.get_output_embeddings()
     left_out |= {id(p) for p in head.parameters()} if head is not None else set()
-    found = {name: p for name, p in model.named_parameters() if p.dim() >= 2 and id(p) not in left_out}
-    weights = sum(p.numel() for p in found.values())
-    every = weights + sum(one.in_features * one.out_features for one in quantized.values())
+    matrices = {name: p for name, p in model.named_parameters() if p.dim() >= 2 and id(p) not in left_out}
+    weights = sum(p.numel() for p in matrices.values())
+    every = weights + sum(layer.in_features * layer.out_features for layer in quantized.values())
     return Unquantized(
         share=weights / every if every else 0.0,
-        gib=sum(p.numel() * p.element_size() for p in found.values()) / GIB,
-        largest=max(found, key=lambda name: found[name].numel(), default=""),
+        gib=sum(p.numel() * p.element_size() for p in matrices.values()) / GIB,
+        largest=max(matrices, key=lambda name: matrices[name].numel(), default=""),
     )
 
 
 def check_unquantized(model: PreTrainedModel, job: Job) -> None:
-    """Say how much stayed bf16; refuse more than 5 % unless the recipe accepts it.
+    """Note how much stayed bf16; refuse more than 5 % unless the recipe accepts it.
 
     Raises:
         StageError: More than 5 % of the linear weights, and `train.accept_unquantized` is false.
     """
-    found = unquantized(model)
-    said = f"{100 * found.share:.1f} % of the linear weights stay bf16: {found.gib:.3f} GiB"
-    if found.share:
-        job.events.note("unquantized", f"{said}, the largest is {found.largest}")
-    if found.share > LIMIT and not job.params["accept_unquantized"]:
-        raise StageError(
-            Problem(
-                what=said,
-                where=f"the base, {found.largest}",
-                why="bitsandbytes quantizes linear layers only; transformers holds a mixture's experts as 3-D "
-                "parameters, so they keep 2 bytes a weight",
-                next="set train.accept_unquantized: true if that memory is there, or take a dense base",
-            )
+    rest = unquantized(model)
+    share = f"{100 * rest.share:.1f} % of the linear weights stay bf16: {rest.gib:.3f} GiB"
+    if rest.share:
+        job.events.note("unquantized", f"{share}, the largest is {rest.largest}")
+    if rest.share > LIMIT and not job.params["accept_unquantized"]:
+        raise StageError.of(
+            what=share,
+            where=f"the base, {rest.largest}",
+            why="bitsandbytes quantizes linear layers only; transformers holds a mixture's experts as 3-D "
+            "parameters, so they keep 2 bytes per weight",
+            next="set train.accept_unquantized: true if that memory is there, or take a dense base",
         )

@@ -12,6 +12,11 @@ class StageError(Exception):
         self.problem = problem
         super().__init__(str(problem))
 
+    @classmethod
+    def of(cls, *, what: str, where: str, why: str, next: str) -> StageError:
+        """The refusal for the problem of these four parts: `raise StageError.of(what=..., ...)`."""
+        return cls(Problem(what=what, where=where, why=why, next=next))
+
 
 class StepFailed(Exception):
     """A step's child ended without a result. Never stored; re-running the recipe tries again.

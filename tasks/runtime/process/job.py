@@ -74,6 +74,14 @@ class Job:
         """The artifact's event file; other ranks than 0 say nothing."""
         return Events(self.out / "events.jsonl", silent=self.rank > 0)
 
+    def optional(self, name: str) -> Path | None:
+        """The path of an input that may be absent."""
+        return self.inputs[name].path if name in self.inputs else None
+
+    def write_json(self, name: str, value: dict[str, Any]) -> None:
+        """Write a JSON file below `out`; keys are sorted, so that equal values are equal bytes."""
+        (self.out / name).write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
     def dump(self, path: Path) -> None:
         """Write job.json."""
         path.write_text(json.dumps(asdict(self), default=str, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -77,9 +77,9 @@ def _rounded(weight: Tensor, grid: Grid) -> dict[str, Tensor]:
     else:
         scale = ((high - low) / top).bfloat16()
         zero = (-low / scale.float()).round().clamp(0, top)
-    found = (groups / scale.float().unsqueeze(-1)).round() + zero.unsqueeze(-1)
+    codes = (groups / scale.float().unsqueeze(-1)).round() + zero.unsqueeze(-1)
     parts = {
-        "weight_packed": pack(found.clamp(0, top).to(torch.uint8).view(weight.shape), bits=grid.bits),
+        "weight_packed": pack(codes.clamp(0, top).to(torch.uint8).view(weight.shape), bits=grid.bits),
         "weight_scale": scale,
         "weight_shape": torch.tensor(weight.shape),
     }

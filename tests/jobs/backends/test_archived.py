@@ -14,17 +14,11 @@ from transformers import AutoConfig
 from tasks.jobs.backends.archived import read_config, refuse_overflow, write_checkpoint
 from tasks.jobs.merging.rope import older_spelling
 from tasks.runtime.process.errors import StageError
-from tasks.runtime.process.events import Events
-from tests.jobs.build import make_job, notes
+from tests.jobs.build import make_job, make_request, notes
 from tests.jobs.quantized import make
 from tests.tiny import write_base
 
 LAYER = "model.layers.0.mlp.up_proj"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_base(tmp_path_factory.mktemp("archived") / "base")
 
 
 def state_of(base: Path) -> dict[str, Tensor]:
@@ -42,12 +36,12 @@ def test_files_carry_the_inputs_names_and_what_was_not_changed(base: Path, tmp_p
     norm = "model.layers.0.post_attention_layernorm.weight"
     state[norm] = state[norm] * 1.25
     job = make_job("quantize", tmp_path / "out", params={})
-    write_checkpoint(base, job.out, state, quantization={"quant_method": "gptq"}, events=job.events)
-    given, written = load_file(base / "model.safetensors"), load_file(job.out / "model.safetensors")
+    write_checkpoint(make_request(base, job.out, params={}), state, quantization={"quant_method": "gptq"})
+    original, written = load_file(base / "model.safetensors"), load_file(job.out / "model.safetensors")
     parts = {f"{LAYER}.{part}" for part in ("qweight", "qzeros", "scales")}
-    assert written.keys() == (given.keys() - {f"{LAYER}.weight"}) | parts
-    for name in given.keys() & written.keys() - {norm}:
-        assert written[name].dtype == torch.bfloat16 and torch.equal(written[name], given[name])
+    assert written.keys() == (original.keys() - {f"{LAYER}.weight"}) | parts
+    for name in original.keys() & written.keys() - {norm}:
+        assert written[name].dtype == torch.bfloat16 and torch.equal(written[name], original[name])
     assert torch.equal(written[norm], state[norm]) and norm in notes(job)["unquantized tensors"]
     assert json.loads((job.out / "config.json").read_text())["quantization_config"] == {"quant_method": "gptq"}
 
@@ -56,7 +50,7 @@ def test_a_tensor_without_a_place_is_refused(base: Path, tmp_path: Path) -> None
     state = state_of(base)
     state[f"{LAYER}.bias"][3] = 1
     with pytest.raises(StageError, match=rf"(?s)the input model does not have.*{LAYER}.bias"):
-        write_checkpoint(base, tmp_path, state, quantization={}, events=Events(tmp_path / "events.jsonl"))
+        write_checkpoint(make_request(base, tmp_path, params={}), state, quantization={})
 
 
 def test_weights_beyond_fp16_are_refused() -> None:

@@ -16,7 +16,8 @@ from recipes.schemes.scheme import Grid, Rule, Scheme
 from recipes.schemes.serve_file import describe, readable
 from recipes.schemes.slugs import parse_scheme
 from tasks.jobs.backends.llm_compressor import targets
-from tasks.jobs.loading.load import attach, kernel_of, load_arm, load_bf16
+from tasks.jobs.loading.kernels import kernel_of
+from tasks.jobs.loading.load import attach, load_arm, load_bf16
 from tests.jobs.backends import compressed
 from tests.jobs.quantized import log_probs, mean_kl
 from tests.tiny import write_base
@@ -67,11 +68,11 @@ def test_what_is_loaded_is_what_the_file_says_bit_for_bit(scheme: Scheme, base: 
     compressed.write(base, tmp_path / "out", scheme)
     loaded, meant = load_arm("quantized", tmp_path / "out", device="cpu"), load_bf16(base, device="cpu")
     assert kernel_of(loaded) == "Linear (unpacked from compressed-tensors)"
-    wanted = compressed.layers(tmp_path / "out", scheme)
-    assert set(wanted) == {name for name in NAMES if scheme.grid_of(name)}
-    assert all(torch.equal(loaded.get_submodule(name).weight, weight) for name, weight in wanted.items())
+    expected = compressed.layers(tmp_path / "out", scheme)
+    assert set(expected) == {name for name in NAMES if scheme.grid_of(name)}
+    assert all(torch.equal(loaded.get_submodule(name).weight, weight) for name, weight in expected.items())
     original = log_probs(meant)
-    meant.load_state_dict({f"{name}.weight": weight for name, weight in wanted.items()}, strict=False)
+    meant.load_state_dict({f"{name}.weight": weight for name, weight in expected.items()}, strict=False)
     assert torch.equal(log_probs(loaded), log_probs(meant))
     assert mean_kl(original, log_probs(loaded)) > 1e-7  # and rounding was done at all
 
@@ -145,9 +146,11 @@ def test_targets_cover_each_layer_once_and_fused_names_too() -> None:
         Grid(4, 32, True): [r"re:model\.layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|o_proj|qkv_proj)$"],
         Grid(4, 128, True): [r"re:model\.layers\.\d+\.mlp\.(gate_proj|up_proj|down_proj|gate_up_proj)$"],
     }
-    found = targets(MIXED, NAMES)
+    by_grid = targets(MIXED, NAMES)
     for name in NAMES:
-        grids = [grid for grid, patterns in found.items() if any(re.match(one[3:], name) for one in patterns)]
+        grids = [grid for grid, patterns in by_grid.items() if any(re.match(one[3:], name) for one in patterns)]
         assert grids == ([] if MIXED.grid_of(name) is None else [MIXED.grid_of(name)])
     fused = "model.layers.1.mlp.gate_up_proj"
-    assert [g for g, patterns in found.items() if any(re.match(p[3:], fused) for p in patterns)] == [Grid(3, 32, False)]
+    assert [g for g, patterns in by_grid.items() if any(re.match(p[3:], fused) for p in patterns)] == [
+        Grid(3, 32, False)
+    ]

@@ -22,11 +22,11 @@ from recipes.schemes.limits import LIMITS, Limit, limit_problems
 from recipes.schemes.slugs import parse_scheme
 from tasks.jobs import quantize
 from tasks.jobs.loading.environment import tame_gptqmodel
-from tasks.jobs.loading.load import kernel_of, load_arm, load_bf16
+from tasks.jobs.loading.kernels import kernel_of
+from tasks.jobs.loading.load import load_arm, load_bf16
 from tasks.runtime.process.errors import StageError
-from tasks.runtime.process.events import Events
 from tests.jobs.architectures import write_architecture
-from tests.jobs.build import make_job
+from tests.jobs.build import make_job, make_request
 from tests.jobs.quantized import (
     COST,
     NOISE,
@@ -38,7 +38,6 @@ from tests.jobs.quantized import (
     mean_kl,
     meant,
     params,
-    write_calibset,
 )
 
 ARCHITECTURES = ("llama", "qwen3", "mistral", "gemma2", "gemma3", "qwen2")
@@ -70,11 +69,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return write
 
 
-@pytest.fixture(scope="module")
-def calibset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_calibset(tmp_path_factory.mktemp("calibset") / "calibset")
-
-
 def by_gptqmodel(folder: Path, *, slug: str) -> nn.Module:
     """The second declared loader of GPTQ and AWQ files, with plain torch kernels in fp16: they round nothing more."""
     tame_gptqmodel()
@@ -95,13 +89,13 @@ def differing(model: nn.Module, base: Path, written: Path, *, slug: str) -> dict
     """Weights that the loaded layers have otherwise than `written` means, by layer."""
     tensors = load_file(written / "model.safetensors")
     dtype = torch.bfloat16 if slug == "nf4" else torch.float16
-    found = {}
+    differences = {}
     for layer in read_headers(base).linears:
         loaded = weight_of(model.get_submodule(layer.name), layer.in_features, dtype=dtype)
         number = int((loaded != meant(tensors, layer.name, slug).to(dtype)).sum())
         if number:
-            found[layer.name] = number
-    return found
+            differences[layer.name] = number
+    return differences
 
 
 @pytest.mark.parametrize(("name", "slug"), cells())
@@ -125,11 +119,13 @@ def test_contract(name: str, slug: str, base: Callable[[str], Path], calibset: P
     if scheme.form != "bitsandbytes":
         assert mean_kl(stood_for, log_probs(by_gptqmodel(out, slug=slug))) < NOISE
 
-    said = json.loads((out / "quantize.json").read_text())
-    assert [layer["name"] for layer in said["layers"]] == [layer.name for layer in read_headers(model).linears]
-    errors = [one["output_error"] if scheme.needs_calibration else one["weight_error"] for one in said["blocks"]]
+    record = json.loads((out / "quantize.json").read_text())
+    assert [layer["name"] for layer in record["layers"]] == [layer.name for layer in read_headers(model).linears]
+    errors = [
+        block["output_error"] if scheme.needs_calibration else block["weight_error"] for block in record["blocks"]
+    ]
     assert len(errors) == 4 and all(0.001 < error < 0.9 for error in errors)  # two layers; 1 would be a zero output
-    assert said["kernel"] == (kernel_of(loaded) if scheme.needs_calibration else None)
+    assert record["kernel"] == (kernel_of(loaded) if scheme.needs_calibration else None)
 
 
 def shift_zero_point(tensors: dict[str, torch.Tensor], layer: str) -> None:
@@ -156,10 +152,10 @@ def test_planted_damage_is_found(
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     damage(tensors, layer)
     save_file(tensors, tmp_path / "damaged" / "model.safetensors", metadata={"format": "pt"})
-    found = differing(by_gptqmodel(tmp_path / "damaged", slug=slug), model, tmp_path / "out", slug=slug)
+    differences = differing(by_gptqmodel(tmp_path / "damaged", slug=slug), model, tmp_path / "out", slug=slug)
     zeros = codes(load_file(tmp_path / "out" / "model.safetensors")[f"{layer}.qzeros"], 4)
-    assert found.keys() == {layer}
-    assert 20 < found[layer] <= 32, zeros  # one group of one output; a doubled scale leaves zeros where they are
+    assert differences.keys() == {layer}
+    assert 20 < differences[layer] <= 32, zeros  # one group of one output; a doubled scale leaves zeros where they are
 
 
 def test_what_is_saved_is_what_was_made(base: Callable[[str], Path], calibset: Path, tmp_path: Path) -> None:
@@ -195,8 +191,6 @@ def test_packed_experts_are_refused_because_they_would_load_as_random_numbers(
         assert "experts" in problem.what
     assert limit_problems(parse_scheme("nf4"), read_headers(model)) == []
     rtn = importlib.import_module("tasks.jobs.backends.quench_rtn")  # the backend alone, past the check
-    (tmp_path / "out").mkdir()
-    events = Events(tmp_path / "events.jsonl")
-    rtn.quantize(model, tmp_path / "out", rows=[], params=params("rtn-w4-g32"), device="cpu", events=events)
+    rtn.quantize(make_request(model, tmp_path / "out", params=params("rtn-w4-g32")))
     with pytest.raises(StageError, match=r"not in the checkpoint: model\.layers\.0\.mlp\.experts"):
         load_arm("quantized", tmp_path / "out", device="cpu")

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from recipes.models.headers import read_headers
 from recipes.schemes.scheme import Grid, Rule, Scheme
 from recipes.schemes.slugs import parse_scheme
-from tasks.jobs.loading.load import kernel_of, load_arm, load_bf16
+from tasks.jobs.loading.kernels import kernel_of
+from tasks.jobs.loading.load import load_arm, load_bf16
 from tasks.runtime.process.environments import environment_problem, interpreter
 from tasks.runtime.process.events import read_events
 from tasks.runtime.process.job import Job
@@ -67,11 +68,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_base(tmp_path_factory.mktemp("llm-compressor") / "base")
 
 
-@pytest.fixture(scope="module")
-def calibset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_calibset(tmp_path_factory.mktemp("calibset") / "calibset")
-
-
 @pytest.mark.parametrize("slug", [*SCHEMES, "ct-gptq-w4-attn32-ffn128"])
 def test_it_loads_here_as_the_weights_it_stands_for(slug: str, base: Path, calibset: Path, tmp_path: Path) -> None:
     scheme, out = parse_scheme(slug), tmp_path / "out"
@@ -82,10 +78,10 @@ def test_it_loads_here_as_the_weights_it_stands_for(slug: str, base: Path, calib
     assert all(torch.equal(loaded.get_submodule(name).weight, weight) for name, weight in meant.items())
     cost = mean_kl(log_probs(original), log_probs(loaded))
     assert 1e-7 < cost < COST[scheme.bits]
-    told = json.loads((out / "quantize.json").read_text())
-    assert told["kernel"] == kernel_of(loaded)
-    assert len(told["blocks"]) == 4 and all(block["output_error"] > 0 for block in told["blocks"])
-    layers = told["layers"]
+    record = json.loads((out / "quantize.json").read_text())
+    assert record["kernel"] == kernel_of(loaded)
+    assert len(record["blocks"]) == 4 and all(block["output_error"] > 0 for block in record["blocks"])
+    layers = record["layers"]
     assert [layer["name"] for layer in layers] == [layer.name for layer in read_headers(base).linears]
     unscaled = {layer["name"] for layer in layers if layer["loss"] is None}
     skipped = (

@@ -6,16 +6,14 @@ import contextlib
 import io
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from tasks.jobs.backends import gptqmodel
 from tasks.jobs.loading.environment import tame_gptqmodel
-from tests.jobs.build import make_job
+from tests.jobs.build import make_job, make_request
 from tests.jobs.test_quantize import params
-from tests.tiny import write_base
 
 LENGTHS, PADDED = (96, 80, 96, 61, 90, 77), 128
 FILL = 7  # a token like any other: the embedding of the padding token is zero and would hide itself
@@ -46,11 +44,6 @@ def by_library(base: Path, out: Path, *, masked: bool) -> dict[str, Tensor]:
     return load_file(out / "model.safetensors")
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_base(tmp_path_factory.mktemp("padding") / "base")
-
-
 def test_the_same_rows_padded_and_not_give_equal_scales(base: Path, tmp_path: Path) -> None:
     """Bit for bit in the layers that no attention comes before.
 
@@ -58,8 +51,8 @@ def test_the_same_rows_padded_and_not_give_equal_scales(base: Path, tmp_path: Pa
     into other codes in every later layer, so those say nothing about padding.
     """
     job = make_job("quantize", tmp_path / "ours", params={})
-    asked = params(SLUG) | {"damp": 0.05}
-    gptqmodel.quantize(base, job.out, rows=rows(), params=asked, device="cpu", events=job.events)
+    scheme_params = params(SLUG) | {"damp": 0.05}
+    gptqmodel.quantize(make_request(base, job.out, rows=rows(), params=scheme_params))
     ours = load_file(job.out / "model.safetensors")
     masked, unmasked = (by_library(base, tmp_path / str(mask), masked=mask) for mask in (True, False))
     first = [

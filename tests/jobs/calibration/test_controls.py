@@ -47,7 +47,7 @@ def test_it_has_the_shape_of_the_own_set_and_the_same_bytes_twice(
     kind: str, inputs: dict[str, Path], tmp_path: Path
 ) -> None:
     sequences = made(kind, inputs, tmp_path / "a")
-    assert tuple(len(one["input_ids"]) for one in sequences) == LENGTHS
+    assert tuple(len(sequence["input_ids"]) for sequence in sequences) == LENGTHS
     made(kind, inputs, tmp_path / "b")
     assert made(kind, inputs, tmp_path / "c", seed=1) != sequences
     first, second = ((tmp_path / name / "calibset.parquet").read_bytes() for name in "ab")
@@ -58,10 +58,10 @@ def test_it_has_the_shape_of_the_own_set_and_the_same_bytes_twice(
 def test_generic_text_is_all_texts_joined(inputs: dict[str, Path], tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(inputs["dataset"] / "tokenizer")
     sequences = made("generic", inputs, tmp_path / "out")
-    told = tokenizer.decode([id for one in sequences for id in one["input_ids"]]).split(tokenizer.eos_token)
-    assert set(told[:-1]) <= set(TEXTS) and len(set(told)) == len(told)
-    assert any(text.startswith(told[-1]) for text in TEXTS)
-    assert {len(name) for one in sequences for name in one["rows"]} == {16}
+    texts = tokenizer.decode([id for sequence in sequences for id in sequence["input_ids"]]).split(tokenizer.eos_token)
+    assert set(texts[:-1]) <= set(TEXTS) and len(set(texts)) == len(texts)
+    assert any(text.startswith(texts[-1]) for text in TEXTS)
+    assert {len(name) for sequence in sequences for name in sequence["rows"]} == {16}
 
 
 def test_mixed_keeps_every_second_sequence(inputs: dict[str, Path], tmp_path: Path) -> None:

@@ -59,10 +59,10 @@ def test_the_warning_stands_in_notes_and_the_maxima_in_the_record(loud: Path, tm
     calibset = write_calibset(tmp_path / "calibset")
     job = make("gptq-w4-g32", loud, tmp_path / "out", calibset=calibset)
     assert "in mlp of layer 1" in notes(job)["activations"] and "bfloat16" in notes(job)["activations"]
-    told = json.loads((job.out / "quantize.json").read_text())
-    largest = {(one["layer"], one["part"]): one["activation_max"] for one in told["blocks"]}
+    record = json.loads((job.out / "quantize.json").read_text())
+    largest = {(block["layer"], block["part"]): block["activation_max"] for block in record["blocks"]}
     assert max(largest, key=largest.__getitem__) == (1, "mlp") and largest[1, "mlp"] > FP16_MAX
-    assert 0 < told["stream_max"] < FP16_MAX
+    assert 0 < record["stream_max"] < FP16_MAX
     assert "--dtype bfloat16" in (job.out / "serve.md").read_text()
     quiet = make("gptq-w4-g32", write_base(tmp_path / "base"), tmp_path / "quiet", calibset=calibset)
     assert "activations" not in notes(quiet)

@@ -56,7 +56,7 @@ metric_list: [{metric: acc}]
 
 def scored(world: Path, out: Path, scorers: list[dict[str, Any]], *, model: Path | None = None, **content: Path) -> Any:
     """The evaluate job with scorers as a recipe has them."""
-    params = [one.params() for one in Evaluate.model_validate({"scorers": scorers}).scorers]
+    params = [scorer.params() for scorer in Evaluate.model_validate({"scorers": scorers}).scorers]
     inputs = {
         "model": model or world / "base",
         "dataset": world / "dataset",
@@ -98,18 +98,18 @@ def tasks(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_all_scorers_score_one_decoding(world: Path, own: Path, tmp_path: Path) -> None:
     scorers = [{"kind": "exact-match"}, python("length"), {"kind": "exact-match", "name": "again"}]
     means = scored(world, tmp_path / "out", scorers, **{"scorer-1": own})
-    found = lines(tmp_path / "out")
+    scores = lines(tmp_path / "out")
     rows = {row["row"] for row in held_out(world)}
     for metric in ("task", "task.length", "task.again"):
-        assert {line["row"] for line in found if line["metric"] == metric} == rows
+        assert {line["row"] for line in scores if line["metric"] == metric} == rows
     assert 0 < means["task.length/test"] < 1
     assert "problems" not in means
     for answer in lines(tmp_path / "out", "answers"):
-        said = json.loads(answer["scores"])
-        assert list(said) == ["exact-match", "length", "again"]
-        assert said["exact-match"] == said["again"] == {"score": answer["score"], "error": answer["error"]}
+        verdicts = json.loads(answer["scores"])
+        assert list(verdicts) == ["exact-match", "length", "again"]
+        assert verdicts["exact-match"] == verdicts["again"] == {"score": answer["score"], "error": answer["error"]}
         own_words, wanted = len(answer["answer"]), len(answer["reference"])
-        assert said["length"]["score"] == min(own_words, wanted) / max(own_words, wanted, 1)
+        assert verdicts["length"]["score"] == min(own_words, wanted) / max(own_words, wanted, 1)
 
 
 @pytest.mark.parametrize(
@@ -125,8 +125,8 @@ def test_a_scorer_that_fails_leaves_no_mean_and_all_other_scores(
     assert problem["what"] == f"the scorer {function} failed on {len(rows)} of {len(rows)} answers"
     assert any(row["row"] in problem["where"] for row in rows) and ", answer " in problem["where"]
     assert why in problem["why"]
-    found = {line["metric"] for line in lines(tmp_path / "out")}
-    assert "task" not in found and {"task.exact-match", "nll", "kl"} <= found
+    metrics = {line["metric"] for line in lines(tmp_path / "out")}
+    assert "task" not in metrics and {"task.exact-match", "nll", "kl"} <= metrics
     assert "task/test" not in means and means["task.exact-match/test"] == 0
     assert {answer["score"] for answer in lines(tmp_path / "out", "answers")} == {None}
 
@@ -149,7 +149,7 @@ def test_a_file_that_cannot_be_loaded_is_refused_before_the_model(world: Path, o
     broken.write_text("import beside_me\n")
     with pytest.raises(StageError, match="No module named 'beside_me'"):
         scored(world, tmp_path / "out", [python("score")], model=tmp_path / "nothing", **{"scorer-0": broken})
-    with pytest.raises(StageError, match="it has no such callable"):
+    with pytest.raises(StageError, match="it has no callable named"):
         scored(world, tmp_path / "out", [python("absent")], model=tmp_path / "nothing", **{"scorer-0": own})
 
 
@@ -175,15 +175,15 @@ def test_a_scorer_that_rejects_the_data_is_refused_with_the_rows(world: Path, tm
 
 def test_a_rehearsal_finds_it_before_training(world: Path, tasks: Path, tmp_path: Path) -> None:
     def rehearsed(scorers: list[dict[str, Any]]) -> dict[str, Any]:
-        params = [one.params() for one in Evaluate.model_validate({"scorers": scorers}).scorers]
+        params = [scorer.params() for scorer in Evaluate.model_validate({"scorers": scorers}).scorers]
         inputs = {"dataset": world / "dataset", "scorer-1": tasks}
         return rehearse.run(make_job("rehearse", tmp_path / "out", params={"scorers": params}, **inputs))
 
     rows = held_out(world)
     test = sum(row["split"] == "test" for row in rows)
     sky = {"kind": "lm-eval", "name": "sky", "tasks": ["sky-answers", "sky-choices"], "limit": 3}
-    found = rehearsed([{"kind": "exact-match"}, sky])
-    assert found == {"references": len(rows), "documents": {"task.sky": {"sky-answers": 3, "sky-choices": 3}}}
+    result = rehearsed([{"kind": "exact-match"}, sky])
+    assert result == {"references": len(rows), "documents": {"task.sky": {"sky-answers": 3, "sky-choices": 3}}}
     assert rehearsed([{"kind": "exact-match"}, sky | {"limit": 999}])["documents"]["task.sky"]["sky-answers"] == test
     with pytest.raises(StageError, match="the scorer number rejects the reference answers"):
         rehearsed([{"kind": "number"}])
@@ -215,36 +215,37 @@ def test_documents_are_asked_by_the_template_and_end_with_the_turn(
 
 def test_documents_are_asked_through_the_arms_kv_cache(world: Path, trained: Path, tasks: Path) -> None:
     from tasks.jobs.loading.load import load_bf16
-    from tasks.jobs.measuring.grading import open_tokenizer
     from tasks.jobs.measuring.kv_cache import KVCache
     from tasks.jobs.scorers.harness import Harness
+    from tasks.jobs.text.tokenizer import load_tokenizer
 
     (scorer,) = Evaluate.model_validate(
         {"scorers": [{"kind": "exact-match"}, {"kind": "lm-eval", "tasks": ["sky-answers", "sky-choices"], "limit": 3}]}
     ).scorers[1:]
-    model, tokenizer = load_bf16(trained, device="cpu"), open_tokenizer(world / "dataset" / "tokenizer")
+    model, tokenizer = load_bf16(trained, device="cpu"), load_tokenizer(world / "dataset" / "tokenizer")
     caches = KVCache(config=model.config, kind="int8")
     ends = [tokenizer.convert_tokens_to_ids("<|im_end|>")]
-    made = Harness(scorer.params(), tasks).run(model, tokenizer, ends=ends, batch_size=3, caches=caches)
-    assert len(made) == 6 and sum(one.score for one in made) >= 5  # int8 costs a model that knows them by heart little
+    documents = Harness(scorer.params(), tasks).run(model, tokenizer, ends=ends, batch_size=3, caches=caches)
+    # int8 costs a model that knows them by heart little
+    assert len(documents) == 6 and sum(document.score for document in documents) >= 5
     assert caches.layers == {0, 1}
 
 
 def test_an_answer_ends_with_its_turn_and_not_by_a_stop_string(world: Path, trained: Path, tasks: Path) -> None:
     """The task has a stop string of its own, and the tokenizer does not call the end of a turn its end."""
     from tasks.jobs.loading.load import load_bf16
-    from tasks.jobs.measuring.grading import open_tokenizer
     from tasks.jobs.scorers.harness import Harness
+    from tasks.jobs.text.tokenizer import load_tokenizer
 
     unended = GENERATE.replace("<|im_end|>", "never said")
     (tasks / "unended.yaml").write_text(TASK.format(name="sky-unended") + unended)
     scorers = [{"kind": "exact-match"}, {"kind": "lm-eval", "tasks": ["sky-unended"]}]
     scorer = Evaluate.model_validate({"scorers": scorers}).scorers[1]
-    model, tokenizer = load_bf16(trained, device="cpu"), open_tokenizer(world / "dataset" / "tokenizer")
+    model, tokenizer = load_bf16(trained, device="cpu"), load_tokenizer(world / "dataset" / "tokenizer")
     tokenizer.eos_token = "<|endoftext|>"
     first = [tokenizer(text)["input_ids"][0] for text in ANSWERS]
     ended, cut = (
-        [one.score for one in Harness(scorer.params(), tasks).run(model, tokenizer, ends=ends, batch_size=4)]
+        [document.score for document in Harness(scorer.params(), tasks).run(model, tokenizer, ends=ends, batch_size=4)]
         for ends in ([tokenizer.convert_tokens_to_ids("<|im_end|>")], first)
     )
     assert set(ended) == {1.0}

@@ -16,7 +16,7 @@ from transformers import DeepseekV3Config, DynamicCache, GenerationConfig, PreTr
 from recipes.arms import KV, KV_CACHES
 from tasks.jobs.loading.load import load_arm, load_bf16
 from tasks.jobs.measuring.kv_cache import KVCache, Scales, StoredCache, calibrated, e4m3, int8
-from tasks.jobs.measuring.teacher_forcing import Row, answers, forced
+from tasks.jobs.measuring.teacher_forcing import TokenRow, forced, greedy_answers
 from tasks.runtime.process.errors import StageError
 from tests.jobs.architectures import write_architecture
 from tests.jobs.build import make_job, notes
@@ -29,14 +29,14 @@ WINDOW = 16  # of gemma3's sliding layer; rows are longer
 END = GenerationConfig(max_new_tokens=24, do_sample=False, eos_token_id=[2, 0], pad_token_id=0)
 
 
-def rows() -> list[Row]:
+def rows() -> list[TokenRow]:
     """Three of different lengths, so that a batch is padded."""
     draw = torch.Generator().manual_seed(3)
-    made = []
+    rows = []
     for number, length in enumerate((48, 37, 20)):
         ids = torch.randint(4, 300, (length,), generator=draw).tolist()
-        made.append(
-            Row(
+        rows.append(
+            TokenRow(
                 row=str(number),
                 group=str(number),
                 split="test",
@@ -45,7 +45,7 @@ def rows() -> list[Row]:
                 prompt_ids=ids[:-10],
             )
         )
-    return made
+    return rows
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def quantized(model: PreTrainedModel, kind: KV, tmp_path: Path) -> KVCache:
 
 
 def logits(model: PreTrainedModel, caches: Any = None) -> list[Tensor]:
-    return [one.every for one in forced(model, rows(), caches)]
+    return [prediction.every for prediction in forced(model, rows(), caches)]
 
 
 # ---- the formats
@@ -90,15 +90,15 @@ def test_e4m3_is_the_nearest_number_of_its_table() -> None:
     assert len(numbers) == 253 and numbers.max() == 448
     drawn = torch.randn(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 40
     for scale in (1.0, 0.37):
-        found = e4m3(drawn.float(), scale).double() / torch.tensor(scale, dtype=torch.float32).double()
+        rounded = e4m3(drawn.float(), scale).double() / torch.tensor(scale, dtype=torch.float32).double()
         nearest = (drawn.float().double() / scale - numbers[:, None]).abs().min(0).values
-        error = (drawn.float().double() / scale - found).abs()
+        error = (drawn.float().double() / scale - rounded).abs()
         assert (error - nearest).abs().max() < 1e-4  # fp32 division and product
 
 
 def test_e4m3_saturates_and_keeps_nan_visible() -> None:
-    found = e4m3(torch.tensor([1e6, -1e6, float("inf"), 460.0]), 1.0)
-    assert found.tolist() == [448.0, -448.0, 448.0, 448.0]
+    rounded = e4m3(torch.tensor([1e6, -1e6, float("inf"), 460.0]), 1.0)
+    assert rounded.tolist() == [448.0, -448.0, 448.0, 448.0]
     assert e4m3(torch.tensor([1e6]), 0.5).item() == 224
     assert e4m3(torch.tensor([float("nan")]), 1.0).isnan().all()
 
@@ -129,7 +129,7 @@ def test_an_identity_changes_no_bit(name: str, load: Callable[[str], PreTrainedM
     model = load(name)
     for plain, through in zip(logits(model), logits(model, identity(model)), strict=True):
         assert torch.equal(plain, through)
-    assert answers(model, rows(), END) == answers(model, rows(), END, identity(model))
+    assert greedy_answers(model, rows(), END) == greedy_answers(model, rows(), END, identity(model))
 
 
 @pytest.mark.parametrize("kind", KV_CACHES)
@@ -156,8 +156,8 @@ def test_teacher_forcing_equals_decoding_token_by_token(
     model = load(name).double()
     try:
         caches, row = quantized(model, kind, tmp_path), rows()[0]
-        (whole,) = (one.every for one in forced(model, [row], caches))
-        (plain,) = (one.every for one in forced(model, [row]))
+        (whole,) = (prediction.every for prediction in forced(model, [row], caches))
+        (plain,) = (prediction.every for prediction in forced(model, [row]))
         cache, steps = caches(), []
         with torch.inference_mode():
             for token in row.ids[:-1]:
@@ -176,7 +176,7 @@ def test_generate_decodes_what_forcing_predicts(load: Callable[[str], PreTrained
     model = load("llama").double()
     try:
         caches, row = quantized(model, "fp8-calibrated", tmp_path), rows()[0]
-        (decoded,) = answers(model, [row], END, caches)
+        (decoded,) = greedy_answers(model, [row], END, caches)
         ids = list(row.prompt_ids)
         for token in decoded:
             with torch.inference_mode():
@@ -194,7 +194,7 @@ def test_calibrated_scales_put_the_largest_entry_on_448(
 ) -> None:
     """Against transformers' own cache, which holds keys behind the rotary embedding; the window's layer keeps fewer."""
     model = load(name)
-    found = calibrated(model, write_calibset(tmp_path / "calibset"))
+    scales = calibrated(model, write_calibset(tmp_path / "calibset"))
     largest: dict[int, list[float]] = {0: [0.0, 0.0], 1: [0.0, 0.0]}
     for ids in pq.read_table(tmp_path / "calibset" / "calibset.parquet")["input_ids"].to_pylist():
         cache = DynamicCache()  # without a config every layer keeps all
@@ -203,9 +203,9 @@ def test_calibrated_scales_put_the_largest_entry_on_448(
         for number, layer in enumerate(cache.layers):
             for which, entries in enumerate((layer.keys, layer.values)):
                 largest[number][which] = max(largest[number][which], entries.abs().max().item())
-    assert found == {layer: Scales(keys=k / 448, values=v / 448) for layer, (k, v) in largest.items()}
+    assert scales == {layer: Scales(keys=k / 448, values=v / 448) for layer, (k, v) in largest.items()}
     edge = torch.tensor([largest[0][0]])
-    assert e4m3(edge, found[0].keys).item() == pytest.approx(edge.item(), rel=1e-6)  # on the grid, not cut off
+    assert e4m3(edge, scales[0].keys).item() == pytest.approx(edge.item(), rel=1e-6)  # on the grid, not cut off
 
 
 def test_scales_belong_to_their_layer_and_side(load: Callable[[str], PreTrainedModel]) -> None:
@@ -243,15 +243,15 @@ def test_the_job_scores_the_same_rows_and_says_what_was_simulated(world: Path, t
     record = json.loads((tmp_path / "out" / "kv_cache.json").read_text())
     assert record["layers"] == [0, 1] and record["label"] == "storage only"
     assert set(record["scales"]) == ({"0", "1"} if more else set())
-    told = notes(make_job("evaluate", tmp_path / "out", params={}))["kv cache"]
-    assert told.startswith("simulated, storage only: keys after rotary embedding") and "2 layers" in told
+    note = notes(make_job("evaluate", tmp_path / "out", params={}))["kv cache"]
+    assert note.startswith("simulated, storage only: keys after rotary embedding") and "2 layers" in note
     assert not (tmp_path / "plain" / "kv_cache.json").exists()
 
 
 def test_an_adapter_on_top_goes_through_the_cache_too(world: Path, tmp_path: Path) -> None:
     model = load_arm("nf4", world / "base", adapter=world / "adapter", device="cpu")
     caches = KVCache(config=model.config, kind="fp8")
-    (plain,) = (one.every for one in forced(model, rows()[:1]))
-    (through,) = (one.every for one in forced(model, rows()[:1], caches))
+    (plain,) = (prediction.every for prediction in forced(model, rows()[:1]))
+    (through,) = (prediction.every for prediction in forced(model, rows()[:1], caches))
     assert not torch.equal(plain, through) and caches.layers == {0, 1}
-    assert answers(model, rows()[:1], END, caches)
+    assert greedy_answers(model, rows()[:1], END, caches)

@@ -15,7 +15,8 @@ from tasks.jobs.loading.load import attach, load_arm
 from tasks.jobs.merging.peft_merge import load_dequantized
 from tests.jobs.architectures import MOE_TARGETS, tokens, train_adapter, write_architecture
 from tests.jobs.build import make_job
-from tests.jobs.test_merge import FAITHFUL, kl
+from tests.jobs.quantized import mean_kl
+from tests.jobs.test_merge import FAITHFUL
 
 FAST = ("llama", "gpt2", "phi3")
 ALL = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "gpt2", "qwen3-moe")
@@ -58,8 +59,8 @@ def test_the_stream_is_pefts_merge_and_the_trained_model(name: str, tmp_path: Pa
         assert int(steps_apart(actual[key], tensor).max()) <= 1, key
 
     trained = log_probs(load_arm("nf4", base, adapter=adapter, device="cpu"))
-    untrained = kl(trained, log_probs(load_arm("nf4", base, device="cpu")))
-    cost = kl(trained, log_probs(plain.eval()))
+    untrained = mean_kl(trained, log_probs(load_arm("nf4", base, device="cpu")))
+    cost = mean_kl(trained, log_probs(plain.eval()))
     # Measured: 7e-6 (GPT-2) to 1.9e-5 (Qwen3-MoE); the untrained base is at 3e-2 to 9e-2.
     assert cost < FAITHFUL < untrained / 10, (cost, untrained)
 

@@ -21,7 +21,8 @@ from tasks.runtime.process.job import Job
 from tests.jobs.architectures import save, train_adapter, write_architecture
 from tests.jobs.build import make_job, notes
 from tests.jobs.merging.test_architectures import log_probs
-from tests.jobs.test_merge import FAITHFUL, kl
+from tests.jobs.quantized import mean_kl
+from tests.jobs.test_merge import FAITHFUL
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KINDS: dict[str, dict[str, Any]] = {
@@ -63,9 +64,9 @@ def test_each_kind_is_the_trained_model(base: Path, tmp_path: Path, kind: str) -
     result = merge.run(job)
     assert result["by"] == "stream" and result["record"] == "exact"
     trained = log_probs(load_arm("nf4", base, adapter=adapter, device="cpu"))
-    untrained = kl(trained, log_probs(load_arm("nf4", base, device="cpu")))
+    untrained = mean_kl(trained, log_probs(load_arm("nf4", base, device="cpu")))
     plain = AutoModelForCausalLM.from_pretrained(job.out).eval()
-    cost = kl(trained, log_probs(plain))
+    cost = mean_kl(trained, log_probs(plain))
     # Measured: 6e-6 to 1.5e-5 over the kinds, DoRA 9e-6; the untrained base is at 5e-2 to 3e-1.
     assert cost < FAITHFUL < untrained / 10, (cost, untrained)
     config = json.loads((job.out / "config.json").read_text())
@@ -107,7 +108,7 @@ def test_added_tokens_make_the_vocabulary_longer(tmp_path: Path, tied: bool) -> 
     assert plain.config.vocab_size == plain.get_output_embeddings().weight.shape[0] == padded
     model = load_nf4(base, device="cpu")
     longer(model)
-    assert kl(log_probs(attach(model, adapter)), log_probs(plain)) < FAITHFUL
+    assert mean_kl(log_probs(attach(model, adapter)), log_probs(plain)) < FAITHFUL
     assert json.loads((job.out / "config.json").read_text())["tie_word_embeddings"] is tied
 
 
@@ -131,7 +132,7 @@ def test_what_the_stream_cannot_do_is_pefts_and_said(base: Path, tmp_path: Path,
     plain = AutoModelForCausalLM.from_pretrained(job.out).eval()
     with torch.autocast("cpu", dtype=torch.bfloat16):  # IA3's fp32 factors meet a bf16 output layer without
         trained = log_probs(load_arm("nf4", base, adapter=adapter, device="cpu"))
-    assert kl(trained, log_probs(plain)) < FAITHFUL
+    assert mean_kl(trained, log_probs(plain)) < FAITHFUL
 
 
 def test_training_left_where_it_trained_on_bf16(base: Path, tmp_path: Path) -> None:
@@ -140,7 +141,7 @@ def test_training_left_where_it_trained_on_bf16(base: Path, tmp_path: Path) -> N
     job = job_for(tmp_path / "out", base, adapter, onto="original")
     assert merge.run(job)["base_type"] == "bf16"
     trained = log_probs(load_arm("bf16", base, adapter=adapter, device="cpu"))
-    assert kl(trained, log_probs(AutoModelForCausalLM.from_pretrained(job.out).eval())) < FAITHFUL
+    assert mean_kl(trained, log_probs(AutoModelForCausalLM.from_pretrained(job.out).eval())) < FAITHFUL
 
 
 # ---- records

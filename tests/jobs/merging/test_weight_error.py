@@ -33,11 +33,11 @@ def test_the_error_of_nf4_is_that_of_the_paper(tmp_path: Path) -> None:
             weight = layer.weight.data
             rounded = nf4.get_submodule(name).weight.data
             norms.add(name, original=weight, dequantized=rounded, merged=rounded.float() + weight.float())
-    said = summary(norms.ratios | {"left.out": math.inf})
-    assert said is not None and (said["modules"], said["untouched"]) == (14, 1)
+    ratios = summary(norms.ratios | {"left.out": math.inf})
+    assert ratios is not None and (ratios["modules"], ratios["untouched"]) == (14, 1)
     # NF4 in blocks of 64 leaves 9 % of a normal weight's norm; delta is the weight itself here.
-    assert said["median"] == pytest.approx(0.09, abs=0.01) and said["max"] < 0.11
-    assert set(said["by_kind"]) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    assert said["max_module"] in norms.ratios
-    json.dumps(said, allow_nan=False)
+    assert ratios["median"] == pytest.approx(0.09, abs=0.01) and ratios["max"] < 0.11
+    assert set(ratios["by_kind"]) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert ratios["max_module"] in norms.ratios
+    json.dumps(ratios, allow_nan=False)
     assert summary({"a": math.inf}) is None

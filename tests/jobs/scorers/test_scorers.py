@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from recipes.schema import Evaluate
 from recipes.scorers import NUMBER
 from tasks.jobs.scorers import Scorer, make_scorer
-from tasks.jobs.scorers.number import Number
+from tasks.jobs.scorers.number import NumberScorer
 from tasks.jobs.scorers.sql_execution import orders
 from tasks.runtime.process.errors import StageError
 
@@ -128,8 +128,8 @@ def test_an_unknown_scorer_is_no_silent_default() -> None:
     ],
 )
 def test_the_last_number_is_found(text: str, expected: str | None) -> None:
-    found = Number(NUMBER, absolute=0, relative=0).find(text)
-    assert found == (None if expected is None else Decimal(expected))
+    number = NumberScorer(NUMBER, absolute=0, relative=0).find(text)
+    assert number == (None if expected is None else Decimal(expected))
 
 
 def number(**changes: Any) -> Scorer:
@@ -207,5 +207,5 @@ def test_true_is_not_1_in_json(tmp_path: Path) -> None:
 
 
 def test_a_schema_that_is_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StageError, match="is no JSON schema"):
+    with pytest.raises(StageError, match="is not a JSON schema"):
         json_scorer(tmp_path, "valid", schema={"type": "objekt"})

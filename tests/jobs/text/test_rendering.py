@@ -42,26 +42,26 @@ def thinking(*contents: str) -> list[dict[str, Any]]:
 def with_tools(arguments: object = None) -> list[dict[str, Any]]:
     """Two exchanges; in the first a tool is called, its result read and an answer given."""
     call = {"type": "function", "function": {"name": "add", "arguments": arguments or {"a": 1, "b": 2}}}
-    asked = [{"role": "user", "content": "what is 1 + 2 ?"}, {"role": "assistant", "tool_calls": [call]}]
-    return [*asked, {"role": "tool", "name": "add", "content": "3"}, *chat("", "it is 3", "sure ?", "yes")[1:]]
+    turns = [{"role": "user", "content": "what is 1 + 2 ?"}, {"role": "assistant", "tool_calls": [call]}]
+    return [*turns, {"role": "tool", "name": "add", "content": "3"}, *chat("", "it is 3", "sure ?", "yes")[1:]]
 
 
 def spans(renderer: Renderer, sample: Rendered) -> list[str]:
     """The texts of the trained spans."""
-    found: list[list[int]] = []
+    ids: list[list[int]] = []
     for place, token in enumerate(sample.input_ids):
         if sample.mask[place]:
             if not place or not sample.mask[place - 1]:
-                found.append([])
-            found[-1].append(token)
-    return [renderer.tokenizer.decode(tokens) for tokens in found]
+                ids.append([])
+            ids[-1].append(token)
+    return [renderer.tokenizer.decode(tokens) for tokens in ids]
 
 
 def samples_of(
     renderer: Renderer, turns: list[dict[str, Any]], tools: object = None, *, max_length: int = 4096
 ) -> list[Sample]:
-    made = renderer.samples(Conversation.of(turns, tools), max_length=max_length)
-    return [sample for sample in made if isinstance(sample, Sample)]
+    samples = renderer.samples(Conversation.of(turns, tools), max_length=max_length)
+    return [sample for sample in samples if isinstance(sample, Sample)]
 
 
 def trained(renderer: Renderer, turns: list[dict[str, Any]], tools: object = None) -> list[list[str]]:
@@ -73,18 +73,18 @@ def test_trained_tokens_are_the_texts_and_their_ends(name: str, tmp_path: Path) 
     family = FAMILIES[name]
     renderer = family.renderer(tmp_path)
     system = None if name in ("mistral", "gemma") else "be short"
-    made = samples_of(renderer, chat("what ?", "blue", "sure ?", "yes it is", system=system))
-    found = [text for sample in made for text in spans(renderer, sample.rendered)]
-    assert found == [f"{family.lead}{text}{family.end}" for text in ("blue", "yes it is")]
-    assert {one.rendered.way for one in made} == {"one sample a turn" if name == "qwen3" else "prefixes"}
-    for sample in made:
+    samples = samples_of(renderer, chat("what ?", "blue", "sure ?", "yes it is", system=system))
+    texts = [text for sample in samples for text in spans(renderer, sample.rendered)]
+    assert texts == [f"{family.lead}{text}{family.end}" for text in ("blue", "yes it is")]
+    assert {sample.rendered.way for sample in samples} == {"one sample a turn" if name == "qwen3" else "prefixes"}
+    for sample in samples:
         ids, prompt = sample.rendered.input_ids, sample.rendered.prompt_ids
         assert ids[: len(prompt)] == prompt
         assert sample.rendered.mask[len(prompt) :].index(True) == 0
         bos = renderer.tokenizer.bos_token_id
         assert [place for place, token in enumerate(ids) if token == bos] == ([] if family.bos is None else [0])
         assert system is None or system in renderer.tokenizer.decode(prompt)
-    assert [sample.last for sample in made] == [False] * (len(made) - 1) + [True]
+    assert [sample.last for sample in samples] == [False] * (len(samples) - 1) + [True]
 
 
 def test_the_padding_token_may_be_the_one_that_ends_a_turn(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_tool_calls_are_trained_and_tools_are_in_the_prompt(name: str, expected:
     ("turns", "tools", "says"),
     [
         (chat("a", "b"), "no json", "`tools` are no JSON"),
-        (chat("a", "b"), {"name": "add"}, "no list of JSON schemas"),
+        (chat("a", "b"), {"name": "add"}, "not a list of JSON schemas"),
         ([*chat("a"), {"role": "assistant", "content": "", "tool_calls": ["add"]}], None, "turn 2: a tool call"),
         (
             [*chat("a"), {"role": "assistant", "content": "", "tool_calls": {"name": "add"}}],
@@ -257,10 +257,10 @@ def test_the_mask_covers_each_text_exactly(name: str, renderers: dict[str, Rende
     @settings(max_examples=60, deadline=None, database=None, derandomize=True)
     @given(TALKS)
     def holds(pairs: list[tuple[str, str]]) -> None:
-        made = samples_of(renderer, chat(*[text for pair in pairs for text in pair]))
-        found = [text for sample in made for text in spans(renderer, sample.rendered)]
-        assert found == [f"{family.lead}{as_written(answer)}{family.end}" for _, answer in pairs]
-        for sample in made:
+        samples = samples_of(renderer, chat(*[text for pair in pairs for text in pair]))
+        texts = [text for sample in samples for text in spans(renderer, sample.rendered)]
+        assert texts == [f"{family.lead}{as_written(answer)}{family.end}" for _, answer in pairs]
+        for sample in samples:
             untrained = [
                 id for id, inside in zip(sample.rendered.input_ids, sample.rendered.mask, strict=True) if not inside
             ]
@@ -288,9 +288,9 @@ def test_truncation_drops_whole_exchanges_with_their_tools(tmp_path: Path) -> No
 def test_each_sample_is_cut_on_its_own(tmp_path: Path) -> None:
     renderer = QWEN3.renderer(tmp_path)
     turns = thinking("first ?", "one " * 9, "second ?", "two", "third ?", "three " * 30)
-    lengths = [len(one.rendered.input_ids) for one in samples_of(renderer, turns)]
-    made = renderer.samples(Conversation.of(turns), max_length=lengths[1] - 1)
-    first, second, third = made
+    lengths = [len(sample.rendered.input_ids) for sample in samples_of(renderer, turns)]
+    samples = renderer.samples(Conversation.of(turns), max_length=lengths[1] - 1)
+    first, second, third = samples
     assert isinstance(first, Sample)
     assert isinstance(second, Sample)
     assert (first.turn, first.dropped, first.lost, first.turns) == (2, 0, 0, turns[:2])
@@ -361,7 +361,7 @@ def test_ids_are_equal_in_train_calibrate_and_evaluate(talks: Path, tmp_path: Pa
     params["max_near_duplicates"] = 1.0
     calibrate.run(make_job("calibrate", tmp_path / "calibset", params=params, dataset=dataset))
     sequences = pq.read_table(tmp_path / "calibset" / "calibset.parquet").to_pylist()
-    assert sorted(name for one in sequences for name in one["rows"]) == sorted(rows)
+    assert sorted(name for sequence in sequences for name in sequence["rows"]) == sorted(rows)
     for one in sequences:
         assert one["input_ids"] == [token for name in one["rows"] for token in rows[name]["input_ids"]]
     scored = teacher_forcing.read_rows(dataset, "train")

@@ -61,11 +61,11 @@ def test_every_template_that_trl_ships_is_masked_or_refused(asked: str, tmp_path
         try:
             family = Family(own, "<bos>", ends[0], tuple(tokens))
             renderer = family.renderer(tmp_path / name, pad="</s>")
-            made = samples_of(renderer, turns)
+            samples = samples_of(renderer, turns)
         except (StageError, RowError):
             refused.add(name)
             continue
-        first, second = [text for one in made for text in spans(renderer, one.rendered)]
+        first, second = [text for sample in samples for text in spans(renderer, sample.rendered)]
         assert re.search(r"blue<[^<>]+>$", first), (name, first)
         assert re.search(r"yes<[^<>]+>$", second), (name, second)
         masked.add(name)
@@ -78,9 +78,14 @@ def test_every_template_that_trl_ships_is_masked_or_refused(asked: str, tmp_path
 def test_qwen3s_own_template_makes_samples_where_trls_renders_other_ids(tmp_path: Path) -> None:
     renderer = QWEN3._replace(template=(TRL / "qwen3.jinja").read_text(encoding="utf-8")).renderer(tmp_path)
     turns = thinking("what ?", "blue", "sure ?", "yes")
-    made = samples_of(renderer, turns)
-    assert [one.rendered.way for one in made] == ["one sample a turn"] * 2
-    assert [spans(renderer, one.rendered) for one in made] == [[turns[1]["content"] + END], [turns[3]["content"] + END]]
-    assert "thought 1" not in renderer.tokenizer.decode(made[1].rendered.input_ids)  # the history that a server renders
+    samples = samples_of(renderer, turns)
+    assert [sample.rendered.way for sample in samples] == ["one sample a turn"] * 2
+    assert [spans(renderer, sample.rendered) for sample in samples] == [
+        [turns[1]["content"] + END],
+        [turns[3]["content"] + END],
+    ]
+    assert "thought 1" not in renderer.tokenizer.decode(
+        samples[1].rendered.input_ids
+    )  # the history that a server renders
     patched = renderer.tokenizer.apply_chat_template(turns, chat_template=renderer.training, return_dict=False)
-    assert patched != made[1].rendered.input_ids
+    assert patched != samples[1].rendered.input_ids

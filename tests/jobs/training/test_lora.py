@@ -57,16 +57,16 @@ def test_every_adapter_loads_by_plain_peft_with_the_trained_logits(
 
 
 def test_the_config_carries_what_the_recipe_asked_for(base: Path, dataset: Path, tmp_path: Path):
-    asked: dict[str, Any] = {name: value for one in KINDS.values() for name, value in one.items()}
-    asked |= {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 1.0}}
-    job = job_for(tmp_path / "out", base, dataset, max_steps=1, **asked)
+    settings: dict[str, Any] = {name: value for kind in KINDS.values() for name, value in kind.items()}
+    settings |= {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 1.0}}
+    job = job_for(tmp_path / "out", base, dataset, max_steps=1, **settings)
     train.run(job)
     config = json.loads((job.out / "adapter_config.json").read_text())
     assert config["use_rslora"] and config["use_dora"]
     assert config["rank_pattern"] == {"q_proj": 2} and config["alpha_pattern"] == {"q_proj": 1.0}
     assert config["modules_to_save"] == ["lm_head", "norm"] and config["target_modules"] == ["q_proj", "v_proj"]
     weights = load_file(job.out / "adapter_model.safetensors")
-    ranks = {name.split(".")[-3]: len(one) for name, one in weights.items() if name.endswith("lora_A.weight")}
+    ranks = {name.split(".")[-3]: len(kind) for name, kind in weights.items() if name.endswith("lora_A.weight")}
     assert ranks == {"q_proj": 2, "v_proj": 4}
     saved = {name.split(".")[-2] for name in weights if "lora" not in name}
     assert saved == {"lm_head", "norm", "input_layernorm", "post_attention_layernorm"}  # every name that ends in norm
@@ -88,10 +88,10 @@ def write_mixture(folder: Path, base: Path) -> Path:
 def test_experts_that_stay_bf16_are_refused_unless_accepted(base: Path, dataset: Path, tmp_path: Path):
     (tmp_path / "mixture").mkdir()
     mixture = write_mixture(tmp_path / "mixture", base)
-    found = unquantized(load_nf4(mixture, device="cpu"))
+    rest = unquantized(load_nf4(mixture, device="cpu"))
     experts = 2 * 8 * 3 * 64 * 32  # layers, experts, matrices
-    assert found.gib * (1 << 30) == pytest.approx(2 * (experts + 2 * 8 * 64))  # bf16; a router a layer stays, too
-    assert found.share > 0.8 and "experts" in found.largest
+    assert rest.gib * (1 << 30) == pytest.approx(2 * (experts + 2 * 8 * 64))  # bf16; a router a layer stays, too
+    assert rest.share > 0.8 and "experts" in rest.largest
     with pytest.raises(StageError, match="stay bf16") as refused:
         train.run(job_for(tmp_path / "refused", mixture, dataset))
     assert "accept_unquantized" in refused.value.problem.next

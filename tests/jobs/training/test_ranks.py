@@ -73,8 +73,8 @@ def test_a_training_killed_by_sigkill_has_the_curve_of_an_uninterrupted_one(base
 
 def listens_at(*pids: int) -> set[str]:
     """Addresses at which these processes listen: torch's store, and the ranks' own sockets."""
-    found = [one for pid in pids for one in psutil.Process(pid).net_connections(kind="inet")]
-    return {one.laddr.ip for one in found if one.status == psutil.CONN_LISTEN}
+    connections = [connection for pid in pids for connection in psutil.Process(pid).net_connections(kind="inet")]
+    return {connection.laddr.ip for connection in connections if connection.status == psutil.CONN_LISTEN}
 
 
 def with_ranks(job: Job, processes: int) -> Job:
@@ -83,18 +83,18 @@ def with_ranks(job: Job, processes: int) -> Job:
 
 def test_two_ranks_give_what_one_process_gives(base: Path, dataset: Path, tmp_path: Path):
     """Same rows a step in the same order; gradients are averaged over ranks instead of summed over micro-batches."""
-    asked = SETTINGS | {"packing": False, "dropout": 0.0, "max_steps": 6}
-    one = with_ranks(job_for(tmp_path / "one", base, dataset, **asked), 1)
-    two = with_ranks(job_for(tmp_path / "two", base, dataset, **asked), 2)
-    alone, together = finished(one), finished(two)
+    settings = SETTINGS | {"packing": False, "dropout": 0.0, "max_steps": 6}
+    single = with_ranks(job_for(tmp_path / "one", base, dataset, **settings), 1)
+    two = with_ranks(job_for(tmp_path / "two", base, dataset, **settings), 2)
+    alone, together = finished(single), finished(two)
     for name in ("train/loss", "train/dev_loss"):
         # 1e-5 measured (training is equal to the digit here); the mean of the ranks' means would be off by 7e-3.
-        assert curve(two, name) == pytest.approx(curve(one, name), rel=2e-4)
+        assert curve(two, name) == pytest.approx(curve(single, name), rel=2e-4)
     for name in ("steps", "tokens", "padding_share", "kept_step", "trainable_parameters"):
         assert together[name] == pytest.approx(alone[name])
-    first, second = adapter(one), adapter(two)
+    first, second = adapter(single), adapter(two)
     assert all(torch.allclose(first[name], second[name], atol=1e-3) for name in first)
-    assert {path.name for path in two.out.iterdir()} == {path.name for path in one.out.iterdir()}
+    assert {path.name for path in two.out.iterdir()} == {path.name for path in single.out.iterdir()}
     events = (two.out / "events.jsonl").read_text().splitlines()
     assert sum('"train/loss"' in line for line in events) == 6  # rank 0 alone writes
 
