@@ -7,6 +7,7 @@ Validators check, they never edit. docs/recipe.md is generated from this file.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -420,8 +421,6 @@ class Run(Section):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where a GPU is visible."""
-    workers: Annotated[int, Field(ge=1)] | None = None
-    """Steps at once; default: one a GPU, or one a CPU slot."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """CPU threads a step that may run beside others; default 1 on CPU, 4 on CUDA."""
     micro_batch: Annotated[int, Field(ge=1)] | None = None
@@ -494,6 +493,11 @@ def is_hub_id(name: str, *, folder: Path) -> bool:
     return plain and not (folder / name).exists()
 
 
-def json_schema() -> dict[str, Any]:
-    """JSON schema of a recipe, for editors and for docs/recipe.md."""
-    return Recipe.model_json_schema()
+def recipe_of_run(resolved: Mapping[str, Any]) -> Recipe:
+    """The recipe in a run's recipe.resolved.json; older runs also name `run.workers`, which never had an effect.
+
+    Raises:
+        ValidationError: It is one of another version of Quench.
+    """
+    run = {key: value for key, value in resolved.get("run", {}).items() if key != "workers"}
+    return Recipe.model_validate({**resolved, "run": run})

@@ -29,7 +29,7 @@ from recipes.schema import SchemeSpec
 from recipes.schemes.limits import limit_problems
 from recipes.schemes.scheme import Scheme
 
-__all__ = ["Checked", "RowCheck", "check", "check_base", "check_data", "load_and_check", "load_and_read", "unchecked"]
+__all__ = ["Checked", "RowCheck", "check", "check_base", "check_data", "load_and_check", "load_and_read"]
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 OURS = ("flows", "tasks", "recipes")
@@ -102,17 +102,6 @@ def check_base(loaded: Loaded, folder: Path) -> list[Problem]:
     found += [*_lengths(loaded, headers), *length_problems(loaded, headers), *kv_cache_problems(loaded, headers)]
     found += [*train_problems(loaded, headers), *(fit_problems(loaded.adapter, headers) if loaded.adapter else [])]
     return [loaded.placed(problem) for problem in found]
-
-
-def unchecked(loaded: Loaded) -> list[str]:
-    """What is not here yet and was not looked at: `model.base org/name: checked when it is pinned`."""
-    asked = loaded.recipe.data
-    named = {"model.base": (loaded.recipe.model.base, loaded.base)}
-    named |= {asked.field(i): (part.path, loaded.data[i]) for i, part in enumerate(asked.parts)}
-    named |= {"train.adapter": (loaded.recipe.train.adapter or "", loaded.adapter)}
-    for name, one in loaded.recipe.evaluate.externals.items():
-        named[f"evaluate.external.{name}"] = (one.path, loaded.externals[name])
-    return [f"{field} {name}: checked when it is pinned" for field, (name, here) in named.items() if name and not here]
 
 
 # ---- the checkout

@@ -34,8 +34,9 @@ NEEDS = {
     "string_pattern_mismatch": "40 small letters, digits and dashes at most, a dash not the first",
 }
 # Keys that were there once, and what to write now.
-RENAMED = {
+FORMER_KEYS = {
     "evaluate.scorer": "Write a list: `scorers:` with `- kind: ...` for each; the first one is the metric `task`.",
+    "run.workers": "Remove it: it never had an effect. As many steps run at once as there are GPUs or CPU slots.",
 }
 WHY_CLOSED = "Keys are a closed set: a misspelled one would silently leave a default in force."
 
@@ -136,8 +137,8 @@ def _unknown(field: str) -> Problem:
     siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == section]
     near = get_close_matches(key, siblings, n=1, cutoff=0.5)
     elsewhere = [name for name in known if name.rpartition(".")[2] == key]
-    if field in RENAMED:
-        remedy = RENAMED[field]
+    if field in FORMER_KEYS:
+        remedy = FORMER_KEYS[field]
     elif len(elsewhere) == 1:
         remedy = f"Did you mean `{elsewhere[0]}`?"
     elif near:
