@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from recipes.models.adapters import CONFIG, WEIGHTS, Adapter, read_adapter
-from recipes.models.headers import Headers, Tensor
+from recipes.models.headers import Headers
+from recipes.models.weights import Tensor
 from recipes.problem import Problem, RecipeError
 from recipes.read.load import Loaded
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from recipes.models.headers import Tensor, read_file
+from recipes.models.weights import Tensor, read_file
 from recipes.plain import is_mapping, json_object
 from recipes.problem import Problem, RecipeError
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from recipes.models import headers
 from recipes.models.adapters import WEIGHTS, Adapter, read_adapter
-from recipes.models.headers import read_tensors
+from recipes.models.weights import read_tensors
 from recipes.problem import Problem, RecipeError
 from tasks.jobs.loading.load import setup
 from tasks.jobs.merging.deltas import Change, Delta, beyond_stream, read_changes
