@@ -1,8 +1,10 @@
-"""The recipe: one frozen model a stage. The string under a field is its documentation.
+"""The recipe: one frozen model per section. The string under a field is its documentation.
+
+`data`, the entries of `quantize.schemes` and those of `evaluate.scorers` have files of their own: data/schema.py,
+schemes/schema.py and scorers.py. docs/recipe.md is generated from all of them.
 
 Everything but `gate:`, `promote:`, `serve:` and `run:` is identity: changing it changes fingerprints. `run:` is
-execution: where and how.
-Validators check, they never edit. docs/recipe.md is generated from this file.
+execution: where and how. Validators check, they never edit.
 """
 
 from __future__ import annotations
@@ -13,12 +15,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from recipes.data.rows import Format
-from recipes.schemes.scheme import Backend
+from recipes.data.schema import Data
+from recipes.schemes.schema import SchemeSpec
 from recipes.scorers import ExactMatch, LmEval, Scorer
 from recipes.section import Place, Section
 
-Fraction = Annotated[float, Field(gt=0, lt=0.5)]
 LEAST_ROWS, MOST_ROWS = 128, 512  # of a calibration set; Calibrate says why
 TOKENS_PER_INPUT = 4  # calibration tokens an input of the widest layer: with fewer its Hessian is badly estimated
 
@@ -30,85 +31,6 @@ class Model(Section):
     """Hub revision (branch, tag or commit); pinned to a commit when the run starts."""
     chat_template: Place | None = None
     """`chatml` or the path of a Jinja file. Only for a base that has no chat template; saved into every artifact."""
-
-
-class Source(Section):
-    path: Place
-    """A file, a folder or a hub data set id, as in `data.path`."""
-    revision: str | None = None
-    """Hub revision; pinned to a commit when the run starts."""
-    format: Literal["auto"] | Format = "auto"
-    """As `data.format`, for this source."""
-    weight: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of this source's train rows that is kept; dev and test keep all. A row is kept or not by the hash of its
-    content: a kept row stays kept when sources grow or weights rise. How many are kept is in the log. To give one
-    source more weight, give the others less: no row is repeated. A row of several sources belongs to the first one."""
-    domain: str | None = None
-    """Domain of all rows of this source, in place of the column `data.domain`."""
-
-
-class Data(Section):
-    path: Place | None = None
-    """Training domain: a file (JSONL, JSON array, CSV with a header, parquet), a folder of such files (only its train*
-    files, where it has any) or a hub data set id. Either this or `sources`."""
-    revision: str | None = None
-    """Hub revision of the data set; pinned to a commit when the run starts."""
-    sources: list[Source] | None = None
-    """Several sources in place of `path`."""
-    general: Place | None = None
-    """JSONL file with rows `{"text": ...}` outside the domain: measures forgetting (ppl_general)."""
-    format: Literal["auto"] | Format = "auto"
-    """`messages` (turns with role and content), `prompt-completion` (texts, or lists of turns), `sharegpt`
-    (conversations: from, value), `alpaca` (instruction, input, output, system) or `text` (every token is trained; has
-    no prompt, so no task score). `auto` detects it from the first row and says so. CSV holds turns as JSON text."""
-    domain: str | None = None
-    """Column that names a row's sub-domain; calibration is stratified over it, metrics are shown per value."""
-    group: str | None = None
-    """Column that keeps rows together on one side of the split. Default: the row's content hash."""
-    dev: Fraction = 0.1
-    """Share of groups for dev: whatever chooses reads only these."""
-    test: Fraction = 0.15
-    """Share of groups for test: published figures and the gate."""
-    salt: str = ""
-    """Another salt draws another split. Membership does not change when the data grows."""
-    max_length: Annotated[int, Field(ge=16)] = 1024
-    """Tokens a row. Longer rows lose whole leading turns, never a part of a completion; a plain text loses its end.
-    What is lost is counted."""
-    near_duplicates: Literal["count", "remove", "ignore"] = "count"
-    """Rows that are almost equal to another one, by their word 5-grams (system turns left out). `remove` keeps the copy
-    in test, then the one in dev; rows of test are never removed."""
-    near_duplicate_jaccard: Annotated[float, Field(ge=0.5, lt=1)] = 0.9
-    """Jaccard similarity from which rows are almost equal. MinHash proposes pairs, which are then compared exactly: of
-    pairs just at the limit at least 8 in 10 are found, of pairs at 0.95 and a limit of 0.9 99 in 100."""
-
-    @property
-    def parts(self) -> list[Source]:
-        """The sources; `path` is one source."""
-        if self.path is not None:
-            return [Source(path=self.path, revision=self.revision, format=self.format)]
-        return self.sources or []
-
-    def field(self, source: int) -> str:
-        """Dotted name of a source's path."""
-        return "data.path" if self.path is not None else f"data.sources.{source}.path"
-
-    @model_validator(mode="after")
-    def _path_or_sources(self) -> Data:
-        if self.path is None and not self.sources:
-            raise ValueError("data.path is missing: rows come from data.path, or from several data.sources")
-        if self.path is not None and self.sources is not None:
-            raise ValueError(
-                "data.sources stands beside data.path: write one of them; `path: null` undoes an extended one"
-            )
-        if self.sources is not None and (self.revision is not None or self.format != "auto"):
-            raise ValueError("data.sources stands beside data.revision or data.format: each source has its own")
-        named = [source.domain is not None for source in self.sources or []]
-        if any(named) and not all(named) and self.domain is None:
-            raise ValueError(
-                f"data.sources.{named.index(False)}.domain is missing: other sources name one, and no column "
-                "data.domain says it either"
-            )
-        return self
 
 
 class Train(Section):
@@ -232,41 +154,6 @@ class Calibrate(Section):
     def _controls_have_text(self) -> Calibrate:
         if self.controls and self.general is None:
             raise ValueError("calibrate.general is missing: `controls` calibrate on general text, too")
-        return self
-
-
-class LayerRule(Section):
-    match: str
-    """Regular expression, searched in a layer's full name (`self_attn`, `layers\\.0\\.`). The first rule that matches
-    counts. q, k and v, and gate and up, have to fall under one rule: servers load them as one weight."""
-    keep: bool = False
-    """Leave these layers in bf16; then nothing else stands beside it."""
-    bits: Annotated[int, Field(ge=2, le=8)] | None = None
-    """Bits a weight; default: the scheme's."""
-    group_size: Annotated[int, Field(ge=-1)] | None = None
-    """Inputs a scale, -1 for per channel; default: the scheme's."""
-
-
-class SchemeSpec(Section):
-    scheme: str
-    """Slug; `quench schemes` lists them."""
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,59}$")] | None = None
-    """Name of the arm; default: the slug, with the backend behind it where one is named. Needed beside `rules` and
-    `kv_scales`."""
-    backend: Backend | None = None
-    """Another one than the scheme's own: `autoawq` for AWQ, `auto-gptq` for GPTQ (archived packages, installed by `make
-    env-autoawq` and `make env-autogptq`)."""
-    rules: list[LayerRule] = []
-    """Other grids for some layers. compressed-tensors schemes (ct-) only: other mixed files load in no server."""
-    kv_scales: bool = False
-    """Calibrate FP8 scales of the KV cache and write them into the files (ct- schemes only)."""
-
-    @model_validator(mode="after")
-    def _named(self) -> SchemeSpec:
-        if (self.rules or self.kv_scales) and self.name is None:
-            raise ValueError(
-                f"name is missing: {self.scheme} with rules or kv_scales is another scheme than the plain one"
-            )
         return self
 
 

@@ -25,8 +25,8 @@ from recipes.data.rows import read_origin
 from recipes.models.headers import Headers, read_headers
 from recipes.problem import Problem, RecipeError
 from recipes.read.load import InvalidRecipe, Loaded, load, missing
-from recipes.schema import SchemeSpec
 from recipes.schemes.limits import limit_problems
+from recipes.schemes.schema import SchemeSpec
 from recipes.schemes.scheme import Scheme
 
 __all__ = ["Checked", "RowCheck", "check", "check_base", "check_data", "load_and_check", "load_and_read"]

@@ -27,11 +27,12 @@ from recipes.data.rows import (
     read_origin,
     side,
 )
+from recipes.data.schema import Data
 from recipes.models.headers import read_headers
 from recipes.plain import is_mapping
-from recipes.problem import Problem, RecipeError
-from recipes.read.load import Loaded, shown
-from recipes.schema import LEAST_ROWS, MOST_ROWS, TOKENS_PER_INPUT, Data
+from recipes.problem import Problem, RecipeError, shown
+from recipes.read.load import Loaded
+from recipes.schema import LEAST_ROWS, MOST_ROWS, TOKENS_PER_INPUT
 
 
 class RowCheck(NamedTuple):

@@ -10,8 +10,8 @@ from pathlib import Path
 from recipes.checks.lm_eval_tasks import find_tasks
 from recipes.data.rows import SHOWN, Row
 from recipes.plain import is_mapping
-from recipes.problem import Problem
-from recipes.read.load import Loaded, missing, shown
+from recipes.problem import Problem, shown
+from recipes.read.load import Loaded, missing
 from recipes.scorers import JsonSchema, LmEval, PythonCallable, SqlExecution
 
 ARGUMENTS = ("answer", "reference", "columns")

@@ -14,8 +14,9 @@ from recipes.checks.arms import unavailable
 from recipes.models.headers import Headers, read_headers
 from recipes.problem import Problem, RecipeError
 from recipes.read.load import Loaded
-from recipes.schema import Recipe, SchemeSpec
+from recipes.schema import Recipe
 from recipes.schemes.engines import cautions, refusals
+from recipes.schemes.schema import SchemeSpec
 
 
 def warnings(loaded: Loaded) -> list[Problem]:

@@ -15,7 +15,8 @@ from recipes.arms import arms
 from recipes.checks.check import load_and_check
 from recipes.problem import RecipeError
 from recipes.read.load import load
-from recipes.schema import Evaluate, Promote, Recipe, SchemeSpec
+from recipes.schema import Evaluate, Promote, Recipe
+from recipes.schemes.schema import SchemeSpec
 from recipes.scorers import ExactMatch
 from tests.recipes.folders import write_project
 
