@@ -1,4 +1,4 @@
-"""What is wrong with `evaluate.scorers` before any answer is there to be scored: files, functions, names of tasks."""
+"""What is wrong with `evaluate.scorers`, without any answer to score: files, functions, names of tasks."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def _schema(path: Path, field: str) -> Iterator[Problem]:
         yield missing(path, field=field, kind="file")
         return
     try:
-        found: object = json.loads(path.read_text(encoding="utf-8"))
-        wrong = "" if is_mapping(found) or isinstance(found, bool) else "It holds no JSON object."
+        schema: object = json.loads(path.read_text(encoding="utf-8"))
+        wrong = "" if is_mapping(schema) or isinstance(schema, bool) else "It holds no JSON object."
     except ValueError as error:  # not UTF-8, or not JSON
         wrong = f"It is no JSON: {error}."
     if wrong:
@@ -81,7 +81,7 @@ def _function(scorer: PythonCallable, loaded: Loaded, field: str) -> Iterator[Pr
             next="Correct the file.",
         )
         return
-    bound = {one: node for node in module.body for one in _names(node)}
+    bound = {bound_name: node for node in module.body for bound_name in _names(node)}
     if name not in bound:
         yield Problem(
             what=f"{shown(path)} has no `{name}`.",
@@ -95,7 +95,8 @@ def _function(scorer: PythonCallable, loaded: Loaded, field: str) -> Iterator[Pr
         yield Problem(
             what=f"`{name}` cannot be called with {', '.join(ARGUMENTS)}.",
             where=f"{shown(path)}:{node.lineno}",
-            why="A scorer gets the model's answer, the reference answer and the row's other columns, by place.",
+            why="A scorer gets the model's answer, the reference answer and the row's other columns, as positional "
+            "arguments.",
             next=f"Write `def {name}({', '.join(ARGUMENTS)})`; it returns a number from 0 to 1, or a bool.",
         )
 
@@ -116,7 +117,7 @@ def _names(node: ast.stmt) -> list[str]:
 
 
 def _takes_three(arguments: ast.arguments) -> bool:
-    """True where three arguments can be given by place, and no more have to be."""
+    """True where three positional arguments are taken, and no more are required."""
     places = len(arguments.posonlyargs) + len(arguments.args)
     required = places - len(arguments.defaults)
     enough = arguments.vararg is not None or places >= len(ARGUMENTS)
@@ -128,12 +129,11 @@ def _tasks(scorer: LmEval, loaded: Loaded, field: str) -> Iterator[Problem]:
     if include is not None and not include.is_dir():
         yield missing(include, field=f"{field}.include", kind="folder")
         return
-    found = find_tasks(scorer.tasks, include)
-    for name, near in found.near.items():
+    for name, near in find_tasks(scorer.tasks, include).near.items():
         yield Problem(
             what=f"lm-evaluation-harness has no task `{name}`.",
             where=f"{field}.tasks",
-            why="Neither a task nor a group or tag bears that name"
+            why="No task, group or tag has that name"
             + (f", in {shown(include)} or in lm_eval's own." if include else "; `include:` names no folder of yours."),
             next=f"Did you mean `{near}`?" if near else "`.venv/bin/lm-eval ls tasks` lists all names.",
         )
@@ -150,12 +150,12 @@ def row_problems(loaded: Loaded, rows: Sequence[Row], held_out: Sequence[Row]) -
     for scorer in loaded.recipe.evaluate.scorers:
         if isinstance(scorer, SqlExecution):
             yield from _row_databases(scorer, loaded.resolve(scorer.databases), rows)
-    if silent := [row.where for row in held_out if not row.is_text and not _answers(row)]:
+    if unanswered := [row.where for row in held_out if not row.is_text and not _answers(row)]:
         yield Problem(
-            what=f"{len(silent)} rows of dev and test have no reference answer.",
-            where=silent[0],
+            what=f"{len(unanswered)} rows of dev and test have no reference answer.",
+            where=unanswered[0],
             why=f"Their last turn is thinking and nothing behind it, so no answer can be scored: "
-            f"{', '.join(silent[:SHOWN])}.",
+            f"{', '.join(unanswered[:SHOWN])}.",
             next="Write the answer behind </think>, or remove these rows.",
         )
 
@@ -170,8 +170,8 @@ def _row_databases(scorer: SqlExecution, folder: Path, rows: Sequence[Row]) -> I
     first: dict[str, str] = {}
     for row in rows:
         first.setdefault(str(row.columns[scorer.schema_column]), row.where)
-    there = {path.stem for path in folder.glob("*.sql")}  # a row's word is compared, it never becomes a path
-    absent = [name for name in first if name not in there]
+    databases = {path.stem for path in folder.glob("*.sql")}  # a row's value is compared, it never becomes a path
+    absent = [name for name in first if name not in databases]
     if absent and folder.is_dir():
         yield Problem(
             what=f"{len(absent)} databases are missing: {', '.join(f'{name}.sql' for name in absent[:SHOWN])}.",
