@@ -1,4 +1,4 @@
-"""`evaluate.scorers`: how an answer is scored, one section a kind. docs/scorers.md has an example of each."""
+"""`evaluate.scorers`: how an answer is scored, one section per kind. docs/scorers.md has an example of each."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Named(Section):
         return getattr(self, self.content) if self.content else None
 
     def params(self) -> dict[str, Any]:
-        """What is identity: everything but where files lie."""
+        """What is identity: everything but the paths of files."""
         return {**self.model_dump(exclude={self.content} if self.content else None), "name": self.called}
 
 
@@ -81,7 +81,8 @@ class JsonSchema(Named):
     schema_file: Place
     """The schema, a JSON file."""
     match: Literal["valid", "equal"] = "valid"
-    """`equal`: it is also the same JSON value as the reference, whatever the order of its keys."""
+    """`valid`: the schema accepts it. `equal`: it is also the same JSON value as the reference; the order of keys does
+    not count."""
 
 
 class SqlExecution(Named):
@@ -90,7 +91,7 @@ class SqlExecution(Named):
     kind: Literal["sql-execution"]
     """Answer and reference return the same rows from sqlite3 (order counts only where the reference orders)."""
     databases: Place
-    """Folder with one SCHEMA.sql a database: tables and rows."""
+    """Folder with one SCHEMA.sql per database: tables and rows."""
     schema_column: str = "schema"
     """Column of the data that names the row's database."""
 
@@ -102,7 +103,7 @@ class PythonCallable(Named):
     """A function of your own: `def score(answer, reference, columns)` returns a number from 0 to 1, or a bool."""
     callable: Place
     """`path/to/file.py:function`, or `package.module:function` of a file below the recipe's folder or of an installed
-    package. It is loaded alone; it enters the identity by the digest of that one file, not of what this imports."""
+    package. Its identity is the digest of that one file; what the file imports is not part of it."""
 
     @model_validator(mode="after")
     def _two_parts(self) -> PythonCallable:
@@ -113,9 +114,9 @@ class PythonCallable(Named):
     @property
     def parts(self) -> Callable:
         """Source and function."""
-        found = CALLABLE.fullmatch(self.callable)
-        assert found is not None  # _two_parts has seen it
-        return Callable(found["source"], found["function"])
+        parts = CALLABLE.fullmatch(self.callable)
+        assert parts is not None  # _two_parts has seen it
+        return Callable(parts["source"], parts["function"])
 
     def params(self) -> dict[str, Any]:
         """The function's name; its file is an input."""
@@ -126,7 +127,7 @@ class LmEval(Named):
     content = "include"
 
     kind: Literal["lm-eval"]
-    """Tasks of lm-evaluation-harness, scored a document: rows of their own beside those of test."""
+    """Tasks of lm-evaluation-harness. Each of their documents is scored, beside the rows of test."""
     tasks: Annotated[list[str], Field(min_length=1)]
     """Names of tasks, groups or tags; their documents count alike."""
     include: Place | None = None
@@ -135,7 +136,7 @@ class LmEval(Named):
     """Metric of the tasks, `exact_match` or `exact_match,FILTER`, which gives each document 0 to 1, more is better;
     default: the first that each task lists."""
     limit: Annotated[int, Field(ge=1)] | None = None
-    """Documents of each task, the first ones; default: all."""
+    """How many documents of each task are scored, the first ones; default: all."""
     chat_template: bool = True
     """Documents are asked as a user turn of the model's chat template."""
 

@@ -1,4 +1,4 @@
-"""What a model folder says before any weight is read: config.json, safetensors headers, tokenizer files.
+"""What a model folder tells before any weight is read: config.json, safetensors headers, tokenizer files.
 
 Standard library only, so that a 70B base is checked in milliseconds.
 """
@@ -114,7 +114,7 @@ class Headers:
 
     @property
     def kv_features(self) -> int:
-        """Features of keys (or values) a token and layer: heads x head size."""
+        """Features of keys (or values) per token and layer: heads x head size."""
         size = self._number("head_dim") or self.hidden // self.heads
         return size * (self._number("num_key_value_heads") or self.heads)
 
