@@ -21,7 +21,7 @@ from recipes.scorers import ExactMatch, LmEval, Scorer
 from recipes.section import Place, Section
 
 LEAST_ROWS, MOST_ROWS = 128, 512  # of a calibration set; Calibrate says why
-TOKENS_PER_INPUT = 4  # calibration tokens an input of the widest layer: with fewer its Hessian is badly estimated
+TOKENS_PER_INPUT = 4  # calibration tokens per input of the widest layer: with fewer its Hessian is badly estimated
 
 
 class Model(Section):
@@ -54,8 +54,8 @@ class Train(Section):
     dora: bool = False
     """Train the length of each output's weights apart from their direction (DoRA, arXiv:2402.09353); slower."""
     modules_to_save: list[str] = []
-    """Modules trained in full and saved with the adapter: embeddings, output layer, norms. Every module whose name ends
-    so (`norm` is also input_layernorm); what is quantized in training cannot be among them."""
+    """Modules trained in full and saved with the adapter: embeddings, output layer, norms. A name stands for every
+    module whose name ends with it (`norm` also for input_layernorm). Layers that training quantizes cannot be named."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     """Peak learning rate of AdamW."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -67,18 +67,19 @@ class Train(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradient norm is clipped to this."""
     batch_size: Annotated[int, Field(ge=1)] = 16
-    """Rows an optimizer step, over all devices. Accumulation follows from `run.micro_batch`."""
+    """Rows per optimizer step, over all devices. Accumulation follows from `run.micro_batch`."""
     epochs: Annotated[float, Field(gt=0)] = 1.0
     """Passes over train; ignored where max_steps is set."""
     max_steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps; overrides epochs."""
     packing: bool = False
-    """The rows of a forward pass stand in one sequence, without padding; each sees only itself. The same rows a step,
-    so the same curve. Pays with `attention: flash_attention_2`; else attention costs the square of that sequence."""
+    """Put the rows of a forward pass into one sequence, without padding; each row sees only itself. A step has the same
+    rows either way, so the curve is the same. Pays with `attention: flash_attention_2`; with the others attention costs
+    the square of that sequence."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention kernel of training; flash_attention_2 needs an NVIDIA GPU and the package flash-attn."""
     eval_steps: Annotated[int, Field(ge=1)] | None = None
-    """Optimizer steps between dev losses; default: four in a training."""
+    """Optimizer steps between dev losses; default: four dev losses per training."""
     patience: Annotated[int, Field(ge=1)] | None = None
     """Training ends after so many dev losses in a row without a new best."""
     keep: Literal["last", "best"] = "last"
@@ -112,7 +113,7 @@ class Calibrate(Section):
     allow_unusual_size: Annotated[str, Field(min_length=1)] | None = None
     """A reason to have fewer than 128 or more than 512 rows. It stands in the log, the manifest and the report."""
     seq_len: Annotated[int, Field(ge=32)] = 512
-    """Rows are packed up to so many tokens a sequence, never cut inside a completion."""
+    """Tokens per sequence: rows are packed up to this length, and never cut inside a completion."""
     stratify: Literal["proportional", "equal"] | dict[str, Annotated[float, Field(gt=0, le=1)]] = "proportional"
     """How rows are shared out over the domain column: in its proportions, equally, or by shares `{domain: share}` that
     sum to 1 (a domain that is not named gives none). Within a domain they come in equal parts from its short, middle
@@ -121,12 +122,12 @@ class Calibrate(Section):
     """Share of the rows that may be near-twins of a row of dev or test (Jaccard similarity of word 5-grams of prompt
     and completion 0.9 or more); more are refused. near_twins.jsonl of the artifact lists them."""
     controls: list[str] = []
-    """Schemes of `quantize.schemes` that are also made with other calibration: arms `SLUG.calib-generic` (general
-    text), `.calib-mixed` (half and half), `.calib-random` (random token ids), rounding to nearest with the same bits
-    and groups (none), and for AWQ `.scales-from-base` (scales and clipping found on the base). The report says whether
-    it mattered."""
+    """Schemes of `quantize.schemes` that are also made with other calibration, as arms of their own:
+    `SLUG.calib-generic` (general text), `.calib-mixed` (half and half), `.calib-random` (random token ids), rounding to
+    nearest with the same bits and groups (no calibration), and for AWQ `.scales-from-base` (scales and clipping found
+    on the base). The report says whether calibration mattered."""
     general: Place | None = None
-    """JSONL file with rows `{"text": ...}`, the generic calibration text of `controls`; none of them in
+    """JSONL file with rows `{"text": ...}`, the generic calibration text of `controls`. None of them may be in
     `data.general`, which is evaluated."""
     seed: int = 0
     """Draws the rows."""
@@ -191,20 +192,21 @@ class Evaluate(Section):
     """Schemes that are also applied to the base, with the adapter on top (arms `SLUG.on-base`)."""
     kv_cache: list[str] = []
     """Arms that are also evaluated with a quantized KV cache: `ARM.kv-fp8` (e4m3, scale 1), `ARM.kv-fp8-calibrated`
-    (e4m3, a scale each for keys and values of a layer, from the calibration set), `ARM.kv-int8` (a scale a token and
-    head). Simulated: what storage would give back is what attention reads, in bf16; nothing gets smaller or faster."""
+    (e4m3, one scale for the keys and one for the values of a layer, from the calibration set), `ARM.kv-int8` (one scale
+    per token and head). Simulated: attention reads what such a cache would give back, in bf16; nothing gets smaller or
+    faster."""
     external: dict[Name, Place | ExternalModel] = {}
     """Models from elsewhere that join the matrix under a name: what is in production now, a checkpoint of another tool,
     a bigger model as yardstick. A folder or hub id that transformers loads, in bf16, fp16, fp32 or as its config.json
     says that it is quantized; a section where it needs a revision or a template. One with another tokenizer is scored
-    with its own template and compared by task score and bits a byte."""
+    with its own template and compared by task score and bits per byte."""
     reference: Name | None = None
     """External model that KL and top-1 agreement are measured against, in place of nf4-adapter; it has to have the
     base's tokenizer."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 256
     """Longest answer that is decoded."""
     batch_size: Annotated[int, Field(ge=1)] = 16
-    """Rows a forward pass, equal for all arms: sums in bf16 depend on it a little."""
+    """Rows per forward pass, equal for all arms: sums in bf16 depend on it a little."""
     reference_gib: Annotated[float, Field(gt=0)] = 4.0
     """Size limit of the stored reference logits; a seeded sample of whole rows where not all rows fit."""
     seed: int = 0
@@ -212,7 +214,7 @@ class Evaluate(Section):
 
     @model_validator(mode="after")
     def _scorers_apart(self) -> Evaluate:
-        names = [one.called for one in self.scorers]
+        names = [scorer.called for scorer in self.scorers]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(
                 f"evaluate.scorers has {', '.join(twice)} twice: scores are published as task.NAME, so one of them "
@@ -229,8 +231,8 @@ class Evaluate(Section):
     def externals(self) -> dict[str, ExternalModel]:
         """External models by name, each as a section."""
         return {
-            name: one if isinstance(one, ExternalModel) else ExternalModel(path=one)
-            for name, one in self.external.items()
+            name: model if isinstance(model, ExternalModel) else ExternalModel(path=model)
+            for name, model in self.external.items()
         }
 
     @model_validator(mode="after")
@@ -267,10 +269,10 @@ class Gate(Section):
     """Share of the answers, for every scorer: 0.02 is 2 points. Less than users notice, and about what 500 test rows
     can tell where 1 answer in 20 changes."""
     loss: Annotated[float, Field(gt=0)] = 0.02
-    """Nats a token on completions of test: 2 % more perplexity. What 4 bits usually cost is below it, what a broken
+    """Nats per token on completions of test: 2 % more perplexity. What 4 bits usually cost is below it, what a broken
     scale costs far above."""
     general_loss: Annotated[float, Field(gt=0)] = 0.05
-    """Nats a token on the general hold-out. Wider: it is not what the model is for, and every training moves it."""
+    """Nats per token on the general hold-out. Wider: it is not what the model is for, and every training moves it."""
     domain_task: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """As `task`, within each domain of 200 test rows or more (others are shown and gate nothing). Wider, since a slice
     has fewer rows: 200 of them can tell 5 points, not 2."""
@@ -296,26 +298,27 @@ class Serve(Section):
     """Where the result is to be served. Decides no bytes of any artifact: nothing is made again when it changes."""
 
     engine: Literal["vllm", "transformers", "exllamav2", "none"] = "none"
-    """What it cannot read is warned of by `quench check`, marked in the report and never promoted. `none`: nothing."""
+    """What serves the result. A scheme that it cannot read gets a warning from `quench check` and a mark in the report,
+    and is never promoted. `none`: nothing is known about it."""
     tensor_parallel: Annotated[int, Field(ge=1)] = 1
     """GPUs that each layer is split over (vLLM's --tensor-parallel-size)."""
     max_model_len: Annotated[int, Field(ge=16)] | None = None
     """Tokens of prompt and answer in the serve command; default: the longest context of the base."""
 
 
-class Run(Section):
+class RunSettings(Section):
     """Execution only: nothing here changes a fingerprint."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where a GPU is visible."""
     threads: Annotated[int, Field(ge=1)] | None = None
-    """CPU threads a step that may run beside others; default 1 on CPU, 4 on CUDA."""
+    """CPU threads of a step that may run beside others; default: 1 on CPU, 4 on CUDA."""
     micro_batch: Annotated[int, Field(ge=1)] | None = None
-    """Rows a forward pass in training; times `processes` it has to divide train.batch_size."""
+    """Rows per forward pass in training; times `processes` it has to divide train.batch_size."""
     processes: Annotated[int, Field(ge=1)] = 1
-    """Processes that train together, one a GPU; they share train.batch_size."""
+    """Processes that train together, one per GPU; they share train.batch_size."""
     launcher: Literal["ddp", "fsdp-qlora"] = "ddp"
-    """How they share it, infra/accelerate/: `ddp` has the whole base in each, `fsdp-qlora` (CUDA) a part in each."""
+    """How the processes share the base (infra/accelerate/): `ddp` has all of it in each, `fsdp-qlora` (CUDA) a part."""
     time_limit_s: Annotated[int, Field(ge=1)] | None = None
     """A step that takes longer is ended and fails."""
     log_level: Literal["DEBUG", "INFO", "WARNING"] = "INFO"
@@ -349,7 +352,7 @@ class Recipe(Section):
     """What is promoted."""
     serve: Serve = Serve()
     """Where it is to be served."""
-    run: Run = Run()
+    run: RunSettings = RunSettings()
     """Where it runs."""
 
     @property
@@ -359,7 +362,7 @@ class Recipe(Section):
 
     @property
     def micro_batch(self) -> int:
-        """Rows a forward pass in training."""
+        """Rows per forward pass in training."""
         return self.run.micro_batch or max(1, self.train.batch_size // self.run.processes)
 
     @model_validator(mode="after")

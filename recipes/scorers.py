@@ -14,7 +14,7 @@ NUMBER = r"((?:(?<!\w)[-+−])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<
 CALLABLE = re.compile(r"(?P<source>.+):(?P<function>[A-Za-z_]\w*)")
 
 
-class Callable(NamedTuple):
+class PythonFunction(NamedTuple):
     """`source:function` in its parts; `source` is a path that ends in .py, or a module's dotted name."""
 
     source: str
@@ -112,11 +112,11 @@ class PythonCallable(Named):
         return self
 
     @property
-    def parts(self) -> Callable:
+    def parts(self) -> PythonFunction:
         """Source and function."""
         parts = CALLABLE.fullmatch(self.callable)
         assert parts is not None  # _two_parts has seen it
-        return Callable(parts["source"], parts["function"])
+        return PythonFunction(parts["source"], parts["function"])
 
     def params(self) -> dict[str, Any]:
         """The function's name; its file is an input."""

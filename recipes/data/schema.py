@@ -12,7 +12,7 @@ from recipes.section import Place, Section
 Fraction = Annotated[float, Field(gt=0, lt=0.5)]
 
 
-class Source(Section):
+class DataSource(Section):
     path: Place
     """A file, a folder or a hub data set id, as in `data.path`."""
     revision: str | None = None
@@ -33,7 +33,7 @@ class Data(Section):
     files, where it has any) or a hub data set id. Either this or `sources`."""
     revision: str | None = None
     """Hub revision of the data set; pinned to a commit when the run starts."""
-    sources: list[Source] | None = None
+    sources: list[DataSource] | None = None
     """Several sources in place of `path`."""
     general: Place | None = None
     """JSONL file with rows `{"text": ...}` outside the domain: measures forgetting (ppl_general)."""
@@ -46,26 +46,27 @@ class Data(Section):
     group: str | None = None
     """Column that keeps rows together on one side of the split. Default: the row's content hash."""
     dev: Fraction = 0.1
-    """Share of groups for dev: whatever chooses reads only these."""
+    """Share of groups for dev: every choice is made on these alone."""
     test: Fraction = 0.15
     """Share of groups for test: published figures and the gate."""
     salt: str = ""
     """Another salt draws another split. Membership does not change when the data grows."""
     max_length: Annotated[int, Field(ge=16)] = 1024
-    """Tokens a row. Longer rows lose whole leading turns, never a part of a completion; a plain text loses its end.
-    What is lost is counted."""
+    """Tokens per row. Longer rows lose whole turns at the start, never a part of a completion; a plain text loses its
+    end. What is lost is counted."""
     near_duplicates: Literal["count", "remove", "ignore"] = "count"
     """Rows that are almost equal to another one, by their word 5-grams (system turns left out). `remove` keeps the copy
     in test, then the one in dev; rows of test are never removed."""
     near_duplicate_jaccard: Annotated[float, Field(ge=0.5, lt=1)] = 0.9
-    """Jaccard similarity from which rows are almost equal. MinHash proposes pairs, which are then compared exactly: of
-    pairs just at the limit at least 8 in 10 are found, of pairs at 0.95 and a limit of 0.9 99 in 100."""
+    """Jaccard similarity from which rows are almost equal. MinHash proposes pairs, which are then compared exactly:
+    at least 8 in 10 of the pairs just at the limit are found, and with a limit of 0.9, 99 in 100 of the pairs at
+    0.95."""
 
     @property
-    def parts(self) -> list[Source]:
-        """The sources; `path` is one source."""
+    def parts(self) -> list[DataSource]:
+        """The sources; `path` alone is one source."""
         if self.path is not None:
-            return [Source(path=self.path, revision=self.revision, format=self.format)]
+            return [DataSource(path=self.path, revision=self.revision, format=self.format)]
         return self.sources or []
 
     def field(self, source: int) -> str:
@@ -82,10 +83,10 @@ class Data(Section):
             )
         if self.sources is not None and (self.revision is not None or self.format != "auto"):
             raise ValueError("data.sources stands beside data.revision or data.format: each source has its own")
-        named = [source.domain is not None for source in self.sources or []]
-        if any(named) and not all(named) and self.domain is None:
+        has_domain = [source.domain is not None for source in self.sources or []]
+        if any(has_domain) and not all(has_domain) and self.domain is None:
             raise ValueError(
-                f"data.sources.{named.index(False)}.domain is missing: other sources name one, and no column "
+                f"data.sources.{has_domain.index(False)}.domain is missing: other sources name one, and no column "
                 "data.domain says it either"
             )
         return self

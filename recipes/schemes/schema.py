@@ -15,11 +15,11 @@ class LayerRule(Section):
     """Regular expression, searched in a layer's full name (`self_attn`, `layers\\.0\\.`). The first rule that matches
     counts. q, k and v, and gate and up, have to fall under one rule: servers load them as one weight."""
     keep: bool = False
-    """Leave these layers in bf16; then nothing else stands beside it."""
+    """Leave these layers in bf16; the rule then has no grid."""
     bits: Annotated[int, Field(ge=2, le=8)] | None = None
-    """Bits a weight; default: the scheme's."""
+    """Bits per weight; default: the scheme's."""
     group_size: Annotated[int, Field(ge=-1)] | None = None
-    """Inputs a scale, -1 for per channel; default: the scheme's."""
+    """Inputs per scale, -1 for per channel; default: the scheme's."""
 
 
 class SchemeSpec(Section):
@@ -29,8 +29,8 @@ class SchemeSpec(Section):
     """Name of the arm; default: the slug, with the backend behind it where one is named. Needed beside `rules` and
     `kv_scales`."""
     backend: Backend | None = None
-    """Another one than the scheme's own: `autoawq` for AWQ, `auto-gptq` for GPTQ (archived packages, installed by `make
-    env-autoawq` and `make env-autogptq`)."""
+    """Another backend than the scheme's own: `autoawq` for AWQ, `auto-gptq` for GPTQ (archived packages, which `make
+    env-autoawq` and `make env-autogptq` install)."""
     rules: list[LayerRule] = []
     """Other grids for some layers. compressed-tensors schemes (ct-) only: other mixed files load in no server."""
     kv_scales: bool = False
