@@ -60,7 +60,7 @@ def test_what_the_schema_refuses(tmp_path: Path, scorers: list[str], words: str)
 
 def test_the_first_is_task_and_names_default_to_kinds(tmp_path: Path) -> None:
     scorers = load(recipe(tmp_path, "{kind: number, name: total}", "{kind: exact-match}")).recipe.evaluate.scorers
-    assert [one.called for one in scorers] == ["total", "exact-match"]
+    assert [scorer.called for scorer in scorers] == ["total", "exact-match"]
 
 
 # ---- a function
@@ -151,10 +151,10 @@ EVAL = "{kind: exact-match}"
 
 
 def test_names_of_tasks_are_found_without_importing_the_library(tmp_path: Path) -> None:
-    found = find_tasks(["hellaswag", "mmlu", "ai2_arc", "hellaswog", "zzzzzz"], None)
-    assert set(found.files) == {"hellaswag", "mmlu", "ai2_arc"}  # a task, a group, a tag
-    assert all(built_in() in path.parents for paths in found.files.values() for path in paths)
-    assert found.near == {"hellaswog": "hellaswag", "zzzzzz": ""}
+    tasks = find_tasks(["hellaswag", "mmlu", "ai2_arc", "hellaswog", "zzzzzz"], None)
+    assert set(tasks.files) == {"hellaswag", "mmlu", "ai2_arc"}  # a task, a group, a tag
+    assert all(built_in() in path.parents for paths in tasks.files.values() for path in paths)
+    assert tasks.near == {"hellaswog": "hellaswag", "zzzzzz": ""}
 
 
 def test_a_task_that_does_not_exist_is_refused(tmp_path: Path) -> None:

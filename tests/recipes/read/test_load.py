@@ -115,8 +115,8 @@ def test_micro_batch_has_to_divide_the_batch(tmp_path: Path):
 
 
 def test_missing_fields_and_empty_files(tmp_path: Path):
-    named = {problem.where.split(" ")[-1] for problem in refused(write(tmp_path, "model: {}\n"))}
-    assert named == {"name", "model.base", "data"}
+    missing = {problem.where.split(" ")[-1] for problem in refused(write(tmp_path, "model: {}\n"))}
+    assert missing == {"name", "model.base", "data"}
     (empty,) = refused(write(tmp_path, "# nothing\n"))
     assert "empty" in empty.why and "quench init" in empty.next
     (listed,) = refused(write(tmp_path, "- a\n"))
@@ -170,7 +170,7 @@ def test_extends_merges_sections_and_replaces_lists(tmp_path: Path):
 def test_scorers_are_a_list_and_replaced_as_one(tmp_path: Path):
     write(tmp_path, MINIMAL + "evaluate: {scorers: [{kind: sql-execution, databases: db}]}\n", "base.yaml")
     child = loaded(tmp_path, "extends: base.yaml\nevaluate: {scorers: [{kind: exact-match}]}\n")
-    assert [one.kind for one in child.recipe.evaluate.scorers] == ["exact-match"]
+    assert [scorer.kind for scorer in child.recipe.evaluate.scorers] == ["exact-match"]
 
 
 @pytest.mark.parametrize(

@@ -107,11 +107,11 @@ def test_slugs_of_arms_are_plain_names(name: str) -> None:
     section = {"schemes": [{"scheme": "gptq-w4-g128", "name": name}]}
     values = {"name": "a", "model": {"base": "b"}, "data": {"path": "d"}, "quantize": section}
     try:
-        found = arms(Recipe.model_validate(values, strict=True))
+        matrix = arms(Recipe.model_validate(values, strict=True))
     except RecipeError:
         return  # the name of another arm
-    assert name in {arm.slug for arm in found}
-    for arm in found:
+    assert name in {arm.slug for arm in matrix}
+    for arm in matrix:
         assert_one_name(arm.slug)
 
 
@@ -124,8 +124,8 @@ def test_a_path_that_no_system_has_is_refused_in_four_parts(tmp_path: Path, fiel
     path = write_project(tmp_path)
     with pytest.raises(RecipeError) as refused:
         load_and_check(path, sets=[f"{field}={json.dumps(written)}"])
-    told = [one for one in refused.value.problems if field in one.where]
-    assert told and all(all(one.as_dict().values()) for one in told), str(refused.value)
+    problems = [problem for problem in refused.value.problems if field in problem.where]
+    assert problems and all(all(problem.as_dict().values()) for problem in problems), str(refused.value)
 
 
 @pytest.mark.parametrize("written", ['"a\\0b"', "x" * 300])
@@ -140,4 +140,4 @@ def test_a_path_that_leads_nowhere_is_said_to(tmp_path: Path, written: str) -> N
     path = write_project(tmp_path)
     with pytest.raises(RecipeError) as refused:
         load_and_check(path, sets=[f"model.base={json.dumps(written)}", f"data.path={json.dumps(written)}"])
-    assert all(all(one.as_dict().values()) for one in refused.value.problems)
+    assert all(all(problem.as_dict().values()) for problem in refused.value.problems)
