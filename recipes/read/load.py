@@ -122,8 +122,8 @@ def load(path: Path, *, sets: Sequence[str] = ()) -> Loaded:
     Raises:
         RecipeError: With every problem of the file, of what it extends and of the overrides.
     """
-    document = parse(path)
-    merged = extended(document, path=path)
+    file = parse(path)
+    merged = extended(file, path=path)
     problems = merged.problems
     for item in sets:
         problems += override_problems(item)
@@ -134,7 +134,7 @@ def load(path: Path, *, sets: Sequence[str] = ()) -> Loaded:
 
     def loaded(recipe: Recipe) -> Loaded:
         folder = path.resolve().parent
-        return Loaded(recipe=recipe, path=path, folder=folder, text=document.text, places=merged.places)
+        return Loaded(recipe=recipe, path=path, folder=folder, text=file.text, places=merged.places)
 
     try:
         recipe = Recipe.model_validate(merged.values, strict=True)

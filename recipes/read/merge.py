@@ -13,7 +13,7 @@ import yaml
 
 from recipes.plain import is_list, is_mapping
 from recipes.problem import Problem, RecipeError, shown
-from recipes.read.yamlfile import Document, parse, parse_value
+from recipes.read.yamlfile import RecipeFile, parse, parse_value
 from recipes.scorers import CALLABLE
 from recipes.section import can_be_asked_for
 
@@ -39,19 +39,19 @@ class Merged(NamedTuple):
 # ---- extends
 
 
-def extended(document: Document, *, path: Path, chain: tuple[Path, ...] = ()) -> Merged:
-    """The document over what it extends: mappings are merged key by key, all else is replaced.
+def extended(file: RecipeFile, *, path: Path, chain: tuple[Path, ...] = ()) -> Merged:
+    """The file over what it extends: mappings are merged key by key, all else is replaced.
 
     Args:
-        document: The file as it is written.
+        file: The file as it is written.
         path: Where it is.
         chain: Files that extend this one, the first one first.
     """
-    own = Merged(dict(document.values), dict(document.places), list(document.problems))
+    own = Merged(dict(file.values), dict(file.places), list(file.problems))
     parent = own.values.pop("extends", None)
     if parent is None:
         return own
-    where = f"{document.places['extends']} extends"
+    where = f"{file.places['extends']} extends"
     try:
         base = _parent(parent, path=path, chain=(*chain, path.resolve()), where=where)
     except RecipeError as error:

@@ -30,7 +30,7 @@ class Loader(yaml.SafeLoader):
     }
 
 
-class Document(NamedTuple):
+class RecipeFile(NamedTuple):
     """One file: its text, its values, `file:line` of each field by dotted name, and what else is wrong with it."""
 
     text: str
@@ -39,8 +39,8 @@ class Document(NamedTuple):
     problems: list[Problem]
 
 
-def parse(path: Path, *, wanted_by: str = "") -> Document:
-    """Read a file; secrets and repeated keys in it are problems of the document.
+def parse(path: Path, *, wanted_by: str = "") -> RecipeFile:
+    """Read a file; secrets and repeated keys in it are among its problems.
 
     Args:
         path: YAML file.
@@ -72,7 +72,7 @@ def parse(path: Path, *, wanted_by: str = "") -> Document:
         if field.repeated:
             problems.append(_twice(field.name, first=places[field.name], again=place))
         places[field.name] = place
-    return Document(text, values, places, problems)
+    return RecipeFile(text, values, places, problems)
 
 
 def parse_value(text: str) -> object:

@@ -137,8 +137,16 @@ class Scheme:
 
     def check(self, shapes: Sequence[Linear]) -> list[Problem]:
         """Problems of this scheme on a model with these layers; `where` is the slug."""
-        checks = (self._group_problem, self._pack_problem, self._word_problem, self._fused_problem)
-        return [problem for check in checks if (problem := check(shapes))]
+        problems: list[Problem] = []
+        if cut := self._ungrouped(shapes):
+            problems.append(self._group_problem(cut, shapes))
+        if unpackable := self._unpackable(shapes):
+            problems.append(self._pack_problem(unpackable, shapes))
+        if part_words := self._part_words(shapes):
+            problems.append(self._word_problem(part_words, shapes))
+        if split := self._split(shapes):
+            problems.append(self._fused_problem(split))
+        return problems
 
     def fits(self, shapes: Sequence[Linear]) -> bool:
         """True where every layer can be quantized by this scheme."""
@@ -166,10 +174,7 @@ class Scheme:
             return 1
         return AWQ_OUTPUTS if self.method == "awq" else PACKED_OUTPUTS[self.bits]
 
-    def _group_problem(self, shapes: Sequence[Linear]) -> Problem | None:
-        bad = self._ungrouped(shapes)
-        if not bad:
-            return None
+    def _group_problem(self, bad: Sequence[Linear], shapes: Sequence[Linear]) -> Problem:
         legal = legal_group_sizes(shapes)
         whole = self._per_channel(shapes)
         remedy = f"write {whole}, one scale per output." if whole else "write nf4 or int8."
@@ -190,10 +195,7 @@ class Scheme:
         slug = spelled(self.form, self.method, self.grid._replace(group_size=group), desc_act=self.desc_act)
         return f"Write {slug}: {group} is the largest legal group here."
 
-    def _pack_problem(self, shapes: Sequence[Linear]) -> Problem | None:
-        bad = self._unpackable(shapes)
-        if not bad:
-            return None
+    def _pack_problem(self, bad: Sequence[Linear], shapes: Sequence[Linear]) -> Problem:
         group = max(legal_group_sizes(shapes), default=PER_CHANNEL)
         method: Method = "gptq" if self.method == "awq" else self.method
         legal = [
@@ -211,10 +213,7 @@ class Scheme:
             else "Choose another base: no scheme is legal on this one.",
         )
 
-    def _word_problem(self, shapes: Sequence[Linear]) -> Problem | None:
-        bad = self._part_words(shapes)
-        if not bad:
-            return None
+    def _word_problem(self, bad: Sequence[Linear], shapes: Sequence[Linear]) -> Problem:
         near = self._per_channel(shapes)
         return Problem(
             what=f"{self.slug} cannot pack {collapsed(bad)}.",
@@ -236,11 +235,8 @@ class Scheme:
                 return spelled(form, method, grid, desc_act=self.desc_act)
         return None
 
-    def _fused_problem(self, shapes: Sequence[Linear]) -> Problem | None:
+    def _fused_problem(self, split: Sequence[str]) -> Problem:
         """Servers fuse q, k, v into one weight and gate, up into another: one grid each (vllm#50214)."""
-        split = self._split(shapes)
-        if not split:
-            return None
         return Problem(
             what=f"The rules of {self.slug} give {', '.join(split)} different grids.",
             where=self.slug,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from recipes.models.headers import Headers
 from recipes.problem import Problem
-from recipes.schemes.engines import NAMES, READS, Engine, cautions, loaders, parallel_sizes, refusals, rows_of
+from recipes.schemes.engines import NAMES, cautions, loaders, parallel_sizes, refusals, rows_of
 from recipes.schemes.scheme import Scheme, listed
 
 SCHEMA = 1
@@ -20,7 +20,7 @@ WHY_DTYPE = (
     "can be larger, and fp16 kernels overflow then (vllm#1941, #16579). Take --dtype float16 only on GPUs without bf16 "
     "(before compute capability 8.0), and try your own prompts first."
 )
-BF16_NEEDS: dict[Engine, str] = {"transformers": "", "vllm": ""}  # who reads what is not quantized, and with what
+BF16_NEEDS: dict[str, str] = {"transformers": "", "vllm": ""}  # who reads what is not quantized, and with what
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values of vLLM's --max-lora-rank
 
 
@@ -106,15 +106,13 @@ def describe(
 
 def _loaders(scheme: Scheme | None, adapter: ServedAdapter | None) -> dict[str, str]:
     """Who reads it, and what has to be installed beside the engine."""
-    by_engine = {engine: _needs(scheme, engine) for engine in loaders(scheme)} if scheme else dict(BF16_NEEDS)
+    by_engine = dict(BF16_NEEDS)
+    if scheme is not None:
+        by_engine = {engine: ", ".join(row.needs for row in rows_of(scheme, engine)) for engine in loaders(scheme)}
     if adapter is None:
         return by_engine
     needs = ", ".join(filter(None, (by_engine["transformers"], "peft", "bitsandbytes" if adapter.nf4 else "")))
     return {"transformers": needs} if adapter.nf4 else {"transformers": needs, "vllm": by_engine.get("vllm", "")}
-
-
-def _needs(scheme: Scheme, engine: str) -> str:
-    return ", ".join(row.needs for row in READS if row.engine == engine and row in rows_of(scheme, row.engine))
 
 
 def _vllm(
