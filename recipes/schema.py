@@ -197,8 +197,8 @@ class Evaluate(Section):
     faster."""
     external: dict[Name, Place | ExternalModel] = {}
     """Models from elsewhere that join the matrix under a name: what is in production now, a checkpoint of another tool,
-    a bigger model as yardstick. A folder or hub id that transformers loads, in bf16, fp16, fp32 or as its config.json
-    says that it is quantized; a section where it needs a revision or a template. One with another tokenizer is scored
+    a bigger model as yardstick. A folder or hub id that transformers loads: in bf16, fp16 or fp32, or quantized as its
+    config.json says. Write a section where it needs a revision or a template. A model with another tokenizer is scored
     with its own template and compared by task score and bits per byte."""
     reference: Name | None = None
     """External model that KL and top-1 agreement are measured against, in place of nf4-adapter; it has to have the
@@ -267,7 +267,7 @@ class Gate(Section):
 
     task: Annotated[float, Field(gt=0, lt=1)] = 0.02
     """Share of the answers, for every scorer: 0.02 is 2 points. Less than users notice, and about what 500 test rows
-    can tell where 1 answer in 20 changes."""
+    can resolve where 1 answer in 20 changes."""
     loss: Annotated[float, Field(gt=0)] = 0.02
     """Nats per token on completions of test: 2 % more perplexity. What 4 bits usually cost is below it, what a broken
     scale costs far above."""
@@ -275,7 +275,7 @@ class Gate(Section):
     """Nats per token on the general hold-out. Wider: it is not what the model is for, and every training moves it."""
     domain_task: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """As `task`, within each domain of 200 test rows or more (others are shown and gate nothing). Wider, since a slice
-    has fewer rows: 200 of them can tell 5 points, not 2."""
+    has fewer rows: 200 of them can resolve 5 points, not 2."""
     domain_loss: Annotated[float, Field(gt=0)] = 0.05
     """As `loss`, within each such domain."""
     better_than_base: bool = True

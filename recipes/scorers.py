@@ -138,7 +138,7 @@ class LmEval(Named):
     limit: Annotated[int, Field(ge=1)] | None = None
     """How many documents of each task are scored, the first ones; default: all."""
     chat_template: bool = True
-    """Documents are asked as a user turn of the model's chat template."""
+    """Each document is put to the model as a user turn of its chat template."""
 
 
 Scorer = Annotated[

@@ -51,7 +51,7 @@ def fit_problems(folder: Path, headers: Headers) -> list[Problem]:
     try:
         adapter = read_adapter(folder)
     except RecipeError:
-        return []  # folder_problems says so
+        return []  # folder_problems reports it
     misfits = list(_misfits(adapter, headers))
     if adapter.tensors and not misfits:
         return []

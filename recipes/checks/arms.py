@@ -17,7 +17,7 @@ def unavailable(loaded: Loaded) -> Iterator[Problem]:
     try:
         reasons = {arm.slug: arm.unavailable for arm in arms(loaded.recipe, adapter=_adapter_config(loaded))}
     except RecipeError:
-        return  # check says so
+        return  # check reports it
     for index, slug in enumerate(loaded.recipe.evaluate.on_base):
         why = reasons[f"{slug}.on-base"]
         if why is not None:

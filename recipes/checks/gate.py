@@ -97,7 +97,7 @@ def prefer_problems(recipe: Recipe) -> Iterator[Problem]:
     try:
         matrix = arms(recipe)
     except RecipeError:
-        return  # check says so
+        return  # check reports it
     able = [
         arm.slug
         for arm in matrix

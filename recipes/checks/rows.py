@@ -77,7 +77,7 @@ def check_data(loaded: Loaded) -> RowCheck:
     held_out = [*sides.rows["dev"], *sides.rows["test"]]
     problems += [*_torn(loaded, sides), *_general_rows(loaded), *row_problems(loaded, rows, held_out)]
     if len(origins) == len(loaded.data) and all(read.rows and not read.wrong for read in reads):
-        problems += [*_empty_sides(loaded, sides), *_calibration(loaded, sides)]  # what sides hold is known only then
+        problems += [*_empty_sides(loaded, sides), *_calibration(loaded, sides)]  # the sides are known only then
     summary = _summary(loaded, sides) | {"format": formats(origins, reads)} | not_read
     warnings = () if not_read else gate_warnings(loaded.recipe, sides.rows)
     return RowCheck([*map(loaded.placed, problems)], summary, tuple(map(loaded.placed, warnings)))
@@ -127,7 +127,7 @@ def _torn(loaded: Loaded, sides: Sides) -> Iterator[Problem]:
         yield Problem(
             what=f"{len(sides.torn)} rows equal an earlier row of another group: a test row could equal a train row.",
             where="data.group",
-            why=f"Groups keep related rows on one side; these say two things (group):{first_lines(sides.torn)}",
+            why=f"Groups keep related rows on one side; these have two groups:{first_lines(sides.torn)}",
             next=f"Give equal rows one value of `{loaded.recipe.data.group}`, or remove one of each pair.",
         )
 
@@ -153,7 +153,7 @@ def _general_rows(loaded: Loaded) -> Iterator[Problem]:
         evaluated, calibrated = map(_texts, files.values())
         if shared := evaluated & calibrated:
             yield Problem(
-                what=f"{len(shared)} texts stand in calibrate.general and in data.general.",
+                what=f"{len(shared)} texts are in calibrate.general and in data.general.",
                 where="calibrate.general",
                 why="ppl_general would be measured on what a control was calibrated on.",
                 next="Remove them from one of the two files.",

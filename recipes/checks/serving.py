@@ -27,7 +27,7 @@ def warnings(loaded: Loaded) -> list[Problem]:
     """
     problems = list(unavailable(loaded))
     if loaded.recipe.serve.engine != "none" and loaded.base is not None:
-        with contextlib.suppress(RecipeError):  # check says so
+        with contextlib.suppress(RecipeError):  # check reports it
             problems += _unserved(loaded, read_headers(loaded.base))
     return [loaded.placed(problem) for problem in problems]
 

@@ -63,7 +63,7 @@ def raw_rows(path: Path, *, inside: str = "") -> Iterator[RawRow]:
 
     Args:
         path: File or folder; a file of another ending is read as JSONL.
-        inside: Stands before every `where`, to tell sources apart.
+        inside: Prefix of every `where`, to tell sources apart.
     """
     for file in data_files(path):
         shown = inside + (file.name if file == path else str(file.relative_to(path)))
@@ -138,7 +138,7 @@ def _csv(file: Path, shown: str) -> Iterator[RawRow]:
                 yield RawRow(f"{shown}:1", None, f"names a column twice: {', '.join(twice)}")
                 return
             start = reader.line_num + 1
-            for cells in reader:  # a quoted cell may hold line ends: a row begins behind the last line of another
+            for cells in reader:  # a quoted cell may hold line ends: a row begins after the last line of the one before
                 where, start = f"{shown}:{start}", reader.line_num + 1
                 if cells:
                     yield _cells(where, header, cells)

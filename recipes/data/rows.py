@@ -58,7 +58,7 @@ class Origin:
         columns: Columns that every row must have beside its turns.
         weight: Share of its train rows that is kept.
         domain: Domain of all its rows; None where a column says it.
-        inside: Stands before the name of a file in every complaint, to tell sources apart.
+        inside: Prefix of file names in messages, to tell sources apart.
     """
 
     path: Path

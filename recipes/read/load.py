@@ -32,7 +32,7 @@ class Loaded:
 
     Attributes:
         recipe: The recipe.
-        path: The file that was asked for.
+        path: Its file.
         folder: Its folder: relative paths in `recipe` count from here.
         text: The file as it was written.
         places: `file:line` (or `--set`) of every field that is not a default, by dotted name.
@@ -45,7 +45,7 @@ class Loaded:
     places: dict[str, str]
 
     def where(self, field: str) -> str:
-        """`recipe.yaml:12 train.rank`; a default stands where its section does."""
+        """`recipe.yaml:12 train.rank`; a field that is not written has the place of its section."""
         return f"{_place(field, self.places) or shown(self.path)} {field}"
 
     def resolve(self, path: str) -> Path:
@@ -67,7 +67,7 @@ class Loaded:
 
     @property
     def adapter(self) -> Path | None:
-        """Folder of the adapter that stands in place of training; None for a hub id and where the recipe trains."""
+        """Folder of the adapter in place of training; None for a hub id, and where the recipe trains."""
         adapter = self.recipe.train.adapter
         return None if adapter is None else self._local(adapter)
 

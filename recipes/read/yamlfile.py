@@ -87,7 +87,7 @@ class _Field(NamedTuple):
 
 
 def _fields(node: yaml.Node, *, prefix: str) -> Iterator[_Field]:
-    """Every field below a node, depth first; a key that stands twice in one mapping is marked."""
+    """Every field below a node, depth first; a key that its mapping repeats is marked."""
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:
@@ -134,7 +134,7 @@ def _not_a_recipe(file: str, why: str) -> Problem:
 
 def _twice(name: str, *, first: str, again: str) -> Problem:
     return Problem(
-        what=f"`{name}` stands twice.",
+        what=f"`{name}` is written twice.",
         where=f"{again} {name}",
         why=f"YAML would silently keep the last; the first is at {first}.",
         next="Remove one of the two.",

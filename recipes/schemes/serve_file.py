@@ -85,7 +85,7 @@ def describe(
         scheme: How it is quantized; None where it is not.
         tensor_parallel: GPUs that each layer is split over.
         max_model_len: Tokens of prompt and answer; default: the longest context.
-        adapter: What stands on top; then the model is in base/ and the adapter in adapter/.
+        adapter: What is loaded on top; then the model is in base/ and the adapter in adapter/.
     """
     length = max_model_len or headers.max_positions
     return {

@@ -20,7 +20,7 @@ _SLUG = re.compile(
 
 
 class SchemeFamily(NamedTuple):
-    """What stands before the bits in a slug, and what it can do.
+    """What comes before the bits in a slug, and what it can do.
 
     Attributes:
         method: How codes are found.
