@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from recipes.data.schema import Data
 from recipes.schemes.schema import SchemeSpec
-from recipes.scorers import ExactMatch, LmEval, Scorer
+from recipes.scorers import ExactMatchSpec, LmEvalSpec, Scorer
 from recipes.section import Place, Section
 
 LEAST_ROWS, MOST_ROWS = 128, 512  # of a calibration set; Calibrate says why
@@ -185,7 +185,7 @@ class ExternalModel(Section):
 
 
 class Evaluate(Section):
-    scorers: Annotated[list[Scorer], Field(min_length=1)] = [ExactMatch()]
+    scorers: Annotated[list[Scorer], Field(min_length=1)] = [ExactMatchSpec()]
     """How the last turn's answer, decoded greedily from its true history, is scored. All of them score the same
     answers: the first one is the metric `task`, which ranks, and every other one `task.NAME`. docs/scorers.md."""
     on_base: list[str] = []
@@ -220,7 +220,7 @@ class Evaluate(Section):
                 f"evaluate.scorers has {', '.join(twice)} twice: scores are published as task.NAME, so one of them "
                 "needs another `name:`"
             )
-        if isinstance(self.scorers[0], LmEval):
+        if isinstance(self.scorers[0], LmEvalSpec):
             raise ValueError(
                 "evaluate.scorers begins with lm-eval: the first scorer is `task`, which ranks arms and is read on "
                 "dev, where lm-eval has no documents; write one of the rows' answers before it (`- kind: exact-match`)"

@@ -21,8 +21,8 @@ class PythonFunction(NamedTuple):
     function: str
 
 
-class Named(Section):
-    """What all kinds have."""
+class ScorerSpec(Section):
+    """What all kinds of scorers have."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")] | None = None
     """Its scores are the metric `task.NAME` (`task` where it is the first); default: the kind."""
@@ -44,12 +44,12 @@ class Named(Section):
         return {**self.model_dump(exclude={self.content} if self.content else None), "name": self.called}
 
 
-class ExactMatch(Named):
+class ExactMatchSpec(ScorerSpec):
     kind: Literal["exact-match"] = "exact-match"
     """Answer and reference are equal after stripping white space."""
 
 
-class Number(Named):
+class NumberSpec(ScorerSpec):
     kind: Literal["number"]
     """The last number in the answer is the last number in the reference."""
     pattern: str = NUMBER
@@ -61,7 +61,7 @@ class Number(Named):
     """The same as a share of the reference."""
 
     @model_validator(mode="after")
-    def _one_group(self) -> Number:
+    def _one_group(self) -> NumberSpec:
         try:
             groups = re.compile(self.pattern).groups
         except re.error as error:
@@ -73,7 +73,7 @@ class Number(Named):
         return self
 
 
-class JsonSchema(Named):
+class JsonSchemaSpec(ScorerSpec):
     content = "schema_file"
 
     kind: Literal["json-schema"]
@@ -85,7 +85,7 @@ class JsonSchema(Named):
     not count."""
 
 
-class SqlExecution(Named):
+class SqlExecutionSpec(ScorerSpec):
     content = "databases"
 
     kind: Literal["sql-execution"]
@@ -96,7 +96,7 @@ class SqlExecution(Named):
     """Column of the data that names the row's database."""
 
 
-class PythonCallable(Named):
+class PythonCallableSpec(ScorerSpec):
     content = "callable"
 
     kind: Literal["python"]
@@ -106,7 +106,7 @@ class PythonCallable(Named):
     package. Its identity is the digest of that one file; what the file imports is not part of it."""
 
     @model_validator(mode="after")
-    def _two_parts(self) -> PythonCallable:
+    def _two_parts(self) -> PythonCallableSpec:
         if CALLABLE.fullmatch(self.callable) is None:
             raise ValueError(f"callable is `{self.callable}`: it has to be path/to/file.py:function or module:function")
         return self
@@ -123,7 +123,7 @@ class PythonCallable(Named):
         return super().params() | {"function": self.parts.function}
 
 
-class LmEval(Named):
+class LmEvalSpec(ScorerSpec):
     content = "include"
 
     kind: Literal["lm-eval"]
@@ -142,7 +142,8 @@ class LmEval(Named):
 
 
 Scorer = Annotated[
-    ExactMatch | Number | JsonSchema | SqlExecution | PythonCallable | LmEval, Field(discriminator="kind")
+    ExactMatchSpec | NumberSpec | JsonSchemaSpec | SqlExecutionSpec | PythonCallableSpec | LmEvalSpec,
+    Field(discriminator="kind"),
 ]
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from recipes.problem import Problem
 from recipes.read.load import Loaded
 from recipes.schema import is_hub_id
-from recipes.scorers import LmEval, PythonCallable, input_name
+from recipes.scorers import LmEvalSpec, PythonCallableSpec, input_name
 
 FLAG, VARIABLE = "--allow-python", "QUENCH_ALLOW_PYTHON"
 
@@ -50,10 +50,10 @@ def named_python(loaded: Loaded) -> Iterator[Code]:
     """
     for number, scorer in enumerate(loaded.recipe.evaluate.scorers):
         path = loaded.content(scorer)
-        if path is None or not isinstance(scorer, PythonCallable | LmEval):
+        if path is None or not isinstance(scorer, PythonCallableSpec | LmEvalSpec):
             continue
         path, module = path.resolve(), None
-        if isinstance(scorer, PythonCallable) and not scorer.parts.source.endswith(".py"):
+        if isinstance(scorer, PythonCallableSpec) and not scorer.parts.source.endswith(".py"):
             module = None if path.is_relative_to(loaded.folder) else scorer.parts.source
         field = f"evaluate.scorers.{number}.{scorer.content}"
         entry = module.split(".")[0] if module else str(path)

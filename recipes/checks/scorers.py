@@ -12,7 +12,7 @@ from recipes.data.rows import SHOWN, Row
 from recipes.plain import is_mapping
 from recipes.problem import Problem, shown
 from recipes.read.load import Loaded, missing
-from recipes.scorers import JsonSchema, LmEval, PythonCallable, SqlExecution
+from recipes.scorers import JsonSchemaSpec, LmEvalSpec, PythonCallableSpec, SqlExecutionSpec
 
 ARGUMENTS = ("answer", "reference", "columns")
 
@@ -22,19 +22,19 @@ def scorer_problems(loaded: Loaded) -> Iterator[Problem]:
     for number, scorer in enumerate(loaded.recipe.evaluate.scorers):
         field = f"evaluate.scorers.{number}.{scorer.content or 'kind'}"
         match scorer:
-            case SqlExecution():
+            case SqlExecutionSpec():
                 yield from _databases(scorer, loaded, field)
-            case JsonSchema():
+            case JsonSchemaSpec():
                 yield from _schema(loaded.resolve(scorer.schema_file), field)
-            case PythonCallable():
+            case PythonCallableSpec():
                 yield from _function(scorer, loaded, field)
-            case LmEval():
+            case LmEvalSpec():
                 yield from _tasks(scorer, loaded, f"evaluate.scorers.{number}")
             case _:
                 pass
 
 
-def _databases(scorer: SqlExecution, loaded: Loaded, field: str) -> Iterator[Problem]:
+def _databases(scorer: SqlExecutionSpec, loaded: Loaded, field: str) -> Iterator[Problem]:
     folder = loaded.resolve(scorer.databases)
     if not folder.is_dir():
         yield missing(folder, field=field, kind="folder")
@@ -65,7 +65,7 @@ def _schema(path: Path, field: str) -> Iterator[Problem]:
         )
 
 
-def _function(scorer: PythonCallable, loaded: Loaded, field: str) -> Iterator[Problem]:
+def _function(scorer: PythonCallableSpec, loaded: Loaded, field: str) -> Iterator[Problem]:
     """The file is parsed, never imported: `check` runs nobody's code."""
     path, name = loaded.content(scorer), scorer.parts.function
     if path is None or not path.is_file():
@@ -124,7 +124,7 @@ def _takes_three(arguments: ast.arguments) -> bool:
     return enough and required <= len(ARGUMENTS) and all(default is not None for default in arguments.kw_defaults)
 
 
-def _tasks(scorer: LmEval, loaded: Loaded, field: str) -> Iterator[Problem]:
+def _tasks(scorer: LmEvalSpec, loaded: Loaded, field: str) -> Iterator[Problem]:
     include = loaded.content(scorer)
     if include is not None and not include.is_dir():
         yield missing(include, field=f"{field}.include", kind="folder")
@@ -148,7 +148,7 @@ def row_problems(loaded: Loaded, rows: Sequence[Row], held_out: Sequence[Row]) -
         held_out: Those of dev and test.
     """
     for scorer in loaded.recipe.evaluate.scorers:
-        if isinstance(scorer, SqlExecution):
+        if isinstance(scorer, SqlExecutionSpec):
             yield from _row_databases(scorer, loaded.resolve(scorer.databases), rows)
     if unanswered := [row.where for row in held_out if not row.is_text and not _answers(row)]:
         yield Problem(
@@ -166,7 +166,7 @@ def _answers(row: Row) -> bool:
     return bool(turn.get("tool_calls") or str(turn.get("content") or "").rpartition("</think>")[2].strip())
 
 
-def _row_databases(scorer: SqlExecution, folder: Path, rows: Sequence[Row]) -> Iterator[Problem]:
+def _row_databases(scorer: SqlExecutionSpec, folder: Path, rows: Sequence[Row]) -> Iterator[Problem]:
     first: dict[str, str] = {}
     for row in rows:
         first.setdefault(str(row.columns[scorer.schema_column]), row.where)

@@ -21,7 +21,7 @@ from recipes.read.merge import extended, override
 from recipes.read.secrets import override_problems
 from recipes.read.yamlfile import parse
 from recipes.schema import Recipe, is_hub_id
-from recipes.scorers import PythonCallable, Scorer, SqlExecution
+from recipes.scorers import PythonCallableSpec, Scorer, SqlExecutionSpec
 
 HUB_NEVER = (".jsonl", ".json", ".csv", ".parquet")  # endings of a file
 
@@ -80,7 +80,7 @@ class Loaded:
     def origins(self) -> dict[str, Origin]:
         """Sources of the data that are here, by the field that names their path."""
         data, scorers = self.recipe.data, self.recipe.evaluate.scorers
-        columns = (data.group, *(scorer.schema_column for scorer in scorers if isinstance(scorer, SqlExecution)))
+        columns = (data.group, *(scorer.schema_column for scorer in scorers if isinstance(scorer, SqlExecutionSpec)))
         sources = [source.model_dump() for source in data.parts]
         paths = [path or Path() for path in self.data]
         of_sources = origins(paths, sources, domain=data.domain, columns=columns)
@@ -89,7 +89,7 @@ class Loaded:
 
     def content(self, scorer: Scorer) -> Path | None:
         """The file or folder that a scorer reads; None where it reads none. A callable's need not exist."""
-        if isinstance(scorer, PythonCallable):
+        if isinstance(scorer, PythonCallableSpec):
             source = scorer.parts.source
             return self.resolve(source) if source.endswith(".py") else module_file(source, folder=self.folder)
         return None if scorer.path is None else self.resolve(scorer.path)

@@ -14,7 +14,7 @@ from recipes.checks.lm_eval_tasks import built_in, find_tasks
 from recipes.checks.python import VARIABLE
 from recipes.problem import Problem, RecipeError
 from recipes.read.load import load
-from recipes.scorers import PythonCallable
+from recipes.scorers import PythonCallableSpec
 from tests.recipes.folders import chat, write_project, write_rows
 
 CALLABLE = "{kind: python, callable: 'own/score.py:score'}"
@@ -112,7 +112,7 @@ def test_a_module_is_found_below_the_recipe_and_among_installed_ones(tmp_path: P
     loaded = load(recipe(tmp_path, "{kind: python, callable: 'judges.strict:score'}"))
     assert check(loaded) == []
     assert loaded.content(loaded.recipe.evaluate.scorers[0]) == own
-    installed = PythonCallable(kind="python", callable="jsonschema.validators:validate")
+    installed = PythonCallableSpec(kind="python", callable="jsonschema.validators:validate")
     assert str(loaded.content(installed)).endswith("jsonschema/validators.py")
     assert "jsonschema.validators" not in sys.modules or Path(str(loaded.content(installed))).is_file()
     assert "no_such_module.py" in only(recipe(tmp_path, "{kind: python, callable: 'no_such_module:score'}")).what

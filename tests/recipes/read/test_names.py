@@ -17,7 +17,7 @@ from recipes.problem import RecipeError
 from recipes.read.load import load
 from recipes.schema import Evaluate, Promote, Recipe
 from recipes.schemes.schema import SchemeSpec
-from recipes.scorers import ExactMatch
+from recipes.scorers import ExactMatchSpec
 from tests.recipes.folders import write_project
 
 NASTY = [
@@ -66,7 +66,7 @@ NAMED: dict[str, tuple[type[BaseModel], Any]] = {
     "recipe": (Recipe, lambda name: {"name": name, "model": {"base": "b"}, "data": {"path": "d"}}),
     "scheme": (SchemeSpec, lambda name: {"scheme": "rtn-w4-g128", "name": name}),
     "external": (Evaluate, lambda name: {"external": {name: "b"}}),
-    "scorer": (ExactMatch, lambda name: {"kind": "exact-match", "name": name}),
+    "scorer": (ExactMatchSpec, lambda name: {"kind": "exact-match", "name": name}),
     "registry": (Promote, lambda name: {"model_name": name}),
 }
 
