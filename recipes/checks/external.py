@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from recipes.models.headers import Headers, has_tokenizer, no_config, no_tokenizer
+from recipes.models.headers import Headers, has_tokenizer, no_config, no_tokenizer, text_part
 from recipes.models.weights import read_tensors
 from recipes.plain import is_list, is_mapping, json_object
 from recipes.problem import Problem, RecipeError
@@ -74,11 +74,10 @@ def external_headers(folder: Path) -> Headers:
         RecipeError: Its index and headers have problems.
     """
     config = json_object(folder / "config.json") or {}
-    text = config.get("text_config", config)
     return Headers(
         folder=folder,
         config=config,
-        text_config=text if is_mapping(text) else config,
+        text_config=text_part(config),
         tensors=read_tensors(folder),
         linears=(),
         has_chat_template=False,

@@ -170,8 +170,7 @@ def read_headers(folder: Path) -> Headers:
     if not has_tokenizer(folder):
         problems.append(no_tokenizer(folder))
     config = config or {}
-    text_config = config.get("text_config", config)
-    text_config = text_config if is_mapping(text_config) else config
+    text_config = text_part(config)
     linears = tuple(_linears(tensors, transposed=text_config.get("model_type") in TRANSPOSED))
     if tensors and config and not linears:
         problems.append(_no_layers(folder))
@@ -185,6 +184,12 @@ def read_headers(folder: Path) -> Headers:
         linears=linears,
         has_chat_template=_has_chat_template(folder),
     )
+
+
+def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of config.json that describes the language model; all of it where there is no other part."""
+    text_config = config.get("text_config")
+    return text_config if is_mapping(text_config) else config
 
 
 def has_tokenizer(folder: Path) -> bool:
