@@ -46,7 +46,7 @@ class Train(Section):
     targets: Literal["all-linear"] | list[str] = "all-linear"
     """Modules that get an adapter, by the last part of their names."""
     rank_pattern: dict[str, Annotated[int, Field(ge=1, le=1024)]] = {}
-    """Another rank for some modules: the end of a module's name, or a regular expression for it, to rank (PEFT's)."""
+    """Another rank for some modules, as in PEFT: by the end of a module's name, or a regular expression for it."""
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
     """Another alpha for some modules, by the same keys."""
     rslora: bool = False
