@@ -20,7 +20,7 @@ from recipes.checks.gate import prefer_problems
 from recipes.checks.python import python_problems
 from recipes.checks.rows import RowCheck, check_data, general_files, general_problems
 from recipes.checks.scorers import scorer_problems
-from recipes.checks.serving import length_problems, scheme_entries, schemes
+from recipes.checks.serving import scheme_entries, schemes
 from recipes.checks.train import device_problems, train_problems
 from recipes.data.rows import read_origin
 from recipes.models.headers import Headers, read_headers
@@ -98,8 +98,8 @@ def check_base(loaded: Loaded, folder: Path) -> list[Problem]:
     except RecipeError as error:
         return list(error.problems)
     problems = [*_own_code(headers), *_chat_template(loaded, headers), *_shapes(loaded, headers)]
-    problems += [*_lengths(loaded, headers), *length_problems(loaded, headers), *kv_cache_problems(loaded, headers)]
-    problems += [*train_problems(loaded, headers), *(fit_problems(loaded.adapter, headers) if loaded.adapter else [])]
+    problems += [*_lengths(loaded, headers), *kv_cache_problems(loaded, headers), *train_problems(loaded, headers)]
+    problems += fit_problems(loaded.adapter, headers) if loaded.adapter else []
     return [loaded.placed(problem) for problem in problems]
 
 
@@ -179,21 +179,23 @@ def _chat_template(loaded: Loaded, headers: Headers) -> Iterator[Problem]:
 
 
 def _lengths(loaded: Loaded, headers: Headers) -> Iterator[Problem]:
+    """Lengths beyond the base's longest context."""
     recipe, limit = loaded.recipe, headers.max_positions
     lengths = {
         "data.max_length": recipe.data.max_length,
         "calibrate.seq_len": recipe.calibrate.seq_len,
         "measure.prompt_tokens": recipe.measure.prompt_tokens + recipe.measure.new_tokens,
+        "serve.max_model_len": recipe.serve.max_model_len or 0,
     }
     for field, length in lengths.items():
         if limit is not None and length > limit:
-            is_sum = field == "measure.prompt_tokens"
+            added = recipe.measure.new_tokens if field == "measure.prompt_tokens" else 0
             yield Problem(
-                what=f"{field}{' with measure.new_tokens' if is_sum else ''} is {length} tokens; the base ends at "
-                f"{limit}.",
+                what=f"{field}{' with measure.new_tokens' if added else ''} is {length} tokens; the base has {limit}.",
                 where=field,
-                why="config.json names the longest context; positions behind it were never trained.",
-                next=f"Set {field} to {limit - (recipe.measure.new_tokens if is_sum else 0)} or less.",
+                why="config.json names the longest context: positions behind it were never trained, and vLLM refuses "
+                "to start with more.",
+                next=f"Set {field} to {limit - added} or less.",
             )
 
 

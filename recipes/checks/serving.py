@@ -32,18 +32,6 @@ def warnings(loaded: Loaded) -> list[Problem]:
     return [loaded.placed(problem) for problem in problems]
 
 
-def length_problems(loaded: Loaded, headers: Headers) -> Iterator[Problem]:
-    """serve.max_model_len beyond the base's longest context."""
-    length, limit = loaded.recipe.serve.max_model_len, headers.max_positions
-    if length is not None and limit is not None and length > limit:
-        yield Problem(
-            what=f"serve.max_model_len is {length} tokens; the base ends at {limit}.",
-            where="serve.max_model_len",
-            why="config.json names the longest context; vLLM refuses to start with a longer one.",
-            next=f"Set it to {limit} or less, or leave it out.",
-        )
-
-
 def scheme_entries(recipe: Recipe) -> Iterator[tuple[str, str | SchemeSpec]]:
     """Every entry of the recipe that names a scheme, with its field."""
     yield from ((f"quantize.schemes.{index}", entry) for index, entry in enumerate(recipe.quantize.schemes))
