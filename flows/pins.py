@@ -11,7 +11,7 @@ from recipes.data.files import data_files
 from recipes.data.rows import source_name
 from recipes.problem import RecipeError
 from recipes.read.load import Loaded
-from recipes.scorers import LmEval, Scorer, SqlExecution, input_name
+from recipes.scorers import LmEvalSpec, Scorer, SqlExecutionSpec, input_name
 from tasks.runtime.hub.ids import ADAPTER_FILES, CODE_FILES, MODEL_FILES, HubId, Snapshot
 from tasks.runtime.pin import Digests, external_file, external_folder, snapshots
 from tasks.runtime.step import External
@@ -146,7 +146,7 @@ def _source(loaded: Loaded, number: int, *, fetched: Mapping[str, Snapshot], dig
 def scorer_content(scorer: Scorer, path: Path, number: int, *, digests: Digests) -> External:
     """What a scorer reads: a file, or the files of a folder that it looks at."""
     name = input_name(number)
-    if isinstance(scorer, SqlExecution | LmEval):
-        patterns = ("*.sql",) if isinstance(scorer, SqlExecution) else TASK_FILES
+    if isinstance(scorer, SqlExecutionSpec | LmEvalSpec):
+        patterns = ("*.sql",) if isinstance(scorer, SqlExecutionSpec) else TASK_FILES
         return external_folder(name, path, patterns=patterns, digests=digests)
     return external_file(name, path, digests=digests)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from recipes.problem import Problem, RecipeError
-from recipes.schema import LayerRule, Recipe, SchemeSpec
+from recipes.schema import Recipe
+from recipes.schemes.schema import LayerRule, SchemeSpec
 from recipes.schemes.scheme import PER_CHANNEL, Grid, Rule, Scheme
 from recipes.schemes.slugs import by_backend, parse_scheme
 

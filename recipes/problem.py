@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 from recipes.secrets import hide
 
@@ -25,8 +26,8 @@ class Problem:
     next: str
 
     def __post_init__(self) -> None:
-        for one in fields(self):
-            object.__setattr__(self, one.name, hide(getattr(self, one.name)))  # frozen: no other way
+        for part in fields(self):
+            object.__setattr__(self, part.name, hide(getattr(self, part.name)))  # frozen: no other way
 
     def __str__(self) -> str:
         return f"{self.what}\n  where: {self.where}\n  why:   {self.why}\n  next:  {self.next}"
@@ -46,3 +47,10 @@ class RecipeError(Exception):
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(problems)
         super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+def shown(path: Path) -> str:
+    """The path as a reader types it: relative where it lies below the current folder."""
+    here = Path.cwd()
+    full = path if path.is_absolute() else here / path
+    return str(full.relative_to(here)) if full.is_relative_to(here) else str(path)

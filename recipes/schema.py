@@ -1,25 +1,27 @@
-"""The recipe: one frozen model a stage. The string under a field is its documentation.
+"""The recipe: one frozen model per section. The string under a field is its documentation.
+
+`data`, the entries of `quantize.schemes` and those of `evaluate.scorers` have files of their own: data/schema.py,
+schemes/schema.py and scorers.py. docs/recipe.md is generated from all of them.
 
 Everything but `gate:`, `promote:`, `serve:` and `run:` is identity: changing it changes fingerprints. `run:` is
-execution: where and how.
-Validators check, they never edit. docs/recipe.md is generated from this file.
+execution: where and how. Validators check, they never edit.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from recipes.data.rows import Format
-from recipes.schemes.scheme import Backend
-from recipes.scorers import ExactMatch, LmEval, Scorer
+from recipes.data.schema import Data
+from recipes.schemes.schema import SchemeSpec
+from recipes.scorers import ExactMatchSpec, LmEvalSpec, Scorer
 from recipes.section import Place, Section
 
-Fraction = Annotated[float, Field(gt=0, lt=0.5)]
 LEAST_ROWS, MOST_ROWS = 128, 512  # of a calibration set; Calibrate says why
-TOKENS_PER_INPUT = 4  # calibration tokens an input of the widest layer: with fewer its Hessian is badly estimated
+TOKENS_PER_INPUT = 4  # calibration tokens per input of the widest layer: with fewer its Hessian is badly estimated
 
 
 class Model(Section):
@@ -29,85 +31,6 @@ class Model(Section):
     """Hub revision (branch, tag or commit); pinned to a commit when the run starts."""
     chat_template: Place | None = None
     """`chatml` or the path of a Jinja file. Only for a base that has no chat template; saved into every artifact."""
-
-
-class Source(Section):
-    path: Place
-    """A file, a folder or a hub data set id, as in `data.path`."""
-    revision: str | None = None
-    """Hub revision; pinned to a commit when the run starts."""
-    format: Literal["auto"] | Format = "auto"
-    """As `data.format`, for this source."""
-    weight: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of this source's train rows that is kept; dev and test keep all. A row is kept or not by the hash of its
-    content: a kept row stays kept when sources grow or weights rise. How many are kept is in the log. To give one
-    source more weight, give the others less: no row is repeated. A row of several sources belongs to the first one."""
-    domain: str | None = None
-    """Domain of all rows of this source, in place of the column `data.domain`."""
-
-
-class Data(Section):
-    path: Place | None = None
-    """Training domain: a file (JSONL, JSON array, CSV with a header, parquet), a folder of such files (only its train*
-    files, where it has any) or a hub data set id. Either this or `sources`."""
-    revision: str | None = None
-    """Hub revision of the data set; pinned to a commit when the run starts."""
-    sources: list[Source] | None = None
-    """Several sources in place of `path`."""
-    general: Place | None = None
-    """JSONL file with rows `{"text": ...}` outside the domain: measures forgetting (ppl_general)."""
-    format: Literal["auto"] | Format = "auto"
-    """`messages` (turns with role and content), `prompt-completion` (texts, or lists of turns), `sharegpt`
-    (conversations: from, value), `alpaca` (instruction, input, output, system) or `text` (every token is trained; has
-    no prompt, so no task score). `auto` detects it from the first row and says so. CSV holds turns as JSON text."""
-    domain: str | None = None
-    """Column that names a row's sub-domain; calibration is stratified over it, metrics are shown per value."""
-    group: str | None = None
-    """Column that keeps rows together on one side of the split. Default: the row's content hash."""
-    dev: Fraction = 0.1
-    """Share of groups for dev: whatever chooses reads only these."""
-    test: Fraction = 0.15
-    """Share of groups for test: published figures and the gate."""
-    salt: str = ""
-    """Another salt draws another split. Membership does not change when the data grows."""
-    max_length: Annotated[int, Field(ge=16)] = 1024
-    """Tokens a row. Longer rows lose whole leading turns, never a part of a completion; a plain text loses its end.
-    What is lost is counted."""
-    near_duplicates: Literal["count", "remove", "ignore"] = "count"
-    """Rows that are almost equal to another one, by their word 5-grams (system turns left out). `remove` keeps the copy
-    in test, then the one in dev; rows of test are never removed."""
-    near_duplicate_jaccard: Annotated[float, Field(ge=0.5, lt=1)] = 0.9
-    """Jaccard similarity from which rows are almost equal. MinHash proposes pairs, which are then compared exactly: of
-    pairs just at the limit at least 8 in 10 are found, of pairs at 0.95 and a limit of 0.9 99 in 100."""
-
-    @property
-    def parts(self) -> list[Source]:
-        """The sources; `path` is one source."""
-        if self.path is not None:
-            return [Source(path=self.path, revision=self.revision, format=self.format)]
-        return self.sources or []
-
-    def field(self, source: int) -> str:
-        """Dotted name of a source's path."""
-        return "data.path" if self.path is not None else f"data.sources.{source}.path"
-
-    @model_validator(mode="after")
-    def _path_or_sources(self) -> Data:
-        if self.path is None and not self.sources:
-            raise ValueError("data.path is missing: rows come from data.path, or from several data.sources")
-        if self.path is not None and self.sources is not None:
-            raise ValueError(
-                "data.sources stands beside data.path: write one of them; `path: null` undoes an extended one"
-            )
-        if self.sources is not None and (self.revision is not None or self.format != "auto"):
-            raise ValueError("data.sources stands beside data.revision or data.format: each source has its own")
-        named = [source.domain is not None for source in self.sources or []]
-        if any(named) and not all(named) and self.domain is None:
-            raise ValueError(
-                f"data.sources.{named.index(False)}.domain is missing: other sources name one, and no column "
-                "data.domain says it either"
-            )
-        return self
 
 
 class Train(Section):
@@ -123,7 +46,7 @@ class Train(Section):
     targets: Literal["all-linear"] | list[str] = "all-linear"
     """Modules that get an adapter, by the last part of their names."""
     rank_pattern: dict[str, Annotated[int, Field(ge=1, le=1024)]] = {}
-    """Another rank for some modules: the end of a module's name, or a regular expression for it, to rank (PEFT's)."""
+    """Another rank for some modules, as in PEFT: by the end of a module's name, or a regular expression for it."""
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
     """Another alpha for some modules, by the same keys."""
     rslora: bool = False
@@ -131,8 +54,8 @@ class Train(Section):
     dora: bool = False
     """Train the length of each output's weights apart from their direction (DoRA, arXiv:2402.09353); slower."""
     modules_to_save: list[str] = []
-    """Modules trained in full and saved with the adapter: embeddings, output layer, norms. Every module whose name ends
-    so (`norm` is also input_layernorm); what is quantized in training cannot be among them."""
+    """Modules trained in full and saved with the adapter: embeddings, output layer, norms. A name stands for every
+    module whose name ends with it (`norm` also for input_layernorm). Layers that training quantizes cannot be named."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     """Peak learning rate of AdamW."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -144,18 +67,19 @@ class Train(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradient norm is clipped to this."""
     batch_size: Annotated[int, Field(ge=1)] = 16
-    """Rows an optimizer step, over all devices. Accumulation follows from `run.micro_batch`."""
+    """Rows per optimizer step, over all devices. Accumulation follows from `run.micro_batch`."""
     epochs: Annotated[float, Field(gt=0)] = 1.0
     """Passes over train; ignored where max_steps is set."""
     max_steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps; overrides epochs."""
     packing: bool = False
-    """The rows of a forward pass stand in one sequence, without padding; each sees only itself. The same rows a step,
-    so the same curve. Pays with `attention: flash_attention_2`; else attention costs the square of that sequence."""
+    """Put the rows of a forward pass into one sequence, without padding; each row sees only itself. A step has the same
+    rows either way, so the curve is the same. Pays with `attention: flash_attention_2`; with the others attention costs
+    the square of that sequence."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention kernel of training; flash_attention_2 needs an NVIDIA GPU and the package flash-attn."""
     eval_steps: Annotated[int, Field(ge=1)] | None = None
-    """Optimizer steps between dev losses; default: four in a training."""
+    """Optimizer steps between dev losses; default: four dev losses per training."""
     patience: Annotated[int, Field(ge=1)] | None = None
     """Training ends after so many dev losses in a row without a new best."""
     keep: Literal["last", "best"] = "last"
@@ -189,7 +113,7 @@ class Calibrate(Section):
     allow_unusual_size: Annotated[str, Field(min_length=1)] | None = None
     """A reason to have fewer than 128 or more than 512 rows. It stands in the log, the manifest and the report."""
     seq_len: Annotated[int, Field(ge=32)] = 512
-    """Rows are packed up to so many tokens a sequence, never cut inside a completion."""
+    """Tokens per sequence: rows are packed up to this length, and never cut inside a completion."""
     stratify: Literal["proportional", "equal"] | dict[str, Annotated[float, Field(gt=0, le=1)]] = "proportional"
     """How rows are shared out over the domain column: in its proportions, equally, or by shares `{domain: share}` that
     sum to 1 (a domain that is not named gives none). Within a domain they come in equal parts from its short, middle
@@ -198,12 +122,12 @@ class Calibrate(Section):
     """Share of the rows that may be near-twins of a row of dev or test (Jaccard similarity of word 5-grams of prompt
     and completion 0.9 or more); more are refused. near_twins.jsonl of the artifact lists them."""
     controls: list[str] = []
-    """Schemes of `quantize.schemes` that are also made with other calibration: arms `SLUG.calib-generic` (general
-    text), `.calib-mixed` (half and half), `.calib-random` (random token ids), rounding to nearest with the same bits
-    and groups (none), and for AWQ `.scales-from-base` (scales and clipping found on the base). The report says whether
-    it mattered."""
+    """Schemes of `quantize.schemes` that are also made with other calibration, as arms of their own:
+    `SLUG.calib-generic` (general text), `.calib-mixed` (half and half), `.calib-random` (random token ids), rounding to
+    nearest with the same bits and groups (no calibration), and for AWQ `.scales-from-base` (scales and clipping found
+    on the base). The report says whether calibration mattered."""
     general: Place | None = None
-    """JSONL file with rows `{"text": ...}`, the generic calibration text of `controls`; none of them in
+    """JSONL file with rows `{"text": ...}`, the generic calibration text of `controls`. None of them may be in
     `data.general`, which is evaluated."""
     seed: int = 0
     """Draws the rows."""
@@ -234,41 +158,6 @@ class Calibrate(Section):
         return self
 
 
-class LayerRule(Section):
-    match: str
-    """Regular expression, searched in a layer's full name (`self_attn`, `layers\\.0\\.`). The first rule that matches
-    counts. q, k and v, and gate and up, have to fall under one rule: servers load them as one weight."""
-    keep: bool = False
-    """Leave these layers in bf16; then nothing else stands beside it."""
-    bits: Annotated[int, Field(ge=2, le=8)] | None = None
-    """Bits a weight; default: the scheme's."""
-    group_size: Annotated[int, Field(ge=-1)] | None = None
-    """Inputs a scale, -1 for per channel; default: the scheme's."""
-
-
-class SchemeSpec(Section):
-    scheme: str
-    """Slug; `quench schemes` lists them."""
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,59}$")] | None = None
-    """Name of the arm; default: the slug, with the backend behind it where one is named. Needed beside `rules` and
-    `kv_scales`."""
-    backend: Backend | None = None
-    """Another one than the scheme's own: `autoawq` for AWQ, `auto-gptq` for GPTQ (archived packages, installed by `make
-    env-autoawq` and `make env-autogptq`)."""
-    rules: list[LayerRule] = []
-    """Other grids for some layers. compressed-tensors schemes (ct-) only: other mixed files load in no server."""
-    kv_scales: bool = False
-    """Calibrate FP8 scales of the KV cache and write them into the files (ct- schemes only)."""
-
-    @model_validator(mode="after")
-    def _named(self) -> SchemeSpec:
-        if (self.rules or self.kv_scales) and self.name is None:
-            raise ValueError(
-                f"name is missing: {self.scheme} with rules or kv_scales is another scheme than the plain one"
-            )
-        return self
-
-
 class Quantize(Section):
     schemes: list[str | SchemeSpec] = ["awq-w4-g128", "gptq-w4-g128"]
     """Scheme slugs (METHOD-wBITS-gGROUP: rtn, gptq, awq, ct-gptq, ct-awq; nf4, int8; `quench schemes` lists them), or a
@@ -296,27 +185,28 @@ class ExternalModel(Section):
 
 
 class Evaluate(Section):
-    scorers: Annotated[list[Scorer], Field(min_length=1)] = [ExactMatch()]
+    scorers: Annotated[list[Scorer], Field(min_length=1)] = [ExactMatchSpec()]
     """How the last turn's answer, decoded greedily from its true history, is scored. All of them score the same
     answers: the first one is the metric `task`, which ranks, and every other one `task.NAME`. docs/scorers.md."""
     on_base: list[str] = []
     """Schemes that are also applied to the base, with the adapter on top (arms `SLUG.on-base`)."""
     kv_cache: list[str] = []
     """Arms that are also evaluated with a quantized KV cache: `ARM.kv-fp8` (e4m3, scale 1), `ARM.kv-fp8-calibrated`
-    (e4m3, a scale each for keys and values of a layer, from the calibration set), `ARM.kv-int8` (a scale a token and
-    head). Simulated: what storage would give back is what attention reads, in bf16; nothing gets smaller or faster."""
+    (e4m3, one scale for the keys and one for the values of a layer, from the calibration set), `ARM.kv-int8` (one scale
+    per token and head). Simulated: attention reads what such a cache would give back, in bf16; nothing gets smaller or
+    faster."""
     external: dict[Name, Place | ExternalModel] = {}
     """Models from elsewhere that join the matrix under a name: what is in production now, a checkpoint of another tool,
-    a bigger model as yardstick. A folder or hub id that transformers loads, in bf16, fp16, fp32 or as its config.json
-    says that it is quantized; a section where it needs a revision or a template. One with another tokenizer is scored
-    with its own template and compared by task score and bits a byte."""
+    a bigger model as yardstick. A folder or hub id that transformers loads: in bf16, fp16 or fp32, or quantized as its
+    config.json says. Write a section where it needs a revision or a template. A model with another tokenizer is scored
+    with its own template and compared by task score and bits per byte."""
     reference: Name | None = None
     """External model that KL and top-1 agreement are measured against, in place of nf4-adapter; it has to have the
     base's tokenizer."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 256
     """Longest answer that is decoded."""
     batch_size: Annotated[int, Field(ge=1)] = 16
-    """Rows a forward pass, equal for all arms: sums in bf16 depend on it a little."""
+    """Rows per forward pass, equal for all arms: sums in bf16 depend on it a little."""
     reference_gib: Annotated[float, Field(gt=0)] = 4.0
     """Size limit of the stored reference logits; a seeded sample of whole rows where not all rows fit."""
     seed: int = 0
@@ -324,13 +214,13 @@ class Evaluate(Section):
 
     @model_validator(mode="after")
     def _scorers_apart(self) -> Evaluate:
-        names = [one.called for one in self.scorers]
+        names = [scorer.called for scorer in self.scorers]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(
                 f"evaluate.scorers has {', '.join(twice)} twice: scores are published as task.NAME, so one of them "
                 "needs another `name:`"
             )
-        if isinstance(self.scorers[0], LmEval):
+        if isinstance(self.scorers[0], LmEvalSpec):
             raise ValueError(
                 "evaluate.scorers begins with lm-eval: the first scorer is `task`, which ranks arms and is read on "
                 "dev, where lm-eval has no documents; write one of the rows' answers before it (`- kind: exact-match`)"
@@ -341,8 +231,8 @@ class Evaluate(Section):
     def externals(self) -> dict[str, ExternalModel]:
         """External models by name, each as a section."""
         return {
-            name: one if isinstance(one, ExternalModel) else ExternalModel(path=one)
-            for name, one in self.external.items()
+            name: model if isinstance(model, ExternalModel) else ExternalModel(path=model)
+            for name, model in self.external.items()
         }
 
     @model_validator(mode="after")
@@ -377,15 +267,15 @@ class Gate(Section):
 
     task: Annotated[float, Field(gt=0, lt=1)] = 0.02
     """Share of the answers, for every scorer: 0.02 is 2 points. Less than users notice, and about what 500 test rows
-    can tell where 1 answer in 20 changes."""
+    can resolve where 1 answer in 20 changes."""
     loss: Annotated[float, Field(gt=0)] = 0.02
-    """Nats a token on completions of test: 2 % more perplexity. What 4 bits usually cost is below it, what a broken
+    """Nats per token on completions of test: 2 % more perplexity. What 4 bits usually cost is below it, what a broken
     scale costs far above."""
     general_loss: Annotated[float, Field(gt=0)] = 0.05
-    """Nats a token on the general hold-out. Wider: it is not what the model is for, and every training moves it."""
+    """Nats per token on the general hold-out. Wider: it is not what the model is for, and every training moves it."""
     domain_task: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """As `task`, within each domain of 200 test rows or more (others are shown and gate nothing). Wider, since a slice
-    has fewer rows: 200 of them can tell 5 points, not 2."""
+    has fewer rows: 200 of them can resolve 5 points, not 2."""
     domain_loss: Annotated[float, Field(gt=0)] = 0.05
     """As `loss`, within each such domain."""
     better_than_base: bool = True
@@ -408,28 +298,27 @@ class Serve(Section):
     """Where the result is to be served. Decides no bytes of any artifact: nothing is made again when it changes."""
 
     engine: Literal["vllm", "transformers", "exllamav2", "none"] = "none"
-    """What it cannot read is warned of by `quench check`, marked in the report and never promoted. `none`: nothing."""
+    """What serves the result. A scheme that it cannot read gets a warning from `quench check` and a mark in the report,
+    and is never promoted. `none`: nothing is known about it."""
     tensor_parallel: Annotated[int, Field(ge=1)] = 1
     """GPUs that each layer is split over (vLLM's --tensor-parallel-size)."""
     max_model_len: Annotated[int, Field(ge=16)] | None = None
     """Tokens of prompt and answer in the serve command; default: the longest context of the base."""
 
 
-class Run(Section):
+class RunSettings(Section):
     """Execution only: nothing here changes a fingerprint."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where a GPU is visible."""
-    workers: Annotated[int, Field(ge=1)] | None = None
-    """Steps at once; default: one a GPU, or one a CPU slot."""
     threads: Annotated[int, Field(ge=1)] | None = None
-    """CPU threads a step that may run beside others; default 1 on CPU, 4 on CUDA."""
+    """CPU threads of a step that may run beside others; default: 1 on CPU, 4 on CUDA."""
     micro_batch: Annotated[int, Field(ge=1)] | None = None
-    """Rows a forward pass in training; times `processes` it has to divide train.batch_size."""
+    """Rows per forward pass in training; times `processes` it has to divide train.batch_size."""
     processes: Annotated[int, Field(ge=1)] = 1
-    """Processes that train together, one a GPU; they share train.batch_size."""
+    """Processes that train together, one per GPU; they share train.batch_size."""
     launcher: Literal["ddp", "fsdp-qlora"] = "ddp"
-    """How they share it, infra/accelerate/: `ddp` has the whole base in each, `fsdp-qlora` (CUDA) a part in each."""
+    """How the processes share the base (infra/accelerate/): `ddp` has all of it in each, `fsdp-qlora` (CUDA) a part."""
     time_limit_s: Annotated[int, Field(ge=1)] | None = None
     """A step that takes longer is ended and fails."""
     log_level: Literal["DEBUG", "INFO", "WARNING"] = "INFO"
@@ -463,7 +352,7 @@ class Recipe(Section):
     """What is promoted."""
     serve: Serve = Serve()
     """Where it is to be served."""
-    run: Run = Run()
+    run: RunSettings = RunSettings()
     """Where it runs."""
 
     @property
@@ -473,7 +362,7 @@ class Recipe(Section):
 
     @property
     def micro_batch(self) -> int:
-        """Rows a forward pass in training."""
+        """Rows per forward pass in training."""
         return self.run.micro_batch or max(1, self.train.batch_size // self.run.processes)
 
     @model_validator(mode="after")
@@ -494,6 +383,11 @@ def is_hub_id(name: str, *, folder: Path) -> bool:
     return plain and not (folder / name).exists()
 
 
-def json_schema() -> dict[str, Any]:
-    """JSON schema of a recipe, for editors and for docs/recipe.md."""
-    return Recipe.model_json_schema()
+def recipe_of_run(resolved: Mapping[str, Any]) -> Recipe:
+    """The recipe in a run's recipe.resolved.json; older runs also name `run.workers`, which never had an effect.
+
+    Raises:
+        ValidationError: It is one of another version of Quench.
+    """
+    run = {key: value for key, value in resolved.get("run", {}).items() if key != "workers"}
+    return Recipe.model_validate({**resolved, "run": run})

@@ -1,4 +1,4 @@
-"""`evaluate.scorers`: how an answer is scored, one section a kind. docs/scorers.md has an example of each."""
+"""`evaluate.scorers`: how an answer is scored, one section per kind. docs/scorers.md has an example of each."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ NUMBER = r"((?:(?<!\w)[-+−])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<
 CALLABLE = re.compile(r"(?P<source>.+):(?P<function>[A-Za-z_]\w*)")
 
 
-class Callable(NamedTuple):
+class PythonFunction(NamedTuple):
     """`source:function` in its parts; `source` is a path that ends in .py, or a module's dotted name."""
 
     source: str
     function: str
 
 
-class Named(Section):
-    """What all kinds have."""
+class ScorerSpec(Section):
+    """What all kinds of scorers have."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")] | None = None
     """Its scores are the metric `task.NAME` (`task` where it is the first); default: the kind."""
@@ -40,16 +40,16 @@ class Named(Section):
         return getattr(self, self.content) if self.content else None
 
     def params(self) -> dict[str, Any]:
-        """What is identity: everything but where files lie."""
+        """What is identity: everything but the paths of files."""
         return {**self.model_dump(exclude={self.content} if self.content else None), "name": self.called}
 
 
-class ExactMatch(Named):
+class ExactMatchSpec(ScorerSpec):
     kind: Literal["exact-match"] = "exact-match"
     """Answer and reference are equal after stripping white space."""
 
 
-class Number(Named):
+class NumberSpec(ScorerSpec):
     kind: Literal["number"]
     """The last number in the answer is the last number in the reference."""
     pattern: str = NUMBER
@@ -61,7 +61,7 @@ class Number(Named):
     """The same as a share of the reference."""
 
     @model_validator(mode="after")
-    def _one_group(self) -> Number:
+    def _one_group(self) -> NumberSpec:
         try:
             groups = re.compile(self.pattern).groups
         except re.error as error:
@@ -73,7 +73,7 @@ class Number(Named):
         return self
 
 
-class JsonSchema(Named):
+class JsonSchemaSpec(ScorerSpec):
     content = "schema_file"
 
     kind: Literal["json-schema"]
@@ -81,52 +81,53 @@ class JsonSchema(Named):
     schema_file: Place
     """The schema, a JSON file."""
     match: Literal["valid", "equal"] = "valid"
-    """`equal`: it is also the same JSON value as the reference, whatever the order of its keys."""
+    """`valid`: the schema accepts it. `equal`: it is also the same JSON value as the reference; the order of keys does
+    not count."""
 
 
-class SqlExecution(Named):
+class SqlExecutionSpec(ScorerSpec):
     content = "databases"
 
     kind: Literal["sql-execution"]
     """Answer and reference return the same rows from sqlite3 (order counts only where the reference orders)."""
     databases: Place
-    """Folder with one SCHEMA.sql a database: tables and rows."""
+    """Folder with one SCHEMA.sql per database: tables and rows."""
     schema_column: str = "schema"
     """Column of the data that names the row's database."""
 
 
-class PythonCallable(Named):
+class PythonCallableSpec(ScorerSpec):
     content = "callable"
 
     kind: Literal["python"]
     """A function of your own: `def score(answer, reference, columns)` returns a number from 0 to 1, or a bool."""
     callable: Place
     """`path/to/file.py:function`, or `package.module:function` of a file below the recipe's folder or of an installed
-    package. It is loaded alone; it enters the identity by the digest of that one file, not of what this imports."""
+    package. Its identity is the digest of that one file; what the file imports is not part of it."""
 
     @model_validator(mode="after")
-    def _two_parts(self) -> PythonCallable:
+    def _two_parts(self) -> PythonCallableSpec:
         if CALLABLE.fullmatch(self.callable) is None:
             raise ValueError(f"callable is `{self.callable}`: it has to be path/to/file.py:function or module:function")
         return self
 
     @property
-    def parts(self) -> Callable:
+    def parts(self) -> PythonFunction:
         """Source and function."""
-        found = CALLABLE.fullmatch(self.callable)
-        assert found is not None  # _two_parts has seen it
-        return Callable(found["source"], found["function"])
+        parts = CALLABLE.fullmatch(self.callable)
+        assert parts is not None  # _two_parts has seen it
+        return PythonFunction(parts["source"], parts["function"])
 
     def params(self) -> dict[str, Any]:
         """The function's name; its file is an input."""
         return super().params() | {"function": self.parts.function}
 
 
-class LmEval(Named):
+class LmEvalSpec(ScorerSpec):
     content = "include"
 
     kind: Literal["lm-eval"]
-    """Tasks of lm-evaluation-harness, scored a document: rows of their own beside those of test."""
+    """Tasks of lm-evaluation-harness. Each of their documents is scored, beside the rows of test."""
     tasks: Annotated[list[str], Field(min_length=1)]
     """Names of tasks, groups or tags; their documents count alike."""
     include: Place | None = None
@@ -135,13 +136,14 @@ class LmEval(Named):
     """Metric of the tasks, `exact_match` or `exact_match,FILTER`, which gives each document 0 to 1, more is better;
     default: the first that each task lists."""
     limit: Annotated[int, Field(ge=1)] | None = None
-    """Documents of each task, the first ones; default: all."""
+    """How many documents of each task are scored, the first ones; default: all."""
     chat_template: bool = True
-    """Documents are asked as a user turn of the model's chat template."""
+    """Each document is put to the model as a user turn of its chat template."""
 
 
 Scorer = Annotated[
-    ExactMatch | Number | JsonSchema | SqlExecution | PythonCallable | LmEval, Field(discriminator="kind")
+    ExactMatchSpec | NumberSpec | JsonSchemaSpec | SqlExecutionSpec | PythonCallableSpec | LmEvalSpec,
+    Field(discriminator="kind"),
 ]
 
 

@@ -47,14 +47,14 @@ def hide(text: str) -> str:
 
 
 def secrets_in(text: str) -> Iterator[str]:
-    """What of a secret's form, or of the value of a secret variable, stands in the text; said, never shown."""
+    """What kinds of secrets the text holds, by their form or as the value of a secret variable; never their values."""
     for whose, pattern in _TOKENS.items():
         if re.search(rf"(?<![A-Za-z0-9])(?:{pattern})", text):
             yield whose
     if _URL.search(text):
         yield "a URL with a password"
     for name, value in os.environ.items():
-        if is_secret(name, value) and any(one in text for one in _parts(value)):
+        if is_secret(name, value) and any(part in text for part in _parts(value)):
             yield f"the value of the environment variable {name}"
 
 
@@ -63,8 +63,8 @@ def _values() -> set[str]:
 
 
 def _parts(value: str) -> Iterator[str]:
-    """What of a secret variable's value is secret: of a URL the password, as it is written and as it is meant."""
-    found = _URL.search(value)
-    for part in (found["password"], unquote(found["password"])) if found else (value,):
+    """What is secret in a secret variable's value: of a URL the password, as it is written and decoded."""
+    url = _URL.search(value)
+    for part in (url["password"], unquote(url["password"])) if url else (value,):
         if len(part) >= LEAST:
             yield part

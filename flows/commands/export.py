@@ -21,7 +21,7 @@ from flows.results.artifacts import Part, _refused, parts_of, serve_record
 from flows.results.read import Arm, Run, Step, read_run
 from flows.run.folder import find_run
 from recipes.problem import Problem, RecipeError
-from recipes.schema import Recipe
+from recipes.schema import recipe_of_run
 from recipes.schemes.serve_file import write
 from tasks import reload
 from tasks.runtime.fingerprint import file_digest
@@ -269,7 +269,7 @@ def _external(name: str, path: Path) -> External:
 
 def _recipe(run: Run) -> str:
     """The recipe as it was run: what was set in the file or by --set, without defaults."""
-    asked = Recipe.model_validate(run.recipe).model_dump(mode="json", exclude_defaults=True)
+    asked = recipe_of_run(run.recipe).model_dump(mode="json", exclude_defaults=True)
     head = f"# Run {run.raw['id']}, overrides included; relative paths counted from the folder of its recipe.\n"
     return head + yaml.safe_dump(asked, sort_keys=False, allow_unicode=True)
 

@@ -17,10 +17,11 @@ from flows.plan.row_sizes import data_bytes, row_sizes, row_tokens, tokens_per_b
 from recipes.checks.check import load_and_check
 from recipes.checks.rows import Sides, least_rows, split_rows
 from recipes.data.rows import Origin, Row, Rows, read_rows
+from recipes.data.schema import Data
 from recipes.models.headers import Headers, read_headers
 from recipes.problem import Problem, RecipeError
 from recipes.read.load import shown
-from recipes.schema import LEAST_ROWS, TOKENS_PER_INPUT, Data, Recipe, is_hub_id
+from recipes.schema import LEAST_ROWS, TOKENS_PER_INPUT, Recipe, is_hub_id
 from recipes.schemes.slugs import legal_schemes
 from tasks.runtime.step import resolve_device
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from recipes.arms import specified
-from recipes.checks.serving import entries
+from recipes.checks.serving import scheme_entries
 from recipes.models.linear import Linear
 from recipes.problem import Problem
 from recipes.schema import Recipe
@@ -71,7 +71,7 @@ def missing(backend: Backend) -> str:
 
 def not_here(recipe: Recipe) -> Iterator[Problem]:
     """Schemes of a recipe that this machine cannot make yet; `plan` and `run` refuse, unless they are in the store."""
-    for field, entry in entries(recipe):
+    for field, entry in scheme_entries(recipe):
         if problem := environment_problem(ENVIRONMENTS.get(specified(entry).backend)):
             yield replace(problem, where=field)
 

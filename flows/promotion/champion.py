@@ -16,7 +16,7 @@ from flows.promotion.journal import Promotion
 from flows.results.read import Arm, Run, Step, read_scores
 from recipes.arms import CHAMPION
 from recipes.problem import Problem
-from recipes.schema import Recipe
+from recipes.schema import Recipe, recipe_of_run
 from tasks import evaluate
 from tasks.runtime.fingerprint import file_digest
 from tasks.runtime.pin import Digests
@@ -112,7 +112,7 @@ def evaluated(present: Promotion, run: Run, candidate: Arm, home: Path) -> Rival
     store, folder = open_store(home), home / present.path
     if problem := stale(store, present):
         raise problem.error()
-    recipe = Recipe.model_validate(run.recipe)
+    recipe = recipe_of_run(run.recipe)
     inputs = _inputs(scored, recipe, home)
     other = _other_words(folder / "files", inputs["dataset"].path / "tokenizer")
     if other:  # then there is nothing that its logits could be compared with

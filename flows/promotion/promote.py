@@ -23,7 +23,7 @@ from flows.results.cells import Draws
 from flows.results.read import Arm, Run, read_run
 from flows.run.folder import find_run
 from recipes.problem import Problem
-from recipes.schema import Recipe
+from recipes.schema import recipe_of_run
 from tasks.runtime.fingerprint import file_digest
 from tasks.runtime.store.home import open_home
 from tasks.runtime.store.local import Store, find_home, read_json, write_json
@@ -129,7 +129,7 @@ def model_name(run_folder: Path) -> str:
     """
     path = run_folder / "recipe.resolved.json"
     try:
-        return Recipe.model_validate(read_json(path)).model_name
+        return recipe_of_run(read_json(path)).model_name
     except ValidationError as error:
         raise Problem(
             what="The run's recipe is one of another version of Quench.",

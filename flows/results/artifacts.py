@@ -10,7 +10,7 @@ from flows.results.read import Arm, Run, Step
 from recipes.models.headers import Headers, read_headers
 from recipes.problem import Problem, RecipeError
 from recipes.schemes.scheme import Scheme
-from recipes.schemes.serve_file import Adapter, describe
+from recipes.schemes.serve_file import ServedAdapter, describe
 
 NOT_COPIED = ("events.jsonl", "serve.json", "serve.md")  # our log; serve files are written for the recipe's serve:
 
@@ -74,7 +74,7 @@ def serve_record(run: Run, arm: Arm, parts: list[Part]) -> dict[str, Any]:
         scheme=scheme,
         tensor_parallel=serve.get("tensor_parallel", 1),
         max_model_len=serve.get("max_model_len"),
-        adapter=Adapter.read(parts[1].source, nf4=arm.kind == "nf4") if arm.adapter else None,
+        adapter=ServedAdapter.read(parts[1].source, nf4=arm.kind == "nf4") if arm.adapter else None,
     )
 
 

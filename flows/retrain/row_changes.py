@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recipes.data.rows import Origin, Row, content_hash, read_origin
-from recipes.schema import Data
+from recipes.data.schema import Data
 
 NAMED = 5  # domains that a sentence names; the rest is counted
 

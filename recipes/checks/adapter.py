@@ -1,4 +1,4 @@
-"""An adapter that stands in place of training: what of it can be refused before anything is spent."""
+"""An adapter in place of training: what can be refused before anything is spent."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from recipes.models.adapters import CONFIG, WEIGHTS, Adapter, read_adapter
-from recipes.models.headers import Headers, Tensor
+from recipes.models.headers import Headers
+from recipes.models.weights import Tensor
 from recipes.problem import Problem, RecipeError
 from recipes.read.load import Loaded
 
@@ -14,8 +15,8 @@ PREFIX = "base_model.model."  # PEFT's, before the base's own module names
 PARTS = (".lora_A.weight", ".lora_B.weight")
 
 
-def beside(loaded: Loaded) -> Iterator[Problem]:
-    """Settings of a training that stand beside an adapter: they would have no effect."""
+def beside_problems(loaded: Loaded) -> Iterator[Problem]:
+    """Settings of training beside an adapter: they would have no effect."""
     if loaded.recipe.train.adapter is None:
         return
     for name in sorted(loaded.recipe.train.model_fields_set - {"adapter"}):
@@ -50,16 +51,16 @@ def fit_problems(folder: Path, headers: Headers) -> list[Problem]:
     try:
         adapter = read_adapter(folder)
     except RecipeError:
-        return []  # folder_problems says so
-    strange = list(_strange(adapter, headers))
-    if adapter.tensors and not strange:
+        return []  # folder_problems reports it
+    misfits = list(_misfits(adapter, headers))
+    if adapter.tensors and not misfits:
         return []
     return [
         Problem(
-            what=f"{len(strange)} part(s) of the adapter fit no weight of the base."
-            if strange
+            what=f"{len(misfits)} part(s) of the adapter fit no weight of the base."
+            if misfits
             else "The adapter holds no tensors.",
-            where=f"{folder / WEIGHTS}: {', '.join(strange) or 'empty'}",
+            where=f"{folder / WEIGHTS}: {', '.join(misfits) or 'empty'}",
             why="It was trained on another base, or on one with tokens added.",
             next=f"Name the base that it was trained on as model.base; its {CONFIG} says "
             f"{adapter.config.get('base_model_name_or_path') or 'nothing about it'}.",
@@ -67,17 +68,17 @@ def fit_problems(folder: Path, headers: Headers) -> list[Problem]:
     ]
 
 
-def _strange(adapter: Adapter, headers: Headers) -> Iterator[str]:
+def _misfits(adapter: Adapter, headers: Headers) -> Iterator[str]:
     """`name (adapter [out, in], base [out, in])`, or the name alone where the base has no such weight."""
     shapes = _shapes(headers)
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in adapter.tensors.items()}
     for module in sorted({name.rpartition(".lora_")[0] for name in tensors if name.endswith(PARTS)}):
         a, b = (tensors.get(f"{module}{part}") for part in PARTS)
-        known = _known(module, shapes)
-        if known is None or a is None or b is None:
+        of_base = _known(module, shapes)
+        if of_base is None or a is None or b is None:
             yield module
-        elif (found := (*b.shape[:1], *a.shape[1:])) != known:
-            yield f"{module} (adapter {list(found)}, base {list(known)})"
+        elif (of_adapter := (*b.shape[:1], *a.shape[1:])) != of_base:
+            yield f"{module} (adapter {list(of_adapter)}, base {list(of_base)})"
     for name in sorted(name for name in tensors if ".lora_" not in name):
         yield from _whole(name, tensors[name], headers)
 

@@ -1,4 +1,4 @@
-"""Arms of the matrix that cannot be, or cannot be measured as asked, as far as recipe and headers tell."""
+"""Arms that cannot be loaded, or not measured as the recipe wants, as far as recipe and headers show."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from recipes.read.load import Loaded
 
 
 def unavailable(loaded: Loaded) -> Iterator[Problem]:
-    """Arms of evaluate.on_base that PEFT cannot load. Says nothing about a recipe that `check` refuses."""
+    """Arms of evaluate.on_base that PEFT cannot load; none where `check` refuses the recipe."""
     try:
-        found = {arm.slug: arm.unavailable for arm in arms(loaded.recipe, adapter=_adapter_config(loaded))}
+        reasons = {arm.slug: arm.unavailable for arm in arms(loaded.recipe, adapter=_adapter_config(loaded))}
     except RecipeError:
-        return  # check says so
+        return  # check reports it
     for index, slug in enumerate(loaded.recipe.evaluate.on_base):
-        why = found[f"{slug}.on-base"]
+        why = reasons[f"{slug}.on-base"]
         if why is not None:
             yield Problem(
                 what=f"{slug}.on-base cannot be loaded, so its cells in the report will be empty.",

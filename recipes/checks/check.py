@@ -7,36 +7,35 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from recipes.arms import arms, specified
-from recipes.checks.adapter import beside, fit_problems, folder_problems
+from recipes.checks.adapter import beside_problems, fit_problems, folder_problems
 from recipes.checks.arms import kv_cache_problems
 from recipes.checks.external import folder_problems as external_problems
 from recipes.checks.external import needs_code, reference_problems, unpinned_problems
-from recipes.checks.gate import preferred
+from recipes.checks.gate import prefer_problems
 from recipes.checks.python import python_problems
 from recipes.checks.rows import RowCheck, check_data, general_files, general_problems
 from recipes.checks.scorers import scorer_problems
-from recipes.checks.serving import entries, length_problems
+from recipes.checks.serving import scheme_entries, schemes
 from recipes.checks.train import device_problems, train_problems
 from recipes.data.rows import read_origin
 from recipes.models.headers import Headers, read_headers
 from recipes.problem import Problem, RecipeError
 from recipes.read.load import InvalidRecipe, Loaded, load, missing
-from recipes.schema import SchemeSpec
 from recipes.schemes.limits import limit_problems
-from recipes.schemes.scheme import Scheme
 
-__all__ = ["Checked", "RowCheck", "check", "check_base", "check_data", "load_and_check", "load_and_read", "unchecked"]
+__all__ = ["CheckedRecipe", "RowCheck", "check", "check_base", "check_data", "load_and_check", "load_and_read"]
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 OURS = ("flows", "tasks", "recipes")
 
 
-class Checked(NamedTuple):
-    """A recipe without a problem, and what its rows say; nothing where they were not read."""
+class CheckedRecipe(NamedTuple):
+    """A recipe without a problem, and what its rows show; nothing where they were not read."""
 
     loaded: Loaded
     rows: RowCheck
@@ -47,7 +46,7 @@ def load_and_check(path: Path, *, sets: Sequence[str] = (), data: bool = False) 
     return load_and_read(path, sets=sets, data=data).loaded
 
 
-def load_and_read(path: Path, *, sets: Sequence[str] = (), data: bool = True) -> Checked:
+def load_and_read(path: Path, *, sets: Sequence[str] = (), data: bool = True) -> CheckedRecipe:
     """Load and check in one go: a misspelled key does not hide a missing file.
 
     Args:
@@ -69,21 +68,21 @@ def load_and_read(path: Path, *, sets: Sequence[str] = (), data: bool = True) ->
         problems += [*check(loaded), *rows.problems]
     if problems or loaded is None:
         raise RecipeError(problems)
-    return Checked(loaded, rows)
+    return CheckedRecipe(loaded, rows)
 
 
 def check(loaded: Loaded, *, fetched: bool = False) -> list[Problem]:
     """All problems that the recipe, config.json, the safetensors headers and the first row show.
 
-    A base or data set that is a hub id is not local and says nothing here: `check_base` looks at it when it is pinned.
+    A base or data set that is a hub id is not local, so it is not checked here: `check_base` does when it is pinned.
 
     Args:
         loaded: The recipe.
-        fetched: It is checked for the second time, with folders in place of hub ids. What Python is allowed was asked
-            of the recipe as it is written.
+        fetched: It is checked for the second time, with folders in place of hub ids. Whether its Python is allowed was
+            checked the first time, on the recipe as it is written.
     """
     problems = [*_shadows(), *_schemes(loaded), *_data(loaded), *scorer_problems(loaded), *_template(loaded)]
-    problems += [*beside(loaded), *_adapter(loaded), *_externals(loaded), *preferred(loaded.recipe)]
+    problems += [*beside_problems(loaded), *_adapter(loaded), *_externals(loaded), *prefer_problems(loaded.recipe)]
     problems += [] if fetched else python_problems(loaded)
     problems += device_problems(loaded.recipe, device=loaded.recipe.run.device)
     base = loaded.base
@@ -98,21 +97,10 @@ def check_base(loaded: Loaded, folder: Path) -> list[Problem]:
         headers = read_headers(folder)
     except RecipeError as error:
         return list(error.problems)
-    found = [*_own_code(headers), *_chat_template(loaded, headers), *_shapes(loaded, headers)]
-    found += [*_lengths(loaded, headers), *length_problems(loaded, headers), *kv_cache_problems(loaded, headers)]
-    found += [*train_problems(loaded, headers), *(fit_problems(loaded.adapter, headers) if loaded.adapter else [])]
-    return [loaded.placed(problem) for problem in found]
-
-
-def unchecked(loaded: Loaded) -> list[str]:
-    """What is not here yet and was not looked at: `model.base org/name: checked when it is pinned`."""
-    asked = loaded.recipe.data
-    named = {"model.base": (loaded.recipe.model.base, loaded.base)}
-    named |= {asked.field(i): (part.path, loaded.data[i]) for i, part in enumerate(asked.parts)}
-    named |= {"train.adapter": (loaded.recipe.train.adapter or "", loaded.adapter)}
-    for name, one in loaded.recipe.evaluate.externals.items():
-        named[f"evaluate.external.{name}"] = (one.path, loaded.externals[name])
-    return [f"{field} {name}: checked when it is pinned" for field, (name, here) in named.items() if name and not here]
+    problems = [*_own_code(headers), *_chat_template(loaded, headers), *_shapes(loaded, headers)]
+    problems += [*_lengths(loaded, headers), *kv_cache_problems(loaded, headers), *train_problems(loaded, headers)]
+    problems += fit_problems(loaded.adapter, headers) if loaded.adapter else []
+    return [loaded.placed(problem) for problem in problems]
 
 
 # ---- the checkout
@@ -124,10 +112,10 @@ def _shadows() -> Iterator[Problem]:
         spec = importlib.util.find_spec(name)
         origin = Path(spec.origin).resolve() if spec and spec.origin else None
         if origin is None or origin != CHECKOUT / name / "__init__.py":
-            found = list(spec.submodule_search_locations or []) if spec else []
+            folders = list(spec.submodule_search_locations or []) if spec else []
             yield Problem(
                 what=f"Another `{name}` is imported in place of Quench's.",
-                where=str(origin or (found[0] if found else CHECKOUT / name)),
+                where=str(origin or (folders[0] if folders else CHECKOUT / name)),
                 why=f"Code of two places would be mixed; ours is {CHECKOUT / name}.",
                 next=f"Rename {origin.name if origin else name}, or start `quench` from another folder.",
             )
@@ -138,38 +126,25 @@ def _shadows() -> Iterator[Problem]:
 
 def _schemes(loaded: Loaded) -> Iterator[Problem]:
     """Slugs that name no scheme, and arms that would share a name."""
-    found: list[Problem] = []
-    for field, entry in entries(loaded.recipe):
+    problems: list[Problem] = []
+    for field, entry in scheme_entries(loaded.recipe):
         try:
             specified(entry)
         except RecipeError as error:
-            found += (_at(problem, field) for problem in error.problems)
+            problems += (replace(problem, where=field) for problem in error.problems)
     try:
-        if not found:
+        if not problems:
             arms(loaded.recipe)
     except RecipeError as error:
-        found += error.problems
-    yield from found
-
-
-def _at(problem: Problem, where: str) -> Problem:
-    return Problem(what=problem.what, where=where, why=problem.why, next=problem.next)
+        problems += error.problems
+    yield from problems
 
 
 def _shapes(loaded: Loaded, headers: Headers) -> Iterator[Problem]:
     """Schemes that the base's layers, or its model type, do not allow."""
-    for field, entry in entries(loaded.recipe):
-        scheme = _parsed(entry)
-        if scheme is not None:
-            found = [*scheme.check(headers.linears), *limit_problems(scheme, headers)]
-            yield from (_at(problem, field) for problem in found)
-
-
-def _parsed(entry: str | SchemeSpec) -> Scheme | None:
-    try:
-        return specified(entry)
-    except RecipeError:
-        return None  # _schemes says so
+    for field, scheme in schemes(loaded.recipe):
+        for problem in (*scheme.check(headers.linears), *limit_problems(scheme, headers)):
+            yield replace(problem, where=field)
 
 
 def _own_code(headers: Headers) -> Iterator[Problem]:
@@ -185,8 +160,8 @@ def _own_code(headers: Headers) -> Iterator[Problem]:
 
 
 def _chat_template(loaded: Loaded, headers: Headers) -> Iterator[Problem]:
-    chosen = loaded.recipe.model.chat_template
-    if chosen is None and not headers.has_chat_template:
+    template = loaded.recipe.model.chat_template
+    if template is None and not headers.has_chat_template:
         yield Problem(
             what="The base has no chat template.",
             where="model.base",
@@ -194,9 +169,9 @@ def _chat_template(loaded: Loaded, headers: Headers) -> Iterator[Problem]:
             next="Write `chat_template: chatml` under `model:` (or the path of a Jinja file); `quench init` takes "
             "--chat-template chatml. It is saved into every artifact.",
         )
-    if chosen is not None and headers.has_chat_template:
+    if template is not None and headers.has_chat_template:
         yield Problem(
-            what=f"The base has a chat template of its own, and the recipe names another one: {chosen}.",
+            what=f"The base has a chat template of its own, and the recipe names another one: {template}.",
             where="model.chat_template",
             why="The base was trained with its own; a second one would undo that.",
             next="Remove model.chat_template.",
@@ -204,20 +179,23 @@ def _chat_template(loaded: Loaded, headers: Headers) -> Iterator[Problem]:
 
 
 def _lengths(loaded: Loaded, headers: Headers) -> Iterator[Problem]:
+    """Lengths beyond the base's longest context."""
     recipe, limit = loaded.recipe, headers.max_positions
     lengths = {
         "data.max_length": recipe.data.max_length,
         "calibrate.seq_len": recipe.calibrate.seq_len,
         "measure.prompt_tokens": recipe.measure.prompt_tokens + recipe.measure.new_tokens,
+        "serve.max_model_len": recipe.serve.max_model_len or 0,
     }
     for field, length in lengths.items():
         if limit is not None and length > limit:
-            extra = " with measure.new_tokens" if field == "measure.prompt_tokens" else ""
+            added = recipe.measure.new_tokens if field == "measure.prompt_tokens" else 0
             yield Problem(
-                what=f"{field}{extra} is {length} tokens; the base ends at {limit}.",
+                what=f"{field}{' with measure.new_tokens' if added else ''} is {length} tokens; the base has {limit}.",
                 where=field,
-                why="config.json names the longest context; positions behind it were never trained.",
-                next=f"Set {field} to {limit - (length - recipe.measure.prompt_tokens if extra else 0)} or less.",
+                why="config.json names the longest context: positions behind it were never trained, and vLLM refuses "
+                "to start with more.",
+                next=f"Set {field} to {limit - added} or less.",
             )
 
 
@@ -243,9 +221,9 @@ def _externals(loaded: Loaded) -> Iterator[Problem]:
 
 
 def _data(loaded: Loaded) -> Iterator[Problem]:
-    for i, path in enumerate(loaded.data):
+    for number, path in enumerate(loaded.data):
         if path is not None and not path.exists():
-            yield missing(path, field=loaded.recipe.data.field(i), kind="file")
+            yield missing(path, field=loaded.recipe.data.field(number), kind="file")
     for origin in loaded.origins.values():
         yield from read_origin(origin, max_rows=1).problems
     for field, path in general_files(loaded).items():
@@ -256,6 +234,6 @@ def _data(loaded: Loaded) -> Iterator[Problem]:
 
 
 def _template(loaded: Loaded) -> Iterator[Problem]:
-    chosen = loaded.recipe.model.chat_template
-    if chosen is not None and chosen != "chatml" and not loaded.resolve(chosen).is_file():
-        yield missing(loaded.resolve(chosen), field="model.chat_template", kind="file")
+    template = loaded.recipe.model.chat_template
+    if template is not None and template != "chatml" and not loaded.resolve(template).is_file():
+        yield missing(loaded.resolve(template), field="model.chat_template", kind="file")

@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from recipes.models.headers import TOKENIZERS, Headers, read_tensors
+from recipes.models.headers import Headers, has_tokenizer, no_config, no_tokenizer, text_part
+from recipes.models.weights import read_tensors
 from recipes.plain import is_list, is_mapping, json_object
 from recipes.problem import Problem, RecipeError
 from recipes.read.load import Loaded
@@ -28,7 +29,7 @@ def folder_problems(name: str, folder: Path, *, trusted: bool) -> Iterator[Probl
     field = f"evaluate.external.{name}"
     config = json_object(folder / "config.json")
     if config is None:
-        yield _no_config(name, field, folder)
+        yield _no_config(name, folder, where=field)
         return
     if needs_code(config) and not trusted:
         yield Problem(
@@ -42,14 +43,10 @@ def folder_problems(name: str, folder: Path, *, trusted: bool) -> Iterator[Probl
     try:
         read_tensors(folder)
     except RecipeError as error:
-        yield from (_retold(problem, name, field) for problem in error.problems)
-    if not any((folder / file).exists() for file in TOKENIZERS):
-        yield Problem(
-            what=f"{name} has no tokenizer.",
-            where=field,
-            why=f"None of {', '.join(TOKENIZERS)} is in {folder}, so no row can become its tokens.",
-            next="Copy the tokenizer files of the model that it was made from into its folder.",
-        )
+        yield from (_of_external(problem, name, where=f"{field} {problem.where}") for problem in error.problems)
+    if not has_tokenizer(folder):
+        problem = _of_external(no_tokenizer(folder), name, where=field)
+        yield replace(problem, next=f"Copy those of the model that it was made from into {folder}.")
 
 
 def needs_code(config: Mapping[str, Any]) -> bool:
@@ -58,14 +55,14 @@ def needs_code(config: Mapping[str, Any]) -> bool:
 
 
 def unpinned_problems(loaded: Loaded) -> Iterator[Problem]:
-    """Code of a hub's repository that a branch or tag names: it may be another one tomorrow."""
-    for name, one in loaded.recipe.evaluate.externals.items():
-        here = loaded.externals[name] is not None
-        if one.trust_remote_code and not here and not COMMIT.fullmatch(one.revision or ""):
+    """Code in a hub repository without a commit: what a branch or tag names may change."""
+    for name, model in loaded.recipe.evaluate.externals.items():
+        local = loaded.externals[name] is not None
+        if model.trust_remote_code and not local and not COMMIT.fullmatch(model.revision or ""):
             yield Problem(
-                what=f"Code of {one.path} is to be run, and no commit is named.",
+                what=f"Code of {model.path} is to be run, and no commit is named.",
                 where=f"evaluate.external.{name}.revision",
-                why=f"{one.revision or 'The default branch'} may name other code tomorrow than what you have read.",
+                why=f"{model.revision or 'The default branch'} may name other code tomorrow than what you have read.",
                 next="Write the commit that you have read as `revision`, 40 hex digits.",
             )
 
@@ -77,11 +74,10 @@ def external_headers(folder: Path) -> Headers:
         RecipeError: Its index and headers have problems.
     """
     config = json_object(folder / "config.json") or {}
-    text = config.get("text_config", config)
     return Headers(
         folder=folder,
         config=config,
-        text_config=text if is_mapping(text) else config,
+        text_config=text_part(config),
         tensors=read_tensors(folder),
         linears=(),
         has_chat_template=False,
@@ -89,7 +85,7 @@ def external_headers(folder: Path) -> Headers:
 
 
 def reference_problems(loaded: Loaded) -> Iterator[Problem]:
-    """A reference whose vocabulary is plainly another one; the rest the reference step finds out from the rows."""
+    """A reference with another vocabulary than the base; finer differences show in the reference step, by the rows."""
     name = loaded.recipe.evaluate.reference
     folder, base = (loaded.externals.get(name) if name else None), loaded.base
     if folder is None or base is None:
@@ -104,35 +100,30 @@ def reference_problems(loaded: Loaded) -> Iterator[Problem]:
         )
 
 
-def _no_config(name: str, field: str, folder: Path) -> Problem:
+def _no_config(name: str, folder: Path, *, where: str) -> Problem:
     if (folder / "adapter_config.json").exists():
         return Problem(
             what=f"{name} is an adapter, not a model.",
-            where=field,
+            where=where,
             why="An external model is loaded whole, as it would be served.",
             next=f"Merge it: quench merge BASE {folder} OUT, then name the folder that it writes.",
         )
-    broken = (folder / "config.json").exists()
-    return Problem(
-        what=f"config.json of {name} is not readable JSON." if broken else f"{name} has no config.json.",
-        where=field,
-        why=f"It names the architecture and its sizes; looked for in {folder}.",
-        next="Name a model folder as transformers' save_pretrained writes it.",
-    )
+    problem = _of_external(no_config(folder), name, where=where)
+    return replace(problem, why=f"{problem.why.removesuffix('.')}; looked for in {folder}.")
 
 
-def _retold(problem: Problem, name: str, field: str) -> Problem:
-    """A problem of headers, which are written for the base."""
+def _of_external(problem: Problem, name: str, *, where: str) -> Problem:
+    """A problem that recipes.models words for the base, of the external model of this name."""
     return replace(
         problem,
         what=problem.what.replace("The base", name),
-        next=problem.next.replace("the base", name).replace("model.base", field),
-        where=f"{field} {problem.where}",
+        next=problem.next.replace("the base", name).replace("model.base", f"evaluate.external.{name}"),
+        where=where,
     )
 
 
 def _is_known(kind: str) -> bool:
-    """Transformers has a folder of its own code a model type; it is not imported to ask."""
+    """True for a model type that transformers has code for, one folder per type; transformers is not imported."""
     spec = importlib.util.find_spec("transformers")
     roots = [] if spec is None else spec.submodule_search_locations or []
     return any((Path(root) / "models" / kind.replace("-", "_")).is_dir() for root in roots)
@@ -140,10 +131,10 @@ def _is_known(kind: str) -> bool:
 
 def _vocabulary(folder: Path) -> dict[str, Any] | None:
     """Token -> id of a byte-pair tokenizer.json; None for other kinds."""
-    held = json_object(folder / "tokenizer.json") or {}
-    model, added = held.get("model"), held.get("added_tokens")
-    words = model.get("vocab") if is_mapping(model) else None
-    if not is_mapping(words):
+    tokenizer = json_object(folder / "tokenizer.json") or {}
+    model, added = tokenizer.get("model"), tokenizer.get("added_tokens")
+    vocabulary = model.get("vocab") if is_mapping(model) else None
+    if not is_mapping(vocabulary):
         return None
-    more = [one for one in added if is_mapping(one)] if is_list(added) else []
-    return {**words, **{str(one.get("content")): one.get("id") for one in more}}
+    tokens = [token for token in added if is_mapping(token)] if is_list(added) else []
+    return {**vocabulary, **{str(token.get("content")): token.get("id") for token in tokens}}

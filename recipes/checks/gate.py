@@ -17,8 +17,8 @@ Z = 1.96
 NONE_CHANGED = 3.7
 
 
-class Said(NamedTuple):
-    """What few rows of a split come to, where a share of the answers changes."""
+class TooFew(NamedTuple):
+    """What it means that a split has few rows, where a share of the answers changes: the parts of a warning."""
 
     what: str
     where: str
@@ -27,15 +27,15 @@ class Said(NamedTuple):
     changed: float
 
 
-SAID: dict[Side, Said] = {
-    "test": Said(
+TOO_FEW: dict[Side, TooFew] = {
+    "test": TooFew(
         "The gate can hardly pass",
         f"Where {100 * CHANGED:g} % of the answers change",
         "`quench promote` would say undecided.",
         "",
         CHANGED,
     ),
-    "dev": Said(
+    "dev": TooFew(
         "No scheme can be named for promotion",
         "Even where no answer changes",
         "The scheme that goes through the gate is one that is shown to be within the margins on dev.",
@@ -55,23 +55,23 @@ def gate_warnings(recipe: Recipe, sides: Mapping[Side, Sequence[Row]]) -> Iterat
         sides: Rows by split. Plain texts have no task score; how a loss varies is not known beforehand.
     """
     margin = recipe.gate.task
-    for split, said in SAID.items():
+    for split, words in TOO_FEW.items():
         if split == "dev" and recipe.promote.prefer:
             continue
-        asked = [row for row in sides[split] if not row.is_text]
+        rows = [row for row in sides[split] if not row.is_text]
         column = recipe.data.group
-        groups = len({str(row.columns[column]) if column else content_hash(row.messages) for row in asked})
-        if not groups or (half := half_width(len(asked), groups, changed=said.changed)) < margin:
+        groups = len({str(row.columns[column]) if column else content_hash(row.messages) for row in rows})
+        if not groups or (half := half_width(len(rows), groups, changed=words.changed)) < margin:
             continue
-        enough = enough_rows(margin, each=len(asked) / groups, changed=said.changed)
+        enough = enough_rows(margin, each=len(rows) / groups, changed=words.changed)
         share = recipe.data.test if split == "test" else recipe.data.dev
         yield Problem(
-            what=f"{said.what}: {split} has {len(asked):,} rows in {groups:,} groups.",
+            what=f"{words.what}: {split} has {len(rows):,} rows in {groups:,} groups.",
             where="gate.task",
-            why=f"{said.where}, the interval of the task score will reach "
-            f"{100 * half:.1f} points to each side; the margin is {100 * margin:g}. {said.outcome}",
+            why=f"{words.where}, the interval of the task score will reach "
+            f"{100 * half:.1f} points to each side; the margin is {100 * margin:g}. {words.outcome}",
             next=f"Give data of which about {enough:,} rows fall on {split} (data.{split} is {share:g}), or set "
-            f"gate.task to more than {100 * half:.1f} points ({_above(half):g}){said.otherwise}.",
+            f"gate.task to more than {100 * half:.1f} points ({_above(half):g}){words.otherwise}.",
         )
 
 
@@ -81,7 +81,7 @@ def half_width(rows: int, groups: int, *, changed: float = CHANGED) -> float:
 
 
 def enough_rows(margin: float, *, each: float, changed: float = CHANGED) -> int:
-    """Rows of test with which the interval is narrower than the margin. each: rows a group."""
+    """Rows with which the interval is narrower than the margin; `each` group has so many rows."""
     return math.floor(max(changed * (Z / margin) ** 2, each * NONE_CHANGED / margin)) + 1
 
 
@@ -89,22 +89,24 @@ def _above(half: float) -> float:
     return math.ceil(1000 * half + 1) / 1000
 
 
-def preferred(recipe: Recipe) -> Iterator[Problem]:
-    """promote.prefer names an arm that is one artifact of this recipe."""
-    named = recipe.promote.prefer
+def prefer_problems(recipe: Recipe) -> Iterator[Problem]:
+    """promote.prefer names an arm that is no artifact of this recipe."""
+    slug = recipe.promote.prefer
+    if not slug:
+        return
     try:
-        every = arms(recipe) if named else ()
+        matrix = arms(recipe)
     except RecipeError:
-        return  # check says so
+        return  # check reports it
     able = [
-        one.slug
-        for one in every
-        if one.merge_base and not one.is_control and one.kv is None and one.unavailable is None
+        arm.slug
+        for arm in matrix
+        if arm.merge_base and not arm.is_control and arm.kv is None and arm.unavailable is None
     ]
-    if named and named not in able:
-        known = any(one.slug == named for one in every)
+    if slug not in able:
+        known = any(arm.slug == slug for arm in matrix)
         yield Problem(
-            what=f"{named} cannot be promoted." if known else f"The matrix has no arm {named}.",
+            what=f"{slug} cannot be promoted." if known else f"The matrix has no arm {slug}.",
             where="promote.prefer",
             why="What is promoted is one artifact of this run: a scheme on the merged model, or the merged model; no "
             "adapter on a base, no control, and no KV cache, which is a setting of the server.",

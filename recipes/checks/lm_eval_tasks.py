@@ -20,12 +20,12 @@ from recipes.plain import is_list, is_mapping
 NAMED = re.compile(rb"^(?:task|group)\s*:\s*[\"']?([\w.\-+/]+)", re.MULTILINE)
 
 
-class Found(NamedTuple):
+class TaskFiles(NamedTuple):
     """Where tasks are defined.
 
     Attributes:
-        files: YAML files by the task, group or tag that they define, or that they bear as a tag.
-        near: The nearest known name of each that was not found; nothing where none is near.
+        files: YAML files by the task, group or tag that they define.
+        near: The nearest known name of each task that no file defines; empty where none is near.
     """
 
     files: dict[str, list[Path]]
@@ -46,7 +46,7 @@ def built_in() -> Path:
     return Path(next(iter(places or ()), "lm_eval")) / "tasks"
 
 
-def find_tasks(names: Sequence[str], include: Path | None) -> Found:
+def find_tasks(names: Sequence[str], include: Path | None) -> TaskFiles:
     """Look for tasks, groups and tags below `include`, then among those that come with lm_eval.
 
     Args:
@@ -56,22 +56,22 @@ def find_tasks(names: Sequence[str], include: Path | None) -> Found:
     files: dict[str, list[Path]] = {}
     known: set[str] = set()
     for root in (include, built_in()):
-        todo = [name for name in names if name not in files]
-        if root is None or not todo:
+        missing = [name for name in names if name not in files]
+        if root is None or not missing:
             continue
         for path in sorted(root.rglob("*.yaml")):
             text = path.read_bytes()
             known.update(match.decode() for match in NAMED.findall(text))
-            for name in todo:
+            for name in missing:
                 if name.encode() in text and _mentions(name).search(text) and name in _defined(path):
                     files.setdefault(name, []).append(path)
     near = {name: get_close_matches(name, known, n=1, cutoff=0.6) for name in names if name not in files}
-    return Found(files, {name: close[0] if close else "" for name, close in near.items()})
+    return TaskFiles(files, {name: close[0] if close else "" for name, close in near.items()})
 
 
 @functools.cache
 def _mentions(name: str) -> re.Pattern[bytes]:
-    """A line that could define a name: `task: NAME`, `tag: [.., NAME]`, `- NAME`. YAML is parsed only behind it."""
+    """A line that could define a name: `task: NAME`, `tag: [.., NAME]`, `- NAME`. Only then is the YAML parsed."""
     whole = rb"(?<![\w.-])" + re.escape(name.encode()) + rb"(?![\w.-])"
     return re.compile(rb"^(?:(?:task|group|tag)\s*:.*|\s*-\s*[\"']?)" + whole, re.MULTILINE)
 
@@ -79,11 +79,11 @@ def _mentions(name: str) -> re.Pattern[bytes]:
 def _defined(path: Path) -> set[str]:
     """Names of the task, the group and the tags of one file; empty where it is no mapping."""
     try:
-        found: Any = yaml.load(path.read_bytes(), Loader=_Loader)
+        task: Any = yaml.load(path.read_bytes(), Loader=_Loader)
     except yaml.YAMLError:
         return set()
-    if not is_mapping(found):
+    if not is_mapping(task):
         return set()
-    tags = found.get("tag")
-    named = [found.get("task"), found.get("group"), *(tags if is_list(tags) else [tags])]
-    return {one for one in named if isinstance(one, str)}
+    tags = task.get("tag")
+    names = [task.get("task"), task.get("group"), *(tags if is_list(tags) else [tags])]
+    return {name for name in names if isinstance(name, str)}

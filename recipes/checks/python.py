@@ -14,7 +14,7 @@ from typing import NamedTuple
 from recipes.problem import Problem
 from recipes.read.load import Loaded
 from recipes.schema import is_hub_id
-from recipes.scorers import LmEval, PythonCallable, input_name
+from recipes.scorers import LmEvalSpec, PythonCallableSpec, input_name
 
 FLAG, VARIABLE = "--allow-python", "QUENCH_ALLOW_PYTHON"
 
@@ -45,23 +45,23 @@ class Code(NamedTuple):
 def named_python(loaded: Loaded) -> Iterator[Code]:
     """Every place of the recipe that names Python.
 
-    A scorer's function; the folder of lm-eval tasks, whose YAML names functions and whose templates reach Python; a
-    model whose own code is wanted.
+    A scorer's function; a folder of lm-eval tasks, whose YAML names functions and whose templates reach Python; a
+    model with code of its own.
     """
     for number, scorer in enumerate(loaded.recipe.evaluate.scorers):
         path = loaded.content(scorer)
-        if path is None or not isinstance(scorer, PythonCallable | LmEval):
+        if path is None or not isinstance(scorer, PythonCallableSpec | LmEvalSpec):
             continue
         path, module = path.resolve(), None
-        if isinstance(scorer, PythonCallable) and not scorer.parts.source.endswith(".py"):
+        if isinstance(scorer, PythonCallableSpec) and not scorer.parts.source.endswith(".py"):
             module = None if path.is_relative_to(loaded.folder) else scorer.parts.source
         field = f"evaluate.scorers.{number}.{scorer.content}"
         entry = module.split(".")[0] if module else str(path)
         yield Code(field, scorer.path or "", input_name(number), entry, _allowing(None if module else path, module))
-    for name, one in loaded.recipe.evaluate.externals.items():
-        if one.trust_remote_code:
+    for name, model in loaded.recipe.evaluate.externals.items():
+        if model.trust_remote_code:
             path, field = loaded.externals[name], f"evaluate.external.{name}.trust_remote_code"
-            yield Code(field, one.path, name, str(path or one.path), _allowing(path, None if path else one.path))
+            yield Code(field, model.path, name, str(path or model.path), _allowing(path, None if path else model.path))
 
 
 def python_problems(loaded: Loaded) -> Iterator[Problem]:
@@ -79,21 +79,21 @@ def python_problems(loaded: Loaded) -> Iterator[Problem]:
 
 def entries() -> list[str]:
     """What is allowed, as it was written."""
-    return [one for one in os.environ.get(VARIABLE, "").split(os.pathsep) if one]
+    return [entry for entry in os.environ.get(VARIABLE, "").split(os.pathsep) if entry]
 
 
 def allow(words: list[str]) -> None:
     """Let this process and its children import these; a path is kept as an absolute one."""
     if not words:
         return
-    more = [str(Path(one).resolve()) if _is_path(one) else one for one in words]
+    more = [str(Path(word).resolve()) if _is_path(word) else word for word in words]
     os.environ[VARIABLE] = os.pathsep.join([*entries(), *more])
 
 
 def _is_path(entry: str) -> bool:
     """A package's name and a hub id are none, unless a file or folder has that name."""
-    named = all(part.isidentifier() for part in entry.split(".")) or is_hub_id(entry, folder=Path.cwd())
-    return Path(entry).exists() or not named
+    is_name = all(part.isidentifier() for part in entry.split(".")) or is_hub_id(entry, folder=Path.cwd())
+    return Path(entry).exists() or not is_name
 
 
 def _allowing(path: Path | None, name: str | None) -> str | None:

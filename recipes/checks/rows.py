@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 from recipes.checks.gate import gate_warnings
 from recipes.checks.scorers import row_problems
 from recipes.data.rows import (
-    SHOWN,
     TEXT,
     Message,
     Origin,
@@ -23,19 +22,21 @@ from recipes.data.rows import (
     Side,
     content_hash,
     drawn,
+    first_lines,
     malformed,
     read_origin,
     side,
 )
+from recipes.data.schema import Data
 from recipes.models.headers import read_headers
 from recipes.plain import is_mapping
-from recipes.problem import Problem, RecipeError
-from recipes.read.load import Loaded, shown
-from recipes.schema import LEAST_ROWS, MOST_ROWS, TOKENS_PER_INPUT, Data
+from recipes.problem import Problem, RecipeError, shown
+from recipes.read.load import Loaded
+from recipes.schema import LEAST_ROWS, MOST_ROWS, TOKENS_PER_INPUT
 
 
 class RowCheck(NamedTuple):
-    """Problems of the rows, what they amount to (JSON-able), and what they are too few for."""
+    """Problems of the rows, their summary (JSON-able), and warnings of what they are too few for."""
 
     problems: list[Problem]
     summary: dict[str, Any]
@@ -62,12 +63,12 @@ class Sides:
 def check_data(loaded: Loaded) -> RowCheck:
     """Read every row: malformed ones, equal ones in two groups, empty sides, too little to calibrate on.
 
-    A first row that is malformed, a file that is missing or empty: `check` says so, and it is not said twice.
+    A malformed first row and a missing or empty file are left out: `check` reports them.
     """
-    names = [part.path for part, path in zip(loaded.recipe.data.parts, loaded.data, strict=True) if path is None]
-    away = {"data": f"{', '.join(names)} is not local: its rows are read when it is pinned"} if names else {}
+    remote = [source.path for source, path in zip(loaded.recipe.data.parts, loaded.data, strict=True) if path is None]
+    not_read = {"data": f"{', '.join(remote)} is not local: its rows are read when it is pinned"} if remote else {}
     if not loaded.origins:
-        return RowCheck([], away)
+        return RowCheck([], not_read)
     origins = list(loaded.origins.values())
     reads = [read_origin(origin) for origin in origins]
     problems = list(_malformed_rows(origins, reads))
@@ -76,30 +77,29 @@ def check_data(loaded: Loaded) -> RowCheck:
     held_out = [*sides.rows["dev"], *sides.rows["test"]]
     problems += [*_torn(loaded, sides), *_general_rows(loaded), *row_problems(loaded, rows, held_out)]
     if len(origins) == len(loaded.data) and all(read.rows and not read.wrong for read in reads):
-        problems += [*_empty_sides(loaded, sides), *_calibration(loaded, sides)]  # what sides hold is known only then
-    summary = _summary(loaded, sides) | {"format": formats(origins, reads)} | away
-    few = () if away else tuple(gate_warnings(loaded.recipe, sides.rows))
-    return RowCheck([loaded.placed(one) for one in problems], summary, tuple(map(loaded.placed, few)))
+        problems += [*_empty_sides(loaded, sides), *_calibration(loaded, sides)]  # the sides are known only then
+    summary = _summary(loaded, sides) | {"format": formats(origins, reads)} | not_read
+    warnings = () if not_read else gate_warnings(loaded.recipe, sides.rows)
+    return RowCheck([*map(loaded.placed, problems)], summary, tuple(map(loaded.placed, warnings)))
 
 
 def formats(origins: Sequence[Origin], reads: Sequence[Rows]) -> str:
-    """`messages, detected from rows.jsonl:1`, one a source."""
-    said = [
-        f"{read.format}, " + (f"detected from {read.detected_from}" if one.format == "auto" else "named in the recipe")
-        for one, read in zip(origins, reads, strict=True)
-    ]
-    return "; ".join(said)
+    """`messages, detected from rows.jsonl:1`, one per source."""
+    return "; ".join(
+        f"{read.format}, "
+        + (f"detected from {read.detected_from}" if origin.format == "auto" else "named in the recipe")
+        for origin, read in zip(origins, reads, strict=True)
+    )
 
 
 def _malformed_rows(origins: Sequence[Origin], reads: Sequence[Rows]) -> Iterator[Problem]:
     for origin, read in zip(origins, reads, strict=True):
-        said = set(read_origin(origin, max_rows=1).wrong)
-        wrong = [row for row in read.wrong if row not in said]
-        if wrong:
+        by_check = set(read_origin(origin, max_rows=1).wrong)  # `check` reads the first row
+        if wrong := [row for row in read.wrong if row not in by_check]:
             yield malformed([origin.path], wrong)
 
 
-def split_rows(rows: Sequence[Row], asked: Data) -> Sides:
+def split_rows(rows: Sequence[Row], data: Data) -> Sides:
     """The split that prepare will make, less rows that turn out too long."""
     seen: dict[str, tuple[str, Row]] = {}
     sides: dict[Side, list[Row]] = {"train": [], "dev": [], "test": []}
@@ -107,29 +107,27 @@ def split_rows(rows: Sequence[Row], asked: Data) -> Sides:
     not_drawn = 0
     for row in rows:
         name = content_hash(row.messages)[:16]
-        group = str(row.columns[asked.group]) if asked.group else name
+        group = str(row.columns[data.group]) if data.group else name
         if name in seen:
             before, first = seen[name]
             if before != group:
                 torn.append(f"{first.where} ({before}) and {row.where} ({group})")
             continue
         seen[name] = (group, row)
-        there = side(group, salt=asked.salt, dev=asked.dev, test=asked.test)
-        if there == "train" and not drawn(name, weight=row.origin.weight, salt=asked.salt):
+        of_group = side(group, salt=data.salt, dev=data.dev, test=data.test)
+        if of_group == "train" and not drawn(name, weight=row.origin.weight, salt=data.salt):
             not_drawn += 1
         else:
-            sides[there].append(row)
+            sides[of_group].append(row)
     return Sides(rows=sides, duplicates=len(rows) - len(seen), not_drawn=not_drawn, torn=torn)
 
 
 def _torn(loaded: Loaded, sides: Sides) -> Iterator[Problem]:
     if sides.torn:
-        more = f"\n    and {len(sides.torn) - SHOWN} more" if len(sides.torn) > SHOWN else ""
         yield Problem(
             what=f"{len(sides.torn)} rows equal an earlier row of another group: a test row could equal a train row.",
             where="data.group",
-            why=f"Groups keep related rows on one side; these say two things (group):\n    "
-            f"{(chr(10) + '    ').join(sides.torn[:SHOWN])}{more}",
+            why=f"Groups keep related rows on one side; these have two groups:{first_lines(sides.torn)}",
             next=f"Give equal rows one value of `{loaded.recipe.data.group}`, or remove one of each pair.",
         )
 
@@ -137,12 +135,12 @@ def _torn(loaded: Loaded, sides: Sides) -> Iterator[Problem]:
 def general_files(loaded: Loaded) -> dict[str, Path]:
     """Files of general text by field: what is evaluated, and what controls calibrate on."""
     recipe = loaded.recipe
-    named = {"data.general": recipe.data.general, "calibrate.general": recipe.calibrate.general}
-    return {field: loaded.resolve(path) for field, path in named.items() if path is not None}
+    paths = {"data.general": recipe.data.general, "calibrate.general": recipe.calibrate.general}
+    return {field: loaded.resolve(path) for field, path in paths.items() if path is not None}
 
 
 def _general_rows(loaded: Loaded) -> Iterator[Problem]:
-    """Lines of general text behind the first, which `check` reads; texts that would be calibrated on and evaluated."""
+    """Bad lines of general text after the first, which `check` reads; texts in both calibration and evaluation."""
     files = general_files(loaded)
     problems = [
         problem
@@ -155,7 +153,7 @@ def _general_rows(loaded: Loaded) -> Iterator[Problem]:
         evaluated, calibrated = map(_texts, files.values())
         if shared := evaluated & calibrated:
             yield Problem(
-                what=f"{len(shared)} texts stand in calibrate.general and in data.general.",
+                what=f"{len(shared)} texts are in calibrate.general and in data.general.",
                 where="calibrate.general",
                 why="ppl_general would be measured on what a control was calibrated on.",
                 next="Remove them from one of the two files.",
@@ -183,25 +181,25 @@ def general_problems(path: Path, *, max_rows: int | None = None) -> list[Problem
                 wrong.append(number)
     if count and not wrong:
         return []
-    named = ", ".join(map(str, wrong[:20])) + (f" and {len(wrong) - 20} more" if len(wrong) > 20 else "")
+    numbers = ", ".join(map(str, wrong[:20])) + (f" and {len(wrong) - 20} more" if len(wrong) > 20 else "")
     return [
         Problem(
             what=f"{len(wrong)} malformed rows in the general text." if wrong else "The general text is empty.",
             where=f"{shown(path)}:{wrong[0]}" if wrong else shown(path),
-            why=f"Lines {named} are not {{'text': '...'}}." if wrong else "Its text is measured or calibrated on.",
-            next='Write one object with `text` a line: {"text": "..."}, or leave the field out.',
+            why=f"Lines {numbers} are not {{'text': '...'}}." if wrong else "Its text is measured or calibrated on.",
+            next='Write one object with `text` per line: {"text": "..."}, or leave the field out.',
         )
     ]
 
 
 def _empty_sides(loaded: Loaded, sides: Sides) -> Iterator[Problem]:
-    asked = loaded.recipe.data
+    data = loaded.recipe.data
     for name in ("dev", "test"):
         if not sides.rows[name]:
             yield Problem(
                 what=f"{name} would have no rows.",
                 where=f"data.{name}",
-                why=f"Groups fall on a side by their hash; shares are dev {asked.dev:g} and test {asked.test:g}.",
+                why=f"Groups fall on a side by their hash; shares are dev {data.dev:g} and test {data.test:g}.",
                 next=f"Give more rows or finer groups, raise data.{name}, or draw again by another data.salt.",
             )
 
@@ -227,21 +225,21 @@ def _calibration(loaded: Loaded, sides: Sides) -> Iterator[Problem]:
         yield Problem(
             what=f"Calibration needs {needed} tokens; {recipe.calibrate.rows} rows have {sum(largest)} at most.",
             where="calibrate.rows",
-            why=f"With fewer than {TOKENS_PER_INPUT} tokens an input, the widest layer's Hessian is badly estimated.",
+            why=f"With fewer than {TOKENS_PER_INPUT} tokens per input, the widest layer's Hessian is badly estimated.",
             next=f"Raise calibrate.rows to {rows} or more." if rows <= MOST_ROWS else "Give longer rows.",
         )
 
 
 def _shares(loaded: Loaded, train: Sequence[Row]) -> Iterator[Problem]:
     """Shares for domains that train does not have, or has too few rows of."""
-    asked = loaded.recipe.calibrate
-    if not isinstance(asked.stratify, dict):
+    stratify, rows = loaded.recipe.calibrate.stratify, loaded.recipe.calibrate.rows
+    if not isinstance(stratify, dict):
         return
     sizes = Counter(row.domain(loaded.recipe.data.domain) for row in train)
-    for name, share in asked.stratify.items():
-        if sizes[name] < math.floor(share * asked.rows):
+    for name, share in stratify.items():
+        if sizes[name] < math.floor(share * rows):
             yield Problem(
-                what=f"train has {sizes[name]} rows of the domain `{name}`; its share is {share:g} of {asked.rows}.",
+                what=f"train has {sizes[name]} rows of the domain `{name}`; its share is {share:g} of {rows}.",
                 where="calibrate.stratify",
                 why="Given shares are kept exactly.",
                 next=f"Lower its share or calibrate.rows; domains are {', '.join(sorted(sizes))}.",
@@ -254,9 +252,9 @@ def least_rows(dev: float, test: float) -> int:
 
 
 def token_bound(messages: Sequence[Message]) -> int:
-    """No fewer tokens than the turns can have: a token a byte, and 32 for the template around each turn."""
-    called = (json.dumps(turn["tool_calls"]) for turn in messages if turn.get("tool_calls"))
-    return sum(len((turn.get("content") or "").encode()) + 32 for turn in messages) + sum(map(len, called))
+    """An upper bound of the turns' tokens: one per byte, and 32 for the template around each turn."""
+    calls = (json.dumps(turn["tool_calls"]) for turn in messages if turn.get("tool_calls"))
+    return sum(len((turn.get("content") or "").encode()) + 32 for turn in messages) + sum(map(len, calls))
 
 
 def _widest(loaded: Loaded) -> int:
@@ -269,13 +267,13 @@ def _widest(loaded: Loaded) -> int:
 
 
 def _summary(loaded: Loaded, sides: Sides) -> dict[str, Any]:
-    asked = loaded.recipe.data
+    data = loaded.recipe.data
     counts: dict[str, Any] = {"rows": sum(map(len, sides.rows.values())), "duplicates": sides.duplicates}
     if sides.not_drawn:
         counts["left out by weight"] = sides.not_drawn
     for name, rows in sides.rows.items():
         counts[name] = {"rows": len(rows)}
-        if asked.domain or any(part.domain for part in asked.parts):
-            domains = Counter(row.domain(asked.domain) for row in rows)
+        if data.domain or any(source.domain for source in data.parts):
+            domains = Counter(row.domain(data.domain) for row in rows)
             counts[name]["domains"] = dict(sorted(domains.items()))
     return counts

@@ -1,4 +1,4 @@
-"""What is wrong with `evaluate.scorers` before any answer is there to be scored: files, functions, names of tasks."""
+"""What is wrong with `evaluate.scorers`, without any answer to score: files, functions, names of tasks."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 from recipes.checks.lm_eval_tasks import find_tasks
 from recipes.data.rows import SHOWN, Row
 from recipes.plain import is_mapping
-from recipes.problem import Problem
-from recipes.read.load import Loaded, missing, shown
-from recipes.scorers import JsonSchema, LmEval, PythonCallable, SqlExecution
+from recipes.problem import Problem, shown
+from recipes.read.load import Loaded, missing
+from recipes.scorers import JsonSchemaSpec, LmEvalSpec, PythonCallableSpec, SqlExecutionSpec
 
 ARGUMENTS = ("answer", "reference", "columns")
 
@@ -22,19 +22,19 @@ def scorer_problems(loaded: Loaded) -> Iterator[Problem]:
     for number, scorer in enumerate(loaded.recipe.evaluate.scorers):
         field = f"evaluate.scorers.{number}.{scorer.content or 'kind'}"
         match scorer:
-            case SqlExecution():
+            case SqlExecutionSpec():
                 yield from _databases(scorer, loaded, field)
-            case JsonSchema():
+            case JsonSchemaSpec():
                 yield from _schema(loaded.resolve(scorer.schema_file), field)
-            case PythonCallable():
+            case PythonCallableSpec():
                 yield from _function(scorer, loaded, field)
-            case LmEval():
+            case LmEvalSpec():
                 yield from _tasks(scorer, loaded, f"evaluate.scorers.{number}")
             case _:
                 pass
 
 
-def _databases(scorer: SqlExecution, loaded: Loaded, field: str) -> Iterator[Problem]:
+def _databases(scorer: SqlExecutionSpec, loaded: Loaded, field: str) -> Iterator[Problem]:
     folder = loaded.resolve(scorer.databases)
     if not folder.is_dir():
         yield missing(folder, field=field, kind="folder")
@@ -52,8 +52,8 @@ def _schema(path: Path, field: str) -> Iterator[Problem]:
         yield missing(path, field=field, kind="file")
         return
     try:
-        found: object = json.loads(path.read_text(encoding="utf-8"))
-        wrong = "" if is_mapping(found) or isinstance(found, bool) else "It holds no JSON object."
+        schema: object = json.loads(path.read_text(encoding="utf-8"))
+        wrong = "" if is_mapping(schema) or isinstance(schema, bool) else "It holds no JSON object."
     except ValueError as error:  # not UTF-8, or not JSON
         wrong = f"It is no JSON: {error}."
     if wrong:
@@ -65,7 +65,7 @@ def _schema(path: Path, field: str) -> Iterator[Problem]:
         )
 
 
-def _function(scorer: PythonCallable, loaded: Loaded, field: str) -> Iterator[Problem]:
+def _function(scorer: PythonCallableSpec, loaded: Loaded, field: str) -> Iterator[Problem]:
     """The file is parsed, never imported: `check` runs nobody's code."""
     path, name = loaded.content(scorer), scorer.parts.function
     if path is None or not path.is_file():
@@ -81,7 +81,7 @@ def _function(scorer: PythonCallable, loaded: Loaded, field: str) -> Iterator[Pr
             next="Correct the file.",
         )
         return
-    bound = {one: node for node in module.body for one in _names(node)}
+    bound = {bound_name: node for node in module.body for bound_name in _names(node)}
     if name not in bound:
         yield Problem(
             what=f"{shown(path)} has no `{name}`.",
@@ -95,7 +95,8 @@ def _function(scorer: PythonCallable, loaded: Loaded, field: str) -> Iterator[Pr
         yield Problem(
             what=f"`{name}` cannot be called with {', '.join(ARGUMENTS)}.",
             where=f"{shown(path)}:{node.lineno}",
-            why="A scorer gets the model's answer, the reference answer and the row's other columns, by place.",
+            why="A scorer gets the model's answer, the reference answer and the row's other columns, as positional "
+            "arguments.",
             next=f"Write `def {name}({', '.join(ARGUMENTS)})`; it returns a number from 0 to 1, or a bool.",
         )
 
@@ -116,24 +117,23 @@ def _names(node: ast.stmt) -> list[str]:
 
 
 def _takes_three(arguments: ast.arguments) -> bool:
-    """True where three arguments can be given by place, and no more have to be."""
+    """True where three positional arguments are taken, and no more are required."""
     places = len(arguments.posonlyargs) + len(arguments.args)
     required = places - len(arguments.defaults)
     enough = arguments.vararg is not None or places >= len(ARGUMENTS)
     return enough and required <= len(ARGUMENTS) and all(default is not None for default in arguments.kw_defaults)
 
 
-def _tasks(scorer: LmEval, loaded: Loaded, field: str) -> Iterator[Problem]:
+def _tasks(scorer: LmEvalSpec, loaded: Loaded, field: str) -> Iterator[Problem]:
     include = loaded.content(scorer)
     if include is not None and not include.is_dir():
         yield missing(include, field=f"{field}.include", kind="folder")
         return
-    found = find_tasks(scorer.tasks, include)
-    for name, near in found.near.items():
+    for name, near in find_tasks(scorer.tasks, include).near.items():
         yield Problem(
             what=f"lm-evaluation-harness has no task `{name}`.",
             where=f"{field}.tasks",
-            why="Neither a task nor a group or tag bears that name"
+            why="No task, group or tag has that name"
             + (f", in {shown(include)} or in lm_eval's own." if include else "; `include:` names no folder of yours."),
             next=f"Did you mean `{near}`?" if near else "`.venv/bin/lm-eval ls tasks` lists all names.",
         )
@@ -148,14 +148,14 @@ def row_problems(loaded: Loaded, rows: Sequence[Row], held_out: Sequence[Row]) -
         held_out: Those of dev and test.
     """
     for scorer in loaded.recipe.evaluate.scorers:
-        if isinstance(scorer, SqlExecution):
+        if isinstance(scorer, SqlExecutionSpec):
             yield from _row_databases(scorer, loaded.resolve(scorer.databases), rows)
-    if silent := [row.where for row in held_out if not row.is_text and not _answers(row)]:
+    if unanswered := [row.where for row in held_out if not row.is_text and not _answers(row)]:
         yield Problem(
-            what=f"{len(silent)} rows of dev and test have no reference answer.",
-            where=silent[0],
+            what=f"{len(unanswered)} rows of dev and test have no reference answer.",
+            where=unanswered[0],
             why=f"Their last turn is thinking and nothing behind it, so no answer can be scored: "
-            f"{', '.join(silent[:SHOWN])}.",
+            f"{', '.join(unanswered[:SHOWN])}.",
             next="Write the answer behind </think>, or remove these rows.",
         )
 
@@ -166,12 +166,12 @@ def _answers(row: Row) -> bool:
     return bool(turn.get("tool_calls") or str(turn.get("content") or "").rpartition("</think>")[2].strip())
 
 
-def _row_databases(scorer: SqlExecution, folder: Path, rows: Sequence[Row]) -> Iterator[Problem]:
+def _row_databases(scorer: SqlExecutionSpec, folder: Path, rows: Sequence[Row]) -> Iterator[Problem]:
     first: dict[str, str] = {}
     for row in rows:
         first.setdefault(str(row.columns[scorer.schema_column]), row.where)
-    there = {path.stem for path in folder.glob("*.sql")}  # a row's word is compared, it never becomes a path
-    absent = [name for name in first if name not in there]
+    databases = {path.stem for path in folder.glob("*.sql")}  # a row's value is compared, it never becomes a path
+    absent = [name for name in first if name not in databases]
     if absent and folder.is_dir():
         yield Problem(
             what=f"{len(absent)} databases are missing: {', '.join(f'{name}.sql' for name in absent[:SHOWN])}.",

@@ -14,49 +14,41 @@ from recipes.checks.arms import unavailable
 from recipes.models.headers import Headers, read_headers
 from recipes.problem import Problem, RecipeError
 from recipes.read.load import Loaded
-from recipes.schema import Recipe, SchemeSpec
+from recipes.schema import Recipe
 from recipes.schemes.engines import cautions, refusals
+from recipes.schemes.schema import SchemeSpec
+from recipes.schemes.scheme import Scheme
 
 
 def warnings(loaded: Loaded) -> list[Problem]:
     """Every arm that cannot be, every scheme that the engine refuses, or serves in some versions only.
 
-    A recipe that `check` refuses says nothing here, nor does a base that is not local about the engine.
+    What `check` refuses is left out here; nothing is known about the engine where the base is not local.
     """
-    found = list(unavailable(loaded))
-    serve, base = loaded.recipe.serve, loaded.base
-    if serve.engine != "none" and base is not None:
-        with contextlib.suppress(RecipeError):  # check says so
-            found += _of_schemes(loaded, read_headers(base))
-    return [loaded.placed(problem) for problem in found]
+    problems = list(unavailable(loaded))
+    if loaded.recipe.serve.engine != "none" and loaded.base is not None:
+        with contextlib.suppress(RecipeError):  # check reports it
+            problems += _unserved(loaded, read_headers(loaded.base))
+    return [loaded.placed(problem) for problem in problems]
 
 
-def length_problems(loaded: Loaded, headers: Headers) -> Iterator[Problem]:
-    """serve.max_model_len beyond the base's longest context."""
-    asked, limit = loaded.recipe.serve.max_model_len, headers.max_positions
-    if asked is not None and limit is not None and asked > limit:
-        yield Problem(
-            what=f"serve.max_model_len is {asked} tokens; the base ends at {limit}.",
-            where="serve.max_model_len",
-            why="config.json names the longest context; vLLM refuses to start with a longer one.",
-            next=f"Set it to {limit} or less, or leave it out.",
-        )
+def scheme_entries(recipe: Recipe) -> Iterator[tuple[str, str | SchemeSpec]]:
+    """Every entry of the recipe that names a scheme, with its field."""
+    yield from ((f"quantize.schemes.{index}", entry) for index, entry in enumerate(recipe.quantize.schemes))
+    yield from ((f"evaluate.on_base.{index}", slug) for index, slug in enumerate(recipe.evaluate.on_base))
 
 
-def entries(recipe: Recipe) -> Iterator[tuple[str, str | SchemeSpec]]:
-    """Every scheme that the recipe names, with its field."""
-    yield from ((f"quantize.schemes.{index}", one) for index, one in enumerate(recipe.quantize.schemes))
-    yield from ((f"evaluate.on_base.{index}", one) for index, one in enumerate(recipe.evaluate.on_base))
+def schemes(recipe: Recipe) -> Iterator[tuple[str, Scheme]]:
+    """Every scheme of the recipe with its field, without the entries that name none: `check` refuses those."""
+    for field, entry in scheme_entries(recipe):
+        with contextlib.suppress(RecipeError):
+            yield field, specified(entry)
 
 
-def _of_schemes(loaded: Loaded, headers: Headers) -> Iterator[Problem]:
+def _unserved(loaded: Loaded, headers: Headers) -> Iterator[Problem]:
     serve = loaded.recipe.serve
     assert serve.engine != "none"
-    for field, entry in entries(loaded.recipe):
-        try:
-            scheme = specified(entry)
-        except RecipeError:
-            continue  # check says so
+    for field, scheme in schemes(loaded.recipe):
         for find in (refusals, cautions):
             for problem in find(scheme, headers.linears, serve.engine, serve.tensor_parallel):
                 yield replace(problem, where=field)

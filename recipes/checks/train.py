@@ -1,4 +1,4 @@
-"""What a recipe's `train:` and `run:` ask of the base, its config and its headers."""
+"""What a recipe's `train:` and `run:` need of the base and of the device."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def train_problems(loaded: Loaded, headers: Headers) -> Iterator[Problem]:
 
 
 def device_problems(recipe: Recipe, *, device: str, gpus: int | None = None) -> Iterator[Problem]:
-    """What training asks of the device.
+    """What training needs of the device.
 
     Args:
         recipe: The recipe.
@@ -44,7 +44,7 @@ def device_problems(recipe: Recipe, *, device: str, gpus: int | None = None) -> 
         yield Problem(
             what="run.launcher fsdp-qlora does not run on a CPU.",
             where="run.launcher",
-            why="It cuts the 4-bit base over several GPUs.",
+            why="It shards the 4-bit base over several GPUs.",
             next="Set run.launcher: ddp.",
         )
     if device == "cuda" and gpus is not None and run.processes > gpus:
@@ -71,7 +71,7 @@ def _targets(recipe: Recipe, headers: Headers) -> Iterator[Problem]:
 
 
 def _patterns(recipe: Recipe, headers: Headers) -> Iterator[Problem]:
-    """Keys that PEFT would pass over in silence: they match no layer with an adapter."""
+    """Keys that PEFT would ignore without a word: they match no layer with an adapter."""
     names = [layer.name for layer in headers.linears if recipe.train.adapts(layer.name)]
     fields = {"rank_pattern": recipe.train.rank_pattern, "alpha_pattern": recipe.train.alpha_pattern}
     for field, patterns in fields.items():

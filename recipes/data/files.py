@@ -1,6 +1,6 @@
-"""Rows as they lie in files: JSONL, a JSON array, CSV, parquet, or a folder of these. Only parquet imports pyarrow.
+"""Rows as they are in files: JSONL, a JSON array, CSV, parquet, or a folder of these. Only parquet imports pyarrow.
 
-Every row has a place that a reader finds again: `rows.jsonl:17` is a line, `rows.parquet#17` is the 17th row.
+Every row has a place where a reader finds it: `rows.jsonl:17` is a line, `rows.parquet#17` is the 17th row.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from recipes.plain import is_list, is_mapping
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # what data set tools leave
-PYARROW = "pyarrow.parquet"  # has no types, and takes 0.3 s that only who has parquet files should wait
-BROKEN = (ValueError, OSError, NotImplementedError)  # what it raises for a file that it cannot read
+PYARROW = "pyarrow.parquet"  # imported only for parquet files: it takes 0.3 s, and has no types
+BROKEN = (ValueError, OSError, NotImplementedError)  # what pyarrow raises for a file that it cannot read
 BATCH = 1000  # rows of a parquet file that are held as Python values at once
 
 
@@ -37,7 +37,7 @@ class RawRow(NamedTuple):
 
 
 class Unread(ValueError):
-    """Says in its message why a row cannot be read."""
+    """A row cannot be read; the message says why."""
 
 
 def data_files(path: Path) -> list[Path]:
@@ -63,7 +63,7 @@ def raw_rows(path: Path, *, inside: str = "") -> Iterator[RawRow]:
 
     Args:
         path: File or folder; a file of another ending is read as JSONL.
-        inside: Stands before every `where`, to tell sources apart.
+        inside: Prefix of every `where`, to tell sources apart.
     """
     for file in data_files(path):
         shown = inside + (file.name if file == path else str(file.relative_to(path)))
@@ -138,7 +138,7 @@ def _csv(file: Path, shown: str) -> Iterator[RawRow]:
                 yield RawRow(f"{shown}:1", None, f"names a column twice: {', '.join(twice)}")
                 return
             start = reader.line_num + 1
-            for cells in reader:  # a quoted cell may hold line ends: a row begins behind the last line of another
+            for cells in reader:  # a quoted cell may hold line ends: a row begins after the last line of the one before
                 where, start = f"{shown}:{start}", reader.line_num + 1
                 if cells:
                     yield _cells(where, header, cells)
@@ -169,7 +169,7 @@ def _parquet(file: Path, shown: str) -> Iterator[RawRow]:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it: no key without a value (a parquet struct names all keys of all rows), dates as text."""
+    """As JSON has it: no keys without a value (a parquet struct has all keys in all rows), dates as text."""
     if is_mapping(value):
         return {name: _plain(inner) for name, inner in value.items() if inner is not None}
     if is_list(value):

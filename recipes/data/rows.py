@@ -58,7 +58,7 @@ class Origin:
         columns: Columns that every row must have beside its turns.
         weight: Share of its train rows that is kept.
         domain: Domain of all its rows; None where a column says it.
-        inside: Stands before the name of a file in every complaint, to tell sources apart.
+        inside: Prefix of file names in messages, to tell sources apart.
     """
 
     path: Path
@@ -105,7 +105,7 @@ class Rows:
         format: None where no row has the columns of one.
         detected_from: The place of the row that showed the format.
         rows: The good rows.
-        wrong: `file.jsonl:LINE what is wrong with it`, one a malformed row.
+        wrong: `file.jsonl:LINE what is wrong with it`, one per malformed row.
         problems: The same as one problem, or that there are no rows.
     """
 
@@ -117,26 +117,26 @@ class Rows:
 
 
 def origins(
-    paths: Sequence[Path], asked: Sequence[Mapping[str, Any]], *, domain: str | None, columns: Sequence[str | None]
+    paths: Sequence[Path], sources: Sequence[Mapping[str, Any]], *, domain: str | None, columns: Sequence[str | None]
 ) -> list[Origin]:
     """Sources of a recipe with the paths that they have here.
 
     Args:
-        paths: One a source.
-        asked: `format`, `weight` and `domain` of each.
+        paths: One per source.
+        sources: `format`, `weight` and `domain` of each.
         domain: Column of the domain; a source with a domain of its own need not have it.
         columns: Other columns that every row must have.
     """
     return [
         Origin(
             path=path,
-            format=one["format"],
-            columns=tuple(dict.fromkeys(name for name in (one["domain"] is None and domain, *columns) if name)),
-            weight=one["weight"],
-            domain=one["domain"],
+            format=source["format"],
+            columns=tuple(dict.fromkeys(name for name in (source["domain"] is None and domain, *columns) if name)),
+            weight=source["weight"],
+            domain=source["domain"],
             inside=f"{path.name if path.is_dir() else path.parent.name}/" if len(paths) > 1 else "",
         )
-        for path, one in zip(paths, asked, strict=True)
+        for path, source in zip(paths, sources, strict=True)
     ]
 
 
@@ -213,9 +213,9 @@ def _plain(value: object) -> object:
 
 def _detect(raw: dict[str, Any]) -> Format:
     for name, fields in FIELDS.items():
-        if all(one in raw for one in fields):
+        if all(column in raw for column in fields):
             return name
-    known = "; ".join(f"{' and '.join(f'`{one}`' for one in fields)} ({name})" for name, fields in FIELDS.items())
+    known = "; ".join(f"{' and '.join(f'`{column}`' for column in fields)} ({name})" for name, fields in FIELDS.items())
     raise Unread(f"has the columns {sorted(raw)}; needed are {known}")
 
 
@@ -242,12 +242,12 @@ def _messages(raw: dict[str, Any], format: Format) -> list[Message]:
     system: list[Message] = [{"role": "system", "content": raw["system"]}] if raw.get("system") else []
     if format == "sharegpt":
         return system + [_spoken(turn, number) for number, turn in enumerate(_listed(raw["conversations"]), start=1)]
-    more = raw.get("input") or ""
-    for name, value in (("instruction", raw["instruction"]), ("input", more)):
+    instruction, more = raw["instruction"], raw.get("input") or ""
+    for name, value in (("instruction", instruction), ("input", more)):
         if not isinstance(value, str):
             raise Unread(f"has no text as `{name}`")
-    asked = f"{raw['instruction']}\n\n{more}" if more.strip() else raw["instruction"]
-    return [*system, {"role": "user", "content": asked}, {"role": "assistant", "content": raw["output"]}]
+    prompt = f"{instruction}\n\n{more}" if more.strip() else instruction
+    return [*system, {"role": "user", "content": prompt}, {"role": "assistant", "content": raw["output"]}]
 
 
 def _turns(value: Any, *, role: str) -> list[Message]:
@@ -256,7 +256,7 @@ def _turns(value: Any, *, role: str) -> list[Message]:
 
 
 def _prompt(value: Any) -> list[Message]:
-    """The prompt's turns; with an assistant turn among them `prompt` and `completion` say two things about the loss."""
+    """The prompt's turns. None is the assistant's: every assistant turn is trained, and a prompt is not."""
     turns = _turns(value, role="user")
     if any(is_mapping(turn) and turn.get("role") == "assistant" for turn in turns):
         raise Unread(
@@ -323,20 +323,20 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def listed(lines: list[str]) -> str:
-    """The first 20 lines, each on a line of its own; the rest is counted."""
-    more = f"\n    and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
-    return "\n    " + "\n    ".join(lines[:SHOWN]) + more
-
-
 def malformed(paths: Sequence[Path], wrong: list[str]) -> Problem:
-    """Malformed rows as one problem: the first 20 by name, the rest counted."""
+    """Malformed rows as one problem."""
     return Problem(
         what=f"{len(wrong)} malformed row(s)",
         where=wrong[0].split(" ", 1)[0],
-        why=f"these rows cannot be read:{listed(wrong)}",
+        why=f"these rows cannot be read:{first_lines(wrong)}",
         next=f"correct or remove them in {', '.join(map(str, paths))}",
     )
+
+
+def first_lines(rows: Sequence[str]) -> str:
+    """The first 20 rows by name, one per line, and how many more there are."""
+    more = [f"and {len(rows) - SHOWN} more"] if len(rows) > SHOWN else []
+    return "".join(f"\n    {line}" for line in (*rows[:SHOWN], *more))
 
 
 def _no_rows(path: Path, why: str) -> Problem:

@@ -1,4 +1,4 @@
-"""What an adapter folder says before any weight is read: adapter_config.json, the safetensors header, its base.
+"""What an adapter folder tells before any weight is read: adapter_config.json, the safetensors header, its base.
 
 Standard library only, so that an adapter that cannot be merged is refused in milliseconds.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from recipes.models.headers import Tensor, read_file
+from recipes.models.weights import Tensor, read_file
 from recipes.plain import is_mapping, json_object
 from recipes.problem import Problem, RecipeError
 
@@ -45,15 +45,15 @@ class Adapter:
     @property
     def initialisation(self) -> str:
         """`default`, or the name that init_lora_weights gives."""
-        named = self.config.get("init_lora_weights", True)
-        return named if isinstance(named, str) else "default"
+        start = self.config.get("init_lora_weights", True)
+        return start if isinstance(start, str) else "default"
 
 
 def read_adapter(folder: Path) -> Adapter:
     """Read an adapter's folder.
 
     Raises:
-        RecipeError: No adapter, a broken one, one that changed its base at the start, one that is no sum of weights.
+        RecipeError: It is no adapter, is broken, changed its base when it was initialised, or cannot be merged.
     """
     config = json_object(folder / CONFIG)
     if config is None or not (folder / WEIGHTS).is_file():
@@ -77,13 +77,13 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def _initialisation(folder: Path, config: Mapping[str, Any]) -> list[Problem]:
-    named = str(config.get("init_lora_weights", True)).lower()
-    if named == LOFTQ:
+    start = str(config.get("init_lora_weights", True)).lower()
+    if start == LOFTQ:
         remedy = (
             "Name the folder that LoftQ wrote (its residual is in those weights) as the base, with a copy of "
             f'this adapter in which {CONFIG} says "init_lora_weights": true: sed -i \'s/"loftq"/true/\' COPY/{CONFIG}'
         )
-    elif named.startswith(CONVERTIBLE):
+    elif start.startswith(CONVERTIBLE):
         remedy = (
             "Convert it once, with the adapter as it was saved before its first step (INITIAL) and the residual base "
             'that it was trained on (RESIDUAL): python -c "from peft import PeftModel as P; from transformers import '
@@ -94,7 +94,7 @@ def _initialisation(folder: Path, config: Mapping[str, Any]) -> list[Problem]:
         return []
     return [
         Problem(
-            what=f"The adapter's initialisation ({named}) changed the base.",
+            what=f"The adapter's initialisation ({start}) changed the base.",
             where=f"{folder / CONFIG} init_lora_weights",
             why="It was trained beside the residual of the base; added to the base itself, that part counts twice.",
             next=remedy,
@@ -106,10 +106,9 @@ def _kind(folder: Path, config: Mapping[str, Any]) -> list[Problem]:
     kind = config.get("peft_type")
     if isinstance(kind, str) and kind not in UNMERGEABLE and not config.get("alora_invocation_tokens"):
         return []
-    named = "activated LoRA" if kind == "LORA" else str(kind)
     return [
         Problem(
-            what=f"An adapter of the kind {named} cannot be merged.",
+            what=f"An adapter of the kind {'activated LoRA' if kind == 'LORA' else kind} cannot be merged.",
             where=f"{folder / CONFIG} peft_type",
             why="It changes the input or a part of the positions, so no single set of weights equals it.",
             next="Serve it as an adapter, or train a LoRA.",
@@ -126,7 +125,7 @@ def _base_type(folder: Path, config: Mapping[str, Any]) -> tuple[BaseType, str]:
     quantization = model.get("quantization_config")
     if is_mapping(quantization) and quantization.get("load_in_4bit"):
         return ("nf4" if quantization.get("bnb_4bit_quant_type") == "nf4" else "unknown"), "config.json"
-    named = str(config.get("base_model_name_or_path") or "")
-    if named.lower().endswith(("bnb-4bit", "-nf4")):
-        return "nf4", f"{CONFIG}: base {named}"
+    base = str(config.get("base_model_name_or_path") or "")
+    if base.lower().endswith(("bnb-4bit", "-nf4")):
+        return "nf4", f"{CONFIG}: base {base}"
     return "unknown", "neither a record nor a quantization config is beside the adapter"

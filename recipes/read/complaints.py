@@ -34,8 +34,9 @@ NEEDS = {
     "string_pattern_mismatch": "40 small letters, digits and dashes at most, a dash not the first",
 }
 # Keys that were there once, and what to write now.
-RENAMED = {
+FORMER_KEYS = {
     "evaluate.scorer": "Write a list: `scorers:` with `- kind: ...` for each; the first one is the metric `task`.",
+    "run.workers": "Remove it: it never had an effect. As many steps run at once as there are GPUs or CPU slots.",
 }
 WHY_CLOSED = "Keys are a closed set: a misspelled one would silently leave a default in force."
 
@@ -48,13 +49,13 @@ class Complaint(NamedTuple):
 
 
 def explain(error: ValidationError, values: dict[str, Any]) -> list[Complaint]:
-    """Every error as one plain problem a field; a field that could be several types is named once."""
+    """Every error as a plain problem, one per field, also where the field may have several types."""
     by_field: dict[str, list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
         by_field.setdefault(_field(detail, values), []).append(detail)
     for field, details in list(by_field.items()):  # text or section: the section was meant, and its keys are wrong
-        meant = all(one["type"] == "string_type" and is_mapping(one["input"]) for one in details)
-        if meant and any(other.startswith(f"{field}.") for other in by_field):
+        section = all(detail["type"] == "string_type" and is_mapping(detail["input"]) for detail in details)
+        if section and any(other.startswith(f"{field}.") for other in by_field):
             del by_field[field]
     return [Complaint(field, _problem(field, details)) for field, details in by_field.items()]
 
@@ -77,8 +78,8 @@ def _field(detail: ErrorDetails, values: dict[str, Any]) -> str:
     if detail["type"] in ("union_tag_not_found", "union_tag_invalid"):
         parts.append("kind")
     if detail["type"] == "value_error":  # the schema's own validators begin with the field that they speak of
-        named = str(detail["ctx"]["error"] if "ctx" in detail else "").split(" ", 1)[0]
-        return named if "." in named else ".".join(parts) or "recipe"
+        first_word = str(detail["ctx"]["error"] if "ctx" in detail else "").split(" ", 1)[0]
+        return first_word if "." in first_word else ".".join(parts) or "recipe"
     return ".".join(parts) or "recipe"
 
 
@@ -97,15 +98,15 @@ def _problem(field: str, details: list[ErrorDetails]) -> Problem:
         what, _, why = first["msg"].removeprefix("Value error, ").partition(": ")
         return Problem(what=f"{what}.", where=field, why=f"{_capital(why)}.", next=f"Change `{field}`.")
     needs = " or ".join(dict.fromkeys(_needs(detail) for detail in details))
-    given: object = first["input"]
-    if first["type"] == "union_tag_invalid" and is_mapping(given):
-        given = given.get(field.rpartition(".")[2])
-    quote = isinstance(given, int | float) and needs == "text"
+    value: object = first["input"]
+    if first["type"] == "union_tag_invalid" and is_mapping(value):
+        value = value.get(field.rpartition(".")[2])
+    quote = isinstance(value, int | float) and needs == "text"
     return Problem(
-        what=f"`{field}` is {_said(given)}; it has to be {needs}.",
+        what=f"`{field}` is {_as_written(value)}; it has to be {needs}.",
         where=field,
         why=_doc(field) or "A value is taken as it is written and never converted.",
-        next=f'Put it in quotes: "{given}".' if quote else f"Change `{field}`.",
+        next=f'Put it in quotes: "{value}".' if quote else f"Change `{field}`.",
     )
 
 
@@ -120,7 +121,7 @@ def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _said(value: object) -> str:
+def _as_written(value: object) -> str:
     """A value as the reader wrote it, shortened."""
     if is_mapping(value):
         return "a section"
@@ -136,8 +137,8 @@ def _unknown(field: str) -> Problem:
     siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == section]
     near = get_close_matches(key, siblings, n=1, cutoff=0.5)
     elsewhere = [name for name in known if name.rpartition(".")[2] == key]
-    if field in RENAMED:
-        remedy = RENAMED[field]
+    if field in FORMER_KEYS:
+        remedy = FORMER_KEYS[field]
     elif len(elsewhere) == 1:
         remedy = f"Did you mean `{elsewhere[0]}`?"
     elif near:
@@ -153,7 +154,7 @@ def _doc(field: str) -> str:
 
 
 def _unnumbered(field: str) -> str:
-    """`data.sources.1.path` as the schema has it: `data.sources.path`; a model's own name is left out, too."""
+    """`data.sources.1.path` -> `data.sources.path`; the name of an external model is left out, too."""
     parts = [part for part in field.split(".") if not part.isdigit()]
     return ".".join(parts[:2] + parts[3:] if parts[:2] == ["evaluate", "external"] else parts)
 

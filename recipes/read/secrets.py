@@ -8,14 +8,14 @@ from recipes.problem import Problem
 from recipes.secrets import secrets_in
 
 
-def secret_problems(text: str, *, shown: str) -> Iterator[Problem]:
-    """One problem a secret, with its line; comments count, since they are copied too."""
+def secret_problems(text: str, *, file: str) -> Iterator[Problem]:
+    """One problem per secret, with its line; comments count, since they are copied too."""
     for number, line in enumerate(text.splitlines(), start=1):
-        yield from _problems(line, where=f"{shown}:{number}")
+        yield from _problems(line, where=f"{file}:{number}")
 
 
 def override_problems(item: str) -> Iterator[Problem]:
-    """The same of a `--set`."""
+    """The same for a `--set`."""
     yield from _problems(item, where=f"--set {item.partition('=')[0]}")
 
 

@@ -1,4 +1,8 @@
-"""A YAML file as values and the line of every field. Standard library and yaml only."""
+"""A YAML file as values and the line of every field.
+
+PyYAML, not ruamel.yaml: that one stops at the first repeated key, would need the same walk for dotted names, and reads
+YAML 1.2, in which `017` is 17, not 15: recipes would change their meaning in silence.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 import yaml
 
 from recipes.plain import is_mapping
-from recipes.problem import Problem
+from recipes.problem import Problem, RecipeError, shown
 from recipes.read.secrets import secret_problems
 
 _EXPONENT = ("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"))
@@ -26,47 +30,49 @@ class Loader(yaml.SafeLoader):
     }
 
 
-class Document(NamedTuple):
-    """One file: its text, its values, and `file:line` of each field by dotted name."""
+class RecipeFile(NamedTuple):
+    """One file: its text, its values, `file:line` of each field by dotted name, and what else is wrong with it."""
 
     text: str
     values: dict[str, Any]
     places: dict[str, str]
+    problems: list[Problem]
 
 
-def parse(path: Path, *, shown: str, problems: list[Problem], wanted_by: str = "") -> Document | None:
-    """The file as a Document, or None with the reasons appended to `problems`.
+def parse(path: Path, *, wanted_by: str = "") -> RecipeFile:
+    """Read a file; secrets and repeated keys in it are among its problems.
 
     Args:
         path: YAML file.
-        shown: The path as messages show it.
-        problems: Grows by what is wrong.
         wanted_by: Where the file is named, when that is another file.
+
+    Raises:
+        RecipeError: It cannot be read, or holds no mapping.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        problems.append(_unreadable(path, shown=shown, error=error, wanted_by=wanted_by))
-        return None
-    problems += secret_problems(text, shown=shown)
+        raise _unreadable(path, error=error, wanted_by=wanted_by).error() from None
+    name = shown(path)
+    problems = list(secret_problems(text, file=name))
     try:
         node = cast("yaml.Node | None", yaml.compose(text, Loader))  # pyright: ignore[reportUnknownMemberType]
         values: object = yaml.load(text, Loader)
     except yaml.MarkedYAMLError as error:
-        problems.append(_syntax(error, shown=shown))
-        return None
+        raise RecipeError([*problems, _syntax(error, file=name)]) from None
     except yaml.YAMLError as error:
-        problems.append(_not_a_recipe(shown, f"it cannot be read as YAML ({str(error).splitlines()[0]})"))
-        return None
+        why = f"it cannot be read as YAML ({str(error).splitlines()[0]})"
+        raise RecipeError([*problems, _not_a_recipe(name, why)]) from None
     if not isinstance(node, yaml.MappingNode) or not is_mapping(values):
-        problems.append(_not_a_recipe(shown, "it is empty" if node is None else "it does not hold `key: value` lines"))
-        return None
+        why = "it is empty" if node is None else "it does not hold `key: value` lines"
+        raise RecipeError([*problems, _not_a_recipe(name, why)])
     places: dict[str, str] = {}
-    for name, line, repeated in _fields(node, prefix=""):
-        if repeated:
-            problems.append(_twice(name, first=places[name], again=f"{shown}:{line}"))
-        places[name] = f"{shown}:{line}"
-    return Document(text, values, places)
+    for field in _fields(node, prefix=""):
+        place = f"{name}:{field.line}"
+        if field.repeated:
+            problems.append(_twice(field.name, first=places[field.name], again=place))
+        places[field.name] = place
+    return RecipeFile(text, values, places, problems)
 
 
 def parse_value(text: str) -> object:
@@ -81,7 +87,7 @@ class _Field(NamedTuple):
 
 
 def _fields(node: yaml.Node, *, prefix: str) -> Iterator[_Field]:
-    """Every field below a node, depth first; a key that stands twice in one mapping is marked."""
+    """Every field below a node, depth first; a key that its mapping repeats is marked."""
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:
@@ -95,18 +101,19 @@ def _fields(node: yaml.Node, *, prefix: str) -> Iterator[_Field]:
             yield from _fields(value, prefix=f"{prefix}{index}.")
 
 
-def _unreadable(path: Path, *, shown: str, error: OSError | UnicodeDecodeError, wanted_by: str) -> Problem:
+def _unreadable(path: Path, *, error: OSError | UnicodeDecodeError, wanted_by: str) -> Problem:
     near: list[str] = []
     if path.parent.is_dir():
         near = get_close_matches(path.name, [file.name for file in path.parent.iterdir() if file.is_file()], n=1)
     reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else (error.strerror or "it cannot be read")
     remedy = f"Did you mean {path.parent / near[0]}?" if near else "Check the path, or write one with `quench init`."
-    return Problem(what=f"The recipe {shown} cannot be read.", where=wanted_by or shown, why=f"{reason}.", next=remedy)
+    name = shown(path)
+    return Problem(what=f"The recipe {name} cannot be read.", where=wanted_by or name, why=f"{reason}.", next=remedy)
 
 
-def _syntax(error: yaml.MarkedYAMLError, *, shown: str) -> Problem:
+def _syntax(error: yaml.MarkedYAMLError, *, file: str) -> Problem:
     mark = error.problem_mark or error.context_mark
-    where = f"{shown}:{mark.line + 1}" if mark else shown
+    where = f"{file}:{mark.line + 1}" if mark else file
     column = f", column {mark.column + 1}" if mark else ""
     return Problem(
         what="The recipe is not YAML.",
@@ -116,10 +123,10 @@ def _syntax(error: yaml.MarkedYAMLError, *, shown: str) -> Problem:
     )
 
 
-def _not_a_recipe(shown: str, why: str) -> Problem:
+def _not_a_recipe(file: str, why: str) -> Problem:
     return Problem(
-        what=f"{shown} is not a recipe.",
-        where=f"{shown}:1",
+        what=f"{file} is not a recipe.",
+        where=f"{file}:1",
         why=f"{why[0].upper()}{why[1:]}.",
         next="Write name, model and data at least; `quench init` writes a commented recipe.",
     )
@@ -127,7 +134,7 @@ def _not_a_recipe(shown: str, why: str) -> Problem:
 
 def _twice(name: str, *, first: str, again: str) -> Problem:
     return Problem(
-        what=f"`{name}` stands twice.",
+        what=f"`{name}` is written twice.",
         where=f"{again} {name}",
         why=f"YAML would silently keep the last; the first is at {first}.",
         next="Remove one of the two.",

@@ -1,7 +1,7 @@
 """Who reads what: format, bits, symmetry, activation order, shapes and tensor parallelism -> engine, with sources.
 
-Numbers behind # are pull requests and issues of the project before it. What no row says is unknown, and is treated
-like a refusal: an artifact is recommended only where somebody has shown that it loads.
+`vllm#38288, #45051` are pull requests or issues of that project. What no row says is unknown, and is treated like a
+refusal: an artifact is recommended only where somebody has shown that it loads.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Reads(NamedTuple):
     Attributes:
         engine: Who reads.
         form: The file format.
-        bits: Bits a weight.
+        bits: Bits per weight.
         zero_points: `no`, `yes` (only with them) or `both`.
         activation_order: Reads GPTQ's -actorder, too.
         since: From which version on this holds.
@@ -148,7 +148,7 @@ def cautions(scheme: Scheme, linears: Sequence[Linear], engine: Engine, tensor_p
     """What this engine serves in some versions only, or by a slower kernel."""
     if engine != "vllm" or scheme.form == "bitsandbytes" or _reasons(scheme, linears, engine, tensor_parallel):
         return []
-    odd = [one for one in _parts(scheme, linears, tensor_parallel) if one.bits in (4, 8) and _off_tile(one)]
+    odd = [part for part in _parts(scheme, linears, tensor_parallel) if part.bits in (4, 8) and _off_tile(part)]
     if not odd:
         return []
     return [
@@ -173,8 +173,8 @@ def parallel_sizes(scheme: Scheme | None, linears: Sequence[Linear], engine: Eng
 
 
 def _reasons(scheme: Scheme, linears: Sequence[Linear], engine: Engine, tensor_parallel: int) -> list[_Reason]:
-    found = list(_by_format(scheme, engine))
-    return found or (list(_vllm_shapes(scheme, linears, tensor_parallel)) if engine == "vllm" else [])
+    reasons = list(_by_format(scheme, engine))
+    return reasons or (list(_vllm_shapes(scheme, linears, tensor_parallel)) if engine == "vllm" else [])
 
 
 def _grids(scheme: Scheme) -> set[Grid]:
@@ -261,20 +261,20 @@ def _vllm_shapes(scheme: Scheme, linears: Sequence[Linear], ranks: int) -> Itera
         )
         return
     parts = list(_parts(scheme, linears, ranks))
-    cut = [one for one in parts if one.group != PER_CHANNEL and one.inputs % one.group]
+    cut = [part for part in parts if part.group != PER_CHANNEL and part.inputs % part.group]
     if cut:
         where = f" over {ranks} ranks" if ranks > 1 else ""
         yield _Reason(
             f"A group of {scheme.slug} is cut apart{where} in {_shown(cut)}.",
             "A rank needs whole groups of inputs; padding cannot mend it (vllm#45295).",
         )
-    if scheme.desc_act and (odd := [one for one in parts if one.group != PER_CHANNEL and _off_tile(one)]):
+    if scheme.desc_act and (odd := [part for part in parts if part.group != PER_CHANNEL and _off_tile(part)]):
         yield _Reason(
             f"Marlin has no tile for {_shown(odd)} in activation order.",
             f"It wants outputs by {TILE_OUTPUTS} and inputs by {TILE_INPUTS}, and pads no layer whose inputs are "
             "reordered (vllm#45295).",
         )
-    experts = [one.layer for one in parts if ".experts." in one.layer.name]
+    experts = [part.layer for part in parts if ".experts." in part.layer.name]
     if experts and scheme.form == "compressed-tensors" and not scheme.grid.symmetric:
         yield _Reason(
             f"vLLM does not read zero points of experts: {collapsed(experts)}.",
@@ -285,8 +285,8 @@ def _vllm_shapes(scheme: Scheme, linears: Sequence[Linear], ranks: int) -> Itera
 def _shown(parts: Iterable[_Part]) -> str:
     """By family: `model.layers.*.mlp.down_proj (1376 inputs, 256 outputs a rank, 32 layers)`."""
     families: dict[tuple[str, int, int], int] = {}
-    for one in parts:
-        key = (one.layer.family, one.inputs, one.outputs)
+    for part in parts:
+        key = (part.layer.family, part.inputs, part.outputs)
         families[key] = families.get(key, 0) + 1
     return ", ".join(
         f"{family} ({inputs} inputs, {outputs} outputs a rank, {count} layer{'s' if count > 1 else ''})"
@@ -300,7 +300,7 @@ def _shown(parts: Iterable[_Part]) -> str:
 @cache
 def _candidates() -> tuple[Scheme, ...]:
     plain = known_schemes()
-    return (*plain, *(_asymmetric(one) for one in plain if one.method == "gptq" and not one.rules))
+    return (*plain, *(_asymmetric(scheme) for scheme in plain if scheme.method == "gptq" and not scheme.rules))
 
 
 def _asymmetric(scheme: Scheme) -> Scheme:
@@ -311,17 +311,19 @@ def _asymmetric(scheme: Scheme) -> Scheme:
 def _nearest(scheme: Scheme, linears: Sequence[Linear], engine: Engine, ranks: int) -> str | None:
     """By bits, then zero points, method, format and group; None where the engine reads nothing here."""
 
-    def distance(one: Scheme) -> tuple[float, ...]:
-        groups = [float("inf") if size == PER_CHANNEL else size for size in (one.group_size, scheme.group_size)]
+    def distance(other: Scheme) -> tuple[float, ...]:
+        groups = [float("inf") if size == PER_CHANNEL else size for size in (other.group_size, scheme.group_size)]
         apart = 0.0 if groups[0] == groups[1] else abs(groups[0] - groups[1])
         return (
-            abs(one.bits - scheme.bits),
-            one.grid.symmetric != scheme.grid.symmetric,
-            one.method != scheme.method,
-            one.method == "rtn",
-            one.form != scheme.form,
+            abs(other.bits - scheme.bits),
+            other.grid.symmetric != scheme.grid.symmetric,
+            other.method != scheme.method,
+            other.method == "rtn",
+            other.form != scheme.form,
             apart,
         )
 
-    near = sorted(_candidates(), key=distance)
-    return next((one.slug for one in near if one.fits(linears) and not _reasons(one, linears, engine, ranks)), None)
+    for other in sorted(_candidates(), key=distance):
+        if other.fits(linears) and not _reasons(other, linears, engine, ranks):
+            return other.slug
+    return None

@@ -1,4 +1,4 @@
-"""What a backend cannot do to an architecture, found by trying: a row each, with the reason and a way round.
+"""What a backend cannot do to an architecture, found by trying: one row each, with the reason and a way round.
 
 Versions: GPTQModel 7.6, bitsandbytes 0.50, transformers 5.23. What is not listed here
 tests/jobs/backends/test_contract.py tries on tiny Llama-, Qwen3-, Mistral- and Gemma-type models.
@@ -96,7 +96,7 @@ ARCHIVED: dict[Backend, Archived] = {
 
 
 def limit_problems(scheme: Scheme, headers: Headers) -> list[Problem]:
-    """What the scheme's backend cannot do to this architecture; `where` is left to the caller as the slug."""
+    """What the scheme's backend cannot do to this architecture; `where` is the slug."""
     apart = scheme.form in ("gptq", "awq") and any(is_expert(layer.name) for layer in headers.linears)
     if apart or (scheme.backend == "llm-compressor" and headers.expert_parameters):
         return [
@@ -109,7 +109,7 @@ def limit_problems(scheme: Scheme, headers: Headers) -> list[Problem]:
             )
         ]
     kinds = {headers.config.get("model_type"), headers.text_config.get("model_type")}
-    found = [
+    problems = [
         Problem(
             what=f"{scheme.backend} cannot make {scheme.slug} of a {'/'.join(sorted(map(str, kinds)))} model.",
             where=scheme.slug,
@@ -120,7 +120,7 @@ def limit_problems(scheme: Scheme, headers: Headers) -> list[Problem]:
         if scheme.backend in limit.backends and scheme.method in limit.methods and kinds & set(limit.model_types)
     ]
     archived = _archived_problem(scheme, str(headers.text_config.get("model_type")))
-    return [*found, archived] if archived else found
+    return [*problems, archived] if archived else problems
 
 
 def _archived_problem(scheme: Scheme, model_type: str) -> Problem | None:

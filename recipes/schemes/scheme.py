@@ -36,7 +36,7 @@ class Grid(NamedTuple):
     """The grid of a layer's weights.
 
     Attributes:
-        bits: Bits a weight.
+        bits: Bits per weight.
         group_size: Inputs that share a scale; -1 where all of an output do.
         symmetric: No zero points: the grid is centred on 0.
     """
@@ -62,7 +62,7 @@ class Rule(NamedTuple):
         """True where the layer of this full name, which is not a fused one, falls under the rule."""
         stem, _, part = name.rpartition(".")
         names = [name, *(f"{stem}.{fused}" for fused, parts in FUSED.items() if part in parts and fused in self.match)]
-        return any(re.search(self.match, one) for one in names)
+        return any(re.search(self.match, layer) for layer in names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,17 +91,17 @@ class Scheme:
 
     @property
     def bits(self) -> int:
-        """Bits a weight, where no rule says otherwise."""
+        """Bits per weight, where no rule says otherwise."""
         return self.grid.bits
 
     @property
     def group_size(self) -> int:
-        """Inputs a scale, where no rule says otherwise; -1: per channel."""
+        """Inputs per scale, where no rule says otherwise; -1: per channel."""
         return self.grid.group_size
 
     @property
     def needs_calibration(self) -> bool:
-        """The others look at no data."""
+        """False for what looks at no data: rounding to nearest, nf4, int8."""
         return self.method in ("gptq", "awq") or self.kv_scales
 
     def grid_of(self, name: str) -> Grid | None:
@@ -116,14 +116,14 @@ class Scheme:
             "form": self.form,
             **self.grid._asdict(),
             "desc_act": self.desc_act,
-            "rules": [{"match": one.match, "grid": one.grid and one.grid._asdict()} for one in self.rules],
+            "rules": [{"match": rule.match, "grid": rule.grid and rule.grid._asdict()} for rule in self.rules],
             "kv_scales": self.kv_scales,
         }
 
     @classmethod
     def of(cls, params: dict[str, Any], *, slug: str) -> Scheme:
         """The scheme that `params()` came from."""
-        rules = (Rule(one["match"], one["grid"] and Grid(**one["grid"])) for one in params["rules"])
+        rules = (Rule(rule["match"], rule["grid"] and Grid(**rule["grid"])) for rule in params["rules"])
         return cls(
             slug=slug,
             method=params["method"],
@@ -136,10 +136,17 @@ class Scheme:
         )
 
     def check(self, shapes: Sequence[Linear]) -> list[Problem]:
-        """Problems of this scheme on a model with these layers; `where` is left to the caller as the slug."""
-        packing = self._pack_problem(shapes), self._word_problem(shapes)
-        found = (self._group_problem(shapes), *packing, self._fused_problem(shapes))
-        return [problem for problem in found if problem]
+        """Problems of this scheme on a model with these layers; `where` is the slug."""
+        problems: list[Problem] = []
+        if cut := self._ungrouped(shapes):
+            problems.append(self._group_problem(cut, shapes))
+        if unpackable := self._unpackable(shapes):
+            problems.append(self._pack_problem(unpackable, shapes))
+        if part_words := self._part_words(shapes):
+            problems.append(self._word_problem(part_words, shapes))
+        if split := self._split(shapes):
+            problems.append(self._fused_problem(split))
+        return problems
 
     def fits(self, shapes: Sequence[Linear]) -> bool:
         """True where every layer can be quantized by this scheme."""
@@ -155,7 +162,7 @@ class Scheme:
         return [layer for layer in shapes if layer.out_features % self.packed_outputs]
 
     def _part_words(self, shapes: Iterable[Linear]) -> list[Linear]:
-        """Layers whose outputs end within a word; where groups do not divide the inputs that is the problem to tell."""
+        """Layers whose codes end within a word; only per channel, since groups are whole words."""
         if self.form != "gptq" or self.group_size != PER_CHANNEL:
             return []
         return [layer for layer in shapes if layer.in_features % PACKED_INPUTS[self.bits]]
@@ -167,13 +174,10 @@ class Scheme:
             return 1
         return AWQ_OUTPUTS if self.method == "awq" else PACKED_OUTPUTS[self.bits]
 
-    def _group_problem(self, shapes: Sequence[Linear]) -> Problem | None:
-        bad = self._ungrouped(shapes)
-        if not bad:
-            return None
+    def _group_problem(self, bad: Sequence[Linear], shapes: Sequence[Linear]) -> Problem:
         legal = legal_group_sizes(shapes)
         whole = self._per_channel(shapes)
-        remedy = f"write {whole}, one scale an output." if whole else "write nf4 or int8."
+        remedy = f"write {whole}, one scale per output." if whole else "write nf4 or int8."
         none = f"None of {listed(GROUP_SIZES)} divides every layer of this base: {remedy}"
         return Problem(
             what=f"The group size {self._groups(bad)} of {self.slug} does not divide {collapsed(bad)}.",
@@ -191,10 +195,7 @@ class Scheme:
         slug = spelled(self.form, self.method, self.grid._replace(group_size=group), desc_act=self.desc_act)
         return f"Write {slug}: {group} is the largest legal group here."
 
-    def _pack_problem(self, shapes: Sequence[Linear]) -> Problem | None:
-        bad = self._unpackable(shapes)
-        if not bad:
-            return None
+    def _pack_problem(self, bad: Sequence[Linear], shapes: Sequence[Linear]) -> Problem:
         group = max(legal_group_sizes(shapes), default=PER_CHANNEL)
         method: Method = "gptq" if self.method == "awq" else self.method
         legal = [
@@ -212,10 +213,7 @@ class Scheme:
             else "Choose another base: no scheme is legal on this one.",
         )
 
-    def _word_problem(self, shapes: Sequence[Linear]) -> Problem | None:
-        bad = self._part_words(shapes)
-        if not bad:
-            return None
+    def _word_problem(self, bad: Sequence[Linear], shapes: Sequence[Linear]) -> Problem:
         near = self._per_channel(shapes)
         return Problem(
             what=f"{self.slug} cannot pack {collapsed(bad)}.",
@@ -228,7 +226,7 @@ class Scheme:
         )
 
     def _per_channel(self, shapes: Sequence[Linear]) -> str | None:
-        """Slug of the scheme with one scale an output that fits here, at the nearest bits; AWQ's is GPTQ."""
+        """Slug of the scheme with one scale per output that fits here, at the nearest bits; for AWQ a GPTQ scheme."""
         form: Form = "gptq" if self.form == "awq" else self.form
         method: Method = "gptq" if self.method == "awq" else self.method
         for bits in sorted(PACKED_INPUTS, key=lambda bits: (abs(bits - self.bits), -bits)):
@@ -237,11 +235,8 @@ class Scheme:
                 return spelled(form, method, grid, desc_act=self.desc_act)
         return None
 
-    def _fused_problem(self, shapes: Sequence[Linear]) -> Problem | None:
+    def _fused_problem(self, split: Sequence[str]) -> Problem:
         """Servers fuse q, k, v into one weight and gate, up into another: one grid each (vllm#50214)."""
-        split = self._split(shapes)
-        if not split:
-            return None
         return Problem(
             what=f"The rules of {self.slug} give {', '.join(split)} different grids.",
             where=self.slug,
@@ -257,7 +252,7 @@ class Scheme:
                 for parts in FUSED.values():
                     if part in parts:
                         grids.setdefault((Linear(f"{stem}.", 0, 0).family, parts), set()).add(self.grid_of(name))
-        return [f"{stem}{'/'.join(parts)}" for (stem, parts), found in grids.items() if len(found) > 1]
+        return [f"{stem}{'/'.join(parts)}" for (stem, parts), own in grids.items() if len(own) > 1]
 
     def predicted_bytes(self, shapes: Iterable[Linear]) -> int:
         """Bytes of the quantized layers on disk: codes, fp16 scales, zero points and the int32 g_idx of GPTQ files."""
@@ -267,7 +262,7 @@ class Scheme:
             size = layer.in_features * layer.out_features
             if grid is None:
                 total += 2 * size
-            elif self.form == "bitsandbytes":  # nf4: an 8-bit absmax for 64 weights; int8: an fp32 scale an output
+            elif self.form == "bitsandbytes":  # nf4: an 8-bit absmax per 64 weights; int8: an fp32 scale per output
                 total += size * 4 // 8 + size // 64 if self.method == "nf4" else size + 4 * layer.out_features
             else:
                 total += self._grid_bytes(layer, grid)
@@ -282,9 +277,9 @@ class Scheme:
 
 
 def parts_of(name: str) -> tuple[str, ...]:
-    """The layers that a fused one (qkv_proj) stands for; any other layer itself. A rule has to say the same of all."""
+    """The layers that a fused one (qkv_proj) stands for, which need one grid; any other layer itself."""
     stem, _, part = name.rpartition(".")
-    return tuple(f"{stem}.{one}" for one in FUSED[part]) if part in FUSED else (name,)
+    return tuple(f"{stem}.{own}" for own in FUSED[part]) if part in FUSED else (name,)
 
 
 def _cut_short(layer: Linear, grid: Grid) -> bool:
@@ -297,8 +292,8 @@ def spelled(form: Form, method: Method, grid: Grid, *, desc_act: bool = False) -
         return method
     family = f"ct-{method}" if form == "compressed-tensors" else method
     group = "" if grid.group_size == PER_CHANNEL else f"-g{grid.group_size}"
-    asked = "-asym" if not grid.symmetric and method != "awq" else ""  # AWQ has zero points always
-    return f"{family}-w{grid.bits}{group}{asked}{'-actorder' if desc_act else ''}"
+    asymmetric = "-asym" if not grid.symmetric and method != "awq" else ""  # AWQ has zero points always
+    return f"{family}-w{grid.bits}{group}{asymmetric}{'-actorder' if desc_act else ''}"
 
 
 def legal_group_sizes(shapes: Iterable[Linear]) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from recipes.models.headers import Headers
 from recipes.problem import Problem
-from recipes.schemes.engines import NAMES, READS, cautions, loaders, parallel_sizes, refusals, rows_of
+from recipes.schemes.engines import NAMES, cautions, loaders, parallel_sizes, refusals, rows_of
 from recipes.schemes.scheme import Scheme, listed
 
 SCHEMA = 1
@@ -20,18 +20,17 @@ WHY_DTYPE = (
     "can be larger, and fp16 kernels overflow then (vllm#1941, #16579). Take --dtype float16 only on GPUs without bf16 "
     "(before compute capability 8.0), and try your own prompts first."
 )
-
-
+BF16_NEEDS: dict[str, str] = {"transformers": "", "vllm": ""}  # who reads what is not quantized, and with what
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values of vLLM's --max-lora-rank
 
 
-class Adapter(NamedTuple):
+class ServedAdapter(NamedTuple):
     """A LoRA adapter that is served on top of a base.
 
     Attributes:
         rank: Its largest rank.
         plain: No DoRA and no modules trained in full: what vLLM reads.
-        nf4: The base is quantized to NF4 while it is loaded.
+        nf4: The base is quantized to NF4 on loading.
         tokenizer: Folder of the tokenizer in the export.
     """
 
@@ -41,7 +40,7 @@ class Adapter(NamedTuple):
     tokenizer: str
 
     @classmethod
-    def read(cls, folder: Path, *, nf4: bool) -> Adapter:
+    def read(cls, folder: Path, *, nf4: bool) -> ServedAdapter:
         """From adapter_config.json."""
         config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         patterns: dict[str, int] = config.get("rank_pattern") or {}
@@ -76,7 +75,7 @@ def describe(
     scheme: Scheme | None,
     tensor_parallel: int = 1,
     max_model_len: int | None = None,
-    adapter: Adapter | None = None,
+    adapter: ServedAdapter | None = None,
 ) -> dict[str, Any]:
     """What serve.json holds.
 
@@ -86,7 +85,7 @@ def describe(
         scheme: How it is quantized; None where it is not.
         tensor_parallel: GPUs that each layer is split over.
         max_model_len: Tokens of prompt and answer; default: the longest context.
-        adapter: What stands on top; then the model is in base/ and the adapter in adapter/.
+        adapter: What is loaded on top; then the model is in base/ and the adapter in adapter/.
     """
     length = max_model_len or headers.max_positions
     return {
@@ -105,21 +104,19 @@ def describe(
     }
 
 
-def _loaders(scheme: Scheme | None, adapter: Adapter | None) -> dict[str, str]:
+def _loaders(scheme: Scheme | None, adapter: ServedAdapter | None) -> dict[str, str]:
     """Who reads it, and what has to be installed beside the engine."""
-    found = {one: _needs(scheme, one) for one in loaders(scheme)} if scheme else {"transformers": "", "vllm": ""}
+    by_engine = dict(BF16_NEEDS)
+    if scheme is not None:
+        by_engine = {engine: ", ".join(row.needs for row in rows_of(scheme, engine)) for engine in loaders(scheme)}
     if adapter is None:
-        return found
-    needs = ", ".join(filter(None, (found["transformers"], "peft", "bitsandbytes" if adapter.nf4 else "")))
-    return {"transformers": needs} if adapter.nf4 else {"transformers": needs, "vllm": found.get("vllm", "")}
-
-
-def _needs(scheme: Scheme, engine: str) -> str:
-    return ", ".join(row.needs for row in READS if row.engine == engine and row in rows_of(scheme, row.engine))
+        return by_engine
+    needs = ", ".join(filter(None, (by_engine["transformers"], "peft", "bitsandbytes" if adapter.nf4 else "")))
+    return {"transformers": needs} if adapter.nf4 else {"transformers": needs, "vllm": by_engine.get("vllm", "")}
 
 
 def _vllm(
-    headers: Headers, name: str, scheme: Scheme | None, *, ranks: int, length: int | None, adapter: Adapter | None
+    headers: Headers, name: str, scheme: Scheme | None, *, ranks: int, length: int | None, adapter: ServedAdapter | None
 ) -> dict[str, Any]:
     """The command, or why there is none."""
     sizes = parallel_sizes(scheme, headers.linears, "vllm")
@@ -134,8 +131,8 @@ def _vllm(
     command += ["--tensor-parallel-size", str(ranks)]
     return {
         "command": None if refused else command,
-        "refused": [one.as_dict() for one in refused],
-        "cautions": [one.as_dict() for one in careful],
+        "refused": [problem.as_dict() for problem in refused],
+        "cautions": [problem.as_dict() for problem in careful],
         "tensor_parallel_sizes": list(sizes),
     }
 
@@ -148,14 +145,14 @@ def readable(served: Mapping[str, Any]) -> str:
     if needs := served["loaders"].get("transformers"):
         lines += [f"It needs {needs}.", ""]
     lines += python_lines(served)
-    others = [f"{NAMES[one]}{f' (with {needs})' if needs else ''}" for one, needs in _others(served)]
+    others = [f"{NAMES[engine]}{f' (with {needs})' if needs else ''}" for engine, needs in _others(served)]
     if others:
         lines += ["", f"These read it, too: {', '.join(others)}."]
     return "\n".join(lines) + "\n"
 
 
 def _others(served: Mapping[str, Any]) -> Iterator[tuple[Any, str]]:
-    yield from ((one, needs) for one, needs in served["loaders"].items() if one not in ("transformers", "vllm"))
+    yield from ((engine, needs) for engine, needs in served["loaders"].items() if engine not in BF16_NEEDS)
 
 
 def shell(command: list[str]) -> str:
@@ -180,8 +177,8 @@ def _vllm_lines(served: Mapping[str, Any]) -> Iterator[str]:
     else:
         yield "* The folder has no chat template: name one by --chat-template."
     yield _kv_line(served["kv_scales"])
-    for one in vllm["cautions"]:
-        yield f"* {one['what']} {one['why']}"
+    for caution in vllm["cautions"]:
+        yield f"* {caution['what']} {caution['why']}"
 
 
 def _kv_line(calibrated: bool) -> str:
@@ -195,8 +192,8 @@ def _kv_line(calibrated: bool) -> str:
 
 
 def _refused_lines(served: Mapping[str, Any]) -> Iterator[str]:
-    for one in served["vllm"]["refused"]:
-        yield f"{one['what']} {one['why']} {one['next']}"
+    for problem in served["vllm"]["refused"]:
+        yield f"{problem['what']} {problem['why']} {problem['next']}"
 
 
 def python_lines(served: Mapping[str, Any]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Slugs: which schemes there are, what they are called, and the nearest one to a name that is none."""
+"""Slugs: which schemes there are, what they are called, and the nearest one to a name that is no scheme."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from itertools import product
 from typing import Literal, NamedTuple
 
 from recipes.models.linear import Linear
-from recipes.problem import Problem, RecipeError
+from recipes.problem import Problem
 from recipes.schemes.scheme import GROUP_SIZES, PER_CHANNEL, Backend, Form, Grid, Method, Rule, Scheme, listed, spelled
 
 ATTENTION, FFN = r"\.(self_attn|attn|attention)\.", r"\.(mlp|feed_forward|block_sparse_moe)\."
@@ -19,16 +19,16 @@ _SLUG = re.compile(
 )
 
 
-class Family(NamedTuple):
-    """What stands before the bits in a slug, and what it can do.
+class SchemeFamily(NamedTuple):
+    """What comes before the bits in a slug, and what it can do.
 
     Attributes:
         method: How codes are found.
         backend: Who finds them, where the recipe names nobody else.
         form: What the files are.
-        bits: Bits a weight.
+        bits: Bits per weight.
         per_channel: Can do without groups.
-        zero_points: `never`, `asked` (with -asym) or `always`.
+        zero_points: `never`, `optional` (with -asym) or `always`.
         activation_order: Can do -actorder.
         others: Backends that the recipe may name instead.
     """
@@ -38,22 +38,22 @@ class Family(NamedTuple):
     form: Form
     bits: tuple[int, ...]
     per_channel: bool
-    zero_points: Literal["never", "asked", "always"]
+    zero_points: Literal["never", "optional", "always"]
     activation_order: bool = False
     others: tuple[Backend, ...] = ()
 
     @property
     def group_sizes(self) -> tuple[int, ...]:
-        """Inputs a scale; -1: per channel."""
+        """Inputs per scale; -1: per channel."""
         return (*GROUP_SIZES, PER_CHANNEL) if self.per_channel else GROUP_SIZES
 
 
 FAMILIES = {
-    "rtn": Family("rtn", "quench-rtn", "gptq", (2, 3, 4, 8), True, "never"),
-    "gptq": Family("gptq", "gptqmodel", "gptq", (2, 3, 4, 8), True, "asked", True, ("auto-gptq",)),
-    "awq": Family("awq", "gptqmodel", "awq", (4,), False, "always", False, ("autoawq",)),
-    "ct-gptq": Family("gptq", "llm-compressor", "compressed-tensors", (3, 4, 8), True, "asked"),
-    "ct-awq": Family("awq", "llm-compressor", "compressed-tensors", (4,), False, "always"),
+    "rtn": SchemeFamily("rtn", "quench-rtn", "gptq", (2, 3, 4, 8), True, "never"),
+    "gptq": SchemeFamily("gptq", "gptqmodel", "gptq", (2, 3, 4, 8), True, "optional", True, ("auto-gptq",)),
+    "awq": SchemeFamily("awq", "gptqmodel", "awq", (4,), False, "always", False, ("autoawq",)),
+    "ct-gptq": SchemeFamily("gptq", "llm-compressor", "compressed-tensors", (3, 4, 8), True, "optional"),
+    "ct-awq": SchemeFamily("awq", "llm-compressor", "compressed-tensors", (4,), False, "always"),
 }
 
 BITSANDBYTES = {
@@ -84,21 +84,22 @@ def parse_scheme(slug: str) -> Scheme:
         return {**BITSANDBYTES, **MIXED}[slug]
     match = _SLUG.match(slug)
     if match is None or match["family"] not in FAMILIES:
-        raise _refused(slug, f"`{slug}` is no scheme.", "A scheme is METHOD-wBITS-gGROUP, nf4 or int8.")
+        raise _no_scheme(slug, f"`{slug}` is no scheme.", "A scheme is METHOD-wBITS-gGROUP, nf4 or int8.").error()
     name, family, bits = match["family"], FAMILIES[match["family"]], int(match["bits"])
     if bits not in family.bits:
-        raise _refused(slug, f"`{slug}` asks for {bits} bits.", f"{name} can do {listed(family.bits)} bits here.")
+        why = f"{name} can do {listed(family.bits)} bits here."
+        raise _no_scheme(slug, f"`{slug}` asks for {bits} bits.", why).error()
     if match["group"] is None and not family.per_channel:
         why = f"{name} has groups: of {listed(GROUP_SIZES)} inputs."
-        raise _refused(slug, f"`{slug}` names no group size.", why)
+        raise _no_scheme(slug, f"`{slug}` names no group size.", why).error()
     if match["group"] is not None and int(match["group"]) not in GROUP_SIZES:
         why = f"Groups are of {listed(GROUP_SIZES)} inputs."
-        raise _refused(slug, f"`{slug}` asks for groups of {match['group']}.", why)
-    if match["asym"] and family.zero_points != "asked":
+        raise _no_scheme(slug, f"`{slug}` asks for groups of {match['group']}.", why).error()
+    if match["asym"] and family.zero_points != "optional":
         why = f"{name} {family.zero_points} has zero points."
-        raise _refused(slug, f"`{slug}` asks for zero points by -asym.", why)
+        raise _no_scheme(slug, f"`{slug}` asks for zero points by -asym.", why).error()
     if match["order"] and not family.activation_order:
-        raise _refused(slug, f"`{slug}` asks for -actorder.", "Activation order is GPTQ's, by GPTQModel.")
+        raise _no_scheme(slug, f"`{slug}` asks for -actorder.", "Activation order is GPTQ's, by GPTQModel.").error()
     return _scheme(
         name, bits, int(match["group"] or PER_CHANNEL), asymmetric=bool(match["asym"]), desc_act=bool(match["order"])
     )
@@ -125,8 +126,8 @@ def by_backend(scheme: Scheme, backend: str) -> Scheme:
     """
     if backend == scheme.backend:
         return scheme
-    family = next((one for name, one in FAMILIES.items() if scheme.slug.startswith(f"{name}-")), None)
-    legal: dict[str, Backend] = {one: one for one in family.others} if family else {}
+    family = next((family for name, family in FAMILIES.items() if scheme.slug.startswith(f"{name}-")), None)
+    legal: dict[str, Backend] = {other: other for other in family.others} if family else {}
     if backend not in legal:
         others = [scheme.backend, *legal]
         raise Problem(
@@ -151,12 +152,16 @@ def known_schemes() -> list[Scheme]:
     ]
 
 
-def _refused(slug: str, what: str, why: str) -> RecipeError:
-    forms = "; ".join(f"{name}-w{'/'.join(map(str, one.bits))}" for name, one in FAMILIES.items())
-    near = _nearest(slug).slug
+def _no_scheme(slug: str, what: str, why: str) -> Problem:
+    forms = "; ".join(f"{name}-w{'/'.join(map(str, family.bits))}" for name, family in FAMILIES.items())
     groups = "/".join(map(str, GROUP_SIZES))
-    remedy = f"Write {near}, the nearest; legal are {forms}, each with -g{groups} (all but AWQ without, too); "
-    return Problem(what=what, where=slug, why=why, next=remedy + ", ".join([*MIXED, *BITSANDBYTES]) + ".").error()
+    return Problem(
+        what=what,
+        where=slug,
+        why=why,
+        next=f"Write {_nearest(slug).slug}, the nearest; legal are {forms}, each with -g{groups} (all but AWQ without, "
+        f"too); {', '.join([*MIXED, *BITSANDBYTES])}.",
+    )
 
 
 def _nearest(slug: str) -> Scheme:
@@ -164,11 +169,11 @@ def _nearest(slug: str) -> Scheme:
     match = _SLUG.match(slug)
     if match is None or match["family"] not in FAMILIES:
         by_slug = {scheme.slug: scheme for scheme in known_schemes()}
-        begun = [known for known in by_slug if slug and known.startswith(slug)]
-        return by_slug[(begun[-1:] or get_close_matches(slug, by_slug, n=1, cutoff=0.0))[0]]
+        longer = [known for known in by_slug if slug and known.startswith(slug)]
+        return by_slug[(longer[-1:] or get_close_matches(slug, by_slug, n=1, cutoff=0.0))[0]]
     bits, group = int(match["bits"]), int(match["group"] or GROUP_SIZES[-1])
-    same = [scheme for scheme in known_schemes() if scheme.slug.startswith(f"{match['family']}-w")]
-    return min(same, key=lambda scheme: (abs(scheme.bits - bits), abs(scheme.group_size - group)))
+    of_family = [scheme for scheme in known_schemes() if scheme.slug.startswith(f"{match['family']}-w")]
+    return min(of_family, key=lambda scheme: (abs(scheme.bits - bits), abs(scheme.group_size - group)))
 
 
 def legal_schemes(shapes: Sequence[Linear]) -> list[Scheme]:

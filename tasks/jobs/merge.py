@@ -13,7 +13,7 @@ import torch
 
 from recipes.models import headers
 from recipes.models.adapters import WEIGHTS, Adapter, read_adapter
-from recipes.models.headers import read_tensors
+from recipes.models.weights import read_tensors
 from recipes.problem import RecipeError
 from tasks.jobs.loading.load import setup
 from tasks.jobs.merging.deltas import beyond_stream, read_changes

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recipes.data.rows import Row, content_hash, listed
+from recipes.data.rows import Row, content_hash, first_lines
 from tasks.jobs.loading.load import setup
 from tasks.jobs.text.conversation import Conversation, RowError, behind_thinking
 from tasks.jobs.text.plain_texts import read_texts, text_records
@@ -166,7 +166,7 @@ def _render(job: Job, rows: dict[str, Row], renderer: Renderer) -> _RenderedRows
         raise StageError.of(
             what=f"{len(wrong)} row(s) have completions that cannot be found among their tokens",
             where=wrong[0].split(" ", 1)[0],
-            why=f"the loss would fall on the wrong tokens:{listed(wrong)}",
+            why=f"the loss would fall on the wrong tokens:{first_lines(wrong)}",
             next="use a chat template with {% generation %} markers, or correct these rows",
         )
     _note_masks(job, records, ways, skewed=skewed, renderer=renderer)

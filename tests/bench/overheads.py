@@ -33,7 +33,6 @@ STEPS_A_MINUTE = 120  # of the quickstart's training, on one thread of the machi
 LEAST_STEPS = 4
 SHARE = 0.6  # of the wanted minutes that training takes: the rest is prepare to evaluate
 ONE_BY_ONE = (  # both sides do one step after the other on one thread; two schemes, no speed
-    "run.workers=1",
     "run.threads=1",
     "quantize.schemes=[gptq-w4-g128, rtn-w4-g128]",
     "evaluate.on_base=[]",

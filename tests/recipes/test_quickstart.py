@@ -25,13 +25,13 @@ NEAR_TWIN = 0.9  # Jaccard similarity of word 5-grams, as in the leak check that
 
 @pytest.fixture(scope="module")
 def sides() -> dict[str, list[Row]]:
-    asked, found = RECIPE.data, defaultdict(list)
-    read = read_rows(QUICKSTART / asked.path, columns=(asked.group, asked.domain))
+    data, by_side = RECIPE.data, defaultdict(list)
+    read = read_rows(QUICKSTART / data.path, columns=(data.group, data.domain))
     assert not read.problems
     for row in read.rows:
-        split = side(str(row.columns[asked.group]), salt=asked.salt, dev=asked.dev, test=asked.test)
-        found[split].append(row)
-    return found
+        split = side(str(row.columns[data.group]), salt=data.salt, dev=data.dev, test=data.test)
+        by_side[split].append(row)
+    return by_side
 
 
 def grams(row: Row) -> frozenset[tuple[str, ...]]:

@@ -47,8 +47,8 @@ def test_which_variables_children_do_not_get(name: str, value: str, secret: bool
 
 @pytest.mark.parametrize("token", PLANTED)
 def test_a_secret_by_its_form_is_hidden_and_found(token: str) -> None:
-    told = hide(f"before {token}/path, and after")
-    assert token not in told and "planted-secret" not in told and "before " in told and "and after" in told
+    text = hide(f"before {token}/path, and after")
+    assert token not in text and "planted-secret" not in text and "before " in text and "and after" in text
     assert PLANTED[token] in list(secrets_in(f"base: {token}"))
 
 
@@ -77,8 +77,8 @@ def test_what_is_no_secret_is_left_alone(plain: str) -> None:
 
 
 def test_a_problem_shows_none() -> None:
-    told = str(Problem(what=f"no {HUB}", where="http://me:planted-secret@h", why=HUB, next=HUB))
-    assert HUB not in told and "planted-secret" not in told and told.count("***") == 4
+    text = str(Problem(what=f"no {HUB}", where="http://me:planted-secret@h", why=HUB, next=HUB))
+    assert HUB not in text and "planted-secret" not in text and text.count("***") == 4
 
 
 @pytest.mark.parametrize("token", PLANTED)

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from recipes.models.headers import read_tensors
+from recipes.models.weights import read_tensors
 
 
 def rewrite(model: Path, out: Path, change: Callable[[str, Tensor], dict[str, Tensor]]) -> dict[str, str]:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from jinja2 import TemplateError
 from transformers import AutoConfig, GenerationConfig
 
-from recipes.data.rows import SHOWN, TEXT, Message, listed
+from recipes.data.rows import SHOWN, TEXT, Message, first_lines
 from tasks.jobs.measuring.teacher_forcing import TokenRow
 from tasks.jobs.text.conversation import Conversation, RowError
 from tasks.jobs.text.rendering import Rendered, Renderer
@@ -227,7 +227,7 @@ def _unreadable(wrong: Sequence[str], folder: Path) -> StageError:
     return StageError.of(
         what=f"its chat template cannot render {len(wrong)} row(s)",
         where=str(folder),
-        why=f"an answer needs the same history as every other arm's:{listed(wrong)}",
+        why=f"an answer needs the same history as every other arm's:{first_lines(wrong)}",
         next="give a template that takes such turns (chat_template.jinja of that folder), or leave the model out",
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from flows.retrain.row_changes import Changes, Rows, count, load, rows_of, save
 from recipes.data.rows import origins
-from recipes.schema import Data
+from recipes.data.schema import Data
 
 
 def row(number: int, answer: str = "blue", *, domain: str = "colour", **more: Any) -> dict[str, Any]:

@@ -58,8 +58,8 @@ def test_a_link_out_of_an_allowed_folder_and_a_way_up_are_refused(tmp_path: Path
     linked = path.with_name("linked.yaml")
     linked.write_text(path.read_text().replace("own/../../elsewhere.py", "own/link.py"))
     allow([str(inside)])
-    for one in (path, linked):
-        (problem,) = problems(one)
+    for recipe in (path, linked):
+        (problem,) = problems(recipe)
         assert "elsewhere.py" in problem.next
     allow([str(tmp_path / "elsewhere.py")])
     assert not problems(path) and not problems(linked)
@@ -68,9 +68,9 @@ def test_a_link_out_of_an_allowed_folder_and_a_way_up_are_refused(tmp_path: Path
 @pytest.mark.parametrize(("source", "entry"), [("posixpath:join", "posixpath"), ("json.tool:main", "json")])
 def test_a_module_is_allowed_by_its_package_and_stdlib_is_no_exception(tmp_path: Path, source: str, entry: str) -> None:
     path = project(tmp_path, f"{{kind: python, callable: '{source}'}}")
-    assert [one for one in problems(path) if f"--allow-python {entry}," in one.next]
+    assert [problem for problem in problems(path) if f"--allow-python {entry}," in problem.next]
     allow([entry])
-    assert not [one for one in problems(path) if "allowed" in one.what]
+    assert not [problem for problem in problems(path) if "allowed" in problem.what]
 
 
 def test_a_packages_name_allows_no_file_of_the_recipes_folder_with_that_name(tmp_path: Path) -> None:

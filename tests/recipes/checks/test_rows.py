@@ -13,9 +13,9 @@ from tests.recipes.folders import chat, write_project, write_rows
 
 
 def problems(recipe: Path, *sets: str) -> list[Problem]:
-    found = check_data(load(recipe, sets=sets)).problems
-    assert all(part for problem in found for part in problem.as_dict().values())
-    return found
+    of_rows = check_data(load(recipe, sets=sets)).problems
+    assert all(part for problem in of_rows for part in problem.as_dict().values())
+    return of_rows
 
 
 def only(recipe: Path, *sets: str) -> Problem:
@@ -27,16 +27,16 @@ def test_summary_counts_rows_by_side_and_domain(tmp_path: Path):
     recipe = write_project(tmp_path)
     rows = [chat(number, kind="even" if number % 2 == 0 else "odd") for number in range(300)]
     write_rows(tmp_path / "rows.jsonl", [*rows, rows[7]])
-    found = check_data(load(recipe, sets=["data.domain=kind"]))
-    assert found.problems == []
-    assert (found.summary["rows"], found.summary["duplicates"]) == (300, 1)
-    assert found.summary["format"] == "messages, detected from rows.jsonl:1"
+    checked = check_data(load(recipe, sets=["data.domain=kind"]))
+    assert checked.problems == []
+    assert (checked.summary["rows"], checked.summary["duplicates"]) == (300, 1)
+    assert checked.summary["format"] == "messages, detected from rows.jsonl:1"
     expected = {"train": 0, "dev": 0, "test": 0}
     for row in rows:
         expected[side(content_hash(row["messages"])[:16], salt="", dev=0.1, test=0.15)] += 1
     for name, count in expected.items():
-        assert found.summary[name]["rows"] == count > 0
-        assert sum(found.summary[name]["domains"].values()) == count
+        assert checked.summary[name]["rows"] == count > 0
+        assert sum(checked.summary[name]["domains"].values()) == count
 
 
 def test_malformed_lines_by_number_and_only_twenty(tmp_path: Path):
@@ -135,7 +135,7 @@ def test_text_that_is_calibrated_on_and_evaluated(tmp_path: Path):
     write_rows(tmp_path / "general.jsonl", [{"text": f"text {i}"} for i in range(9)])
     write_rows(tmp_path / "other.jsonl", [{"text": "text  3"}, {"text": "another"}])  # equal but for white space
     sets = ("data.general=general.jsonl", "calibrate.general=other.jsonl")
-    problem = only(recipe, *(one.replace("=", f"={tmp_path}/") for one in sets))
+    problem = only(recipe, *(override.replace("=", f"={tmp_path}/") for override in sets))
     assert problem.what.startswith("1 texts stand in") and problem.where.endswith("calibrate.general")
     write_rows(tmp_path / "other.jsonl", [{"text": "another"}, {"txt": "another"}])
     assert only(recipe, *(one.replace("=", f"={tmp_path}/") for one in sets)).where.endswith("other.jsonl:2")
@@ -150,8 +150,8 @@ def test_the_same_tokens_an_input_as_the_calibrate_step():
 def test_an_empty_side_is_refused(tmp_path: Path, name: str):
     recipe = write_project(tmp_path)
     write_rows(tmp_path / "rows.jsonl", (chat(number, thread="one") for number in range(400)))
-    found = problems(recipe, "data.group=thread")
-    assert any(f"{name} would have no rows" in problem.what for problem in found)
+    empty = problems(recipe, "data.group=thread")
+    assert any(f"{name} would have no rows" in problem.what for problem in empty)
 
 
 def test_every_general_row_and_database(tmp_path: Path):
@@ -167,8 +167,8 @@ def test_every_general_row_and_database(tmp_path: Path):
 
 
 def test_data_on_the_hub_is_left_for_later(tmp_path: Path):
-    found = check_data(load(write_project(tmp_path), sets=["data.path=org/rows"]))
-    assert found.problems == [] and "pinned" in found.summary["data"]
+    checked = check_data(load(write_project(tmp_path), sets=["data.path=org/rows"]))
+    assert checked.problems == [] and "pinned" in checked.summary["data"]
 
 
 SOURCES = "data.sources=[{path: rows.jsonl, weight: 0.5, domain: a}, {path: more, domain: b}]"
@@ -178,15 +178,15 @@ def test_several_sources_are_read_drawn_and_named(tmp_path: Path):
     recipe = write_project(tmp_path, rows=400)
     (tmp_path / "more").mkdir()
     write_rows(tmp_path / "more" / "pairs.jsonl", ({"instruction": f"n {i}", "output": "x"} for i in range(100)))
-    found = check_data(load(recipe, sets=["data.path=null", SOURCES]))
-    assert found.problems == []
+    checked = check_data(load(recipe, sets=["data.path=null", SOURCES]))
+    assert checked.problems == []
     whole = check_data(load(recipe, sets=["data.path=null", SOURCES.replace("0.5", "1.0")])).summary
-    assert whole["rows"] == 500 and found.summary["rows"] == 500 - found.summary["left out by weight"]
+    assert whole["rows"] == 500 and checked.summary["rows"] == 500 - checked.summary["left out by weight"]
     for name in ("dev", "test"):
-        assert found.summary[name] == whole[name]
-    drawn, before = (one["train"]["domains"] for one in (found.summary, whole))
+        assert checked.summary[name] == whole[name]
+    drawn, before = (summary["train"]["domains"] for summary in (checked.summary, whole))
     assert drawn["b"] == before["b"] and drawn["a"] < before["a"]
-    assert found.summary["format"].endswith("; alpaca, detected from more/pairs.jsonl:1")
+    assert checked.summary["format"].endswith("; alpaca, detected from more/pairs.jsonl:1")
     write_rows(tmp_path / "more" / "pairs.jsonl", [*map(chat, range(400, 500)), "x"])
     problem = only(recipe, "data.path=null", SOURCES)
     assert problem.where == "more/pairs.jsonl:101" and "malformed" in problem.what
@@ -199,6 +199,6 @@ def test_a_missing_source_is_named_by_its_field(tmp_path: Path):
 
 
 def test_a_part_of_the_data_on_the_hub_is_left_for_later(tmp_path: Path):
-    found = check_data(load(write_project(tmp_path), sets=["data.path=null", SOURCES.replace("more", "org/more")]))
-    assert found.problems == [] and "org/more is not local" in found.summary["data"]
-    assert found.summary["rows"] == sum(found.summary[side]["rows"] for side in ("train", "dev", "test")) > 100
+    checked = check_data(load(write_project(tmp_path), sets=["data.path=null", SOURCES.replace("more", "org/more")]))
+    assert checked.problems == [] and "org/more is not local" in checked.summary["data"]
+    assert checked.summary["rows"] == sum(checked.summary[side]["rows"] for side in ("train", "dev", "test")) > 100

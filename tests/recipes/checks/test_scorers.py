@@ -14,7 +14,7 @@ from recipes.checks.lm_eval_tasks import built_in, find_tasks
 from recipes.checks.python import VARIABLE
 from recipes.problem import Problem, RecipeError
 from recipes.read.load import load
-from recipes.scorers import PythonCallable
+from recipes.scorers import PythonCallableSpec
 from tests.recipes.folders import chat, write_project, write_rows
 
 CALLABLE = "{kind: python, callable: 'own/score.py:score'}"
@@ -60,7 +60,7 @@ def test_what_the_schema_refuses(tmp_path: Path, scorers: list[str], words: str)
 
 def test_the_first_is_task_and_names_default_to_kinds(tmp_path: Path) -> None:
     scorers = load(recipe(tmp_path, "{kind: number, name: total}", "{kind: exact-match}")).recipe.evaluate.scorers
-    assert [one.called for one in scorers] == ["total", "exact-match"]
+    assert [scorer.called for scorer in scorers] == ["total", "exact-match"]
 
 
 # ---- a function
@@ -112,7 +112,7 @@ def test_a_module_is_found_below_the_recipe_and_among_installed_ones(tmp_path: P
     loaded = load(recipe(tmp_path, "{kind: python, callable: 'judges.strict:score'}"))
     assert check(loaded) == []
     assert loaded.content(loaded.recipe.evaluate.scorers[0]) == own
-    installed = PythonCallable(kind="python", callable="jsonschema.validators:validate")
+    installed = PythonCallableSpec(kind="python", callable="jsonschema.validators:validate")
     assert str(loaded.content(installed)).endswith("jsonschema/validators.py")
     assert "jsonschema.validators" not in sys.modules or Path(str(loaded.content(installed))).is_file()
     assert "no_such_module.py" in only(recipe(tmp_path, "{kind: python, callable: 'no_such_module:score'}")).what
@@ -151,10 +151,10 @@ EVAL = "{kind: exact-match}"
 
 
 def test_names_of_tasks_are_found_without_importing_the_library(tmp_path: Path) -> None:
-    found = find_tasks(["hellaswag", "mmlu", "ai2_arc", "hellaswog", "zzzzzz"], None)
-    assert set(found.files) == {"hellaswag", "mmlu", "ai2_arc"}  # a task, a group, a tag
-    assert all(built_in() in path.parents for paths in found.files.values() for path in paths)
-    assert found.near == {"hellaswog": "hellaswag", "zzzzzz": ""}
+    tasks = find_tasks(["hellaswag", "mmlu", "ai2_arc", "hellaswog", "zzzzzz"], None)
+    assert set(tasks.files) == {"hellaswag", "mmlu", "ai2_arc"}  # a task, a group, a tag
+    assert all(built_in() in path.parents for paths in tasks.files.values() for path in paths)
+    assert tasks.near == {"hellaswog": "hellaswag", "zzzzzz": ""}
 
 
 def test_a_task_that_does_not_exist_is_refused(tmp_path: Path) -> None:

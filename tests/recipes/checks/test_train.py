@@ -82,6 +82,6 @@ def test_processes_share_the_batch(tmp_path: Path):
 
 def test_devices(tmp_path: Path):
     recipe = load(write_project(tmp_path), sets=("run.processes=2", "run.launcher=fsdp-qlora")).recipe
-    assert [one.where for one in device_problems(recipe, device="cpu")] == ["run.launcher"]
-    assert [one.where for one in device_problems(recipe, device="cuda", gpus=1)] == ["run.processes"]
+    assert [problem.where for problem in device_problems(recipe, device="cpu")] == ["run.launcher"]
+    assert [problem.where for problem in device_problems(recipe, device="cuda", gpus=1)] == ["run.processes"]
     assert list(device_problems(recipe, device="cuda", gpus=2)) == []

@@ -86,7 +86,7 @@ def test_every_format_is_detected_and_gives_the_same_turns(tmp_path: Path, name:
     assert (read.format, read.detected_from, read.problems) == (name, "rows.jsonl:1", [])
     assert read.rows[0].messages == TURNS and read.rows[0].columns == {"kind": "x"}
     assert read_rows(path, format=name).rows[0].messages == TURNS
-    other = next(one for one in FORMATS if one != name)
+    other = next(other for other in FORMATS if other != name)
     assert "rows.jsonl:1 has no `" in read_rows(path, format=other).wrong[0]
 
 
@@ -100,8 +100,8 @@ def test_plain_text_and_the_input_of_alpaca(tmp_path: Path):
 
 
 def test_turns_of_tools_and_other_names_of_the_same_speakers(tmp_path: Path):
-    said = [("user", "a"), ("observation", "t"), ("assistant", "b"), ("human", "c"), ("tool", "t"), ("model", "d")]
-    row = {"system": "s", "conversations": [{"from": who, "value": what} for who, what in said]}
+    turns = [("user", "a"), ("observation", "t"), ("assistant", "b"), ("human", "c"), ("tool", "t"), ("model", "d")]
+    row = {"system": "s", "conversations": [{"from": who, "value": what} for who, what in turns]}
     (read,) = read_rows(write_rows(tmp_path / "a.jsonl", [row])).rows
     roles = ["system", "user", "tool", "assistant", "user", "tool", "assistant"]
     assert [turn["role"] for turn in read.messages] == roles

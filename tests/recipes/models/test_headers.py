@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from recipes.models.headers import read_headers, read_tensors
+from recipes.models.headers import read_headers
+from recipes.models.weights import read_tensors
 from recipes.problem import Problem, RecipeError
 from tests.recipes.folders import llama_shapes, write_base, write_safetensors
 

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from recipes.problem import Problem, RecipeError
 from recipes.read.load import InvalidRecipe, Loaded, load
-from recipes.schema import Recipe
+from recipes.schema import Recipe, recipe_of_run
 
 MINIMAL = "name: test\nmodel: {base: base}\ndata: {path: rows.jsonl}\n"
 
@@ -114,8 +115,8 @@ def test_micro_batch_has_to_divide_the_batch(tmp_path: Path):
 
 
 def test_missing_fields_and_empty_files(tmp_path: Path):
-    named = {problem.where.split(" ")[-1] for problem in refused(write(tmp_path, "model: {}\n"))}
-    assert named == {"name", "model.base", "data"}
+    missing = {problem.where.split(" ")[-1] for problem in refused(write(tmp_path, "model: {}\n"))}
+    assert missing == {"name", "model.base", "data"}
     (empty,) = refused(write(tmp_path, "# nothing\n"))
     assert "empty" in empty.why and "quench init" in empty.next
     (listed,) = refused(write(tmp_path, "- a\n"))
@@ -169,13 +170,28 @@ def test_extends_merges_sections_and_replaces_lists(tmp_path: Path):
 def test_scorers_are_a_list_and_replaced_as_one(tmp_path: Path):
     write(tmp_path, MINIMAL + "evaluate: {scorers: [{kind: sql-execution, databases: db}]}\n", "base.yaml")
     child = loaded(tmp_path, "extends: base.yaml\nevaluate: {scorers: [{kind: exact-match}]}\n")
-    assert [one.kind for one in child.recipe.evaluate.scorers] == ["exact-match"]
+    assert [scorer.kind for scorer in child.recipe.evaluate.scorers] == ["exact-match"]
 
 
-def test_a_scorer_of_an_older_recipe_says_what_to_write(tmp_path: Path):
-    (problem,) = refused(write(tmp_path, MINIMAL + "evaluate: {scorer: {kind: exact-match}}\n"))
-    assert problem.where.endswith("recipe.yaml:4 evaluate.scorer")
-    assert "`scorers:` with `- kind: ...`" in problem.next
+@pytest.mark.parametrize(
+    ("section", "field", "remedy"),
+    [
+        ("evaluate: {scorer: {kind: exact-match}}", "evaluate.scorer", "`scorers:` with `- kind: ...`"),
+        ("run: {workers: 2}", "run.workers", "Remove it"),
+    ],
+)
+def test_a_key_of_an_older_recipe_says_what_to_write(tmp_path: Path, section: str, field: str, remedy: str):
+    (problem,) = refused(write(tmp_path, MINIMAL + section + "\n"))
+    assert problem.where.endswith(f"recipe.yaml:4 {field}")
+    assert remedy in problem.next
+
+
+def test_the_recipe_of_an_older_run_is_still_read():
+    values = {"name": "test", "model": {"base": "base"}, "data": {"path": "rows.jsonl"}}
+    recipe = recipe_of_run({**values, "run": {"workers": None, "threads": 2}})
+    assert recipe == recipe_of_run({**values, "run": {"threads": 2}}) and recipe.run.threads == 2
+    with pytest.raises(ValidationError):
+        recipe_of_run({**values, "run": {"gpus": 1}})
 
 
 def test_an_error_in_the_extended_file_is_placed_there(tmp_path: Path):

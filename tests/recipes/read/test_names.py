@@ -15,8 +15,9 @@ from recipes.arms import arms
 from recipes.checks.check import load_and_check
 from recipes.problem import RecipeError
 from recipes.read.load import load
-from recipes.schema import Evaluate, Promote, Recipe, SchemeSpec
-from recipes.scorers import ExactMatch
+from recipes.schema import Evaluate, Promote, Recipe
+from recipes.schemes.schema import SchemeSpec
+from recipes.scorers import ExactMatchSpec
 from tests.recipes.folders import write_project
 
 NASTY = [
@@ -65,7 +66,7 @@ NAMED: dict[str, tuple[type[BaseModel], Any]] = {
     "recipe": (Recipe, lambda name: {"name": name, "model": {"base": "b"}, "data": {"path": "d"}}),
     "scheme": (SchemeSpec, lambda name: {"scheme": "rtn-w4-g128", "name": name}),
     "external": (Evaluate, lambda name: {"external": {name: "b"}}),
-    "scorer": (ExactMatch, lambda name: {"kind": "exact-match", "name": name}),
+    "scorer": (ExactMatchSpec, lambda name: {"kind": "exact-match", "name": name}),
     "registry": (Promote, lambda name: {"model_name": name}),
 }
 
@@ -106,11 +107,11 @@ def test_slugs_of_arms_are_plain_names(name: str) -> None:
     section = {"schemes": [{"scheme": "gptq-w4-g128", "name": name}]}
     values = {"name": "a", "model": {"base": "b"}, "data": {"path": "d"}, "quantize": section}
     try:
-        found = arms(Recipe.model_validate(values, strict=True))
+        matrix = arms(Recipe.model_validate(values, strict=True))
     except RecipeError:
         return  # the name of another arm
-    assert name in {arm.slug for arm in found}
-    for arm in found:
+    assert name in {arm.slug for arm in matrix}
+    for arm in matrix:
         assert_one_name(arm.slug)
 
 
@@ -123,8 +124,8 @@ def test_a_path_that_no_system_has_is_refused_in_four_parts(tmp_path: Path, fiel
     path = write_project(tmp_path)
     with pytest.raises(RecipeError) as refused:
         load_and_check(path, sets=[f"{field}={json.dumps(written)}"])
-    told = [one for one in refused.value.problems if field in one.where]
-    assert told and all(all(one.as_dict().values()) for one in told), str(refused.value)
+    problems = [problem for problem in refused.value.problems if field in problem.where]
+    assert problems and all(all(problem.as_dict().values()) for problem in problems), str(refused.value)
 
 
 @pytest.mark.parametrize("written", ['"a\\0b"', "x" * 300])
@@ -139,4 +140,4 @@ def test_a_path_that_leads_nowhere_is_said_to(tmp_path: Path, written: str) -> N
     path = write_project(tmp_path)
     with pytest.raises(RecipeError) as refused:
         load_and_check(path, sets=[f"model.base={json.dumps(written)}", f"data.path={json.dumps(written)}"])
-    assert all(all(one.as_dict().values()) for one in refused.value.problems)
+    assert all(all(problem.as_dict().values()) for problem in refused.value.problems)

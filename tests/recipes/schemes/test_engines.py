@@ -57,7 +57,7 @@ def test_what_vllm_reads(slug: str):
 
 def test_every_scheme_is_read_by_transformers_and_no_form_is_without_a_source():
     assert len(known_schemes()) > 40
-    assert [one.slug for one in known_schemes() if "transformers" not in loaders(one)] == []
+    assert [scheme.slug for scheme in known_schemes() if "transformers" not in loaders(scheme)] == []
     assert all(row.source and row.since for row in READS)
     assert loaders(parse_scheme("awq-w4-g128")) == ("transformers", "vllm", "autoawq")
     assert loaders(parse_scheme("gptq-w3-g128")) == ("transformers", "auto-gptq")
@@ -119,12 +119,13 @@ SCHEMES = "quantize: {schemes: [gptq-w3-g128, awq-w4-g128]}\nevaluate: {on_base:
 
 def test_check_warns_by_field_and_passes(tmp_path: Path):
     recipe = write_project(tmp_path, extra=f"{SCHEMES}serve: {{engine: vllm}}\n")
-    found = warnings(load_and_check(recipe))
-    assert [one.where.split()[-1] for one in found] == ["quantize.schemes.0", "evaluate.on_base.0"]
-    assert "recipe.yaml:9" in found[0].where and "ct-gptq-w3-g128" in found[0].next
+    of_engine = warnings(load_and_check(recipe))
+    assert [problem.where.split()[-1] for problem in of_engine] == ["quantize.schemes.0", "evaluate.on_base.0"]
+    assert "recipe.yaml:9" in of_engine[0].where and "ct-gptq-w3-g128" in of_engine[0].next
     assert warnings(load_and_check(recipe, sets=["serve.engine=none"])) == []
     on_four = warnings(load_and_check(recipe, sets=["serve.tensor_parallel=4"]))
-    assert any("cut apart over 4 ranks" in one.what for one in on_four)  # 128 / 4 and 256 / 4 inputs, groups of 128
+    # 128 / 4 and 256 / 4 inputs, groups of 128
+    assert any("cut apart over 4 ranks" in problem.what for problem in on_four)
 
 
 def test_the_quickstart_names_no_engine():

@@ -27,11 +27,11 @@ def test_a_model_that_a_backend_does_not_quantize(
     tmp_path: Path, backend: str, slug: str, model_type: str, says: str | None
 ):
     headers = read_headers(write_base(tmp_path / "base", config={"model_type": model_type}))
-    found = limit_problems(by_backend(parse_scheme(slug), backend), headers)
+    problems = limit_problems(by_backend(parse_scheme(slug), backend), headers)
     if says is None:
-        assert not found
+        assert not problems
     else:
-        (problem,) = found
+        (problem,) = problems
         assert says in problem.why
         assert f"{backend} does not quantize {model_type}" in problem.what
         assert f"Leave `backend: {backend}` out" in problem.next

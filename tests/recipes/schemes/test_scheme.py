@@ -19,7 +19,7 @@ SHAPES = [
 
 def test_every_known_slug_parses_to_itself():
     schemes = known_schemes()
-    assert len(schemes) == 3 + sum(len(one.bits) * (4 if one.per_channel else 3) for one in FAMILIES.values())
+    assert len(schemes) == 3 + sum(len(family.bits) * (4 if family.per_channel else 3) for family in FAMILIES.values())
     assert all(parse_scheme(scheme.slug) == scheme for scheme in schemes)
 
 
@@ -74,9 +74,9 @@ def test_rules_and_fused_names_mean_the_same_layers():
         ruled = replace(plain, rules=(Rule(match, eight),))
         assert {ruled.grid_of(layer.name) for layer in [*parts, *whole]} == {eight}, match
         assert ruled.check(parts) == ruled.check(whole) == []
-    one = replace(plain, rules=(Rule("v_proj", eight),))  # also the end of qkv_proj
-    assert [one.grid_of(layer.name) for layer in parts] == [plain.grid, plain.grid, eight]
-    assert one.check(parts) and one.check(whole)
+    ruled = replace(plain, rules=(Rule("v_proj", eight),))  # also the end of qkv_proj
+    assert [ruled.grid_of(layer.name) for layer in parts] == [plain.grid, plain.grid, eight]
+    assert ruled.check(parts) and ruled.check(whole)
 
 
 def test_another_backend():
