@@ -29,6 +29,16 @@ class ArmSteps:
     evaluate: Step | None
     measure: Step | None
 
+    @property
+    def steps(self) -> dict[str, Step | None]:
+        """What it is for -> the step."""
+        return {name: step for name, step in vars(self).items() if name != "arm"}
+
+    @property
+    def keys(self) -> dict[str, str | None]:
+        """What it is for -> the key of the step."""
+        return {name: step and step.key for name, step in self.steps.items()}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Matrix:
@@ -180,7 +190,7 @@ def _is_wanted(arm: Arm, only: Sequence[str]) -> bool:
 def _reached(steps: Sequence[Step], rows: Sequence[ArmSteps]) -> tuple[Step, ...]:
     """The steps that these arms are made, scored and timed by, in their order."""
     found: dict[str, Step] = {}
-    ahead = [step for row in rows for step in (row.model, row.adapter, row.evaluate, row.measure) if step]
+    ahead = [step for row in rows for step in row.steps.values() if step]
     while ahead:
         step = ahead.pop()
         if step.key not in found:

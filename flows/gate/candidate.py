@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from flows.gate.checks import Draw, Scores, asked, judge
-from flows.results.read import Arm, Run, read_dev, unfit
+from flows.results.read import Run, RunArm, read_dev
 from flows.results.sizes import size_bytes
 from recipes.schema import Gate
 
@@ -31,14 +31,14 @@ class Candidate:
         left_out: Other arms that were considered -> why they are not it.
     """
 
-    arm: Arm | None
+    arm: RunArm | None
     reason: str
     left_out: Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Contender:
-    arm: Arm
+    arm: RunArm
     size: int
     task: float
 
@@ -71,22 +71,22 @@ def candidate(run: Run, draws: Draw) -> Candidate:
 
 def _preferred(run: Run, slug: str) -> Candidate:
     arm = next((one for one in run.arms if one.slug == slug), None)
-    reason = f"{slug} is no arm of this run" if arm is None else unfit(arm) or _unmade(run, arm)
+    reason = f"{slug} is no arm of this run" if arm is None else arm.unfit or _unmade(run, arm)
     if reason is not None:
         return Candidate(arm=None, reason=f"promote.prefer names {slug}: {reason}", left_out={})
     return Candidate(arm=arm, reason="named by promote.prefer", left_out={})
 
 
-def _unmade(run: Run, arm: Arm) -> str | None:
+def _unmade(run: Run, arm: RunArm) -> str | None:
     for step in (run.step(arm.model), run.step(arm.evaluate)):
         if step is None or not step.ok:
             return step.trouble if step else "the run ended before it was evaluated"
     return None
 
 
-def _contender(run: Run, arm: Arm, draws: Draw) -> _Contender | str:
+def _contender(run: Run, arm: RunArm, draws: Draw) -> _Contender | str:
     """The arm with what ranks it, or why it is none. Dev alone is read."""
-    if reason := unfit(arm) or _unmade(run, arm):
+    if reason := arm.unfit or _unmade(run, arm):
         return reason
     merged = next((one for one in run.arms if one.slug == f"merged-{arm.merge_base}"), None)
     why = _unmade(run, merged) if merged else "it is not in this run"
@@ -103,7 +103,7 @@ def _contender(run: Run, arm: Arm, draws: Draw) -> _Contender | str:
     return _Contender(arm=arm, size=size, task=task)
 
 
-def _dev(run: Run, arm: Arm) -> Scores:
+def _dev(run: Run, arm: RunArm) -> Scores:
     scored = run.step(arm.evaluate)
     assert scored is not None and scored.files is not None  # _unmade asked
     return read_dev(scored.files)

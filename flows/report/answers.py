@@ -9,7 +9,7 @@ from typing import Any
 from flows.results.cells import Cell
 from flows.results.comparisons import FAMILIES, REFERENCE, Comparison
 from flows.results.metrics import decimals, difference_text, interval_text, significant, size, value_text
-from flows.results.read import Arm
+from flows.results.read import RunArm
 
 UNKNOWN = "No difference that this much data can show"
 _NEARER = {  # by verdict on KL
@@ -54,7 +54,7 @@ class Findings:
         reference: Slug of what KL is measured against; None without one.
     """
 
-    arms: Mapping[str, Arm]
+    arms: Mapping[str, RunArm]
     cells: Mapping[str, Mapping[str, Cell]]
     ranked: frozenset[str]
     comparisons: Sequence[Comparison]
@@ -339,7 +339,7 @@ def _external(found: Findings, question: str) -> Answer:
     return Answer(question=question, short=f"{'; '.join(short)}.", text=tuple(text))
 
 
-def _control(arm: Arm) -> str:
+def _control(arm: RunArm) -> str:
     """What a scheme was calibrated on instead."""
     if arm.scales_from_base:
         return "scales found on the base"

@@ -33,7 +33,7 @@ from flows.results.layers import layers_of
 from flows.results.loading import loading_of
 from flows.results.metrics import METRICS, further
 from flows.results.power import power
-from flows.results.read import Arm, Run, Step, notes, read_run
+from flows.results.read import Run, RunArm, RunStep, notes, read_run
 from flows.results.samples import samples_of
 from flows.results.stats import QUANTILE_RESAMPLES, RESAMPLES, SEED
 from flows.results.waterfall import waterfall
@@ -244,7 +244,7 @@ def _data(evidence: Mapping[str, ArmEvidence]) -> dict[str, dict[str, int]]:
     return found
 
 
-def _speed(arm: Arm, run: Run) -> dict[str, Any]:
+def _speed(arm: RunArm, run: Run) -> dict[str, Any]:
     """Kernel, device and threads beside the figures, and whether they say anything about serving."""
     record = speed_record(arm, run)
     named = {name: record.get(name) for name in ("kernel", "serving_kernel", "device", "threads", "batch", "context")}
@@ -260,7 +260,7 @@ def _stage_seconds(run: Run) -> dict[str, float]:
     return {stage: round(sum(seconds), 3) for stage, seconds in found.items() if seconds}
 
 
-def _memory(step: Step, predicted: Mapping[str, float | None]) -> dict[str, Any]:
+def _memory(step: RunStep, predicted: Mapping[str, float | None]) -> dict[str, Any]:
     measured = step.manifest or {}
     return {
         "step": step.key,
@@ -281,7 +281,7 @@ def _source(origin: Mapping[str, Any]) -> dict[str, Any]:
     return {"source": origin.get("source"), "digest": origin.get("digest")}
 
 
-def _step(step: Step) -> dict[str, Any]:
+def _step(step: RunStep) -> dict[str, Any]:
     manifest = step.manifest or {}
     return {
         "key": step.key,
@@ -303,7 +303,7 @@ def _scorers(run: Run) -> dict[str, Any]:
     }
 
 
-def _unscored(step: Step, run: Run) -> list[dict[str, Any]]:
+def _unscored(step: RunStep, run: Run) -> list[dict[str, Any]]:
     """Scores that an evaluate step could not give, though it has its other ones."""
     found = (step.manifest or {}).get("result", {}).get("problems", {})
     touched = [arm.slug for arm in run.arms if step.key == arm.evaluate]
@@ -320,7 +320,7 @@ def _unscored(step: Step, run: Run) -> list[dict[str, Any]]:
     ]
 
 
-def _trouble(step: Step, run: Run) -> dict[str, Any]:
+def _trouble(step: RunStep, run: Run) -> dict[str, Any]:
     touched: Sequence[str] = [
         arm.slug for arm in run.arms if step.key in (arm.model, arm.adapter, arm.evaluate, arm.measure)
     ]

@@ -6,10 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flows.results.read import Arm, Run, Step
+from flows.results.read import Run, RunArm, RunStep
 from recipes.models.headers import Headers, read_headers
 from recipes.problem import Problem, RecipeError
-from recipes.schemes.scheme import Scheme
 from recipes.schemes.serve_file import Adapter, describe
 
 NOT_COPIED = ("events.jsonl", "serve.json", "serve.md")  # our log; serve files are written for the recipe's serve:
@@ -35,7 +34,7 @@ def _refused(what: str, where: str, why: str, next: str) -> RecipeError:
     return Problem(what=what, where=where, why=why, next=next).error()
 
 
-def parts_of(run: Run, arm: Arm) -> Iterator[Part]:
+def parts_of(run: Run, arm: RunArm) -> Iterator[Part]:
     """The model's folder, then the adapter's where one is on top.
 
     Raises:
@@ -58,27 +57,26 @@ def parts_of(run: Run, arm: Arm) -> Iterator[Part]:
         yield _of_step("adapter", adapter, "adapter")
 
 
-def _of_step(name: str, step: Step, under: str) -> Part:
+def _of_step(name: str, step: RunStep, under: str) -> Part:
     assert step.files is not None and step.manifest is not None  # _find asked
     files = {file: one["sha256"] for file, one in step.manifest["files"].items() if file not in NOT_COPIED}
     return Part(name, step.files, under, files)
 
 
-def serve_record(run: Run, arm: Arm, parts: list[Part]) -> dict[str, Any]:
+def serve_record(run: Run, arm: RunArm, parts: list[Part]) -> dict[str, Any]:
     """serve.json for the recipe's serve: section."""
     serve = run.recipe.get("serve") or {}
-    scheme = Scheme.of(dict(arm.quantization), slug=arm.scheme or arm.slug) if arm.quantization else None
     return describe(
         _headers(run, arm),
         name=arm.slug,
-        scheme=scheme,
+        scheme=arm.quantizer,
         tensor_parallel=serve.get("tensor_parallel", 1),
         max_model_len=serve.get("max_model_len"),
         adapter=Adapter.read(parts[1].source, nf4=arm.kind == "nf4") if arm.adapter else None,
     )
 
 
-def _headers(run: Run, arm: Arm) -> Headers:
+def _headers(run: Run, arm: RunArm) -> Headers:
     """Of the arm's model in bf16: what was quantized, or itself."""
     model = run.step(arm.model)
     if model is None or model.manifest is None or model.files is None:

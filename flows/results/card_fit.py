@@ -14,12 +14,11 @@ from typing import Any, Literal, NamedTuple
 
 from flows.plan.memory import CUDA_CONTEXT, GIB
 from flows.results.cells import Cell
-from flows.results.read import Arm, Run, unfit
+from flows.results.read import Run, RunArm
 from recipes.models.headers import Headers, read_headers
 from recipes.models.linear import Linear
 from recipes.problem import RecipeError
 from recipes.schemes.engines import Engine, refusals
-from recipes.schemes.scheme import Scheme
 
 Store = Literal["bf16", "fp8", "int8"]  # how keys and values are kept
 BYTES: dict[Store, float] = {"bf16": 2.0, "fp8": 1.0, "int8": 1.0}
@@ -169,7 +168,7 @@ def fits(
     return found
 
 
-def kept_by(arm: Arm) -> Store:
+def kept_by(arm: RunArm) -> Store:
     """How an arm keeps its keys and values."""
     return "bf16" if arm.kv is None else "int8" if arm.kv == "int8" else "fp8"
 
@@ -181,21 +180,20 @@ def allowance_bytes(headers: Headers, work: Workload) -> float:
     return CUDA_CONTEXT * GIB + 2 * 2 * widest * tokens + LOGIT_BYTES * headers.vocabulary * work.batch
 
 
-def _refused(arm: Arm, own: Mapping[str, float | None], linears: Sequence[Linear], engine: str | None) -> str | None:
+def _refused(arm: RunArm, own: Mapping[str, float | None], linears: Sequence[Linear], engine: str | None) -> str | None:
     served = replace(arm if engine is None else _on(arm, linears, engine), kv=None)
-    if reason := unfit(served):
-        return reason
+    if served.unfit:
+        return served.unfit
     missing = [name for name in ("size_bytes", "kl_mean") if own[name] is None]
     return f"it has no {missing[0]}" if missing else None
 
 
-def _on(arm: Arm, linears: Sequence[Linear], engine: str) -> Arm:
+def _on(arm: RunArm, linears: Sequence[Linear], engine: str) -> RunArm:
     """The arm as another engine sees it."""
-    if engine == "none" or arm.quantization is None:
+    if engine == "none" or arm.quantizer is None:
         return replace(arm, refused=None)
-    scheme = Scheme.of(dict(arm.quantization), slug=arm.scheme or arm.slug)
-    found = refusals(scheme, linears, _engine(engine))
-    return replace(arm, refused=found[0].what if found else None)
+    problems = refusals(arm.quantizer, linears, _engine(engine))
+    return replace(arm, refused=problems[0].what if problems else None)
 
 
 def _engine(name: str) -> Engine:

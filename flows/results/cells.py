@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from flows.results.metrics import HEADLINE, METRICS, PER_DOMAIN, SPEED, TASK, Metric, further
-from flows.results.read import REFERENCE, Arm, RowScores, Run, TokenKL, read_kl, read_scores
+from flows.results.read import REFERENCE, RowScores, Run, RunArm, TokenKL, read_kl, read_scores
 from flows.results.sizes import size_bytes
 from flows.results.stats import (
     QUANTILE_RESAMPLES,
@@ -72,7 +72,7 @@ class ArmEvidence:
         is_reference: KL and agreement are measured against it.
     """
 
-    arm: Arm
+    arm: RunArm
     failure: str | None
     scores: Mapping[str, RowScores]
     kl: TokenKL | None
@@ -105,7 +105,7 @@ def gather(run: Run) -> dict[str, ArmEvidence]:
     return {slug: _against(one, yardstick) for slug, one in found.items()}
 
 
-def _failure(arm: Arm, run: Run) -> str | None:
+def _failure(arm: RunArm, run: Run) -> str | None:
     if arm.unavailable:
         return arm.unavailable
     scored = run.step(arm.evaluate)
@@ -252,7 +252,7 @@ def _speed(one: ArmEvidence, run: Run) -> dict[str, Cell]:
     return {name: cell if name == "resident_bytes" else simulated for name, cell in cells.items()}
 
 
-def _unmeasured(arm: Arm, run: Run) -> str | None:
+def _unmeasured(arm: RunArm, run: Run) -> str | None:
     if arm.measure is None:
         return "measure.enabled is false in the recipe"
     step = run.step(arm.measure)
@@ -261,7 +261,7 @@ def _unmeasured(arm: Arm, run: Run) -> str | None:
     return None if step.ok else step.trouble
 
 
-def speed_record(arm: Arm, run: Run) -> dict[str, Any]:
+def speed_record(arm: RunArm, run: Run) -> dict[str, Any]:
     """speed.json of an arm; empty where it was not measured."""
     step = run.step(arm.measure)
     if step is None or not step.ok or step.files is None:

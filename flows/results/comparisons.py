@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from flows.results.metrics import METRICS, TASK
-from flows.results.read import REFERENCE, Arm, RowScores, SchemeParts
+from flows.results.read import REFERENCE, RowScores, RunArm, SchemeParts
 from flows.results.stats import Counts, Estimand, Interval, Studentized, difference_intervals, studentized
 
 Verdict = Literal["better", "worse", "no difference shown"]
@@ -27,7 +27,7 @@ class Pair(NamedTuple):
     metric: str
 
 
-Pairs = Callable[[Sequence[Arm]], Iterator[tuple[str, str]]]
+Pairs = Callable[[Sequence[RunArm]], Iterator[tuple[str, str]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Family:
     members: tuple[tuple[Pairs, tuple[str, ...]], ...]
     every_task: bool = False
 
-    def pairs(self, arms: Sequence[Arm], tasks: Sequence[str] = ()) -> list[Pair]:
+    def pairs(self, arms: Sequence[RunArm], tasks: Sequence[str] = ()) -> list[Pair]:
         """Every comparison of this family among these arms; `tasks` are the scores of further scorers."""
         return [
             Pair(a, b, metric)
@@ -54,25 +54,25 @@ class Family:
 
 
 def _named(a: str, b: str) -> Pairs:
-    def pairs(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
+    def pairs(arms: Sequence[RunArm]) -> Iterator[tuple[str, str]]:
         if {a, b} <= {arm.slug for arm in arms}:
             yield a, b
 
     return pairs
 
 
-def merged_schemes(arms: Sequence[Arm]) -> list[Arm]:
+def merged_schemes(arms: Sequence[RunArm]) -> list[RunArm]:
     """Every scheme on the merged model, without controls and with its KV cache in bf16."""
     return [arm for arm in arms if arm.scheme and not arm.on_base and not arm.is_control and arm.kv is None]
 
 
-def _against_merge(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
+def _against_merge(arms: Sequence[RunArm]) -> Iterator[tuple[str, str]]:
     """Every scheme against the merged model that it was made from."""
     for arm in merged_schemes(arms):
         yield arm.slug, f"merged-{arm.merge_base}"
 
 
-def _against_each_other(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
+def _against_each_other(arms: Sequence[RunArm]) -> Iterator[tuple[str, str]]:
     """All pairs of schemes, the plainer method first, then fewer bits, then wider groups."""
     ordered = sorted(merged_schemes(arms), key=_plainness)
     for index, one in enumerate(ordered):
@@ -80,12 +80,12 @@ def _against_each_other(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
             yield one.slug, other.slug
 
 
-def _plainness(arm: Arm) -> tuple[int, int, int, str]:
+def _plainness(arm: RunArm) -> tuple[int, int, int, str]:
     method, bits, group = arm.parts
     return (_METHODS.index(method) if method in _METHODS else len(_METHODS), bits, -group, arm.slug)
 
 
-def _against_on_base(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
+def _against_on_base(arms: Sequence[RunArm]) -> Iterator[tuple[str, str]]:
     """Every scheme on the merged model against the same scheme on the base with the adapter on top."""
     merged = {arm.slug for arm in merged_schemes(arms)}
     for arm in arms:
@@ -93,7 +93,7 @@ def _against_on_base(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
             yield arm.scheme, arm.slug
 
 
-def _against_controls(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
+def _against_controls(arms: Sequence[RunArm]) -> Iterator[tuple[str, str]]:
     """Every scheme that has controls against each of them, and against rounding with the same bits and groups."""
     for arm in merged_schemes(arms):
         controls = [one.slug for one in arms if one.is_control and one.kv is None and one.scheme == arm.slug]
@@ -103,7 +103,7 @@ def _against_controls(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
         yield from ((arm.slug, control) for control in controls)
 
 
-def _against_external(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
+def _against_external(arms: Sequence[RunArm]) -> Iterator[tuple[str, str]]:
     """Every external model against the merged model that is quantized; the base where this run merged nothing."""
     there = {arm.slug for arm in arms}
     chosen = [f"merged-{arm.merge_base}" for arm in merged_schemes(arms)]
@@ -112,7 +112,7 @@ def _against_external(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
         yield from ((arm.slug, ours) for arm in arms if arm.external)
 
 
-def _against_bf16_cache(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
+def _against_bf16_cache(arms: Sequence[RunArm]) -> Iterator[tuple[str, str]]:
     """Every arm with a quantized KV cache against the arm that it comes from."""
     for arm in arms:
         if arm.kv is not None and arm.of is not None:
@@ -212,7 +212,7 @@ def verdict(metric: str, adjusted: Interval) -> Verdict:
 
 
 def compare(
-    arms: Sequence[Arm],
+    arms: Sequence[RunArm],
     scores: Mapping[str, Mapping[str, RowScores]],
     draws: Callable[[tuple[str, ...]], Counts],
     *,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from flows.results.cells import ArmEvidence
 from flows.results.comparisons import REFERENCE, verdict
-from flows.results.read import Arm, RowScores
+from flows.results.read import RowScores, RunArm
 from flows.results.stats import Counts, Estimand, difference_intervals, studentized
 
 BASES = ("base", "base-nf4")
@@ -80,7 +80,7 @@ def _obstacle(one: ArmEvidence, yardstick: RowScores) -> str | None:
     return "one group of rows only: nothing can be said about the spread" if len(rows.groups) < 2 else None
 
 
-def _chains(arms: Sequence[Arm]) -> Iterator[tuple[str, list[Bar]]]:
+def _chains(arms: Sequence[RunArm]) -> Iterator[tuple[str, list[Bar]]]:
     """Each arm that may be shipped quantized, with every bar from the reference to it."""
     known = {arm.slug: arm for arm in arms}
     for arm in arms:
@@ -96,7 +96,7 @@ def _chains(arms: Sequence[Arm]) -> Iterator[tuple[str, list[Bar]]]:
             yield arm.slug, bars
 
 
-def _last(arm: Arm) -> Bar | None:
+def _last(arm: RunArm) -> Bar | None:
     """The bar that ends at an arm; None at the reference and at what does not come from it."""
     if arm.kv is not None and arm.of is not None:
         return Bar("kv-cache", arm.of, arm.slug)
