@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from flows.results.metrics import METRICS, TASK
+from flows.results.paired import ONE_GROUP, Draw, Obstacle, Paired, differences, paired
 from flows.results.read import REFERENCE, RowScores, RunArm, SchemeParts
-from flows.results.stats import Counts, Estimand, Interval, Studentized, difference_intervals, studentized
+from flows.results.stats import Interval
 
 Verdict = Literal["better", "worse", "no difference shown"]
 _METHODS = ("rtn", "awq", "gptq")  # of two schemes the one that comes first here is a
@@ -214,7 +215,7 @@ def verdict(metric: str, adjusted: Interval) -> Verdict:
 def compare(
     arms: Sequence[RunArm],
     scores: Mapping[str, Mapping[str, RowScores]],
-    draws: Callable[[tuple[str, ...]], Counts],
+    draws: Draw,
     *,
     reference: str | None = REFERENCE,
     absent: Mapping[str, Mapping[str, str]] | None = None,
@@ -228,19 +229,21 @@ def compare(
         reference: What KL is measured against: its own is zero.
         absent: Why an arm has no scores of a metric, where its job said so.
     """
-    made: list[Comparison] = []
+    comparisons: list[Comparison] = []
     left_out: list[LeftOut] = []
     tasks = sorted({metric for rows in scores.values() for metric in rows if metric.startswith(TASK)})
     for family in FAMILIES:
-        possible: list[Pair] = []
+        able: list[tuple[Pair, Paired]] = []
         for pair in family.pairs(arms, tasks):
-            reason = _obstacle(pair, scores, reference, absent or {})
-            if reason:
-                left_out.append(LeftOut(**pair._asdict(), family=family.name, reason=reason))
+            a, b = _rows(pair, scores, reference)
+            rows = paired(a, b, METRICS[pair.metric].link)
+            if isinstance(rows, Paired):
+                able.append((pair, rows))
             else:
-                possible.append(pair)
-        made += _family(family.name, possible, scores, draws, reference)
-    return made, left_out
+                reason = _reason(rows, pair, a, b, absent or {})
+                left_out.append(LeftOut(**pair._asdict(), family=family.name, reason=reason))
+        comparisons += _compared(family.name, able, draws)
+    return comparisons, left_out
 
 
 def _rows(
@@ -254,55 +257,38 @@ def _rows(
     return a, b
 
 
-def _obstacle(
+def _reason(
+    obstacle: Obstacle,
     pair: Pair,
-    scores: Mapping[str, Mapping[str, RowScores]],
-    reference: str | None,
+    a: RowScores | None,
+    b: RowScores | None,
     absent: Mapping[str, Mapping[str, str]],
-) -> str | None:
-    a, b = _rows(pair, scores, reference)
-    missing = [slug for slug, rows in ((pair.a, a), (pair.b, b)) if rows is None]
-    if a is None or b is None:
-        told = [absent.get(slug, {}).get(METRICS[pair.metric].source or "") for slug in missing]
-        why = next(filter(None, told), "no such scores")
-        return f"{' and '.join(missing)}: {why}"
-    if not a.same_rows(b):
+) -> str:
+    """Why a comparison cannot be made, in words."""
+    named = ((pair.a, a), (pair.b, b))
+    if obstacle == "missing":
+        missing = [slug for slug, rows in named if rows is None]
+        reasons = (absent.get(slug, {}).get(METRICS[pair.metric].source or "") for slug in missing)
+        return f"{' and '.join(missing)}: {next(filter(None, reasons), 'no such scores')}"
+    if obstacle == "not finite":
+        return f"{' and '.join(slug for slug, rows in named if rows and not rows.finite)}: scores that are not finite"
+    if obstacle == "other rows":
         return "the two arms were not scored on the same rows and tokens"
-    if broken := [slug for slug, rows in ((pair.a, a), (pair.b, b)) if not rows.finite]:
-        return f"{' and '.join(broken)}: scores that are not finite"
-    return "one group of rows only: nothing can be said about the spread" if len(a.groups) < 2 else None
+    return ONE_GROUP
 
 
-def _family(
-    name: str,
-    pairs: Sequence[Pair],
-    scores: Mapping[str, Mapping[str, RowScores]],
-    draws: Callable[[tuple[str, ...]], Counts],
-    reference: str | None,
-) -> list[Comparison]:
-    """Bootstrap a family; pairs on the same groups share one matrix product."""
-    batches: dict[tuple[str, ...], list[int]] = {}
-    estimands: list[Estimand] = []
-    for index, pair in enumerate(pairs):
-        a, b = _rows(pair, scores, reference)
-        assert a is not None and b is not None  # _obstacle has seen both
-        estimands.append(Estimand(a.sums, b.sums, METRICS[pair.metric].link))
-        batches.setdefault(a.groups, []).append(index)
-    done: dict[int, Studentized] = {}
-    for groups, members in batches.items():
-        found = studentized([estimands[index] for index in members], draws(groups))
-        done.update(zip(members, found, strict=True))
-    ordered = [done[index] for index in range(len(pairs))]
-    together = difference_intervals(ordered)
+def _compared(family: str, able: Sequence[tuple[Pair, Paired]], draws: Draw) -> list[Comparison]:
+    """A family's comparisons with their intervals and words."""
+    found = differences([rows for _, rows in able], draws)
     return [
         Comparison(
             **pair._asdict(),
-            difference=one.estimate,
-            ci95=difference_intervals([one])[0],
-            ci95_adjusted=adjusted,
-            family=name,
-            family_size=len(pairs),
-            verdict=verdict(pair.metric, adjusted),
+            difference=difference.estimate,
+            ci95=difference.ci95,
+            ci95_adjusted=difference.ci95_adjusted,
+            family=family,
+            family_size=len(able),
+            verdict=verdict(pair.metric, difference.ci95_adjusted),
         )
-        for pair, one, adjusted in zip(pairs, ordered, together, strict=True)
+        for (pair, _), difference in zip(able, found, strict=True)
     ]

@@ -209,6 +209,10 @@ class Run:
         """Slug of what KL and agreement are measured against; None for a run that has no reference."""
         return self.raw.get("reference", REFERENCE)  # older runs do not say
 
+    def arm(self, slug: str) -> RunArm | None:
+        """An arm by slug; None where the run has none of this name."""
+        return next((arm for arm in self.arms if arm.slug == slug), None)
+
     def step(self, key: str | None) -> RunStep | None:
         """A step by key; None where the run never came to it."""
         return self.steps.get(key) if key else None
