@@ -34,13 +34,13 @@ class Answer:
         question: As its family asks it.
         short: One sentence for the top of the page.
         text: All of it, sentences.
-        said: The run can say it.
+        known: The run can say it.
     """
 
     question: str
     short: str
     text: tuple[str, ...]
-    said: bool = True
+    known: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ def answers(found: Findings) -> tuple[Answer, ...]:
 
 def _cannot(question: str, why: str) -> Answer:
     text = f"This run cannot say: {why}."
-    return Answer(question=question, short=text, text=(text,), said=False)
+    return Answer(question=question, short=text, text=(text,), known=False)
 
 
 def _fine_tuning(found: Findings, question: str) -> Answer:
