@@ -23,7 +23,7 @@ from flows.results.metrics import METRICS, TASK, Metric, difference_text, value_
 from flows.results.paired import Paired, differences, paired
 from flows.results.read import RowScores, Run, read_run
 from flows.results.stats import Interval
-from recipes.problem import Problem, RecipeError
+from recipes.problem import Problem
 from recipes.scorers import input_name
 
 COMPARED = ("task", "ppl_test", "ppl_all", "bits_per_byte", "kl_mean", "ppl_general")
@@ -103,7 +103,12 @@ def compare_runs(before: Path, after: Path, home: Path) -> Compared:
         RecipeError: They are one run, share no arm, or nothing of what they share can be compared.
     """
     if before == after:
-        raise _refused("Both are one run.", str(before), "There is nothing to compare.", "Name another run.")
+        raise Problem(
+            what="Both are one run.",
+            where=str(before),
+            why="There is nothing to compare.",
+            next="Name another run.",
+        ).error()
     runs = read_run(before, home), read_run(after, home)
     old, new = (gather(run) for run in runs)
     shared = [slug for slug in new if slug in old]
@@ -118,7 +123,12 @@ def compare_runs(before: Path, after: Path, home: Path) -> Compared:
                 pairs[slug, metric.name] = found
     if not pairs:
         why = "; ".join(dict.fromkeys(one.reason for one in left_out)) or "They have no arm in common."
-        raise _refused("The two runs cannot be compared.", f"{before.name}, {after.name}", why, "Name other runs.")
+        raise Problem(
+            what="The two runs cannot be compared.",
+            where=f"{before.name}, {after.name}",
+            why=why,
+            next="Name other runs.",
+        ).error()
     return Compared(
         before=before.name,
         after=after.name,
@@ -129,10 +139,6 @@ def compare_runs(before: Path, after: Path, home: Path) -> Compared:
         only_before=[slug for slug in old if slug not in new],
         only_after=[slug for slug in new if slug not in old],
     )
-
-
-def _refused(what: str, where: str, why: str, remedy: str) -> RecipeError:
-    return Problem(what=what, where=where, why=why, next=remedy).error()
 
 
 def _of_interest(old: ArmEvidence, new: ArmEvidence) -> Iterator[Metric]:

@@ -17,7 +17,7 @@ import yaml
 
 from flows.report.build import render
 from flows.report.model_card import _provenance, card
-from flows.results.artifacts import Part, _refused, parts_of, serve_record
+from flows.results.artifacts import Part, parts_of, serve_record
 from flows.results.read import Run, RunArm, RunStep, read_run
 from flows.run.folder import find_run
 from recipes.problem import Problem, RecipeError
@@ -128,6 +128,10 @@ def _reported(run_folder: Path) -> bool:
 
 
 # ---- refusing
+
+
+def _refused(what: str, where: str, why: str, next: str) -> RecipeError:
+    return Problem(what=what, where=where, why=why, next=next).error()
 
 
 def _find(run: Run, slug: str) -> RunArm:

@@ -154,11 +154,12 @@ def better_than_base(candidate: Scores, base: Scores) -> PlannedCheck:
 def _with_slices(whole: PlannedCheck, margin: float) -> Iterator[PlannedCheck]:
     """A check, and the same within each domain where there are several."""
     yield whole
-    if not isinstance(whole.rows, Paired):
+    pair = whole.rows
+    if not isinstance(pair, Paired):
         return
-    domains = sorted({str(name) for name in whole.rows.a.domain})
+    domains = sorted({str(name) for name in pair.a.domain})
     for name in domains if len(domains) > 1 else ():
-        a, b = whole.rows.a.of_domain(name), whole.rows.b.of_domain(name)
+        a, b = pair.a.of_domain(name), pair.b.of_domain(name)
         gates = len(a.rows) >= DOMAIN_ROWS
         yield replace(whole, a=a, b=b, margin=margin, domain=name, gates=gates)
 
