@@ -1,4 +1,4 @@
-"""compose: the one sentence of the pipeline. What runs it and what plans it differ only in `do`."""
+"""compose: the pipeline in one sentence. What runs it and what plans it differ only in `do`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from recipes.arms import EXTERNAL, TRAINED, Arm, Calibration, arms, controls
 from recipes.models.adapters import read_adapter
 from recipes.models.headers import read_headers
 from recipes.schema import Recipe
+from recipes.schemes.scheme import Scheme
 from tasks import calibrate, choose, evaluate, measure, merge, prepare, quantize, reference, rehearse, train
 from tasks.runtime.process.leases import cpu_slots
 from tasks.runtime.step import External, Limits, Step, resolve_device
@@ -28,6 +29,16 @@ class ArmSteps:
     adapter: Step | None
     evaluate: Step | None
     measure: Step | None
+
+    @property
+    def steps(self) -> dict[str, Step | None]:
+        """What it is for -> the step."""
+        return {name: step for name, step in vars(self).items() if name != "arm"}
+
+    @property
+    def keys(self) -> dict[str, str | None]:
+        """What it is for -> the key of the step."""
+        return {name: step and step.key for name, step in self.steps.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +66,7 @@ def limits(recipe: Recipe) -> Limits:
 
 
 def compose(recipe: Recipe, pins: Pins, do: Callable[[Step], object], *, only: Sequence[str] = ()) -> Matrix:
-    """Spell the pipeline out, step by step; `do` is called once a step, after the steps that it needs.
+    """Spell the pipeline out, step by step; `do` is called once per step, after the steps that it needs.
 
     With `do` = submit Prefect runs it, with `do` = a lookup it is the plan: they cannot drift apart.
 
@@ -65,109 +76,141 @@ def compose(recipe: Recipe, pins: Pins, do: Callable[[Step], object], *, only: S
         do: What is done with a step.
         only: Slugs of the arms that are wanted, or `external` for all of those: what they do not need is not done.
     """
-    steps: list[Step] = []
-
-    def made(step: Step) -> Step:
-        steps.append(step)
-        return step
-
-    matrix = arms(recipe, adapter=read_adapter(pins.adapter.path).config if pins.adapter else None)
-    wanted = [arm for arm in matrix if _is_wanted(arm, only)]
-    dataset = made(
-        prepare.step(recipe, data=pins.data, tokenizer=pins.tokenizer, general=pins.general, template=pins.template)
-    )
-    rehearsed = made(rehearse.step(recipe, dataset=dataset, scorers=pins.scorers))
-    adapter = made(train.step(recipe, dataset=dataset, base=pins.base, adapter=pins.adapter, after=(rehearsed,)))
-    merged = {
-        onto: made(merge.step(recipe, base=pins.base, adapter=adapter, onto=onto))
-        for onto in ("dequantized", "original")
-    }
-    judge = _judge(recipe, wanted)
-    scored_against = made(_reference(recipe, pins, judge, dataset=dataset, adapter=adapter)) if judge else None
-    widest = read_headers(pins.base.path).largest_in_features
-    own = made(calibrate.step(recipe, dataset=dataset, largest_in_features=widest))
-    calibsets: dict[Calibration, Step] = {"domain": own}
-    models: dict[str, Step | None] = {}
-    scores: dict[str, Step] = {}
-
-    def loads(arm: Arm) -> dict[str, Step | External]:
-        model = pins.externals[arm.slug] if arm.external else models[arm.slug] or pins.base
-        return _there(model=model, dataset=dataset, adapter=adapter if arm.adapter else None)
-
-    def score(arm: Arm) -> None:
-        calibset = own if arm.kv == "fp8-calibrated" else None
-        inputs = {**loads(arm), **_there(reference=scored_against, calibset=calibset), **pins.scorers}
-        scores[arm.slug] = made(
-            evaluate.step(recipe, arm.slug, kind=arm.kind, kv=arm.kv, inputs=inputs, after=(rehearsed,))
-        )
-
-    every = [arm for arm in matrix if arm.unavailable is None]
-    own_files = [arm for arm in every if arm.of is None]
-    schemes = {arm: arm.scheme for arm in own_files if arm.scheme}
-    for kind in controls(every):
-        calibsets[kind] = made(
-            calibrate.control(recipe, kind, dataset=dataset, calibset=own, general=pins.calibration_text)
-        )
-    unquantized = [arm for arm in own_files if arm not in schemes]
-    for arm in unquantized:  # before the choice, which may read the scores of the merged models
-        models[arm.slug] = merged.get(arm.merge_base or "")
-        score(arm)
-    chosen = made(
-        choose.step(
-            recipe,
-            merged=merged,
-            scores={onto: scores[f"merged-{onto}"] for onto in merged},
-            lineage={"base": pins.base, "adapter": adapter},
-        )
-    )
-    for arm, scheme in schemes.items():
-        origin = pins.base if arm.on_base else chosen
-        models[arm.slug] = made(
-            quantize.step(
-                recipe,
-                scheme,
-                model=origin,
-                calibset=calibsets[arm.calibration],
-                arm=arm.slug,
-                scales_from=pins.base if arm.scales_from_base else None,
-            )
-        )
-    for arm in schemes:
-        score(arm)
-    for arm in every:
+    every = arms(recipe, adapter=read_adapter(pins.adapter.path).config if pins.adapter else None)
+    wanted = [arm for arm in every if _is_wanted(arm, only)]
+    pipeline = _Pipeline(recipe, pins, reference_slug=_reference_slug(recipe, wanted))
+    possible = [arm for arm in every if arm.unavailable is None]
+    own_files = [arm for arm in possible if arm.of is None]
+    pipeline.calibrate(controls(possible))
+    for arm in own_files:  # before the choice, which may read the scores of the merged models
+        if arm.scheme is None:
+            pipeline.score(arm, pipeline.merged.get(arm.merge_base or ""))
+    chosen = pipeline.choose()
+    quantized = [(arm, pipeline.quantize(arm, arm.scheme, chosen)) for arm in own_files if arm.scheme]
+    for arm, model in quantized:
+        pipeline.score(arm, model)
+    for arm in possible:
         if arm.of is not None:
-            models[arm.slug] = models[arm.of]
-            score(arm)
-    speeds = _measured(recipe, own_files, loads, made)
-    rows = [
-        ArmSteps(
-            arm=arm,
-            model=models.get(arm.slug),
-            adapter=adapter if arm.adapter and arm.unavailable is None else None,
-            evaluate=scores.get(arm.slug),
-            measure=speeds.get(arm.slug),
-        )
-        for arm in wanted
-    ]
-    reached = _reached(steps, rows) if only else tuple(steps)
-    _each(reached, do)
-    return Matrix(steps=reached, arms=tuple(rows), reference=judge)
-
-
-def _each(steps: Sequence[Step], do: Callable[[Step], object]) -> None:
+            pipeline.score(arm, pipeline.models[arm.of])
+    pipeline.measure(own_files)
+    rows = [pipeline.steps_of(arm) for arm in wanted]
+    steps = _reached(pipeline.steps, rows) if only else tuple(pipeline.steps)
     for step in steps:
         do(step)
+    return Matrix(steps=steps, arms=tuple(rows), reference=pipeline.reference_slug)
 
 
-def _judge(recipe: Recipe, wanted: Sequence[Arm]) -> str | None:
+class _Pipeline:
+    """The steps so far, in their order, and what the next ones need of them.
+
+    Attributes:
+        merged: Merge base -> the merge step.
+        models: Slug of an arm -> the step that makes its model; None where the base or an external model is loaded.
+        calibsets: Calibration -> its step.
+        scores: Slug of an arm -> its evaluate step.
+        speeds: Slug of an arm -> its measure step.
+    """
+
+    def __init__(self, recipe: Recipe, pins: Pins, *, reference_slug: str | None) -> None:
+        """Data, rehearsal, training, both merges, the reference and the calibration set: what all arms need."""
+        self.recipe, self.pins, self.reference_slug = recipe, pins, reference_slug
+        self.steps: list[Step] = []
+        self.models: dict[str, Step | None] = {}
+        self.scores: dict[str, Step] = {}
+        self.speeds: dict[str, Step] = {}
+        self.dataset = self._add(
+            prepare.step(recipe, data=pins.data, tokenizer=pins.tokenizer, general=pins.general, template=pins.template)
+        )
+        self.rehearsed = self._add(rehearse.step(recipe, dataset=self.dataset, scorers=pins.scorers))
+        self.adapter = self._add(
+            train.step(recipe, dataset=self.dataset, base=pins.base, adapter=pins.adapter, after=(self.rehearsed,))
+        )
+        self.merged = {
+            onto: self._add(merge.step(recipe, base=pins.base, adapter=self.adapter, onto=onto))
+            for onto in ("dequantized", "original")
+        }
+        self._reference = self._add(self._reference_step(reference_slug)) if reference_slug else None
+        widest = read_headers(pins.base.path).largest_in_features
+        domain = self._add(calibrate.step(recipe, dataset=self.dataset, largest_in_features=widest))
+        self.calibsets: dict[Calibration, Step] = {"domain": domain}
+
+    def _add(self, step: Step) -> Step:
+        self.steps.append(step)
+        return step
+
+    def _reference_step(self, slug: str) -> Step:
+        if slug == TRAINED:
+            return reference.step(self.recipe, dataset=self.dataset, base=self.pins.base, adapter=self.adapter)
+        return reference.external(self.recipe, dataset=self.dataset, model=self.pins.externals[slug])
+
+    def calibrate(self, kinds: Sequence[Calibration]) -> None:
+        """The control sets."""
+        own, general = self.calibsets["domain"], self.pins.calibration_text
+        for kind in kinds:
+            control = calibrate.control(self.recipe, kind, dataset=self.dataset, calibset=own, general=general)
+            self.calibsets[kind] = self._add(control)
+
+    def choose(self) -> Step:
+        """Which merged model is quantized."""
+        scores = {onto: self.scores[f"merged-{onto}"] for onto in self.merged}
+        lineage = {"base": self.pins.base, "adapter": self.adapter}
+        return self._add(choose.step(self.recipe, merged=self.merged, scores=scores, lineage=lineage))
+
+    def quantize(self, arm: Arm, scheme: Scheme, chosen: Step) -> Step:
+        """The model of an arm that has a scheme."""
+        return self._add(
+            quantize.step(
+                self.recipe,
+                scheme,
+                model=self.pins.base if arm.on_base else chosen,
+                calibset=self.calibsets[arm.calibration],
+                arm=arm.slug,
+                scales_from=self.pins.base if arm.scales_from_base else None,
+            )
+        )
+
+    def score(self, arm: Arm, model: Step | None) -> None:
+        """Evaluate an arm, whose model is then known."""
+        self.models[arm.slug] = model
+        calibset = self.calibsets["domain"] if arm.kv == "fp8-calibrated" else None
+        more = _present(reference=self._reference, calibset=calibset)
+        inputs = {**self._loaded(arm), **more, **self.pins.scorers}
+        self.scores[arm.slug] = self._add(
+            evaluate.step(self.recipe, arm.slug, kind=arm.kind, kv=arm.kv, inputs=inputs, after=(self.rehearsed,))
+        )
+
+    def measure(self, every: Sequence[Arm]) -> None:
+        """Time these arms, where the recipe says so."""
+        if not self.recipe.measure.enabled:
+            return
+        run = limits(self.recipe)
+        for arm in every:
+            inputs = self._loaded(arm)
+            self.speeds[arm.slug] = self._add(
+                measure.step(
+                    self.recipe, arm.slug, kind=arm.kind, device=run.device, threads=run.threads, inputs=inputs
+                )
+            )
+
+    def _loaded(self, arm: Arm) -> dict[str, Step | External]:
+        """What an arm is loaded from, and its rows."""
+        model = self.pins.externals[arm.slug] if arm.external else self.models[arm.slug] or self.pins.base
+        return _present(model=model, dataset=self.dataset, adapter=self.adapter if arm.adapter else None)
+
+    def steps_of(self, arm: Arm) -> ArmSteps:
+        """The arm with its steps; an unavailable one has none."""
+        return ArmSteps(
+            arm=arm,
+            model=self.models.get(arm.slug),
+            adapter=self.adapter if arm.adapter and arm.unavailable is None else None,
+            evaluate=self.scores.get(arm.slug),
+            measure=self.speeds.get(arm.slug),
+        )
+
+
+def _reference_slug(recipe: Recipe, wanted: Sequence[Arm]) -> str | None:
     """What KL is measured against: nf4-adapter only where something trained is wanted anyway."""
     return recipe.evaluate.reference or (TRAINED if any(arm.is_trained for arm in wanted) else None)
-
-
-def _reference(recipe: Recipe, pins: Pins, judge: str, *, dataset: Step, adapter: Step) -> Step:
-    if judge == TRAINED:
-        return reference.step(recipe, dataset=dataset, base=pins.base, adapter=adapter)
-    return reference.external(recipe, dataset=dataset, model=pins.externals[judge])
 
 
 def _is_wanted(arm: Arm, only: Sequence[str]) -> bool:
@@ -179,34 +222,16 @@ def _is_wanted(arm: Arm, only: Sequence[str]) -> bool:
 
 def _reached(steps: Sequence[Step], rows: Sequence[ArmSteps]) -> tuple[Step, ...]:
     """The steps that these arms are made, scored and timed by, in their order."""
-    found: dict[str, Step] = {}
-    ahead = [step for row in rows for step in (row.model, row.adapter, row.evaluate, row.measure) if step]
+    reached: set[str] = set()
+    ahead = [step for row in rows for step in row.steps.values() if step]
     while ahead:
         step = ahead.pop()
-        if step.key not in found:
-            found[step.key] = step
-            ahead += [one for one in (*step.inputs.values(), *step.after) if isinstance(one, Step)]
-    return tuple(step for step in steps if step.key in found)
+        if step.key not in reached:
+            reached.add(step.key)
+            ahead += [before for before in (*step.inputs.values(), *step.after) if isinstance(before, Step)]
+    return tuple(step for step in steps if step.key in reached)
 
 
-def _measured(
-    recipe: Recipe,
-    every: Sequence[Arm],
-    loads: Callable[[Arm], dict[str, Step | External]],
-    made: Callable[[Step], Step],
-) -> dict[str, Step]:
-    """The measure step of each of these arms, by slug."""
-    if not recipe.measure.enabled:
-        return {}
-    there = limits(recipe)
-    return {
-        arm.slug: made(
-            measure.step(recipe, arm.slug, kind=arm.kind, device=there.device, threads=there.threads, inputs=loads(arm))
-        )
-        for arm in every
-    }
-
-
-def _there(**inputs: Step | External | None) -> dict[str, Step | External]:
-    """The inputs that there are."""
-    return {name: one for name, one in inputs.items() if one is not None}
+def _present(**inputs: Step | External | None) -> dict[str, Step | External]:
+    """The inputs that are not None."""
+    return {name: source for name, source in inputs.items() if source is not None}

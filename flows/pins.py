@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from recipes.data.files import data_files
 from recipes.data.rows import source_name
@@ -42,105 +43,99 @@ def pin(loaded: Loaded, home: Path) -> Pins:
     Raises:
         RecipeError: Hub ids cannot be fetched: base and data at once.
     """
-    recipe, digests = loaded.recipe, Digests(home)
-    fetched = fetch(loaded)
-    model = fetched.get("model.base") or _local(loaded, recipe.model.base)
-    base = external_folder("base", model.folder, patterns=MODEL_FILES, digests=digests, source=model.source)
-    tokens = external_folder(
-        "tokenizer",
-        model.folder,
-        patterns=(*TOKENIZER_FILES, "generation_config.json"),
-        digests=digests,
-        source=model.source,
+    recipe = loaded.recipe
+    source = _Outside(loaded, fetch(loaded), Digests(home))
+    model = source.at("model.base", recipe.model.base)
+    template = recipe.model.chat_template
+    pins = Pins(
+        base=source.folder("base", model, MODEL_FILES),
+        tokenizer=source.folder("tokenizer", model, (*TOKENIZER_FILES, "generation_config.json")),
+        data=tuple(source.data(number) for number in range(len(recipe.data.parts))),
+        general=source.file("general", recipe.data.general),
+        calibration_text=source.file(
+            "calibration_text", recipe.calibrate.general if recipe.calibrate.controls else None
+        ),
+        template=source.file("template", template if template != "chatml" else None),
+        scorers={
+            input_name(number): scorer_content(scorer, path, number, digests=source.digests)
+            for number, scorer in enumerate(recipe.evaluate.scorers)
+            if (path := loaded.content(scorer)) is not None
+        },
+        adapter=source.adapter(),
+        externals={name: source.external(name) for name in recipe.evaluate.externals},
     )
-    data = tuple(_source(loaded, number, fetched=fetched, digests=digests) for number in range(len(recipe.data.parts)))
-    general = recipe.data.general and external_file("general", loaded.resolve(recipe.data.general), digests=digests)
-    generic = recipe.calibrate.general if recipe.calibrate.controls else None
-    text = generic and external_file("calibration_text", loaded.resolve(generic), digests=digests)
-    named = recipe.model.chat_template
-    template = (
-        external_file("template", loaded.resolve(named), digests=digests) if named and named != "chatml" else None
-    )
-    scorers = {
-        input_name(number): scorer_content(one, path, number, digests=digests)
-        for number, one in enumerate(recipe.evaluate.scorers)
-        if (path := loaded.content(one)) is not None
-    }
-    adapter = recipe.train.adapter and external_folder(
-        "adapter",
-        (there := fetched.get("train.adapter") or _local(loaded, recipe.train.adapter)).folder,
-        patterns=ADAPTER_FILES,
-        digests=digests,
-        source=there.source,
-    )
-    externals: dict[str, External] = {}
-    for name, one in recipe.evaluate.externals.items():
-        found = fetched.get(f"evaluate.external.{name}") or _local(loaded, one.path)
-        externals[name] = _model(name, found, digests, code=one.trust_remote_code)
-    digests.save()
-    return Pins(
-        base=base,
-        tokenizer=tokens,
-        data=data,
-        general=general or None,
-        template=template,
-        scorers=scorers,
-        adapter=adapter or None,
-        calibration_text=text or None,
-        externals=externals,
-    )
+    source.digests.save()
+    return pins
 
 
-def _model(name: str, there: Snapshot, digests: Digests, *, code: bool) -> External:
-    """An external model with its tokenizer, and with its Python files where they are run."""
-    patterns = (*MODEL_FILES, *TOKENIZER_FILES, *(CODE_FILES if code else ()))
-    return external_folder(name, there.folder, patterns=patterns, digests=digests, source=there.source)
+class _Outside(NamedTuple):
+    """Whatever a recipe names, on this machine or fetched: field of the recipe -> snapshot."""
 
+    loaded: Loaded
+    fetched: Mapping[str, Snapshot]
+    digests: Digests
 
-def _local(loaded: Loaded, path: str) -> Snapshot:
-    return Snapshot(folder=loaded.resolve(path), source=path)
+    def at(self, field: str, path: str) -> Snapshot:
+        """The snapshot of a field, or the local path that it names."""
+        return self.fetched.get(field) or Snapshot(folder=self.loaded.resolve(path), source=path)
+
+    def file(self, name: str, path: str | None) -> External | None:
+        """A local file; None where the recipe names none."""
+        return external_file(name, self.loaded.resolve(path), digests=self.digests) if path else None
+
+    def folder(self, name: str, snapshot: Snapshot, patterns: Sequence[str]) -> External:
+        """The files of a folder that match."""
+        return external_folder(name, snapshot.folder, patterns=patterns, digests=self.digests, source=snapshot.source)
+
+    def data(self, number: int) -> External:
+        """One source of the data: its file, or the files of its folder or snapshot that hold rows."""
+        data = self.loaded.recipe.data
+        name, snapshot = source_name(number), self.at(data.field(number), data.parts[number].path)
+        if snapshot.folder.is_file():
+            return external_file(name, snapshot.folder, digests=self.digests, source=snapshot.source)
+        files = (file.relative_to(snapshot.folder) for file in data_files(snapshot.folder))
+        return self.folder(name, snapshot, [glob.escape(str(file)) for file in files])
+
+    def adapter(self) -> External | None:
+        """`train.adapter`, where it stands in the place of training."""
+        path = self.loaded.recipe.train.adapter
+        return self.folder("adapter", self.at("train.adapter", path), ADAPTER_FILES) if path else None
+
+    def external(self, name: str) -> External:
+        """An external model with its tokenizer, and with its Python files where they are run."""
+        model = self.loaded.recipe.evaluate.externals[name]
+        patterns = (*MODEL_FILES, *TOKENIZER_FILES, *(CODE_FILES if model.trust_remote_code else ()))
+        return self.folder(name, self.at(f"evaluate.external.{name}", model.path), patterns)
 
 
 def fetchable(loaded: Loaded) -> list[HubId]:
     """What the recipe names by hub id."""
     recipe = loaded.recipe
-    asked: list[HubId] = []
+    ids: list[HubId] = []
     if loaded.base is None:
         model = recipe.model
-        asked.append(HubId(name=model.base, revision=model.revision, kind="model", field="model.base"))
-    for number, (part, here) in enumerate(zip(recipe.data.parts, loaded.data, strict=True)):
-        if here is None:
-            where = recipe.data.field(number)
-            asked.append(HubId(name=part.path, revision=part.revision, kind="dataset", field=where))
+        ids.append(HubId(name=model.base, revision=model.revision, kind="model", field="model.base"))
+    for number, (part, local) in enumerate(zip(recipe.data.parts, loaded.data, strict=True)):
+        if local is None:
+            field = recipe.data.field(number)
+            ids.append(HubId(name=part.path, revision=part.revision, kind="dataset", field=field))
     if recipe.train.adapter and loaded.adapter is None:
-        asked.append(HubId(name=recipe.train.adapter, revision=None, kind="adapter", field="train.adapter"))
-    for name, one in recipe.evaluate.externals.items():
+        ids.append(HubId(name=recipe.train.adapter, revision=None, kind="adapter", field="train.adapter"))
+    for name, model in recipe.evaluate.externals.items():
         if loaded.externals[name] is None:
-            where = f"evaluate.external.{name}"
-            code = one.trust_remote_code
-            asked.append(HubId(name=one.path, revision=one.revision, kind="model", field=where, code=code))
-    return asked
+            field, code = f"evaluate.external.{name}", model.trust_remote_code
+            ids.append(HubId(name=model.path, revision=model.revision, kind="model", field=field, code=code))
+    return ids
 
 
 def fetch(loaded: Loaded) -> dict[str, Snapshot]:
     """What the recipe names by hub id, by field; fetched together, so that their problems come at once."""
-    asked = fetchable(loaded)
+    ids = fetchable(loaded)
     try:
-        found = snapshots(asked)
+        fetched = snapshots(ids)
     except RecipeError as error:
         raise RecipeError(loaded.placed(problem) for problem in error.problems) from None
-    return {hub.field: one for hub, one in zip(asked, found, strict=True)}
-
-
-def _source(loaded: Loaded, number: int, *, fetched: Mapping[str, Snapshot], digests: Digests) -> External:
-    """One source of the data: its file, or the files of its folder or snapshot that hold rows."""
-    recipe = loaded.recipe.data
-    asked, name = recipe.parts[number], source_name(number)
-    there = fetched.get(recipe.field(number)) or _local(loaded, asked.path)
-    if there.folder.is_file():
-        return external_file(name, there.folder, digests=digests, source=there.source)
-    files = [glob.escape(str(file.relative_to(there.folder))) for file in data_files(there.folder)]
-    return external_folder(name, there.folder, patterns=files, digests=digests, source=there.source)
+    return {hub.field: snapshot for hub, snapshot in zip(ids, fetched, strict=True)}
 
 
 def scorer_content(scorer: Scorer, path: Path, number: int, *, digests: Digests) -> External:

@@ -85,7 +85,7 @@ def arms(recipe: Recipe, *, adapter: Mapping[str, Any] | None = None) -> tuple[A
     problems += _uncontrolled(recipe.calibrate.controls, schemes)
     if problems:
         raise RecipeError(problems)
-    controlled = [one for one in schemes if one.slug in recipe.calibrate.controls]
+    controlled = [scheme for scheme in schemes if scheme.slug in recipe.calibrate.controls]
     schemes += _rounded(controlled, schemes)
     dora = recipe.train.dora if adapter is None else bool(adapter.get("use_dora"))
     plain = (
@@ -94,28 +94,28 @@ def arms(recipe: Recipe, *, adapter: Mapping[str, Any] | None = None) -> tuple[A
         Arm(slug=TRAINED, kind="nf4", adapter=True),
         Arm(slug="merged-dequantized", kind="bf16", merge_base="dequantized"),
         Arm(slug="merged-original", kind="bf16", merge_base="original"),
-        *(Arm(slug=one.slug, kind="quantized", merge_base=recipe.merge.base, scheme=one) for one in schemes),
-        *(arm for one in controlled for arm in _controls(one, recipe.merge.base)),
-        *(_on_base(one, dora=dora) for one in on_base),
+        *(_quantized(scheme, recipe.merge.base) for scheme in schemes),
+        *(arm for scheme in controlled for arm in _controls(scheme, recipe.merge.base)),
+        *(_on_base(scheme, dora=dora) for scheme in on_base),
     )
-    named = {arm.slug: arm for arm in plain}
-    if problems := [*_no_arms(recipe.evaluate.kv_cache, plain), *_taken(recipe.evaluate.external, named)]:
+    by_slug = {arm.slug: arm for arm in plain}
+    if problems := [*_no_arms(recipe.evaluate.kv_cache, plain), *_taken(recipe.evaluate.external, by_slug)]:
         raise RecipeError(problems)
     return (
         *plain,
-        *(arm for slug in recipe.evaluate.kv_cache for arm in _kv_caches(named[slug])),
+        *(arm for slug in recipe.evaluate.kv_cache for arm in _kv_caches(by_slug[slug])),
         *(Arm(slug=name, kind="external", external=True) for name in recipe.evaluate.external),
     )
 
 
-def _taken(names: Iterable[str], made: Collection[str]) -> Iterator[Problem]:
+def _taken(names: Iterable[str], slugs: Collection[str]) -> Iterator[Problem]:
     """External models with the name of another arm, the word for all of them, or the one that `quench promote` uses."""
     reserved = {
         EXTERNAL: "`--only external` means all external models.",
         CHAMPION: "`quench promote` calls the promoted model so.",
     }
     for name in names:
-        if name in reserved or name in made:
+        if name in reserved or name in slugs:
             yield Problem(
                 what=f"An external model cannot be called {name}.",
                 where=f"evaluate.external.{name}",
@@ -126,8 +126,12 @@ def _taken(names: Iterable[str], made: Collection[str]) -> Iterator[Problem]:
 
 def controls(every: Sequence[Arm]) -> list[Calibration]:
     """The control sets that these arms are calibrated on."""
-    found = {arm.calibration for arm in every}
-    return [kind for kind in CONTROLS if kind in found]
+    calibrations = {arm.calibration for arm in every}
+    return [kind for kind in CONTROLS if kind in calibrations]
+
+
+def _quantized(scheme: Scheme, merge_base: MergeBase) -> Arm:
+    return Arm(slug=scheme.slug, kind="quantized", merge_base=merge_base, scheme=scheme)
 
 
 def _on_base(scheme: Scheme, *, dora: bool) -> Arm:
@@ -147,23 +151,23 @@ def _kv_caches(arm: Arm) -> Iterator[Arm]:
         yield replace(arm, slug=f"{arm.slug}.kv-{kv}", kv=kv, of=arm.slug)
 
 
-def _no_arms(asked: Sequence[str], every: Sequence[Arm]) -> Iterator[Problem]:
+def _no_arms(slugs: Sequence[str], every: Sequence[Arm]) -> Iterator[Problem]:
     """Entries of evaluate.kv_cache that name no arm, or one twice."""
     stored = [arm.slug for arm in every if arm.scheme and arm.scheme.kv_scales]
     able = [arm.slug for arm in every if arm.slug not in stored]
-    for index, slug in enumerate(asked):
-        if slug not in able or slug in asked[:index]:
-            what = f"{slug} stands twice." if slug in asked[:index] else f"The matrix has no arm {slug}."
+    for index, slug in enumerate(slugs):
+        if slug not in able or slug in slugs[:index]:
+            what = f"{slug} stands twice." if slug in slugs[:index] else f"The matrix has no arm {slug}."
             yield Problem(
                 what=f"{slug} has KV scales of its own, which enter its figures." if slug in stored else what,
                 where=f"evaluate.kv_cache.{index}",
                 why="Each entry is an arm of this recipe, which is evaluated again with its KV cache quantized.",
-                next=f"Write one of {', '.join(one for one in able if one not in asked)}.",
+                next=f"Write one of {', '.join(arm for arm in able if arm not in slugs)}.",
             )
 
 
 def _controls(scheme: Scheme, merge_base: MergeBase) -> Iterator[Arm]:
-    plain = Arm(slug=scheme.slug, kind="quantized", merge_base=merge_base, scheme=scheme)
+    plain = _quantized(scheme, merge_base)
     for calibration in CONTROLS:
         yield replace(plain, slug=f"{scheme.slug}.calib-{calibration}", calibration=calibration)
     if scheme.method == "awq" and scheme.backend == "gptqmodel":
@@ -172,21 +176,21 @@ def _controls(scheme: Scheme, merge_base: MergeBase) -> Iterator[Arm]:
 
 def _rounded(controlled: Sequence[Scheme], schemes: Sequence[Scheme]) -> list[Scheme]:
     """Rounding to nearest with the bits and groups of these schemes, where the recipe does not have it."""
-    found = {(one.bits, one.group_size) for one in schemes if one.method == "rtn"}
-    missing = dict.fromkeys((one.bits, one.group_size) for one in controlled)
+    rounded = {(scheme.bits, scheme.group_size) for scheme in schemes if scheme.method == "rtn"}
+    wanted = dict.fromkeys((scheme.bits, scheme.group_size) for scheme in controlled)
     return [
         parse_scheme(f"rtn-w{bits}" if group == PER_CHANNEL else f"rtn-w{bits}-g{group}")
-        for bits, group in missing
-        if (bits, group) not in found
+        for bits, group in wanted
+        if (bits, group) not in rounded
     ]
 
 
-def _uncontrolled(asked: Sequence[str], schemes: Sequence[Scheme]) -> Iterator[Problem]:
-    able = [one.slug for one in schemes if one.needs_calibration]
-    for index, slug in enumerate(asked):
-        if slug not in able or slug in asked[:index]:
+def _uncontrolled(slugs: Sequence[str], schemes: Sequence[Scheme]) -> Iterator[Problem]:
+    able = [scheme.slug for scheme in schemes if scheme.needs_calibration]
+    for index, slug in enumerate(slugs):
+        if slug not in able or slug in slugs[:index]:
             yield Problem(
-                what=f"{slug} stands twice." if slug in asked[:index] else f"{slug} has no calibration to control.",
+                what=f"{slug} stands twice." if slug in slugs[:index] else f"{slug} has no calibration to control.",
                 where=f"calibrate.controls.{index}",
                 why="A control is compared with a scheme of quantize.schemes that reads a calibration set.",
                 next=f"Write one of {', '.join(able)}." if able else "Remove it, or add such a scheme.",
@@ -211,16 +215,15 @@ def specified(entry: str | SchemeSpec) -> Scheme:
             why="Files of other formats with mixed grids or KV scales load in no server.",
             next="Write a ct- scheme, for example ct-gptq-w4-g128.",
         ).error()
-    own = tuple(_rule(one, scheme) for one in entry.rules)
+    own = tuple(_rule(rule, scheme) for rule in entry.rules)
     return replace(scheme, slug=entry.name or scheme.slug, rules=(*own, *scheme.rules), kv_scales=entry.kv_scales)
 
 
-def _rule(asked: LayerRule, scheme: Scheme) -> Rule:
-    if asked.keep:
-        return Rule(asked.match, None)
+def _rule(rule: LayerRule, scheme: Scheme) -> Rule:
+    if rule.keep:
+        return Rule(rule.match, None)
     grid = scheme.grid
-    bits, group = asked.bits or grid.bits, asked.group_size or grid.group_size
-    return Rule(asked.match, Grid(bits, group, grid.symmetric))
+    return Rule(rule.match, Grid(rule.bits or grid.bits, rule.group_size or grid.group_size, grid.symmetric))
 
 
 def _repeated(schemes: list[Scheme], *, field: str) -> list[Problem]:

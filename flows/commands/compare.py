@@ -20,9 +20,10 @@ from rich.text import Text
 from flows.results.cells import ArmEvidence, Draws, gather
 from flows.results.comparisons import LeftOut, verdict
 from flows.results.metrics import METRICS, TASK, Metric, difference_text, value_text
+from flows.results.paired import Paired, differences, paired
 from flows.results.read import RowScores, Run, read_run
-from flows.results.stats import Estimand, Interval, Studentized, difference_intervals, studentized
-from recipes.problem import Problem, RecipeError
+from flows.results.stats import Interval
+from recipes.problem import Problem
 from recipes.scorers import input_name
 
 COMPARED = ("task", "ppl_test", "ppl_all", "bits_per_byte", "kl_mean", "ppl_general")
@@ -37,13 +38,6 @@ class Shared(NamedTuple):
     both: int
     only_before: int
     only_after: int
-
-
-class Paired(NamedTuple):
-    """Two arms' scores of one metric on the rows that they share, in one order."""
-
-    before: RowScores
-    after: RowScores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +103,12 @@ def compare_runs(before: Path, after: Path, home: Path) -> Compared:
         RecipeError: They are one run, share no arm, or nothing of what they share can be compared.
     """
     if before == after:
-        raise _refused("Both are one run.", str(before), "There is nothing to compare.", "Name another run.")
+        raise Problem(
+            what="Both are one run.",
+            where=str(before),
+            why="There is nothing to compare.",
+            next="Name another run.",
+        ).error()
     runs = read_run(before, home), read_run(after, home)
     old, new = (gather(run) for run in runs)
     shared = [slug for slug in new if slug in old]
@@ -124,7 +123,12 @@ def compare_runs(before: Path, after: Path, home: Path) -> Compared:
                 pairs[slug, metric.name] = found
     if not pairs:
         why = "; ".join(dict.fromkeys(one.reason for one in left_out)) or "They have no arm in common."
-        raise _refused("The two runs cannot be compared.", f"{before.name}, {after.name}", why, "Name other runs.")
+        raise Problem(
+            what="The two runs cannot be compared.",
+            where=f"{before.name}, {after.name}",
+            why=why,
+            next="Name other runs.",
+        ).error()
     return Compared(
         before=before.name,
         after=after.name,
@@ -135,10 +139,6 @@ def compare_runs(before: Path, after: Path, home: Path) -> Compared:
         only_before=[slug for slug in old if slug not in new],
         only_after=[slug for slug in new if slug not in old],
     )
-
-
-def _refused(what: str, where: str, why: str, remedy: str) -> RecipeError:
-    return Problem(what=what, where=where, why=why, next=remedy).error()
 
 
 def _of_interest(old: ArmEvidence, new: ArmEvidence) -> Iterator[Metric]:
@@ -168,9 +168,10 @@ def _pair(metric: Metric, old: ArmEvidence, new: ArmEvidence, runs: tuple[Run, R
         return "the shared rows have other tokens: another tokenizer, template or max_length"
     if not np.array_equal(a.group, b.group):
         return "the shared rows are grouped otherwise"
-    if not (a.finite and b.finite):
-        return "scores that are not finite"
-    return Paired(before=b, after=a) if len(a.groups) > 1 else "one group of shared rows only"
+    pair = paired(a, b, metric.link)
+    if isinstance(pair, Paired):
+        return pair
+    return "scores that are not finite" if pair == "not finite" else "one group of shared rows only"
 
 
 def _unlike(metric: Metric, before: Run, after: Run, *, arm: str | None) -> str | None:
@@ -222,29 +223,21 @@ def _rows(old: Mapping[str, ArmEvidence], new: Mapping[str, ArmEvidence], shared
 
 def _changes(pairs: Mapping[tuple[str, str], Paired]) -> list[Change]:
     """All of them as one family: their adjusted intervals hold together."""
-    draws, names = Draws(), list(pairs)
-    estimands = {key: Estimand(pair.after.sums, pair.before.sums, METRICS[key[1]].link) for key, pair in pairs.items()}
-    by_groups: dict[tuple[str, ...], list[tuple[str, str]]] = {}
-    for key, pair in pairs.items():
-        by_groups.setdefault(pair.after.groups, []).append(key)
-    spread: dict[tuple[str, str], Studentized] = {}
-    for groups, keys in by_groups.items():  # pairs on the same groups share one matrix product
-        spread |= zip(keys, studentized([estimands[key] for key in keys], draws(groups)), strict=True)
-    together = dict(zip(names, difference_intervals([spread[key] for key in names]), strict=True))
+    found = differences(list(pairs.values()), Draws())
     return [
         Change(
             arm=arm,
             metric=metric,
-            before=_shown(metric, pairs[arm, metric].before),
-            after=_shown(metric, pairs[arm, metric].after),
-            difference=spread[arm, metric].estimate,
-            ci95=difference_intervals([spread[arm, metric]])[0],
-            ci95_adjusted=together[arm, metric],
-            family_size=len(names),
-            verdict=verdict(metric, together[arm, metric]),
-            rows=len(pairs[arm, metric].after.rows),
+            before=_shown(metric, pair.b),
+            after=_shown(metric, pair.a),
+            difference=difference.estimate,
+            ci95=difference.ci95,
+            ci95_adjusted=difference.ci95_adjusted,
+            family_size=len(pairs),
+            verdict=verdict(metric, difference.ci95_adjusted),
+            rows=len(pair.a.rows),
         )
-        for arm, metric in names
+        for ((arm, metric), pair), difference in zip(pairs.items(), found, strict=True)
     ]
 
 

@@ -17,8 +17,8 @@ import yaml
 
 from flows.report.build import render
 from flows.report.model_card import _provenance, card
-from flows.results.artifacts import Part, _refused, parts_of, serve_record
-from flows.results.read import Arm, Run, Step, read_run
+from flows.results.artifacts import Part, parts_of, serve_record
+from flows.results.read import Run, RunArm, RunStep, read_run
 from flows.run.folder import find_run
 from recipes.problem import Problem, RecipeError
 from recipes.schema import recipe_of_run
@@ -130,7 +130,11 @@ def _reported(run_folder: Path) -> bool:
 # ---- refusing
 
 
-def _find(run: Run, slug: str) -> Arm:
+def _refused(what: str, where: str, why: str, next: str) -> RecipeError:
+    return Problem(what=what, where=where, why=why, next=next).error()
+
+
+def _find(run: Run, slug: str) -> RunArm:
     arms = {arm.slug: arm for arm in run.arms}
     arm = arms.get(slug)
     if arm is None:
@@ -164,7 +168,7 @@ def _find(run: Run, slug: str) -> Arm:
     return arm
 
 
-def _behind(run: Run, arm: Arm) -> list[Step | None]:
+def _behind(run: Run, arm: RunArm) -> list[RunStep | None]:
     return [run.step(key) for key in (arm.model, arm.adapter) if key is not None]
 
 
@@ -245,7 +249,7 @@ def _changed(part: Part, how: str) -> RecipeError:
     )
 
 
-def _reload(arm: Arm, parts: list[Part], draft: Path, *, work: Path, home: Path) -> dict[str, Any]:
+def _reload(arm: RunArm, parts: list[Part], draft: Path, *, work: Path, home: Path) -> dict[str, Any]:
     inputs = {part.name: _external(part.name, part.source) for part in parts}
     inputs["copy"] = _external("copy", draft)
     with Launcher() as launcher:

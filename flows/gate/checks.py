@@ -12,29 +12,19 @@ Each check is a difference (candidate - other) with a paired bootstrap interval 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
+from flows.results.paired import Difference, Draw, Paired, differences, paired
 from flows.results.read import RowScores
-from flows.results.stats import (
-    Z_POWER,
-    Counts,
-    Estimand,
-    Interval,
-    Link,
-    Studentized,
-    Z,
-    difference_intervals,
-    studentized,
-)
+from flows.results.stats import Z_POWER, Interval, Link, Studentized, Z
 from recipes.schema import Gate
 
 Outcome = Literal["pass", "worse", "undecided", "none"]
 Unit = Literal["share", "nats", "bits"]  # a share of the answers, nats a token, bits a byte
-Draw = Callable[[tuple[str, ...]], Counts]
 Scores = Mapping[str, RowScores]  # metric of scores.parquet -> rows
 DOMAIN_ROWS = 200  # a slice with fewer is shown and gates nothing
 MOST_ROWS = 10_000_000  # a larger n_needed only says: never
@@ -43,7 +33,7 @@ LABELS = {"general_loss": "general loss", "bits_per_byte": "bits a byte"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class PlannedCheck:
     """One check before its interval is known.
 
     Attributes:
@@ -81,22 +71,17 @@ class Asked:
         return "share" if self.is_task else "bits" if self.source == "bits" else "nats"
 
     @property
-    def obstacle(self) -> str | None:
-        """Why it cannot be made."""
-        if self.a is None or self.b is None:
-            missing = "candidate" if self.a is None else self.against
-            return f"{missing} has no such scores"
-        if not self.a.same_rows(self.b):
-            return "the two were not scored on the same rows and tokens"
-        if not (self.a.finite and self.b.finite):
-            return "scores that are not finite"
-        return "fewer than two groups of rows" if len(self.a.groups) < 2 else None
-
-    @property
-    def estimand(self) -> Estimand:
-        """Candidate - other. Only where there is no obstacle."""
-        assert self.a is not None and self.b is not None
-        return Estimand(self.a.sums, self.b.sums, self.link)
+    def rows(self) -> Paired | str:
+        """The rows of both, or why the check cannot be made."""
+        pair = paired(self.a, self.b, self.link)
+        if isinstance(pair, Paired):
+            return pair
+        return {
+            "missing": f"{'candidate' if self.a is None else self.against} has no such scores",
+            "other rows": "the two were not scored on the same rows and tokens",
+            "not finite": "scores that are not finite",
+            "one group": "fewer than two groups of rows",
+        }[pair]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,128 +112,107 @@ class Check:
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
         intervals = {name: getattr(self, name) and list(getattr(self, name)) for name in ("ci95", "ci95_adjusted")}
-        return {**vars(self), **intervals, "text": told(self)}
+        return {**vars(self), **intervals, "text": check_text(self)}
 
     @classmethod
-    def of(cls, said: Mapping[str, Any]) -> Check:
+    def of(cls, line: Mapping[str, Any]) -> Check:
         """From a check of report.json."""
-        return cls(**{name: value for name, value in said.items() if name != "text"})
+        return cls(**{name: value for name, value in line.items() if name != "text"})
 
 
-def asked(candidate: Scores, other: Scores, against: str, gate: Gate) -> Iterator[Asked]:
+def planned_checks(candidate: Scores, other: Scores, against: str, gate: Gate) -> Iterator[PlannedCheck]:
     """Non-inferiority on everything that either of the two has: tasks, loss, general loss, and slices by domain.
 
     A model that reads other tokens has no loss a token. It is compared by bits a byte, with the same margin turned into
     them, and not on the general hold-out.
     """
-    tasks = sorted(name for name in {*candidate, *other} if name == "task" or name.startswith("task."))
-    plan = [(name, name, gate.task, gate.domain_task) for name in tasks]
+
+    def check(metric: str, source: str, margin: float) -> PlannedCheck:
+        a, b = candidate.get(source), other.get(source)
+        return PlannedCheck(metric=metric, source=source, against=against, margin=margin, a=a, b=b)
+
+    for name in sorted(name for name in {*candidate, *other} if name == "task" or name.startswith("task.")):
+        yield from _with_slices(check(name, name, gate.task), gate.domain_task)
     other_tokens = "bits" in other and "nll" not in other
     if other_tokens and "bits" in candidate and "nll" in candidate:
         rate = candidate["nll"].n / candidate["bits"].n / math.log(2)  # tokens a byte, nats to bits
-        plan.append(("bits_per_byte", "bits", gate.loss * rate, gate.domain_loss * rate))
+        yield from _with_slices(check("bits_per_byte", "bits", gate.loss * rate), gate.domain_loss * rate)
     else:
-        plan.append(("loss", "nll", gate.loss, gate.domain_loss))
-    for metric, source, margin, in_domain in plan:
-        one = Asked(
-            metric=metric,
-            source=source,
-            against=against,
-            margin=margin,
-            a=candidate.get(source),
-            b=other.get(source),
-        )
-        yield one
-        yield from _slices(one, in_domain)
+        yield from _with_slices(check("loss", "nll", gate.loss), gate.domain_loss)
     if not other_tokens and ("nll_general" in candidate or "nll_general" in other):
-        yield Asked(
-            metric="general_loss",
-            source="nll_general",
-            against=against,
-            margin=gate.general_loss,
-            a=candidate.get("nll_general"),
-            b=other.get("nll_general"),
-        )
+        yield check("general_loss", "nll_general", gate.general_loss)
 
 
-def better_than_base(candidate: Scores, base: Scores) -> Asked:
+def better_than_base(candidate: Scores, base: Scores) -> PlannedCheck:
     """At the task, or at the loss where no row has a prompt."""
     has_task = "task" in candidate or "task" in base
     source, metric = ("task", "task") if has_task else ("nll", "loss")
-    return Asked(metric=metric, source=source, against=BASE, margin=0.0, a=candidate.get(source), b=base.get(source))
+    a, b = candidate.get(source), base.get(source)
+    return PlannedCheck(metric=metric, source=source, against=BASE, margin=0.0, a=a, b=b)
 
 
-def _slices(whole: Asked, margin: float) -> Iterator[Asked]:
-    """The same within each domain, where there are several."""
-    if whole.obstacle or whole.a is None or whole.b is None:
+def _with_slices(whole: PlannedCheck, margin: float) -> Iterator[PlannedCheck]:
+    """A check, and the same within each domain where there are several."""
+    yield whole
+    pair = whole.rows
+    if not isinstance(pair, Paired):
         return
-    domains = sorted({str(name) for name in whole.a.domain})
+    domains = sorted({str(name) for name in pair.a.domain})
     for name in domains if len(domains) > 1 else ():
-        a, b = whole.a.of_domain(name), whole.b.of_domain(name)
+        a, b = pair.a.of_domain(name), pair.b.of_domain(name)
         gates = len(a.rows) >= DOMAIN_ROWS
         yield replace(whole, a=a, b=b, margin=margin, domain=name, gates=gates)
 
 
-def judge(every: Sequence[Asked], draws: Draw) -> list[Check]:
+def judge(checks: Sequence[PlannedCheck], draws: Draw) -> list[Check]:
     """All checks, in their order. Those that gate are one family; the others, which are only shown, another."""
-    found: dict[int, Check] = {}
+    judged: dict[int, Check] = {}
     for gates in (True, False):
-        family = [(place, one) for place, one in enumerate(every) if one.gates is gates]
-        able = [(place, one) for place, one in family if one.obstacle is None]
-        spread = _bootstrapped([one for _, one in able], draws)
-        together = difference_intervals(spread)
-        for (place, one), boot, adjusted in zip(able, spread, together, strict=True):
-            found[place] = _check(one, boot, adjusted)
-        for place, one in family:
-            found.setdefault(place, _unmade(one))
-    return [found[place] for place in range(len(every))]
+        family = {place: check for place, check in enumerate(checks) if check.gates is gates}
+        pairs = {place: check.rows for place, check in family.items()}
+        able = {place: pair for place, pair in pairs.items() if isinstance(pair, Paired)}
+        found = dict(zip(able, differences(list(able.values()), draws), strict=True))
+        judged |= {place: _check(check, found.get(place)) for place, check in family.items()}
+    return [judged[place] for place in range(len(checks))]
 
 
 def outcome_of(checks: Sequence[Check]) -> Outcome:
     """Of all that gate: worse where one is, pass where all are, else undecided."""
-    found = {one.outcome for one in checks if one.gates}
-    if "worse" in found:
+    outcomes = {check.outcome for check in checks if check.gates}
+    if "worse" in outcomes:
         return "worse"
-    return "pass" if found == {"pass"} else "undecided"
+    return "pass" if outcomes == {"pass"} else "undecided"
 
 
-def _bootstrapped(family: Sequence[Asked], draws: Draw) -> list[Studentized]:
-    """Checks on the same groups share one matrix product."""
-    by_groups: dict[tuple[str, ...], list[int]] = {}
-    for place, one in enumerate(family):
-        assert one.a is not None
-        by_groups.setdefault(one.a.groups, []).append(place)
-    done: dict[int, Studentized] = {}
-    for groups, places in by_groups.items():
-        found = studentized([family[place].estimand for place in places], draws(groups))
-        done.update(zip(places, found, strict=True))
-    return [done[place] for place in range(len(family))]
-
-
-def _check(one: Asked, boot: Studentized, adjusted: Interval) -> Check:
-    assert one.a is not None
-    plain = difference_intervals([boot])[0]
-    sign = -1.0 if one.is_task else 1.0  # what is lost, not what is gained
-    lost, adjusted_lost = _signed(plain, sign), _signed(adjusted, sign)
-    outcome: Outcome = "undecided"
-    if lost.high < one.margin:
-        outcome = "pass"
-    elif adjusted_lost.low > one.margin:
-        outcome = "worse"
-    n = len(one.a.rows)
-    return Check(
-        metric=one.metric,
-        against=one.against,
-        margin=one.margin,
-        unit=one.unit,
-        outcome=outcome,
-        difference=boot.estimate,
-        ci95=plain,
-        ci95_adjusted=adjusted,
+def _check(planned: PlannedCheck, difference: Difference | None) -> Check:
+    """The check with its outcome; without a difference it could not be made, and says why."""
+    n = 0 if planned.a is None else len(planned.a.rows)
+    check = Check(
+        metric=planned.metric,
+        against=planned.against,
+        margin=planned.margin,
+        unit=planned.unit,
+        outcome="undecided",
         n=n,
-        n_needed=_needed(abs(sign * boot.estimate - one.margin), boot, n) if outcome == "undecided" else None,
-        domain=one.domain,
-        gates=one.gates,
+        domain=planned.domain,
+        gates=planned.gates,
+    )
+    if difference is None:
+        return replace(check, reason=str(planned.rows))
+    sign = -1.0 if planned.is_task else 1.0  # what is lost, not what is gained
+    outcome: Outcome = "undecided"
+    if _signed(difference.ci95, sign).high < planned.margin:
+        outcome = "pass"
+    elif _signed(difference.ci95_adjusted, sign).low > planned.margin:
+        outcome = "worse"
+    room = abs(sign * difference.estimate - planned.margin)
+    return replace(
+        check,
+        outcome=outcome,
+        difference=difference.estimate,
+        ci95=difference.ci95,
+        ci95_adjusted=difference.ci95_adjusted,
+        n_needed=_needed(room, difference.boot, n) if outcome == "undecided" else None,
     )
 
 
@@ -265,53 +229,36 @@ def _needed(room: float, boot: Studentized, n: int) -> int | None:
     return math.ceil(max(rows, n + 1)) if rows <= MOST_ROWS else None
 
 
-def _unmade(one: Asked) -> Check:
-    return Check(
-        metric=one.metric,
-        against=one.against,
-        margin=one.margin,
-        unit=one.unit,
-        outcome="undecided",
-        n=0 if one.a is None else len(one.a.rows),
-        domain=one.domain,
-        gates=one.gates,
-        reason=one.obstacle,
-    )
-
-
 # ---- in words
 
 
-def told(one: Check) -> str:
+def check_text(check: Check) -> str:
     """`task against merged-dequantized: -0.4 [-1.3, +0.5] points, may lose 2: pass`."""
-    where = f" in {one.domain}" if one.domain else ""
-    name = f"{label(one.metric)}{where} against {one.against}"
-    if one.difference is None or one.ci95 is None:
-        return f"{name}: undecided, {one.reason}"
-    limit = f"may lose {margin(one)}" if one.margin else "has to be better"
-    text = f"{name}: {difference(one)}, {limit}: {one.outcome}"
-    if not one.gates:
-        return f"{text} (shown only: {one.n:,} rows, {DOMAIN_ROWS} gate)"
-    if one.outcome != "undecided":
+    where = f" in {check.domain}" if check.domain else ""
+    name = f"{label(check.metric)}{where} against {check.against}"
+    if check.difference is None or check.ci95 is None:
+        return f"{name}: undecided, {check.reason}"
+    limit = f"may lose {margin_text(check)}" if check.margin else "has to be better"
+    text = f"{name}: {difference_of(check)}, {limit}: {check.outcome}"
+    if not check.gates:
+        return f"{text} (shown only: {check.n:,} rows, {DOMAIN_ROWS} gate)"
+    if check.outcome != "undecided":
         return text
-    return f"{text}; {one.n:,} rows, {_decides(one)}"
-
-
-def _decides(one: Check) -> str:
-    return f"about {one.n_needed:,} would decide" if one.n_needed else "no number of rows like these would decide"
+    more = f"about {check.n_needed:,} would decide" if check.n_needed else "no number of rows like these would decide"
+    return f"{text}; {check.n:,} rows, {more}"
 
 
 def label(metric: str) -> str:
-    """The metric as it is told."""
+    """The metric in words."""
     return LABELS.get(metric, metric)
 
 
-def difference(one: Check) -> str:
+def difference_of(check: Check) -> str:
     """`-0.4 [-1.3, +0.5] points` or `+0.0013 [+0.0002, +0.0024] nats`; the reason where it could not be made."""
-    if one.difference is None or one.ci95 is None:
-        return str(one.reason)
-    scale, unit = (100.0, "points") if one.unit == "share" else (1.0, one.unit)
-    shown = [scale * value for value in (one.difference, *one.ci95)]
+    if check.difference is None or check.ci95 is None:
+        return str(check.reason)
+    scale, unit = (100.0, "points") if check.unit == "share" else (1.0, check.unit)
+    shown = [scale * value for value in (check.difference, *check.ci95)]
     half = (shown[2] - shown[1]) / 2
     places = min(6, max(1, 1 - math.floor(math.log10(half)))) if half > 0 else 4
     signed = [f"{value:+.{places}f}" for value in shown]
@@ -319,9 +266,9 @@ def difference(one: Check) -> str:
     return f"{plain[0]} [{plain[1]}, {plain[2]}] {unit}"
 
 
-def margin(one: Check) -> str:
+def margin_text(check: Check) -> str:
     """What may be lost: `2 points`, `0.02 nats`."""
-    return f"{100 * one.margin:g} points" if one.unit == "share" else f"{one.margin:.3g} {one.unit}"
+    return f"{100 * check.margin:g} points" if check.unit == "share" else f"{check.margin:.3g} {check.unit}"
 
 
 def restricted(scores: Scores, removed: frozenset[str]) -> dict[str, RowScores]:

@@ -6,18 +6,19 @@ Pure: a champion takes part where `quench promote` has evaluated it on this run'
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from flows.gate.candidate import Candidate, candidate, margins
-from flows.gate.checks import BASE, Asked, Draw, asked, better_than_base, judge, outcome_of, restricted
+from flows.gate.candidate import candidate, margins_of
+from flows.gate.checks import BASE, PlannedCheck, better_than_base, judge, outcome_of, planned_checks, restricted
 from flows.results.cells import ArmEvidence
-from flows.results.read import Run, read_scores
+from flows.results.paired import Draw
+from flows.results.read import Run, RunArm, read_scores
 from recipes.arms import CHAMPION
 from recipes.schema import Gate
 
 PROMOTION = "promotion.json"  # in the run's folder; flows/promotion/promote.py writes it
-SAYS = {
+OUTCOMES = {
     "pass": "passes the gate",
     "worse": "does not pass the gate: it is worse",
     "undecided": "does not pass the gate: this much data cannot tell",
@@ -26,40 +27,40 @@ SAYS = {
 
 def gate_of(run: Run, evidence: Mapping[str, ArmEvidence], draws: Draw) -> dict[str, Any]:
     """Everything about promotion that report.json says."""
-    gate, found, champion = margins(run), candidate(run, draws), _champion(run)
-    same = champion is not None and found.arm is not None and _digest(run, found) == champion["digest"]
-    checks = judge(list(_asked(found, evidence, gate, None if same else champion, run)), draws)
-    outcome = outcome_of(checks) if found.arm else "none"
-    told = [one.as_dict() for one in checks]
-    made = {
-        "candidate": found.arm.slug if found.arm else None,
-        "reason": found.reason,
-        "left_out": dict(found.left_out),
-        "outcome": outcome,
-        "margins": gate.model_dump(),
-        "tests": [one for one in told if one["domain"] is None],
-        "domains": [one for one in told if one["domain"] is not None],
-        "champion": champion and _shown(champion, checked=any(one.against == CHAMPION for one in checks), same=same),
+    margins, chosen, champion = margins_of(run), candidate(run, draws), _champion(run)
+    arm = chosen.arm
+    same = champion is not None and arm is not None and _digest(run, arm) == champion["digest"]
+    planned = _planned(arm, evidence, margins, None if same else champion, run) if arm else ()
+    checks = judge(list(planned), draws)
+    compared = any(check.against == CHAMPION for check in checks)
+    section = {
+        "candidate": arm.slug if arm else None,
+        "reason": chosen.reason,
+        "left_out": dict(chosen.left_out),
+        "outcome": outcome_of(checks) if arm else "none",
+        "margins": margins.model_dump(),
+        "tests": [check.as_dict() for check in checks if check.domain is None],
+        "domains": [check.as_dict() for check in checks if check.domain is not None],
+        "champion": champion and _shown(champion, compared=compared, same=same),
     }
-    return {**made, "text": list(sentences(made))}
+    return {**section, "text": list(sentences(section))}
 
 
-def _asked(
-    found: Candidate, evidence: Mapping[str, ArmEvidence], gate: Gate, champion: Mapping[str, Any] | None, run: Run
-) -> Iterator[Asked]:
-    if found.arm is None:
-        return
-    own = evidence[found.arm.slug].scores
-    if found.arm.scheme is not None:  # a merged model is not compared with itself
-        merged = f"merged-{found.arm.merge_base}"
-        yield from asked(own, evidence[merged].scores if merged in evidence else {}, merged, gate)
-    if gate.better_than_base:
+def _planned(
+    arm: RunArm, evidence: Mapping[str, ArmEvidence], margins: Gate, champion: Mapping[str, Any] | None, run: Run
+) -> Iterator[PlannedCheck]:
+    """The candidate against what it was made from, the base, and what it would replace."""
+    own = evidence[arm.slug].scores
+    if arm.scheme is not None:  # a merged model is not compared with itself
+        merged = f"merged-{arm.merge_base}"
+        yield from planned_checks(own, evidence[merged].scores if merged in evidence else {}, merged, margins)
+    if margins.better_than_base:
         yield better_than_base(own, evidence[BASE].scores if BASE in evidence else {})
     if champion is not None:
         files = run.home / champion["evaluate"] / "files"
         removed = frozenset(champion["removed"])
         theirs = read_scores(files) if files.is_dir() else {}  # without its scores nothing is decided
-        yield from asked(restricted(own, removed), restricted(theirs, removed), CHAMPION, gate)
+        yield from planned_checks(restricted(own, removed), restricted(theirs, removed), CHAMPION, margins)
 
 
 def _champion(run: Run) -> dict[str, Any] | None:
@@ -67,40 +68,33 @@ def _champion(run: Run) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8"))["champion"] if path.exists() else None
 
 
-def _digest(run: Run, found: Candidate) -> str | None:
-    step = run.step(found.arm.model) if found.arm else None
+def _digest(run: Run, arm: RunArm) -> str | None:
+    step = run.step(arm.model)
     return step.manifest["digest"] if step and step.manifest else None
 
 
-def _shown(champion: Mapping[str, Any], *, checked: bool, same: bool) -> dict[str, Any]:
+def _shown(champion: Mapping[str, Any], *, compared: bool, same: bool) -> dict[str, Any]:
     named = {name: champion[name] for name in ("model", "version", "run", "arm", "digest", "evaluate", "rows", "note")}
-    return {**named, "removed": len(champion["removed"]), "same": same, "compared": checked}
+    return {**named, "removed": len(champion["removed"]), "same": same, "compared": compared}
 
 
-def sentences(made: Mapping[str, Any]) -> Iterator[str]:
-    """All of `gate` in words: the verdict first, then the checks that did not pass, those that are worse before."""
-    if made["candidate"] is None:
-        yield f"Nothing can be promoted: {made['reason']}."
-        yield from (f"{slug}: {why.rstrip('.')}." for slug, why in made["left_out"].items())
+def sentences(section: Mapping[str, Any]) -> Iterator[str]:
+    """All of `gate` in words: the verdict, then the checks that did not pass, the worse ones first."""
+    if section["candidate"] is None:
+        yield f"Nothing can be promoted: {section['reason']}."
+        yield from (f"{slug}: {why.rstrip('.')}." for slug, why in section["left_out"].items())
         return
-    gating = [one for one in (*made["tests"], *made["domains"]) if one["gates"]]
-    open_ = [one for one in gating if one["outcome"] != "pass"]
-    passed = f"{len(gating) - len(open_)} of {len(gating)} checks on test are within their margins"
-    yield f"{made['candidate']} {SAYS[made['outcome']]} ({passed})."
-    yield from (f"{_capital(one['text'])}." for one in _worst_first(open_))
-    yield f"It is the candidate: {made['reason']}."
-    yield _beside(made["champion"])
+    gating = [check for check in (*section["tests"], *section["domains"]) if check["gates"]]
+    not_passed = [check for check in gating if check["outcome"] != "pass"]
+    passed = f"{len(gating) - len(not_passed)} of {len(gating)} checks on test are within their margins"
+    yield f"{section['candidate']} {OUTCOMES[section['outcome']]} ({passed})."
+    for check in sorted(not_passed, key=lambda check: check["outcome"] != "worse"):
+        yield f"{check['text'][:1].upper()}{check['text'][1:]}."
+    yield f"It is the candidate: {section['reason']}."
+    yield _champion_text(section["champion"])
 
 
-def _worst_first(checks: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return sorted(checks, key=lambda one: one["outcome"] != "worse")
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-def _beside(champion: Mapping[str, Any] | None) -> str:
+def _champion_text(champion: Mapping[str, Any] | None) -> str:
     if champion is None:
         return (
             "No champion was compared with: `quench promote` evaluates the present one, if there is one, and decides."

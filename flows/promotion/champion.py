@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from flows.compose import limits
 from flows.pins import scorer_content
 from flows.promotion.journal import Promotion
-from flows.results.read import Arm, Run, Step, read_scores
+from flows.results.read import Run, RunArm, RunStep, read_scores
 from recipes.arms import CHAMPION
 from recipes.problem import Problem
 from recipes.schema import Recipe, recipe_of_run
@@ -100,7 +100,7 @@ class Rival:
     note: str | None
 
 
-def evaluated(present: Promotion, run: Run, candidate: Arm, home: Path) -> Rival:
+def evaluated(present: Promotion, run: Run, candidate: RunArm, home: Path) -> Rival:
     """Score the champion as the candidate was scored: same rows, order, batches and code.
 
     Raises:
@@ -159,7 +159,7 @@ def stale(store: Store, one: Promotion) -> Problem | None:
     )
 
 
-def _inputs(scored: Step, recipe: Recipe, home: Path) -> dict[str, External]:
+def _inputs(scored: RunStep, recipe: Recipe, home: Path) -> dict[str, External]:
     """What the candidate was scored with, but for the model itself.
 
     Raises:

@@ -20,7 +20,7 @@ from flows.promotion.registry import sync
 from flows.report.build import Report, render
 from flows.report.model_card import card_of
 from flows.results.cells import Draws
-from flows.results.read import Arm, Run, read_run
+from flows.results.read import Run, RunArm, read_run
 from flows.run.folder import find_run
 from recipes.problem import Problem
 from recipes.schema import recipe_of_run
@@ -159,7 +159,7 @@ def _number(present: Promotion | None) -> int | None:
     return present.version if present else None
 
 
-def _drafted(run: Run, arm: Arm, lines: list[Promotion], present: Promotion | None) -> Promotion:
+def _drafted(run: Run, arm: RunArm, lines: list[Promotion], present: Promotion | None) -> Promotion:
     """The decision without its outcome."""
     step = run.step(arm.model)
     assert step is not None and step.manifest is not None and step.path is not None  # a candidate was made
@@ -180,7 +180,7 @@ def _drafted(run: Run, arm: Arm, lines: list[Promotion], present: Promotion | No
     )
 
 
-def _made_again(problem: Problem, arm: Arm) -> Problem:
+def _made_again(problem: Problem, arm: RunArm) -> Problem:
     return Problem(
         what=f"{arm.slug} is damaged.",
         where=problem.where,
@@ -200,7 +200,7 @@ def _reported(run: Run, rival: dict[str, Any] | None) -> Report:
     return render(run.folder, run.home)
 
 
-def _keep(made: Promotion, run: Run, arm: Arm, report: Report, home: Path) -> None:
+def _keep(made: Promotion, run: Run, arm: RunArm, report: Report, home: Path) -> None:
     """Train rows and card of a version, which outlive its data set and its run."""
     folder = record_folder(home, made)
     folder.mkdir(parents=True, exist_ok=True)

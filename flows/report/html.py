@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from flows.gate.checks import Check, difference, label, margin
+from flows.gate.checks import Check, difference_of, label, margin_text
 from flows.report.plots.domains import domains_plot
 from flows.report.plots.fronts import against_size
 from flows.report.plots.layers import errors_plot, weights_plot
@@ -136,17 +136,17 @@ class CheckLine(NamedTuple):
     difference: str
 
 
-def checks(said: Mapping[str, Any] | None) -> list[CheckLine]:
+def checks(gate: Mapping[str, Any] | None) -> list[CheckLine]:
     """Every check of the gate, those within a domain last."""
-    every = [Check.of(one) for one in (*said["tests"], *said["domains"])] if said else []
+    every = [Check.of(line) for line in (*gate["tests"], *gate["domains"])] if gate else []
     return [
         CheckLine(
-            one,
-            label(one.metric) + (f" in {one.domain}" if one.domain else ""),
-            margin(one) if one.margin else "better than it",
-            difference(one),
+            check,
+            label(check.metric) + (f" in {check.domain}" if check.domain else ""),
+            margin_text(check) if check.margin else "better than it",
+            difference_of(check),
         )
-        for one in every
+        for check in every
     ]
 
 

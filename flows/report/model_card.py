@@ -11,7 +11,7 @@ import yaml
 from flows.report.text import data_line, hardware_line, no_tags
 from flows.results.artifacts import parts_of, serve_record
 from flows.results.metrics import METRICS, interval_text, value_text
-from flows.results.read import Arm, Run, Step, notes
+from flows.results.read import Run, RunArm, RunStep, notes
 from recipes.schemes.scheme import PER_CHANNEL
 from recipes.schemes.serve_file import python_lines, shell
 
@@ -33,12 +33,12 @@ class Provenance:
         steps: Steps whose notes are shown.
     """
 
-    arm: Arm
+    arm: RunArm
     run: Run
     model: Mapping[str, Any] | None
     adapter: Mapping[str, Any] | None
-    calibration: Step | None
-    steps: tuple[Step, ...]
+    calibration: RunStep | None
+    steps: tuple[RunStep, ...]
 
 
 def card(made: Provenance, report: Mapping[str, Any], served: Mapping[str, Any]) -> str:
@@ -82,7 +82,7 @@ def _what(made: Provenance) -> str:
     return f"A fine-tuned model in bf16, merged into the {arm.merge_base} base weights."
 
 
-def _quantization(arm: Arm) -> str:
+def _quantization(arm: RunArm) -> str:
     found = arm.quantization or {}
     group = found["group_size"]
     grouped = "one scale an output" if group == PER_CHANNEL else f"groups of {group}"
@@ -187,12 +187,12 @@ def _serving(served: Mapping[str, Any]) -> Iterator[str]:
     yield from ["", *python_lines(served)]
 
 
-def card_of(run: Run, arm: Arm, report: Mapping[str, Any]) -> str:
+def card_of(run: Run, arm: RunArm, report: Mapping[str, Any]) -> str:
     """The model card of an arm, from the store."""
     return card(_provenance(run, arm), report, serve_record(run, arm, list(parts_of(run, arm))))
 
 
-def _provenance(run: Run, arm: Arm) -> Provenance:
+def _provenance(run: Run, arm: RunArm) -> Provenance:
     model, adapter = run.step(arm.model), run.step(arm.adapter) or _only(run, "train")
     return Provenance(
         arm=arm,
@@ -204,11 +204,11 @@ def _provenance(run: Run, arm: Arm) -> Provenance:
     )
 
 
-def _calibration_step(run: Run, model: Step | None) -> Step | None:
+def _calibration_step(run: Run, model: RunStep | None) -> RunStep | None:
     """The calibration set that the model was quantized on."""
     read = (model.manifest or {}).get("inputs", {}).get("calibset") if model else None
     return next((one for one in run.steps.values() if read and one.fingerprint == read["fingerprint"]), None)
 
 
-def _only(run: Run, stage: str) -> Step | None:
+def _only(run: Run, stage: str) -> RunStep | None:
     return next((step for step in run.steps.values() if step.stage == stage and step.ok), None)

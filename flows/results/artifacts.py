@@ -6,10 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flows.results.read import Arm, Run, Step
+from flows.results.read import Run, RunArm, RunStep
 from recipes.models.headers import Headers, read_headers
-from recipes.problem import Problem, RecipeError
-from recipes.schemes.scheme import Scheme
+from recipes.problem import Problem
 from recipes.schemes.serve_file import ServedAdapter, describe
 
 NOT_COPIED = ("events.jsonl", "serve.json", "serve.md")  # our log; serve files are written for the recipe's serve:
@@ -31,11 +30,7 @@ class Part(NamedTuple):
     sha256: Mapping[str, str]
 
 
-def _refused(what: str, where: str, why: str, next: str) -> RecipeError:
-    return Problem(what=what, where=where, why=why, next=next).error()
-
-
-def parts_of(run: Run, arm: Arm) -> Iterator[Part]:
+def parts_of(run: Run, arm: RunArm) -> Iterator[Part]:
     """The model's folder, then the adapter's where one is on top.
 
     Raises:
@@ -48,41 +43,40 @@ def parts_of(run: Run, arm: Arm) -> Iterator[Part]:
     elif run.base is not None:
         yield Part("model", run.base, under, {})
     else:
-        raise _refused(
-            "The base model is not there any more.",
-            str(run.raw["base"]["path"]),
-            f"{arm.slug} is an adapter on top of it.",
-            "Put it back there.",
-        )
+        raise Problem(
+            what="The base model is not there any more.",
+            where=str(run.raw["base"]["path"]),
+            why=f"{arm.slug} is an adapter on top of it.",
+            next="Put it back there.",
+        ).error()
     if adapter := run.step(arm.adapter):
         yield _of_step("adapter", adapter, "adapter")
 
 
-def _of_step(name: str, step: Step, under: str) -> Part:
-    assert step.files is not None and step.manifest is not None  # _find asked
-    files = {file: one["sha256"] for file, one in step.manifest["files"].items() if file not in NOT_COPIED}
+def _of_step(name: str, step: RunStep, under: str) -> Part:
+    assert step.files is not None and step.manifest is not None  # _find has seen it
+    files = {name: file["sha256"] for name, file in step.manifest["files"].items() if name not in NOT_COPIED}
     return Part(name, step.files, under, files)
 
 
-def serve_record(run: Run, arm: Arm, parts: list[Part]) -> dict[str, Any]:
+def serve_record(run: Run, arm: RunArm, parts: list[Part]) -> dict[str, Any]:
     """serve.json for the recipe's serve: section."""
     serve = run.recipe.get("serve") or {}
-    scheme = Scheme.of(dict(arm.quantization), slug=arm.scheme or arm.slug) if arm.quantization else None
     return describe(
         _headers(run, arm),
         name=arm.slug,
-        scheme=scheme,
+        scheme=arm.quantizer,
         tensor_parallel=serve.get("tensor_parallel", 1),
         max_model_len=serve.get("max_model_len"),
         adapter=ServedAdapter.read(parts[1].source, nf4=arm.kind == "nf4") if arm.adapter else None,
     )
 
 
-def _headers(run: Run, arm: Arm) -> Headers:
+def _headers(run: Run, arm: RunArm) -> Headers:
     """Of the arm's model in bf16: what was quantized, or itself."""
     model = run.step(arm.model)
     if model is None or model.manifest is None or model.files is None:
-        assert run.base is not None  # parts_of asked
+        assert run.base is not None  # parts_of has seen it
         return read_headers(run.base)
     if arm.quantization is None:
         return read_headers(model.files)

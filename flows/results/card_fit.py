@@ -14,16 +14,15 @@ from typing import Any, Literal, NamedTuple
 
 from flows.plan.memory import CUDA_CONTEXT, GIB
 from flows.results.cells import Cell
-from flows.results.read import Arm, Run, unfit
+from flows.results.read import Run, RunArm
 from recipes.models.headers import Headers, read_headers
 from recipes.models.linear import Linear
 from recipes.problem import RecipeError
 from recipes.schemes.engines import Engine, refusals
-from recipes.schemes.scheme import Scheme
 
 Store = Literal["bf16", "fp8", "int8"]  # how keys and values are kept
 BYTES: dict[Store, float] = {"bf16": 2.0, "fp8": 1.0, "int8": 1.0}
-SCALE_BYTES: dict[Store, float] = {"bf16": 0.0, "fp8": 0.0, "int8": 4.0}  # fp32, a token and head
+SCALE_BYTES: dict[Store, float] = {"bf16": 0.0, "fp8": 0.0, "int8": 4.0}  # fp32, per token and head
 FREE_SHARE = 0.1  # of the card: fragmentation, CUDA graphs; vLLM's --gpu-memory-utilization 0.9
 CHUNK_TOKENS = 2048  # of prompts in one forward pass; longer ones come in several (chunked prefill)
 LOGIT_BYTES = 8  # fp32 and a copy, for the last token of each sequence
@@ -43,7 +42,7 @@ class Cache:
     Attributes:
         full: Layers that keep every token.
         sliding: Layers that keep the last `window` tokens.
-        features: Features of keys (and of values) a token and layer: heads x head size.
+        features: Features of keys (and of values) per token and layer: heads x head size.
         heads: Key-value heads.
     """
 
@@ -54,11 +53,11 @@ class Cache:
     heads: int
 
     def of_layer(self, kept: Store) -> float:
-        """Bytes a token and layer, keys and values."""
+        """Bytes per token and layer, keys and values."""
         return 2 * (BYTES[kept] * self.features + SCALE_BYTES[kept] * self.heads)
 
     def per_token(self, kept: Store) -> float:
-        """Bytes a token while no window is full."""
+        """Bytes per token while no window is full."""
         return self.of_layer(kept) * (self.full + self.sliding)
 
     def size(self, kept: Store, *, context: int, batch: int) -> float:
@@ -68,7 +67,7 @@ class Cache:
 
 
 def cache_of(headers: Headers) -> Cache:
-    """2 x layers x key-value heads x head size a token; layers with a sliding window keep no more than that.
+    """2 x layers x key-value heads x head size per token; layers with a sliding window keep no more than that.
 
     Raises:
         Refused: Latent attention, state-space or linear layers, whose state is another one.
@@ -78,7 +77,7 @@ def cache_of(headers: Headers) -> Cache:
         raise Refused(f"config.json has {other[0]}: its cache is not keys and values of every token")
     kinds = config.get("layer_types")
     if isinstance(kinds, list):
-        unknown = sorted({str(one) for one in kinds} - {"full_attention", "sliding_attention"})
+        unknown = sorted({str(kind) for kind in kinds} - {"full_attention", "sliding_attention"})
         if unknown:
             raise Refused(f"config.json has layers of type {', '.join(unknown)}")
         sliding = kinds.count("sliding_attention")
@@ -148,14 +147,14 @@ def fits(
         Refused: The cache cannot be computed from config.json.
     """
     cache, allowance = cache_of(headers), allowance_bytes(headers, work)
-    found: list[Fit] = []
+    every: list[Fit] = []
     for arm in run.arms:
         if arm.is_control or arm.unavailable or (arm.model is None and arm.adapter is None):
             continue
         own, kept = figures[arm.slug], kept_by(arm)
         size = own["size_bytes"]
         keys = cache.size(kept, context=work.context, batch=work.batch)
-        found.append(
+        every.append(
             Fit(
                 arm=arm.slug,
                 cache=kept,
@@ -166,10 +165,10 @@ def fits(
                 refused=_refused(arm, own, headers.linears, engine),
             )
         )
-    return found
+    return every
 
 
-def kept_by(arm: Arm) -> Store:
+def kept_by(arm: RunArm) -> Store:
     """How an arm keeps its keys and values."""
     return "bf16" if arm.kv is None else "int8" if arm.kv == "int8" else "fp8"
 
@@ -181,21 +180,20 @@ def allowance_bytes(headers: Headers, work: Workload) -> float:
     return CUDA_CONTEXT * GIB + 2 * 2 * widest * tokens + LOGIT_BYTES * headers.vocabulary * work.batch
 
 
-def _refused(arm: Arm, own: Mapping[str, float | None], linears: Sequence[Linear], engine: str | None) -> str | None:
+def _refused(arm: RunArm, own: Mapping[str, float | None], linears: Sequence[Linear], engine: str | None) -> str | None:
     served = replace(arm if engine is None else _on(arm, linears, engine), kv=None)
-    if reason := unfit(served):
-        return reason
+    if served.unfit:
+        return served.unfit
     missing = [name for name in ("size_bytes", "kl_mean") if own[name] is None]
     return f"it has no {missing[0]}" if missing else None
 
 
-def _on(arm: Arm, linears: Sequence[Linear], engine: str) -> Arm:
+def _on(arm: RunArm, linears: Sequence[Linear], engine: str) -> RunArm:
     """The arm as another engine sees it."""
-    if engine == "none" or arm.quantization is None:
+    if engine == "none" or arm.quantizer is None:
         return replace(arm, refused=None)
-    scheme = Scheme.of(dict(arm.quantization), slug=arm.scheme or arm.slug)
-    found = refusals(scheme, linears, _engine(engine))
-    return replace(arm, refused=found[0].what if found else None)
+    problems = refusals(arm.quantizer, linears, _engine(engine))
+    return replace(arm, refused=problems[0].what if problems else None)
 
 
 def _engine(name: str) -> Engine:
@@ -205,8 +203,8 @@ def _engine(name: str) -> Engine:
 
 def front(every: Sequence[Fit]) -> set[str]:
     """Arms that no other beats: fewer bytes and no more KL, or less KL and no more bytes."""
-    able = [one for one in every if one.refused is None]
-    return {one.arm for one in able if not any(_beats(other, one) for other in able)}
+    able = [fit for fit in every if fit.refused is None]
+    return {fit.arm for fit in able if not any(_beats(other, fit) for other in able)}
 
 
 def _beats(a: Fit, b: Fit) -> bool:
@@ -217,8 +215,8 @@ def _beats(a: Fit, b: Fit) -> bool:
 
 def best(every: Sequence[Fit], vram_gib: float) -> Fit | None:
     """The lowest KL among those that fit, then the fewest bytes."""
-    able = [one for one in every if one.fits(vram_gib)]
-    return min(able, key=lambda one: (one.kl_mean, one.needed), default=None)
+    able = [fit for fit in every if fit.fits(vram_gib)]
+    return min(able, key=lambda fit: (fit.kl_mean, fit.needed), default=None)
 
 
 # ---- the report's section
@@ -260,19 +258,19 @@ def fit_of(run: Run, cells: Mapping[str, Mapping[str, Cell]]) -> dict[str, Any]:
         "free_share": FREE_SHARE,
         "arms": [
             {
-                "arm": one.arm,
-                "kv": one.cache,
-                "weights_bytes": one.weights,
-                "needed_bytes": one.needed,
-                "task": one.task,
-                "kl_mean": one.kl_mean,
-                "on_front": one.arm in ahead,
-                "refused": one.refused,
+                "arm": fit.arm,
+                "kv": fit.cache,
+                "weights_bytes": fit.weights,
+                "needed_bytes": fit.needed,
+                "task": fit.task,
+                "kl_mean": fit.kl_mean,
+                "on_front": fit.arm in ahead,
+                "refused": fit.refused,
             }
-            for one in every
+            for fit in every
         ],
         "examples": [
-            {"vram_gib": size, **work._asdict(), "best": found.arm if (found := best(every, size)) else None}
+            {"vram_gib": size, **work._asdict(), "best": fit.arm if (fit := best(every, size)) else None}
             for size in EXAMPLES_GIB
         ],
         "reason": None,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from flows.results.metrics import HEADLINE, METRICS, PER_DOMAIN, SPEED, TASK, Metric, further
-from flows.results.read import REFERENCE, Arm, RowScores, Run, TokenKL, read_kl, read_scores
+from flows.results.read import REFERENCE, RowScores, Run, RunArm, TokenKL, read_kl, read_scores
 from flows.results.sizes import size_bytes
 from flows.results.stats import (
     QUANTILE_RESAMPLES,
@@ -72,7 +72,7 @@ class ArmEvidence:
         is_reference: KL and agreement are measured against it.
     """
 
-    arm: Arm
+    arm: RunArm
     failure: str | None
     scores: Mapping[str, RowScores]
     kl: TokenKL | None
@@ -84,12 +84,12 @@ class ArmEvidence:
 
 def gather(run: Run) -> dict[str, ArmEvidence]:
     """Read every arm's scores; mark arms that were scored on other rows or tokens than the reference."""
-    found: dict[str, ArmEvidence] = {}
+    evidence: dict[str, ArmEvidence] = {}
     for arm in run.arms:
         failure = _failure(arm, run)
         scored = None if failure else run.step(arm.evaluate)
         files = scored.files if scored else None
-        found[arm.slug] = ArmEvidence(
+        evidence[arm.slug] = ArmEvidence(
             arm=arm,
             failure=failure,
             scores=read_scores(files) if files else {},
@@ -98,14 +98,14 @@ def gather(run: Run) -> dict[str, ArmEvidence]:
             absent=(scored.manifest or {}).get("result", {}).get("absent", {}) if scored else {},
             is_reference=arm.slug == run.reference,
         )
-    scored = [one for one in found.values() if one.failure is None]
+    scored = [arm for arm in evidence.values() if arm.failure is None]
     if not scored:
-        return found
-    yardstick = min(scored, key=lambda one: (not one.is_reference, one.arm.slug != REFERENCE))
-    return {slug: _against(one, yardstick) for slug, one in found.items()}
+        return evidence
+    reference = min(scored, key=lambda arm: (not arm.is_reference, arm.arm.slug != REFERENCE))
+    return {slug: _against(arm, reference) for slug, arm in evidence.items()}
 
 
-def _failure(arm: Arm, run: Run) -> str | None:
+def _failure(arm: RunArm, run: Run) -> str | None:
     if arm.unavailable:
         return arm.unavailable
     scored = run.step(arm.evaluate)
@@ -120,16 +120,16 @@ def _failure(arm: Arm, run: Run) -> str | None:
     return scored.trouble if scored else f"the run ended before evaluate/{arm.slug}"
 
 
-def _against(one: ArmEvidence, yardstick: ArmEvidence) -> ArmEvidence:
+def _against(arm: ArmEvidence, reference: ArmEvidence) -> ArmEvidence:
     other = [
         metric
-        for metric, rows in yardstick.scores.items()
-        if metric in one.scores and not rows.same_rows(one.scores[metric])
+        for metric, rows in reference.scores.items()
+        if metric in arm.scores and not rows.same_rows(arm.scores[metric])
     ]
     if not other:
-        return one
-    reason = f"{', '.join(other)}: scored on other rows or tokens than {yardstick.arm.slug}"
-    return replace(one, unlike=reason)
+        return arm
+    reason = f"{', '.join(other)}: scored on other rows or tokens than {reference.arm.slug}"
+    return replace(arm, unlike=reason)
 
 
 def headline(evidence: Iterable[ArmEvidence]) -> list[str]:
@@ -137,45 +137,45 @@ def headline(evidence: Iterable[ArmEvidence]) -> list[str]:
 
     Plain texts have no prompt, so that no arm has a task score; without a reference none has a KL.
     """
-    scored = {metric for one in evidence for metric in (*one.scores, *one.problems)}
+    scored = {metric for arm in evidence for metric in (*arm.scores, *arm.problems)}
     lacking = {name for name, source in (("task", "task"), ("kl_mean", "kl")) if source not in scored}
     return [name for name in HEADLINE if name not in lacking]
 
 
-def not_ranked(one: ArmEvidence, cells: Mapping[str, Cell], needed: Sequence[str]) -> str | None:
+def not_ranked(arm: ArmEvidence, cells: Mapping[str, Cell], needed: Sequence[str]) -> str | None:
     """Why an arm is left out of the ranking, or None. `needed` is `headline` of all arms."""
-    if one.failure or one.unlike:
-        return one.failure or one.unlike
+    if arm.failure or arm.unlike:
+        return arm.failure or arm.unlike
     empty = [name for name in needed if cells[name].value is None]
     return f"{empty[0]}: {cells[empty[0]].reason}" if empty else None
 
 
-def cells_of(one: ArmEvidence, run: Run, draws: Draws) -> dict[str, Cell]:
+def cells_of(arm: ArmEvidence, run: Run, draws: Draws) -> dict[str, Cell]:
     """All published metrics of an arm."""
     quality = {
-        metric.name: _quality(metric, one, run, draws)
+        metric.name: _quality(metric, arm, run, draws)
         for metric in (*METRICS.values(), *further(run.recipe))
         if metric.source is not None
     }
-    size, reason = (None, one.failure) if one.arm.unavailable else size_bytes(one.arm, run)
+    size, reason = (None, arm.failure) if arm.arm.unavailable else size_bytes(arm.arm, run)
     counted = Cell(value=size, n=None if size is None else 1, reason=reason)
-    return {**quality, "size_bytes": counted, **_speed(one, run)}
+    return {**quality, "size_bytes": counted, **_speed(arm, run)}
 
 
-def _quality(metric: Metric, one: ArmEvidence, run: Run, draws: Draws) -> Cell:
-    if one.failure:
-        return Cell(value=None, split=metric.split, reason=one.failure)
-    rows = one.scores.get(metric.source or "")
-    if one.is_reference and metric.source in ("kl", "agree"):
+def _quality(metric: Metric, arm: ArmEvidence, run: Run, draws: Draws) -> Cell:
+    if arm.failure:
+        return Cell(value=None, split=metric.split, reason=arm.failure)
+    rows = arm.scores.get(metric.source or "")
+    if arm.is_reference and metric.source in ("kl", "agree"):
         value, n = (0.0 if metric.source == "kl" else 1.0), (rows.n if rows else None)
         return Cell(value=value, n=n, split=metric.split, reason="the reference itself: so by definition")
     if rows is None:
-        return Cell(value=None, split=metric.split, reason=_no_rows(metric, one, run))
-    return rows_cell(metric, rows, one.kl, draws)
+        return Cell(value=None, split=metric.split, reason=_no_rows(metric, arm, run))
+    return rows_cell(metric, rows, arm.kl, draws)
 
 
-def _no_rows(metric: Metric, one: ArmEvidence, run: Run) -> str:
-    if why := one.problems.get(metric.source or "") or one.absent.get(metric.source or ""):
+def _no_rows(metric: Metric, arm: ArmEvidence, run: Run) -> str:
+    if why := arm.problems.get(metric.source or "") or arm.absent.get(metric.source or ""):
         return why
     if metric.split == "general" and not (run.recipe.get("data") or {}).get("general"):
         return "the recipe has no data.general"
@@ -218,41 +218,41 @@ def _tail_cell(metric: Metric, kl: TokenKL | None, draws: Draws) -> Cell:
     return Cell(value=value, ci95=Interval(min(low, value), max(high, value)), n=n, split=metric.split)
 
 
-def domain_cells(one: ArmEvidence, draws: Draws) -> dict[str, Cell]:
+def domain_cells(arm: ArmEvidence, draws: Draws) -> dict[str, Cell]:
     """`<metric>@<domain>` for every domain that the rows name; empty where there is at most one."""
-    rows = one.scores.get("nll", one.scores.get("bits"))
-    if one.failure or rows is None:
+    rows = arm.scores.get("nll", arm.scores.get("bits"))
+    if arm.failure or rows is None:
         return {}
     domains = sorted({str(name) for name in rows.domain})
     if len(domains) < 2:
         return {}
-    found: dict[str, Cell] = {}
-    for name in (*PER_DOMAIN, *(metric for metric in one.scores if metric.startswith(TASK))):
+    cells: dict[str, Cell] = {}
+    for name in (*PER_DOMAIN, *(metric for metric in arm.scores if metric.startswith(TASK))):
         metric = METRICS[name]
-        rows = one.scores.get(metric.source or "")
-        if rows is None or (one.is_reference and metric.source in ("kl", "agree")):
+        rows = arm.scores.get(metric.source or "")
+        if rows is None or (arm.is_reference and metric.source in ("kl", "agree")):
             continue
         for domain in domains:
             part = rows.of_domain(domain)
             if len(part.rows):
-                found[f"{name}@{domain}"] = rows_cell(metric, part, None, draws)
-    return found
+                cells[f"{name}@{domain}"] = rows_cell(metric, part, None, draws)
+    return cells
 
 
-def _speed(one: ArmEvidence, run: Run) -> dict[str, Cell]:
-    loaded = next((arm for arm in run.arms if arm.slug == one.arm.of), one.arm)  # whose files they are
-    reason = one.arm.unavailable or _unmeasured(loaded, run)
+def _speed(arm: ArmEvidence, run: Run) -> dict[str, Cell]:
+    loaded = next((other for other in run.arms if other.slug == arm.arm.of), arm.arm)  # whose files they are
+    reason = arm.arm.unavailable or _unmeasured(loaded, run)
     if reason:
         return {name: Cell(value=None, reason=reason) for name in SPEED}
     measured = speed_record(loaded, run)
     cells = {name: _timed(measured.get(name), name) for name in SPEED}
-    if one.arm.kv is None:
+    if arm.arm.kv is None:
         return cells
     simulated = Cell(value=None, reason=SIMULATED)
     return {name: cell if name == "resident_bytes" else simulated for name, cell in cells.items()}
 
 
-def _unmeasured(arm: Arm, run: Run) -> str | None:
+def _unmeasured(arm: RunArm, run: Run) -> str | None:
     if arm.measure is None:
         return "measure.enabled is false in the recipe"
     step = run.step(arm.measure)
@@ -261,7 +261,7 @@ def _unmeasured(arm: Arm, run: Run) -> str | None:
     return None if step.ok else step.trouble
 
 
-def speed_record(arm: Arm, run: Run) -> dict[str, Any]:
+def speed_record(arm: RunArm, run: Run) -> dict[str, Any]:
     """speed.json of an arm; empty where it was not measured."""
     step = run.step(arm.measure)
     if step is None or not step.ok or step.files is None:
@@ -269,12 +269,12 @@ def speed_record(arm: Arm, run: Run) -> dict[str, Any]:
     return json.loads((step.files / "speed.json").read_text(encoding="utf-8"))
 
 
-def _timed(found: list[float] | float | None, name: str) -> Cell:
-    if found is None:
+def _timed(timed: list[float] | float | None, name: str) -> Cell:
+    if timed is None:
         return Cell(value=None, reason=f"speed.json has no {name}")
-    if isinstance(found, int | float):  # counted, not sampled: the interval is the value
-        return Cell(value=found, ci95=Interval(found, found), n=1)
-    if len(found) < 2 or min(found) <= 0:
-        return Cell(value=None, n=len(found), reason=f"timed {len(found)} times ({found}): too few for an interval")
-    value, interval = repeats(found)
-    return Cell(value=value, ci95=interval, n=len(found))
+    if isinstance(timed, int | float):  # counted, not sampled: the interval is the value
+        return Cell(value=timed, ci95=Interval(timed, timed), n=1)
+    if len(timed) < 2 or min(timed) <= 0:
+        return Cell(value=None, n=len(timed), reason=f"timed {len(timed)} times ({timed}): too few for an interval")
+    value, interval = repeats(timed)
+    return Cell(value=value, ci95=interval, n=len(timed))

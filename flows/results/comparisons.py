@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from flows.results.metrics import METRICS, TASK
-from flows.results.read import REFERENCE, Arm, RowScores, SchemeParts
-from flows.results.stats import Counts, Estimand, Interval, Studentized, difference_intervals, studentized
+from flows.results.paired import ONE_GROUP, Draw, Obstacle, Paired, differences, paired
+from flows.results.read import REFERENCE, RowScores, RunArm, SchemeParts
+from flows.results.stats import Interval
 
 Verdict = Literal["better", "worse", "no difference shown"]
 _METHODS = ("rtn", "awq", "gptq")  # of two schemes the one that comes first here is a
@@ -27,7 +28,7 @@ class Pair(NamedTuple):
     metric: str
 
 
-Pairs = Callable[[Sequence[Arm]], Iterator[tuple[str, str]]]
+Pairs = Callable[[Sequence[RunArm]], Iterator[tuple[str, str]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class Family:
     members: tuple[tuple[Pairs, tuple[str, ...]], ...]
     every_task: bool = False
 
-    def pairs(self, arms: Sequence[Arm], tasks: Sequence[str] = ()) -> list[Pair]:
+    def pairs(self, arms: Sequence[RunArm], tasks: Sequence[str] = ()) -> list[Pair]:
         """Every comparison of this family among these arms; `tasks` are the scores of further scorers."""
         return [
             Pair(a, b, metric)
@@ -54,25 +55,25 @@ class Family:
 
 
 def _named(a: str, b: str) -> Pairs:
-    def pairs(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
+    def pairs(arms: Sequence[RunArm]) -> Iterator[tuple[str, str]]:
         if {a, b} <= {arm.slug for arm in arms}:
             yield a, b
 
     return pairs
 
 
-def merged_schemes(arms: Sequence[Arm]) -> list[Arm]:
+def merged_schemes(arms: Sequence[RunArm]) -> list[RunArm]:
     """Every scheme on the merged model, without controls and with its KV cache in bf16."""
     return [arm for arm in arms if arm.scheme and not arm.on_base and not arm.is_control and arm.kv is None]
 
 
-def _against_merge(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
+def _against_merge(arms: Sequence[RunArm]) -> Iterator[tuple[str, str]]:
     """Every scheme against the merged model that it was made from."""
     for arm in merged_schemes(arms):
         yield arm.slug, f"merged-{arm.merge_base}"
 
 
-def _against_each_other(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
+def _against_each_other(arms: Sequence[RunArm]) -> Iterator[tuple[str, str]]:
     """All pairs of schemes, the plainer method first, then fewer bits, then wider groups."""
     ordered = sorted(merged_schemes(arms), key=_plainness)
     for index, one in enumerate(ordered):
@@ -80,12 +81,12 @@ def _against_each_other(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
             yield one.slug, other.slug
 
 
-def _plainness(arm: Arm) -> tuple[int, int, int, str]:
+def _plainness(arm: RunArm) -> tuple[int, int, int, str]:
     method, bits, group = arm.parts
     return (_METHODS.index(method) if method in _METHODS else len(_METHODS), bits, -group, arm.slug)
 
 
-def _against_on_base(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
+def _against_on_base(arms: Sequence[RunArm]) -> Iterator[tuple[str, str]]:
     """Every scheme on the merged model against the same scheme on the base with the adapter on top."""
     merged = {arm.slug for arm in merged_schemes(arms)}
     for arm in arms:
@@ -93,7 +94,7 @@ def _against_on_base(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
             yield arm.scheme, arm.slug
 
 
-def _against_controls(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
+def _against_controls(arms: Sequence[RunArm]) -> Iterator[tuple[str, str]]:
     """Every scheme that has controls against each of them, and against rounding with the same bits and groups."""
     for arm in merged_schemes(arms):
         controls = [one.slug for one in arms if one.is_control and one.kv is None and one.scheme == arm.slug]
@@ -103,7 +104,7 @@ def _against_controls(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
         yield from ((arm.slug, control) for control in controls)
 
 
-def _against_external(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
+def _against_external(arms: Sequence[RunArm]) -> Iterator[tuple[str, str]]:
     """Every external model against the merged model that is quantized; the base where this run merged nothing."""
     there = {arm.slug for arm in arms}
     chosen = [f"merged-{arm.merge_base}" for arm in merged_schemes(arms)]
@@ -112,7 +113,7 @@ def _against_external(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
         yield from ((arm.slug, ours) for arm in arms if arm.external)
 
 
-def _against_bf16_cache(arms: Sequence[Arm]) -> Iterator[tuple[str, str]]:
+def _against_bf16_cache(arms: Sequence[RunArm]) -> Iterator[tuple[str, str]]:
     """Every arm with a quantized KV cache against the arm that it comes from."""
     for arm in arms:
         if arm.kv is not None and arm.of is not None:
@@ -212,9 +213,9 @@ def verdict(metric: str, adjusted: Interval) -> Verdict:
 
 
 def compare(
-    arms: Sequence[Arm],
+    arms: Sequence[RunArm],
     scores: Mapping[str, Mapping[str, RowScores]],
-    draws: Callable[[tuple[str, ...]], Counts],
+    draws: Draw,
     *,
     reference: str | None = REFERENCE,
     absent: Mapping[str, Mapping[str, str]] | None = None,
@@ -228,19 +229,21 @@ def compare(
         reference: What KL is measured against: its own is zero.
         absent: Why an arm has no scores of a metric, where its job said so.
     """
-    made: list[Comparison] = []
+    comparisons: list[Comparison] = []
     left_out: list[LeftOut] = []
     tasks = sorted({metric for rows in scores.values() for metric in rows if metric.startswith(TASK)})
     for family in FAMILIES:
-        possible: list[Pair] = []
+        able: list[tuple[Pair, Paired]] = []
         for pair in family.pairs(arms, tasks):
-            reason = _obstacle(pair, scores, reference, absent or {})
-            if reason:
-                left_out.append(LeftOut(**pair._asdict(), family=family.name, reason=reason))
+            a, b = _rows(pair, scores, reference)
+            rows = paired(a, b, METRICS[pair.metric].link)
+            if isinstance(rows, Paired):
+                able.append((pair, rows))
             else:
-                possible.append(pair)
-        made += _family(family.name, possible, scores, draws, reference)
-    return made, left_out
+                reason = _reason(rows, pair, a, b, absent or {})
+                left_out.append(LeftOut(**pair._asdict(), family=family.name, reason=reason))
+        comparisons += _compared(family.name, able, draws)
+    return comparisons, left_out
 
 
 def _rows(
@@ -254,55 +257,38 @@ def _rows(
     return a, b
 
 
-def _obstacle(
+def _reason(
+    obstacle: Obstacle,
     pair: Pair,
-    scores: Mapping[str, Mapping[str, RowScores]],
-    reference: str | None,
+    a: RowScores | None,
+    b: RowScores | None,
     absent: Mapping[str, Mapping[str, str]],
-) -> str | None:
-    a, b = _rows(pair, scores, reference)
-    missing = [slug for slug, rows in ((pair.a, a), (pair.b, b)) if rows is None]
-    if a is None or b is None:
-        told = [absent.get(slug, {}).get(METRICS[pair.metric].source or "") for slug in missing]
-        why = next(filter(None, told), "no such scores")
-        return f"{' and '.join(missing)}: {why}"
-    if not a.same_rows(b):
+) -> str:
+    """Why a comparison cannot be made, in words."""
+    named = ((pair.a, a), (pair.b, b))
+    if obstacle == "missing":
+        missing = [slug for slug, rows in named if rows is None]
+        reasons = (absent.get(slug, {}).get(METRICS[pair.metric].source or "") for slug in missing)
+        return f"{' and '.join(missing)}: {next(filter(None, reasons), 'no such scores')}"
+    if obstacle == "not finite":
+        return f"{' and '.join(slug for slug, rows in named if rows and not rows.finite)}: scores that are not finite"
+    if obstacle == "other rows":
         return "the two arms were not scored on the same rows and tokens"
-    if broken := [slug for slug, rows in ((pair.a, a), (pair.b, b)) if not rows.finite]:
-        return f"{' and '.join(broken)}: scores that are not finite"
-    return "one group of rows only: nothing can be said about the spread" if len(a.groups) < 2 else None
+    return ONE_GROUP
 
 
-def _family(
-    name: str,
-    pairs: Sequence[Pair],
-    scores: Mapping[str, Mapping[str, RowScores]],
-    draws: Callable[[tuple[str, ...]], Counts],
-    reference: str | None,
-) -> list[Comparison]:
-    """Bootstrap a family; pairs on the same groups share one matrix product."""
-    batches: dict[tuple[str, ...], list[int]] = {}
-    estimands: list[Estimand] = []
-    for index, pair in enumerate(pairs):
-        a, b = _rows(pair, scores, reference)
-        assert a is not None and b is not None  # _obstacle has seen both
-        estimands.append(Estimand(a.sums, b.sums, METRICS[pair.metric].link))
-        batches.setdefault(a.groups, []).append(index)
-    done: dict[int, Studentized] = {}
-    for groups, members in batches.items():
-        found = studentized([estimands[index] for index in members], draws(groups))
-        done.update(zip(members, found, strict=True))
-    ordered = [done[index] for index in range(len(pairs))]
-    together = difference_intervals(ordered)
+def _compared(family: str, able: Sequence[tuple[Pair, Paired]], draws: Draw) -> list[Comparison]:
+    """A family's comparisons with their intervals and words."""
+    found = differences([rows for _, rows in able], draws)
     return [
         Comparison(
             **pair._asdict(),
-            difference=one.estimate,
-            ci95=difference_intervals([one])[0],
-            ci95_adjusted=adjusted,
-            family=name,
-            family_size=len(pairs),
-            verdict=verdict(pair.metric, adjusted),
+            difference=difference.estimate,
+            ci95=difference.ci95,
+            ci95_adjusted=difference.ci95_adjusted,
+            family=family,
+            family_size=len(able),
+            verdict=verdict(pair.metric, difference.ci95_adjusted),
         )
-        for pair, one, adjusted in zip(pairs, ordered, together, strict=True)
+        for (pair, _), difference in zip(able, found, strict=True)
     ]

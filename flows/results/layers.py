@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from flows.results.read import Run, Step
+from flows.results.read import Run, RunStep
 
 PARTS = ("attention", "FFN")
 
@@ -41,7 +41,7 @@ def layers_of(run: Run) -> dict[str, Any]:
     return found
 
 
-def _kernel_at_reload(step: Step | None) -> str | None:
+def _kernel_at_reload(step: RunStep | None) -> str | None:
     """Where the writer's environment does not load what it wrote: what the main one loaded it as, for its scores."""
     return step.manifest["result"].get("kernel") if step is not None and step.manifest else None
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from flows.results.read import Arm, Run, Step
+from flows.results.read import Run, RunArm, RunStep
 from recipes.schemes.serve_file import shell
 
 NOT_SHIPPED = ("control", "kv-cache", "external")  # KV arms load the files of the arm that they come from
@@ -18,14 +18,14 @@ def loading_of(run: Run) -> dict[str, Any]:
     return {arm.slug: _arm(arm, run) for arm in run.arms if arm.role not in NOT_SHIPPED and _whole(arm, run)}
 
 
-def _whole(arm: Arm, run: Run) -> bool:
+def _whole(arm: RunArm, run: Run) -> bool:
     """It was evaluated, and everything that is loaded is in the store or is the base itself."""
     keys = [key for key in (arm.model, arm.adapter) if key]
     scored = run.step(arm.evaluate)
     return (scored is not None and scored.ok) and all((step := run.step(key)) is not None and step.ok for key in keys)
 
 
-def _arm(arm: Arm, run: Run) -> dict[str, Any]:
+def _arm(arm: RunArm, run: Run) -> dict[str, Any]:
     model, adapter = run.step(arm.model), run.step(arm.adapter)
     served = _serve_file(model)
     vllm: Mapping[str, Any] = served.get("vllm") or {}
@@ -42,17 +42,17 @@ def _arm(arm: Arm, run: Run) -> dict[str, Any]:
     }
 
 
-def _exported(arm: Arm) -> bool:
+def _exported(arm: RunArm) -> bool:
     """There is something to export; the untouched base is where it was."""
     return bool(arm.model or arm.adapter)
 
 
-def _serve_file(model: Step | None) -> dict[str, Any]:
+def _serve_file(model: RunStep | None) -> dict[str, Any]:
     path = model.files / "serve.json" if model is not None and model.files else None
     return json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else {}
 
 
-def _python(arm: Arm, model: Step | None, adapter: Step | None, *, dequantize: bool) -> Iterator[str]:
+def _python(arm: RunArm, model: RunStep | None, adapter: RunStep | None, *, dequantize: bool) -> Iterator[str]:
     place = repr(f"{model.path}/files") if model is not None else "BASE"
     nf4 = arm.kind == "nf4"
     more = ", BitsAndBytesConfig" if nf4 else ", CompressedTensorsConfig" if dequantize else ""

@@ -7,11 +7,12 @@ to ship, not for all of them at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from flows.results.cells import ArmEvidence
 from flows.results.comparisons import merged_schemes
+from flows.results.paired import ONE_GROUP, Obstacle, Paired, paired
 from flows.results.read import RowScores
 from flows.results.stats import Z_POWER, Estimand, Z, standard_error
 
@@ -55,33 +56,32 @@ def power(evidence: Mapping[str, ArmEvidence]) -> list[dict[str, Any]]:
 
 def _plan(evidence: Mapping[str, ArmEvidence], a: str, b: str) -> dict[str, Any]:
     scored = [evidence[slug].scores.get("task") if slug in evidence else None for slug in (a, b)]
-    reason = _obstacle(a, b, scored)
-    found = {"metric": "task", "loss": LOSS, "power": POWER, "arm": a, "against": b}
     first, second = scored
-    if reason or first is None or second is None:
-        rows, groups = (len(first.rows), len(first.groups)) if first else (0, 0)
-        return {**found, "rows_needed": None, "groups_needed": None, "rows": rows, "groups": groups, "reason": reason}
-    plan = needed(first, second)
+    pair = paired(first, second)
+    need = needed(pair.a, pair.b) if isinstance(pair, Paired) else None
     return {
-        **found,
-        "rows_needed": plan.rows,
-        "groups_needed": plan.groups,
-        "rows": len(first.rows),
-        "groups": len(first.groups),
-        "reason": None,
+        "metric": "task",
+        "loss": LOSS,
+        "power": POWER,
+        "arm": a,
+        "against": b,
+        "rows_needed": need and need.rows,
+        "groups_needed": need and need.groups,
+        "rows": len(first.rows) if first else 0,
+        "groups": len(first.groups) if first else 0,
+        "reason": None if isinstance(pair, Paired) else _reason(pair, a, b, scored),
     }
 
 
-def _obstacle(a: str, b: str, scored: list[RowScores | None]) -> str | None:
-    first, second = scored
-    if first is None or second is None:
-        missing = [slug for slug, rows in zip((a, b), scored, strict=True) if rows is None]
-        return f"{' and '.join(missing)}: no task scores"
-    if not first.same_rows(second):
-        return "the two arms were not scored on the same rows"
-    if not (first.finite and second.finite):
-        return "scores that are not finite"
-    return "one group of rows only: nothing can be said about the spread" if len(first.groups) < 2 else None
+def _reason(obstacle: Obstacle, a: str, b: str, scored: Sequence[RowScores | None]) -> str:
+    """Why there is no plan, in words."""
+    missing = [slug for slug, rows in zip((a, b), scored, strict=True) if rows is None]
+    return {
+        "missing": f"{' and '.join(missing)}: no task scores",
+        "other rows": "the two arms were not scored on the same rows",
+        "not finite": "scores that are not finite",
+        "one group": ONE_GROUP,
+    }[obstacle]
 
 
 def sentence(plans: list[dict[str, Any]]) -> str | None:

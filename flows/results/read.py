@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from flows.results.stats import Floats, Sums
-from recipes.arms import TRAINED
+from recipes.arms import TRAINED, Arm
+from recipes.schemes.scheme import Scheme
 
 REFERENCE = TRAINED  # where the recipe names no other
 
@@ -34,15 +35,14 @@ class SchemeParts(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
-    """One step of the run, with the manifest of the artifact that it found or made.
+class StepRecord:
+    """What became of one step, as steps.json has it.
 
     Attributes:
-        status: hit, made, failed or skipped.
+        status: hit, made, failed, or skipped (an input failed).
         path: The committed folder relative to QUENCH_HOME, or None.
-        files: The artifact's files, absolute, or None.
-        manifest: None where there is no artifact, or none any more.
-        node: Of a Ray cluster, where it ran; None where it ran in the flow's own machine or did not run.
+        seconds: Of the child in this run; a hit took none.
+        node: Of a Ray cluster, where it was made or found: host, address, id; None where it ran on the flow's machine.
     """
 
     key: str
@@ -50,12 +50,24 @@ class Step:
     slug: str
     fingerprint: str
     status: str
-    path: str | None
-    files: Path | None
-    problem: Mapping[str, str] | None
-    log: str | None
-    manifest: Mapping[str, Any] | None
+    path: str | None = None
+    problem: Mapping[str, str] | None = None
+    log: str | None = None
+    seconds: float = 0.0
     node: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStep(StepRecord):
+    """One step of a run that was read, with the artifact that it found or made.
+
+    Attributes:
+        files: The artifact's files, absolute, or None.
+        manifest: None where there is no artifact, or none any more.
+    """
+
+    files: Path | None
+    manifest: Mapping[str, Any] | None
 
     @property
     def ok(self) -> bool:
@@ -65,8 +77,8 @@ class Step:
     @property
     def problems(self) -> dict[str, str]:
         """Metric -> why an evaluate step has no scores of it, in one sentence; empty where it has all."""
-        found = (self.manifest or {}).get("result", {}).get("problems", {})
-        return {metric: _sentence(one) for metric, one in found.items()}
+        problems = (self.manifest or {}).get("result", {}).get("problems", {})
+        return {metric: _sentence(problem) for metric, problem in problems.items()}
 
     @property
     def trouble(self) -> str:
@@ -83,18 +95,19 @@ def _sentence(problem: Mapping[str, str]) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arm:
-    """One way to ship, and the keys of the steps behind it (flows/run/folder.py writes them).
+class RunArm:
+    """One arm of a run and the keys of the steps behind it: a line of steps.json, its keys in this order.
 
     Attributes:
         merge_base: `dequantized`, `original`, None where nothing is merged; `auto` where the run ended undecided.
+        scheme: Slug of its scheme.
         quantization: The scheme's params(): method, bits, group_size (-1: per channel) and so on.
-        refused: Why the recipe's serve.engine does not read it; None where it does, or the recipe names none.
         calibration: `domain`, the run's own set; `generic`, `mixed` and `random` are controls.
         kv: How its KV cache is stored (simulated): `fp8`, `fp8-calibrated`, `int8`; None for bf16.
         of: Slug of the arm whose files it loads, where it differs from that arm in its KV cache alone.
         external: A model that this pipeline did not make.
         unavailable: Why this arm could not be, known before the run; it has no steps then.
+        refused: Why the recipe's serve.engine does not read it; None where it does, or the recipe names none.
     """
 
     slug: str
@@ -107,13 +120,19 @@ class Arm:
     scales_from_base: bool = False
     model: str | None
     adapter: str | None
-    evaluate: str | None
-    measure: str | None
-    refused: str | None = None
     kv: str | None = None
     of: str | None = None
     external: bool = False
     unavailable: str | None = None
+    evaluate: str | None
+    measure: str | None
+    refused: str | None = None
+
+    @classmethod
+    def of_recipe(cls, arm: Arm, keys: Mapping[str, str | None], *, refused: str | None) -> RunArm:
+        """An arm that a recipe wants, with the keys of the steps that make, score and time it."""
+        quantized = {"scheme": arm.scheme and arm.scheme.slug, "quantization": arm.scheme and arm.scheme.params()}
+        return cls(**{**vars(arm), **quantized, **keys, "refused": refused})
 
     @property
     def role(self) -> Role:
@@ -138,8 +157,30 @@ class Arm:
     @property
     def parts(self) -> SchemeParts:
         """Method, bits and group size of the scheme; zeros where there is none."""
-        found = self.quantization
-        return SchemeParts(found["method"], found["bits"], found["group_size"]) if found else SchemeParts("", 0, 0)
+        params = self.quantization
+        return SchemeParts(params["method"], params["bits"], params["group_size"]) if params else SchemeParts("", 0, 0)
+
+    @property
+    def quantizer(self) -> Scheme | None:
+        """The scheme itself; None where nothing is quantized but the base, to NF4."""
+        return Scheme.of(dict(self.quantization), slug=self.scheme or self.slug) if self.quantization else None
+
+    @property
+    def unfit(self) -> str | None:
+        """Why it is nothing to promote, whatever its scores."""
+        if self.refused:
+            return f"the engine of the recipe does not serve it: {self.refused}"
+        if self.unavailable:
+            return self.unavailable
+        if self.is_control:
+            return "it is a control, made to be compared with"
+        if self.external:
+            return "this run did not make it"
+        if self.kv:
+            return f"its files are those of {self.of}; the KV cache is a setting of the server"
+        if self.adapter is not None:
+            return "an adapter on top of its base is not one artifact; merge it"
+        return "the untouched base is nothing to promote" if self.model is None else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,8 +192,8 @@ class Run:
     raw: Mapping[str, Any]
     recipe: Mapping[str, Any]
     predicted: Mapping[str, Mapping[str, float | None]]
-    steps: Mapping[str, Step]
-    arms: tuple[Arm, ...]
+    steps: Mapping[str, RunStep]
+    arms: tuple[RunArm, ...]
 
     @property
     def base(self) -> Path | None:
@@ -168,7 +209,11 @@ class Run:
         """Slug of what KL and agreement are measured against; None for a run that has no reference."""
         return self.raw.get("reference", REFERENCE)  # older runs do not say
 
-    def step(self, key: str | None) -> Step | None:
+    def arm(self, slug: str) -> RunArm | None:
+        """An arm by slug; None where the run has none of this name."""
+        return next((arm for arm in self.arms if arm.slug == slug), None)
+
+    def step(self, key: str | None) -> RunStep | None:
         """A step by key; None where the run never came to it."""
         return self.steps.get(key) if key else None
 
@@ -183,8 +228,8 @@ def read_run(folder: Path, home: Path) -> Run:
     raw = _json(folder / "steps.json")
     preflight = folder / "preflight.json"
     recipe = folder / "recipe.resolved.json"
-    steps = {one["key"]: _step(one, home) for one in raw["steps"]}
-    decided = (_choice(steps.values()) or {}).get("candidate", "auto")
+    steps = {record["key"]: _step(record, home) for record in raw["steps"]}
+    chosen = (_choice(steps.values()) or {}).get("candidate", "auto")
     return Run(
         folder=folder,
         home=home,
@@ -192,18 +237,31 @@ def read_run(folder: Path, home: Path) -> Run:
         recipe=_json(recipe) if recipe.exists() else {},
         predicted=_json(preflight).get("steps", {}) if preflight.exists() else {},
         steps=steps,
-        arms=tuple(_arm(one, decided) for one in raw["arms"]),
+        arms=tuple(_arm(record, chosen) for record in raw["arms"]),
     )
 
 
-def _choice(steps: Iterable[Step]) -> Mapping[str, Any] | None:
+def _choice(steps: Iterable[RunStep]) -> Mapping[str, Any] | None:
     return next((step.manifest["result"] for step in steps if step.stage == "choose" and step.manifest), None)
 
 
-def _arm(raw: Mapping[str, Any], decided: str) -> Arm:
+def _known(kind: type, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a dataclass that a line of steps.json has: older runs say less."""
+    return {field.name: raw[field.name] for field in fields(kind) if field.name in raw}
+
+
+def _arm(raw: Mapping[str, Any], chosen: str) -> RunArm:
     """An arm; where the recipe left the merge base to the run, with the one that was chosen."""
-    arm = Arm(**{name: raw[name] for name in Arm.__dataclass_fields__ if name in raw})  # older runs say less
-    return replace(arm, merge_base=decided) if arm.merge_base == "auto" else arm
+    arm = RunArm(**_known(RunArm, raw))
+    return replace(arm, merge_base=chosen) if arm.merge_base == "auto" else arm
+
+
+def _step(raw: Mapping[str, Any], home: Path) -> RunStep:
+    record = _known(StepRecord, raw)
+    folder = home / record["path"] if record["path"] else None
+    if folder is None or not (folder / "manifest.json").is_file():
+        return RunStep(**record, files=None, manifest=None)
+    return RunStep(**record, files=folder / "files", manifest=_json(folder / "manifest.json"))
 
 
 def _folder(origin: Mapping[str, str] | None) -> Path | None:
@@ -213,19 +271,6 @@ def _folder(origin: Mapping[str, str] | None) -> Path | None:
 
 def _json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _step(raw: Mapping[str, Any], home: Path) -> Step:
-    folder = home / raw["path"] if raw["path"] else None
-    there = folder is not None and (folder / "manifest.json").is_file()
-    return Step(
-        **{name: raw[name] for name in ("key", "stage", "slug", "fingerprint", "status", "path")},
-        files=folder / "files" if folder is not None and there else None,
-        problem=raw.get("problem"),
-        log=raw.get("log"),
-        manifest=_json(folder / "manifest.json") if folder is not None and there else None,
-        node=raw.get("node"),
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -361,7 +406,7 @@ class Note(NamedTuple):
     text: str
 
 
-def notes(steps: Sequence[Step]) -> Iterator[Note]:
+def notes(steps: Sequence[RunStep]) -> Iterator[Note]:
     """Notes of all artifacts of the run, in the order of the steps; equal ones of one stage once."""
     seen: set[tuple[str, str, str]] = set()
     for step in steps:
@@ -374,20 +419,3 @@ def notes(steps: Sequence[Step]) -> Iterator[Note]:
             if event.get("kind") == "note" and mark not in seen:
                 seen.add(mark)
                 yield Note(step.key, event["about"], event["text"])
-
-
-def unfit(arm: Arm) -> str | None:
-    """Why an arm is nothing to promote, whatever its scores."""
-    if arm.refused:
-        return f"the engine of the recipe does not serve it: {arm.refused}"
-    if arm.unavailable:
-        return arm.unavailable
-    if arm.is_control:
-        return "it is a control, made to be compared with"
-    if arm.external:
-        return "this run did not make it"
-    if arm.kv:
-        return f"its files are those of {arm.of}; the KV cache is a setting of the server"
-    if arm.adapter is not None:
-        return "an adapter on top of its base is not one artifact; merge it"
-    return "the untouched base is nothing to promote" if arm.model is None else None

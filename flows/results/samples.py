@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import pyarrow.parquet as pq
 
-from flows.results.read import Arm, Run
+from flows.results.read import Run, RunArm
 
 SEED = 20_260_101
 ROWS, DIFFERING = 12, 8  # shown in all; of these at most so many because arms differ in score
@@ -55,7 +55,7 @@ def samples_of(run: Run) -> dict[str, Any] | None:
     }
 
 
-def _answers(arm: Arm, run: Run) -> dict[str, dict[str, Any]]:
+def _answers(arm: RunArm, run: Run) -> dict[str, dict[str, Any]]:
     """Row -> line of answers.parquet, test only; empty where the arm has none."""
     step = run.step(arm.evaluate)
     path = step.files / "answers.parquet" if step is not None and step.ok and step.files else None

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 
-from flows.results.read import Arm, Run
+from flows.results.read import Run, RunArm
 from recipes.models.headers import Headers, read_headers
 from recipes.problem import RecipeError
 
@@ -45,7 +45,7 @@ def nf4_weight_bytes(headers: Headers) -> int:
     return quantized + 2 * (headers.parameters - headers.linear_parameters)
 
 
-def size_bytes(arm: Arm, run: Run) -> tuple[int | None, str | None]:
+def size_bytes(arm: RunArm, run: Run) -> tuple[int | None, str | None]:
     """(bytes, None), or (None, why not)."""
     try:
         model = _model_files(arm, run)
@@ -63,7 +63,7 @@ def size_bytes(arm: Arm, run: Run) -> tuple[int | None, str | None]:
     return sum({**model, **_wanted(own, BESIDE), **on_top}.values()), None
 
 
-def _model_files(arm: Arm, run: Run) -> dict[str, int]:
+def _model_files(arm: RunArm, run: Run) -> dict[str, int]:
     """Name -> bytes of the model that is loaded.
 
     Raises:

@@ -6,13 +6,13 @@ against base in NF4, what QLoRA trains on, is a bar of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from flows.results.cells import ArmEvidence
 from flows.results.comparisons import REFERENCE, verdict
-from flows.results.read import Arm, RowScores
-from flows.results.stats import Counts, Estimand, difference_intervals, studentized
+from flows.results.paired import ONE_GROUP, Draw, Paired, differences
+from flows.results.read import RowScores, RunArm
 
 BASES = ("base", "base-nf4")
 
@@ -33,7 +33,7 @@ class Path(NamedTuple):
     reason: str | None
 
 
-def waterfall(evidence: Mapping[str, ArmEvidence], draws: Callable[[tuple[str, ...]], Counts]) -> dict[str, Any] | None:
+def waterfall(evidence: Mapping[str, ArmEvidence], draws: Draw) -> dict[str, Any] | None:
     """`waterfall` of report.json; None where the reference has no losses on test.
 
     Args:
@@ -42,45 +42,45 @@ def waterfall(evidence: Mapping[str, ArmEvidence], draws: Callable[[tuple[str, .
     """
     if REFERENCE not in evidence or "nll" not in evidence[REFERENCE].scores:
         return None
-    yardstick = evidence[REFERENCE].scores["nll"]
-    obstacles = {slug: _obstacle(one, yardstick) for slug, one in evidence.items()}
-    paths = [_cut(slug, bars, obstacles) for slug, bars in _chains([one.arm for one in evidence.values()])]
-    own = Bar("nf4", *BASES)
-    beside = [own] if all(slug in obstacles and obstacles[slug] is None for slug in BASES) else []
+    reference = evidence[REFERENCE].scores["nll"]
+    obstacles = {slug: _obstacle(arm, reference) for slug, arm in evidence.items()}
+    paths = [_cut(slug, bars, obstacles) for slug, bars in _chains([arm.arm for arm in evidence.values()])]
+    nf4 = Bar("nf4", *BASES)
+    beside = [nf4] if all(slug in obstacles and obstacles[slug] is None for slug in BASES) else []
     losses = {slug: evidence[slug].scores["nll"] for slug, why in obstacles.items() if why is None}
-    told = _told(dict.fromkeys([*(bar for path in paths for bar in path.bars), *beside]), losses, draws)
+    steps = _steps(dict.fromkeys([*(bar for path in paths for bar in path.bars), *beside]), losses, draws)
     return {
         "unit": "nats a token",
         "split": "test",
-        "tokens": yardstick.n,
-        "rows": len(yardstick.rows),
-        "groups": len(yardstick.groups),
+        "tokens": reference.n,
+        "rows": len(reference.rows),
+        "groups": len(reference.groups),
         "paths": [
             {
                 "arm": path.arm,
                 "losses": {slug: losses[slug].sums.value for slug in _stops(path.bars)},
-                "steps": [told[bar] for bar in path.bars],
+                "steps": [steps[bar] for bar in path.bars],
                 "reason": path.reason,
             }
             for path in paths
         ],
-        "base": {**told[own], "losses": {slug: losses[slug].sums.value for slug in BASES}} if beside else None,
+        "base": {**steps[nf4], "losses": {slug: losses[slug].sums.value for slug in BASES}} if beside else None,
     }
 
 
-def _obstacle(one: ArmEvidence, yardstick: RowScores) -> str | None:
+def _obstacle(arm: ArmEvidence, reference: RowScores) -> str | None:
     """Why an arm's loss cannot be a stop on the way."""
-    rows = one.scores.get("nll")
+    rows = arm.scores.get("nll")
     if rows is None:
-        return one.failure or "no losses on test"
-    if not rows.same_rows(yardstick):
+        return arm.failure or "no losses on test"
+    if not rows.same_rows(reference):
         return f"its losses are of other rows or tokens than {REFERENCE}'s"
     if not rows.finite:
         return "losses that are not finite"
-    return "one group of rows only: nothing can be said about the spread" if len(rows.groups) < 2 else None
+    return ONE_GROUP if len(rows.groups) < 2 else None
 
 
-def _chains(arms: Sequence[Arm]) -> Iterator[tuple[str, list[Bar]]]:
+def _chains(arms: Sequence[RunArm]) -> Iterator[tuple[str, list[Bar]]]:
     """Each arm that may be shipped quantized, with every bar from the reference to it."""
     known = {arm.slug: arm for arm in arms}
     for arm in arms:
@@ -96,7 +96,7 @@ def _chains(arms: Sequence[Arm]) -> Iterator[tuple[str, list[Bar]]]:
             yield arm.slug, bars
 
 
-def _last(arm: Arm) -> Bar | None:
+def _last(arm: RunArm) -> Bar | None:
     """The bar that ends at an arm; None at the reference and at what does not come from it."""
     if arm.kv is not None and arm.of is not None:
         return Bar("kv-cache", arm.of, arm.slug)
@@ -117,26 +117,20 @@ def _stops(bars: Sequence[Bar]) -> list[str]:
     return [*(bar.before for bar in bars[:1]), *(bar.after for bar in bars)]
 
 
-def _told(
-    bars: Iterable[Bar], losses: Mapping[str, RowScores], draws: Callable[[tuple[str, ...]], Counts]
-) -> dict[Bar, dict[str, Any]]:
+def _steps(bars: Iterable[Bar], losses: Mapping[str, RowScores], draws: Draw) -> dict[Bar, dict[str, Any]]:
     """Every bar with its intervals; after - before, so that a loss that rose is positive."""
     ordered = list(bars)
-    if not ordered:
-        return {}
-    estimands = [Estimand(losses[bar.after].sums, losses[bar.before].sums) for bar in ordered]
-    family = studentized(estimands, draws(losses[ordered[0].before].groups))
-    together = difference_intervals(family)
+    found = differences([Paired(losses[bar.after], losses[bar.before]) for bar in ordered], draws)
     return {
         bar: {
             "step": bar.step,
             "from": bar.before,
             "to": bar.after,
-            "difference": one.estimate,
-            "ci95": list(difference_intervals([one])[0]),
-            "ci95_adjusted": list(adjusted),
+            "difference": difference.estimate,
+            "ci95": list(difference.ci95),
+            "ci95_adjusted": list(difference.ci95_adjusted),
             "family_size": len(ordered),
-            "verdict": verdict("ppl_test", adjusted),  # perplexity is the same loss: lower is better
+            "verdict": verdict("ppl_test", difference.ci95_adjusted),  # of the same loss: lower is better
         }
-        for bar, one, adjusted in zip(ordered, family, together, strict=True)
+        for bar, difference in zip(ordered, found, strict=True)
     }

@@ -8,12 +8,13 @@ import secrets
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from flows.compose import ArmSteps, Matrix
 from flows.pins import Pins
+from flows.results.read import RunArm, StepRecord
 from recipes.checks.python import named_python
 from recipes.models.headers import read_headers
 from recipes.models.linear import Linear
@@ -35,22 +36,6 @@ def new_id(name: str) -> str:
     return f"{stamp}-{name}-{secrets.token_hex(2)}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepRecord:
-    """What became of one step in this run. Status: hit, made, failed, or skipped (an input failed)."""
-
-    key: str
-    stage: str
-    slug: str
-    fingerprint: str
-    status: str
-    path: str | None = None
-    problem: dict[str, str] | None = None
-    log: str | None = None
-    seconds: float = 0.0  # of the child in this run; a hit took none
-    node: dict[str, str] | None = None  # of a Ray cluster, that made or found it: host, address, id
-
-
 class RunRecord:
     """Writes steps.json after every step, so that a killed run has its record too."""
 
@@ -68,7 +53,7 @@ class RunRecord:
         self._steps: dict[str, StepRecord] = {}
         self._serve = loaded.recipe.serve
         self._linears: tuple[Linear, ...] = ()
-        self._named = list(named_python(loaded))
+        self._python = list(named_python(loaded))
         self._raw: dict[str, Any] = {
             "schema": 1,
             "id": self.id,
@@ -88,22 +73,22 @@ class RunRecord:
     def pinned(self, pins: Pins, *, only: Sequence[str] = ()) -> None:
         """Note where base, data and external models came from, and which arms are wanted (none named: all)."""
         self._linears = read_headers(pins.base.path).linears
-        for one in filter(None, (pins.base, *pins.data, pins.adapter)):
-            self._raw[one.name] = _origin(one)
+        for source in filter(None, (pins.base, *pins.data, pins.adapter)):
+            self._raw[source.name] = _origin(source)
         self._raw["code"] = self._code(pins)
-        self._raw["external"] = {name: _origin(one) for name, one in pins.externals.items()}
+        self._raw["external"] = {name: _origin(model) for name, model in pins.externals.items()}
         self._raw["only"] = list(only)
         self._write()
 
     def _code(self, pins: Pins) -> list[dict[str, str | None]]:
         """Code that the recipe named and that somebody allowed, with the digest of what was read."""
-        found: list[dict[str, str | None]] = []
-        for one in self._named:
-            model = pins.externals[one.input] if one.is_model else None
-            read = model or pins.scorers[one.input]
-            source = model.source if model else one.written
-            found.append({"field": one.field, "source": source, "digest": read.digest, "allowed_by": one.allowed})
-        return found
+        lines: list[dict[str, str | None]] = []
+        for code in self._python:
+            model = pins.externals[code.input] if code.is_model else None
+            read = model or pins.scorers[code.input]
+            source = model.source if model else code.written
+            lines.append({"field": code.field, "source": source, "digest": read.digest, "allowed_by": code.allowed})
+        return lines
 
     def add(self, step: Step, status: str, **more: Any) -> StepRecord:
         """Record what became of a step."""
@@ -118,18 +103,21 @@ class RunRecord:
     def composed(self, matrix: Matrix) -> None:
         """Record the arms and their reference, and put the steps into the order of the composition."""
         self._raw["reference"] = matrix.reference
-        self._raw["arms"] = [{**_arm(one), "refused": self._refused(one.arm.scheme)} for one in matrix.arms]
+        self._raw["arms"] = [self._arm(row) for row in matrix.arms]
         with self._lock:
             self._steps = {step.key: self._steps[step.key] for step in matrix.steps if step.key in self._steps}
         self._write()
+
+    def _arm(self, row: ArmSteps) -> dict[str, Any]:
+        return asdict(RunArm.of_recipe(row.arm, row.keys, refused=self._refused(row.arm.scheme)))
 
     def _refused(self, scheme: Scheme | None) -> str | None:
         """Why serve.engine does not read what this scheme makes; None where it does, or nobody asks."""
         engine = self._serve.engine
         if scheme is None or engine == "none":
             return None
-        found = refusals(scheme, self._linears, engine, self._serve.tensor_parallel)
-        return found[0].what if found else None
+        problems = refusals(scheme, self._linears, engine, self._serve.tensor_parallel)
+        return problems[0].what if problems else None
 
     def finish(self, status: str) -> None:
         """completed, failed or stopped."""
@@ -157,15 +145,15 @@ class RunRecord:
     def _write(self) -> None:
         with self._lock:
             steps = [asdict(record) for record in self._steps.values()]
-            for one in steps:
-                if one["node"] is None:
-                    del one["node"]
+            for step in steps:
+                if step["node"] is None:
+                    del step["node"]
             seconds = round(time.monotonic() - self._clock, 3)
             write_json(self.folder / "steps.json", {**self._raw, "seconds": seconds, "steps": steps})
 
 
-def _origin(one: External) -> dict[str, str]:
-    return {"path": str(one.path), "digest": one.digest, "source": one.source}
+def _origin(source: External) -> dict[str, str]:
+    return {"path": str(source.path), "digest": source.digest, "source": source.source}
 
 
 def is_under_way(folder: Path) -> bool:
@@ -196,27 +184,6 @@ def ended(home: Path) -> list[str]:
     return [id for path in paths if not is_under_way(path.parent) and (id := read_json(path).get("flow_run"))]
 
 
-def _arm(one: ArmSteps) -> dict[str, Any]:
-    return {
-        "slug": one.arm.slug,
-        "kind": one.arm.kind,
-        "merge_base": one.arm.merge_base,
-        "scheme": one.arm.scheme and one.arm.scheme.slug,
-        "quantization": one.arm.scheme and one.arm.scheme.params(),
-        "on_base": one.arm.on_base,
-        "calibration": one.arm.calibration,
-        "scales_from_base": one.arm.scales_from_base,
-        "model": one.model.key if one.model else None,
-        "adapter": one.adapter.key if one.adapter else None,
-        "kv": one.arm.kv,
-        "of": one.arm.of,
-        "external": one.arm.external,
-        "unavailable": one.arm.unavailable,
-        "evaluate": one.evaluate.key if one.evaluate else None,
-        "measure": one.measure.key if one.measure else None,
-    }
-
-
 def find_run(home: Path, name: str | None) -> Path:
     """Folder of a run by id or unambiguous beginning; None is the latest.
 
@@ -224,14 +191,14 @@ def find_run(home: Path, name: str | None) -> Path:
         RecipeError: There is no such run, or more than one.
     """
     root = home / "runs"
-    every = sorted(root.iterdir()) if root.is_dir() else []
-    found = [root / "latest"] if name is None else [folder for folder in every if folder.name.startswith(name)]
-    found = [folder for folder in found if (folder / "steps.json").exists()]
-    if len(found) == 1:
-        return found[0].resolve()
+    folders = sorted(root.iterdir()) if root.is_dir() else []
+    matches = [root / "latest"] if name is None else [folder for folder in folders if folder.name.startswith(name)]
+    matches = [folder for folder in matches if (folder / "steps.json").exists()]
+    if len(matches) == 1:
+        return matches[0].resolve()
     names = sorted(folder.name for folder in root.glob("*/") if folder.name != "latest")
     raise Problem(
-        what=f"{len(found)} runs are called {name!r}" if name else "there is no run yet",
+        what=f"{len(matches)} runs are called {name!r}" if name else "there is no run yet",
         where=str(root),
         why="a report belongs to one run",
         next=f"name one of: {', '.join(names[-5:])}" if names else "quench run RECIPE",

@@ -6,17 +6,17 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flows.results.cells import ArmEvidence
-from flows.results.read import Arm, RowScores
+from flows.results.read import RowScores, RunArm
 
 
-def arm(slug: str, **changes: Any) -> Arm:
+def arm(slug: str, **changes: Any) -> RunArm:
     """An arm of this name; everything else as for the untouched base."""
     plain: dict[str, Any] = {"kind": "bf16", "merge_base": None, "scheme": None, "quantization": None, "on_base": False}
     plain |= {"model": None, "adapter": None, "evaluate": f"evaluate/{slug}", "measure": None}
-    return Arm(slug=slug, **{**plain, **changes})
+    return RunArm(slug=slug, **{**plain, **changes})
 
 
-def evidence(arms: Iterable[Arm], scores: Mapping[str, Mapping[str, RowScores]]) -> dict[str, ArmEvidence]:
+def evidence(arms: Iterable[RunArm], scores: Mapping[str, Mapping[str, RowScores]]) -> dict[str, ArmEvidence]:
     """An arm without scores is one whose evaluation failed."""
     return {
         one.slug: ArmEvidence(

@@ -12,7 +12,7 @@ import pytest
 
 from flows.gate.candidate import Candidate, candidate
 from flows.results.cells import Draws
-from flows.results.read import Arm, Run, read_run
+from flows.results.read import Run, RunArm, read_run
 from tests.flows.synthetic_run import SHAPES, SyntheticRun
 
 DRAWS = Draws()
@@ -99,7 +99,7 @@ def test_the_recipe_may_name_it(run: Run) -> None:
 def test_what_is_no_candidate_is_refused_with_the_reason(
     run: Run, slug: str, changed: dict[str, Any], why: str
 ) -> None:
-    def touched(arm: Arm) -> Arm:
+    def touched(arm: RunArm) -> RunArm:
         return replace(arm, **changed) if arm.slug == slug else arm
 
     found = named(replace(run, arms=tuple(map(touched, run.arms))), promote={"prefer": slug})

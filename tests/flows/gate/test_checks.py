@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flows.gate.checks import DOMAIN_ROWS, Asked, asked, better_than_base, judge, restricted
+from flows.gate.checks import DOMAIN_ROWS, PlannedCheck, better_than_base, judge, planned_checks, restricted
 from flows.gate.section import gate_of
 from flows.results.cells import ArmEvidence, Draws, gather
 from flows.results.read import RowScores, Run, read_run
@@ -30,9 +30,9 @@ def rows(total: np.ndarray, count: np.ndarray | None = None, *, domain: np.ndarr
     return RowScores(names, names, domain, np.asarray(total, dtype=float), count.astype(float))
 
 
-def question(a: np.ndarray, b: np.ndarray, *, margin: float, task: bool = True) -> Asked:
+def question(a: np.ndarray, b: np.ndarray, *, margin: float, task: bool = True) -> PlannedCheck:
     metric, source = ("task", "task") if task else ("loss", "nll")
-    return Asked(metric=metric, source=source, against="other", margin=margin, a=rows(a), b=rows(b))
+    return PlannedCheck(metric=metric, source=source, against="other", margin=margin, a=rows(a), b=rows(b))
 
 
 def one(a: np.ndarray, b: np.ndarray, *, margin: float = 0.02, task: bool = True) -> Any:
@@ -117,7 +117,7 @@ def test_further_scorers_gate_as_the_first_one_does() -> None:
     wrong[:60] = 0
     own = {"task": rows(right), "task.valid": rows(wrong), "nll": rows(right)}
     other = {"task": rows(right), "task.valid": rows(right), "nll": rows(right)}
-    found = {check.metric: check.outcome for check in judge(list(asked(own, other, "merged", GATE)), DRAWS)}
+    found = {check.metric: check.outcome for check in judge(list(planned_checks(own, other, "merged", GATE)), DRAWS)}
     assert found == {"task": "pass", "task.valid": "worse", "loss": "pass"}
 
 
@@ -126,7 +126,9 @@ def test_only_slices_of_200_rows_gate() -> None:
     right = np.ones(len(domain))
     wrong = np.where(domain == "small", 0.0, right)
     own, other = ({"task": rows(score, domain=domain), "nll": rows(right, domain=domain)} for score in (wrong, right))
-    found = {(check.metric, check.domain): check for check in judge(list(asked(own, other, "merged", GATE)), DRAWS)}
+    found = {
+        (check.metric, check.domain): check for check in judge(list(planned_checks(own, other, "merged", GATE)), DRAWS)
+    }
     assert found["task", "small"].outcome == "worse" and not found["task", "small"].gates
     assert found["task", "large"].outcome == "pass" and found["task", "large"].gates
     assert "shown only" in found["task", "small"].as_dict()["text"]
@@ -139,7 +141,7 @@ def test_a_model_that_reads_other_tokens_is_compared_by_bits_with_the_same_margi
     own = {"task": rows(right), "nll": rows(10 * (loss + 0.018), tokens), "nll_general": rows(right)}
     own["bits"] = rows(10 * (loss + 0.018) / np.log(2), size)
     theirs = {"task": rows(right), "bits": rows(10 * loss / np.log(2), size)}
-    found = {check.metric: check for check in judge(list(asked(own, theirs, "champion", GATE)), DRAWS)}
+    found = {check.metric: check for check in judge(list(planned_checks(own, theirs, "champion", GATE)), DRAWS)}
     assert set(found) == {"task", "bits_per_byte"}
     bits = found["bits_per_byte"]
     assert bits.margin == pytest.approx(0.02 * 10 / 40 / np.log(2))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flows.gate.checks import Asked, judge
+from flows.gate.checks import PlannedCheck, judge
 from flows.results.cells import Draws
 from flows.results.read import RowScores
 from recipes.checks.check import check, load_and_read
@@ -70,8 +70,8 @@ def test_the_promised_width_is_that_of_the_gate(changed: float) -> None:
     a[:turned], b[turned : 2 * turned] = 0, 0
     names = np.asarray([f"{i:04d}" for i in range(rows)])
     one, other = (RowScores(names, names, np.full(rows, ""), score, np.ones(rows)) for score in (a, b))
-    asked = Asked(metric="task", source="task", against="other", margin=0.02, a=one, b=other)
-    (check,) = judge([asked], Draws())
+    planned = PlannedCheck(metric="task", source="task", against="other", margin=0.02, a=one, b=other)
+    (check,) = judge([planned], Draws())
     assert check.ci95 is not None
     promised = half_width(rows, rows) if changed else 3.7 / rows
     assert check.ci95.high == pytest.approx(promised, rel=0.03)
