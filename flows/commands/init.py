@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import re
 import tomllib
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.commands.init_recipe import Fitted, Found, notes, render
+from flows.commands.terminal import Answer
 from flows.plan.memory import Predicted, predict
 from flows.plan.preflight import SETTINGS, Memory, available, largest_fitting, refuse
 from flows.plan.row_sizes import data_bytes, row_sizes, row_tokens, tokens_per_byte
@@ -60,6 +62,16 @@ class InitResult:
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
         return asdict(self) | {"path": str(self.path)}
+
+
+def command(args: argparse.Namespace) -> Answer:
+    """Write the recipe, say what was detected and chosen.
+
+    Raises:
+        RecipeError: As of init.
+    """
+    written = init(args.model, args.data, out=args.out, chat_template=args.chat_template, force=args.force)
+    return Answer(json=written.as_dict(), text=written.text)
 
 
 def init(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
+from flows.commands.terminal import Answer
 from recipes.arms import specified
 from recipes.checks.serving import entries
 from recipes.models.linear import Linear
@@ -56,6 +58,12 @@ class Listed:
     def as_dict(self) -> dict[str, object]:
         """For --json."""
         return asdict(self)
+
+
+def command(args: argparse.Namespace) -> Answer:
+    """List all schemes."""
+    schemes = listed_schemes()
+    return Answer(json=[scheme.as_dict() for scheme in schemes], text=text(schemes))
 
 
 def listed_schemes() -> list[Listed]:

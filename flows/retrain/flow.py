@@ -267,7 +267,7 @@ def _decided(run: Path, home: Path, say: Say) -> _Decided:
     for line in made.trouble:
         say(f"MLflow is behind promotions.jsonl: {line}")
     decision = {"event": made.event, "promotion": made.promotion and asdict(made.promotion)}
-    return _Decided(WORDS[made.event], [line.strip() for line in promotion.told(made)], decision)
+    return _Decided(WORDS[made.event], [line.strip() for line in promotion.sentences(made)], decision)
 
 
 def _undecided(run: Path) -> _Decided:
