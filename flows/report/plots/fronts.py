@@ -2,8 +2,8 @@
 
 Colours are Okabe and Ito's, which stay apart for colour-blind readers; shape and fill say the same again.
 
-Labels are placed by hand. Tried instead: adjustText 1.4 (iter_lim=500). It covered marks and cut labels off at the frame
-where `_best_place` covers nothing, in two to seven times the time for 28 arms, and it imports pyplot.
+`_best_place` is not adjustText 1.4 (tried with iter_lim=500): that put labels over marks and off the frame, took two to
+seven times as long for 28 arms, and imports pyplot.
 """
 
 from __future__ import annotations

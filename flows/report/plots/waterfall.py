@@ -39,14 +39,14 @@ class Bar(NamedTuple):
 
 def bars(waterfall: Mapping[str, Any]) -> list[Bar]:
     """Every step once, in the order of the paths: what paths share is drawn once."""
-    found: dict[tuple[str, str], Bar] = {}
+    bars: dict[tuple[str, str], Bar] = {}
     for path in waterfall["paths"]:
         losses: Mapping[str, float] = path["losses"]
         for step in path["steps"]:
-            if (step["from"], step["to"]) not in found and step["from"] in losses:
+            if (step["from"], step["to"]) not in bars and step["from"] in losses:
                 trained = losses[path["steps"][0]["from"]]
-                found[step["from"], step["to"]] = _bar(step, losses[step["from"]] - trained)
-    return list(found.values())
+                bars[step["from"], step["to"]] = _bar(step, losses[step["from"]] - trained)
+    return list(bars.values())
 
 
 def _bar(step: Mapping[str, Any], start: float) -> Bar:
@@ -85,8 +85,8 @@ def waterfall_plot(waterfall: Mapping[str, Any] | None) -> str:
         axes = figure.subplots(len(shares), 1, squeeze=False, gridspec_kw={"height_ratios": shares})[:, 0]
         unit = "nats a token"
         _draw(axes[0], rows, f"loss above the model as trained, {unit}")
-        for one in base:
-            _draw(axes[1], [one], f"loss above the base in bf16, {unit}")
+        for bar in base:
+            _draw(axes[1], [bar], f"loss above the base in bf16, {unit}")
         return as_svg(figure, "Loss waterfall: what each step from training to serving adds to the mean loss a token")
 
 
