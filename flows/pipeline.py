@@ -167,7 +167,7 @@ class Session:
     @property
     def unscored(self) -> list[str]:
         """`evaluate/ARM (METRIC)` where a scorer failed: the artifact says why, and has the arm's other scores."""
-        metrics = {key: made.manifest["result"].get("problems", ()) for key, made in self.artifacts.items()}
+        metrics = {key: artifact.manifest["result"].get("problems", ()) for key, artifact in self.artifacts.items()}
         return [f"{key} ({', '.join(failed)})" for key, failed in metrics.items() if failed]
 
     def skipped(self, key: str) -> dict[str, str]:

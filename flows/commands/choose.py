@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich import box
 from rich.console import Console
@@ -25,8 +25,9 @@ from flows.results.card_fit import (
     front,
     headers_of,
 )
-from flows.results.read import read_run
+from flows.results.read import Run, read_run
 from flows.run.folder import find_run
+from recipes.models.headers import Headers
 from recipes.problem import Problem
 from tasks.runtime.store.local import find_home, read_json
 
@@ -53,28 +54,7 @@ def command(args: argparse.Namespace) -> Answer:
 def chosen(folder: Path, home: Path, *, vram_gib: float, work: Workload, engine: str | None) -> dict[str, Any]:
     """What `--json` prints."""
     run = read_run(folder, home)
-    headers = headers_of(run)
-    path = folder / "report.json"
-    if headers is None or not path.exists():
-        missing = "neither its base nor a merged model is there any more" if path.exists() else "it has no report"
-        raise Problem(
-            what="The run says too little to choose.",
-            where=str(folder),
-            why=f"{missing}.",
-            next="quench run its recipe again.",
-        ).error()
-    limit = headers.max_positions
-    if limit is not None and work.context > limit:
-        raise Problem(
-            what=f"--context is {work.context} tokens; the base ends at {limit}.",
-            where="quench choose",
-            why="config.json names the longest context.",
-            next=f"Write --context {limit} or less.",
-        ).error()
-    figures = {
-        slug: {name: arm["metrics"][name]["value"] for name in ("size_bytes", "task", "kl_mean")}
-        for slug, arm in read_json(path)["arms"].items()
-    }
+    headers, figures = _known(run, work)
     try:
         arms, cache = fits(run, figures, work, headers, engine), cache_of(headers)
     except Refused as error:
@@ -104,6 +84,42 @@ def chosen(folder: Path, home: Path, *, vram_gib: float, work: Workload, engine:
             for arm in arms
         ],
     }
+
+
+class _Known(NamedTuple):
+    headers: Headers
+    figures: dict[str, dict[str, Any]]
+
+
+def _known(run: Run, work: Workload) -> _Known:
+    """The headers of a run's model, and size, task score and KL of its arms.
+
+    Raises:
+        RecipeError: The run does not have them any more, or the model's context is too short.
+    """
+    headers = headers_of(run)
+    path = run.folder / "report.json"
+    if headers is None or not path.exists():
+        missing = "neither its base nor a merged model is there any more" if path.exists() else "it has no report"
+        raise Problem(
+            what="The run says too little to choose.",
+            where=str(run.folder),
+            why=f"{missing}.",
+            next="quench run its recipe again.",
+        ).error()
+    limit = headers.max_positions
+    if limit is not None and work.context > limit:
+        raise Problem(
+            what=f"--context is {work.context} tokens; the base ends at {limit}.",
+            where="quench choose",
+            why="config.json names the longest context.",
+            next=f"Write --context {limit} or less.",
+        ).error()
+    figures = {
+        slug: {name: arm["metrics"][name]["value"] for name in ("size_bytes", "task", "kl_mean")}
+        for slug, arm in read_json(path)["arms"].items()
+    }
+    return _Known(headers, figures)
 
 
 def _print(choice: Mapping[str, Any], console: Console) -> None:

@@ -26,6 +26,13 @@ from tasks.runtime.tokenizer_files import TOKENIZER_FILES
 ONTO = {"nf4": ("dequantized",), "bf16": ("original",), "unknown": ("dequantized", "original")}
 
 
+class Sources(NamedTuple):
+    """What is merged, and where it came from."""
+
+    base: Snapshot
+    adapter: Snapshot
+
+
 class Merged(NamedTuple):
     """A merged model's folder and its manifest."""
 
@@ -63,12 +70,12 @@ def merge_into(base: str, adapter: str, out: Path, *, onto: str | None, accept_o
         StepFailed: The merge itself failed.
     """
     out = out.absolute()
-    sources = [find_input("base", base, kind="model"), find_input("adapter", adapter, kind="adapter")]
-    choices = _check(*sources, out, onto=onto)
+    sources = Sources(find_input("base", base, kind="model"), find_input("adapter", adapter, kind="adapter"))
+    choices = _check(sources, out, onto=onto)
     home = find_home()
     if not home.exists():
         home = work_folder(out)
-    inputs = _pinned(*sources, digests=Digests(home), keep=home != work_folder(out))
+    inputs = _pinned(sources, digests=Digests(home), keep=home != work_folder(out))
     steps = {name: merge.alone(name, **inputs, onto=name, accept_other_base=accept_other_base) for name in choices}
     with Launcher() as launcher:
         context = Context(
@@ -83,18 +90,18 @@ def merge_into(base: str, adapter: str, out: Path, *, onto: str | None, accept_o
     return merged
 
 
-def _check(base: Snapshot, adapter: Snapshot, out: Path, *, onto: str | None) -> Sequence[str]:
+def _check(sources: Sources, out: Path, *, onto: str | None) -> Sequence[str]:
     """Check all three; returns what to merge onto: `dequantized`, `original`, or both."""
-    problems: list[Problem] = list(check_output(out, word="OUT", inputs=[base.folder, adapter.folder]))
+    problems: list[Problem] = list(check_output(out, word="OUT", inputs=[source.folder for source in sources]))
     base_type, evidence = "unknown", ""
     try:
-        described = read_adapter(adapter.folder)
+        described = read_adapter(sources.adapter.folder)
         base_type, evidence = described.base_type, described.evidence
     except RecipeError as error:
         problems += error.problems
     choices = (onto,) if onto else ONTO[base_type]
     try:
-        size = 2 * read_headers(base.folder).parameters * len(choices)
+        size = 2 * read_headers(sources.base.folder).parameters * len(choices)
         problems += check_disk(out, size, word="OUT", content="the merged model")
     except RecipeError as error:
         problems += error.problems
@@ -105,12 +112,12 @@ def _check(base: Snapshot, adapter: Snapshot, out: Path, *, onto: str | None) ->
     return choices
 
 
-def _pinned(base: Snapshot, adapter: Snapshot, *, digests: Digests, keep: bool) -> dict[str, External]:
+def _pinned(sources: Sources, *, digests: Digests, keep: bool) -> dict[str, External]:
     """Both with their digests, which are kept for the next command where there is a home."""
     patterns = {"base": (*MODEL_FILES, *TOKENIZER_FILES), "adapter": ADAPTER_FILES}
     inputs = {
-        name: external_folder(name, there.folder, patterns=patterns[name], digests=digests, source=there.source)
-        for name, there in (("base", base), ("adapter", adapter))
+        name: external_folder(name, source.folder, patterns=patterns[name], digests=digests, source=source.source)
+        for name, source in sources._asdict().items()
     }
     if keep:
         digests.save()

@@ -89,7 +89,7 @@ def _listed(scheme: Scheme) -> Listed:
     return Listed(
         slug=scheme.slug,
         backend=scheme.backend,
-        others=next((one.others for name, one in FAMILIES.items() if scheme.slug.startswith(f"{name}-w")), ()),
+        others=next((family.others for name, family in FAMILIES.items() if scheme.slug.startswith(f"{name}-w")), ()),
         bits=scheme.bits,
         bits_a_weight=round(8 * scheme.predicted_bytes([LAYER]) / (LAYER.in_features * LAYER.out_features), 3),
         group_size=scheme.group_size,
@@ -116,16 +116,16 @@ def text(schemes: Sequence[Listed]) -> str:
     return "\n".join([*lines, "", *_notes()])
 
 
-def _cells(one: Listed) -> tuple[str, ...]:
-    group = "row" if one.group_size == PER_CHANNEL else str(one.group_size)
-    return (one.slug, one.backend, f"{one.bits_a_weight:.3f}", group, ", ".join(one.loaders), one.command or "yes")
+def _cells(row: Listed) -> tuple[str, ...]:
+    group = "row" if row.group_size == PER_CHANNEL else str(row.group_size)
+    return (row.slug, row.backend, f"{row.bits_a_weight:.3f}", group, ", ".join(row.loaders), row.command or "yes")
 
 
 def _notes() -> Iterator[str]:
     yield "bits: a weight of a 4096 x 4096 layer, scales and zero points among them. group: inputs a scale (row: all)."
     yield "read by: engines that load the files; docs/schemes.md says from which version, with what, and who says so."
     yield "here: whether this machine can make it, or what to type first."
-    others: dict[Backend, str] = {backend: name for name, one in FAMILIES.items() for backend in one.others}
+    others: dict[Backend, str] = {backend: name for name, family in FAMILIES.items() for backend in family.others}
     for backend, family in others.items():
         yield f"`backend: {backend}` makes {family} schemes, too: {missing(backend) or 'here'}."
     yield "-asym (gptq, ct-gptq) and -actorder (gptq) behind a slug: with zero points, in activation order."
