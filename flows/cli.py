@@ -26,7 +26,7 @@ from tasks.runtime.store.local import find_home
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, run one command, print its answer, turn errors into exit codes."""
+    """Parse, run one command, print its output, turn errors into exit codes."""
     args = _parser().parse_args(argv)
     os.environ["DO_NOT_TRACK"] = "true"  # MLflow takes no other word for it
     take_out_password()
@@ -34,9 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.runs_steps:
         signal.signal(signal.SIGTERM, _interrupt)
     try:
-        answer = getattr(importlib.import_module(args.module), args.function)(args)
-        answer.print(as_json=args.json)
-        return answer.code
+        output = getattr(importlib.import_module(args.module), args.function)(args)
+        output.print(as_json=args.json)
+        return output.code
     except RecipeError as error:
         _refuse(error.problems, as_json=args.json)
         return BAD_INPUT

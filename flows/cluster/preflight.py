@@ -129,14 +129,14 @@ def _token(home: Path) -> Generator[str]:
             path.unlink()
 
 
-class Answers(NamedTuple):
+class NodeReports(NamedTuple):
     """Each living node's report, and whose clock is wrong."""
 
     reports: list[NodeReport]
     clocks: list[Problem]
 
 
-def _ask(query: NodeQuery) -> Answers:
+def _ask(query: NodeQuery) -> NodeReports:
     """Ask every living node.
 
     Raises:
@@ -151,7 +151,7 @@ def _ask(query: NodeQuery) -> Answers:
         ).remote(query)
         for node in nodes
     }
-    answers = Answers([], [])
+    answers = NodeReports([], [])
     silent: list[Problem] = []
     for node in nodes:
         try:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 
 from flows.commands.schemes import not_here
-from flows.commands.terminal import Answer
+from flows.commands.terminal import Output
 from recipes.checks.check import load_and_read
 from recipes.checks.serving import warnings
 
 
-def command(args: argparse.Namespace) -> Answer:
+def command(args: argparse.Namespace) -> Output:
     """Check a recipe.
 
     Raises:
@@ -19,7 +19,7 @@ def command(args: argparse.Namespace) -> Answer:
     loaded, rows = load_and_read(args.recipe, sets=args.set, data=args.data)
     warned = [*warnings(loaded), *not_here(loaded.recipe), *rows.warnings]
     lines = [f"{args.recipe}: no problem found", *(f"  {name}: {value}" for name, value in rows.summary.items())]
-    return Answer(
+    return Output(
         json={
             "ok": True,
             "problems": [],

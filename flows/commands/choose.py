@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from flows.commands.terminal import DONE, FAILED, Answer
+from flows.commands.terminal import DONE, FAILED, Output
 from flows.plan.memory import GIB
 from flows.report.text import FIT_RULE
 from flows.results.card_fit import (
@@ -32,7 +32,7 @@ from recipes.problem import Problem
 from tasks.runtime.store.local import find_home, read_json
 
 
-def command(args: argparse.Namespace) -> Answer:
+def command(args: argparse.Namespace) -> Output:
     """The best arm, the front and what does not fit; exit code 1 where nothing fits.
 
     Raises:
@@ -48,7 +48,7 @@ def command(args: argparse.Namespace) -> Answer:
     home = find_home()
     work = Workload(args.context, args.batch)
     choice = chosen(find_run(home, args.run), home, vram_gib=args.vram, work=work, engine=args.engine)
-    return Answer(json=choice, text=lambda console: _print(choice, console), code=DONE if choice["best"] else FAILED)
+    return Output(json=choice, text=lambda console: _print(choice, console), code=DONE if choice["best"] else FAILED)
 
 
 def chosen(folder: Path, home: Path, *, vram_gib: float, work: Workload, engine: str | None) -> dict[str, Any]:

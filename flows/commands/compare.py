@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flows.commands.terminal import Answer
+from flows.commands.terminal import Output
 from flows.results.cells import ArmEvidence, Draws, gather
 from flows.results.comparisons import LeftOut, verdict
 from flows.results.metrics import METRICS, TASK, Metric, difference_text, value_text
@@ -106,7 +106,7 @@ class Compared:
         }
 
 
-def command(args: argparse.Namespace) -> Answer:
+def command(args: argparse.Namespace) -> Output:
     """Compare two runs by id.
 
     Raises:
@@ -114,7 +114,7 @@ def command(args: argparse.Namespace) -> Answer:
     """
     home = find_home()
     compared = compare_runs(find_run(home, args.before), find_run(home, args.after), home)
-    return Answer(json=compared.as_dict(), text=lambda console: print_compared(compared, console))
+    return Output(json=compared.as_dict(), text=lambda console: print_compared(compared, console))
 
 
 def compare_runs(before: Path, after: Path, home: Path) -> Compared:

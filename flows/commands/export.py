@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from flows.commands.folders import check_disk, check_output
-from flows.commands.terminal import FAILED, Answer, refusal, say
+from flows.commands.terminal import FAILED, Output, refusal, say
 from flows.report.build import render
 from flows.report.model_card import _provenance, card
 from flows.results.artifacts import Part, parts_of, serve_record
@@ -256,7 +256,7 @@ def _recipe(run: Run) -> str:
     return head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
-def command(args: argparse.Namespace) -> Answer:
+def command(args: argparse.Namespace) -> Output:
     """Copy, reload, push; exit code 1 where only the push failed.
 
     Raises:
@@ -287,10 +287,10 @@ def command(args: argparse.Namespace) -> Answer:
         except RecipeError as error:
             if not args.json:
                 say(f"error: {error}\n{exported.folder} is complete: only the push failed")
-            return Answer(json={**answer, **refusal(error.problems)}, text="", code=FAILED)
+            return Output(json={**answer, **refusal(error.problems)}, text="", code=FAILED)
         answer["pushed"] = pushed._asdict()
         lines.append(f"{pushed.url} at commit {pushed.commit[:12]}{', new and private' if pushed.created else ''}")
-    return Answer(json=answer, text="\n".join(lines))
+    return Output(json=answer, text="\n".join(lines))
 
 
 def _words_problem(words: Sequence[str]) -> Problem:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.commands.init_recipe import Detected, Fitted, notes, render
-from flows.commands.terminal import Answer
+from flows.commands.terminal import Output
 from flows.plan.memory import StepNeeds, predict
 from flows.plan.preflight import SETTINGS, Memory, available, largest_fitting, refuse
 from flows.plan.row_sizes import data_bytes, row_sizes, row_tokens, tokens_per_byte
@@ -64,14 +64,14 @@ class InitResult:
         return asdict(self) | {"path": str(self.path)}
 
 
-def command(args: argparse.Namespace) -> Answer:
+def command(args: argparse.Namespace) -> Output:
     """Write the recipe, say what was detected and chosen.
 
     Raises:
         RecipeError: As of init.
     """
     written = init(args.model, args.data, out=args.out, chat_template=args.chat_template, force=args.force)
-    return Answer(json=written.as_dict(), text=written.text)
+    return Output(json=written.as_dict(), text=written.text)
 
 
 def init(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flows.commands.folders import check_disk, check_output, find_input
-from flows.commands.terminal import Answer, say
+from flows.commands.terminal import Output, say
 from recipes.models.adapters import read_adapter
 from recipes.models.headers import read_headers
 from recipes.problem import Problem, RecipeError
@@ -40,7 +40,7 @@ class Merged(NamedTuple):
     manifest: dict[str, Any]
 
 
-def command(args: argparse.Namespace) -> Answer:
+def command(args: argparse.Namespace) -> Output:
     """Merge; answer with the manifests.
 
     Raises:
@@ -53,7 +53,7 @@ def command(args: argparse.Namespace) -> Answer:
         f"{manifest['seconds']:.0f} s, peak {manifest['peak_rss_gib']:.2f} GiB"
         for folder, manifest in merged
     ]
-    return Answer(
+    return Output(
         json={"ok": True, "merged": [{"folder": str(folder), **manifest} for folder, manifest in merged]},
         text="\n".join(lines),
     )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from flows.commands.terminal import Answer, warn
+from flows.commands.terminal import Output, warn
 from flows.plan.validate import validate
 from tasks.runtime.store.local import find_home
 
 
-def command(args: argparse.Namespace) -> Answer:
+def command(args: argparse.Namespace) -> Output:
     """Look every step up; nothing is started.
 
     Raises:
@@ -21,7 +21,7 @@ def command(args: argparse.Namespace) -> Answer:
     outside = (pins.base, *pins.data, *pins.externals.values())
     commits = [f"pin   {pinned.name:<34} {pinned.source}" for pinned in outside if "@" in pinned.source]
     hits = sum(step.hit for step in steps)
-    return Answer(
+    return Output(
         json=[vars(step) for step in steps],
         text="\n".join([*commits, *map(str, steps), f"{hits} of {len(steps)} steps are in the store"]),
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flows.commands.folders import check_disk, check_output, find_input
-from flows.commands.terminal import Answer
+from flows.commands.terminal import Output
 from flows.run.progress import Display
 from recipes.data.rows import Rows, read_rows
 from recipes.models.headers import Headers, read_headers
@@ -61,7 +61,7 @@ class QuantizeOptions:
     device: str
 
 
-class Checked(NamedTuple):
+class QuantizeInputs(NamedTuple):
     """Everything that is needed, read and without a problem; `rows` is None where the scheme needs none."""
 
     model: Snapshot
@@ -70,7 +70,7 @@ class Checked(NamedTuple):
     rows: Rows | None
 
 
-def command(args: argparse.Namespace) -> Answer:
+def command(args: argparse.Namespace) -> Output:
     """Quantize; answer with the manifest.
 
     Raises:
@@ -83,7 +83,7 @@ def command(args: argparse.Namespace) -> Answer:
     except StepFailed as error:
         raise _in_options(error) from error
     result = manifest["result"]
-    return Answer(
+    return Output(
         json={"ok": True, "quantized": {"folder": str(args.out), **manifest}},
         text=f"{args.out}: {result['layers']} layers, {result['weight_bytes'] / 1e6:.1f} MB of weights by "
         f"{result['backend']}, {manifest['seconds']:.0f} s, peak {manifest['peak_rss_gib']:.2f} GiB",
@@ -141,7 +141,7 @@ def _in_options(error: StepFailed) -> StepFailed:
     return StepFailed(error.step, Problem(**parts), log=error.log, returncode=error.returncode)
 
 
-def _check(options: QuantizeOptions, out: Path) -> Checked:
+def _check(options: QuantizeOptions, out: Path) -> QuantizeInputs:
     model = find_input("model", options.model, kind="model")
     problems = list(check_output(out, word="OUT", inputs=[model.folder]))
     scheme = headers = rows = None
@@ -161,7 +161,7 @@ def _check(options: QuantizeOptions, out: Path) -> Checked:
         problems += _row_problems(options, headers, rows)
     if problems or scheme is None or headers is None:
         raise RecipeError(problems)
-    return Checked(model, headers, scheme, rows)
+    return QuantizeInputs(model, headers, scheme, rows)
 
 
 def _scheme_problems(scheme: Scheme, headers: Headers, out: Path) -> Iterator[Problem]:
@@ -211,7 +211,7 @@ def _row_problems(options: QuantizeOptions, headers: Headers | None, rows: Rows 
         )
 
 
-def _calibset(options: QuantizeOptions, checked: Checked, digests: Digests) -> Step:
+def _calibset(options: QuantizeOptions, checked: QuantizeInputs, digests: Digests) -> Step:
     assert checked.rows is not None and options.calibration is not None
     path = options.calibration
     rows = (

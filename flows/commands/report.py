@@ -7,13 +7,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from flows.commands.terminal import DONE, Answer
+from flows.commands.terminal import DONE, Output
 from flows.report.build import print_report, render
 from flows.run.folder import find_run
 from tasks.runtime.store.local import find_home, read_json
 
 
-def command(args: argparse.Namespace) -> Answer:
+def command(args: argparse.Namespace) -> Output:
     """Print the report and where its page lies.
 
     Raises:
@@ -25,7 +25,7 @@ def command(args: argparse.Namespace) -> Answer:
     return report_of(folder, below=f"  {folder / 'report.html'}")
 
 
-def report_of(folder: Path, *, below: str, code: int = DONE) -> Answer:
+def report_of(folder: Path, *, below: str, code: int = DONE) -> Output:
     """A run's report; on a terminal with some lines below it."""
     report = read_json(folder / "report.json")
 
@@ -33,4 +33,4 @@ def report_of(folder: Path, *, below: str, code: int = DONE) -> Answer:
         print_report(report, console)
         print(below)
 
-    return Answer(json=report, text=show, code=code)
+    return Output(json=report, text=show, code=code)

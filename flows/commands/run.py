@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 
 import httpx
 
-from flows.commands.terminal import DONE, FAILED, Answer, say, warn
+from flows.commands.terminal import DONE, FAILED, Output, say, warn
 from flows.plan.validate import Validated, validate
 from flows.run.server import OwnServer, prefect_settings
 from recipes.problem import Problem
@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # 2 s of imports
     from prefect import Flow
 
 
-def command(args: argparse.Namespace) -> Answer:
+def command(args: argparse.Namespace) -> Output:
     """Run, show the report; exit code 0, or 1 where a step failed or the run's server went away.
 
     Raises:
@@ -60,7 +60,7 @@ def command(args: argparse.Namespace) -> Answer:
             folder, code = (home / "runs" / "latest").resolve(), FAILED
         except httpx.HTTPError as error:
             say(f"error: {_lost(error, server.api, home)}")
-            return Answer(json=None, text="", code=FAILED)
+            return Output(json=None, text="", code=FAILED)
         finally:
             drain()
     from flows.commands.report import report_of

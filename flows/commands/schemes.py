@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from flows.commands.terminal import Answer
+from flows.commands.terminal import Output
 from recipes.arms import specified
 from recipes.checks.serving import entries
 from recipes.models.linear import Linear
@@ -60,10 +60,10 @@ class Listed:
         return asdict(self)
 
 
-def command(args: argparse.Namespace) -> Answer:
+def command(args: argparse.Namespace) -> Output:
     """List all schemes."""
     schemes = listed_schemes()
-    return Answer(json=[scheme.as_dict() for scheme in schemes], text=text(schemes))
+    return Output(json=[scheme.as_dict() for scheme in schemes], text=text(schemes))
 
 
 def listed_schemes() -> list[Listed]:

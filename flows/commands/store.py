@@ -15,29 +15,29 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flows.commands.terminal import DONE, FAILED, Answer
+from flows.commands.terminal import DONE, FAILED, Output
 from flows.gate.section import PROMOTION
 from flows.promotion.journal import JOURNAL, records
 from tasks.runtime.store.local import MANIFEST, Store, find_home, locked_now, read_json
 from tasks.runtime.store.open import open_store
 
 
-def ls(args: argparse.Namespace) -> Answer:
+def ls(args: argparse.Namespace) -> Output:
     """List every artifact."""
     return listed(find_home())
 
 
-def verify(args: argparse.Namespace) -> Answer:
+def verify(args: argparse.Namespace) -> Output:
     """Verify every artifact; exit code 1 where one is damaged."""
     return verified(find_home())
 
 
-def gc(args: argparse.Namespace) -> Answer:
+def gc(args: argparse.Namespace) -> Output:
     """Say what can go; with --yes, remove it."""
     return collect(find_home(), remove=args.yes)
 
 
-def listed(home: Path) -> Answer:
+def listed(home: Path) -> Output:
     """Every artifact with its size."""
     rows: list[dict[str, Any]] = []
     for path in Store(home).manifests():
@@ -51,10 +51,10 @@ def listed(home: Path) -> Answer:
             }
         )
     lines = [f"{row['artifact']:<60} {row['bytes'] / 1e6:10.1f} MB  {row['finished_at']}" for row in rows]
-    return Answer(json=rows, text="\n".join(lines) or "the store is empty")
+    return Output(json=rows, text="\n".join(lines) or "the store is empty")
 
 
-def verified(home: Path) -> Answer:
+def verified(home: Path) -> Output:
     """Every byte read: how many artifacts there are, and what is wrong with which."""
     store = Store(home)
     manifests = list(store.manifests())
@@ -63,7 +63,7 @@ def verified(home: Path) -> Answer:
     lines = [f"damaged  {name}: {damage}" for name, damage in damaged.items()]
     after = "; the next run makes them again" if damaged else ""
     lines.append(f"{len(manifests)} artifacts, {len(damaged)} damaged{after}")
-    return Answer(
+    return Output(
         json={"artifacts": len(manifests), "damaged": damaged},
         text="\n".join(lines),
         code=FAILED if damaged else DONE,
@@ -118,7 +118,7 @@ def reached(home: Path) -> set[Path]:
     return folders
 
 
-def collect(home: Path, *, remove: bool) -> Answer:
+def collect(home: Path, *, remove: bool) -> Output:
     """What can go; with `remove` it has gone."""
     artifacts = unreached(home)
     gone = removed(home, [artifact.name for artifact in artifacts]) if remove else []
@@ -135,7 +135,7 @@ def collect(home: Path, *, remove: bool) -> Answer:
         f"{'are free now' if remove else 'would be free'}, {linked / 1e6:.1f} MB have links elsewhere (MLflow, exports)"
     )
     lines += ["nothing was removed: --yes does it"] if artifacts and not remove else []
-    return Answer(
+    return Output(
         json={"unreached": [vars(artifact) for artifact in artifacts], "removed": gone}, text="\n".join(lines)
     )
 

@@ -1,4 +1,4 @@
-"""How commands speak: the answer on stdout as text or JSON, remarks on stderr, and an exit code."""
+"""How commands speak: output on stdout as text or JSON, remarks on stderr, and an exit code."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What a command answers.
+class Output:
+    """What a command answers on stdout, and its exit code.
 
     Attributes:
         json: For a program (`--json`); None where stderr has said it all.

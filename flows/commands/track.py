@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from flows.commands.terminal import Answer, say
+from flows.commands.terminal import Output, say
 from flows.tracking.sync import sync
 from tasks.runtime.store.home import open_home
 from tasks.runtime.store.local import find_home
 
 
-def command(args: argparse.Namespace) -> Answer:
+def command(args: argparse.Namespace) -> Output:
     """Write every run that MLflow does not have whole.
 
     Raises:
@@ -19,4 +19,4 @@ def command(args: argparse.Namespace) -> Answer:
     home = find_home()
     open_home(home)
     written = sync(home, say)
-    return Answer(json={"written": written}, text=f"{len(written)} runs written")
+    return Output(json={"written": written}, text=f"{len(written)} runs written")

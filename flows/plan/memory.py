@@ -2,7 +2,7 @@
 
 Constants with a figure were measured on CPU (torch 2.13.0, transformers 5.23.0) on two models: 6 M parameters with a
 vocabulary of 4,096, and 110 M with 32,000; those of CUDA's libraries on an H200 (docs/results/gpu.md). Every row counts
-as long as the longest, so steps seldom need what is predicted; the report shows predicted against measured.
+as long as the longest, so what is predicted is seldom reached; the report shows predicted against measured.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class Before(NamedTuple):
         return load(self.run / ROWS_SEEN)
 
 
-class Outcome(NamedTuple):
+class RetrainOutcome(NamedTuple):
     """How a retrain ended.
 
     Attributes:
@@ -126,7 +126,7 @@ def retrain(
         if notify:
             notification_block(notify)
         with turn(home, options, log.info) as ours:
-            outcome = retrained(options, home, log.info) if ours else Outcome("skipped", [WAITS])
+            outcome = retrained(options, home, log.info) if ours else RetrainOutcome("skipped", [WAITS])
     for line in outcome.sentences:
         log.info("%s", line)
     skipped = outcome.word == "skipped"
@@ -158,7 +158,7 @@ def turn(home: Path, options: RetrainOptions, say: Say) -> Generator[bool]:
         yield ours
 
 
-def retrained(options: RetrainOptions, home: Path, say: Say) -> Outcome:
+def retrained(options: RetrainOptions, home: Path, say: Say) -> RetrainOutcome:
     """Compare with what the last retrain saw; where anything changed, run the pipeline, decide, and put it on record.
 
     Raises:
@@ -171,12 +171,14 @@ def retrained(options: RetrainOptions, home: Path, say: Say) -> Outcome:
     saw = seen(loaded, pins, options)
     before = last(home, options)
     if before and before.saw == saw:
-        return Outcome("skipped", [f"Nothing changed since run {before.run.name}: rows, recipe, packages."])
+        return RetrainOutcome("skipped", [f"Nothing changed since run {before.run.name}: rows, recipe, packages."])
     rows = rows_of(fetched(loaded, pins).origins.values(), loaded.recipe.data)
     changes = count(before.rows, rows) if before else None
     reasons = why(before, saw, changes)
     if before and not reasons:
-        return Outcome("skipped", [f"The data's files changed since run {before.run.name}, none of their rows did."])
+        return RetrainOutcome(
+            "skipped", [f"The data's files changed since run {before.run.name}, none of their rows did."]
+        )
     for reason in reasons:
         say(reason)
     # It pins later than the rows were read: nothing is missed.
@@ -199,7 +201,7 @@ def retrained(options: RetrainOptions, home: Path, say: Say) -> Outcome:
     save(rows, run / ROWS_SEEN)
     write_json(run / RECORD, record)  # last: from now on it counts as seen
     create_markdown_artifact(_markdown(record, run), key="retrain", description="what changed and what came of it")
-    return Outcome(ending.word, [*ending.sentences, *reasons], run)
+    return RetrainOutcome(ending.word, [*ending.sentences, *reasons], run)
 
 
 def last(home: Path, options: RetrainOptions) -> Before | None:
@@ -275,7 +277,7 @@ def _undecided(run: Path) -> _Ending:
     return _Ending("trained", ["Trained; promotion was not asked for.", *gate], None)
 
 
-def _message(outcome: Outcome) -> str:
+def _message(outcome: RetrainOutcome) -> str:
     places = [f"Report: {outcome.run / 'report.html'}"] if outcome.run else []
     places += [f"Prefect: {flow_run.ui_url}"] if flow_run.ui_url else []
     return "\n".join([*outcome.sentences, *places])

@@ -29,7 +29,7 @@ from recipes.schema import Data
 NAMED = 5  # domains that a sentence names; the rest is counted
 
 
-class Known(NamedTuple):
+class KnownRow(NamedTuple):
     """What is kept of a row beside its name: group, domain, and a digest of its other columns."""
 
     group: str
@@ -37,7 +37,7 @@ class Known(NamedTuple):
     columns: str
 
 
-Rows = Mapping[str, Known]  # by name
+Rows = Mapping[str, KnownRow]  # by name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +75,9 @@ def _in_words(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {kind}" for kind, count in counts.items() if count) or "unchanged"
 
 
-def rows_of(origins: Iterable[Origin], data: Data) -> dict[str, Known]:
+def rows_of(origins: Iterable[Origin], data: Data) -> dict[str, KnownRow]:
     """The good rows of all sources; malformed ones are refused elsewhere (recipes/checks/rows.py)."""
-    rows: dict[str, Known] = {}
+    rows: dict[str, KnownRow] = {}
     for row in (row for origin in origins for row in read_origin(origin).rows):
         name = content_hash(row.messages)[:16]
         if name not in rows:  # the first of equal rows stays, as in prepare
@@ -85,9 +85,9 @@ def rows_of(origins: Iterable[Origin], data: Data) -> dict[str, Known]:
     return rows
 
 
-def _known(row: Row, name: str, data: Data) -> Known:
+def _known(row: Row, name: str, data: Data) -> KnownRow:
     columns = json.dumps(row.columns, sort_keys=True, ensure_ascii=False, default=str)
-    return Known(
+    return KnownRow(
         group=str(row.columns[data.group]) if data.group else name,
         domain=row.domain(data.domain),
         columns=hashlib.sha256(columns.encode(errors="surrogatepass")).hexdigest()[:16],
@@ -118,12 +118,12 @@ def _by_domain(by_group: Mapping[tuple[str, str], int]) -> Counter[str]:
 def save(rows: Rows, path: Path) -> None:
     """Write rows as parquet."""
     table: dict[str, Any] = {"row": list(rows)}
-    table |= {name: [getattr(row, name) for row in rows.values()] for name in Known._fields}
+    table |= {name: [getattr(row, name) for row in rows.values()] for name in KnownRow._fields}
     pq.write_table(pa.table(table, schema=pa.schema([(name, pa.string()) for name in table])), path)
 
 
-def load(path: Path) -> dict[str, Known]:
+def load(path: Path) -> dict[str, KnownRow]:
     """What `save` wrote."""
     table = pq.read_table(path)
-    columns = (table[name].to_pylist() for name in Known._fields)
-    return dict(zip(table["row"].to_pylist(), map(Known._make, zip(*columns, strict=True)), strict=True))
+    columns = (table[name].to_pylist() for name in KnownRow._fields)
+    return dict(zip(table["row"].to_pylist(), map(KnownRow._make, zip(*columns, strict=True)), strict=True))

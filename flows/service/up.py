@@ -53,7 +53,7 @@ class UpOptions:
 
 
 @dataclass(kw_only=True)
-class Part:
+class Service:
     """One of the three children."""
 
     name: str
@@ -129,11 +129,11 @@ class Services:
         self.worker = self._part("worker", self._start_worker)
         self.parts = (self.prefect, self.mlflow, self.worker)
 
-    def _part(self, name: str, start: Callable[[Path], Child]) -> Part:
+    def _part(self, name: str, start: Callable[[Path], Child]) -> Service:
         log = self.folder / f"{name}.log"
         if log.exists():
             log.replace(log.with_suffix(".log.before"))
-        return Part(name=name, start=lambda: start(log), log=log)
+        return Service(name=name, start=lambda: start(log), log=log)
 
     def run(self) -> None:
         """Start, keep, and end it all."""
@@ -180,7 +180,7 @@ class Services:
             sync_run(self.home, folder)
         self.say(f"ready  prefect {self.prefect_url}  mlflow {self.mlflow_url}")
 
-    def _wait(self, part: Part, ready: Callable[[], bool], what: str, *, at: str) -> None:
+    def _wait(self, part: Service, ready: Callable[[], bool], what: str, *, at: str) -> None:
         wait_for(ready, what, at=at, child=part.child, log=part.log)
 
     def _link(self) -> None:
@@ -195,7 +195,7 @@ class Services:
         except OSError as error:
             self.say(f"other folders need QUENCH_HOME={self.home} to find this: {error}")
 
-    def _again(self, part: Part) -> None:
+    def _again(self, part: Service) -> None:
         """Start a part that ended; runs that a worker took along are marked.
 
         Raises:

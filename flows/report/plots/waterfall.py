@@ -18,7 +18,7 @@ ROW_IN, AROUND_IN = 0.27, 0.85  # height of a bar's row; of axis and margins
 COLOUR = {"worse": BAD, "better": GOOD}  # of what is shown; anything else is drawn hollow
 
 
-class Bar(NamedTuple):
+class FloatingBar(NamedTuple):
     """One step, in nats a token above the model as it was trained.
 
     Attributes:
@@ -37,9 +37,9 @@ class Bar(NamedTuple):
     text: str
 
 
-def bars(waterfall: Mapping[str, Any]) -> list[Bar]:
+def bars(waterfall: Mapping[str, Any]) -> list[FloatingBar]:
     """Every step once, in the order of the paths: what paths share is drawn once."""
-    bars: dict[tuple[str, str], Bar] = {}
+    bars: dict[tuple[str, str], FloatingBar] = {}
     for path in waterfall["paths"]:
         losses: Mapping[str, float] = path["losses"]
         for step in path["steps"]:
@@ -49,9 +49,9 @@ def bars(waterfall: Mapping[str, Any]) -> list[Bar]:
     return list(bars.values())
 
 
-def _bar(step: Mapping[str, Any], start: float) -> Bar:
+def _bar(step: Mapping[str, Any], start: float) -> FloatingBar:
     low, high = step["ci95_adjusted"] or (step["difference"], step["difference"])
-    return Bar(
+    return FloatingBar(
         name=step["to"],
         step=step["step"],
         before=step["from"],
@@ -90,7 +90,7 @@ def waterfall_plot(waterfall: Mapping[str, Any] | None) -> str:
         return as_svg(figure, "Loss waterfall: what each step from training to serving adds to the mean loss a token")
 
 
-def _draw(axes: Axes, rows: Sequence[Bar], label: str) -> None:
+def _draw(axes: Axes, rows: Sequence[FloatingBar], label: str) -> None:
     children: dict[str, list[int]] = {}
     for row, bar in enumerate(rows):
         shown = COLOUR.get(bar.verdict)
