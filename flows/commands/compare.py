@@ -1,7 +1,7 @@
 """`quench compare BEFORE AFTER`: two runs, arm by arm, on the test rows that both scored.
 
-Rows are named by their content, so equal names are equal rows: what both runs have is compared in pairs, what only one
-of them has is left out and counted. A comparison that would not be of the same thing is not made, and says why.
+Rows are named by their content, so equal names are equal rows. Rows of both runs are compared in pairs; rows of only
+one run are left out and counted. What cannot be compared is listed with the reason.
 """
 
 from __future__ import annotations

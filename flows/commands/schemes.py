@@ -18,7 +18,7 @@ from recipes.schemes.slugs import FAMILIES, known_schemes
 from tasks.quantize import ENVIRONMENTS
 from tasks.runtime.process.environments import environment_problem
 
-LAYER = Linear("", 4096, 4096)  # for bits a weight
+LAYER = Linear("", 4096, 4096)  # for bits per weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +29,14 @@ class Listed:
         slug: Its name in a recipe.
         backend: Who makes it.
         others: Backends that a recipe may name instead.
-        bits: Bits a weight, without scales.
+        bits: Bits per weight, without scales.
         bits_a_weight: With codes, scales and zero points of a 4096 x 4096 layer.
-        group_size: Inputs a scale; -1: all.
+        group_size: Inputs per scale; -1: all.
         zero_points: The grid is not centred on 0.
         calibration: Reads the calibration set.
         form: File format.
         outputs_by: Outputs of a layer have to be a multiple of this.
-        loaders: Engines that read it; by name, what has to be installed beside the engine and from when on.
+        loaders: Engines that read it -> from which version on, and what has to be installed beside them.
         makeable: This machine can make it.
         command: What has to be typed first; empty where it can.
     """
@@ -122,7 +122,7 @@ def _cells(row: Listed) -> tuple[str, ...]:
 
 
 def _notes() -> Iterator[str]:
-    yield "bits: a weight of a 4096 x 4096 layer, scales and zero points among them. group: inputs a scale (row: all)."
+    yield "bits: per weight of a 4096 x 4096 layer, with scales and zero points. group: inputs per scale (row: all)."
     yield "read by: engines that load the files; docs/schemes.md says from which version, with what, and who says so."
     yield "here: whether this machine can make it, or what to type first."
     others: dict[Backend, str] = {backend: name for name, family in FAMILIES.items() for backend in family.others}

@@ -107,8 +107,8 @@ def retrain(
         recipe: Path of the recipe file, absolute or seen from the folder where the command is typed.
         sets: Overrides of single fields, as ["train.rank=32"].
         promote: Put the run's candidate through the gate against the champion; else only train and report.
-        notify: Prefect notification block that is told how it ended, as slack-webhook/NAME.
-        notify_skipped: Tell it, too, where nothing had changed.
+        notify: Prefect notification block that gets a message how it ended, as slack-webhook/NAME.
+        notify_skipped: Send one, too, where nothing had changed.
 
     Returns:
         A completed state, its message says how it ended; called Skipped where nothing was trained. Its data is the

@@ -92,7 +92,7 @@ class Tracker:
         Raises:
             RecipeError: The tracking server does not answer.
         """
-        # Two lines on every new database, and a page of traceback for what is raised as well and told as trouble.
+        # Two lines on every new database, and a page of traceback for what is raised, too, and kept as trouble.
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # `--json` has it to itself
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")

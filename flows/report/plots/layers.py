@@ -19,7 +19,7 @@ LABEL_PT, LETTER_PT = 11.0, 5.2  # least distance of two labels; width of a lett
 
 
 def errors_plot(layers: Mapping[str, Any]) -> str:
-    """SVG: relative error by decoder layer, attention and FFN side by side, a line a scheme."""
+    """SVG: relative error by decoder layer, attention and FFN side by side, one line per scheme."""
     by_part = {part: list(lines(layers, part)) for part in PARTS}
     if not any(by_part.values()):
         return ""

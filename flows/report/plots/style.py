@@ -107,7 +107,7 @@ def as_picture(svg: str) -> str:
 
 
 def title_of(svg: str) -> str:
-    """What `as_svg` was told that the figure shows."""
+    """The title that `as_svg` was given."""
     return re.findall(r'aria-label="([^"]*)"', svg)[0]
 
 

@@ -1,4 +1,4 @@
-"""Where the loss goes: a bar a step from the model as it was trained to what is shipped, and the base's NF4 apart."""
+"""Where the loss goes: one bar per step from the trained model to what is shipped, and the base's NF4 apart."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLOUR = {"worse": BAD, "better": GOOD}  # of what is shown; anything else is dr
 
 
 class FloatingBar(NamedTuple):
-    """One step, in nats a token above the model as it was trained.
+    """One step, in nats per token above the model as it was trained.
 
     Attributes:
         low: Lower end of the step's interval, put at its start.
@@ -72,7 +72,7 @@ def signed(value: float, ci95: Sequence[float] | None) -> str:
 
 
 def waterfall_plot(waterfall: Mapping[str, Any] | None) -> str:
-    """SVG: floating bars a step, an interval at each end; nothing where there is no path."""
+    """SVG: one floating bar per step, with the interval of its end; nothing where there is no path."""
     rows = bars(waterfall) if waterfall else []
     if not waterfall or not rows:
         return ""
