@@ -1,4 +1,4 @@
-"""Where MLflow is, and whether it answers; asked before a run starts anything, so MLflow is not imported."""
+"""Where MLflow is, and whether it answers. Checked before a run starts anything, so MLflow is not imported."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ ANSWER_S = 10.0  # a refused connection answers at once, a busy server does not
 def tracking_uri(home: Path) -> str:
     """MLFLOW_TRACKING_URI, else the server of a `quench up --postgres`, else SQLite below QUENCH_HOME."""
     up = home / "up.json"
-    named = os.environ.get("MLFLOW_TRACKING_URI") or (read_json(up).get("tracking") if up.exists() else None)
-    return named or f"sqlite:///{home / 'mlflow.db'}"
+    known = os.environ.get("MLFLOW_TRACKING_URI") or (read_json(up).get("tracking") if up.exists() else None)
+    return known or f"sqlite:///{home / 'mlflow.db'}"
 
 
 def silent(uri: str) -> Problem | None:
-    """What to say where nothing answers at a tracking server's address; any answer will do, also one that refuses."""
+    """The problem where no tracking server answers at an address; any answer will do, also one that refuses."""
     if not uri.startswith("http"):
         return None
     try:
-        asked = httpx.URL(f"{uri}/health").copy_with(username=None, password=None)
-        httpx.get(asked, timeout=ANSWER_S, verify=False)  # nothing secret is sent: whom it trusts is MLflow's matter
+        health = httpx.URL(f"{uri}/health").copy_with(username=None, password=None)
+        httpx.get(health, timeout=ANSWER_S, verify=False)  # nothing secret is sent: whom it trusts is MLflow's matter
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         return no_answer(uri, f"{type(error).__name__}: {error}")
     return None

@@ -46,8 +46,7 @@ from tasks.runtime.step import Context, Outcome, Step, lookup, run_step
 from tasks.runtime.store.local import Artifact, find_home, write_json
 from tasks.runtime.store.open import open_store
 
-# A task only waits for its child; what runs at once is decided by leases.
-WAITING_TASKS = 32
+WAITING_TASKS = 32  # a task only waits for its child: leases decide what runs at once
 CANCEL_POLL_S = 2.0
 
 
@@ -56,7 +55,7 @@ class RunFailed(Exception):
 
 
 class Session:
-    """One run of the flow: submits steps, keeps their artifacts and tells everyone."""
+    """One run of the flow: submits steps, keeps their artifacts, and reports to terminal, Prefect and MLflow."""
 
     def __init__(self, validated: Validated, launcher: Launcher, record: RunRecord, tracker: Tracker) -> None:
         self.record = record
@@ -87,8 +86,8 @@ class Session:
         """Take a hit at once; submit everything else as a task that waits for the tasks it needs."""
         self.steps[step.key] = step
         inputs = known_inputs(step, self.artifacts)
-        if inputs is not None and (found := lookup(step, inputs, self.store).artifact):
-            self.done(step, Outcome(artifact=found, hit=True))
+        if inputs is not None and (artifact := lookup(step, inputs, self.store).artifact):
+            self.done(step, Outcome(artifact=artifact, hit=True))
             return
         if step.whole_machine:  # it would hold the gate while others wait: let them finish first
             self.wait()
@@ -106,7 +105,7 @@ class Session:
         """End what is left of the tasks: the launcher ended their children already."""
 
     def make(self, key: str) -> str:
-        """Body of the task: run_step, then tell."""
+        """Body of the task: run_step, then record it."""
         step = self.steps[key]
         inputs = known_inputs(step, self.artifacts)
         if inputs is None:  # unreachable while wait_for holds
@@ -147,17 +146,17 @@ class Session:
                 self.record.add(self.steps[key], "skipped", problem=self.skipped(key))
             elif record is None or (record.status in ("hit", "made") and not future.state.is_completed()):
                 future.result()  # not a step's failure but ours: let it be seen
-        made = all(one.status in ("hit", "made") for one in self.record.records.values())
-        return made and not self.unscored
+        complete = all(record.status in ("hit", "made") for record in self.record.records.values())
+        return complete and not self.unscored
 
     def end(self) -> None:
-        """Close the run in MLflow; where MLflow was away and is back, write it anew; say what is behind."""
+        """Close the run in MLflow; where MLflow was away and is back, write the run anew; say what is missing."""
         self.tracker.end(self.record.status)
         if self.tracker.trouble and self.record.status in REPORTED and not silent(self.tracker.uri):
             try:
                 self.tracker = sync_run(self.store.home, self.record.folder) or self.tracker
             except RecipeError as error:
-                self.tracker.trouble += [one.what for one in error.problems]
+                self.tracker.trouble += [problem.what for problem in error.problems]
         if url := self.tracker.compare_url:
             self.pages.link(url)
         for line in dict.fromkeys(self.tracker.trouble):
@@ -168,13 +167,13 @@ class Session:
     @property
     def unscored(self) -> list[str]:
         """`evaluate/ARM (METRIC)` where a scorer failed: the artifact says why, and has the arm's other scores."""
-        found = {key: made.manifest["result"].get("problems", ()) for key, made in self.artifacts.items()}
-        return [f"{key} ({', '.join(problems)})" for key, problems in found.items() if problems]
+        metrics = {key: artifact.manifest["result"].get("problems", ()) for key, artifact in self.artifacts.items()}
+        return [f"{key} ({', '.join(failed)})" for key, failed in metrics.items() if failed]
 
     def skipped(self, key: str) -> dict[str, str]:
         """Why a step was not run."""
         step = self.steps[key]
-        missing = [one for one in needs(step) if one not in self.artifacts]
+        missing = [key for key in needs(step) if key not in self.artifacts]
         return {
             "what": "not run",
             "where": key,
@@ -197,7 +196,7 @@ class Session:
 
 def needs(step: Step) -> list[str]:
     """Keys of the steps that have to be made before this one."""
-    return [one.key for one in (*step.inputs.values(), *step.after) if isinstance(one, Step)]
+    return [source.key for source in (*step.inputs.values(), *step.after) if isinstance(source, Step)]
 
 
 def session_class() -> type[Session]:
@@ -218,7 +217,7 @@ def finetune_and_quantize(recipe: str, sets: list[str] | None = None, only: list
     Args:
         recipe: Path of the recipe file, absolute or seen from the folder where the command is typed.
         sets: Overrides of single fields, as ["train.rank=32"].
-        only: Arms that are wanted, `external` for every external model; what they do not need is not made.
+        only: Arms that are wanted, `external` for every external model; only what they need is made.
 
     Returns:
         The run's folder.
@@ -239,7 +238,7 @@ def run_validated(validated: Validated, *, only: Sequence[str], because: Sequenc
     Args:
         validated: The recipe, pinned and planned.
         only: Arms that are wanted.
-        because: Why it runs, for the report; nothing where somebody just asked.
+        because: Why it runs, for the report; empty where a person started it.
 
     Raises:
         RunFailed: A step failed; everything that finished is in the store and in the report.
@@ -261,26 +260,26 @@ def run_validated(validated: Validated, *, only: Sequence[str], because: Sequenc
             session.end()
     flush_log()
     if record.status == "failed":
-        failed = [one.key for one in record.records.values() if one.status == "failed"]
+        failed = [step.key for step in record.records.values() if step.status == "failed"]
         raise RunFailed(f"{', '.join([*failed, *session.unscored])} failed; see {record.folder / 'report.md'}")
     return str(record.folder)
 
 
 @contextlib.contextmanager
 def refusals_logged() -> Generator[None]:
-    """Send what is wrong with the input to the run's log before its state is Failed: then `--watch` shows it."""
+    """Log what is wrong with the input before the run's state is Failed: then `--watch` shows it."""
     try:
         yield
     except RecipeError as error:
-        for one in error.problems:
-            get_run_logger().error("%s", one)
+        for problem in error.problems:
+            get_run_logger().error("%s", problem)
         flush_log()
         raise
 
 
 @contextlib.contextmanager
 def watched(launcher: Launcher) -> Generator[None]:
-    """Obey Prefect's cancel while the body runs: end the children, mark the run Cancelled, then end as by SIGTERM.
+    """Obey Prefect's cancel while the body runs: end the children, mark the run Cancelled, then end as on SIGTERM.
 
     A runner or worker does the last part too, but nobody watches a flow that `quench run` started. Prefect's engine has
     the last word on the state: it says Crashed.
@@ -319,14 +318,14 @@ def _work(session: Session, validated: Validated, *, only: Sequence[str]) -> Non
     source = {"mlflow.source.name": str(validated.loaded.path)}
     session.tracker.start(validated.recipe.model_dump(mode="json"), tags=source)
     log = get_run_logger()
-    hits = sum(one.hit for one in validated.plan)
+    hits = sum(step.hit for step in validated.plan)
     log.info("run %s: %d of %d steps are in the store", record.id, hits, len(validated.plan))
     session.pages.plan(_plan_markdown(validated))
     matrix = compose(validated.recipe, validated.pins, session.do, only=only)
     record.composed(matrix)
-    whole = session.collect()
+    complete = session.collect()
     record.composed(matrix)
-    record.finish("completed" if whole else "failed")
+    record.finish("completed" if complete else "failed")
     report = render(record.folder, session.store.home)
     session.pages.report(report)
     record.publish()
@@ -349,7 +348,7 @@ def drain() -> None:
 
 
 def _plan_markdown(validated: Validated) -> str:
-    rows = [f"| {'hit' if one.hit else 'make'} | `{one.key}` | {one.why} |" for one in validated.plan]
+    rows = [f"| {'hit' if step.hit else 'make'} | `{step.key}` | {step.why} |" for step in validated.plan]
     return "\n".join(["| | step | why |", "| --- | --- | --- |", *rows])
 
 

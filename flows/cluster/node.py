@@ -81,14 +81,14 @@ def this_node() -> Node:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What a node is asked about.
+class NodeQuery:
+    """What a node has to answer in preflight.
 
     Attributes:
-        token: A word below TOKENS that the flow has written.
+        token: Name of a file below TOKENS that the flow has written.
         sizes: Bytes of each file or folder from outside that steps read.
         environments: Python environments that steps start in, besides the main one.
-        names: Distributions whose installed version is asked for.
+        names: Distributions whose installed version is wanted.
         api: Address of Prefect's API.
     """
 
@@ -101,18 +101,18 @@ class Asked:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told:
+class NodeReport:
     """What a node answers.
 
     Attributes:
         code: Digest of its Quench.
         locked: Versions of its lock.
-        installed: Versions of what is installed there, by the names that were asked for.
+        installed: Versions of the wanted distributions there.
         sees_token: It reads what the flow wrote.
         other: Paths that are not there, or have other sizes.
         hears_prefect: Prefect's API answers it.
         clock: Its time, Unix seconds.
-        problems: Of its environments and of its way to the bucket.
+        problems: What is wrong with its environments or its way to the bucket.
     """
 
     node: Node
@@ -126,25 +126,25 @@ class Told:
     problems: Sequence[Problem] = field(default=())
 
 
-def tell(asked: Asked) -> Told:
+def describe_node(query: NodeQuery) -> NodeReport:
     """Say what this node has."""
     verify_checkout()
-    problems = [one for name in asked.environments if (one := environment_problem(name))]
+    problems = [problem for name in query.environments if (problem := environment_problem(name))]
     sees = False
     try:
-        store = asked.place.open()
+        store = query.place.open()
         store.check()
-        sees = _sees(store, asked.token)
+        sees = _sees(store, query.token)
     except RecipeError as error:
         problems += error.problems
-    return Told(
+    return NodeReport(
         node=this_node(),
         code=code_digest(),
         locked=locked_versions(),
-        installed=installed(asked.names),
+        installed=installed(query.names),
         sees_token=sees,
-        other=[path for path, size in asked.sizes.items() if size_of(Path(path)) != size],
-        hears_prefect=answers(asked.api, timeout_s=API_S),
+        other=[path for path, size in query.sizes.items() if size_of(Path(path)) != size],
+        hears_prefect=answers(query.api, timeout_s=API_S),
         clock=time.time(),
         problems=problems,
     )
@@ -163,17 +163,17 @@ def _sees(store: Store, token: str) -> bool:
 
 def code_digest() -> str:
     """sha256 over Quench's own code and what children start by, as it lies in this process's checkout."""
-    found = hashlib.sha256()
-    for pattern in ("flows/**/*.py", "tasks/**/*.py", "recipes/*.py", "infra/accelerate/*.yaml"):
+    digest = hashlib.sha256()
+    for pattern in ("flows/**/*.py", "tasks/**/*.py", "recipes/**/*.py", "infra/accelerate/*.yaml"):
         for path in sorted(CHECKOUT.glob(pattern)):
-            found.update(f"{path.relative_to(CHECKOUT)}\0".encode() + path.read_bytes() + b"\0")
-    return found.hexdigest()
+            digest.update(f"{path.relative_to(CHECKOUT)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def size_of(path: Path) -> int:
     """Bytes of a file, or of all files of a folder; -1 where there is nothing."""
     if path.is_dir():
-        return sum(one.stat().st_size for one in path.rglob("*") if one.is_file())
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     return path.stat().st_size if path.is_file() else -1
 
 
@@ -182,7 +182,7 @@ def size_of(path: Path) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Handle:
-    """An artifact, as one node tells another of it.
+    """An artifact, as one node names it to another.
 
     Attributes:
         inputs: Digests of its inputs.
@@ -198,7 +198,7 @@ class Handle:
     @classmethod
     def of(cls, step: Step, artifact: Artifact, home: Path) -> Handle:
         """Of a committed artifact of this home."""
-        inputs = {name: one["digest"] for name, one in artifact.manifest["inputs"].items()}
+        inputs = {name: source["digest"] for name, source in artifact.manifest["inputs"].items()}
         path = str((artifact.folder or artifact.path).relative_to(home))
         return cls(key=step.key, stage=step.stage, fingerprint=step.fingerprint, inputs=inputs, path=path)
 
@@ -214,8 +214,8 @@ class Handle:
         if (folder / MANIFEST).is_file():
             return store.fetch(folder)
         try:
-            if found := store.bring(store.find(self.stage, self.fingerprint, self.inputs)):
-                return found
+            if artifact := store.bring(store.find(self.stage, self.fingerprint, self.inputs)):
+                return artifact
             problem = self._absent(folder)
         except StoreTrouble as error:
             problem = error.problems[0]
@@ -276,8 +276,8 @@ def make_on_node(key: str, order: Callable[[], Order], before: Sequence[Landed])
         order: Makes the Order; Prefect would look through the parts of an Order itself for futures.
         before: Steps that had to be made first.
     """
-    asked = order()
-    node, step, pages = this_node(), asked.step, PrefectPages()
+    ordered = order()
+    node, step, pages = this_node(), ordered.step, PrefectPages()
     log = get_run_logger()
     log.info("%s on %s", key, node)
 
@@ -287,14 +287,14 @@ def make_on_node(key: str, order: Callable[[], Order], before: Sequence[Landed])
 
     with Launcher() as launcher:
         context = Context(
-            store=asked.place.open(launcher),
+            store=ordered.place.open(launcher),
             launcher=launcher,
-            leases=GrantedLease(cpus=asked.cpus, gpus=ray.get_runtime_context().get_accelerator_ids()["GPU"]),
-            limits=asked.limits,
+            leases=GrantedLease(cpus=ordered.cpus, gpus=ray.get_runtime_context().get_accelerator_ids()["GPU"]),
+            limits=ordered.limits,
             on_event=on_event,
             on_line=functools.partial(_say, log),
         )
-        known = {**asked.known, **{one.handle.key: one.handle for one in before}}
+        known = {**ordered.known, **{landed.handle.key: landed.handle for landed in before}}
         try:
             made = run_step(step, _inputs(step, known, context.store), context)
         except StepFailed as error:
@@ -311,13 +311,13 @@ def _say(log: Any, step: Step, line: str) -> None:
 
 def _inputs(step: Step, known: Mapping[str, Handle], store: Store) -> dict[str, Artifact]:
     """The step's inputs, with their files on this machine; a choice with what it names."""
-    found: dict[str, Artifact] = {}
-    for name, one in step.inputs.items():
-        if isinstance(one, External):
-            found[name] = one.artifact
+    inputs: dict[str, Artifact] = {}
+    for name, source in step.inputs.items():
+        if isinstance(source, External):
+            inputs[name] = source.artifact
             continue
-        found[name] = known[one.key].take(store)
-        for other in known.values() if one.stage == "choose" else ():
-            if store.home / other.path / "files" == found[name].path:
+        inputs[name] = known[source.key].take(store)
+        for other in known.values() if source.stage == "choose" else ():
+            if store.home / other.path / "files" == inputs[name].path:
                 other.take(store)
-    return found
+    return inputs

@@ -20,7 +20,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from flows.cluster.node import TOKENS, Asked, Node, Place, Told, code_digest, size_of, tell
+from flows.cluster.node import TOKENS, Node, NodeQuery, NodeReport, Place, code_digest, describe_node, size_of
 from flows.compose import compose, limits
 from flows.plan.validate import Validated
 from recipes.problem import Problem, RecipeError
@@ -69,7 +69,7 @@ def _reach(address: str) -> None:
             raise _refused(address, f"nothing there speaks gRPC within {ANSWER_S:.0f} s").error() from None
 
 
-def check_nodes(validated: Validated, *, home: Path, api: str) -> list[Told]:
+def check_nodes(validated: Validated, *, home: Path, api: str) -> list[NodeReport]:
     """Ask every node whether it has what the steps need.
 
     Args:
@@ -83,35 +83,34 @@ def check_nodes(validated: Validated, *, home: Path, api: str) -> list[Told]:
     make = {line.key for line in validated.plan if not line.hit}
     steps: list[Step] = []
     compose(validated.recipe, validated.pins, steps.append)
-    steps = [one for one in steps if one.key in make]
-    outside = [one for step in steps for one in step.inputs.values() if isinstance(one, External)]
+    steps = [step for step in steps if step.key in make]
+    outside = [source for step in steps for source in step.inputs.values() if isinstance(source, External)]
     mine = installed(list(locked_versions()))
     with _token(home) as token:
-        asked = Asked(
+        query = NodeQuery(
             place=Place.of(home),
             token=token,
-            sizes={str(one.path): size_of(one.path) for one in outside},
-            environments=sorted({one.environment for one in steps if one.environment}),
+            sizes={str(source.path): size_of(source.path) for source in outside},
+            environments=sorted({step.environment for step in steps if step.environment}),
             names=list(mine),
             api=api,
         )
-        told, problems = _ask(asked)
-        words = list((home / TOKENS).glob(f"{token}-*"))
-        deaf = (
-            [] if asked.place.bucket else [one for one in told if not any(one.node.id in path.name for path in words)]
-        )
+        reports, problems = _ask(query)
+        echoes = [path.name for path in (home / TOKENS).glob(f"{token}-*")]
     here = Here(code=code_digest(), locked=locked_versions(), installed=mine)
-    problems += [problem for one in told for problem in differs(one, here, asked)]
-    problems += [_apart(one, home) for one in deaf if one.sees_token]
+    problems += [problem for report in reports for problem in differs(report, here, query)]
+    if not query.place.bucket:
+        unheard = [report for report in reports if not any(report.node.id in name for name in echoes)]
+        problems += [_apart(report, home) for report in unheard if report.sees_token]
     problems += _unplaceable(steps, validated)
     if problems:
         raise RecipeError(problems)
-    return told
+    return reports
 
 
 @contextlib.contextmanager
 def _token(home: Path) -> Generator[str]:
-    """A word in the store that every node has to see while the body runs."""
+    """A file in the store that every node has to see while the body runs."""
     token, store = secrets.token_hex(8), open_store(home)
     if isinstance(store, S3Store):
         store.bucket.create(f"{TOKENS}/{token}", token.encode())
@@ -120,88 +119,98 @@ def _token(home: Path) -> Generator[str]:
         finally:
             store.bucket.remove(f"{TOKENS}/{token}")
         return
-    word = home / TOKENS / token
-    word.parent.mkdir(exist_ok=True)
-    word.touch()
+    file = home / TOKENS / token
+    file.parent.mkdir(exist_ok=True)
+    file.touch()
     try:
         yield token
     finally:
-        for path in word.parent.glob(f"{token}*"):
+        for path in file.parent.glob(f"{token}*"):
             path.unlink()
 
 
-def _ask(asked: Asked) -> tuple[list[Told], list[Problem]]:
-    """Each living node's answer, and whose clock is wrong."""
+class NodeReports(NamedTuple):
+    """Each living node's report, and whose clock is wrong."""
+
+    reports: list[NodeReport]
+    clocks: list[Problem]
+
+
+def _ask(query: NodeQuery) -> NodeReports:
+    """Ask every living node.
+
+    Raises:
+        RecipeError: Nodes that do not answer.
+    """
     sent = time.time()
-    nodes = [one for one in ray.nodes() if one["Alive"]]
-    body = ray.remote(num_cpus=0, max_retries=0)(tell)
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    body = ray.remote(num_cpus=0, max_retries=0)(describe_node)
     calls = {
-        one["NodeID"]: body.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=one["NodeID"], soft=False)
-        ).remote(asked)
-        for one in nodes
+        node["NodeID"]: body.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
+        ).remote(query)
+        for node in nodes
     }
-    told: list[Told] = []
-    problems: list[Problem] = []
-    late: list[Problem] = []
-    for one in nodes:
+    answers = NodeReports([], [])
+    silent: list[Problem] = []
+    for node in nodes:
         try:
-            told.append(answer := ray.get(calls[one["NodeID"]], timeout=NODE_S))
-            late += clocks_apart(answer, sent=sent, got=time.time())
+            answers.reports.append(report := ray.get(calls[node["NodeID"]], timeout=NODE_S))
+            answers.clocks.extend(clocks_apart(report, sent=sent, got=time.time()))
         except GetTimeoutError:
-            problems.append(_silent(one, f"It did not answer within {NODE_S:.0f} s."))
+            silent.append(_silent(node, f"It did not answer within {NODE_S:.0f} s."))
         except RayError as error:
-            problems.append(_silent(one, str(error).strip().splitlines()[-1]))
-    if problems:
-        raise RecipeError(problems)
-    return told, late
+            silent.append(_silent(node, str(error).strip().splitlines()[-1]))
+    if silent:
+        raise RecipeError(silent)
+    return answers
 
 
 # ---- what is wrong
 
 
 class Here(NamedTuple):
-    """What this machine has and every node has to have; see Told."""
+    """What this machine has and every node has to have; see NodeReport."""
 
     code: str
     locked: Mapping[str, str]
     installed: Mapping[str, str]
 
 
-def differs(told: Told, here: Here, asked: Asked) -> Iterator[Problem]:
-    """What one node has otherwise than this machine."""
-    where = str(told.node)
-    if names := _changed(here.locked, told.locked):
+def differs(report: NodeReport, here: Here, query: NodeQuery) -> Iterator[Problem]:
+    """How one node differs from this machine."""
+    where = str(report.node)
+    if names := _changed(here.locked, report.locked):
         yield _versions(where, "lock", names)
-    if names := _changed(here.installed, told.installed):
+    if names := _changed(here.installed, report.installed):
         yield _versions(where, "environment", names)
-    if told.code != here.code:
+    if report.code != here.code:
         yield Problem(
             what="A node has another Quench.",
             where=where,
-            why=f"The digest of its code is {told.code[:12]}, here it is {here.code[:12]}.",
+            why=f"The digest of its code is {report.code[:12]}, here it is {here.code[:12]}.",
             next="Check the same commit out there, without changes, and start Ray from it.",
         )
-    yield from _cut_off(told, where, asked)
+    yield from _cut_off(report, where, query)
 
 
-def _cut_off(told: Told, where: str, asked: Asked) -> Iterator[Problem]:
+def _cut_off(report: NodeReport, where: str, query: NodeQuery) -> Iterator[Problem]:
     """What one node does not see or reach."""
-    yield from (replace(one, where=f"{where}: {one.where}") for one in told.problems)
-    if not told.sees_token and not told.problems:
-        yield _apart(told, asked.place.home)
-    if told.other:
+    yield from (replace(problem, where=f"{where}: {problem.where}") for problem in report.problems)
+    if not report.sees_token and not report.problems:
+        yield _apart(report, query.place.home)
+    if report.other:
         yield Problem(
             what="A node does not have what the recipe reads.",
             where=where,
-            why=f"Missing there or of another size: {_few(told.other)}.",
+            why=f"Missing there or of another size: {_few(report.other)}.",
             next="Put it below a path that all nodes see, and name it by that path in the recipe.",
         )
-    if not told.hears_prefect:
+    if not report.hears_prefect:
         yield Problem(
             what="A node does not reach Prefect.",
             where=where,
-            why=f"{asked.api} does not answer it; `quench run` starts its own server on loopback.",
+            why=f"{query.api} does not answer it; `quench run` starts its own server on loopback.",
             next="Start a server that all nodes reach (`quench up --host ADDRESS` here, or your own) and set "
             "PREFECT_API_URL to its address.",
         )
@@ -221,10 +230,10 @@ def _versions(where: str, what: str, names: Sequence[str]) -> Problem:
     )
 
 
-def _apart(told: Told, home: Path) -> Problem:
+def _apart(report: NodeReport, home: Path) -> Problem:
     return Problem(
         what="A node does not have the same store.",
-        where=str(told.node),
+        where=str(report.node),
         why=f"What is written below {home} here is not seen there, or the other way round.",
         next="Let QUENCH_HOME name a folder on a file system that all nodes mount at the same path, or set "
         "QUENCH_STORE=s3://BUCKET/PREFIX.",
@@ -233,20 +242,20 @@ def _apart(told: Told, home: Path) -> Problem:
 
 def _unplaceable(steps: Sequence[Step], validated: Validated) -> Iterator[Problem]:
     """Steps that no living node could ever take: Ray would wait for one for ever."""
-    nodes = [one["Resources"] for one in ray.nodes() if one["Alive"]]
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     own = ray.get_runtime_context().get_node_id()
-    here = [one["Resources"] for one in ray.nodes() if one["NodeID"] == own]
+    here = [node["Resources"] for node in ray.nodes() if node["NodeID"] == own]
     for step in steps:
-        want = resources(step, limits(validated.recipe))
+        need = resources(step, limits(validated.recipe))
         able = here if step.whole_machine else nodes
-        if any(one.get("CPU", 0) >= max(1, want.cpus) and one.get("GPU", 0) >= want.gpus for one in able):
+        if any(node.get("CPU", 0) >= max(1, need.cpus) and node.get("GPU", 0) >= need.gpus for node in able):
             continue
         whole = "the flow's own node, where speed is measured," if step.whole_machine else "any node"
         yield Problem(
             what=f"No node can take {step.key}.",
             where="run",
-            why=f"It needs {max(1, want.cpus)} CPU and {want.gpus} GPU; {whole} has "
-            + " or ".join(sorted({f"{one.get('CPU', 0):g} CPU and {one.get('GPU', 0):g} GPU" for one in able}))
+            why=f"It needs {max(1, need.cpus)} CPU and {need.gpus} GPU; {whole} has "
+            + " or ".join(sorted({f"{node.get('CPU', 0):g} CPU and {node.get('GPU', 0):g} GPU" for node in able}))
             + ", as Ray was told.",
             next="Set measure.enabled: false, or start Ray here with --num-cpus."
             if step.whole_machine
@@ -254,13 +263,13 @@ def _unplaceable(steps: Sequence[Step], validated: Validated) -> Iterator[Proble
         )
 
 
-def clocks_apart(told: Told, *, sent: float, got: float) -> Iterator[Problem]:
+def clocks_apart(report: NodeReport, *, sent: float, got: float) -> Iterator[Problem]:
     """Whether a node's clock, read between these two moments of ours, cannot be within CLOCK_S of ours."""
-    off = min(told.clock - sent, 0.0) + max(told.clock - got, 0.0)
+    off = min(report.clock - sent, 0.0) + max(report.clock - got, 0.0)
     if abs(off) > CLOCK_S:
         yield Problem(
             what="A node has another time.",
-            where=str(told.node),
+            where=str(report.node),
             why=f"Its clock is {abs(off) / 60:.0f} minutes {'ahead of' if off > 0 else 'behind'} this machine's: the "
             "times in logs, in the report and in MLflow would contradict each other.",
             next="Set both clocks: timedatectl set-ntp true.",

@@ -44,17 +44,17 @@ class ClusterSession(Session):
     def do(self, step: Step) -> None:
         """As on one machine; but what this home has and the bucket lacks is uploaded here: no node could see it."""
         inputs = known_inputs(step, self.artifacts)
-        if inputs is not None and (found := lookup(step, inputs, self.store)).remote:
-            digests = {name: one.digest for name, one in inputs.items()}
+        if inputs is not None and (stored := lookup(step, inputs, self.store)).remote:
+            digests = {name: artifact.digest for name, artifact in inputs.items()}
             lock = self.store.lock(step.stage, step.fingerprint)
             with contextlib.suppress(StoreTrouble), lock:  # a node finds out for itself whether the bucket answers
-                if self.store.bring(found) is None:
+                if self.store.bring(stored) is None:
                     self.store.take_up(step.stage, step.slug, step.fingerprint, inputs=digests)
         super().do(step)
 
     def submit(self, step: Step, before: list[Any]) -> Any:
         """Hand one step to Ray, which starts it when what it reads has landed."""
-        keys = [one.key for one in _read(step)]
+        keys = [source.key for source in _read(step)]
         known = {
             key: Handle.of(self.steps[key], self.artifacts[key], self.store.home)
             for key in keys
@@ -62,25 +62,24 @@ class ClusterSession(Session):
         }
         awaited = [self.futures[key] for key in keys if key not in known and key in self.futures]
         options, place = self._lease(step), Place.of(self.store.home)
-        given = {"known": known, "limits": self.context.limits, "place": place, "cpus": options["num_cpus"]}
-        order = functools.partial(Order, step=step, **given)
-        unique = {id(one): one for one in (*before, *awaited)}.values()
+        limits, cpus = self.context.limits, options["num_cpus"]
+        order = functools.partial(Order, step=step, known=known, limits=limits, place=place, cpus=cpus)
+        unique = {id(future): future for future in (*before, *awaited)}.values()
         with remote_options(**options):
             return make_on_node.submit(key=step.key, order=order, before=list(unique))
 
     def _lease(self, step: Step) -> dict[str, Any]:
         """What Ray has to lease; speed is measured on the flow's own node, whose hardware its identity names."""
-        want = resources(step, self.context.limits)
+        need = resources(step, self.context.limits)
         if not step.whole_machine:
-            return {"num_cpus": want.cpus, "num_gpus": want.gpus, "max_retries": RETRIES}
+            return {"num_cpus": need.cpus, "num_gpus": need.gpus, "max_retries": RETRIES}
         own = ray.get_runtime_context().get_node_id()
-        (here,) = (one for one in ray.nodes() if one["NodeID"] == own)
-        there = NodeAffinitySchedulingStrategy(node_id=own, soft=False)
+        (here,) = (node for node in ray.nodes() if node["NodeID"] == own)
         return {
             "num_cpus": int(here["Resources"]["CPU"]),
-            "num_gpus": want.gpus,
+            "num_gpus": need.gpus,
             "max_retries": RETRIES,
-            "scheduling_strategy": there,
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=own, soft=False),
         }
 
     def wait(self) -> None:
@@ -90,33 +89,33 @@ class ClusterSession(Session):
                 ready, _ = ray.wait(list(left.values()), num_returns=len(left), timeout=LOOK_S)
             except SystemError as error:  # how Ray passes on what a signal's handler raised: Prefect's on SIGTERM
                 raise (error.__cause__ or error) from None
-            for key in [key for key, one in left.items() if one in ready]:  # a step's inputs come before it
+            for key in [key for key, task in left.items() if task in ready]:  # a step's inputs come before it
                 self._land(key)
 
     def stop(self) -> None:
         """Cancel what is left: its worker is killed, and the kernel ends the worker's child."""
         left = list(self._left().values())
-        for one in left:
+        for task in left:
             with contextlib.suppress(RayError):
-                ray.cancel(one, force=True, recursive=True)
+                ray.cancel(task, force=True, recursive=True)
         if left:
             ray.wait(left, num_returns=len(left), timeout=STOP_S)
 
     def _left(self) -> dict[str, Any]:
-        return {key: one.wrapped_future for key, one in self.futures.items() if key not in self.landed}
+        return {key: future.wrapped_future for key, future in self.futures.items() if key not in self.landed}
 
     def _land(self, key: str) -> None:
         step, future = self.steps[key], self.futures[key]
         self.landed.add(key)
         future.wait()
-        if any(one not in self.artifacts for one in needs(step)):
+        if any(needed not in self.artifacts for needed in needs(step)):
             self.record.add(step, "skipped", problem=self.skipped(key))
             return
-        got = future.result(raise_on_failure=False)
-        if isinstance(got, Landed):
-            self._take(step, got)
-        elif isinstance(got, FailedOnNode):
-            self.failed(step, got, node=asdict(got.node))
+        result = future.result(raise_on_failure=False)
+        if isinstance(result, Landed):
+            self._take(step, result)
+        elif isinstance(result, FailedOnNode):
+            self.failed(step, result, node=asdict(result.node))
         elif future.state.is_crashed():
             self.record.add(step, "failed", problem=_lost(key, future.state.message).as_dict())
             self.display.ended(key, f"fail  {key:<36} its node or worker was lost", style="red")
@@ -138,8 +137,8 @@ class ClusterRunner(RayTaskRunner[Any]):
 
 def _read(step: Step) -> list[Step]:
     """Steps whose artifacts a step reads; a choice is read with what it may name."""
-    found = [one for one in step.inputs.values() if isinstance(one, Step)]
-    return [*found, *(other for one in found if one.stage == "choose" for other in _read(one))]
+    sources = [source for source in step.inputs.values() if isinstance(source, Step)]
+    return [*sources, *(other for source in sources if source.stage == "choose" for other in _read(source))]
 
 
 def _lost(key: str, why: str | None) -> Problem:

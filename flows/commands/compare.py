@@ -1,11 +1,12 @@
 """`quench compare BEFORE AFTER`: two runs, arm by arm, on the test rows that both scored.
 
-Rows are named by their content, so equal names are equal rows: what both runs have is compared in pairs, what only one
-of them has is left out and counted. A comparison that would not be of the same thing is not made, and says why.
+Rows are named by their content, so equal names are equal rows. Rows of both runs are compared in pairs; rows of only
+one run are left out and counted. What cannot be compared is listed with the reason.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +18,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from flows.commands.terminal import Output
 from flows.results.cells import ArmEvidence, Draws, gather
 from flows.results.comparisons import LeftOut, verdict
 from flows.results.metrics import METRICS, TASK, Metric, difference_text, value_text
 from flows.results.paired import Paired, differences, paired
 from flows.results.read import RowScores, Run, read_run
 from flows.results.stats import Interval
+from flows.run.folder import find_run
 from recipes.problem import Problem
 from recipes.scorers import input_name
+from tasks.runtime.store.local import find_home
 
 COMPARED = ("task", "ppl_test", "ppl_all", "bits_per_byte", "kl_mean", "ppl_general")
 FAMILY = "runs"
@@ -90,10 +94,21 @@ class Compared:
             "before": self.before,
             "after": self.after,
             "rows": {split: shared._asdict() for split, shared in self.rows.items()},
-            "comparisons": [one.as_dict() for one in self.changes],
-            "left_out": [{"arm": one.a, "metric": one.metric, "reason": one.reason} for one in self.left_out],
+            "comparisons": [change.as_dict() for change in self.changes],
+            "left_out": [{"arm": pair.a, "metric": pair.metric, "reason": pair.reason} for pair in self.left_out],
             **{name: list(getattr(self, name)) for name in ("same_files", "only_before", "only_after")},
         }
+
+
+def command(args: argparse.Namespace) -> Output:
+    """Compare two runs by id.
+
+    Raises:
+        RecipeError: No such runs, or as of compare_runs.
+    """
+    home = find_home()
+    compared = compare_runs(find_run(home, args.before), find_run(home, args.after), home)
+    return Output(json=compared.as_dict(), text=lambda console: print_compared(compared, console))
 
 
 def compare_runs(before: Path, after: Path, home: Path) -> Compared:
@@ -104,10 +119,7 @@ def compare_runs(before: Path, after: Path, home: Path) -> Compared:
     """
     if before == after:
         raise Problem(
-            what="Both are one run.",
-            where=str(before),
-            why="There is nothing to compare.",
-            next="Name another run.",
+            what="Both are one run.", where=str(before), why="There is nothing to compare.", next="Name another run."
         ).error()
     runs = read_run(before, home), read_run(after, home)
     old, new = (gather(run) for run in runs)
@@ -116,13 +128,13 @@ def compare_runs(before: Path, after: Path, home: Path) -> Compared:
     left_out: list[LeftOut] = []
     for slug in shared:
         for metric in _of_interest(old[slug], new[slug]):
-            found = _pair(metric, old[slug], new[slug], runs)
-            if isinstance(found, str):
-                left_out.append(LeftOut(a=slug, b=slug, metric=metric.name, family=FAMILY, reason=found))
+            pair = _pair(metric, old[slug], new[slug], runs)
+            if isinstance(pair, str):
+                left_out.append(LeftOut(a=slug, b=slug, metric=metric.name, family=FAMILY, reason=pair))
             else:
-                pairs[slug, metric.name] = found
+                pairs[slug, metric.name] = pair
     if not pairs:
-        why = "; ".join(dict.fromkeys(one.reason for one in left_out)) or "They have no arm in common."
+        why = "; ".join(dict.fromkeys(pair.reason for pair in left_out)) or "They have no arm in common."
         raise Problem(
             what="The two runs cannot be compared.",
             where=f"{before.name}, {after.name}",
@@ -153,7 +165,7 @@ def _of_interest(old: ArmEvidence, new: ArmEvidence) -> Iterator[Metric]:
 
 def _pair(metric: Metric, old: ArmEvidence, new: ArmEvidence, runs: tuple[Run, Run]) -> Paired | str:
     """Both arms' scores on shared rows, or why they cannot be compared."""
-    before, after = (one.scores.get(metric.source or "") for one in (old, new))
+    before, after = (arm.scores.get(metric.source or "") for arm in (old, new))
     if before is None or after is None:
         return f"no such scores {'before' if before is None else 'after'}"
     if reason := _unlike(metric, *runs, arm=new.arm.evaluate):
@@ -186,23 +198,23 @@ def _unlike(metric: Metric, before: Run, after: Run, *, arm: str | None) -> str 
 
 def _scoring(run: Run, metric: str, arm: str | None) -> list[Any]:
     """What decides whether an answer is right: one scorer, what it reads, and how long an answer may be."""
-    said: Mapping[str, Any] = run.recipe.get("evaluate") or {}
-    scorers: list[dict[str, Any]] = said.get("scorers") or []
-    named = metric.removeprefix(TASK)  # of the first one, `task`: it is found by its place
-    at = next((n for n, one in enumerate(scorers) if n and (one.get("name") or one["kind"]) == named), 0)
+    settings: Mapping[str, Any] = run.recipe.get("evaluate") or {}
+    scorers: list[dict[str, Any]] = settings.get("scorers") or []
+    name = metric.removeprefix(TASK)  # of the first one, `task`: it is found by its place
+    at = next((n for n, scorer in enumerate(scorers) if n and (scorer.get("name") or scorer["kind"]) == name), 0)
     step = run.step(arm)
     reads = (step.manifest or {}).get("inputs", {}).get(input_name(at), {}).get("digest") if step else None
-    return [scorers[at : at + 1], reads, said.get("max_new_tokens")]
+    return [scorers[at : at + 1], reads, settings.get("max_new_tokens")]
 
 
 def _digest(run: Run, stage: str) -> str | None:
-    found = next((step for step in run.steps.values() if step.stage == stage and step.manifest), None)
-    return found.manifest["digest"] if found is not None and found.manifest else None
+    manifests = (step.manifest for step in run.steps.values() if step.stage == stage and step.manifest)
+    return next((manifest["digest"] for manifest in manifests), None)
 
 
 def _files(run: Run, slug: str) -> list[Any]:
     """Digests of what an arm loads; never equal to another run's where something is missing."""
-    arm = next(one for one in run.arms if one.slug == slug)
+    arm = next(arm for arm in run.arms if arm.slug == slug)
     steps = [run.step(key) for key in (arm.model, arm.adapter) if key]
     base = (run.raw.get("base") or {}).get("digest")
     elsewhere = (run.raw.get("external") or {}).get(slug, {}).get("digest")
@@ -210,15 +222,15 @@ def _files(run: Run, slug: str) -> list[Any]:
 
 
 def _rows(old: Mapping[str, ArmEvidence], new: Mapping[str, ArmEvidence], shared: Sequence[str]) -> dict[str, Shared]:
-    found: dict[str, Shared] = {}
+    rows: dict[str, Shared] = {}
     for split, source in (("test", "nll"), ("general", "nll_general")):
         for slug in shared:
-            before, after = (one[slug].scores.get(source) for one in (old, new))
+            before, after = (arms[slug].scores.get(source) for arms in (old, new))
             if before is not None and after is not None:
                 a, b = set(before.rows.tolist()), set(after.rows.tolist())
-                found[split] = Shared(len(a & b), len(a - b), len(b - a))
+                rows[split] = Shared(len(a & b), len(a - b), len(b - a))
                 break
-    return found
+    return rows
 
 
 def _changes(pairs: Mapping[tuple[str, str], Paired]) -> list[Change]:
@@ -246,12 +258,12 @@ def _shown(metric: str, rows: RowScores) -> float:
     return float(np.exp(value)) if METRICS[metric].link == "exp" else value
 
 
-def print_compared(found: Compared, console: Console) -> None:
-    """Print one table, a line an arm and metric, and what was left out below."""
-    console.print(Text(f"before {found.before}\nafter  {found.after}"))
-    for split, rows in found.rows.items():
-        told = f"{split}: {rows.both:,} rows in both are compared; {rows.only_before:,} only before and "
-        console.print(Text(f"{told}{rows.only_after:,} only after are left out"))
+def print_compared(compared: Compared, console: Console) -> None:
+    """Print one table, one line per arm and metric, and below it what was left out."""
+    console.print(Text(f"before {compared.before}\nafter  {compared.after}"))
+    for split, rows in compared.rows.items():
+        both = f"{split}: {rows.both:,} rows in both are compared; {rows.only_before:,} only before and "
+        console.print(Text(f"{both}{rows.only_after:,} only after are left out"))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("arm", "metric"):
         table.add_column(name, no_wrap=True)
@@ -261,33 +273,33 @@ def print_compared(found: Compared, console: Console) -> None:
     table.add_column("after - before", justify="right", min_width=INTERVAL_CHARS)
     table.add_column("after is", no_wrap=True)
     last = ""
-    for one in found.changes:
-        ci95 = list(one.ci95_adjusted)
-        shown = [value_text(one.metric, getattr(one, name), ci95) for name in values]
-        word = Text("no diff. shown" if one.verdict == "no difference shown" else one.verdict)
-        word.stylize(STYLES.get(one.verdict, "dim"))
-        difference = difference_text(one.metric, one.difference, ci95)
-        name = one.arm if one.arm != last else ""
-        table.add_row(name, METRICS[one.metric].label, *shown, difference, word)
-        last = one.arm
+    for change in compared.changes:
+        ci95 = list(change.ci95_adjusted)
+        shown = [value_text(change.metric, getattr(change, name), ci95) for name in values]
+        word = Text("no diff. shown" if change.verdict == "no difference shown" else change.verdict)
+        word.stylize(STYLES.get(change.verdict, "dim"))
+        difference = difference_text(change.metric, change.difference, ci95)
+        name = change.arm if change.arm != last else ""
+        table.add_row(name, METRICS[change.metric].label, *shown, difference, word)
+        last = change.arm
     console.print(table)
     if not values:
         console.print(Text("no room for before, after: a wider terminal or --json has them", style="dim"))
-    console.print(Text(f"Intervals hold together over all {len(found.changes)} comparisons.", style="dim"))
-    for line in _remarks(found):
+    console.print(Text(f"Intervals hold together over all {len(compared.changes)} comparisons.", style="dim"))
+    for line in _remarks(compared):
         console.print(Text(line, style="dim"))
 
 
-def _remarks(found: Compared) -> Iterator[str]:
+def _remarks(compared: Compared) -> Iterator[str]:
     reasons: dict[str, list[str]] = {}
-    for one in found.left_out:
-        reasons.setdefault(one.reason, []).append(f"{one.a} ({METRICS[one.metric].label})")
+    for pair in compared.left_out:
+        reasons.setdefault(pair.reason, []).append(f"{pair.a} ({METRICS[pair.metric].label})")
     for reason, which in reasons.items():
         yield f"Not compared, {reason}: {', '.join(which)}."
-    for told, which in (
-        ("The same files in both runs", found.same_files),
-        ("Only before", found.only_before),
-        ("Only after", found.only_after),
+    for heading, which in (
+        ("The same files in both runs", compared.same_files),
+        ("Only before", compared.only_before),
+        ("Only after", compared.only_after),
     ):
         if which:
-            yield f"{told}: {', '.join(which)}."
+            yield f"{heading}: {', '.join(which)}."

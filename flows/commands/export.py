@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from flows.commands.folders import check_disk, check_output
+from flows.commands.terminal import FAILED, Output, refusal, say
 from flows.report.build import render
 from flows.report.model_card import _provenance, card
 from flows.results.artifacts import Part, parts_of, serve_record
@@ -31,7 +31,7 @@ from tasks.runtime.pin import Digests, external_folder
 from tasks.runtime.process.launch import Launcher
 from tasks.runtime.process.leases import Leases, cpu_slots
 from tasks.runtime.step import Context, External, Limits, resolve_device, run_step
-from tasks.runtime.store.local import Store, find_home
+from tasks.runtime.store.local import Store, find_home, read_json
 from tasks.runtime.tokenizer_files import TOKENIZER_FILES
 
 
@@ -55,9 +55,7 @@ class Exported:
     reloaded: dict[str, Any] | None
 
 
-def export(
-    run_folder: Path, slug: str, dest: Path, *, home: Path, say: Callable[[str], None], again: bool = False
-) -> Exported:
+def export(run_folder: Path, slug: str, dest: Path, *, home: Path, again: bool = False) -> Exported:
     """Copy an arm out of the store.
 
     An arm with an adapter on top has two parts: DEST/base and DEST/adapter.
@@ -67,7 +65,6 @@ def export(
         slug: The arm.
         dest: Folder to write; must not exist or be empty.
         home: QUENCH_HOME.
-        say: Gets what is being done, a line a time.
         again: DEST may hold this very export, which is then left as it is: a push that failed goes on from there.
 
     Raises:
@@ -80,16 +77,16 @@ def export(
     parts = list(parts_of(run, arm))
     if again and _is_there(dest, parts):
         return _exported(dest, slug, None)
-    if problems := [*_check_dest(dest, parts), *_check_parts(run, parts)]:
+    if problems := [*_check_dest(dest, parts), *_check_parts(parts)]:
         raise RecipeError(problems)
-    report = json.loads((run_folder / "report.json").read_text(encoding="utf-8")) if _reported(run_folder) else None
-    report = report or render(run_folder, home).json
+    path = run_folder / "report.json"
+    report = read_json(path) if path.exists() else render(run_folder, home).json
     work = work_folder(dest)
     shutil.rmtree(work, ignore_errors=True)
     draft = work / "copy"
     try:
         for part in parts:
-            _copy(part, draft / part.under, run, say)
+            _copy(part, draft / part.under, run)
         served = serve_record(run, arm, parts)
         write(draft, served)
         (draft / "recipe.yaml").write_text(_recipe(run), encoding="utf-8")
@@ -123,10 +120,6 @@ def _is_there(dest: Path, parts: list[Part]) -> bool:
     )
 
 
-def _reported(run_folder: Path) -> bool:
-    return (run_folder / "report.json").exists()
-
-
 # ---- refusing
 
 
@@ -139,33 +132,47 @@ def _find(run: Run, slug: str) -> RunArm:
     arm = arms.get(slug)
     if arm is None:
         near = get_close_matches(slug, arms, n=1)
-        raise _refused(
-            f"The run has no arm {slug}.",
-            str(run.folder),
-            f"It has {', '.join(arms) or 'none'}.",
-            f"Did you mean {near[0]}?" if near else "Name one of these.",
-        )
+        raise Problem(
+            what=f"The run has no arm {slug}.",
+            where=str(run.folder),
+            why=f"It has {', '.join(arms) or 'none'}.",
+            next=f"Did you mean {near[0]}?" if near else "Name one of these.",
+        ).error()
+    if problem := _nothing_to_export(run, arm):
+        raise problem.error()
+    return arm
+
+
+def _nothing_to_export(run: Run, arm: RunArm) -> Problem | None:
+    """Why an arm of the run has no files that could be copied."""
+    slug, where = arm.slug, str(run.folder)
     if arm.unavailable:
-        raise _refused(f"{slug} cannot be.", str(run.folder), f"{arm.unavailable}.", "Name another arm.")
+        return Problem(what=f"{slug} cannot be made.", where=where, why=f"{arm.unavailable}.", next="Name another arm.")
     if arm.of is not None:
-        raise _refused(
-            f"{slug} has no files of its own.",
-            str(run.folder),
-            f"It is {arm.of} with a KV cache whose storage was simulated; a server is told to do that when it starts.",
-            f"Export {arm.of}; vLLM takes --kv-cache-dtype fp8.",
+        return Problem(
+            what=f"{slug} has no files of its own.",
+            where=where,
+            why=f"It is {arm.of} with a KV cache whose storage was simulated; a server is told to do that when it "
+            "starts.",
+            next=f"Export {arm.of}; vLLM takes --kv-cache-dtype fp8.",
         )
     if arm.model is None and arm.adapter is None:
-        raise _refused(
-            f"{slug} is a model from elsewhere." if arm.external else f"{slug} is the untouched base.",
-            str(run.folder),
-            "Nothing was made of it, so there is nothing to export.",
-            "Copy it from where it came from, or name another arm.",
+        return Problem(
+            what=f"{slug} is a model from elsewhere." if arm.external else f"{slug} is the untouched base.",
+            where=where,
+            why="Nothing was made of it, so there is nothing to export.",
+            next="Copy it from where it came from, or name another arm.",
         )
     for step in _behind(run, arm):
         if step is None or not step.ok:
             why = step.trouble if step else "the run ended before it was made"
-            raise _refused(f"{slug} was not made.", str(run.folder), f"{why}.", "Mend that, and quench run it again.")
-    return arm
+            return Problem(
+                what=f"{slug} was not made.",
+                where=where,
+                why=f"{why}.",
+                next="Fix that, and run its recipe again: quench run.",
+            )
+    return None
 
 
 def _behind(run: Run, arm: RunArm) -> list[RunStep | None]:
@@ -175,45 +182,20 @@ def _behind(run: Run, arm: RunArm) -> list[RunStep | None]:
 def _names(part: Part) -> list[str]:
     if part.sha256:
         return sorted(part.sha256)
-    found = {path for pattern in (*MODEL_FILES, *TOKENIZER_FILES) for path in part.source.glob(pattern)}
-    return sorted(str(path.relative_to(part.source)) for path in found if path.is_file())
+    files = {path for pattern in (*MODEL_FILES, *TOKENIZER_FILES) for path in part.source.glob(pattern)}
+    return sorted(str(path.relative_to(part.source)) for path in files if path.is_file())
 
 
 def _check_dest(dest: Path, parts: list[Part]) -> Iterator[Problem]:
-    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
-        yield Problem(
-            what="DEST is not an empty folder.",
-            where=str(dest),
-            why="Nothing is written over: what is there may be wanted.",
-            next="Name another folder, or remove this one.",
-        )
+    yield from check_output(dest, word="DEST", inputs=[part.source for part in parts])
+    files = [part.source / name for part in parts for name in _names(part)]
+    size = sum(path.stat().st_size for path in files if path.is_file())
+    yield from check_disk(dest, size, word="DEST", content="the copy")
+
+
+def _check_parts(parts: list[Part]) -> Iterator[Problem]:
     for part in parts:
-        if dest.resolve().is_relative_to(part.source.resolve()):
-            yield Problem(
-                what="DEST lies inside of what is exported.",
-                where=str(dest),
-                why=f"{part.source} is only read.",
-                next="Name a folder outside of it.",
-            )
-    size = sum((part.source / name).stat().st_size for part in parts for name in _names(part) if _there(part, name))
-    there = next(folder for folder in dest.parents if folder.exists())
-    free = shutil.disk_usage(there).free
-    if free < size:
-        yield Problem(
-            what=f"The disk has {free / 1e9:.1f} GB free, the copy takes {size / 1e9:.1f} GB.",
-            where=str(there),
-            why="An export is a real copy, without links into the store.",
-            next="Free space, or name a DEST on another disk.",
-        )
-
-
-def _there(part: Part, name: str) -> bool:
-    return (part.source / name).is_file()
-
-
-def _check_parts(run: Run, parts: list[Part]) -> Iterator[Problem]:
-    for part in parts:
-        missing = [name for name in _names(part) if not _there(part, name)]
+        missing = [name for name in _names(part) if not (part.source / name).is_file()]
         if missing:
             yield Problem(
                 what=f"Files of the {part.name} are missing: {', '.join(missing)}.",
@@ -226,26 +208,26 @@ def _check_parts(run: Run, parts: list[Part]) -> Iterator[Problem]:
 # ---- copying
 
 
-def _copy(part: Part, out: Path, run: Run, say: Callable[[str], None]) -> None:
+def _copy(part: Part, out: Path, run: Run) -> None:
     """Copy file by file, and compare what arrived with the manifest, or with what the run read of the base."""
     say(f"copying the {part.name} from {part.source}")
     for name in _names(part):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(part.source / name, out / name)
         if part.sha256 and file_digest(out / name) != part.sha256[name]:
-            raise _changed(part, f"{name} has another sha256 than its manifest says")
+            raise _changed(part, f"{name} has another sha256 than its manifest says").error()
     if not part.sha256:
         copied = external_folder("base", out, patterns=MODEL_FILES, digests=Digests(out.parent))
         if copied.digest != run.raw["base"]["digest"]:
-            raise _changed(part, "its files are not those that the run read")
+            raise _changed(part, "its files are not those that the run read").error()
 
 
-def _changed(part: Part, how: str) -> RecipeError:
-    return _refused(
-        f"The {part.name} has changed.",
-        str(part.source),
-        f"{how[0].upper()}{how[1:]}: it is not what was evaluated.",
-        "Put the old files back, or run the recipe again.",
+def _changed(part: Part, how: str) -> Problem:
+    return Problem(
+        what=f"The {part.name} has changed.",
+        where=str(part.source),
+        why=f"{how[0].upper()}{how[1:]}: it is not what was evaluated.",
+        next="Put the old files back, or run the recipe again.",
     )
 
 
@@ -260,8 +242,8 @@ def _reload(arm: RunArm, parts: list[Part], draft: Path, *, work: Path, home: Pa
             limits=Limits(device=resolve_device("auto"), threads=cpu_slots()),
         )
         step = reload.step(arm.slug, kind=arm.kind, inputs=inputs)
-        made = run_step(step, {name: one.artifact for name, one in inputs.items()}, context)
-    return made.artifact.manifest["result"]
+        loaded = run_step(step, {name: source.artifact for name, source in inputs.items()}, context)
+    return loaded.artifact.manifest["result"]
 
 
 def _external(name: str, path: Path) -> External:
@@ -273,13 +255,13 @@ def _external(name: str, path: Path) -> External:
 
 def _recipe(run: Run) -> str:
     """The recipe as it was run: what was set in the file or by --set, without defaults."""
-    asked = recipe_of_run(run.recipe).model_dump(mode="json", exclude_defaults=True)
+    values = recipe_of_run(run.recipe).model_dump(mode="json", exclude_defaults=True)
     head = f"# Run {run.raw['id']}, overrides included; relative paths counted from the folder of its recipe.\n"
-    return head + yaml.safe_dump(asked, sort_keys=False, allow_unicode=True)
+    return head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
-def command(args: argparse.Namespace) -> int:
-    """Copy, reload, say so, push; exit code 1 where only the push failed.
+def command(args: argparse.Namespace) -> Output:
+    """Copy, reload, push; exit code 1 where only the push failed.
 
     Raises:
         RecipeError: Words, run, arm, folder or repository that cannot be.
@@ -293,36 +275,26 @@ def command(args: argparse.Namespace) -> int:
 
         push.check(args.push)
     home = find_home()
-    made = export(
-        find_run(home, run[0] if run else None),
-        arm,
-        Path(dest),
-        home=home,
-        say=lambda text: print(text, file=sys.stderr),
-        again=args.push is not None,
-    )
-    told: dict[str, Any] = {"ok": True, "arm": made.arm, "folder": str(made.folder), "files": made.files}
-    told |= {"bytes": made.n_bytes, "reloaded": made.reloaded, "pushed": None}
+    exported = export(find_run(home, run[0] if run else None), arm, Path(dest), home=home, again=args.push is not None)
+    answer: dict[str, Any] = {"ok": True, "arm": exported.arm, "folder": str(exported.folder), "files": exported.files}
+    answer |= {"bytes": exported.n_bytes, "reloaded": exported.reloaded, "pushed": None}
     loaded = "was there already"
-    if said := made.reloaded:
-        loaded = f"loaded in plain transformers ({said['kernel']}), logits differ by {said['largest_difference']:.1g}"
-    lines = [f"{made.folder}: {made.files} files, {made.n_bytes / 1e6:.1f} MB; {loaded}"]
+    if result := exported.reloaded:
+        difference = f"{result['largest_difference']:.1g}"
+        loaded = f"loaded in plain transformers ({result['kernel']}), logits differ by {difference}"
+    lines = [f"{exported.folder}: {exported.files} files, {exported.n_bytes / 1e6:.1f} MB; {loaded}"]
     if args.push:
         from tasks.runtime.hub import push
 
         try:
-            pushed = push.push(made.folder, args.push)
+            pushed = push.push(exported.folder, args.push)
         except RecipeError as error:
-            if args.json:
-                problems = [one.as_dict() for one in error.problems]
-                print(json.dumps({**told, "ok": False, "problems": problems}, indent=2))
-            else:
-                print(f"error: {error}\n{made.folder} is complete: only the push failed", file=sys.stderr)
-            return 1
-        told["pushed"] = pushed._asdict()
+            if not args.json:
+                say(f"error: {error}\n{exported.folder} is complete: only the push failed")
+            return Output(json={**answer, **refusal(error.problems)}, text="", code=FAILED)
+        answer["pushed"] = pushed._asdict()
         lines.append(f"{pushed.url} at commit {pushed.commit[:12]}{', new and private' if pushed.created else ''}")
-    print(json.dumps(told, indent=2, default=str) if args.json else "\n".join(lines))
-    return 0
+    return Output(json=answer, text="\n".join(lines))
 
 
 def _words_problem(words: Sequence[str]) -> Problem:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.commands.init_recipe import Fitted, Found, notes, render
-from flows.plan.memory import Predicted, predict
+from flows.commands.init_recipe import Detected, Fitted, notes, render
+from flows.commands.terminal import Output
+from flows.plan.memory import StepNeeds, predict
 from flows.plan.preflight import SETTINGS, Memory, available, largest_fitting, refuse
 from flows.plan.row_sizes import data_bytes, row_sizes, row_tokens, tokens_per_byte
 from recipes.checks.check import load_and_check
@@ -63,6 +65,16 @@ class InitResult:
         return asdict(self) | {"path": str(self.path)}
 
 
+def command(args: argparse.Namespace) -> Output:
+    """Write the recipe, say what was detected and chosen.
+
+    Raises:
+        RecipeError: As of init.
+    """
+    written = init(args.model, args.data, out=args.out, chat_template=args.chat_template, force=args.force)
+    return Output(json=written.as_dict(), text=written.text)
+
+
 def init(
     model: str,
     data: str | Path,
@@ -85,10 +97,10 @@ def init(
     Raises:
         RecipeError: Everything that keeps model or data from being used, or `out` exists.
     """
-    found = _look(model, Path(data), out=out, chat_template=chat_template, force=force)
-    fitted = _fitted(_chosen(found), found, memory or available())
+    detected = _look(model, Path(data), out=out, chat_template=chat_template, force=force)
+    fitted = _fitted(_chosen(detected), detected, memory or available())
     before = out.read_text(encoding="utf-8") if out.exists() else None
-    out.write_text(render(fitted, found, out=out), encoding="utf-8")
+    out.write_text(render(fitted, detected, out=out), encoding="utf-8")
     try:
         load_and_check(out, data=True)
     except RecipeError:
@@ -97,8 +109,8 @@ def init(
         else:
             out.write_text(before, encoding="utf-8")
         raise
-    told = notes(fitted, found) | _enable_prefect(out.parent)
-    return InitResult(path=out, notes=told, next=f"quench run {shown(out)}")
+    remarks = notes(fitted, detected) | _enable_prefect(out.parent)
+    return InitResult(path=out, notes=remarks, next=f"quench run {shown(out)}")
 
 
 def _enable_prefect(folder: Path) -> dict[str, str]:
@@ -119,19 +131,24 @@ def _enable_prefect(folder: Path) -> dict[str, str]:
 # ---- looking
 
 
-def _look(model: str, data: Path, *, out: Path, chat_template: str | None, force: bool) -> Found:
+def _look(model: str, data: Path, *, out: Path, chat_template: str | None, force: bool) -> Detected:
     """Read headers and rows; raise everything that is wrong with either."""
-    problems: list[Problem] = []
-    if out.exists() and not force:
-        problems.append(_problem(f"{shown(out)} is there already.", str(out), "It may hold work.", "Add --force."))
-    if not out.parent.is_dir():
-        problems.append(_problem(f"There is no folder {out.parent}.", "--out", "Nothing is made there.", "Make it."))
-    headers = _headers(model, problems)
-    _check_template(model, data, chat_template, headers=headers, problems=problems)
+    problems = list(_output_problems(out, force=force))
+    headers = None
+    try:
+        headers = _headers(model)
+    except RecipeError as error:
+        problems += error.problems
+    problems += _template_problems(model, data, chat_template, headers=headers)
     read = read_rows(data) if data.exists() else Rows()
     if not data.exists():
         problems.append(
-            _problem(f"There is no file or folder {data}.", "--data", "Rows are read from it.", "Correct the path.")
+            Problem(
+                what=f"There is no file or folder {data}.",
+                where="--data",
+                why="Rows are read from it.",
+                next="Correct the path.",
+            )
         )
     problems += read.problems
     group = next((name for name in GROUP_NAMES if _everywhere(name, read.rows)), None)
@@ -140,7 +157,7 @@ def _look(model: str, data: Path, *, out: Path, chat_template: str | None, force
         problems.append(_too_few(data, sides))
     if problems:
         raise RecipeError(problems)
-    return Found(
+    return Detected(
         base=model,
         template=chat_template,
         headers=headers,
@@ -152,46 +169,64 @@ def _look(model: str, data: Path, *, out: Path, chat_template: str | None, force
     )
 
 
-def _problem(what: str, where: str, why: str, remedy: str) -> Problem:
-    return Problem(what=what, where=where, why=why, next=remedy)
+def _output_problems(out: Path, *, force: bool) -> Iterator[Problem]:
+    if out.exists() and not force:
+        yield Problem(
+            what=f"{shown(out)} is there already.", where=str(out), why="It may hold work.", next="Add --force."
+        )
+    if not out.parent.is_dir():
+        yield Problem(
+            what=f"There is no folder {out.parent}.",
+            where="--out",
+            why="The recipe is written into it.",
+            next="Make it.",
+        )
 
 
-def _headers(model: str, problems: list[Problem]) -> Headers | None:
+def _headers(model: str) -> Headers | None:
+    """Headers of a folder; None of a hub id.
+
+    Raises:
+        RecipeError: It is neither, or its files cannot be read.
+    """
     folder = Path(model).expanduser()
-    if not folder.is_dir():
-        if not is_hub_id(model, folder=Path.cwd()):
-            text = f"{model} is neither a folder nor a hub id."
-            problems.append(_problem(text, "--model", "A hub id is org/name.", "Correct the path."))
+    if folder.is_dir():
+        return read_headers(folder)
+    if is_hub_id(model, folder=Path.cwd()):
         return None
-    try:
-        headers = read_headers(folder)
-    except RecipeError as error:
-        problems.extend(error.problems)
-        return None
-    return headers
+    raise Problem(
+        what=f"{model} is neither a folder nor a hub id.",
+        where="--model",
+        why="A hub id is org/name.",
+        next="Correct the path.",
+    ).error()
 
 
-def _check_template(
-    model: str, data: Path, chosen: str | None, *, headers: Headers | None, problems: list[Problem]
-) -> None:
+def _template_problems(model: str, data: Path, chosen: str | None, *, headers: Headers | None) -> Iterator[Problem]:
     if chosen is not None and chosen != "chatml" and not Path(chosen).is_file():
-        remedy = "Name a Jinja file, or chatml."
-        problems.append(_problem(f"There is no file {chosen}.", "--chat-template", "It is no known name.", remedy))
+        yield Problem(
+            what=f"There is no file {chosen}.",
+            where="--chat-template",
+            why="It is no known name.",
+            next="Name a Jinja file, or chatml.",
+        )
     if headers is None:
         return
     if chosen is None and not headers.has_chat_template:
-        problems.append(
-            Problem(
-                what="The base has no chat template.",
-                where=str(headers.folder),
-                why="Without one, turns cannot be rendered the same way in training, calibration and serving.",
-                next=f"quench init --model {model} --data {data} --chat-template chatml    (or a Jinja file; it is "
-                "saved into every artifact)",
-            )
+        yield Problem(
+            what="The base has no chat template.",
+            where=str(headers.folder),
+            why="Without one, turns cannot be rendered the same way in training, calibration and serving.",
+            next=f"quench init --model {model} --data {data} --chat-template chatml    (or a Jinja file; it is "
+            "saved into every artifact)",
         )
     if chosen is not None and headers.has_chat_template:
-        why = "The base was trained with its own; a second one would undo that."
-        problems.append(_problem("The base has a chat template.", "--chat-template", why, "Leave --chat-template out."))
+        yield Problem(
+            what="The base has a chat template.",
+            where="--chat-template",
+            why="The base was trained with its own; a second one would undo that.",
+            next="Leave --chat-template out.",
+        )
 
 
 def _too_few(data: Path, sides: Sides) -> Problem:
@@ -225,24 +260,24 @@ def _domain(rows: Sequence[Row], *, but: str | None) -> str | None:
 # ---- choosing
 
 
-def _chosen(found: Found) -> Recipe:
+def _chosen(detected: Detected) -> Recipe:
     """Values for this model and these rows, before memory is looked at."""
-    headers, train = found.headers, len(found.sides.rows["train"])
+    headers, train = detected.headers, len(detected.sides.rows["train"])
     limit = (headers.max_positions if headers else None) or 1 << 20
     per_byte = tokens_per_byte(headers)
-    length = _length([row_tokens(row, per_byte) for row in found.read.rows], limit=limit)
-    answers = [len(row.messages[-1]["content"].encode()) for row in found.read.rows]
+    length = _length([row_tokens(row, per_byte) for row in detected.read.rows], limit=limit)
+    answers = [len(row.messages[-1]["content"].encode()) for row in detected.read.rows]
     batch = 16 if train >= 500 else 8
     prompt = min(128, limit // 2)
     return Recipe.model_validate(
         {
-            "name": re.sub(r"[^a-z0-9]+", "-", found.data.stem.lower()).strip("-")[:40].strip("-") or "recipe",
-            "model": {"base": found.base, "chat_template": found.template},
-            "data": {"path": str(found.data), "format": found.read.format, "domain": found.domain}
-            | {"group": found.group, "max_length": length},
+            "name": re.sub(r"[^a-z0-9]+", "-", detected.data.stem.lower()).strip("-")[:40].strip("-") or "recipe",
+            "model": {"base": detected.base, "chat_template": detected.template},
+            "data": {"path": str(detected.data), "format": detected.read.format, "domain": detected.domain}
+            | {"group": detected.group, "max_length": length},
             "train": {"learning_rate": _learning_rate(headers), "batch_size": batch}
             | {"epochs": float(min(5, max(1, math.ceil(LEAST_STEPS * batch / train)))), "checkpoint_steps": 50},
-            "calibrate": {"rows": _calibration_rows(found), "seq_len": min(limit, max(512, length))},
+            "calibrate": {"rows": _calibration_rows(detected), "seq_len": min(limit, max(512, length))},
             "quantize": {"schemes": _schemes(headers)},
             "evaluate": {"on_base": _schemes(headers)[1:2], "max_new_tokens": _answer(max(answers), per_byte)},
             "measure": {"prompt_tokens": prompt, "new_tokens": min(32, limit - prompt)},
@@ -273,10 +308,10 @@ def _learning_rate(headers: Headers | None) -> float:
     return 2e-4 if size >= 1e9 else 5e-4 if size >= 1e8 else 1e-3
 
 
-def _calibration_rows(found: Found) -> int:
-    """256, or as many as the widest layer's Hessian asks for at 4 bytes a token; 512 and 9 in 10 of train at most."""
-    rows = found.sides.rows["train"]
-    needed = TOKENS_PER_INPUT * found.headers.largest_in_features if found.headers else 0
+def _calibration_rows(detected: Detected) -> int:
+    """256, or as many as the widest layer's Hessian asks for at 4 bytes per token; 512 and 9 in 10 of train at most."""
+    rows = detected.sides.rows["train"]
+    needed = TOKENS_PER_INPUT * detected.headers.largest_in_features if detected.headers else 0
     mean = sum(len(turn["content"].encode()) / 4 + 4 for row in rows for turn in row.messages) / len(rows)
     spare = max(LEAST_ROWS, len(rows) * 9 // 10)  # prepare may leave a long row out
     return min(512, spare, max(256, math.ceil(needed / mean)))
@@ -286,7 +321,7 @@ def _schemes(headers: Headers | None) -> list[str]:
     """AWQ and GPTQ at 4 bits with the largest legal group, the smallest one, and round-to-nearest as control."""
     legal = {scheme.slug: scheme for scheme in legal_schemes(headers.linears)} if headers else None
     groups = sorted(
-        {one.group_size for one in legal.values() if one.slug.startswith("gptq-w4-g")} if legal else {32, 128}
+        {scheme.group_size for slug, scheme in legal.items() if slug.startswith("gptq-w4-g")} if legal else {32, 128}
     )
     large, small = (groups[-1], groups[0]) if groups else (128, 32)
     wanted = [f"awq-w4-g{large}", f"gptq-w4-g{large}", f"gptq-w4-g{small}", f"rtn-w4-g{large}"]
@@ -298,24 +333,24 @@ def _schemes(headers: Headers | None) -> list[str]:
 # ---- fitting
 
 
-def _fitted(recipe: Recipe, found: Found, memory: Memory) -> Fitted:
+def _fitted(recipe: Recipe, detected: Detected, memory: Memory) -> Fitted:
     """The recipe with the largest batch and length that fit; as it is where the base is not local.
 
     Raises:
         RecipeError: No batch or length fits.
     """
-    if found.headers is None:
+    if detected.headers is None:
         return Fitted(recipe=recipe, predicted=[], memory=None)
-    headers = found.headers
+    headers = detected.headers
     device = resolve_device(recipe.run.device)
     spared = Memory(SPARE * memory.host_gib, None if memory.gpu_gib is None else SPARE * memory.gpu_gib)
     per_byte = tokens_per_byte(headers)
     rows = row_sizes(
-        found.read.rows, data_bytes=data_bytes(Origin(path=found.data), found.read.rows), per_byte=per_byte
+        detected.read.rows, data_bytes=data_bytes(Origin(path=detected.data), detected.read.rows), per_byte=per_byte
     )
 
-    def steps(asked: Recipe) -> list[Predicted]:
-        return predict(asked, headers, device=device, rows=rows)
+    def steps(recipe: Recipe) -> list[StepNeeds]:
+        return predict(recipe, headers, device=device, rows=rows)
 
     for stage in SETTINGS:
         setting = largest_fitting(stage, recipe, memory=spared, steps=steps)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from flows.plan.memory import Predicted
+from flows.plan.memory import StepNeeds
 from flows.plan.preflight import Memory
 from recipes.checks.rows import Sides
 from recipes.data.files import raw_rows
@@ -26,8 +26,8 @@ ROW_CHARS = 200  # of the first row, shown
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """What model and data say.
+class Detected:
+    """What was detected in model and data.
 
     Attributes:
         base: As it was named.
@@ -55,7 +55,7 @@ class Fitted:
     """A recipe, and what it will need of the memory that was free; nothing is known of a base that is not local."""
 
     recipe: Recipe
-    predicted: list[Predicted]
+    predicted: list[StepNeeds]
     memory: Memory | None
 
     def needs(self, stage: str) -> str:
@@ -69,7 +69,7 @@ class Fitted:
         return f"needs about {needed:.1f} of {free or 0:.1f} GiB free {'on the GPU' if on_gpu else 'here'}"
 
 
-def render(fitted: Fitted, found: Found, *, out: Path) -> str:
+def render(fitted: Fitted, detected: Detected, *, out: Path) -> str:
     """The recipe as commented YAML; paths count from the folder of `out`."""
     head = [
         "# Written by `quench init`; docs/recipe.md explains every key, and what is not here has a default.",
@@ -79,11 +79,11 @@ def render(fitted: Fitted, found: Found, *, out: Path) -> str:
     ]
     folder = out.resolve().parent
     parts = {
-        "model": _model(found, folder),
-        "data": _data(fitted.recipe, found, folder),
-        "train": _train(fitted, found),
-        "calibrate": _calibrate(fitted.recipe, found),
-        "quantize": _quantize(fitted.recipe, found),
+        "model": _model(detected, folder),
+        "data": _data(fitted.recipe, detected, folder),
+        "train": _train(fitted, detected),
+        "calibrate": _calibrate(fitted.recipe, detected),
+        "quantize": _quantize(fitted.recipe, detected),
         "evaluate": _evaluate(fitted),
         "measure": _measure(fitted.recipe),
         "serve": _serve(fitted.recipe),
@@ -92,15 +92,16 @@ def render(fitted: Fitted, found: Found, *, out: Path) -> str:
     return "\n".join([*head, *(line for name, lines in parts.items() for line in ("", f"{name}:", *lines))]) + "\n"
 
 
-def notes(fitted: Fitted, found: Found) -> dict[str, str]:
+def notes(fitted: Fitted, detected: Detected) -> dict[str, str]:
     """What was detected and chosen, for the terminal."""
-    rows = {name: len(rows) for name, rows in found.sides.rows.items()}
+    rows = {name: len(rows) for name, rows in detected.sides.rows.items()}
     recipe = fitted.recipe
     return {
-        "format": f"{found.read.format}, detected from {found.read.detected_from}",
-        "rows": f"{rows['train']} train, {rows['dev']} dev, {rows['test']} test; {found.sides.duplicates} duplicates",
-        "columns": f"domain {found.domain or 'none'}, group {found.group or 'none: each row by itself'}",
-        "groups": f"{_groups(found)}; schemes {', '.join(map(str, recipe.quantize.schemes))}",
+        "format": f"{detected.read.format}, detected from {detected.read.detected_from}",
+        "rows": f"{rows['train']} train, {rows['dev']} dev, {rows['test']} test; "
+        f"{detected.sides.duplicates} duplicates",
+        "columns": f"domain {detected.domain or 'none'}, group {detected.group or 'none: each row by itself'}",
+        "groups": f"{_groups(detected)}; schemes {', '.join(map(str, recipe.quantize.schemes))}",
         "memory": f"training {fitted.needs('train')}, micro-batch {recipe.micro_batch}, "
         f"rows of up to {recipe.data.max_length} tokens",
     }
@@ -120,38 +121,40 @@ def _path(path: str | Path, folder: Path) -> str:
     return str(full) if relative.startswith("../../..") else relative
 
 
-def _model(found: Found, folder: Path) -> Iterator[str]:
-    headers = found.headers
+def _model(detected: Detected, folder: Path) -> Iterator[str]:
+    headers = detected.headers
     if headers is None:
-        yield _line("base", found.base, "hub id: fetched and checked when the run starts")
+        yield _line("base", detected.base, "hub id: fetched and checked when the run starts")
     else:
         kind = str(headers.config.get("model_type", "model"))
         size = f"{headers.parameters / 1e6:,.1f} M parameters"
         yield _line("base", _path(headers.folder, folder), f"{kind}, {size}")
-    if found.template:
-        name = found.template if found.template == "chatml" else _path(found.template, folder)
+    if detected.template:
+        name = detected.template if detected.template == "chatml" else _path(detected.template, folder)
         yield _line("chat_template", name, "the base has none; this one is saved into every artifact")
 
 
-def _data(recipe: Recipe, found: Found, folder: Path) -> Iterator[str]:
-    asked, rows = recipe.data, {name: len(rows) for name, rows in found.sides.rows.items()}
-    yield _line("path", _path(found.data, folder), f"{len(found.read.rows)} rows, {found.sides.duplicates} duplicates")
-    yield f"  # Detected from {found.read.detected_from}:"
-    yield f"  # {_first_row(found.data)}"
-    yield _line("format", asked.format)
-    if found.domain:
-        count = len({row.columns[found.domain] for row in found.read.rows})
-        yield _line("domain", found.domain, f"{count} values: calibration is stratified over it")
+def _data(recipe: Recipe, detected: Detected, folder: Path) -> Iterator[str]:
+    data, rows = recipe.data, {name: len(rows) for name, rows in detected.sides.rows.items()}
+    yield _line(
+        "path", _path(detected.data, folder), f"{len(detected.read.rows)} rows, {detected.sides.duplicates} duplicates"
+    )
+    yield f"  # Detected from {detected.read.detected_from}:"
+    yield f"  # {_first_row(detected.data)}"
+    yield _line("format", data.format)
+    if detected.domain:
+        count = len({row.columns[detected.domain] for row in detected.read.rows})
+        yield _line("domain", detected.domain, f"{count} values: calibration is stratified over it")
     else:
         yield "  # domain: COLUMN                  # calibration is stratified over it, metrics are shown by it"
-    if found.group:
-        yield _line("group", found.group, "rows with one value stay on one side of the split")
+    if detected.group:
+        yield _line("group", detected.group, "rows with one value stay on one side of the split")
     else:
         yield "  # group: COLUMN                   # keeps related rows on one side; here each row is alone"
     yield '  # general: FILE.jsonl             # rows {"text": ...} outside the domain: measures what is forgotten'
-    yield _line("dev", asked.dev, f"{rows['dev']} rows: whatever chooses reads only these")
-    yield _line("test", asked.test, f"{rows['test']} rows for published figures; {rows['train']} are left for train")
-    yield _line("max_length", asked.max_length, "tokens; longer rows lose leading turns, and this is counted")
+    yield _line("dev", data.dev, f"{rows['dev']} rows: whatever chooses reads only these")
+    yield _line("test", data.test, f"{rows['test']} rows for published figures; {rows['train']} are left for train")
+    yield _line("max_length", data.max_length, "tokens; longer rows lose leading turns, and this is counted")
 
 
 def _first_row(path: Path) -> str:
@@ -161,34 +164,34 @@ def _first_row(path: Path) -> str:
     return text if len(text) <= ROW_CHARS else f"{text[:ROW_CHARS]} ..."
 
 
-def _train(fitted: Fitted, found: Found) -> Iterator[str]:
-    asked, rows = fitted.recipe.train, len(found.sides.rows["train"])
-    steps = math.ceil(math.ceil(rows / asked.batch_size) * asked.epochs)
-    yield _line("rank", asked.rank)
-    yield _line("alpha", int(asked.alpha), "the update is scaled by alpha / rank")
-    yield _line("learning_rate", asked.learning_rate, "by the size of the base: 2e-4 from a billion parameters on")
-    yield _line("batch_size", asked.batch_size, "rows an optimizer step")
-    yield _line("epochs", int(asked.epochs), f"{steps} steps; about 100 are needed, 5 epochs at most")
-    yield _line("checkpoint_steps", asked.checkpoint_steps, "a killed training goes on from the last one")
-    if asked.gradient_checkpointing:
+def _train(fitted: Fitted, detected: Detected) -> Iterator[str]:
+    train, rows = fitted.recipe.train, len(detected.sides.rows["train"])
+    steps = math.ceil(math.ceil(rows / train.batch_size) * train.epochs)
+    yield _line("rank", train.rank)
+    yield _line("alpha", int(train.alpha), "the update is scaled by alpha / rank")
+    yield _line("learning_rate", train.learning_rate, "by the size of the base: 2e-4 from a billion parameters on")
+    yield _line("batch_size", train.batch_size, "rows per optimizer step")
+    yield _line("epochs", int(train.epochs), f"{steps} steps; about 100 are needed, 5 epochs at most")
+    yield _line("checkpoint_steps", train.checkpoint_steps, "a killed training goes on from the last one")
+    if train.gradient_checkpointing:
         yield _line("gradient_checkpointing", True, "to fit into memory")
 
 
-def _calibrate(recipe: Recipe, found: Found) -> Iterator[str]:
-    asked, rows = recipe.calibrate, len(found.sides.rows["train"])
-    yield _line("rows", asked.rows, f"of {rows} train rows; 128 to 512")
-    yield _line("seq_len", asked.seq_len, "rows are packed up to so many tokens")
+def _calibrate(recipe: Recipe, detected: Detected) -> Iterator[str]:
+    calibrate, rows = recipe.calibrate, len(detected.sides.rows["train"])
+    yield _line("rows", calibrate.rows, f"of {rows} train rows; 128 to 512")
+    yield _line("seq_len", calibrate.seq_len, "rows are packed up to so many tokens")
 
 
-def _groups(found: Found) -> str:
-    if found.headers is None:
+def _groups(detected: Detected) -> str:
+    if detected.headers is None:
         return "Group sizes are checked when the base is fetched"
-    legal = ", ".join(map(str, legal_group_sizes(found.headers.linears)))
+    legal = ", ".join(map(str, legal_group_sizes(detected.headers.linears)))
     return f"Legal group sizes by config.json and headers: {legal}"
 
 
-def _quantize(recipe: Recipe, found: Found) -> Iterator[str]:
-    yield f"  # {_groups(found)}. `quench schemes` lists all schemes."
+def _quantize(recipe: Recipe, detected: Detected) -> Iterator[str]:
+    yield f"  # {_groups(detected)}. `quench schemes` lists all schemes."
     yield "  schemes:"
     for slug in map(str, recipe.quantize.schemes):  # init writes plain slugs
         control = "round-to-nearest, no calibration: the control" if slug.startswith("rtn") else ""
@@ -196,14 +199,14 @@ def _quantize(recipe: Recipe, found: Found) -> Iterator[str]:
 
 
 def _evaluate(fitted: Fitted) -> Iterator[str]:
-    asked = fitted.recipe.evaluate
+    evaluate = fitted.recipe.evaluate
     yield "  scorers:"
     yield "    - kind: exact-match".ljust(COLUMN - 1) + " # the answer is the reference, but for white space around it"
-    yield _line("on_base", asked.on_base, "the base quantized, the adapter on top: the alternative to merging")
-    yield _line("max_new_tokens", asked.max_new_tokens, "the longest answer in the data, estimated")
-    yield _line("batch_size", asked.batch_size, f"evaluation {fitted.needs('evaluate')}")
-    if asked.reference_gib != Evaluate().reference_gib:
-        yield _line("reference_gib", asked.reference_gib, "to fit into memory")
+    yield _line("on_base", evaluate.on_base, "the base quantized, the adapter on top: the alternative to merging")
+    yield _line("max_new_tokens", evaluate.max_new_tokens, "the longest answer in the data, estimated")
+    yield _line("batch_size", evaluate.batch_size, f"evaluation {fitted.needs('evaluate')}")
+    if evaluate.reference_gib != Evaluate().reference_gib:
+        yield _line("reference_gib", evaluate.reference_gib, "to fit into memory")
 
 
 def _measure(recipe: Recipe) -> Iterator[str]:
@@ -220,4 +223,4 @@ def _serve(recipe: Recipe) -> Iterator[str]:
 
 def _run(fitted: Fitted) -> Iterator[str]:
     yield "  # Where it runs, not what is made: nothing here changes an artifact's identity."
-    yield _line("micro_batch", fitted.recipe.micro_batch, f"rows a forward pass; training {fitted.needs('train')}")
+    yield _line("micro_batch", fitted.recipe.micro_batch, f"rows per forward pass; training {fitted.needs('train')}")

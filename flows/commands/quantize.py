@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flows.commands.merge import check_disk, check_out, find
+from flows.commands.folders import check_disk, check_output, find_input
+from flows.commands.terminal import Output
 from flows.run.progress import Display
 from recipes.data.rows import Rows, read_rows
 from recipes.models.headers import Headers, read_headers
@@ -28,12 +30,12 @@ from tasks.runtime.step import Context, External, Limits, Step, resolve_device, 
 from tasks.runtime.store.local import Store, find_home
 from tasks.runtime.tokenizer_files import TOKENIZER_FILES
 
-USUAL = Calibrate().rows
+DEFAULT_ROWS = Calibrate().rows
 OPTIONS = {"calibrate.rows": "--rows", "calibrate.seq_len": "--seq-len"}  # a job names the recipe's fields
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class QuantizeOptions:
     """The command line.
 
     Attributes:
@@ -43,8 +45,8 @@ class Asked:
         backend: Another one than the scheme's own.
         calibration: File or folder of rows; None where the scheme needs none.
         rows: Rows to draw; None takes 256, or all where there are fewer.
-        seq_len: Tokens a packed sequence.
-        seed: Draws the rows, and the quantizer's.
+        seq_len: Tokens per packed sequence.
+        seed: Seed of the drawn rows, and of the quantizer.
         device: auto, cpu or cuda.
     """
 
@@ -59,8 +61,8 @@ class Asked:
     device: str
 
 
-class Checked(NamedTuple):
-    """What is asked for, found and without a problem; `rows` is None where the scheme needs none."""
+class QuantizeInputs(NamedTuple):
+    """Everything that is needed, read and without a problem; `rows` is None where the scheme needs none."""
 
     model: Snapshot
     headers: Headers
@@ -68,7 +70,27 @@ class Checked(NamedTuple):
     rows: Rows | None
 
 
-def quantize_into(asked: Asked, display: Display) -> dict[str, Any]:
+def command(args: argparse.Namespace) -> Output:
+    """Quantize; answer with the manifest.
+
+    Raises:
+        RecipeError: As of quantize_into.
+        StepFailed: As of quantize_into, in the words of the command line.
+    """
+    options = QuantizeOptions(**{option.name: getattr(args, option.name) for option in fields(QuantizeOptions)})
+    try:
+        manifest = quantize_into(options, Display())
+    except StepFailed as error:
+        raise _in_options(error) from error
+    result = manifest["result"]
+    return Output(
+        json={"ok": True, "quantized": {"folder": str(args.out), **manifest}},
+        text=f"{args.out}: {result['layers']} layers, {result['weight_bytes'] / 1e6:.1f} MB of weights by "
+        f"{result['backend']}, {manifest['seconds']:.0f} s, peak {manifest['peak_rss_gib']:.2f} GiB",
+    )
+
+
+def quantize_into(options: QuantizeOptions, display: Display) -> dict[str, Any]:
     """Make OUT.
 
     Returns:
@@ -78,17 +100,13 @@ def quantize_into(asked: Asked, display: Display) -> dict[str, Any]:
         RecipeError: Everything that is wrong with model, scheme, rows and OUT, before anything is started.
         StepFailed: A stage failed.
     """
-    out = asked.out.absolute()
-    checked = _check(asked, out)
+    out = options.out.absolute()
+    checked = _check(options, out)
     home, work = find_home(), work_folder(out)
     digests = Digests(home if home.exists() else work)
-    model = external_folder(
-        "model",
-        checked.model.folder,
-        patterns=(*MODEL_FILES, *TOKENIZER_FILES),
-        digests=digests,
-        source=checked.model.source,
-    )
+    source = checked.model
+    patterns = (*MODEL_FILES, *TOKENIZER_FILES)
+    model = external_folder("model", source.folder, patterns=patterns, digests=digests, source=source.source)
     if home.exists():
         digests.save()
     with Launcher() as launcher, display:
@@ -96,26 +114,26 @@ def quantize_into(asked: Asked, display: Display) -> dict[str, Any]:
             store=Store(work),
             launcher=launcher,
             leases=Leases(home if home.exists() else work),
-            limits=Limits(device=resolve_device(asked.device), threads=cpu_slots()),
-            on_event=lambda step, event: _tell(step, event, display),
+            limits=Limits(device=resolve_device(options.device), threads=cpu_slots()),
+            on_event=lambda step, event: _show(step, event, display),
         )
         inputs: dict[str, External | Step] = {"model": model}
-        made = {"model": model.artifact}
+        artifacts = {"model": model.artifact}
         if checked.rows is not None:
-            inputs["calibset"] = step = _calibset(asked, checked, digests)
+            inputs["calibset"] = step = _calibset(options, checked, digests)
             display.started(step.key)
-            there = {name: one.artifact for name, one in step.inputs.items() if isinstance(one, External)}
-            made["calibset"] = run_step(step, there, context).artifact
+            sources = {name: origin.artifact for name, origin in step.inputs.items() if isinstance(origin, External)}
+            artifacts["calibset"] = run_step(step, sources, context).artifact
             display.ended(step.key, f"  made  {step.key}")
-        step = quantize.alone(checked.scheme.slug, checked.scheme, inputs=inputs, seed=asked.seed)
+        step = quantize.alone(checked.scheme.slug, checked.scheme, inputs=inputs, seed=options.seed)
         display.started(step.key)
-        manifest = make_folder(step, made, context, out=out)
+        manifest = make_folder(step, artifacts, context, out=out)
         display.ended(step.key, f"  made  {step.key}")
     return manifest
 
 
-def retold(error: StepFailed) -> StepFailed:
-    """The same in the words of the command line: a job names the recipe's fields."""
+def _in_options(error: StepFailed) -> StepFailed:
+    """The same failure with the options of this command: a job names the recipe's fields."""
     parts = error.problem.as_dict()
     for field, option in OPTIONS.items():
         for name, text in parts.items():
@@ -123,13 +141,13 @@ def retold(error: StepFailed) -> StepFailed:
     return StepFailed(error.step, Problem(**parts), log=error.log, returncode=error.returncode)
 
 
-def _check(asked: Asked, out: Path) -> Checked:
-    model = find("model", asked.model, kind="model")
-    problems = list(check_out(out, [model.folder]))
+def _check(options: QuantizeOptions, out: Path) -> QuantizeInputs:
+    model = find_input("model", options.model, kind="model")
+    problems = list(check_output(out, word="OUT", inputs=[model.folder]))
     scheme = headers = rows = None
     try:
-        scheme = parse_scheme(asked.scheme)
-        scheme = by_backend(scheme, asked.backend) if asked.backend else scheme
+        scheme = parse_scheme(options.scheme)
+        scheme = by_backend(scheme, options.backend) if options.backend else scheme
     except RecipeError as error:
         problems += error.problems
     try:
@@ -137,57 +155,65 @@ def _check(asked: Asked, out: Path) -> Checked:
     except RecipeError as error:
         problems += error.problems
     if scheme is not None and headers is not None:
-        absent = environment_problem(quantize.ENVIRONMENTS.get(scheme.backend))
-        problems += [*scheme.check(headers.linears), *limit_problems(scheme, headers), *([absent] if absent else [])]
-        rest = max(headers.weight_bytes - 2 * headers.linear_parameters, 0)  # embeddings, norms, head stay as they are
-        problems += check_disk(out, scheme.predicted_bytes(headers.linears) + rest, what="the quantized model")
+        problems += _scheme_problems(scheme, headers, out)
     if scheme is not None and scheme.needs_calibration:
-        rows = read_rows(asked.calibration) if asked.calibration and asked.calibration.exists() else None
-        problems += _row_problems(asked, headers, rows)
+        rows = read_rows(options.calibration) if options.calibration and options.calibration.exists() else None
+        problems += _row_problems(options, headers, rows)
     if problems or scheme is None or headers is None:
         raise RecipeError(problems)
-    return Checked(model, headers, scheme, rows)
+    return QuantizeInputs(model, headers, scheme, rows)
 
 
-def _row_problems(asked: Asked, headers: Headers | None, rows: Rows | None) -> Iterator[Problem]:
+def _scheme_problems(scheme: Scheme, headers: Headers, out: Path) -> Iterator[Problem]:
+    """What keeps this scheme from being made of this model, here."""
+    yield from scheme.check(headers.linears)
+    yield from limit_problems(scheme, headers)
+    if not_installed := environment_problem(quantize.ENVIRONMENTS.get(scheme.backend)):
+        yield not_installed
+    rest = max(headers.weight_bytes - 2 * headers.linear_parameters, 0)  # embeddings, norms, head stay as they are
+    size = scheme.predicted_bytes(headers.linears) + rest
+    yield from check_disk(out, size, word="OUT", content="the quantized model")
+
+
+def _row_problems(options: QuantizeOptions, headers: Headers | None, rows: Rows | None) -> Iterator[Problem]:
     """What is wrong with the rows, and with options on a model like this."""
     if rows is None:
         yield Problem(
-            what="No calibration rows are named." if asked.calibration is None else "The rows are not there.",
-            where=str(asked.calibration or "--calibration"),
-            why=f"{asked.scheme} looks at activations: the rows decide what it keeps.",
+            what="No calibration rows are named." if options.calibration is None else "The rows are not there.",
+            where=str(options.calibration or "--calibration"),
+            why=f"{options.scheme} looks at activations: the rows decide what it keeps.",
             next="Give --calibration FILE (JSONL, JSON, CSV, parquet, or a folder of them), or take an rtn- scheme.",
         )
         return
     yield from rows.problems
-    there = len(rows.rows)
-    if rows.rows and not LEAST_ROWS <= (asked.rows or min(USUAL, there)) <= min(MOST_ROWS, there):
+    count = len(rows.rows)
+    if rows.rows and not LEAST_ROWS <= (options.rows or min(DEFAULT_ROWS, count)) <= min(MOST_ROWS, count):
         yield Problem(
-            what=f"{asked.rows or USUAL} rows are asked for, {there} are there.",
-            where=f"--rows, {asked.calibration}",
+            what=f"{options.rows or DEFAULT_ROWS} rows are wanted, {count} are there.",
+            where=f"--rows, {options.calibration}",
             why=f"Calibration takes {LEAST_ROWS} to {MOST_ROWS}: fewer starve the Hessian, more only cost time.",
-            next=f"Give --rows {min(there, MOST_ROWS)}." if there >= LEAST_ROWS else "Give more rows.",
+            next=f"Give --rows {min(count, MOST_ROWS)}." if count >= LEAST_ROWS else "Give more rows.",
         )
     limit = headers.max_positions if headers else None
-    if limit is not None and asked.seq_len > limit:
+    if limit is not None and options.seq_len > limit:
         yield Problem(
-            what=f"--seq-len is {asked.seq_len} tokens; the model ends at {limit}.",
+            what=f"--seq-len is {options.seq_len} tokens; the model ends at {limit}.",
             where="--seq-len",
-            why="Positions behind the longest context were never trained.",
+            why="Positions beyond the longest context were never trained.",
             next=f"Give --seq-len {limit} or less.",
         )
     if rows.rows and rows.format != "text" and headers is not None and not headers.has_chat_template:
         yield Problem(
             what="The model has no chat template, and the rows have turns.",
-            where=str(asked.calibration),
+            where=str(options.calibration),
             why="Turns are rendered as the model will see them when it serves.",
             next='Give rows {"text": ...}, or put the model\'s chat_template.jinja into its folder.',
         )
 
 
-def _calibset(asked: Asked, checked: Checked, digests: Digests) -> Step:
-    assert checked.rows is not None and asked.calibration is not None
-    path = asked.calibration
+def _calibset(options: QuantizeOptions, checked: QuantizeInputs, digests: Digests) -> Step:
+    assert checked.rows is not None and options.calibration is not None
+    path = options.calibration
     rows = (
         external_folder("rows", path, patterns=DATA_FILES, digests=digests)
         if path.is_dir()
@@ -195,15 +221,15 @@ def _calibset(asked: Asked, checked: Checked, digests: Digests) -> Step:
     )
     tokens = external_folder("tokenizer", checked.model.folder, patterns=TOKENIZER_FILES, digests=digests)
     params = {
-        "rows": asked.rows or min(USUAL, len(checked.rows.rows)),
-        "seq_len": asked.seq_len,
-        "seed": asked.seed,
+        "rows": options.rows or min(DEFAULT_ROWS, len(checked.rows.rows)),
+        "seq_len": options.seq_len,
+        "seed": options.seed,
         "min_tokens": calibrate.TOKENS_PER_INPUT * checked.headers.largest_in_features,
     }
     return calibrate.alone(checked.scheme.slug, rows=rows, tokenizer=tokens, params=params)
 
 
-def _tell(step: Step, event: dict[str, Any], display: Display) -> None:
+def _show(step: Step, event: dict[str, Any], display: Display) -> None:
     display.event(step.key, event)
     if event["kind"] == "note":
         display.line(f"{step.key}: {event['about']}: {event['text']}")

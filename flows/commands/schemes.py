@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
+from flows.commands.terminal import Output
 from recipes.arms import specified
 from recipes.checks.serving import scheme_entries
 from recipes.models.linear import Linear
@@ -16,7 +18,7 @@ from recipes.schemes.slugs import FAMILIES, known_schemes
 from tasks.quantize import ENVIRONMENTS
 from tasks.runtime.process.environments import environment_problem
 
-LAYER = Linear("", 4096, 4096)  # for bits a weight
+LAYER = Linear("", 4096, 4096)  # for bits per weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,14 +29,14 @@ class Listed:
         slug: Its name in a recipe.
         backend: Who makes it.
         others: Backends that a recipe may name instead.
-        bits: Bits a weight, without scales.
+        bits: Bits per weight, without scales.
         bits_a_weight: With codes, scales and zero points of a 4096 x 4096 layer.
-        group_size: Inputs a scale; -1: all.
+        group_size: Inputs per scale; -1: all.
         zero_points: The grid is not centred on 0.
         calibration: Reads the calibration set.
         form: File format.
         outputs_by: Outputs of a layer have to be a multiple of this.
-        loaders: Engines that read it; by name, what has to be installed beside the engine and from when on.
+        loaders: Engines that read it -> from which version on, and what has to be installed beside them.
         makeable: This machine can make it.
         command: What has to be typed first; empty where it can.
     """
@@ -56,6 +58,12 @@ class Listed:
     def as_dict(self) -> dict[str, object]:
         """For --json."""
         return asdict(self)
+
+
+def command(args: argparse.Namespace) -> Output:
+    """List all schemes."""
+    schemes = listed_schemes()
+    return Output(json=[scheme.as_dict() for scheme in schemes], text=text(schemes))
 
 
 def listed_schemes() -> list[Listed]:
@@ -81,7 +89,7 @@ def _listed(scheme: Scheme) -> Listed:
     return Listed(
         slug=scheme.slug,
         backend=scheme.backend,
-        others=next((one.others for name, one in FAMILIES.items() if scheme.slug.startswith(f"{name}-w")), ()),
+        others=next((family.others for name, family in FAMILIES.items() if scheme.slug.startswith(f"{name}-w")), ()),
         bits=scheme.bits,
         bits_a_weight=round(8 * scheme.predicted_bytes([LAYER]) / (LAYER.in_features * LAYER.out_features), 3),
         group_size=scheme.group_size,
@@ -108,16 +116,16 @@ def text(schemes: Sequence[Listed]) -> str:
     return "\n".join([*lines, "", *_notes()])
 
 
-def _cells(one: Listed) -> tuple[str, ...]:
-    group = "row" if one.group_size == PER_CHANNEL else str(one.group_size)
-    return (one.slug, one.backend, f"{one.bits_a_weight:.3f}", group, ", ".join(one.loaders), one.command or "yes")
+def _cells(row: Listed) -> tuple[str, ...]:
+    group = "row" if row.group_size == PER_CHANNEL else str(row.group_size)
+    return (row.slug, row.backend, f"{row.bits_a_weight:.3f}", group, ", ".join(row.loaders), row.command or "yes")
 
 
 def _notes() -> Iterator[str]:
-    yield "bits: a weight of a 4096 x 4096 layer, scales and zero points among them. group: inputs a scale (row: all)."
+    yield "bits: per weight of a 4096 x 4096 layer, with scales and zero points. group: inputs per scale (row: all)."
     yield "read by: engines that load the files; docs/schemes.md says from which version, with what, and who says so."
     yield "here: whether this machine can make it, or what to type first."
-    others: dict[Backend, str] = {backend: name for name, one in FAMILIES.items() for backend in one.others}
+    others: dict[Backend, str] = {backend: name for name, family in FAMILIES.items() for backend in family.others}
     for backend, family in others.items():
         yield f"`backend: {backend}` makes {family} schemes, too: {missing(backend) or 'here'}."
     yield "-asym (gptq, ct-gptq) and -actorder (gptq) behind a slug: with zero points, in activation order."

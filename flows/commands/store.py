@@ -1,12 +1,13 @@
 """`quench store ls`, `verify` and `gc`.
 
-gc: what no run, no decision about what ships and no step under way reaches, goes. A run is a folder below runs/:
-removing it is how its artifacts become free. Reached is what a run's steps.json, the champion's scores in its
-promotion.json or promotions.jsonl name, and everything that it was made from.
+gc removes what no run, no promotion and no step under way reaches. A run is a folder below runs/: remove it, and its
+artifacts become free. Reached is what a run's steps.json, the champion's scores in its promotion.json, or
+promotions.jsonl name, and everything that those were made from.
 """
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import time
 from collections.abc import Iterator
@@ -14,46 +15,66 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from flows.commands.terminal import DONE, FAILED, Output
 from flows.gate.section import PROMOTION
 from flows.promotion.journal import JOURNAL, records
-from tasks.runtime.store.local import MANIFEST, Store, locked_now, read_json
+from tasks.runtime.store.local import MANIFEST, Store, find_home, locked_now, read_json
 from tasks.runtime.store.open import open_store
 
 
-def listed(home: Path) -> tuple[list[dict[str, Any]], str]:
-    """Every artifact with its size, as JSON and as text."""
+def ls(args: argparse.Namespace) -> Output:
+    """List every artifact."""
+    return listed(find_home())
+
+
+def verify(args: argparse.Namespace) -> Output:
+    """Verify every artifact; exit code 1 where one is damaged."""
+    return verified(find_home())
+
+
+def gc(args: argparse.Namespace) -> Output:
+    """Say what can go; with --yes, remove it."""
+    return collect(find_home(), remove=args.yes)
+
+
+def listed(home: Path) -> Output:
+    """Every artifact with its size."""
     rows: list[dict[str, Any]] = []
     for path in Store(home).manifests():
         manifest = read_json(path)
         rows.append(
             {
                 "artifact": _name(path),
-                "bytes": sum(one["size"] for one in manifest["files"].values()),
+                "bytes": sum(file["size"] for file in manifest["files"].values()),
                 "finished_at": manifest["finished_at"],
                 "digest": manifest["digest"],
             }
         )
-    lines = [f"{one['artifact']:<60} {one['bytes'] / 1e6:10.1f} MB  {one['finished_at']}" for one in rows]
-    return rows, "\n".join(lines) or "the store is empty"
+    lines = [f"{row['artifact']:<60} {row['bytes'] / 1e6:10.1f} MB  {row['finished_at']}" for row in rows]
+    return Output(json=rows, text="\n".join(lines) or "the store is empty")
 
 
-def verified(home: Path) -> tuple[dict[str, Any], str]:
-    """Every byte read: how many artifacts there are, and what is wrong with which; as JSON and as text."""
+def verified(home: Path) -> Output:
+    """Every byte read: how many artifacts there are, and what is wrong with which."""
     store = Store(home)
     manifests = list(store.manifests())
-    found = {_name(path): store.damage(path.parent, read_json(path), digests=True) for path in manifests}
-    damage = {name: what for name, what in found.items() if what}
-    lines = [f"damaged  {name}: {what}" for name, what in damage.items()]
-    after = "; the next run makes them again" if damage else ""
-    lines.append(f"{len(manifests)} artifacts, {len(damage)} damaged{after}")
-    return {"artifacts": len(manifests), "damaged": damage}, "\n".join(lines)
+    checked = {_name(path): store.damage(path.parent, read_json(path), digests=True) for path in manifests}
+    damaged = {name: damage for name, damage in checked.items() if damage}
+    lines = [f"damaged  {name}: {damage}" for name, damage in damaged.items()]
+    after = "; the next run makes them again" if damaged else ""
+    lines.append(f"{len(manifests)} artifacts, {len(damaged)} damaged{after}")
+    return Output(
+        json={"artifacts": len(manifests), "damaged": damaged},
+        text="\n".join(lines),
+        code=FAILED if damaged else DONE,
+    )
 
 
 def _name(manifest: Path) -> str:
     return f"{manifest.parent.parent.name}/{manifest.parent.name}"
 
 
-FRESH_S = 1.0  # age of what is known to be reached; that takes about as long to find out in a store of 10,000
+FRESH_S = 1.0  # age of the set of what is reached; in a store of 10,000 artifacts it takes about as long to find
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,36 +105,39 @@ def reached(home: Path) -> set[Path]:
     """Folders of artifacts that runs and promotions.jsonl name, with all that they were made from."""
     todo = [*_of_runs(home), *_of_promotions(home)]
     seen: set[str] = set()
-    found: set[Path] = set()
+    folders: set[Path] = set()
     while todo:
         path = todo.pop()
         if path in seen:  # thousands of scores name the same dataset
             continue
         seen.add(path)
         folder = _artifact(home / path, home)
-        if folder is not None and folder not in found:
-            found.add(folder)
-            todo += [one["path"] for one in read_json(folder / MANIFEST)["inputs"].values()]
-    return found
+        if folder is not None and folder not in folders:
+            folders.add(folder)
+            todo += [origin["path"] for origin in read_json(folder / MANIFEST)["inputs"].values()]
+    return folders
 
 
-def collect(home: Path, *, remove: bool) -> tuple[dict[str, Any], str]:
-    """What can go, as JSON and as text; with `remove` it has gone."""
-    found = unreached(home)
-    gone = removed(home, [one.name for one in found]) if remove else []
+def collect(home: Path, *, remove: bool) -> Output:
+    """What can go; with `remove` it has gone."""
+    artifacts = unreached(home)
+    gone = removed(home, [artifact.name for artifact in artifacts]) if remove else []
     lines = [
-        f"{'removed' if one.name in gone else 'unreached':<10}{one.name:<60} {one.size / 1e6:10.1f} MB"
-        + ("  stays in the bucket" if one.in_bucket else "")
-        for one in found
+        f"{'removed' if artifact.name in gone else 'unreached':<10}{artifact.name:<60} {artifact.size / 1e6:10.1f} MB"
+        + ("  stays in the bucket" if artifact.in_bucket else "")
+        for artifact in artifacts
     ]
-    taken = [one for one in found if one.name in gone or not remove]
-    free, linked = sum(one.size - one.linked for one in taken), sum(one.linked for one in taken)
+    taken = [artifact for artifact in artifacts if artifact.name in gone or not remove]
+    linked = sum(artifact.linked for artifact in taken)
+    free = sum(artifact.size for artifact in taken) - linked
     lines.append(
         f"{len(taken)} artifacts that no run and no promotion reaches: {free / 1e6:.1f} MB "
         f"{'are free now' if remove else 'would be free'}, {linked / 1e6:.1f} MB have links elsewhere (MLflow, exports)"
     )
-    lines += ["nothing was removed: --yes does it"] if found and not remove else []
-    return {"unreached": [vars(one) for one in found], "removed": gone}, "\n".join(lines)
+    lines += ["nothing was removed: --yes does it"] if artifacts and not remove else []
+    return Output(
+        json={"unreached": [vars(artifact) for artifact in artifacts], "removed": gone}, text="\n".join(lines)
+    )
 
 
 def removed(home: Path, names: list[str]) -> list[str]:
@@ -136,14 +160,15 @@ def removed(home: Path, names: list[str]) -> list[str]:
 
 def _of_runs(home: Path) -> Iterator[str]:
     for path in (home / "runs").glob("*/steps.json"):
-        yield from (one["path"] for one in read_json(path)["steps"] if one["path"])
+        yield from (step["path"] for step in read_json(path)["steps"] if step["path"])
     for path in (home / "runs").glob(f"*/{PROMOTION}"):  # without these scores the run's report would change
-        rival = read_json(path)["champion"]
-        yield from [rival["evaluate"]] if rival and rival["evaluate"] else ()
+        champion = read_json(path)["champion"]
+        if champion and champion["evaluate"]:
+            yield champion["evaluate"]
 
 
 def _of_promotions(home: Path) -> Iterator[str]:
-    yield from (one["path"] for one in records(home / JOURNAL))
+    yield from (record["path"] for record in records(home / JOURNAL))
 
 
 def _artifact(path: Path, home: Path) -> Path | None:
@@ -159,6 +184,6 @@ def _measured(folder: Path) -> Unreached:
     stats = [path.stat() for path in (folder / "files").rglob("*") if path.is_file()]
     return Unreached(
         name=f"{folder.parent.name}/{folder.name}",
-        size=sum(one.st_size for one in stats),
-        linked=sum(one.st_size for one in stats if one.st_nlink > 1),
+        size=sum(stat.st_size for stat in stats),
+        linked=sum(stat.st_size for stat in stats if stat.st_nlink > 1),
     )

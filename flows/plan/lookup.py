@@ -35,18 +35,18 @@ class Planned:
         line = f"{'hit ' if self.hit else 'make'}  {self.key:<34} {self.fingerprint[:12]}"
         if self.hit:
             return line if self.why == "hit" else f"{line}  {self.why}"
-        return f"{line}  {self.why}" + "".join(f"\n{'':>6}{one}" for one in self.fields)
+        return f"{line}  {self.why}" + "".join(f"\n{'':>6}{field}" for field in self.fields)
 
 
 def known_inputs(step: Step, artifacts: dict[str, Artifact]) -> dict[str, Artifact] | None:
     """The step's inputs as artifacts, or None while one of them has not been made."""
-    found: dict[str, Artifact] = {}
-    for name, one in step.inputs.items():
-        artifact = one.artifact if isinstance(one, External) else artifacts.get(one.key)
+    inputs: dict[str, Artifact] = {}
+    for name, source in step.inputs.items():
+        artifact = source.artifact if isinstance(source, External) else artifacts.get(source.key)
         if artifact is None:
             return None
-        found[name] = artifact
-    return found
+        inputs[name] = artifact
+    return inputs
 
 
 def plan(recipe: Recipe, pins: Pins, store: Store, *, only: Sequence[str] = ()) -> list[Planned]:
@@ -58,29 +58,30 @@ def plan(recipe: Recipe, pins: Pins, store: Store, *, only: Sequence[str] = ()) 
     def look(step: Step) -> None:
         inputs = known_inputs(step, artifacts)
         if inputs is None:
-            waits = [one.key for one in step.inputs.values() if isinstance(one, Step) and one.key not in artifacts]
-            why = f"after {', '.join(waits)}"
+            sources = [source for source in step.inputs.values() if isinstance(source, Step)]
+            why = f"after {', '.join(source.key for source in sources if source.key not in artifacts)}"
         else:
-            found = lookup(step, inputs, store)
-            if there := found.artifact or found.remote:
-                artifacts[step.key] = there
-                size = store.download_bytes(found)
-                hit = Planned(key=step.key, fingerprint=step.fingerprint, hit=True, why=found.why, download_bytes=size)
-                lines.append(hit)
+            stored = lookup(step, inputs, store)
+            why = stored.why
+            if artifact := stored.artifact or stored.remote:
+                artifacts[step.key] = artifact
+                size = store.download_bytes(stored)
+                lines.append(
+                    Planned(key=step.key, fingerprint=step.fingerprint, hit=True, why=why, download_bytes=size)
+                )
                 return
-            why = found.why
         if step.stage == "choose" and len(between := candidates(step)) > 1:
             why = f"decided at run time: {' or '.join(between)}" + (f", {why}" if inputs is None else "")
-        fields = tuple(store.nearest(step.stage, step.slug, step.identity))
-        line = Planned(
-            key=step.key,
-            fingerprint=step.fingerprint,
-            hit=False,
-            why=why,
-            fields=fields,
-            environment=step.environment,
+        lines.append(
+            Planned(
+                key=step.key,
+                fingerprint=step.fingerprint,
+                hit=False,
+                why=why,
+                fields=tuple(store.nearest(step.stage, step.slug, step.identity)),
+                environment=step.environment,
+            )
         )
-        lines.append(line)
 
     compose(recipe, pins, look, only=only)
     return lines

@@ -35,24 +35,24 @@ LOAD = {
     "external": 0.66,
 }  # reference, evaluate, measure, by the arm's kind
 CUDA_HOST = 1.75  # with the CUDA libraries; 1.0 to 1.7 measured
-CUDA_IMPORT = 0.35  # more than on CPU in a step that leaves the GPU alone: torch's libraries for it
+CUDA_IMPORT = 0.35  # on top in a step that uses no GPU on a machine with one: torch loads its libraries all the same
 CUDA_CONTEXT = 0.6  # GPU memory that no allocator counts
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight: code, 8-bit absmax of 64, fp32 absmax of 256 of those
-ADAM_BYTES = {"cpu": 4 + 4 + 8, "cuda": 4 + 4 + 2}  # a LoRA parameter: fp32, gradient, two moments (8-bit on CUDA)
-# A logit at the peak of the backward pass. CPU: bf16, and fp32 seven times, with log-softmax and gradient. CUDA: one
-# kernel writes the gradient over the bf16 logit; the rest is air.
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # per weight: code, 8-bit absmax of 64, fp32 absmax of 256 of those
+ADAM_BYTES = {"cpu": 4 + 4 + 8, "cuda": 4 + 4 + 2}  # per LoRA parameter: fp32, gradient, two moments (8-bit on CUDA)
+# Per logit at the peak of the backward pass. CPU: bf16, and fp32 seven times, with log-softmax and gradient. CUDA: one
+# kernel writes the gradient over the bf16 logit; the rest is reserve.
 TRAIN_LOGIT_BYTES = {"cpu": 32, "cuda": 8}
 TILE = (4096, 32768)  # tokens and vocabulary that TRL's output layer works on at once
-EVAL_LOGIT_BYTES = 3  # bf16; what is computed from them is computed a row at a time
+EVAL_LOGIT_BYTES = 3  # bf16; what is computed from them is computed row by row
 ACTIVATION_FACTOR = 1.6  # kept for the backward pass, over the bf16 inputs and outputs of the linear layers
-EAGER_BYTES = 2 + 4 + 2  # a score: bf16, softmax in fp32, bf16 again; by arithmetic, not measured
-DATA_FACTOR = 20  # bytes of Python objects a byte of JSONL
+EAGER_BYTES = 2 + 4 + 2  # per score: bf16, softmax in fp32, bf16 again; by arithmetic, not measured
+DATA_FACTOR = 20  # bytes of Python objects per byte of JSONL
 # Parts that are files in memory: counted as resident, but given back when memory is short, so no step fails for them.
 FILES = ("file of weights", "file of logits")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Predicted:
+class StepNeeds:
     """Peak memory and output of one step.
 
     Attributes:
@@ -120,16 +120,16 @@ class _Sizes:
     @property
     def gathered(self) -> float:
         """What each FSDP rank holds whole: embeddings and output layer for a step, two decoder layers for a moment."""
-        layer = sum(one.in_features * one.out_features for one in self.headers.decoder_layer)
+        layer = _weight_count(self.headers.decoder_layer)
         return 2 * (self.headers.parameters - self.headers.linear_parameters) + 2 * NF4_BYTES * layer
 
     @property
     def lora_parameters(self) -> int:
         """Of A and B, and of DoRA's magnitudes; at the largest rank where a pattern names others."""
-        asked = self.recipe.train
-        rank = max(asked.rank, *asked.rank_pattern.values(), 0)
-        adapted = [one for one in self.headers.linears if asked.adapts(one.name)]
-        magnitudes = sum(layer.out_features for layer in adapted) if asked.dora else 0
+        train = self.recipe.train
+        rank = max(train.rank, *train.rank_pattern.values(), 0)
+        adapted = [layer for layer in self.headers.linears if train.adapts(layer.name)]
+        magnitudes = sum(layer.out_features for layer in adapted) if train.dora else 0
         return rank * _features(adapted) + magnitudes
 
     @property
@@ -138,14 +138,14 @@ class _Sizes:
         headers, ends = self.headers, tuple(self.recipe.train.modules_to_save)
         if not ends:
             return 0
-        stored = sum(one.numel for name, one in headers.tensors.items() if name.rpartition(".")[0].endswith(ends))
+        stored = sum(tensor.numel for name, tensor in headers.tensors.items() if name.rpartition(".")[0].endswith(ends))
         return stored + (headers.embedding_parameters if headers.tied and "lm_head".endswith(ends) else 0)
 
     @property
     def mlp(self) -> int:
         """Inputs and outputs of an FFN layer by config.json; four times as wide as the model where it says nothing."""
-        wide = self.headers.text_config.get("intermediate_size")
-        return self.headers.hidden + (wide if isinstance(wide, int) else 4 * self.headers.hidden)
+        width = self.headers.text_config.get("intermediate_size")
+        return self.headers.hidden + (width if isinstance(width, int) else 4 * self.headers.hidden)
 
     @property
     def hessians(self) -> float:
@@ -163,7 +163,7 @@ class _Sizes:
 
     def forward(self, *, batch: int, tokens: int) -> dict[str, float]:
         """What an evaluation forward holds beside the weights."""
-        widest = max((one.in_features + one.out_features for one in self.headers.linears), default=self.mlp)
+        widest = max((layer.in_features + layer.out_features for layer in self.headers.linears), default=self.mlp)
         return {
             "logits": EVAL_LOGIT_BYTES * batch * tokens * self.headers.vocabulary,
             "activations": 2 * 4 * widest * batch * tokens,
@@ -178,7 +178,7 @@ def predict(
     device: str = "cpu",
     rows: RowSizes | None = None,
     externals: Mapping[str, Headers] | None = None,
-) -> list[Predicted]:
+) -> list[StepNeeds]:
     """Peak memory and output of every step, in the order of the pipeline.
 
     Args:
@@ -192,27 +192,29 @@ def predict(
     sizes = _Sizes(recipe=recipe, headers=headers, device=device, rows=rows)
     steps = [_prepare(sizes), _rehearse(sizes), _train(sizes)]
     steps += [_merge(sizes, onto) for onto in ("dequantized", "original")]
-    judge = others.get(recipe.evaluate.reference or "")
-    steps += [_reference(sizes, judge), _calibrate(sizes)]
+    steps += [_reference(sizes, others.get(recipe.evaluate.reference or "")), _calibrate(sizes)]
     every = [arm for arm in arms(recipe) if arm.unavailable is None and (not arm.external or arm.slug in others)]
-    of = {arm: replace(sizes, headers=others[arm.slug]) if arm.external else sizes for arm in every}
+    sizes_of = {arm: replace(sizes, headers=others[arm.slug]) if arm.external else sizes for arm in every}
     steps += [_control(sizes, kind) for kind in controls(every)]
     steps += [_quantize(sizes, arm, arm.scheme) for arm in every if arm.scheme and arm.of is None]
-    steps += [_evaluate(of[arm], arm) for arm in every]
-    steps += [_measure(of[arm], arm) for arm in every if arm.of is None and recipe.measure.enabled]
+    steps += [_evaluate(sizes_of[arm], arm) for arm in every]
+    steps += [_measure(sizes_of[arm], arm) for arm in every if arm.of is None and recipe.measure.enabled]
     return steps
 
 
 def _step(
     sizes: _Sizes, key: str, parts: Mapping[str, float], *, process: float, disk: float = 0.0, on_gpu: bool = True
-) -> Predicted:
-    """Bytes by part -> Predicted. `on_gpu` says where the parts are on CUDA; then the host holds libraries and file."""
+) -> StepNeeds:
+    """Bytes by part -> StepNeeds.
+
+    With `on_gpu` on CUDA the parts lie on the GPU, and the host holds the libraries and the file of weights.
+    """
     in_gib = {name: value / GIB for name, value in parts.items() if value}
     gpu = on_gpu and not sizes.on_cpu
     if not sizes.on_cpu and process != CALIBRATE:
         process += CUDA_IMPORT
     file = {"file of weights": sizes.bf16 / GIB} if gpu else {}
-    return Predicted(
+    return StepNeeds(
         key=key,
         host_gib=CUDA_HOST + sum(file.values()) if gpu else process + sum(in_gib.values()),
         gpu_gib=sum(in_gib.values()) if gpu else 0.0,
@@ -221,35 +223,35 @@ def _step(
     )
 
 
-def _rehearse(sizes: _Sizes) -> Predicted:
+def _rehearse(sizes: _Sizes) -> StepNeeds:
     """Scorers and the rows of dev and test, no model; 0.48 GiB measured on the quickstart's."""
     parts = {"rows": DATA_FACTOR * sizes.data_bytes}
     return _step(sizes, f"rehearse/{sizes.recipe.name}", parts, process=PREPARE, on_gpu=False)
 
 
-def _prepare(sizes: _Sizes) -> Predicted:
+def _prepare(sizes: _Sizes) -> StepNeeds:
     parts, disk = {"rows": DATA_FACTOR * sizes.data_bytes}, 3 * sizes.data_bytes
     return _step(sizes, f"prepare/{sizes.recipe.name}", parts, process=PREPARE, disk=disk, on_gpu=False)
 
 
-def _calibrate(sizes: _Sizes) -> Predicted:
+def _calibrate(sizes: _Sizes) -> StepNeeds:
     parts, disk = {"rows": DATA_FACTOR * sizes.data_bytes}, sizes.data_bytes
     return _step(sizes, f"calibrate/{sizes.recipe.name}", parts, process=CALIBRATE, disk=disk, on_gpu=False)
 
 
-def _control(sizes: _Sizes, kind: str) -> Predicted:
+def _control(sizes: _Sizes, kind: str) -> StepNeeds:
     return _step(sizes, f"calibrate/{sizes.recipe.name}-{kind}", {}, process=PREPARE, on_gpu=False)
 
 
-def _train(sizes: _Sizes) -> Predicted:
-    asked, headers = sizes.recipe.train, sizes.headers
-    if asked.adapter is not None:  # copied; its rank is not known here and counts as the default
+def _train(sizes: _Sizes) -> StepNeeds:
+    train, headers = sizes.recipe.train, sizes.headers
+    if train.adapter is not None:  # copied; its rank is not known here and counts as the default
         return _step(
             sizes, f"train/{sizes.recipe.name}", {}, process=CALIBRATE, disk=4 * sizes.lora_parameters, on_gpu=False
         )
     tokens = sizes.recipe.micro_batch * sizes.length
     kept = ACTIVATION_FACTOR * 2 * _features(headers.linears)
-    if asked.gradient_checkpointing:
+    if train.gradient_checkpointing:
         kept = 2 * headers.hidden * headers.layers + ACTIVATION_FACTOR * 2 * _features(headers.decoder_layer)
     trained = sizes.lora_parameters + sizes.saved_parameters
     run = sizes.recipe.run
@@ -264,20 +266,20 @@ def _train(sizes: _Sizes) -> Predicted:
         **sizes.file,
     }
     # The adapter, and two checkpoints while it runs: fp32 adapter and two moments each, and the best weights.
-    disk = (1 + 2 * 3 + 3 * (asked.keep == "best")) * 4 * trained
+    disk = (1 + 2 * 3 + 3 * (train.keep == "best")) * 4 * trained
     step = _step(sizes, f"train/{sizes.recipe.name}", parts, process=TRAIN, disk=disk)
     return replace(step, host_gib=step.host_gib * run.processes)
 
 
 def _attention(sizes: _Sizes) -> float:
     """What the attention kernel keeps beside its inputs: the mask of packed rows, and with eager all scores."""
-    asked, headers = sizes.recipe.train, sizes.headers
+    train, headers = sizes.recipe.train, sizes.headers
     rows, length = sizes.recipe.micro_batch, sizes.length
-    places = (rows * length) ** 2 if asked.packing else rows * length**2
-    if asked.attention == "eager":
-        layers = 1 if asked.gradient_checkpointing else headers.layers
-        return EAGER_BYTES * layers * headers.heads * places
-    return places if asked.packing and asked.attention == "sdpa" else 0.0
+    scores = (rows * length) ** 2 if train.packing else rows * length**2
+    if train.attention == "eager":
+        layers = 1 if train.gradient_checkpointing else headers.layers
+        return EAGER_BYTES * layers * headers.heads * scores
+    return scores if train.packing and train.attention == "sdpa" else 0.0
 
 
 def _features(layers: Sequence[Linear]) -> int:
@@ -285,8 +287,13 @@ def _features(layers: Sequence[Linear]) -> int:
     return sum(layer.in_features + layer.out_features for layer in layers)
 
 
-def _merge(sizes: _Sizes, onto: str) -> Predicted:
-    """A stream: two linear layers in work, whatever the model's size; what goes to PEFT instead is not predicted."""
+def _weight_count(layers: Sequence[Linear]) -> int:
+    """Weights of these layers, summed."""
+    return sum(layer.in_features * layer.out_features for layer in layers)
+
+
+def _merge(sizes: _Sizes, onto: str) -> StepNeeds:
+    """A stream: two linear layers at a time, whatever the model's size; what PEFT merges instead is not predicted."""
     largest = max(layer.in_features * layer.out_features for layer in sizes.headers.linears)
     parts = {"layers in work": 2 * (2 + 4) * largest}
     return _step(sizes, f"merge/{sizes.recipe.name}-{onto}", parts, process=MERGE, disk=sizes.bf16, on_gpu=False)
@@ -302,41 +309,47 @@ def _reference_bytes(sizes: _Sizes) -> float:
     return min(limit, 2 * tokens * sizes.headers.vocabulary)
 
 
-def _reference(sizes: _Sizes, external: Headers | None) -> Predicted:
+def _reference(sizes: _Sizes, external: Headers | None) -> StepNeeds:
     batch = sizes.recipe.evaluate.batch_size
     weights = {"weights": _stored(external)} if external else {"weights nf4": sizes.nf4, **sizes.file}
-    there = replace(sizes, headers=external) if external else sizes
-    parts = {**weights, **there.forward(batch=batch, tokens=sizes.length)}
+    model = replace(sizes, headers=external) if external else sizes
+    parts = {**weights, **model.forward(batch=batch, tokens=sizes.length)}
     disk = _reference_bytes(sizes)
     return _step(sizes, f"reference/{sizes.recipe.name}", parts, process=LOAD["nf4"], disk=disk)
 
 
-def _quantize(sizes: _Sizes, arm: Arm, scheme: Scheme) -> Predicted:
-    asked, headers = sizes.recipe.calibrate, sizes.headers
-    tokens = asked.rows * min(asked.seq_len, sizes.length)
+def _quantize(sizes: _Sizes, arm: Arm, scheme: Scheme) -> StepNeeds:
     disk = sizes.quantized(scheme)
-    parts = {"weights bf16": sizes.bf16, "weights quantized": disk}
+    parts = {"weights bf16": sizes.bf16, "weights quantized": disk, **_calibration(sizes, scheme)}
+    if scheme.needs_calibration:
+        parts |= sizes.file
+    if arm.scales_from_base:
+        parts |= {"model of the search": sizes.bf16}  # quantized before, in the same process
+    process = {"gptq": GPTQMODEL, "awq": AWQ}.get(scheme.method, RTN)
+    if scheme.backend == "llm-compressor":
+        process = LLM_COMPRESSOR
+    rounding = scheme.backend == "quench-rtn"  # tasks/quantize.py gives it no GPU
+    return _step(sizes, f"quantize/{arm.slug}", parts, process=process, disk=disk, on_gpu=not rounding)
+
+
+def _calibration(sizes: _Sizes, scheme: Scheme) -> dict[str, float]:
+    """What a method holds of the calibration set, and of the decoder layer that it works on."""
+    calibrate, headers = sizes.recipe.calibrate, sizes.headers
+    tokens = calibrate.rows * min(calibrate.seq_len, sizes.length)
+    parts: dict[str, float] = {}
     if scheme.method == "gptq":
-        # Inputs and outputs of the decoder layer that is worked on, bf16, and its weights in fp32.
-        layer = sum(one.in_features * one.out_features for one in headers.decoder_layer)
+        # Inputs and outputs of the decoder layer, bf16, and its weights in fp32.
+        layer = _weight_count(headers.decoder_layer)
         parts |= {"hessians": sizes.hessians, "activations": 4 * tokens * headers.hidden, "layer": 8 * layer}
     if scheme.method == "awq":
         # Inputs and outputs of all its linear layers, fp32.
         parts |= {"activations": 4 * tokens * _features(headers.decoder_layer)}
     if scheme.backend == "llm-compressor":
-        # Bytes a token and hidden feature: 9 and 29 measured. GPTQ orders the widest layer's Hessian in three copies.
-        widest = max(one.in_features for one in headers.decoder_layer)
+        # Bytes per token and hidden feature: 9 and 29 measured. GPTQ orders the widest layer's Hessian in three copies.
+        widest = max(layer.in_features for layer in headers.decoder_layer)
         parts |= {"activations": (10 if scheme.method == "gptq" else 30) * tokens * headers.hidden}
         parts |= {"ordered hessian": 3 * 4 * widest**2} if scheme.method == "gptq" else {}
-    if scheme.needs_calibration:
-        parts |= sizes.file
-    process = {"gptq": GPTQMODEL, "awq": AWQ}.get(scheme.method, RTN)
-    if scheme.backend == "llm-compressor":
-        process = LLM_COMPRESSOR
-    if arm.scales_from_base:
-        parts |= {"model of the search": sizes.bf16}  # quantized before, in the same process
-    rounding = scheme.backend == "quench-rtn"  # tasks/quantize.py gives it no GPU
-    return _step(sizes, f"quantize/{arm.slug}", parts, process=process, disk=disk, on_gpu=not rounding)
+    return parts
 
 
 def _stored(headers: Headers) -> float:
@@ -365,30 +378,30 @@ def _weights(sizes: _Sizes, arm: Arm) -> dict[str, float]:
         return {**parts, "weights bf16": sizes.bf16, **sizes.file}
     parts |= {"weights quantized": sizes.quantized(arm.scheme)}
     if sizes.on_cpu and arm.scheme.bits == 4 and arm.scheme.form == "gptq":
-        # PyTorch's int4 kernel wants its own packing: 3 bytes a weight on the way, on small models.
+        # PyTorch's int4 kernel wants its own packing: 3 bytes per weight on the way, on small models.
         parts |= {"repacking": min(3.0 * sizes.headers.linear_parameters, GIB / 2)}
     return parts
 
 
-def _evaluate(sizes: _Sizes, arm: Arm) -> Predicted:
-    asked, headers = sizes.recipe.evaluate, sizes.headers
+def _evaluate(sizes: _Sizes, arm: Arm) -> StepNeeds:
+    evaluate, headers = sizes.recipe.evaluate, sizes.headers
     length = sizes.recipe.data.max_length if sizes.recipe.data.general else sizes.length
-    parts = _weights(sizes, arm) | sizes.forward(batch=asked.batch_size, tokens=length)
-    parts["kv cache"] = sizes.kv_cache(batch=asked.batch_size, tokens=sizes.length + asked.max_new_tokens)
+    parts = _weights(sizes, arm) | sizes.forward(batch=evaluate.batch_size, tokens=length)
+    parts["kv cache"] = sizes.kv_cache(batch=evaluate.batch_size, tokens=sizes.length + evaluate.max_new_tokens)
     if sizes.on_cpu:
         parts["file of logits"] = _reference_bytes(sizes)
         if arm.adapter:
             # Frozen weights on the strided last position: torch's matmul copies the output layer for every row.
-            parts["output layer"] = 2 * asked.batch_size * headers.vocabulary * headers.hidden
+            parts["output layer"] = 2 * evaluate.batch_size * headers.vocabulary * headers.hidden
         if arm.scheme and arm.scheme.bits in (2, 3) and arm.scheme.form == "gptq":
             parts["dequantized layers"] = 2 * headers.linear_parameters  # kept, so that it is done once
     return _step(sizes, f"evaluate/{arm.slug}", parts, process=_process(arm), disk=sizes.data_bytes)
 
 
-def _measure(sizes: _Sizes, arm: Arm) -> Predicted:
-    asked = sizes.recipe.measure
-    tokens = asked.prompt_tokens + asked.new_tokens
-    parts = _weights(sizes, arm) | sizes.forward(batch=asked.batch, tokens=tokens)
+def _measure(sizes: _Sizes, arm: Arm) -> StepNeeds:
+    measure = sizes.recipe.measure
+    tokens = measure.prompt_tokens + measure.new_tokens
+    parts = _weights(sizes, arm) | sizes.forward(batch=measure.batch, tokens=tokens)
     if arm.kind == "nf4" and sizes.on_cpu:
         parts["earlier loads"] = 2 * sizes.bf16  # it is loaded six times
     return _step(sizes, f"measure/{arm.slug}", parts, process=_process(arm))

@@ -13,7 +13,7 @@ import psutil
 
 from flows.mlflow_uri import silent, tracking_uri
 from flows.plan.lookup import Planned
-from flows.plan.memory import CUDA_CONTEXT, FILES, GIB, Predicted, predict
+from flows.plan.memory import CUDA_CONTEXT, FILES, GIB, StepNeeds, predict
 from flows.plan.row_sizes import RowSizes, data_bytes, row_sizes, tokens_per_byte
 from recipes.checks.external import external_headers
 from recipes.checks.train import device_problems
@@ -50,36 +50,36 @@ def _free_gpu_gib() -> float | None:
     return min((gpu.free_bytes / GIB for gpu in all_gpus() if gpu.free_bytes is not None), default=None)
 
 
-def disk_problem(predicted: Sequence[Predicted], home: Path, *, download_gib: float = 0.0) -> Problem | None:
+def disk_problem(predicted: Sequence[StepNeeds], home: Path, *, download_gib: float = 0.0) -> Problem | None:
     """What these steps leave, and what comes from a bucket, against the free space where the store lies."""
-    there = next(folder for folder in (home, *home.parents) if folder.exists())
-    free = shutil.disk_usage(there).free / GIB
+    parent = next(folder for folder in (home, *home.parents) if folder.exists())
+    free = shutil.disk_usage(parent).free / GIB
     needed = download_gib + sum(step.disk_gib for step in predicted)
     if needed <= free:
         return None
     largest = sorted(predicted, key=lambda step: -step.disk_gib)[:3]
-    named = ", ".join(f"{step.key} {step.disk_gib:.1f} GiB" for step in largest)
+    which = ", ".join(f"{step.key} {step.disk_gib:.1f} GiB" for step in largest)
     if download_gib:
-        named = f"downloads of hits {download_gib:.1f} GiB, {named}".rstrip(", ")
+        which = f"downloads of hits {download_gib:.1f} GiB, {which}".rstrip(", ")
     return Problem(
         what=f"The steps to make would write {needed:.1f} GiB; {free:.1f} GiB are free.",
         where=str(home),
-        why=f"The largest: {named}.",
+        why=f"The largest: {which}.",
         next="Free space there, set QUENCH_HOME to a larger disk, or lower evaluate.reference_gib.",
     )
 
 
 def calibration_problem(recipe: Recipe, headers: Headers, rows: RowSizes | None) -> Problem | None:
-    """Calibration tokens that would not do, by an estimate that is rather high; the job counts them exactly."""
-    asked, needed = recipe.calibrate, TOKENS_PER_INPUT * headers.largest_in_features
-    if rows is None or asked.rows * rows.tokens >= needed:
+    """Too few calibration tokens, by an estimate that is rather high; the job counts them exactly."""
+    drawn, needed = recipe.calibrate.rows, TOKENS_PER_INPUT * headers.largest_in_features
+    if rows is None or drawn * rows.tokens >= needed:
         return None
     enough = math.ceil(needed / rows.tokens)
     return Problem(
-        what=f"Calibration needs {needed} tokens; {asked.rows} rows have about {asked.rows * rows.tokens:.0f}.",
+        what=f"Calibration needs {needed} tokens; {drawn} rows have about {drawn * rows.tokens:.0f}.",
         where="calibrate.rows",
         why=f"An average row has about {rows.tokens:.0f} tokens (an estimate from the first rows, rather high); with "
-        f"fewer than {TOKENS_PER_INPUT} tokens an input the widest layer's Hessian is badly estimated.",
+        f"fewer than {TOKENS_PER_INPUT} tokens per input the widest layer's Hessian is badly estimated.",
         next=f"Set calibrate.rows to {enough}."
         if enough <= MOST_ROWS
         else f"{enough} rows like these would do: give longer rows, or calibrate.allow_unusual_size a reason.",
@@ -107,11 +107,11 @@ class Setting(NamedTuple):
 
 
 def _halves(value: int, *, least: int) -> list[int]:
-    """value, then ever halves of it, down to `least`."""
-    found = [value]
-    while found[-1] // 2 >= least:
-        found.append(found[-1] // 2)
-    return found
+    """`value`, its half, the half of that and so on, down to `least`."""
+    values = [value]
+    while values[-1] // 2 >= least:
+        values.append(values[-1] // 2)
+    return values
 
 
 def _train_settings(recipe: Recipe) -> Iterator[Setting]:
@@ -163,7 +163,7 @@ def refuse(
     make: frozenset[str] | None = None,
     externals: Mapping[str, Headers] | None = None,
 ) -> list[Problem]:
-    """Steps that cannot fit, each stage once, with the largest batch and length that would.
+    """Steps that cannot fit, one per stage, with the largest batch and length that would.
 
     Args:
         recipe: The recipe.
@@ -176,11 +176,11 @@ def refuse(
         externals: Headers of the external models by name.
     """
 
-    def steps(asked: Recipe) -> list[Predicted]:
-        every = predict(asked, headers, device=device, rows=rows, externals=externals)
+    def steps(recipe: Recipe) -> list[StepNeeds]:
+        every = predict(recipe, headers, device=device, rows=rows, externals=externals)
         return [step for step in every if make is None or step.key in make]
 
-    too_large: dict[str, Predicted] = {}
+    too_large: dict[str, StepNeeds] = {}
     for step in steps(recipe):
         worst = too_large.get(step.stage)
         if not _fits(step, memory) and (worst is None or _weight(step) > _weight(worst)):
@@ -189,17 +189,17 @@ def refuse(
     return problems or _together(steps(recipe), memory=memory, slots=slots)
 
 
-def _weight(step: Predicted) -> float:
+def _weight(step: StepNeeds) -> float:
     return step.needed_gib + step.gpu_gib
 
 
-def _fits(step: Predicted, memory: Memory) -> bool:
+def _fits(step: StepNeeds, memory: Memory) -> bool:
     gpu = memory.gpu_gib or 0.0
     return step.needed_gib <= memory.host_gib and (not step.gpu_gib or step.gpu_gib + CUDA_CONTEXT <= gpu)
 
 
 def largest_fitting(
-    stage: str, recipe: Recipe, *, memory: Memory, steps: Callable[[Recipe], list[Predicted]]
+    stage: str, recipe: Recipe, *, memory: Memory, steps: Callable[[Recipe], list[StepNeeds]]
 ) -> Setting | None:
     """The largest batch and length with which every step of a stage fits; None where none does.
 
@@ -210,14 +210,13 @@ def largest_fitting(
         steps: Predicts the steps of a recipe.
     """
     for setting in (Setting({}), *SETTINGS.get(stage, lambda _: iter(()))(recipe)):
-        same_stage = [one for one in steps(setting.applied(recipe)) if one.stage == stage]
-        if all(_fits(one, memory) for one in same_stage):
+        if all(_fits(step, memory) for step in steps(setting.applied(recipe)) if step.stage == stage):
             return setting
     return None
 
 
 def _too_large(
-    step: Predicted, recipe: Recipe, *, memory: Memory, steps: Callable[[Recipe], list[Predicted]]
+    step: StepNeeds, recipe: Recipe, *, memory: Memory, steps: Callable[[Recipe], list[StepNeeds]]
 ) -> Problem:
     fitting = largest_fitting(step.stage, recipe, memory=memory, steps=steps)
     free_gpu = memory.gpu_gib or 0.0
@@ -235,7 +234,7 @@ def _too_large(
     )
 
 
-def _together(steps: Sequence[Predicted], *, memory: Memory, slots: int) -> list[Problem]:
+def _together(steps: Sequence[StepNeeds], *, memory: Memory, slots: int) -> list[Problem]:
     """Steps of one stage run side by side on CPU; measure runs alone."""
     side_by_side = [step.needed_gib for step in steps if step.stage in ("quantize", "evaluate")]
     needed = sum(sorted(side_by_side, reverse=True)[:slots])
@@ -308,7 +307,7 @@ def environment_problems(planned: Sequence[Planned]) -> Iterator[Problem]:
 
 def sampled(loaded: Loaded, headers: Headers) -> RowSizes | None:
     """Sizes of the rows, from the first 2,000 of each local source."""
-    found = [(origin, read_origin(origin, max_rows=SAMPLE_ROWS).rows) for origin in loaded.origins.values()]
-    size = sum(data_bytes(origin, rows) for origin, rows in found)
-    every = [row for _, rows in found for row in rows]
+    samples = [(origin, read_origin(origin, max_rows=SAMPLE_ROWS).rows) for origin in loaded.origins.values()]
+    size = sum(data_bytes(origin, rows) for origin, rows in samples)
+    every = [row for _, rows in samples for row in rows]
     return row_sizes(every, data_bytes=size, per_byte=tokens_per_byte(headers))

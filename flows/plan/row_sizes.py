@@ -1,4 +1,4 @@
-"""What the rows of the data cost in tokens and bytes, estimated from the first ones of them; no tokenizer."""
+"""What the rows of the data cost in tokens and bytes, estimated from the first ones; no tokenizer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class RowSizes(NamedTuple):
 
 
 def data_bytes(origin: Origin, rows: Sequence[Row]) -> int:
-    """Size of a source as JSONL; of parquet, which is compressed, from its count of rows and the first ones of them."""
+    """Size of a source as JSONL. Of parquet, which is compressed, it is estimated by its row count and first rows."""
     size = 0
     for file in data_files(origin.path):
         count = parquet_rows(file)
@@ -40,8 +40,8 @@ def data_bytes(origin: Origin, rows: Sequence[Row]) -> int:
 
 
 def _json_bytes(rows: Sequence[Row]) -> int:
-    seen = (json.dumps({"messages": row.messages, **row.columns}, ensure_ascii=False) for row in rows)
-    return sum(len(line.encode()) + 1 for line in seen)
+    lines = (json.dumps({"messages": row.messages, **row.columns}, ensure_ascii=False) for row in rows)
+    return sum(len(line.encode()) + 1 for line in lines)
 
 
 def row_sizes(rows: Sequence[Row], *, data_bytes: int, per_byte: float) -> RowSizes | None:
@@ -50,7 +50,7 @@ def row_sizes(rows: Sequence[Row], *, data_bytes: int, per_byte: float) -> RowSi
     Args:
         rows: The first rows.
         data_bytes: Size of the whole file.
-        per_byte: Tokens a byte of text, see `tokens_per_byte`.
+        per_byte: Tokens per byte of text, see `tokens_per_byte`.
     """
     if not rows:
         return None
@@ -65,7 +65,7 @@ def row_sizes(rows: Sequence[Row], *, data_bytes: int, per_byte: float) -> RowSi
 
 
 def tokens_per_byte(headers: Headers | None) -> float:
-    """Three bytes a token with a large vocabulary, fewer with a small one; real text has fewer tokens than this."""
+    """Three bytes per token with a large vocabulary, fewer with a small one; real text has fewer tokens than this."""
     if headers is None or headers.vocabulary >= 8192:
         return 1 / 3
     return 1 / 2 if headers.vocabulary >= 1024 else 1.0

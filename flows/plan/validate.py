@@ -26,7 +26,7 @@ from tasks.runtime.store.open import open_store
 
 @dataclass(frozen=True, kw_only=True)
 class Validated:
-    """A recipe that may run: pinned, planned, and small enough for this machine; and what it will not come to.
+    """A recipe that may run: pinned, planned, and small enough for this machine.
 
     Attributes:
         warnings: What serve.engine would refuse, a test set that is too small for the gate, packages off the lock.
@@ -54,25 +54,25 @@ def validate(path: Path, *, sets: Sequence[str], home: Path, only: Sequence[str]
         only: Arms that are wanted, see `compose`; none is all.
 
     Raises:
-        RecipeError: Everything that is wrong with recipe, base and rows; else the home cannot be written; else with
-            what they need of this machine and of MLflow.
+        RecipeError: Everything that is wrong with recipe, base and rows; else that the home cannot be written; else
+            everything that this machine or MLflow lacks.
     """
     loaded, rows = load_and_read(path, sets=sets)
     open_home(home)
     if problems := list(_unknown(only, loaded.recipe)):
         raise RecipeError(problems)
     pins = pin(loaded, home)
-    here = fetched(loaded, pins)
-    if here is not loaded:
-        rows = check_data(here)
-        if problems := [*check(here, fetched=True), *rows.problems]:
+    local = fetched(loaded, pins)
+    if local is not loaded:
+        rows = check_data(local)
+        if problems := [*check(local, fetched=True), *rows.problems]:
             raise RecipeError(problems)
     store = open_store(home)
     store.check()
     planned = plan(loaded.recipe, pins, store, only=only)
-    predicted = preflight(here, planned, home=home, base=pins.base.path, limits=limits(loaded.recipe))
-    warned = [*warnings(here), *(() if only else rows.warnings), *other_packages()]
-    return Validated(loaded=loaded, pins=pins, plan=planned, preflight=predicted, warnings=warned)
+    predicted = preflight(local, planned, home=home, base=pins.base.path, limits=limits(loaded.recipe))
+    doubts = [*warnings(local), *(() if only else rows.warnings), *other_packages()]
+    return Validated(loaded=loaded, pins=pins, plan=planned, preflight=predicted, warnings=doubts)
 
 
 def other_packages() -> list[Problem]:
@@ -80,12 +80,12 @@ def other_packages() -> list[Problem]:
     other, locked = off_lock(), locked_versions()
     if not other:
         return []
-    named = ", ".join(f"{name} {version} ({locked[name]})" for name, version in sorted(other.items()))
+    which = ", ".join(f"{name} {version} ({locked[name]})" for name, version in sorted(other.items()))
     return [
         Problem(
             what=f"{len(other)} packages are not those of the lock.",
             where=f"{sys.prefix}, infra/locks/main.txt",
-            why=f"{named}. Quench is tested with the lock's versions; artifacts carry those that are installed.",
+            why=f"{which}. Quench is tested with the lock's versions; artifacts carry those that are installed.",
             next="make install puts the lock's in place.",
         )
     ]
@@ -119,13 +119,14 @@ def fetched(loaded: Loaded, pins: Pins) -> Loaded:
     recipe = loaded.recipe
     model = recipe.model.model_copy(update={"base": str(pins.base.path)})
     parts = [
-        part.model_copy(update={"path": str(one.path)}) for part, one in zip(recipe.data.parts, pins.data, strict=True)
+        part.model_copy(update={"path": str(pinned.path)})
+        for part, pinned in zip(recipe.data.parts, pins.data, strict=True)
     ]
     data = recipe.data.model_copy(update={"sources": parts} if recipe.data.sources else {"path": parts[0].path})
     train = recipe.train.model_copy(update={"adapter": str(pins.adapter.path)}) if pins.adapter else recipe.train
     external = {
-        name: one.model_copy(update={"path": str(pins.externals[name].path)})
-        for name, one in recipe.evaluate.externals.items()
+        name: model.model_copy(update={"path": str(pins.externals[name].path)})
+        for name, model in recipe.evaluate.externals.items()
     }
     evaluate = recipe.evaluate.model_copy(update={"external": external})
     sections = {"model": model, "data": data, "train": train, "evaluate": evaluate}

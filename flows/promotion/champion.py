@@ -28,12 +28,12 @@ from tasks.runtime.store.open import open_store
 
 TRAIN_ROWS = "train_rows.json"
 OWN_TOKENS = "It reads other tokens ({}): compared by its answers and by bits a byte, not on the general hold-out."
-WORDS = ("tokenizer.json", "tokenizer.model", "chat_template.jinja")
+TOKEN_FILES = ("tokenizer.json", "tokenizer.model", "chat_template.jinja")
 
 
-def record_folder(home: Path, one: Promotion) -> Path:
+def record_folder(home: Path, version: Promotion) -> Path:
     """What is kept of a version beside promotions.jsonl: its train rows and its card."""
-    return home / "promotions" / one.model / str(one.version)
+    return home / "promotions" / version.model / str(version.version)
 
 
 # ---- what it was trained on
@@ -53,7 +53,7 @@ def trained_on(home: Path, model: Path) -> dict[str, Any]:
     """
     behind = _ancestors(home, model)
     dataset = next((path for path, manifest in behind.items() if manifest["stage"] == "prepare"), None)
-    here = [one["result"].get("trained_here") for one in behind.values() if one["stage"] == "train"]
+    here = [manifest["result"].get("trained_here") for manifest in behind.values() if manifest["stage"] == "train"]
     note = "It was trained elsewhere: rows of that training are not known." if False in here else None
     if dataset is None:
         return {"dataset": None, "rows": [], "note": "Its data set is not in the store: no row could be left out."}
@@ -69,23 +69,23 @@ def _row(name: str) -> str:
 
 def _ancestors(home: Path, model: Path) -> dict[Path, Mapping[str, Any]]:
     """Folder -> manifest of an artifact and of everything in the store that it was made from, nearest first."""
-    found: dict[Path, Mapping[str, Any]] = {}
+    manifests: dict[Path, Mapping[str, Any]] = {}
     todo = [home / model]
     while todo:
         folder = todo.pop(0)
-        if folder in found or not (folder / "manifest.json").is_file():
+        if folder in manifests or not (folder / "manifest.json").is_file():  # outside of the store there is none
             continue
-        found[folder] = read_json(folder / "manifest.json")
-        todo += [(home / one["path"]).parent for one in found[folder]["inputs"].values()]  # outside: no manifest there
-    return found
+        manifests[folder] = manifest = read_json(folder / "manifest.json")
+        todo += [(home / origin["path"]).parent for origin in manifest["inputs"].values()]
+    return manifests
 
 
 # ---- its scores here
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rival:
-    """The champion on this run's rows.
+class ChampionScores:
+    """The champion's scores on this run's rows.
 
     Attributes:
         evaluate: Folder of its scores, relative to QUENCH_HOME.
@@ -100,7 +100,7 @@ class Rival:
     note: str | None
 
 
-def evaluated(present: Promotion, run: Run, candidate: RunArm, home: Path) -> Rival:
+def evaluated(present: Promotion, run: Run, candidate: RunArm, home: Path) -> ChampionScores:
     """Score the champion as the candidate was scored: same rows, order, batches and code.
 
     Raises:
@@ -114,7 +114,7 @@ def evaluated(present: Promotion, run: Run, candidate: RunArm, home: Path) -> Ri
         raise problem.error()
     recipe = recipe_of_run(run.recipe)
     inputs = _inputs(scored, recipe, home)
-    other = _other_words(folder / "files", inputs["dataset"].path / "tokenizer")
+    other = _other_tokens(folder / "files", inputs["dataset"].path / "tokenizer")
     if other:  # then there is nothing that its logits could be compared with
         inputs.pop("reference", None)
     inputs["model"] = External(name="model", path=folder / "files", digest=present.digest, source=present.path)
@@ -123,39 +123,39 @@ def evaluated(present: Promotion, run: Run, candidate: RunArm, home: Path) -> Ri
     _same_scoring(step.identity, scored.manifest["identity"], run)
     with Launcher() as launcher:
         context = Context(store=store, launcher=launcher, leases=Leases(home), limits=limits(recipe))
-        made = run_step(step, {name: one.artifact for name, one in inputs.items()}, context)
-    assert made.artifact.folder is not None
+        artifact = run_step(step, {name: source.artifact for name, source in inputs.items()}, context).artifact
+    assert artifact.folder is not None
     rows = [str(name) for name in read_scores(scored.files)["nll"].rows]
-    said = read_json(record_folder(home, present) / TRAIN_ROWS)
-    trained = set(said["rows"])
-    notes = [said["note"]] if said["note"] else []
-    if "nll" not in read_scores(made.artifact.path):
+    training = read_json(record_folder(home, present) / TRAIN_ROWS)
+    trained = set(training["rows"])
+    notes = [training["note"]] if training["note"] else []
+    if "nll" not in read_scores(artifact.path):
         notes.append(OWN_TOKENS.format(", ".join(other)))
-    return Rival(
-        evaluate=str(made.artifact.folder.relative_to(home)),
+    return ChampionScores(
+        evaluate=str(artifact.folder.relative_to(home)),
         rows=len(rows),
         removed=[name for name in rows if _row(name) in trained],
         note=" ".join(notes) or None,
     )
 
 
-def stale(store: Store, one: Promotion) -> Problem | None:
+def stale(store: Store, version: Promotion) -> Problem | None:
     """The artifact of a promotion is not in the store as it was promoted; every byte is read."""
-    folder = store.home / one.path
+    folder = store.home / version.path
     if not (folder / "manifest.json").is_file():
         why = "It was removed."
-    elif (manifest := read_json(folder / "manifest.json"))["digest"] != one.digest:
-        why = f"Another artifact is there: {manifest['digest'][:12]} instead of {one.digest[:12]}."
+    elif (manifest := read_json(folder / "manifest.json"))["digest"] != version.digest:
+        why = f"Another artifact is there: {manifest['digest'][:12]} instead of {version.digest[:12]}."
     elif damage := store.damage(folder, manifest, digests=True):
         why = f"{damage[0].upper()}{damage[1:]}."
     else:
         return None
     return Problem(
-        what=f"Version {one.version} of {one.model} is not in the store as it was promoted.",
+        what=f"Version {version.version} of {version.model} is not in the store as it was promoted.",
         where=str(folder),
         why=why,
         next=f"Put its files back (the registry's version has them, too), or quench promote --to another version of "
-        f"{one.model}.",
+        f"{version.model}.",
     )
 
 
@@ -165,23 +165,23 @@ def _inputs(scored: RunStep, recipe: Recipe, home: Path) -> dict[str, External]:
     Raises:
         RecipeError: Something of it has changed or gone since.
     """
-    found: dict[str, External] = {}
+    inputs: dict[str, External] = {}
     digests = Digests(home)
     assert scored.manifest is not None
-    for name, one in scored.manifest["inputs"].items():
+    for name, read in scored.manifest["inputs"].items():
         if name in ("model", "adapter", "calibset"):
             continue
-        path = home / one["path"]  # an absolute path stays what it is
-        now = one["digest"] if path.is_relative_to(home) else _digest(name, path, recipe, digests)
-        if now != one["digest"] or not path.exists():
+        path = home / read["path"]  # an absolute path stays what it is
+        now = read["digest"] if path.is_relative_to(home) else _digest(name, path, recipe, digests)
+        if now != read["digest"] or not path.exists():
             raise Problem(
                 what=f"{name} is not what the run read.",
                 where=str(path),
                 why="The champion has to be scored as the candidate was.",
                 next="quench run the recipe again; what has not changed is taken from the store.",
             ).error()
-        found[name] = External(name=name, path=path, digest=one["digest"], source=one["path"])
-    return found
+        inputs[name] = External(name=name, path=path, digest=read["digest"], source=read["path"])
+    return inputs
 
 
 def _digest(name: str, path: Path, recipe: Recipe, digests: Digests) -> str | None:
@@ -192,9 +192,9 @@ def _digest(name: str, path: Path, recipe: Recipe, digests: Digests) -> str | No
     return scorer_content(recipe.evaluate.scorers[number], path, number, digests=digests).digest
 
 
-def _other_words(model: Path, dataset: Path) -> list[str]:
-    """What of the champion's tokenizer and chat template is another than the data set's; empty where all is equal."""
-    other = [name for name in WORDS if _content(model / name) != _content(dataset / name)]
+def _other_tokens(model: Path, dataset: Path) -> list[str]:
+    """Files of the champion's tokenizer and chat template that differ from the data set's."""
+    other = [name for name in TOKEN_FILES if _content(model / name) != _content(dataset / name)]
     return other + (["chat_template"] if _template(model) != _template(dataset) else [])
 
 
@@ -213,12 +213,12 @@ def _same_scoring(ours: Mapping[str, Any], theirs: Mapping[str, Any], run: Run) 
     shared = ours["tools"].keys() & theirs["tools"].keys()
     plain = [
         {
-            **one["params"],
+            **identity["params"],
             "kind": None,
-            "version": one["version"],
-            "tools": {name: one["tools"][name] for name in shared},
+            "version": identity["version"],
+            "tools": {name: identity["tools"][name] for name in shared},
         }
-        for one in (ours, theirs)
+        for identity in (ours, theirs)
     ]
     if plain[0] != plain[1]:
         raise Problem(

@@ -1,7 +1,7 @@
 """promotions.jsonl: every decision about what ships, one line each, appended before the registry hears of it.
 
-The file is the truth and the registry a view of it. Under one lock a line is written whole or not at all: one that a
-killed process left without its end is cut off by the next writer and read by nobody.
+The file is the truth and the registry a view of it. A line is written under one lock. One that a killed process left
+without its end is skipped by readers and cut off by the next writer.
 
 A version is a model name and an artifact: the same bytes are the same version, however often they are judged.
 """
@@ -68,14 +68,14 @@ def now() -> str:
 
 @contextlib.contextmanager
 def locked(home: Path) -> Generator[None]:
-    """Hold the lock under which is decided: of two promotions at once the second one sees what the first one did."""
+    """Hold the lock of all decisions: of two promotions at once the second sees what the first one did."""
     (home / "locks").mkdir(parents=True, exist_ok=True)
     with flocked(home / "locks" / "promotions.lock"):
         yield
 
 
 def records(path: Path) -> list[dict[str, Any]]:
-    """Every line of promotions.jsonl, about any model, oldest first; a last one that is half written is none."""
+    """Every line of promotions.jsonl, about any model, oldest first; a half-written last line is skipped."""
     if not path.exists():
         return []
     whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
@@ -91,11 +91,11 @@ class Journal:
 
     def lines(self) -> list[Promotion]:
         """Every decision about this model, oldest first."""
-        return [Promotion(**one) for one in records(self.path) if one["model"] == self.model]
+        return [Promotion(**record) for record in records(self.path) if record["model"] == self.model]
 
-    def append(self, one: Promotion) -> None:
+    def append(self, promotion: Promotion) -> None:
         """Write a decision so that it is on disk when this returns. Only under `locked`."""
-        line = json.dumps(asdict(one), sort_keys=True, ensure_ascii=False) + "\n"
+        line = json.dumps(asdict(promotion), sort_keys=True, ensure_ascii=False) + "\n"
         with self.path.open("ab+") as file:
             file.seek(0)
             end = file.read().rfind(b"\n") + 1
@@ -107,29 +107,26 @@ class Journal:
 
 def champion(lines: Sequence[Promotion]) -> Promotion | None:
     """The decision that made the present champion one."""
-    return next((one for one in reversed(lines) if one.event in MOVES), None)
+    return next((line for line in reversed(lines) if line.event in MOVES), None)
 
 
 def challenger(lines: Sequence[Promotion]) -> Promotion | None:
     """What was judged last, where it did not become champion."""
-    last = next((one for one in reversed(lines) if one.event != "rolled back"), None)
+    last = next((line for line in reversed(lines) if line.event != "rolled back"), None)
     return last if last is not None and last.event == "blocked" else None
 
 
 def versions(lines: Sequence[Promotion]) -> dict[int, Promotion]:
-    """Version -> the decision that speaks for it: its promotion where it had one, else what was said last."""
-    found: dict[int, Promotion] = {}
-    for one in lines:
-        if one.event == "promoted" or (one.event == "blocked" and _open(found.get(one.version))):
-            found[one.version] = one
-    return found
-
-
-def _open(one: Promotion | None) -> bool:
-    return one is None or one.event == "blocked"
+    """Version -> the decision that counts: its promotion where it had one, else the latest verdict."""
+    decisive: dict[int, Promotion] = {}
+    for line in lines:
+        before = decisive.get(line.version)
+        if line.event == "promoted" or (line.event == "blocked" and (before is None or before.event == "blocked")):
+            decisive[line.version] = line
+    return decisive
 
 
 def version_of(lines: Sequence[Promotion], digest: str) -> int:
     """The version of an artifact: the one that it has, or the next."""
-    known = {one.digest: one.version for one in lines}
+    known = {line.digest: line.version for line in lines}
     return known.get(digest) or max(known.values(), default=0) + 1

@@ -1,12 +1,10 @@
-"""`quench promote`: the candidate of a run through the gate, onto the record, into the registry; and back again."""
+"""Promotion: the candidate of a run through the gate, onto the record, into the registry; and back again."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,26 +12,24 @@ from pydantic import ValidationError
 
 from flows.gate.candidate import candidate
 from flows.gate.section import PROMOTION
-from flows.promotion.champion import TRAIN_ROWS, Rival, evaluated, record_folder, stale, trained_on
+from flows.promotion.champion import TRAIN_ROWS, ChampionScores, evaluated, record_folder, stale, trained_on
 from flows.promotion.journal import MOVES, Journal, Promotion, champion, locked, now, version_of, versions
 from flows.promotion.registry import sync
 from flows.report.build import Report, render
 from flows.report.model_card import card_of
 from flows.results.cells import Draws
 from flows.results.read import Run, RunArm, read_run
-from flows.run.folder import find_run
 from recipes.problem import Problem
 from recipes.schema import recipe_of_run
 from tasks.runtime.fingerprint import file_digest
-from tasks.runtime.store.home import open_home
-from tasks.runtime.store.local import Store, find_home, read_json, write_json
+from tasks.runtime.store.local import Store, read_json, write_json
 
 Say = Callable[[str], None]
 CARD = "card.md"
 
 
 class Decision(NamedTuple):
-    """What came of it.
+    """What came of a promotion or a rollback.
 
     Attributes:
         event: `promoted`, `blocked`, `nothing` (it is champion already), `none` (there is no candidate), `rolled back`.
@@ -57,38 +53,36 @@ def promote(run_folder: Path, home: Path, *, say: Say) -> Decision:
     """
     with locked(home):
         run = read_run(run_folder, home)
-        found = candidate(run, Draws())
-        if found.arm is None:
+        arm = candidate(run, Draws()).arm
+        if arm is None:
             return Decision("none", None, _reported(run, None).json["gate"], [])
         journal = Journal(home, model_name(run_folder))
         lines = journal.lines()
         present = champion(lines)
-        drafted = _drafted(run, found.arm, lines, present)
+        drafted = _drafted(run, arm, lines, present)
         if present is not None and present.digest == drafted.digest:
-            same = _champion(present, Rival(evaluate="", rows=0, removed=[], note=None))
-            return Decision("nothing", None, _reported(run, same).json["gate"], sync(home, journal.model, lines))
+            itself = _champion(present, ChampionScores(evaluate="", rows=0, removed=[], note=None))
+            return Decision("nothing", None, _reported(run, itself).json["gate"], sync(home, journal.model, lines))
         say(f"reading every byte of {drafted.path}")
         if problem := stale(Store(home), drafted):
-            raise _made_again(problem, found.arm).error()
-        rival = None
+            raise _made_again(problem, arm).error()
+        compared_with = None
         if present is not None:
             say(
                 f"evaluating the champion, version {present.version} ({present.arm} of run {present.run}), on this test"
             )
-            rival = _champion(present, evaluated(present, run, found.arm, home))
-        report = _reported(run, rival)
+            compared_with = _champion(present, evaluated(present, run, arm, home))
+        report = _reported(run, compared_with)
         gate = report.json["gate"]
-        made = Promotion(
-            **{
-                **asdict(drafted),
-                "event": "promoted" if gate["outcome"] == "pass" else "blocked",
-                "outcome": gate["outcome"],
-                "checks": [*gate["tests"], *gate["domains"]],
-            }
+        promotion = replace(
+            drafted,
+            event="promoted" if gate["outcome"] == "pass" else "blocked",
+            outcome=gate["outcome"],
+            checks=[*gate["tests"], *gate["domains"]],
         )
-        _keep(made, run, found.arm, report, home)
-        journal.append(made)
-        return Decision(made.event, made, gate, sync(home, journal.model, journal.lines()))
+        _keep(promotion, run, arm, report, home)
+        journal.append(promotion)
+        return Decision(promotion.event, promotion, gate, sync(home, journal.model, journal.lines()))
 
 
 def roll_back(home: Path, model: str, version: int, *, say: Say) -> Decision:
@@ -108,17 +102,9 @@ def roll_back(home: Path, model: str, version: int, *, say: Say) -> Decision:
         say(f"reading every byte of {wanted.path}")
         if problem := stale(Store(home), wanted):
             raise problem.error()
-        more: dict[str, Any] = {
-            **asdict(wanted),
-            "at": now(),
-            "event": "rolled back",
-            "outcome": "none",
-            "champion": present.version if present else None,
-            "checks": [],
-        }
-        made = Promotion(**more)
-        journal.append(made)
-        return Decision("rolled back", made, {}, sync(home, model, journal.lines()))
+        promotion = replace(wanted, at=now(), event="rolled back", outcome="none", champion=_number(present), checks=[])
+        journal.append(promotion)
+        return Decision("rolled back", promotion, {}, sync(home, model, journal.lines()))
 
 
 def model_name(run_folder: Path) -> str:
@@ -142,7 +128,7 @@ def model_name(run_folder: Path) -> str:
 def _not_back(
     model: str, version: int, wanted: Promotion | None, known: Mapping[int, Promotion], present: Promotion | None
 ) -> Problem | None:
-    able = [str(number) for number, one in known.items() if one.event in MOVES and one.version != _number(present)]
+    able = [str(number) for number, line in known.items() if line.event in MOVES and number != _number(present)]
     remedy = f"Name one of: {', '.join(able)}." if able else "No other version was ever champion."
     if wanted is None:
         what, why = f"{model} has no version {version}.", f"It has {', '.join(map(str, known)) or 'none'}."
@@ -189,63 +175,36 @@ def _made_again(problem: Problem, arm: RunArm) -> Problem:
     )
 
 
-def _champion(present: Promotion, rival: Rival) -> dict[str, Any]:
+def _champion(present: Promotion, scores: ChampionScores) -> dict[str, Any]:
     """What promotion.json says about the champion that was compared with."""
-    named = {name: getattr(present, name) for name in ("model", "version", "run", "arm", "digest")}
-    return {**named, **asdict(rival)}
+    return {name: getattr(present, name) for name in ("model", "version", "run", "arm", "digest")} | asdict(scores)
 
 
-def _reported(run: Run, rival: dict[str, Any] | None) -> Report:
-    write_json(run.folder / PROMOTION, {"champion": rival})
+def _reported(run: Run, compared_with: dict[str, Any] | None) -> Report:
+    write_json(run.folder / PROMOTION, {"champion": compared_with})
     return render(run.folder, run.home)
 
 
-def _keep(made: Promotion, run: Run, arm: RunArm, report: Report, home: Path) -> None:
-    """Train rows and card of a version, which outlive its data set and its run."""
-    folder = record_folder(home, made)
+def _keep(promotion: Promotion, run: Run, arm: RunArm, report: Report, home: Path) -> None:
+    """Write train rows and card of a version, which outlive its data set and its run."""
+    folder = record_folder(home, promotion)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / TRAIN_ROWS).write_text(json.dumps(trained_on(home, Path(made.path))) + "\n", encoding="utf-8")
+    (folder / TRAIN_ROWS).write_text(json.dumps(trained_on(home, Path(promotion.path))) + "\n", encoding="utf-8")
     (folder / CARD).write_text(card_of(run, arm, report.json), encoding="utf-8")
 
 
-# ---- the command
-
-
-def command(args: argparse.Namespace) -> int:
-    """Decide or roll back, and say it; exit code 0 where the champion is what was asked for, else 1.
-
-    Raises:
-        RecipeError: No such run or version; files that are damaged; a champion that cannot be compared with.
-    """
-    home = find_home()
-    open_home(home)
-    folder = find_run(home, args.run)
-
-    def say(text: str) -> None:
-        print(text, file=sys.stderr)
-
-    made = promote(folder, home, say=say) if args.to is None else roll_back(home, model_name(folder), args.to, say=say)
-    if args.json:
-        print(json.dumps({**made._asdict(), "promotion": made.promotion and asdict(made.promotion)}, indent=2))
-    else:
-        print("\n".join(told(made)))
-    for line in made.trouble:
-        say(f"MLflow is behind promotions.jsonl: {line}")
-    return 0 if made.event in ("promoted", "nothing", "rolled back") else 1
-
-
-def told(made: Decision) -> Iterator[str]:
+def sentences(decision: Decision) -> Iterator[str]:
     """The decision in words."""
-    one = made.promotion
-    if made.event == "rolled back" and one:
-        yield f"Version {one.version} of {one.model} ({one.arm} of run {one.run}) is champion again."
+    line = decision.promotion
+    if decision.event == "rolled back" and line:
+        yield f"Version {line.version} of {line.model} ({line.arm} of run {line.run}) is champion again."
         return
-    if made.event == "promoted" and one:
-        yield f"Promoted: version {one.version} of {one.model}, {one.arm} of run {one.run}."
-    elif made.event == "blocked" and one:
-        stays = f"version {one.champion} stays champion" if one.champion else "there is no champion yet"
-        yield f"Not promoted ({one.outcome}); {stays}."
-    elif made.event == "nothing":
+    if decision.event == "promoted" and line:
+        yield f"Promoted: version {line.version} of {line.model}, {line.arm} of run {line.run}."
+    elif decision.event == "blocked" and line:
+        stays = f"version {line.champion} stays champion" if line.champion else "there is no champion yet"
+        yield f"Not promoted ({line.outcome}); {stays}."
+    elif decision.event == "nothing":
         yield "Nothing to promote: the candidate is the champion."
         return
-    yield from (f"  {line}" for line in made.gate["text"])
+    yield from (f"  {text}" for text in decision.gate["text"])

@@ -30,10 +30,10 @@ UNWANTED = str.maketrans(dict.fromkeys("/:.%\"'", "-"))  # MLflow refuses them i
 
 
 def sync(home: Path, model: str, lines: Sequence[Promotion]) -> list[str]:
-    """Give the registry what the record says and it has not got; returns what it refused, in words.
+    """Give the registry what it lacks of the record; returns what it refused, in words.
 
-    Doing it twice adds nothing. A version whose files are no longer in the store, and that the registry has not got
-    either (its database was lost), cannot come back: that is said, too.
+    Doing it twice adds nothing. A version that is neither in the store nor in the registry any more (its database was
+    lost) cannot come back: that is said, too.
     """
     if not lines:
         return []
@@ -53,17 +53,17 @@ class _Registry:
 
     def sync(self, lines: Sequence[Promotion]) -> list[str]:
         self._model()
-        there = self._there()
+        registered = self._registered()
         trouble: list[str] = []
-        for number, one in sorted(versions(lines).items()):
-            if number in there:
-                self._tag(there[number], one)
-            elif (self.home / one.path / "manifest.json").is_file():
-                there[number] = self._register(one)
+        for number, line in sorted(versions(lines).items()):
+            if number in registered:
+                self._tag(registered[number], line)
+            elif (self.home / line.path / "manifest.json").is_file():
+                registered[number] = self._register(line)
             else:
-                trouble.append(f"version {number} is not in the store any more: {one.path}")
-        self._alias("champion", champion(lines), there)
-        self._alias("challenger", challenger(lines), there)
+                trouble.append(f"version {number} is not in the store any more: {line.path}")
+        self._alias("champion", champion(lines), registered)
+        self._alias("challenger", challenger(lines), registered)
         return trouble
 
     def _model(self) -> None:
@@ -73,42 +73,44 @@ class _Registry:
             if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
                 raise
 
-    def _there(self) -> dict[int, str]:
+    def _registered(self) -> dict[int, str]:
         """Our version -> the registry's; they are the same while nobody else registers under this name."""
-        found: dict[int, str] = {}
+        numbers: dict[int, str] = {}
         token = None
         while True:
             page = self.client.search_model_versions(f"name='{self.model}'", page_token=token)
-            found |= {int(one.tags[VERSION]): one.version for one in page if VERSION in one.tags}
+            numbers |= {int(entry.tags[VERSION]): entry.version for entry in page if VERSION in entry.tags}
             token = page.token
             if not token:
-                return found
+                return numbers
 
-    def _register(self, one: Promotion) -> str:
+    def _register(self, promotion: Promotion) -> str:
         """A version with the artifact's files; returns the registry's number."""
-        experiment, run = self._origin(one)
-        place, logged = self._place(one, run, experiment)
-        card = record_folder(self.home, one) / "card.md"
-        made = self.client.create_model_version(
+        experiment, run = self._origin(promotion)
+        place, logged = self._place(promotion, run, experiment)
+        card = record_folder(self.home, promotion) / "card.md"
+        return self.client.create_model_version(
             self.model,
             place,
             run_id=run,
             # A server behind HTTP refuses a place that is not below a model that is named; without one, MLflow would
             # look the model up in the process-wide store, which is ours only where a user set it.
             model_id=logged if tracking_uri(self.home).startswith("http") else None,
-            tags=self._tags(one, run, experiment),
+            tags=self._tags(promotion, run, experiment),
             description=_described(card.read_text(encoding="utf-8")) if card.exists() else None,
-        )
-        return made.version
+        ).version
 
-    def _place(self, one: Promotion, run: str | None, experiment: str) -> tuple[str, str | None]:
+    def _place(self, promotion: Promotion, run: str | None, experiment: str) -> tuple[str, str | None]:
         """Where a version's files lie, and the logged model that has them; None where the store's bucket has them."""
-        stored = open_store(self.home).place_in_bucket(self.home / one.path)
+        stored = open_store(self.home).place_in_bucket(self.home / promotion.path)
         if stored and tracking_uri(self.home).startswith("http"):
             return stored, None
-        files = self.home / one.path / "files"
+        files = self.home / promotion.path / "files"
         logged = self.client.create_logged_model(
-            experiment, name=one.arm.translate(UNWANTED), source_run_id=run, tags=self._tags(one, run, experiment)
+            experiment,
+            name=promotion.arm.translate(UNWANTED),
+            source_run_id=run,
+            tags=self._tags(promotion, run, experiment),
         )
         place = logged.artifact_location
         if place.startswith("file:"):
@@ -118,11 +120,11 @@ class _Registry:
         self.client.finalize_logged_model(logged.model_id, "READY")
         return place, logged.model_id
 
-    def _origin(self, one: Promotion) -> tuple[str, str | None]:
+    def _origin(self, promotion: Promotion) -> tuple[str, str | None]:
         """Experiment and MLflow run that the artifact comes from; the run is None where MLflow has lost it."""
         for experiment in self.client.search_experiments():
-            wanted = f"tags.`quench.run` = '{one.run}' and tags.`quench.kind` = 'run'"
-            for run in self.client.search_runs([experiment.experiment_id], wanted, max_results=1):
+            of_run = f"tags.`quench.run` = '{promotion.run}' and tags.`quench.kind` = 'run'"
+            for run in self.client.search_runs([experiment.experiment_id], of_run, max_results=1):
                 return experiment.experiment_id, run.info.run_id
         known = self.client.get_experiment_by_name(self.model)
         if known is not None:
@@ -131,28 +133,28 @@ class _Registry:
         place = (self.home / "mlartifacts" / self.model).as_uri() if local else None
         return self.client.create_experiment(self.model, artifact_location=place), None
 
-    def _tags(self, one: Promotion, run: str | None, experiment: str) -> dict[str, str]:
+    def _tags(self, promotion: Promotion, run: str | None, experiment: str) -> dict[str, str]:
         report = f"#/experiments/{quote(experiment)}/runs/{run}/artifacts/report.html" if run else ""
         return {
-            VERSION: str(one.version),
-            "quench.gate": one.outcome,
-            "quench.run": one.run,
-            "quench.arm": one.arm,
-            "quench.artifact": one.digest,
-            "quench.recipe": one.recipe,
-            "quench.dataset": one.dataset or "unknown",
-            "quench.path": one.path,
-            "quench.report": report or f"runs/{one.run}/report.html",
+            VERSION: str(promotion.version),
+            "quench.gate": promotion.outcome,
+            "quench.run": promotion.run,
+            "quench.arm": promotion.arm,
+            "quench.artifact": promotion.digest,
+            "quench.recipe": promotion.recipe,
+            "quench.dataset": promotion.dataset or "unknown",
+            "quench.path": promotion.path,
+            "quench.report": report or f"runs/{promotion.run}/report.html",
         }
 
-    def _tag(self, version: str, one: Promotion) -> None:
+    def _tag(self, version: str, promotion: Promotion) -> None:
         """The gate's last word on a version that was there already."""
-        self.client.set_model_version_tag(self.model, version, "quench.gate", one.outcome)
+        self.client.set_model_version_tag(self.model, version, "quench.gate", promotion.outcome)
 
-    def _alias(self, alias: str, one: Promotion | None, there: dict[int, str]) -> None:
+    def _alias(self, alias: str, promotion: Promotion | None, registered: dict[int, str]) -> None:
         """Move an alias, or take it away; one call each, and the caller holds the lock."""
         now = self.client.get_registered_model(self.model).aliases.get(alias)
-        wanted = there.get(one.version) if one else None
+        wanted = registered.get(promotion.version) if promotion else None
         if wanted is not None and wanted != now:
             self.client.set_registered_model_alias(self.model, alias, wanted)
         elif wanted is None and now is not None:

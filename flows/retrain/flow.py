@@ -41,8 +41,8 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What is retrained: a recipe file with its overrides has one memory and one turn at a time."""
+class RetrainOptions:
+    """What is retrained. A recipe file with its overrides is one series: one memory, one retrain at a time."""
 
     recipe: Path
     sets: list[str]
@@ -67,17 +67,17 @@ class Before(NamedTuple):
         return load(self.run / ROWS_SEEN)
 
 
-class Outcome(NamedTuple):
+class RetrainOutcome(NamedTuple):
     """How a retrain ended.
 
     Attributes:
         word: `skipped`, `promoted`, `not promoted`, `nothing to promote` or `trained`.
-        told: Sentences, the most important one first.
+        sentences: What happened, the most important sentence first.
         run: The run's folder; None where nothing was trained.
     """
 
     word: str
-    told: list[str]
+    sentences: list[str]
     run: Path | None = None
 
 
@@ -107,8 +107,8 @@ def retrain(
         recipe: Path of the recipe file, absolute or seen from the folder where the command is typed.
         sets: Overrides of single fields, as ["train.rank=32"].
         promote: Put the run's candidate through the gate against the champion; else only train and report.
-        notify: Prefect notification block that is told how it ended, as slack-webhook/NAME.
-        notify_skipped: Tell it, too, where nothing had changed.
+        notify: Prefect notification block that gets a message how it ended, as slack-webhook/NAME.
+        notify_skipped: Send one, too, where nothing had changed.
 
     Returns:
         A completed state, its message says how it ended; called Skipped where nothing was trained. Its data is the
@@ -121,19 +121,19 @@ def retrain(
     """
     home, log = find_home(), get_run_logger()
     settle(log)
-    asked = Asked(recipe=Path(recipe), sets=sets or [], promote=promote)
+    options = RetrainOptions(recipe=Path(recipe), sets=sets or [], promote=promote)
     with refusals_logged():
         if notify:
             notification_block(notify)
-        with turn(home, asked, log.info) as ours:
-            outcome = retrained(asked, home, log.info) if ours else Outcome("skipped", [WAITS])
-    for line in outcome.told:
+        with turn(home, options, log.info) as ours:
+            outcome = retrained(options, home, log.info) if ours else RetrainOutcome("skipped", [WAITS])
+    for line in outcome.sentences:
         log.info("%s", line)
     skipped = outcome.word == "skipped"
     if notify and (notify_skipped or not skipped):
         deliver(notify, f"Quench retrain of {recipe}: {outcome.word}", _message(outcome), return_state=True)
     flush_log()
-    message = " ".join(outcome.told[:3])
+    message = " ".join(outcome.sentences[:3])
     return Completed(message=message, data=str(outcome.run or ""), name="Skipped" if skipped else "Completed")
 
 
@@ -143,12 +143,12 @@ WAITS = (
 
 
 @contextlib.contextmanager
-def turn(home: Path, asked: Asked, say: Say) -> Generator[bool]:
+def turn(home: Path, options: RetrainOptions, say: Say) -> Generator[bool]:
     """Hold the recipe's turn; False where one retrain has it and another waits for it already.
 
     One that waits is needed: rows may have come since the first one looked. A second would see what the first one sees.
     """
-    locks, name = home / "locks", f"retrain-{fingerprint(asked.series)[:12]}"
+    locks, name = home / "locks", f"retrain-{fingerprint(options.series)[:12]}"
     locks.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:
         with locked_now(locks / f"{name}-next.lock") as ours:
@@ -158,7 +158,7 @@ def turn(home: Path, asked: Asked, say: Say) -> Generator[bool]:
         yield ours
 
 
-def retrained(asked: Asked, home: Path, say: Say) -> Outcome:
+def retrained(options: RetrainOptions, home: Path, say: Say) -> RetrainOutcome:
     """Compare with what the last retrain saw; where anything changed, run the pipeline, decide, and put it on record.
 
     Raises:
@@ -166,70 +166,72 @@ def retrained(asked: Asked, home: Path, say: Say) -> Outcome:
         RunFailed: A step failed.
         StepFailed: The champion could not be evaluated.
     """
-    loaded = load_and_read(asked.recipe, sets=asked.sets, data=False).loaded
+    loaded = load_and_read(options.recipe, sets=options.sets, data=False).loaded
     pins = pin(loaded, home)
-    saw = seen(loaded, pins, asked)
-    before = last(home, asked)
+    saw = seen(loaded, pins, options)
+    before = last(home, options)
     if before and before.saw == saw:
-        return Outcome("skipped", [f"Nothing changed since run {before.run.name}: rows, recipe, packages."])
+        return RetrainOutcome("skipped", [f"Nothing changed since run {before.run.name}: rows, recipe, packages."])
     rows = rows_of(fetched(loaded, pins).origins.values(), loaded.recipe.data)
     changes = count(before.rows, rows) if before else None
     reasons = why(before, saw, changes)
     if before and not reasons:
-        return Outcome("skipped", [f"The data's files changed since run {before.run.name}, none of their rows did."])
+        return RetrainOutcome(
+            "skipped", [f"The data's files changed since run {before.run.name}, none of their rows did."]
+        )
     for reason in reasons:
         say(reason)
     # It pins later than the rows were read: nothing is missed.
-    validated = validate(asked.recipe, sets=asked.sets, home=home)
+    validated = validate(options.recipe, sets=options.sets, home=home)
     run = Path(run_validated(validated, only=[], because=reasons))
-    word, told, decided = _decided(run, home, say) if asked.promote else _undecided(run)
+    ending = _decided(run, home, say) if options.promote else _undecided(run)
     record = {
         "schema": 1,
-        **asked.series,
+        **options.series,
         "number": before.number + 1 if before else 1,
         "flow_run": flow_run.id,
         "before": before.run.name if before else None,
         "reasons": reasons,
         "changes": asdict(changes) if changes else None,
         "saw": saw,
-        "outcome": word,
-        "told": told,
-        "decision": decided,
+        "outcome": ending.word,
+        "told": ending.sentences,
+        "decision": ending.decision,
     }
     save(rows, run / ROWS_SEEN)
     write_json(run / RECORD, record)  # last: from now on it counts as seen
     create_markdown_artifact(_markdown(record, run), key="retrain", description="what changed and what came of it")
-    return Outcome(word, [*told, *reasons], run)
+    return RetrainOutcome(ending.word, [*ending.sentences, *reasons], run)
 
 
-def last(home: Path, asked: Asked) -> Before | None:
+def last(home: Path, options: RetrainOptions) -> Before | None:
     """The last retrain of this recipe that ended with a decision, as long as the folder of its run is there.
 
     By its number: names of runs begin by a time, and clocks jump.
     """
-    read = [(path.parent, read_json(path)) for path in run_files(home, RECORD)]
-    found = [
-        Before(run, raw["number"], raw["saw"])
-        for run, raw in read
-        if {name: raw[name] for name in asked.series} == asked.series
+    records = [(path.parent, read_json(path)) for path in run_files(home, RECORD)]
+    series = [
+        Before(run, record["number"], record["saw"])
+        for run, record in records
+        if {name: record[name] for name in options.series} == options.series
     ]
-    return max(found, key=lambda one: one.number, default=None)
+    return max(series, key=lambda before: before.number, default=None)
 
 
-def seen(loaded: Loaded, pins: Pins, asked: Asked) -> dict[str, Any]:
+def seen(loaded: Loaded, pins: Pins, options: RetrainOptions) -> dict[str, Any]:
     """Everything that shapes what a retrain makes and decides: digests of the data, the rest by name."""
     steps: list[Step] = []
     compose(loaded.recipe, pins, steps.append)
     single = (pins.base, pins.tokenizer, pins.general, pins.template, pins.adapter, pins.calibration_text)
-    inputs = [one for one in (*single, *pins.scorers.values(), *pins.externals.values()) if one]
+    inputs = [source for source in (*single, *pins.scorers.values(), *pins.externals.values()) if source]
     return canonical(
         {
-            "data": [one.digest for one in pins.data],
+            "data": [source.digest for source in pins.data],
             "recipe": loaded.recipe.model_dump(mode="json", exclude={"run"}),
-            "inputs": {one.name: one.digest for one in inputs},
-            "versions": {f"step {one.stage}": one.version for one in steps}
-            | {name: version for one in steps for name, version in one.identity["tools"].items()},
-            "promote": asked.promote,
+            "inputs": {source.name: source.digest for source in inputs},
+            "versions": {f"step {step.stage}": step.version for step in steps}
+            | {name: version for step in steps for name, version in step.identity["tools"].items()},
+            "promote": options.promote,
         }
     )
 
@@ -243,7 +245,7 @@ def why(before: Before | None, saw: Mapping[str, Any], changes: Changes | None) 
         old, new = before.saw[part], saw[part]
         if part == "versions":  # a step more or less is the recipe's doing
             both = old.keys() & new.keys()
-            old, new = ({key: one[key] for key in both} for one in (old, new))
+            old, new = ({key: versions[key] for key in both} for versions in (old, new))
         if fields := difference(old, new):
             more = f", and {len(fields) - NAMED} more" if len(fields) > NAMED else ""
             reasons.append(f"{name}: {', '.join(fields[:NAMED])}{more}.")
@@ -252,33 +254,33 @@ def why(before: Before | None, saw: Mapping[str, Any], changes: Changes | None) 
     return reasons
 
 
-class _Decided(NamedTuple):
+class _Ending(NamedTuple):
     word: str
-    told: list[str]
+    sentences: list[str]
     decision: dict[str, Any] | None
 
 
 WORDS = {"promoted": "promoted", "blocked": "not promoted", "nothing": "nothing to promote", "none": "not promoted"}
 
 
-def _decided(run: Path, home: Path, say: Say) -> _Decided:
+def _decided(run: Path, home: Path, say: Say) -> _Ending:
     """The candidate through the gate, as `quench promote` does it."""
-    made = promotion.promote(run, home, say=say)
-    for line in made.trouble:
+    decision = promotion.promote(run, home, say=say)
+    for line in decision.trouble:
         say(f"MLflow is behind promotions.jsonl: {line}")
-    decision = {"event": made.event, "promotion": made.promotion and asdict(made.promotion)}
-    return _Decided(WORDS[made.event], [line.strip() for line in promotion.told(made)], decision)
+    record = {"event": decision.event, "promotion": decision.promotion and asdict(decision.promotion)}
+    return _Ending(WORDS[decision.event], [line.strip() for line in promotion.sentences(decision)], record)
 
 
-def _undecided(run: Path) -> _Decided:
+def _undecided(run: Path) -> _Ending:
     gate = read_json(run / "report.json")["gate"]["text"]
-    return _Decided("trained", ["Trained; promotion was not asked for.", *gate], None)
+    return _Ending("trained", ["Trained; promotion was not asked for.", *gate], None)
 
 
-def _message(outcome: Outcome) -> str:
+def _message(outcome: RetrainOutcome) -> str:
     places = [f"Report: {outcome.run / 'report.html'}"] if outcome.run else []
     places += [f"Prefect: {flow_run.ui_url}"] if flow_run.ui_url else []
-    return "\n".join([*outcome.told, *places])
+    return "\n".join([*outcome.sentences, *places])
 
 
 def _markdown(record: Mapping[str, Any], run: Path) -> str:

@@ -22,12 +22,12 @@ def notification_block(name: str) -> NotificationBlock:
     if "/" not in name:
         raise _refusal(name, "A block is named by its type and its name.").error()
     try:
-        found: object = Block.load(name)
+        block: object = Block.load(name)
     except (ValueError, RuntimeError, UnknownBlockType) as error:  # no such block; its data or its package are not here
         raise _refusal(name, str(error)).error() from None
-    if not isinstance(found, NotificationBlock):
-        raise _refusal(name, f"{type(found).__name__} is no block that sends messages.").error()
-    return found
+    if not isinstance(block, NotificationBlock):
+        raise _refusal(name, f"{type(block).__name__} is no block that sends messages.").error()
+    return block
 
 
 def _refusal(name: str, why: str) -> Problem:

@@ -6,8 +6,8 @@ A row is named by its turns, as in prepare, so nothing says which old row a new 
 * of the rows that left and the rows that came within one group (data.group) and domain, as many as make pairs. Where
   that column is unique to a row (an id) this is exact; where it holds many rows together it says at most how many.
 
-Without data.group an edit of the turns is one row removed and one added. Equal rows are one row; their order, the names
-of their files and the format of these count for nothing.
+Without data.group an edit of the turns is one row removed and one added. Equal rows are one row; the order of rows and
+the names and formats of files do not count.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from recipes.data.schema import Data
 NAMED = 5  # domains that a sentence names; the rest is counted
 
 
-class Known(NamedTuple):
+class KnownRow(NamedTuple):
     """What is kept of a row beside its name: group, domain, and a digest of its other columns."""
 
     group: str
@@ -37,7 +37,7 @@ class Known(NamedTuple):
     columns: str
 
 
-Rows = Mapping[str, Known]  # by name
+Rows = Mapping[str, KnownRow]  # by name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +53,15 @@ class Changes:
 
     def __str__(self) -> str:
         """`12 rows added, 3 edited (join: 10 added; filter: 2 added, 3 edited)`."""
-        domains = sorted({*self.added, *self.removed, *self.edited}, key=lambda one: (-self._touched(one), one))
-        told = f"rows {_said({kind: sum(counts.values()) for kind, counts in asdict(self).items()})}"
+        domains = sorted(
+            {*self.added, *self.removed, *self.edited}, key=lambda domain: (-self._touched(domain), domain)
+        )
+        total = f"rows {_in_words({kind: sum(counts.values()) for kind, counts in asdict(self).items()})}"
         if domains in ([], [""]):
-            return told
-        parts = [f"{domain or 'no domain'}: {_said(self.of(domain))}" for domain in domains[:NAMED]]
+            return total
+        parts = [f"{domain or 'no domain'}: {_in_words(self.of(domain))}" for domain in domains[:NAMED]]
         parts += [f"and {len(domains) - NAMED} domains more"] if len(domains) > NAMED else []
-        return f"{told} ({'; '.join(parts)})"
+        return f"{total} ({'; '.join(parts)})"
 
     def of(self, domain: str) -> dict[str, int]:
         """Kind of change -> rows of a domain."""
@@ -69,25 +71,25 @@ class Changes:
         return sum(self.of(domain).values())
 
 
-def _said(counts: Mapping[str, int]) -> str:
+def _in_words(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {kind}" for kind, count in counts.items() if count) or "unchanged"
 
 
-def rows_of(origins: Iterable[Origin], asked: Data) -> dict[str, Known]:
+def rows_of(origins: Iterable[Origin], data: Data) -> dict[str, KnownRow]:
     """The good rows of all sources; malformed ones are refused elsewhere (recipes/checks/rows.py)."""
-    found: dict[str, Known] = {}
+    rows: dict[str, KnownRow] = {}
     for row in (row for origin in origins for row in read_origin(origin).rows):
         name = content_hash(row.messages)[:16]
-        if name not in found:  # the first of equal rows stays, as in prepare
-            found[name] = _known(row, name, asked)
-    return found
+        if name not in rows:  # the first of equal rows stays, as in prepare
+            rows[name] = _known(row, name, data)
+    return rows
 
 
-def _known(row: Row, name: str, asked: Data) -> Known:
+def _known(row: Row, name: str, data: Data) -> KnownRow:
     columns = json.dumps(row.columns, sort_keys=True, ensure_ascii=False, default=str)
-    return Known(
-        group=str(row.columns[asked.group]) if asked.group else name,
-        domain=row.domain(asked.domain),
+    return KnownRow(
+        group=str(row.columns[data.group]) if data.group else name,
+        domain=row.domain(data.domain),
         columns=hashlib.sha256(columns.encode(errors="surrogatepass")).hexdigest()[:16],
     )
 
@@ -106,9 +108,9 @@ def count(before: Rows, now: Rows) -> Changes:
     )
 
 
-def _by_domain(found: Mapping[tuple[str, str], int]) -> Counter[str]:
+def _by_domain(by_group: Mapping[tuple[str, str], int]) -> Counter[str]:
     counts: Counter[str] = Counter()
-    for (_, domain), rows in found.items():
+    for (_, domain), rows in by_group.items():
         counts[domain] += rows
     return counts
 
@@ -116,12 +118,12 @@ def _by_domain(found: Mapping[tuple[str, str], int]) -> Counter[str]:
 def save(rows: Rows, path: Path) -> None:
     """Write rows as parquet."""
     table: dict[str, Any] = {"row": list(rows)}
-    table |= {name: [getattr(one, name) for one in rows.values()] for name in Known._fields}
+    table |= {name: [getattr(row, name) for row in rows.values()] for name in KnownRow._fields}
     pq.write_table(pa.table(table, schema=pa.schema([(name, pa.string()) for name in table])), path)
 
 
-def load(path: Path) -> dict[str, Known]:
+def load(path: Path) -> dict[str, KnownRow]:
     """What `save` wrote."""
     table = pq.read_table(path)
-    columns = (table[name].to_pylist() for name in Known._fields)
-    return dict(zip(table["row"].to_pylist(), map(Known._make, zip(*columns, strict=True)), strict=True))
+    columns = (table[name].to_pylist() for name in KnownRow._fields)
+    return dict(zip(table["row"].to_pylist(), map(KnownRow._make, zip(*columns, strict=True)), strict=True))

@@ -42,7 +42,7 @@ def block_name(variable: str) -> str:
 
 
 def settle(log: logging.Logger | logging.LoggerAdapter[logging.Logger]) -> None:
-    """Before anything else in a flow: what its log may not show, and in a deployment what its Secret blocks hold.
+    """Start a flow: hide secrets in its log, and in a deployment take what its Secret blocks hold.
 
     A variable that the environment has wins over a block of its name.
     """
@@ -52,7 +52,7 @@ def settle(log: logging.Logger | logging.LoggerAdapter[logging.Logger]) -> None:
 
     if deployment.id is None:
         return
-    for variable, value in _blocks([one for one in VARIABLES if one not in os.environ]).items():
+    for variable, value in _blocks([name for name in VARIABLES if name not in os.environ]).items():
         os.environ[variable] = value
         log.info("%s is taken from the Secret block %s", variable, block_name(variable))
 
@@ -61,15 +61,15 @@ def _blocks(variables: list[str]) -> dict[str, str]:
     from prefect.client.orchestration import get_client
     from prefect.exceptions import ObjectNotFound
 
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     with get_client(sync_client=True) as client:
         for variable in variables:
             try:
                 block = client.read_block_document_by_name(block_name(variable), "secret")
             except ObjectNotFound:
                 continue
-            found[variable] = str(block.data["value"])
-    return found
+            values[variable] = str(block.data["value"])
+    return values
 
 
 class Hiding(logging.Filter):
@@ -87,5 +87,5 @@ def hide_in_logs() -> None:
     """Let what handles Prefect's records, and the terminal's, show no secret. Safe to call twice."""
     for name in ("", "prefect.flow_runs", "prefect.task_runs", "prefect.workers", "prefect.extra"):
         for handler in logging.getLogger(name).handlers:
-            if not any(isinstance(one, Hiding) for one in handler.filters):
+            if not any(isinstance(present, Hiding) for present in handler.filters):
                 handler.addFilter(Hiding())

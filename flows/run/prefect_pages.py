@@ -58,8 +58,8 @@ class PrefectPages:
             return
         if name is None:
             own = artifact_key("progress", key)
-            made = self._show("progress", lambda: create_progress_artifact(percent, key=own, description=key))
-            name = cast("UUID | None", made)
+            created = self._show("progress", lambda: create_progress_artifact(percent, key=own, description=key))
+            name = cast("UUID | None", created)
         else:
             self._show("progress", lambda: update_progress_artifact(name, progress=percent))
         self._progress[key] = (name, now)
@@ -74,7 +74,7 @@ class PrefectPages:
         self._show("a link", lambda: create_link_artifact(url, link_text=text, key="mlflow", description=MLFLOW_UI))
 
     def _show(self, what: str, create: Callable[[], T]) -> T | None:
-        """Ask first: a client that was connected before tries for a minute, while nobody follows the child."""
+        """Ask whether the server answers: else a client would try for a minute, while nobody follows the child."""
         try:
             if answers(str(PREFECT_API_URL.value()), timeout_s=ANSWER_S):
                 return create()

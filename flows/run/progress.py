@@ -1,4 +1,4 @@
-"""Progress in a terminal: a bar a live step; one line a step where the output is not a terminal."""
+"""Progress in a terminal: one bar per live step; one line per step where the output is not a terminal."""
 
 from __future__ import annotations
 

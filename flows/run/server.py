@@ -57,12 +57,12 @@ def links() -> Path:
 
 
 def serving(home: Path) -> list[dict[str, Any]]:
-    """What up.json says of the `quench up` of this home; without one, of all that this user runs. Those that answer."""
+    """The up.json of this home's `quench up`; without one, of all that this user runs. Only those that answer."""
     own = home / "up.json"
     for paths in ([own], sorted(links().glob("up-*.json"))):
-        told = [read_json(path) for path in paths if path.exists()]
-        if found := [one for one in told if answers(one["prefect"], timeout_s=10)]:
-            return found
+        records = [read_json(path) for path in paths if path.exists()]
+        if alive := [record for record in records if answers(record["prefect"], timeout_s=10)]:
+            return alive
     return []
 
 
@@ -103,11 +103,11 @@ def wait_for(ready: Callable[[], bool], what: str, *, at: str, child: Child | No
     while not ready():
         ended = child is not None and child.ended.done()
         if ended or time.monotonic() > deadline:
-            there = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
             raise Problem(
                 what=f"{what} {'ended' if ended else f'did not answer within {START_S} s'}",
                 where=at,
-                why=" | ".join(there[-5:]) or "its log is empty",
+                why=" | ".join(lines[-5:]) or "its log is empty",
                 next=f"read {log}; running the same command again starts it anew",
             ).error()
         time.sleep(0.1)
@@ -125,8 +125,8 @@ class OwnServer:
     def start(self) -> None:
         """Use the server of up.json or PREFECT_API_URL where one answers; else start one. Does not wait."""
         up = self._home / "up.json"
-        named = [os.environ.get("PREFECT_API_URL", ""), read_json(up).get("prefect", "") if up.exists() else ""]
-        for api in filter(None, named):
+        known = [os.environ.get("PREFECT_API_URL", ""), read_json(up).get("prefect", "") if up.exists() else ""]
+        for api in filter(None, known):
             if answers(api, timeout_s=10):  # a refused connection answers at once, a busy server does not
                 self.api = api
                 return

@@ -1,4 +1,4 @@
-"""What `quench up` registers with Prefect: a work pool of processes on this machine, and one deployment a flow."""
+"""What `quench up` registers with Prefect: a work pool of processes on this machine, and one deployment per flow."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def register(folder: Path) -> list[str]:
     """Create or update pool and deployments.
 
     Args:
-        folder: Where flow runs start when nobody says otherwise: relative paths of recipes are seen from there.
+        folder: Working folder of flow runs unless a run sets its own: relative recipe paths count from there.
 
     Returns:
         Full names of the deployments.
@@ -52,39 +52,39 @@ def register(folder: Path) -> list[str]:
         )
         client.create_work_pool(pool, overwrite=True)
     names = []
-    for one in FLOWS:
+    for flow in FLOWS:
         deployment = RunnerDeployment.from_flow(
-            one,
+            flow,
             NAME,
             work_pool_name=POOL,
             job_variables={"working_dir": str(folder)},
             entrypoint_type=EntrypointType.MODULE_PATH,
         )
-        names.append(f"{one.name}/{NAME}")
-        _apply(deployment, one, names[-1])
+        names.append(f"{flow.name}/{NAME}")
+        _apply(deployment, flow, names[-1])
     return names
 
 
-def _apply(deployment: RunnerDeployment, one: Flow[..., str], name: str) -> None:
-    """Create it, or change no more of it than what is ours.
+def _apply(deployment: RunnerDeployment, flow: Flow[..., str], name: str) -> None:
+    """Create a deployment, or change only what is ours in it.
 
     Prefect's own `apply` would take away what people set: parameters, pause, limits, tags, and automations that
     `prefect deploy` made.
     """
     with get_client(sync_client=True) as client:
         try:
-            there = client.read_deployment_by_name(name)
+            present = client.read_deployment_by_name(name)
         except ObjectNotFound:
             deployment.apply()
             return
         ours = DeploymentUpdate(
             entrypoint=deployment.entrypoint,
             description=deployment.description,
-            parameter_openapi_schema=parameter_schema(one).model_dump(exclude_unset=True),
+            parameter_openapi_schema=parameter_schema(flow).model_dump(exclude_unset=True),
             work_pool_name=POOL,
-            job_variables={**there.job_variables, **deployment.job_variables},
+            job_variables={**present.job_variables, **deployment.job_variables},
         )
-        client.update_deployment(there.id, ours)
+        client.update_deployment(present.id, ours)
 
 
 def job_template() -> dict[str, Any]:
@@ -96,10 +96,10 @@ def job_template() -> dict[str, Any]:
 
 
 def heartbeat() -> dt.datetime | None:
-    """When our worker was last seen: another one than before tells that it lives, whatever the clock did meanwhile."""
+    """When our worker was last seen. Any change means that it lives, whatever the clock did meanwhile."""
     with get_client(sync_client=True) as client:
-        found = client.read_workers_for_work_pool(POOL)
-    return next((one.last_heartbeat_time for one in found if one.name == WORKER), None)
+        workers = client.read_workers_for_work_pool(POOL)
+    return next((worker.last_heartbeat_time for worker in workers if worker.name == WORKER), None)
 
 
 def mark_crashed(why: str, *, dead: Sequence[str] = ()) -> list[str]:

@@ -29,11 +29,11 @@ def setup_environment(*, ctx: HookContext) -> SetupResult | None:
     from tasks.runtime.store.local import find_home
 
     home = find_home()
-    found = serving(home)
-    if len(found) == 1:
-        return SetupResult(env={"PREFECT_API_URL": found[0]["prefect"]}, note=f"quench up of {found[0]['home']}")
+    servers = serving(home)
+    if len(servers) == 1:
+        return SetupResult(env={"PREFECT_API_URL": servers[0]["prefect"]}, note=f"quench up of {servers[0]['home']}")
     if ours and ctx.api_url is None:
-        raise SystemExit(_nobody(home) if not found else _several([one["home"] for one in found]))
+        raise SystemExit(_several([server["home"] for server in servers]) if servers else _nobody(home))
     return None
 
 

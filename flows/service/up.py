@@ -7,17 +7,17 @@ marked Crashed: at the end, and at the next start where there was no end.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import signal
 import socket
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 
@@ -26,7 +26,7 @@ from flows.service.postgres import Stores, stores
 from recipes.problem import Problem
 from tasks.runtime.process.launch import CHECKOUT, Child, Launcher, child_env
 from tasks.runtime.store.home import open_home
-from tasks.runtime.store.local import locked_now, read_json, write_json
+from tasks.runtime.store.local import find_home, locked_now, read_json, write_json
 
 LOOPBACK = ("127.0.0.1", "localhost")
 PREFECT_PORT, MLFLOW_PORT = 4200, 5000
@@ -43,8 +43,8 @@ SHORT_S = 120.0  # that a part may end before all is given up
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """Options of `quench up`; a port of None is the usual one, or the next that is free."""
+class UpOptions:
+    """Options of `quench up`; a port of None is the usual one, or the next free one."""
 
     host: str = "127.0.0.1"
     prefect_port: int | None = None
@@ -53,7 +53,7 @@ class Asked:
 
 
 @dataclass(kw_only=True)
-class Part:
+class Service:
     """One of the three children."""
 
     name: str
@@ -69,16 +69,28 @@ class Part:
     def too_often(self) -> bool:
         """Note an end; True where there were too many in a short time."""
         now = time.monotonic()
-        self.ends = [*(one for one in self.ends if now - one < SHORT_S), now]
+        self.ends = [*(end for end in self.ends if now - end < SHORT_S), now]
         return len(self.ends) >= OFTEN
 
 
-def up(home: Path, asked: Asked, say: Callable[[str], None]) -> None:
+def command(args: argparse.Namespace) -> NoReturn:
+    """Keep everything running until SIGINT or SIGTERM, then leave.
+
+    Raises:
+        RecipeError: As of `up`.
+    """
+    signal.signal(signal.SIGINT, signal.getsignal(signal.SIGTERM))  # a shell's background job starts with it ignored
+    options = UpOptions(**{option.name: getattr(args, option.name) for option in fields(UpOptions)})
+    up(find_home(), options, lambda text: print(text, flush=True))
+    os._exit(0)  # everything has ended; tearing down the modules would take 2 of the 10 s that a stop may
+
+
+def up(home: Path, options: UpOptions, say: Callable[[str], None]) -> None:
     """Start everything, say when it is ready, keep it running until interrupted.
 
     Args:
         home: QUENCH_HOME.
-        asked: Host, ports, and the URL of a PostgreSQL database that takes the place of SQLite.
+        options: Host, ports, and the URL of a PostgreSQL database that takes the place of SQLite.
         say: Prints a line.
 
     Raises:
@@ -89,25 +101,26 @@ def up(home: Path, asked: Asked, say: Callable[[str], None]) -> None:
     with (
         only_one(home),
         contextlib.suppress(KeyboardInterrupt),
-        taken_port(asked.host, asked.prefect_port, PREFECT_PORT, option="--prefect-port") as prefect,
-        taken_port(asked.host, asked.mlflow_port, MLFLOW_PORT, option="--mlflow-port") as mlflow,
+        taken_port(options.host, options.prefect_port, PREFECT_PORT, option="--prefect-port") as prefect,
+        taken_port(options.host, options.mlflow_port, MLFLOW_PORT, option="--mlflow-port") as mlflow,
     ):
-        if asked.host not in LOOPBACK:
-            say(exposed(asked.host, prefect, mlflow))
-        chosen = replace(asked, prefect_port=prefect, mlflow_port=mlflow)
+        if options.host not in LOOPBACK:
+            say(exposed(options.host, prefect, mlflow))
+        options = replace(options, prefect_port=prefect, mlflow_port=mlflow)
         with Launcher() as launcher:
-            Services(home, launcher, chosen, say=say).run()
+            Services(home, launcher, options, say=say).run()
 
 
 class Services:
-    """The parts, in the order in which they start and against which they end."""
+    """The three parts: they start in this order, and end in the reverse."""
 
-    def __init__(self, home: Path, launcher: Launcher, asked: Asked, *, say: Callable[[str], None]) -> None:
-        self.home, self.launcher, self.asked, self.say = home, launcher, asked, say
-        near = "127.0.0.1" if asked.host in (*LOOPBACK, "0.0.0.0") else asked.host
-        self.prefect_url, self.mlflow_url = f"http://{near}:{asked.prefect_port}", f"http://{near}:{asked.mlflow_port}"
+    def __init__(self, home: Path, launcher: Launcher, options: UpOptions, *, say: Callable[[str], None]) -> None:
+        self.home, self.launcher, self.options, self.say = home, launcher, options, say
+        near = "127.0.0.1" if options.host in (*LOOPBACK, "0.0.0.0") else options.host
+        self.prefect_url = f"http://{near}:{options.prefect_port}"
+        self.mlflow_url = f"http://{near}:{options.mlflow_port}"
         self.api = f"{self.prefect_url}/api"
-        self.stores: Stores | None = stores(asked.postgres) if asked.postgres else None
+        self.stores: Stores | None = stores(options.postgres) if options.postgres else None
         self.link = links() / f"up-{os.getpid()}.json"
         self.folder = home / "up"
         self.folder.mkdir(exist_ok=True)
@@ -116,11 +129,11 @@ class Services:
         self.worker = self._part("worker", self._start_worker)
         self.parts = (self.prefect, self.mlflow, self.worker)
 
-    def _part(self, name: str, start: Callable[[Path], Child]) -> Part:
+    def _part(self, name: str, start: Callable[[Path], Child]) -> Service:
         log = self.folder / f"{name}.log"
         if log.exists():
             log.replace(log.with_suffix(".log.before"))
-        return Part(name=name, start=lambda: start(log), log=log)
+        return Service(name=name, start=lambda: start(log), log=log)
 
     def run(self) -> None:
         """Start, keep, and end it all."""
@@ -128,9 +141,9 @@ class Services:
         try:
             self._start()
             while True:
-                for one in self.parts:
-                    if one.ended():
-                        self._again(one)
+                for part in self.parts:
+                    if part.ended():
+                        self._again(part)
                 time.sleep(POLL_S)
         finally:
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -149,41 +162,40 @@ class Services:
         )
         from flows.tracking.sync import sync_run
 
-        wait_for(
-            lambda: answers(self.api), "the Prefect server", at=self.api, child=self.prefect.child, log=self.prefect.log
-        )
+        self._wait(self.prefect, lambda: answers(self.api), "the Prefect server", at=self.api)
         stopped = stop_dead(self.home)
         for name in mark_crashed("nobody executes it any more; running it again resumes", dead=ended(self.home)):
             self.say(f"marked as crashed: {name}, which nobody executes any more")
         names = register(Path.cwd())
         before = heartbeat()
         self.worker.child = self.worker.start()
-        wait_for(
-            self._mlflow_answers, "the MLflow server", at=self.mlflow_url, child=self.mlflow.child, log=self.mlflow.log
-        )
-        wait_for(lambda: heartbeat() != before, "the worker", at=self.api, child=self.worker.child, log=self.worker.log)
-        told = {"pid": os.getpid(), "home": str(self.home), "folder": str(Path.cwd())}
-        told |= {"prefect": self.api, "mlflow": self.mlflow_url, "deployments": names}
-        told |= {"tracking": self.mlflow_url} if self.stores else {}
-        write_json(self.home / "up.json", told)
+        self._wait(self.mlflow, lambda: answers(self.mlflow_url), "the MLflow server", at=self.mlflow_url)
+        self._wait(self.worker, lambda: heartbeat() != before, "the worker", at=self.api)
+        record = {"pid": os.getpid(), "home": str(self.home), "folder": str(Path.cwd())}
+        record |= {"prefect": self.api, "mlflow": self.mlflow_url, "deployments": names}
+        record |= {"tracking": self.mlflow_url} if self.stores else {}
+        write_json(self.home / "up.json", record)
         self._link()
         for folder in stopped:
             sync_run(self.home, folder)
         self.say(f"ready  prefect {self.prefect_url}  mlflow {self.mlflow_url}")
 
+    def _wait(self, part: Service, ready: Callable[[], bool], what: str, *, at: str) -> None:
+        wait_for(ready, what, at=at, child=part.child, log=part.log)
+
     def _link(self) -> None:
         """Let folders with a home of their own find this one; forget those that were killed."""
         try:
             self.link.parent.mkdir(parents=True, exist_ok=True)
-            for one in self.link.parent.glob("up-*.json"):
-                if not psutil.pid_exists(int(one.stem.removeprefix("up-"))):
-                    one.unlink(missing_ok=True)
+            for link in self.link.parent.glob("up-*.json"):
+                if not psutil.pid_exists(int(link.stem.removeprefix("up-"))):
+                    link.unlink(missing_ok=True)
             self.link.unlink(missing_ok=True)
             self.link.symlink_to(self.home / "up.json")
         except OSError as error:
             self.say(f"other folders need QUENCH_HOME={self.home} to find this: {error}")
 
-    def _again(self, part: Part) -> None:
+    def _again(self, part: Service) -> None:
         """Start a part that ended; runs that a worker took along are marked.
 
         Raises:
@@ -192,13 +204,12 @@ class Services:
         if part.child is not None:
             self.launcher.end(part.child)  # what it left in its group
         if part.too_often():
-            problem = Problem(
+            raise Problem(
                 what=f"{part.name} ended {OFTEN} times within {SHORT_S:.0f} s",
                 where=str(part.log),
                 why=" | ".join(part.log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]),
-                next="mend what the log says and run `quench up` again",
-            )
-            raise problem.error()
+                next="fix what the log says and run `quench up` again",
+            ).error()
         self.say(f"{part.name} ended and is started again; its log: {part.log}")
         if part is self.worker:
             self._mark("its worker ended; running it again resumes")
@@ -218,11 +229,10 @@ class Services:
     def _end_flows(self, worker: Child) -> None:
         """SIGTERM to the flows, not to the worker: it waits for them and tells Prefect what became of each."""
         with contextlib.suppress(psutil.NoSuchProcess):
-            flows = [
-                one for one in psutil.Process(worker.pid).children(recursive=True) if "prefect.engine" in one.cmdline()
-            ]
-            for one in flows:
-                one.terminate()
+            children = psutil.Process(worker.pid).children(recursive=True)
+            flows = [child for child in children if "prefect.engine" in child.cmdline()]
+            for process in flows:
+                process.terminate()
             psutil.wait_procs(flows, timeout=STOP_S)
 
     def _mark(self, why: str) -> None:
@@ -239,13 +249,13 @@ class Services:
         more = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": self.stores.prefect} if self.stores else {}
         port = int(self.prefect_url.rsplit(":", 1)[1])
         settings = {**STREAM, **more, "PREFECT_SERVER_UI_API_URL": self.api}  # browsers ask there
-        return start_prefect(self.home, self.launcher, port=port, host=self.asked.host, log=log, settings=settings)
+        return start_prefect(self.home, self.launcher, port=port, host=self.options.host, log=log, settings=settings)
 
     def _start_mlflow(self, log: Path) -> Child:
         """MLflow on the SQLite file that runs write to; artifacts are local files, so weights pass no server."""
         port = self.mlflow_url.rsplit(":", 1)[1]
         files = ["--no-serve-artifacts", "--default-artifact-root", (self.home / "mlartifacts").as_uri()]
-        words = ["server", "--host", self.asked.host, "--port", port, "--workers", "1", *files]
+        words = ["server", "--host", self.options.host, "--port", port, "--workers", "1", *files]
         store = self.stores.mlflow if self.stores else f"sqlite:///{self.home / 'mlflow.db'}"
         own = {"MLFLOW_BACKEND_STORE_URI": store, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         env = {**child_env(keep=("MLFLOW_", "PG")), **own, **self._modules()}
@@ -268,13 +278,6 @@ class Services:
         """Flows import this checkout, not a tasks.py that lies where somebody typed a command."""
         return {"PYTHONPATH": str(CHECKOUT), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
 
-    def _mlflow_answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.mlflow_url}/health", timeout=2.0) as answer:
-                return answer.status == 200
-        except (urllib.error.URLError, OSError):
-            return False
-
 
 @contextlib.contextmanager
 def only_one(home: Path) -> Generator[None]:
@@ -285,15 +288,14 @@ def only_one(home: Path) -> Generator[None]:
     """
     with locked_now(home / "up.lock") as ours:
         if not ours:
-            told = read_json(home / "up.json") if (home / "up.json").exists() else {}
-            at = f"process {told['pid']}, Prefect at {told['prefect']}" if told else "still starting"
-            problem = Problem(
+            record = read_json(home / "up.json") if (home / "up.json").exists() else {}
+            at = f"process {record['pid']}, Prefect at {record['prefect']}" if record else "still starting"
+            raise Problem(
                 what="`quench up` is running on this home already",
                 where=str(home),
                 why=f"{at}; two workers on one database would execute each other's runs",
                 next="use that one, or end it by Ctrl-C or SIGTERM; or set another QUENCH_HOME",
-            )
-            raise problem.error()
+            ).error()
         yield
 
 
@@ -314,13 +316,12 @@ def taken_port(host: str, wanted: int | None, usual: int, *, option: str) -> Gen
             if _binds(claim, f"\0quench-port-{port}") and _free(host, port):
                 yield port
                 return
-    problem = Problem(
+    raise Problem(
         what=f"port {tried[0]} is taken" if wanted is not None else f"no port from {usual} on is free",
         where=f"{option}, {host}",
         why="a server has to listen there",
         next=f"leave {option} out, or name another",
-    )
-    raise problem.error()
+    ).error()
 
 
 def _free(host: str, port: int) -> bool:
@@ -329,9 +330,9 @@ def _free(host: str, port: int) -> bool:
         return _binds(probe, (host, port))
 
 
-def _binds(one: socket.socket, address: str | tuple[str, int]) -> bool:
+def _binds(probe: socket.socket, address: str | tuple[str, int]) -> bool:
     try:
-        one.bind(address)
+        probe.bind(address)
     except OSError:
         return False
     return True

@@ -12,7 +12,7 @@ REFERENCE_BYTES = 1 << 20  # a file of the bucket that is at least so large is n
 
 def link_tree(source: Path, target: Path, *, names: Iterable[str] | None = None) -> None:
     """Hard-link the files of `source` below `target`; across file systems they are copied."""
-    files = [source / name for name in names] if names is not None else [one for one in source.rglob("*")]
+    files = [source / name for name in names] if names is not None else list(source.rglob("*"))
     for path in files:
         if path.is_file():
             place = target / path.relative_to(source)
@@ -40,7 +40,7 @@ def parted(files: Path, place: str) -> Parted:
     """
     small: dict[str, Path] = {}
     references: dict[str, dict[str, Any]] = {}
-    for path in sorted(one for one in files.rglob("*") if one.is_file()):
+    for path in sorted(path for path in files.rglob("*") if path.is_file()):
         name, size = str(path.relative_to(files)), path.stat().st_size
         if path.suffix == ".safetensors" or size >= REFERENCE_BYTES:
             references[name] = {"uri": f"{place}/{name}", "bytes": size}

@@ -54,14 +54,14 @@ def sync_run(home: Path, folder: Path) -> Tracker | None:
         tracker.report(report.json, folder, pictures=report.pictures)
     tracker.end(raw["status"], hurry=False)
     if tracker.trouble:
-        raise RecipeError([_refused(tracker, folder, one) for one in dict.fromkeys(tracker.trouble)])
+        raise RecipeError([_not_taken(tracker, folder, why) for why in dict.fromkeys(tracker.trouble)])
     return tracker
 
 
-def _refused(tracker: Tracker, folder: Path, why: str) -> Problem:
+def _not_taken(tracker: Tracker, folder: Path, why: str) -> Problem:
     return Problem(
         what=f"MLflow does not take run {folder.name}",
         where=tracker.uri,
         why=why,
-        next="mend that and run `quench track sync` again: it writes what is not whole",
+        next="fix that and run `quench track sync` again: it writes what is not whole",
     )

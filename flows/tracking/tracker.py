@@ -1,6 +1,6 @@
 """MLflow, only here. A view: every MLflow run is a function of steps.json, manifests and events.
 
-Parent run = flow run; nested runs for the steps that people open (prepare ... quantize) and one an arm, all arms
+Parent run = flow run; nested runs for the steps that people open (prepare ... quantize) and one per arm, all arms
 with the same metric names. Weights are hard-linked where store and MLflow share a file system.
 """
 
@@ -51,8 +51,8 @@ LOCAL_UI = "http://127.0.0.1:5000"  # where `quench up` and `mlflow ui` listen u
 HEADLINE = ("task", "ppl_test", "ppl_general", "kl_mean", "top1_agreement", "size_bytes")
 
 
-def told(body: Callable[Concatenate[Tracker, P], None]) -> Callable[Concatenate[Tracker, P], None]:
-    """Have the tracker's thread do it, in the order of the calls, and go on.
+def on_thread(body: Callable[Concatenate[Tracker, P], None]) -> Callable[Concatenate[Tracker, P], None]:
+    """Let the tracker's thread make the call, in the order of the calls; do not wait.
 
     MLflow is a view: what it refuses is remembered and said at the end, and costs the run nothing.
     """
@@ -66,9 +66,9 @@ def told(body: Callable[Concatenate[Tracker, P], None]) -> Callable[Concatenate[
     @functools.wraps(body)
     def submitted(self: Tracker, *args: P.args, **more: P.kwargs) -> None:
         with self.lock:
-            while self.asked and self.asked[0].done():
-                self.asked.popleft().result()  # what is no trouble of MLflow's is a fault of ours: let it be seen
-            self.asked.append(self.thread.submit(guarded, self, *args, **more))
+            while self.calls and self.calls[0].done():
+                self.calls.popleft().result()  # what is no trouble of MLflow's is a fault of ours: let it be seen
+            self.calls.append(self.thread.submit(guarded, self, *args, **more))
 
     return submitted
 
@@ -81,7 +81,7 @@ class Tracker:
 
     Attributes:
         thread: Makes all calls after the connection.
-        asked: What the thread has not done yet, oldest first; under `lock`.
+        calls: Those that the thread has not made yet, oldest first; under `lock`.
         trouble: What MLflow refused after the start; the store has everything.
         compare_url: Page that compares the arms, once they were reported.
     """
@@ -92,7 +92,7 @@ class Tracker:
         Raises:
             RecipeError: The tracking server does not answer.
         """
-        # Two lines on every new database, and a page of traceback for what is raised as well and told as trouble.
+        # Two lines on every new database, and a page of traceback for what is raised, too, and kept as trouble.
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # `--json` has it to itself
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -100,7 +100,7 @@ class Tracker:
         self.home, self.run = home, run
         self.uri = tracking_uri(home)
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="quench-mlflow")
-        self.asked: deque[Future[None]] = deque()
+        self.calls: deque[Future[None]] = deque()
         self.lock = threading.Lock()
         self._nested: dict[str, str] = {}
         self._sent: dict[str, int] = {}
@@ -114,8 +114,8 @@ class Tracker:
             with flocked(home / "mlflow.lock"):  # two runs at once would both make the tables, or the experiment
                 mlflow.set_tracking_uri(self.uri)
                 self._client = MlflowClient(self.uri)
-                found = self._client.get_experiment_by_name(experiment)
-                self.experiment = found.experiment_id if found else self._create(experiment)
+                known = self._client.get_experiment_by_name(experiment)
+                self.experiment = known.experiment_id if known else self._create(experiment)
         except MlflowException as error:
             raise no_answer(self.uri, str(error).splitlines()[0]).error() from error
 
@@ -126,29 +126,28 @@ class Tracker:
 
     def is_whole(self) -> bool:
         """True where MLflow took everything of this run."""
-        return any(WHOLE in run.data.tags for run in self._found())
+        return any(WHOLE in run.data.tags for run in self._runs())
 
     def forget(self) -> None:
         """Delete what MLflow has of this run: it is written anew."""
-        for run in self._found():
+        for run in self._runs():
             self._client.delete_run(run.info.run_id)
 
     def close(self) -> None:
         """End the thread of a tracker that writes nothing."""
         self.thread.shutdown()
 
-    def _found(self) -> PagedList[Run]:
+    def _runs(self) -> PagedList[Run]:
         return self._client.search_runs([self.experiment], f"tags.`quench.run` = '{self.run}'", max_results=1000)
 
-    @told
+    @on_thread
     def start(self, recipe: Mapping[str, Any], *, tags: Mapping[str, str]) -> None:
         """Create the parent run with the recipe as parameters."""
         own = {"quench.run": self.run, "quench.kind": "run", "mlflow.user": getpass.getuser()}
-        made = self._client.create_run(self.experiment, run_name=self.run, tags={**own, **tags})
-        self.parent = made.info.run_id
+        self.parent = self._client.create_run(self.experiment, run_name=self.run, tags={**own, **tags}).info.run_id
         self._params(self.parent, _flat(recipe))
 
-    @told
+    @on_thread
     def live(self, key: str, event: Mapping[str, Any]) -> None:
         """Pass one event of a live step on; points go out in batches every two seconds."""
         if event["kind"] != "metric" or key.split("/")[0] not in STAGES:
@@ -164,7 +163,7 @@ class Tracker:
             self._metrics(run, points)
             self._sent[key] = self._sent.get(key, 0) + len(self._waiting.pop(key))
 
-    @told
+    @on_thread
     def step(self, record: Mapping[str, Any]) -> None:
         """Write the nested run of one recorded step: curve, result, files. A hit shows the curve of its making."""
         if record["stage"] not in STAGES:
@@ -185,39 +184,31 @@ class Tracker:
         self._params(run, _flat(manifest["identity"]["params"]))
         self._tag(run, {"quench.digest": manifest["digest"], "quench.path": record["path"]})
         self._files(run, folder, record["stage"])
-        if record["stage"] == "prepare":
+        self._log_datasets(run, record["stage"], folder, manifest)
+        self._client.set_terminated(run, "FINISHED")
+
+    def _log_datasets(self, run: str, stage: str, folder: Path, manifest: Mapping[str, Any]) -> None:
+        """What a step made or read of data, as MLflow's datasets; what it made is the parent's, too."""
+        if stage == "prepare":
             self._data = _datasets(folder, manifest)
             self._client.log_inputs(run, list(self._data.values()))
             self._client.log_inputs(self.parent, list(self._data.values()))
-        if record["stage"] == "train":
-            self._client.log_inputs(run, [one for split, one in self._data.items() if split != "test"])
-        if record["stage"] == "calibrate":
+        if stage == "train":
+            self._client.log_inputs(run, [dataset for split, dataset in self._data.items() if split != "test"])
+        if stage == "calibrate":
             self._calibset(run, folder / "files", digest=manifest["digest"])
             self._calibset(self.parent, folder / "files", digest=manifest["digest"])
         elif calibset := manifest["inputs"].get("calibset"):
             self._calibset(run, self.home / calibset["path"], digest=calibset["digest"])
-        self._client.set_terminated(run, "FINISHED")
 
-    @told
+    @on_thread
     def report(self, report: Mapping[str, Any], folder: Path, *, pictures: Mapping[str, str]) -> None:
-        """One nested run an arm, all with the same metric names; headline metrics and the report on the parent.
+        """One nested run per arm, all with the same metric names; headline metrics and the report on the parent.
 
         The parent gets the tables of arms and comparisons and the page's figures, too.
         """
         for slug, arm in report["arms"].items():
-            run = self._nested_run(f"arm/{slug}", kind="arm")
-            metrics = {name: one["value"] for name, one in arm["metrics"].items()}
-            self._numbers(run, metrics)
-            intervals = {name: one["ci95"] for name, one in arm["metrics"].items() if one["ci95"]}
-            for name, (low, high) in intervals.items():
-                self._numbers(run, {f"{name}.low": low, f"{name}.high": high})
-            named = ("role", "merge_base", "ranked")
-            self._params(run, {"arm": slug, **{name: arm[name] for name in named}})
-            self._tag(run, {"quench.status": arm["status"]})
-            if "test" in self._data:
-                self._client.log_inputs(run, [self._data["test"]])
-            self._client.set_terminated(run, "FAILED" if arm["status"] == "failed" else "FINISHED")
-            self._numbers(self.parent, {f"{name}/{slug}": metrics.get(name) for name in HEADLINE})
+            self._arm(slug, arm)
         if choice := report["choice"]:
             self._params(self.parent, {"merge.chosen": choice["candidate"]})
             self._numbers(self.parent, {"choose": {name: choice.get(name) for name in ("loss", "difference")}})
@@ -235,6 +226,21 @@ class Tracker:
         note = "\n".join([f"[Compare the arms]({link})", "", no_tags("\n".join(overview(report)))])
         self._client.set_tag(self.parent, "mlflow.note.content", note[:NOTE_CHARS])
 
+    def _arm(self, slug: str, arm: Mapping[str, Any]) -> None:
+        """The nested run of one arm, and its headline metrics on the parent."""
+        run = self._nested_run(f"arm/{slug}", kind="arm")
+        metrics = {name: cell["value"] for name, cell in arm["metrics"].items()}
+        self._numbers(run, metrics)
+        intervals = {name: cell["ci95"] for name, cell in arm["metrics"].items() if cell["ci95"]}
+        for name, (low, high) in intervals.items():
+            self._numbers(run, {f"{name}.low": low, f"{name}.high": high})
+        self._params(run, {"arm": slug, **{name: arm[name] for name in ("role", "merge_base", "ranked")}})
+        self._tag(run, {"quench.status": arm["status"]})
+        if "test" in self._data:
+            self._client.log_inputs(run, [self._data["test"]])
+        self._client.set_terminated(run, "FAILED" if arm["status"] == "failed" else "FINISHED")
+        self._numbers(self.parent, {f"{name}/{slug}": metrics.get(name) for name in HEADLINE})
+
     def _pages(self) -> str:
         """Address of MLflow's pages: of the server that is written to, else of this home's `quench up`."""
         up = self.home / "up.json"
@@ -243,14 +249,14 @@ class Tracker:
     def end(self, status: str, *, hurry: bool = True) -> None:
         """Close the parent run (completed, failed or stopped) and wait; after a stop, in a hurry, not for long."""
         self._close(status)
-        undone = wait(self.asked, timeout=STOP_S if status == "stopped" and hurry else None).not_done
+        undone = wait(self.calls, timeout=STOP_S if status == "stopped" and hurry else None).not_done
         self.thread.shutdown(wait=False, cancel_futures=True)
         if undone:
             self.trouble.append(f"{len(undone)} calls were not made within {STOP_S:g} s of the stop")
         else:
-            self.asked[-1].result()
+            self.calls[-1].result()
 
-    @told
+    @on_thread
     def _close(self, status: str) -> None:
         if self.parent:
             mapped = {"completed": "FINISHED", "failed": "FAILED"}.get(status, "KILLED")
@@ -290,8 +296,8 @@ class Tracker:
         self._metrics(run, points)
 
     def _params(self, run: str, values: Mapping[str, Any]) -> None:
-        told = {_name(key): _text(value)[:PARAM_CHARS] for key, value in values.items()}
-        self._client.log_batch(run, params=[Param(key, text) for key, text in told.items()])
+        texts = {_name(key): _text(value)[:PARAM_CHARS] for key, value in values.items()}
+        self._client.log_batch(run, params=[Param(key, text) for key, text in texts.items()])
 
     def _tag(self, run: str, tags: Mapping[str, str]) -> None:
         self._client.log_batch(run, tags=[RunTag(key, value) for key, value in tags.items()])
@@ -326,7 +332,7 @@ class Tracker:
 def _datasets(folder: Path, manifest: Mapping[str, Any]) -> dict[str, DatasetInput]:
     """Train, dev and test of a prepared data set, each a dataset in MLflow; one file holds all three."""
     source = json.dumps({"uri": str(folder / "files" / "rows.parquet")})
-    found: dict[str, DatasetInput] = {}
+    datasets: dict[str, DatasetInput] = {}
     for split, context in SPLITS.items():
         size = {"num_rows": manifest["result"]["rows"][split], "num_tokens": manifest["result"]["tokens"][split]}
         dataset = Dataset(
@@ -337,12 +343,12 @@ def _datasets(folder: Path, manifest: Mapping[str, Any]) -> dict[str, DatasetInp
             profile=json.dumps(size),
         )
         tags = [InputTag("mlflow.data.context", context), InputTag("sha256", manifest["digest"])]
-        found[split] = DatasetInput(dataset, tags)
-    return found
+        datasets[split] = DatasetInput(dataset, tags)
+    return datasets
 
 
 def _arm_columns(report: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """A row an arm: every metric with the ends of its interval."""
+    """One row per arm: every metric with the ends of its interval."""
     arms = report["arms"]
     columns: dict[str, list[Any]] = {"arm": list(arms)}
     for name in ("role", "status", "ranked"):
@@ -358,10 +364,10 @@ def _arm_columns(report: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 
 def _comparison_columns(report: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """A row a comparison, with the interval that its word follows from."""
-    made = report["comparisons"]
-    columns = {name: [one[name] for one in made] for name in ("family", "a", "b", "metric", "verdict", "difference")}
-    return {**columns, **{end: [one["ci95_adjusted"][at] for one in made] for end, at in (("low", 0), ("high", 1))}}
+    """One row per comparison, with the interval that decides its verdict."""
+    pairs = report["comparisons"]
+    columns = {name: [pair[name] for pair in pairs] for name in ("family", "a", "b", "metric", "verdict", "difference")}
+    return {**columns, **{end: [pair["ci95_adjusted"][at] for pair in pairs] for end, at in (("low", 0), ("high", 1))}}
 
 
 def _point(event: Mapping[str, Any]) -> Metric:

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from flows.plan.memory import CUDA_CONTEXT, Predicted, predict
+from flows.plan.memory import CUDA_CONTEXT, StepNeeds, predict
 from recipes.models.headers import Headers, read_headers
 from recipes.read.load import load
 from recipes.schema import Recipe
@@ -41,7 +41,7 @@ def with_processes(recipe: Recipe, processes: int) -> Recipe:
     return recipe.model_copy(update={"run": recipe.run.model_copy(update={"processes": processes})})
 
 
-def training(recipe: Recipe, base: Headers) -> dict[int, Predicted]:
+def training(recipe: Recipe, base: Headers) -> dict[int, StepNeeds]:
     """The train step by number of processes."""
     return {
         count: next(one for one in predict(with_processes(recipe, count), base, device="cuda") if one.stage == "train")
@@ -49,7 +49,7 @@ def training(recipe: Recipe, base: Headers) -> dict[int, Predicted]:
     }
 
 
-def needed(step: Predicted) -> float:
+def needed(step: StepNeeds) -> float:
     """GiB of one GPU, with what no allocator counts: what preflight compares with free memory."""
     return step.gpu_gib + CUDA_CONTEXT
 
@@ -108,9 +108,9 @@ With AWQ and GPTQ, 4 GiB of reference, adapters of rank 64: {sum(one.disk_gib fo
 """
 
 
-def _largest(steps: Sequence[Predicted]) -> list[Predicted]:
+def _largest(steps: Sequence[StepNeeds]) -> list[StepNeeds]:
     """Of each stage but train, the step that needs the GPU most; and what the trained model itself needs."""
-    found: dict[str, Predicted] = {}
+    found: dict[str, StepNeeds] = {}
     for one in steps:
         if one.stage != "train" and one.gpu_gib and (one.stage not in found or needed(one) > needed(found[one.stage])):
             found[one.stage] = one
@@ -118,12 +118,12 @@ def _largest(steps: Sequence[Predicted]) -> list[Predicted]:
     return [*found.values(), nf4]
 
 
-def _awq(recipe: Recipe, base: Headers) -> Predicted:
+def _awq(recipe: Recipe, base: Headers) -> StepNeeds:
     asked = recipe.model_copy(update={"quantize": recipe.quantize.model_copy(update={"schemes": ["awq-w4-g128"]})})
     return next(one for one in predict(asked, base, device="cuda") if one.stage == "quantize")
 
 
-def _row(one: Predicted) -> str:
+def _row(one: StepNeeds) -> str:
     return f"| {one.key} | {needed(one):.1f} | {card(needed(one))} | {one.disk_gib:.1f} |"
 
 

@@ -153,7 +153,7 @@ def measure(world: World, *, rounds: int) -> list[Timed]:
         return f"{sum(one.hit for one in lines)} hits of {len(lines)} steps"
 
     def collected(*, remove: bool) -> str:
-        found, _ = collect(home, remove=remove)
+        found = collect(home, remove=remove).json
         return f"{len(found['unreached'])} unreached, {len(found['removed'])} removed"
 
     new = reseeded(world.recipe, 1_000)
@@ -161,7 +161,7 @@ def measure(world: World, *, rounds: int) -> list[Timed]:
         timed("plan, the sweep as it was run", lambda: planned(world.recipe, world.pins), rounds=rounds),
         timed("plan, the sweep with another training seed", lambda: planned(new, world.pins), rounds=rounds),
         timed("plan, the quickstart in this store", lambda: planned(quickstart.recipe, pins), rounds=rounds),
-        timed("`quench store ls`", lambda: f"{len(listed(home)[0])} artifacts", rounds=rounds),
+        timed("`quench store ls`", lambda: f"{len(listed(home).json)} artifacts", rounds=rounds),
         timed("`quench store gc`", lambda: collected(remove=False), rounds=rounds),
         timed("`quench store gc --yes`", lambda: collected(remove=True), rounds=1),
     ]

@@ -1,5 +1,7 @@
 """The command line: exit codes, JSON, and bad input refused before anything starts."""
 
+import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from flows.cli import _parser
 from tasks.runtime.process.launch import CHECKOUT
 from tests.conftest import QUICKSTART, write_small_recipe
 
@@ -91,3 +94,19 @@ def test_the_quickstarts_own_recipe_checks_with_its_rows(tmp_path: Path):
 def test_schemes_lists_what_recipes_may_name(tmp_path: Path):
     slugs = {one["slug"] for one in json.loads(quench("schemes", "--json", home=tmp_path / "home", check=0).stdout)}
     assert {"awq-w4-g128", "gptq-w3-g128", "rtn-w4-g32"} <= slugs
+
+
+def commands(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    """Every command, those of `store` and `track` among them."""
+    groups = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not groups:
+        return [parser]
+    return [command for group in groups for inner in group.choices.values() for command in commands(inner)]
+
+
+def test_every_command_has_its_body():
+    found = commands(_parser())
+    assert len(found) == 18
+    for command in found:
+        module = importlib.import_module(command.get_default("module"))
+        assert callable(getattr(module, command.get_default("function")))

@@ -99,7 +99,7 @@ def test_the_report_is_written_and_says_storage_only(home: Path, folder: Path) -
 def test_neither_is_exported(home: Path, folder: Path, tmp_path: Path) -> None:
     for slug, why in ((f"{OF}.kv-int8", f"Export {OF}"), ("awq-w4-g128.on-base", REASON)):
         with pytest.raises(RecipeError, match=why):
-            export(folder, slug, tmp_path / "out", home=home, say=print)
+            export(folder, slug, tmp_path / "out", home=home)
 
 
 # ---- the pipeline

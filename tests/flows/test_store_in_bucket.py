@@ -114,7 +114,7 @@ def test_gc_says_what_the_bucket_keeps_and_what_it_took_is_a_hit_again(
             monkeypatch.setenv(name, value)
         made = commit(open_store(home), "train", "one", inputs={})
         assert [one.in_bucket for one in unreached(home)] == [True]
-        _, text = collect(home, remove=True)
+        text = str(collect(home, remove=True).text)
         assert "stays in the bucket" in text and not made.path.exists()
         store = open_store(home)
         found = store.find("train", made.fingerprint, {})

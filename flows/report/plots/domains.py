@@ -1,4 +1,4 @@
-"""Bars by domain: the task score of what may be shipped, a panel a domain."""
+"""Bars by domain: the task score of what may be shipped, one panel per domain."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def drawn_domains(report: Mapping[str, Any], arms: Sequence[str]) -> dict[str, i
     """Domain -> rows behind it, the largest ones, by falling size."""
     cells: Mapping[str, Any] = report["domains"][arms[0]] if arms else {}
     rows = {key.removeprefix("task@"): cell["n"] or 0 for key, cell in cells.items() if key.startswith("task@")}
-    return dict(sorted(rows.items(), key=lambda one: (-one[1], one[0]))[:MOST_DOMAINS])
+    return dict(sorted(rows.items(), key=lambda domain: (-domain[1], domain[0]))[:MOST_DOMAINS])
 
 
 def domains_plot(report: Mapping[str, Any]) -> str:
-    """SVG: a panel a domain, a bar an arm, with 95 % intervals; nothing with fewer than two domains."""
+    """SVG: one panel per domain, one bar per arm, with 95 % intervals; nothing with fewer than two domains."""
     arms = drawn_arms(report)
     domains = drawn_domains(report, arms)
     if len(domains) < 2:

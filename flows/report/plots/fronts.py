@@ -1,6 +1,9 @@
 """The report's figures, as SVG that takes its colours from the page: readable on light, dark and paper.
 
-Colours are Okabe and Ito's, which stay apart for colour-blind readers; shape and fill tell the same again.
+Colours are Okabe and Ito's, which stay apart for colour-blind readers; shape and fill say the same again.
+
+`_best_place` is not adjustText 1.4 (tried with iter_lim=500): that put labels over marks and off the frame, took two to
+seven times as long for 28 arms, and imports pyplot.
 """
 
 from __future__ import annotations
@@ -73,10 +76,10 @@ NOT_DRAWN = ("base", "control", "kv-cache")  # far off; in their own section; in
 
 
 def against_size(arms: Mapping[str, Any], metric: Literal["kl_mean", "task"]) -> str:
-    """SVG: a metric against size_bytes, with intervals, and the front: points that none beats in both.
+    """SVG: a metric against size_bytes, with intervals, and the front: points that no other beats in both.
 
-    KL (log axis) leaves the reference out, which is zero by definition. Quantized base + adapter: small, hollow, and
-    named only where it is on the front.
+    KL (log axis) leaves the reference out, which is zero by definition. Quantized base + adapter is drawn small and
+    hollow, and named only where it is on the front.
     """
     kl = metric == "kl_mean"
     points = [
@@ -91,18 +94,9 @@ def against_size(arms: Mapping[str, Any], metric: Literal["kl_mean", "task"]) ->
         canvas = FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         floor = min(point.y for point in points) / 10 if kl else 0.0
-        lows, highs = [max(point.low, floor) for point in points], [point.high for point in points]
-        if kl:
-            axes.set_yscale("log")
-            axes.set_ylim(min(lows) / 1.8, max(highs) * 2.2)
-        else:
-            room = 0.12 * max(max(highs) - min(lows), 1.0)
-            axes.set_ylim(max(min(lows) - room, -1), min(max(highs) + room, 101))
-        left, right = min(point.x for point in points), max(point.x for point in points)
-        room = max(right - left, right * 0.1)
-        axes.set_xlim(left - 0.08 * room, right + 0.14 * room)
-        wanted = "KL to the reference, nats a token" if kl else "task score, % of test answers"
-        plain_axes(axes, x="size, MB (what a server fetches)", y=wanted)
+        _set_limits(axes, points, floor, kl=kl)
+        label = "KL to the reference, nats a token" if kl else "task score, % of test answers"
+        plain_axes(axes, x="size, MB (what a server fetches)", y=label)
         _ticks(axes, kl)
         canvas.draw()
         figure.set_layout_engine("none")  # labels are placed in the frame as it stands now
@@ -126,6 +120,20 @@ def _drawable(arm: Mapping[str, Any], metric: str) -> bool:
     return value is not None and (metric == "task" or value > 0) and bool(arm["metrics"]["size_bytes"]["value"])
 
 
+def _set_limits(axes: Axes, points: Sequence[Point], floor: float, *, kl: bool) -> None:
+    """Room for every interval, and for labels above and at both sides."""
+    lows, highs = [max(point.low, floor) for point in points], [point.high for point in points]
+    if kl:
+        axes.set_yscale("log")
+        axes.set_ylim(min(lows) / 1.8, max(highs) * 2.2)
+    else:
+        room = 0.12 * max(max(highs) - min(lows), 1.0)
+        axes.set_ylim(max(min(lows) - room, -1), min(max(highs) + room, 101))
+    left, right = min(point.x for point in points), max(point.x for point in points)
+    room = max(right - left, right * 0.1)
+    axes.set_xlim(left - 0.08 * room, right + 0.14 * room)
+
+
 def _ticks(axes: Axes, log: bool) -> None:
     if not log:
         axes.yaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
@@ -137,11 +145,11 @@ def _ticks(axes: Axes, log: bool) -> None:
 
 def front(points: Sequence[Point], *, lower: bool) -> list[Point]:
     """Points that no other beats or equals in size and is better in y, by size; of equal points the first."""
-    found: list[Point] = []
-    for point in sorted(points, key=lambda one: (one.x, one.y if lower else -one.y)):
-        if not found or (point.y < found[-1].y if lower else point.y > found[-1].y):
-            found.append(point)
-    return found
+    best: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.x, point.y if lower else -point.y)):
+        if not best or (point.y < best[-1].y if lower else point.y > best[-1].y):
+            best.append(point)
+    return best
 
 
 def _place(axes: Axes, canvas: FigureCanvasAgg, points: Sequence[Point], floor: float, best: set[str]) -> None:
@@ -236,12 +244,12 @@ def _best_place(point: tuple[float, float], width: float, height: float, taken: 
 def _places(point: tuple[float, float], width: float, height: float) -> list[Box]:
     """Candidates right, left, above and below, near first."""
     x, y = point
-    found: list[Box] = []
+    places: list[Box] = []
     for away in (8, 13, 19, 27, 37, 49):
         for up in (0, 6, -6, 12, -12, 20, -20, 30, -30, 42, -42):
             middle = y + up
             for left in (x + away, x - away - width, x - width / 2):
                 if left == x - width / 2 and abs(up) < height:
                     continue
-                found.append(Box(left, middle - height / 2, left + width, middle + height / 2))
-    return found
+                places.append(Box(left, middle - height / 2, left + width, middle + height / 2))
+    return places

@@ -19,7 +19,7 @@ LABEL_PT, LETTER_PT = 11.0, 5.2  # least distance of two labels; width of a lett
 
 
 def errors_plot(layers: Mapping[str, Any]) -> str:
-    """SVG: relative error by decoder layer, attention and FFN side by side, a line a scheme."""
+    """SVG: relative error by decoder layer, attention and FFN side by side, one line per scheme."""
     by_part = {part: list(lines(layers, part)) for part in PARTS}
     if not any(by_part.values()):
         return ""
@@ -46,7 +46,7 @@ def errors_plot(layers: Mapping[str, Any]) -> str:
 
 def weights_plot(layers: Mapping[str, Any]) -> str:
     """SVG: root mean square of the weights by decoder layer, attention against FFN, before quantization."""
-    merged = next((one for slug, one in layers.items() if not slug.endswith(".on-base")), None)
+    merged = next((layer for slug, layer in layers.items() if not slug.endswith(".on-base")), None)
     if merged is None:
         return ""
     with mpl.rc_context(STYLE):
@@ -54,12 +54,12 @@ def weights_plot(layers: Mapping[str, Any]) -> str:
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         for part, dash in zip(PARTS, ("-", (0, (4, 2))), strict=True):
-            found = {one["layer"]: one["weight_std"] for one in merged["blocks"] if part_of(one) == part}
-            axes.plot(list(found), list(found.values()), color=INK, linestyle=dash, marker="o", markersize=3.5)
-            last = max(found, default=0)
-            if found:
+            spread = {block["layer"]: block["weight_std"] for block in merged["blocks"] if part_of(block) == part}
+            axes.plot(list(spread), list(spread.values()), color=INK, linestyle=dash, marker="o", markersize=3.5)
+            last = max(spread, default=0)
+            if spread:
                 place = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "color": INK}
-                axes.annotate(part, (last, found[last]), annotation_clip=False, **place)
+                axes.annotate(part, (last, spread[last]), annotation_clip=False, **place)
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
         plain_axes(axes, x="decoder layer", y="root mean square of weights")
@@ -81,10 +81,10 @@ def _draw(axes: Axes, line: Line) -> None:
 
 
 def _label(figure: Figure, axes: Axes, drawn: list[Line]) -> None:
-    """Slugs at the right ends of their lines, pushed apart from below where they would cover each other."""
+    """Write slugs in the right margin, at the ends of their lines, the upper pushed up where two would overlap."""
     ends = [(line, axes.transData.transform((max(line.errors), line.errors[max(line.errors)]))) for line in drawn]
     edge, lowest = axes.get_window_extent().x1 + 6, -1e9
-    for line, (x, y) in sorted(ends, key=lambda one: one[1][1]):
+    for line, (x, y) in sorted(ends, key=lambda end: end[1][1]):
         lowest = max(float(y), lowest + LABEL_PT)
         axes.annotate(
             line.slug,

@@ -97,7 +97,7 @@ def as_picture(svg: str) -> str:
     """A page's figure as an SVG file of its own: light colours, a white ground, a size, a typeface."""
     for variable, colour in LIGHT.items():
         svg = svg.replace(f"var({variable})", colour)
-    width, height = (float(one) for one in re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)[0])
+    width, height = (float(number) for number in re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)[0])
     style = (
         f"<style>text{{paint-order:stroke;stroke:{LIGHT['--paper']};stroke-width:3px;stroke-linejoin:round}}</style>"
     )
@@ -107,7 +107,7 @@ def as_picture(svg: str) -> str:
 
 
 def title_of(svg: str) -> str:
-    """What `as_svg` was told that the figure shows."""
+    """The title that `as_svg` was given."""
     return re.findall(r'aria-label="([^"]*)"', svg)[0]
 
 

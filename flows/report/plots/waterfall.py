@@ -1,4 +1,4 @@
-"""Where the loss goes: a bar a step from the model as it was trained to what is shipped, and the base's NF4 apart."""
+"""Where the loss goes: one bar per step from the trained model to what is shipped, and the base's NF4 apart."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ ROW_IN, AROUND_IN = 0.27, 0.85  # height of a bar's row; of axis and margins
 COLOUR = {"worse": BAD, "better": GOOD}  # of what is shown; anything else is drawn hollow
 
 
-class Bar(NamedTuple):
-    """One step, in nats a token above the model as it was trained.
+class FloatingBar(NamedTuple):
+    """One step, in nats per token above the model as it was trained.
 
     Attributes:
         low: Lower end of the step's interval, put at its start.
@@ -37,21 +37,21 @@ class Bar(NamedTuple):
     text: str
 
 
-def bars(waterfall: Mapping[str, Any]) -> list[Bar]:
+def bars(waterfall: Mapping[str, Any]) -> list[FloatingBar]:
     """Every step once, in the order of the paths: what paths share is drawn once."""
-    found: dict[tuple[str, str], Bar] = {}
+    bars: dict[tuple[str, str], FloatingBar] = {}
     for path in waterfall["paths"]:
         losses: Mapping[str, float] = path["losses"]
         for step in path["steps"]:
-            if (step["from"], step["to"]) not in found and step["from"] in losses:
+            if (step["from"], step["to"]) not in bars and step["from"] in losses:
                 trained = losses[path["steps"][0]["from"]]
-                found[step["from"], step["to"]] = _bar(step, losses[step["from"]] - trained)
-    return list(found.values())
+                bars[step["from"], step["to"]] = _bar(step, losses[step["from"]] - trained)
+    return list(bars.values())
 
 
-def _bar(step: Mapping[str, Any], start: float) -> Bar:
+def _bar(step: Mapping[str, Any], start: float) -> FloatingBar:
     low, high = step["ci95_adjusted"] or (step["difference"], step["difference"])
-    return Bar(
+    return FloatingBar(
         name=step["to"],
         step=step["step"],
         before=step["from"],
@@ -72,7 +72,7 @@ def signed(value: float, ci95: Sequence[float] | None) -> str:
 
 
 def waterfall_plot(waterfall: Mapping[str, Any] | None) -> str:
-    """SVG: floating bars a step, an interval at each end; nothing where there is no path."""
+    """SVG: one floating bar per step, with the interval of its end; nothing where there is no path."""
     rows = bars(waterfall) if waterfall else []
     if not waterfall or not rows:
         return ""
@@ -85,12 +85,12 @@ def waterfall_plot(waterfall: Mapping[str, Any] | None) -> str:
         axes = figure.subplots(len(shares), 1, squeeze=False, gridspec_kw={"height_ratios": shares})[:, 0]
         unit = "nats a token"
         _draw(axes[0], rows, f"loss above the model as trained, {unit}")
-        for one in base:
-            _draw(axes[1], [one], f"loss above the base in bf16, {unit}")
+        for bar in base:
+            _draw(axes[1], [bar], f"loss above the base in bf16, {unit}")
         return as_svg(figure, "Loss waterfall: what each step from training to serving adds to the mean loss a token")
 
 
-def _draw(axes: Axes, rows: Sequence[Bar], label: str) -> None:
+def _draw(axes: Axes, rows: Sequence[FloatingBar], label: str) -> None:
     children: dict[str, list[int]] = {}
     for row, bar in enumerate(rows):
         shown = COLOUR.get(bar.verdict)

@@ -312,13 +312,13 @@ def test_a_step_that_no_node_can_take_is_refused(world: World, cluster: RayClust
 
 
 def test_a_node_that_does_not_reach_prefect_is_refused(tmp_path: Path) -> None:
-    from flows.cluster.node import Asked, Node, Place, Told
+    from flows.cluster.node import Node, NodeQuery, NodeReport, Place
     from flows.cluster.preflight import Here, differs
 
     api = f"http://127.0.0.1:{free_port()}/api"
     place = Place(home=tmp_path, bucket=None)
-    asked = Asked(place=place, token="", sizes={}, environments=[], names=[], api=api)
-    told = Told(
+    query = NodeQuery(place=place, token="", sizes={}, environments=[], names=[], api=api)
+    report = NodeReport(
         node=Node(host="far", address="10.0.0.2", id="a" * 56),
         code="same",
         locked={},
@@ -328,7 +328,7 @@ def test_a_node_that_does_not_reach_prefect_is_refused(tmp_path: Path) -> None:
         hears_prefect=answers(api),
         clock=0.0,
     )
-    (problem,) = differs(told, Here(code="same", locked={}, installed={}), asked)
+    (problem,) = differs(report, Here(code="same", locked={}, installed={}), query)
     assert problem.what == "A node does not reach Prefect." and api in problem.why
     assert "far" in problem.where and "quench up --host" in problem.next
 

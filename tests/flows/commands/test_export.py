@@ -54,7 +54,7 @@ def refused(world: World, arm: str, dest: Path) -> str:
     """What the export says instead; nothing stands at DEST, nor beside it."""
     before = sorted(dest.parent.iterdir())
     with pytest.raises(RecipeError) as caught:
-        export((world.home / "runs" / "latest").resolve(), arm, dest, home=world.home, say=lambda text: None)
+        export((world.home / "runs" / "latest").resolve(), arm, dest, home=world.home)
     assert sorted(dest.parent.iterdir()) == before
     return str(caught.value)
 
@@ -78,13 +78,13 @@ def test_it_is_a_real_copy_and_was_loaded(done: Done):
 def test_a_push_may_begin_where_the_copy_is_there(done: Done, tmp_path: Path):
     """A push that failed leaves a whole copy: the same command goes on from it, and from nothing else."""
     run = (done.world.home / "runs" / "latest").resolve()
-    made = export(run, ARM, done.folder, home=done.world.home, say=lambda text: None, again=True)
+    made = export(run, ARM, done.folder, home=done.world.home, again=True)
     assert made.reloaded is None and made.files == done.said["files"]
     other = shutil.copytree(done.folder, tmp_path / "other")
     (other / "config.json").write_text("{}")
     for arm, folder in ((ARM, other), ("rtn-w4-g128", done.folder)):
         with pytest.raises(RecipeError, match="not an empty folder"):
-            export(run, arm, folder, home=done.world.home, say=lambda text: None, again=True)
+            export(run, arm, folder, home=done.world.home, again=True)
 
 
 def test_the_cards_figures_are_the_reports(done: Done):

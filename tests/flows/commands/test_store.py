@@ -52,15 +52,16 @@ def test_inputs_of_what_a_run_names_are_reached(home: Path):
 
 
 def test_nothing_goes_before_yes_and_then_only_the_unreached(home: Path):
-    told, text = collect(home, remove=False)
+    answer = collect(home, remove=False)
+    told, text = answer.json, str(answer.text)
     assert told["removed"] == [] and len(told["unreached"]) == 2 and "--yes" in text
     before = {path for path in (home / "store").rglob("*")}
-    told, text = collect(home, remove=True)
+    told = collect(home, remove=True).json
     assert sorted(told["removed"]) == sorted(one["name"] for one in told["unreached"])
     gone = before - {path for path in (home / "store").rglob("*")}
     assert gone and all(path.relative_to(home / "store").parts[1].startswith("none-") for path in gone)
     assert names(home) == []
-    assert collect(home, remove=True)[0] == {"unreached": [], "removed": []}
+    assert collect(home, remove=True).json == {"unreached": [], "removed": []}
 
 
 def test_a_removed_run_frees_what_it_alone_had(home: Path):
@@ -90,7 +91,7 @@ def test_a_step_under_way_keeps_its_artifact(home: Path):
     (folder,) = (home / "store" / "train").glob("none-*")
     manifest = json.loads((folder / "manifest.json").read_text())
     with flocked(Store(home).lock_file("train", manifest["fingerprint"])):
-        told, _ = collect(home, remove=True)
+        told = collect(home, remove=True).json
     assert [one.split("/")[0] for one in told["removed"]] == ["quantize"]
     assert folder.exists()
 

@@ -8,7 +8,7 @@ import pytest
 from flows.compose import compose, limits
 from flows.pins import pin
 from flows.plan.lookup import Planned, plan
-from flows.plan.memory import CUDA_IMPORT, NF4_BYTES, Predicted, predict
+from flows.plan.memory import CUDA_IMPORT, NF4_BYTES, StepNeeds, predict
 from flows.plan.preflight import Memory, available, calibration_problem, disk_problem, preflight, refuse
 from flows.plan.row_sizes import RowSizes, row_sizes
 from recipes.data.rows import read_rows
@@ -45,7 +45,7 @@ def headers(loaded: Loaded) -> Headers:
     return read_headers(loaded.folder / "base")
 
 
-def by_key(recipe: Recipe, headers: Headers, **options: object) -> dict[str, Predicted]:
+def by_key(recipe: Recipe, headers: Headers, **options: object) -> dict[str, StepNeeds]:
     return {step.key: step for step in predict(recipe, headers, **options)}  # type: ignore[arg-type]
 
 
@@ -116,7 +116,7 @@ def as_measured(folder: Path, *, general: str | None, batch: int, evaluated: int
     )
 
 
-def assert_near(predicted: dict[str, Predicted], measured: dict[str, float]) -> None:
+def assert_near(predicted: dict[str, StepNeeds], measured: dict[str, float]) -> None:
     """Within 30 %: lengths within a batch differ, loaders keep what threads leave behind, the allocator keeps all."""
     ratios = {key: round(predicted[key].host_gib / value, 2) for key, value in measured.items()}
     assert all(0.7 < ratio < 1.3 for ratio in ratios.values()), ratios
@@ -335,7 +335,7 @@ def test_no_disk_for_the_sum_of_outputs(recipe: Recipe, headers: Headers, tmp_pa
     steps = predict(recipe, headers)
     home = tmp_path / "not" / "made" / "yet"
     assert disk_problem(steps[:2], home) is None
-    large = Predicted(key="merge/big", host_gib=1, gpu_gib=0, disk_gib=1e9, parts={})
+    large = StepNeeds(key="merge/big", host_gib=1, gpu_gib=0, disk_gib=1e9, parts={})
     problem = disk_problem([*steps, large], home)
     assert problem is not None and "merge/big" in problem.why and "QUENCH_HOME" in problem.next
 

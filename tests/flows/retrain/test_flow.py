@@ -22,7 +22,7 @@ from prefect.client.schemas.actions import DeploymentScheduleCreate
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.retrain.flow import Asked, Before, turn, why
+from flows.retrain.flow import Before, RetrainOptions, turn, why
 from flows.retrain.row_changes import Changes
 from flows.run.folder import run_files
 from tasks.runtime.process.launch import CHECKOUT
@@ -192,7 +192,9 @@ def test_a_schedule_retrains_on_new_rows_and_skips_without(project: Project, rec
 
     # The folder grows; the receiver is away for a moment.
     receiver.refuse = 1
-    with turn(project.home, Asked(recipe=project.folder / "recipe.yaml", sets=[], promote=True), print) as ours:
+    with turn(
+        project.home, RetrainOptions(recipe=project.folder / "recipe.yaml", sets=[], promote=True), print
+    ) as ours:
         assert ours
         changed = [*rows(range(2), shift=1), *rows(range(2, 239))]
         (project.folder / "rows" / "0.jsonl").write_text("\n".join(changed) + "\n")
@@ -282,7 +284,7 @@ def test_a_schedule_retrains_on_new_rows_and_skips_without(project: Project, rec
 
 
 def test_one_retrain_works_one_waits_and_a_third_is_not_needed(tmp_path: Path) -> None:
-    mine = Asked(recipe=tmp_path / "recipe.yaml", sets=[], promote=True)
+    mine = RetrainOptions(recipe=tmp_path / "recipe.yaml", sets=[], promote=True)
     said: list[str] = []
     got: list[str] = []
     waiting = threading.Event()
@@ -302,7 +304,9 @@ def test_one_retrain_works_one_waits_and_a_third_is_not_needed(tmp_path: Path) -
         assert waiting.wait(10)
         with turn(tmp_path, mine, said.append) as third:
             assert not third
-        with turn(tmp_path, Asked(recipe=tmp_path / "other.yaml", sets=[], promote=True), said.append) as other:
+        with turn(
+            tmp_path, RetrainOptions(recipe=tmp_path / "other.yaml", sets=[], promote=True), said.append
+        ) as other:
             assert other
         got.append("first ends")
     thread.join(10)

@@ -18,7 +18,7 @@ import pytest
 
 from flows.run.server import free_port
 from flows.service.postgres import stores
-from flows.service.up import Asked, exposed, taken_port, up
+from flows.service.up import UpOptions, exposed, taken_port, up
 from recipes.problem import RecipeError
 from tests.conftest import UNUSUAL, World
 from tests.flows.test_resume import GONE_S, processes_of, wait_gone
@@ -304,7 +304,7 @@ def test_a_taken_port_starts_nothing(tmp_path: Path):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(RecipeError):
-            up(tmp_path / "home", Asked(mlflow_port=taken.getsockname()[1]), say=lambda text: None)
+            up(tmp_path / "home", UpOptions(mlflow_port=taken.getsockname()[1]), say=lambda text: None)
     assert not processes_of(tmp_path / "home")
 
 
