@@ -5,6 +5,15 @@ ifdef PIP_FIND_LINKS
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 endif
 
+# Says what is missing before anything is installed.
+define OLD_PYTHON
+import sys
+if sys.version_info < (3, 11):
+    sys.exit("Quench needs Python 3.11 or newer, and %s is %d.%d.\nName another one: make install PYTHON=python3.12"
+             % (sys.executable, *sys.version_info[:2]))
+endef
+export OLD_PYTHON
+
 ENVIRONMENTS := llmcompressor autoawq autogptq
 
 .PHONY: help install env-llmcompressor env-autoawq env-autogptq quickstart check audit test test-all test-gpu bench folklore \
@@ -15,6 +24,7 @@ help:            ## list the targets
 
 install: .venv/.installed  ## .venv from the lock
 .venv/.installed: infra/locks/main.txt pyproject.toml
+	@$(or $(wildcard $(BIN)/python),$(PYTHON)) -c "$$OLD_PYTHON"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install -q --disable-pip-version-check uv==0.13.9
 	@echo "installing from infra/locks/main.txt"
