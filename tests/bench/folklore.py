@@ -149,9 +149,9 @@ What people repeat about 4-bit models, one claim per row: measured on the quicks
 SQL), computed, or not testable here. `tests/bench/folklore.yaml` with train.seed {named}: the same data and splits,
 another adapter, merged into the dequantized base unless a line says otherwise. Differences are paired, on test, with
 the 95 % interval of that one comparison (groups resampled, flows/results/stats.py), not adjusted for the number of rows
-in this table; KL is to the model as it was trained (nf4-adapter). A claim is *shown* in a seed where its interval lies wholly
-on the claimed side. The opposite is shown where it lies wholly on the other side. The rest is open. Seeds of one task
-on one tiny model prove nothing about 7 B; they say what would have to be measured there.{interim}
+in this table; KL is to the model as it was trained (nf4-adapter). A claim is *shown* in a seed where its interval lies
+wholly on the claimed side. The opposite is shown where it lies wholly on the other side. The rest is open. Seeds of one
+task on one tiny model prove nothing about 7 B; they say what would have to be measured there.{interim}
 
 {table}
 
