@@ -39,8 +39,8 @@ METHOD_NOTES = {
     "gptq": (
         _bits("gptq"),
         "Frantar et al. 2022 (arXiv:2210.17323), symmetric; `-asym` behind the group: with zero points; `-actorder`: "
-        "columns in the order of their Hessian diagonal. Rounds column by column and corrects the columns that follow by "
-        "the Hessian of the calibration set.",
+        "columns in the order of their Hessian diagonal. Rounds column by column and corrects the columns that follow "
+        "by the Hessian of the calibration set.",
     ),
     "awq": (
         _bits("awq"),
@@ -63,12 +63,13 @@ def recipe_page() -> str:
         "One YAML file says what is wanted. Only `name`, `model.base` and `data.path` (or `data.sources`) have no",
         "default. Unknown keys are refused.",
         "",
-        "* `extends: other.yaml` takes every key that this file does not set from another recipe. Lists are replaced as",
-        "  a whole.",
+        "* `extends: other.yaml` takes every key that this file does not set from another recipe. Lists are replaced",
+        "  as a whole.",
         "* On the command line, `--set a.b=c` overrides one field, `--set quantize.schemes.0=...` an entry of a list.",
-        "* A relative path starts at the folder of the file that it is written in; with `--set`, at the current folder.",
-        "* Everything but `gate`, `promote`, `serve` and `run` is part of the fingerprints: after a change, the steps that",
-        "  depend on it are made again.",
+        "* A relative path starts at the folder of the file that it is written in; with `--set`, at the current",
+        "  folder.",
+        "* Everything but `gate`, `promote`, `serve` and `run` is part of the fingerprints: after a change, the steps",
+        "  that depend on it are made again.",
         "",
         *_table(Recipe, only_plain=True),
     ]
@@ -164,10 +165,10 @@ def schemes_page() -> str:
         "## Who reads what",
         "",
         "What no row says is unknown, and counts as refused. A number behind # is a pull request or an issue of the",
-        "project before it. `quench check` warns of what `serve.engine` does not read, by these rows and by shapes. vLLM",
-        "splits layers over serve.tensor_parallel ranks. A rank needs whole groups of inputs, and its kernel Marlin",
-        f"outputs by {TILE_OUTPUTS} and inputs by {TILE_INPUTS} (since June 2026 others are padded, but not in activation",
-        "order: vllm#45295).",
+        "project before it. `quench check` warns of what `serve.engine` does not read, by these rows and by shapes.",
+        "vLLM splits layers over serve.tensor_parallel ranks. A rank needs whole groups of inputs, and its kernel",
+        f"Marlin outputs by {TILE_OUTPUTS} and inputs by {TILE_INPUTS} (since June 2026 others are padded, but not in",
+        "activation order: vllm#45295).",
         "",
         "| engine | format | bits | activation order | from | needs | source |",
         "|---|---|---|---|---|---|---|",

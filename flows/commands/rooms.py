@@ -109,12 +109,15 @@ def _plan(folder: str, floors: tuple[tuple[str, ...], ...]) -> Plan:
     imports: set[Edge] = set()
     outside: dict[str, set[str]] = {name: set() for name in names}
     graph = _import_graph()
+    packages = [name for floor in HOUSE for name in floor]
     for module in sorted(graph.modules):
         upper = _room_of(module, prefix, names)
-        for imported in graph.find_modules_directly_imported_by(module) if upper else ():
+        if upper is None:
+            continue
+        for imported in graph.find_modules_directly_imported_by(module):
             lower = _room_of(imported, prefix, names)
             if lower is None:
-                outside[upper].add(_room_of(imported, "", [name for floor in HOUSE for name in floor]) or imported)
+                outside[upper].add(_room_of(imported, "", packages) or imported)
             elif lower != upper:
                 imports.add((upper, lower))
     rooms = {name: _room(name, CHECKOUT.joinpath(*f"{prefix}{name}".split("."))) for name in names}
