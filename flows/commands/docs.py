@@ -96,7 +96,7 @@ def _table(section: type[BaseModel], *, only_plain: bool = False) -> Iterator[st
         if only_plain and sections(info.annotation):
             continue
         cells = (f"`{name}`", _type(info), _default(info), info.description or "")
-        yield "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+        yield "| " + " | ".join(map(rooms.table_cell, cells)) + " |"
 
 
 def _type(info: FieldInfo) -> str:

@@ -9,6 +9,7 @@ by the mean place of its neighbours, and then moved under them. Integers only, s
 from __future__ import annotations
 
 import ast
+import re
 import textwrap
 import tomllib
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -159,14 +160,23 @@ def _table(plan: Plan) -> Iterator[str]:
         for name in floor:
             inside = [f"`{lower}`" for row in plan.floors for lower in row if (name, lower) in plan.imports]
             outside = [f"*{package}*" for package in plan.outside[name]]
-            cells = (str(number), f"`{_label(plan.rooms[name])}`", _cell(plan.rooms[name].words))
+            cells = (str(number), f"`{_label(plan.rooms[name])}`", table_cell(plan.rooms[name].words))
             yield f"| {' | '.join(cells)} | {', '.join(inside + outside) or 'nothing of ours'} |"
 
 
-def _cell(text: str) -> str:
-    """Text for a cell of a table; what stands in backticks is left alone, but for bars."""
-    parts = text.replace("|", "\\|").split("`")
-    return "`".join(part if index % 2 else escape(part, quote=False) for index, part in enumerate(parts))
+def table_cell(text: str) -> str:
+    """Text as a cell of a Markdown table.
+
+    Code with a bar becomes HTML, since GitHub and MkDocs read a bar in backticks differently.
+    """
+    parts = text.replace("\n", " ").split("`")
+    for index, part in enumerate(parts):
+        if index % 2 == 0:
+            parts[index] = re.sub(r"<(?=[\w/!])", "&lt;", part.replace("|", "\\|"))
+        else:
+            code = re.sub(r"[^\w ]", lambda sign: f"&#{ord(sign[0])};", part)
+            parts[index] = f"<code>{code}</code>" if "|" in part else f"`{part}`"
+    return "".join(parts)
 
 
 def _label(room: Room) -> str:

@@ -51,3 +51,8 @@ def test_imports_are_those_of_the_code():
     flows, house = PLANS["flows"], PLANS["house"]
     assert "pins" in flows.imported_by("compose") and "recipes" in flows.outside["compose"]
     assert house.imported_by("recipes") == set() and house.imported_by("tasks.runtime") == {"recipes"}
+
+
+def test_a_cell_holds_bars_and_angles():
+    assert rooms.table_cell("a | b, tasks/<stage>.py, >= 1, < 2, `x`") == r"a \| b, tasks/&lt;stage>.py, >= 1, < 2, `x`"
+    assert rooms.table_cell(r"`\d|x`") == "<code>&#92;d&#124;x</code>"
