@@ -174,7 +174,7 @@ def table_cell(text: str) -> str:
         if index % 2 == 0:
             parts[index] = re.sub(r"<(?=[\w/!])", "&lt;", part.replace("|", "\\|"))
         else:
-            code = re.sub(r"[^\w ]", lambda sign: f"&#{ord(sign[0])};", part)
+            code = re.sub(r"[\\*_\[\]|<>&]", lambda sign: f"&#{ord(sign[0])};", part)
             parts[index] = f"<code>{code}</code>" if "|" in part else f"`{part}`"
     return "".join(parts)
 
