@@ -54,7 +54,7 @@ check: install   ## linters, types, import rules, recipes, generated docs, links
 	$(BIN)/lint-imports
 	@for recipe in $(wildcard recipes/*.yaml) recipes/quickstart/recipe.yaml; do $(BIN)/quench check $$recipe --data || exit 1; done
 	$(BIN)/python -m flows.commands.docs --check
-	@$(MKDOCS) build --strict --quiet --config-file infra/mkdocs.yml
+	$(MKDOCS) build --strict --config-file infra/mkdocs.yml
 	$(BIN)/hadolint infra/docker/Dockerfile
 	$(BIN)/check-jsonschema -q --builtin-schema vendor.compose-spec infra/compose.yaml
 	$(BIN)/kubernetes-validate --strict --no-warn --quiet -k 1.34 infra/kubernetes/*.yaml
@@ -104,8 +104,7 @@ docs: install    ## write the generated pages again
 	$(BIN)/python -m flows.commands.docs
 
 site: install    ## README and docs/ as a site: site/index.html; fails on a dead link or anchor
-	@$(MKDOCS) build --strict --quiet --config-file infra/mkdocs.yml
-	@echo "site/index.html"
+	$(MKDOCS) build --strict --config-file infra/mkdocs.yml
 
 site-serve: install  ## the same on http://127.0.0.1:8000, built again at every change
 	@$(MKDOCS) serve --config-file infra/mkdocs.yml --dev-addr 127.0.0.1:8000
