@@ -136,6 +136,7 @@ def page(lines: list[Line], arithmetic: list[str]) -> str:
 
 The quickstart's merged model, quantized by Quench's default (GPTQModel) and by the archived originals
 (`.autoawq`, `.auto-gptq`), read in fp16 on the CPU by
+
 * `transformers` {main["transformers"]} with its kernels in plain torch,
 * `autoawq`: AutoAWQ {awq["autoawq"]} with transformers {awq["transformers"]}, its path in plain torch,
 * `auto-gptq`: AutoGPTQ {gptq["auto-gptq"]} with transformers {gptq["transformers"]}.
