@@ -5,16 +5,29 @@ ifdef PIP_FIND_LINKS
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 endif
 
+# Says what is missing before anything is installed.
+define OLD_PYTHON
+import sys
+if sys.version_info < (3, 11):
+    sys.exit("Quench needs Python 3.11 or newer, and %s is %d.%d.\nName another one: make install PYTHON=python3.12"
+             % (sys.executable, *sys.version_info[:2]))
+endef
+export OLD_PYTHON
+
+# Without its banner: Material for MkDocs is maintained until 5 May 2027; its successor, Zensical, reads the same file.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
+
 ENVIRONMENTS := llmcompressor autoawq autogptq
 
 .PHONY: help install env-llmcompressor env-autoawq env-autogptq quickstart check audit test test-all test-gpu bench folklore \
-        overheads kills cluster docs lock lock-envs clean
+        overheads kills cluster docs site site-serve lock lock-envs clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
 install: .venv/.installed  ## .venv from the lock
 .venv/.installed: infra/locks/main.txt pyproject.toml
+	@$(or $(wildcard $(BIN)/python),$(PYTHON)) -c "$$OLD_PYTHON"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install -q --disable-pip-version-check uv==0.13.9
 	@echo "installing from infra/locks/main.txt"
@@ -34,13 +47,14 @@ env-autogptq: .envs/autogptq/.installed  ## .envs/autogptq: AutoGPTQ, archived
 quickstart: install  ## the main job, offline, on the embedded defaults
 	@$(BIN)/quench run recipes/quickstart/recipe.yaml
 
-check: install   ## linters, types, import rules, recipes, generated docs
+check: install   ## linters, types, import rules, recipes, generated docs, links of the site
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright --warnings
 	$(BIN)/lint-imports
 	@for recipe in $(wildcard recipes/*.yaml) recipes/quickstart/recipe.yaml; do $(BIN)/quench check $$recipe --data || exit 1; done
 	$(BIN)/python -m flows.commands.docs --check
+	$(MKDOCS) build --strict --config-file infra/mkdocs.yml
 	$(BIN)/hadolint infra/docker/Dockerfile
 	$(BIN)/check-jsonschema -q --builtin-schema vendor.compose-spec infra/compose.yaml
 	$(BIN)/kubernetes-validate --strict --no-warn --quiet -k 1.34 infra/kubernetes/*.yaml
@@ -89,6 +103,12 @@ cluster: install ## one process, two Ray nodes, a bucket: docs/results/cluster.m
 docs: install    ## write the generated pages again
 	$(BIN)/python -m flows.commands.docs
 
+site: install    ## README and docs/ as a site: site/index.html; fails on a dead link or anchor
+	$(MKDOCS) build --strict --config-file infra/mkdocs.yml
+
+site-serve: install  ## the same on http://127.0.0.1:8000, built again at every change
+	@$(MKDOCS) serve --config-file infra/mkdocs.yml --dev-addr 127.0.0.1:8000
+
 lock: install    ## resolve pyproject.toml again
 	$(BIN)/uv pip compile -q pyproject.toml --extra dev --extra ray --extra system --no-annotate --no-header \
 	  | sed 's/+cpu$$//' > infra/locks/main.new && mv infra/locks/main.new infra/locks/main.txt
@@ -99,4 +119,4 @@ lock-envs: install  ## resolve infra/locks/*.in again
 	  | sed 's/+cpu$$//' > infra/locks/$$name.new && mv infra/locks/$$name.new infra/locks/$$name.txt || exit 1; done
 
 clean:           ## remove what was installed; .quench/ stays
-	rm -rf .venv .envs .ruff_cache .pytest_cache *.egg-info
+	rm -rf .venv .envs site .ruff_cache .pytest_cache *.egg-info

@@ -1,7 +1,7 @@
 """Predicts peak memory and output of every step from the recipe and the base's headers: arithmetic, no torch.
 
 Constants with a figure were measured on CPU (torch 2.13.0, transformers 5.23.0) on two models: 6 M parameters with a
-vocabulary of 4,096, and 110 M with 32,000; those of CUDA's libraries on an H200 (docs/results/gpu.md). Every row counts
+vocabulary of 4,096, and 110 M with 32,000; those of CUDA's libraries on an H200 (docs/gpu.md). Every row counts
 as long as the longest, so what is predicted is seldom reached; the report shows predicted against measured.
 """
 

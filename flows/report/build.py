@@ -1,6 +1,6 @@
 """The report of a run: report.json, report.md and report.html, a pure function of steps.json, manifests and files.
 
-docs/report.md documents report.json. Rendering twice gives the same bytes.
+docs/report-json.md documents report.json. Rendering twice gives the same bytes.
 """
 
 from __future__ import annotations

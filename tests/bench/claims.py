@@ -56,8 +56,8 @@ def overhead() -> str:
 
     plain = {group: f"{100 * 16 / group / 4:.1f} %" for group in (128, 32)}
     return (
-        f"Over 4 bits a weight, a 16-bit scale a group costs {plain[128]} (g128) and {plain[32]} (g32). The files of a "
-        f"4096 x 4096 layer: gptq g128 {extra('gptq-w4-g128')}, g32 {extra('gptq-w4-g32')} (with zero points); "
+        f"Over 4 bits per weight, a 16-bit scale per group costs {plain[128]} (g128) and {plain[32]} (g32). The files "
+        f"of a 4096 x 4096 layer: gptq g128 {extra('gptq-w4-g128')}, g32 {extra('gptq-w4-g32')} (with zero points); "
         f"awq {extra('awq-w4-g128')}, {extra('awq-w4-g32')}; compressed-tensors, symmetric, "
         f"{extra('ct-gptq-w4-g128')}, {extra('ct-gptq-w4-g32')}; nf4 {extra('nf4')}. 3 % is right for g128 without "
         f"zero points; 10 % for g32 is too low: {plain[32]} and more"
@@ -162,8 +162,8 @@ CLAIMS: tuple[Claim, ...] = (
             Better("nf4", "rtn-w4-g128", "task", merge="original"),
             Better("nf4", "rtn-w4-g128"),
         ),
-        limits=f"{SIZE}. 4.13 bits a weight against 4.16, both without calibration. Merged into the dequantized base, "
-        "weights are NF4's own values plus the adapter's small change, of which NF4 rounds a part away again",
+        limits=f"{SIZE}. 4.13 bits per weight against 4.16, both without calibration. Merged into the dequantized "
+        "base, weights are NF4's own values plus the adapter's small change, of which NF4 rounds a part away again",
     ),
     Claim(
         said="NF4 is the only format with gradient flow",

@@ -101,9 +101,10 @@ def page(ways: list[Way], *, recipe: str) -> str:
         "<!-- Written by `python -m tests.bench.cluster`. -->",
         "# One recipe in one process, on Ray, and with its store in a bucket, measured",
         "",
-        f"{recipe}, {len(first.digests)} steps without `measure`, each way once in an empty home, one thread a child.",
+        f"{recipe}, {len(first.digests)} steps without `measure`, each way once in an empty home, "
+        "one thread per child.",
         f"The process has {SLOTS} CPU slots. The two Ray nodes have one each and lie on the same machine, so they can",
-        "bring no speed here: what is shown is what they cost. Prefect's server and Ray's daemons run beside all ways.",
+        "bring no speed here: the table shows what they cost. Prefect's server and Ray's daemons run beside all ways.",
         "",
         "| | wall, s | without a child at work, s | children, s | digests as in one process | steps a node |",
         "| --- | ---: | ---: | ---: | ---: | --- |",

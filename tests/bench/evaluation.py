@@ -250,17 +250,17 @@ def page(measured: Measured) -> str:
 # Evaluation, measured
 
 Arms of the quickstart ({rows["dev"]} rows of dev, {rows["test"]} of test, {rows["general"]} general texts)
-through Quench's evaluate job, as a run starts it, against a script of what one writes by hand: load the model, forward
+through Quench's evaluate job, as a run starts it, against a script as one writes it by hand: load the model, forward
 the same batches and throw the logits away, decode the same prompts greedily. Ours also computes losses, KL to the
 reference over the full vocabulary, agreement and task scores, and writes them. Both are processes of their own on one
-thread, started in turns; the NF4 model has the same kernel in both. {len(measured.pairs)} pairs; ratios are medians
+thread, started alternately; the NF4 model has the same kernel in both. {len(measured.pairs)} pairs; ratios are medians
 with 95 % bootstrap intervals. Goal: all arms at most {GOAL} times the bare time, the start of processes apart.
 
 {table(measured)}
 
 *bare* and *ours* are seconds of CPU without the start of a process (interpreter and first imports: bare
-{once_paid.bare.cpu_s:.2f} s, ours {once_paid.ours.cpu_s:.2f} s, paid once an arm); load, forward and decode are
-on the clock. CPU time is what other work on the machine moves least, and other work there was. *Whole* has the start in
+{once_paid.bare.cpu_s:.2f} s, ours {once_paid.ours.cpu_s:.2f} s, paid once per arm); load, forward and decode are
+on the clock. Other programs ran on the machine, and they change CPU time least. *Whole* has the start in
 both.
 
 {machine["cpu"]}, {machine["cores"]} cores, {machine["memory_gib"]} GiB;

@@ -127,7 +127,7 @@ def _figures(one: Told) -> str:
 
 
 def _lines(cells: list[list[str]]) -> Iterator[str]:
-    head = ["claim", "how", "figures, one a seed, and *what they say*", "n", "what the tiny model cannot say"]
+    head = ["claim", "how", "figures, one per seed, and *what they say*", "n", "what the tiny model cannot say"]
     yield f"| {' | '.join(head)} |"
     yield f"| {' | '.join('---' for _ in head)} |"
     for line in cells:
@@ -145,13 +145,13 @@ def page(runs: dict[str, dict[int, Run]], flows: list[Flow]) -> str:
     return f"""<!-- Written by `python -m tests.bench.folklore`. -->
 # Folklore, measured
 
-What is repeated about 4-bit models, a row a claim: measured on the quickstart (5.8 M parameters, questions to SQL),
-computed, or not testable here. `tests/bench/folklore.yaml` with train.seed {named}: the same data and splits, another
-adapter, merged into the dequantized base unless a line says otherwise. Differences are paired, on test, with the 95 %
-interval of that one comparison (groups resampled, flows/results/stats.py), not adjusted for the number of rows in this
-table; KL is to the model as it was trained (nf4-adapter). A claim is *shown* in a seed where its interval lies wholly
-on the claimed side, and the opposite is shown where it lies wholly on the other; the rest is open. Seeds of one task on
-one tiny model settle nothing about 7 B; they tell what would have to be measured there.{interim}
+What people repeat about 4-bit models, one claim per row: measured on the quickstart (5.8 M parameters, questions to
+SQL), computed, or not testable here. `tests/bench/folklore.yaml` with train.seed {named}: the same data and splits,
+another adapter, merged into the dequantized base unless a line says otherwise. Differences are paired, on test, with
+the 95 % interval of that one comparison (groups resampled, flows/results/stats.py), not adjusted for the number of rows
+in this table; KL is to the model as it was trained (nf4-adapter). A claim is *shown* in a seed where its interval lies
+wholly on the claimed side. The opposite is shown where it lies wholly on the other side. The rest is open. Seeds of one
+task on one tiny model prove nothing about 7 B; they say what would have to be measured there.{interim}
 
 {table}
 

@@ -136,6 +136,7 @@ def page(lines: list[Line], arithmetic: list[str]) -> str:
 
 The quickstart's merged model, quantized by Quench's default (GPTQModel) and by the archived originals
 (`.autoawq`, `.auto-gptq`), read in fp16 on the CPU by
+
 * `transformers` {main["transformers"]} with its kernels in plain torch,
 * `autoawq`: AutoAWQ {awq["autoawq"]} with transformers {awq["transformers"]}, its path in plain torch,
 * `auto-gptq`: AutoGPTQ {gptq["auto-gptq"]} with transformers {gptq["transformers"]}.
@@ -167,19 +168,20 @@ By the arithmetic of their sources alone, not run: ExLlamaV2's `reconstruct_gptq
 | --- | --- | --- |
 {newline.join(arithmetic)}
 
-## What does not go
-* AutoAWQ reads AWQ files alone. AutoGPTQ repacks AWQ files as it loads them, on a GPU; here its tensors stay on the
+## What does not work
+* AutoAWQ reads only AWQ files. AutoGPTQ repacks AWQ files as it loads them, on a GPU; here its tensors stay on the
   CPU.
 * AutoGPTQ takes the output layer from the file, where its own files of models with tied embeddings have it a second
-  time. Without one it ties the embeddings to an output layer that nobody filled and answers noise, in silence (mean KL
-  of 6.8 nats, or NaN, on this model, with every quantized layer equal). So the copy that it reads here has one.
+  time. Without one it ties the embeddings to an output layer that was never filled, and answers noise without a
+  word (mean KL of 6.8 nats, or NaN, on this model, with every quantized layer equal). So the copy that it reads here
+  has one.
 * AutoGPTQ quantizes Llama, Mistral, Qwen2 and Gemma models, AutoAWQ also Qwen3 and Gemma 2; `quench check` refuses
   others.
 * Files from AutoGPTQ are written under the input's names: its own would untie tied embeddings, add a bias of zeros to
-  every layer and be called otherwise than transformers looks for.
+  every layer and have a name that transformers does not look for.
 * Scales are fp16 in both formats: a scale found in fp32 is rounded when it is written, and codes are found on the
   rounded one. Norms that AutoAWQ scaled are stored in fp16.
-* transformers 4 does not know `rope_parameters` and takes a theta of 10,000 in silence; Quench's files spell both.
+* transformers 4 does not know `rope_parameters` and takes a theta of 10,000 without a word; Quench's files spell both.
 
 {machine["cpu"]}, {machine["cores"]} cores; torch {main["torch"]}, GPTQModel {main["gptqmodel"]}.
 """

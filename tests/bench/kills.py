@@ -2,7 +2,7 @@
 
 A home starts empty and its recipe is run again and again, each run killed once (the parent, a heavy child or the
 Prefect server of the run), until the last one is left alone. What is then in the home is compared with a run that
-nobody disturbed. Writes docs/results/kills.json, a line a kill, and docs/results/operations.md.
+nobody disturbed. Writes docs/results/kills.json, one line per kill, and docs/results/operations.md.
 """
 
 from __future__ import annotations

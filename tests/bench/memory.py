@@ -74,12 +74,13 @@ def page(recipe: Recipe, base: Headers, small: Headers) -> str:
     return f"""<!-- Written by `python -m tests.bench.memory`. -->
 # A 70B, by prediction
 
-`recipes/{RECIPE.name}`, every row counted as {recipe.data.max_length} tokens, one row a forward pass, on the
+`recipes/{RECIPE.name}`, every row counted as {recipe.data.max_length} tokens, one row per forward pass, on the
 headers of a Llama 3 70B ({base.parameters / 1e9:.2f} billion parameters). Arithmetic of flows/plan/memory.py, held
-against measured peaks on a CPU, and of single steps on one GPU at four layers of an 8B (gpu.md): **no 70B and no FSDP
-run has confirmed it**. `quench run` does the same sum in preflight and refuses what does not fit.
+against measured peaks on a CPU, and of single steps on one GPU at four layers of an 8B
+([docs/gpu.md](../gpu.md)): **no 70B and no FSDP run has confirmed it**. `quench run` does the same sum in preflight
+and refuses what does not fit.
 
-## Training, GiB a GPU
+## Training, GiB per GPU
 
 | processes | {" | ".join(map(str, by_count))} |
 | --- | {" | ".join(["---:"] * len(by_count))} |

@@ -196,7 +196,7 @@ def main() -> None:
 # Merge, measured
 
 Synthetic Llamas, LoRA of rank 16 on every linear layer, onto the dequantized NF4 base, on the CPU; every run is a
-process of its own, imports included; the arms take turns. `bare` reads, quantizes, dequantizes, adds and writes, shard
+process of its own, imports included; the arms alternate. `bare` reads, quantizes, dequantizes, adds and writes, shard
 by shard; `peft` loads in 4 bit, dequantizes, merges and saves; `cp` copies the same bytes.
 Goals: speed >= 0.9 of the bare loop; <= 0.5 of PEFT's time; <= 0.3 of its memory; the peak of 7 B above that of 1 B by
 no more than their largest tensors differ (0.12 GiB).

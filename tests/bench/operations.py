@@ -65,8 +65,8 @@ def kills(told: dict[str, Any]) -> str:
 recipe ({len(told["undisturbed"]["steps"])} steps, from prepare to evaluate), each with one SIGKILL ({victims}), in
 {len(homes)} home{"s" if len(homes) > 1 else ""}.
 
-A home starts empty; its recipe is run again after each kill, at last to the end, and then compared with a run that
-nobody disturbed ({told["undisturbed"]["seconds"]:.0f} s). The moment is drawn evenly over what the run
+A home starts empty; its recipe is run again after each kill, finally to the end, and then compared with a run that
+was not disturbed ({told["undisturbed"]["seconds"]:.0f} s). The moment is drawn evenly over what the run
 has left to do; where no such process lives then, the next one is killed.
 
 A home holds where no committed step was made twice and none of its files changed, every step has the digest that it has
@@ -102,8 +102,8 @@ def overheads(told: Mapping[str, Any]) -> str:
     machine, versions = told["hardware"], ", ".join(f"{name} {text}" for name, text in told["versions"].items())
     return f"""## What the orchestration costs
 
-`{told["command"]}`, one CPU slot, one thread a step. Medians; intervals from order statistics, which cover 95 % or more
-with six values or more (n pairs: {ratio.n}, covering {100 * ratio.coverage:.0f} %).
+`{told["command"]}`, one CPU slot, one thread per step. Medians; intervals from order statistics, which cover 95 % or
+more with six values or more (n pairs: {ratio.n}, covering {100 * ratio.coverage:.0f} %).
 
 | start-up, seconds | median | interval | n |
 | --- | ---: | ---: | ---: |
@@ -114,7 +114,7 @@ with six values or more (n pairs: {ratio.n}, covering {100 * ratio.coverage:.0f}
 {rows("step_s")}
 
 A step costs {added:.2f} s beside its work and the start of a Python: lease, child with our runtime, digests, commit,
-and Prefect's task. What a job imports (torch, transformers) comes to that, each time anew, in a script once:
+and Prefect's task. What a job imports (torch, transformers) is added to that: in every step, and in a script once:
 
 | what a step imports, seconds | median | interval | n |
 | --- | ---: | ---: | ---: |

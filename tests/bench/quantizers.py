@@ -271,7 +271,7 @@ def page(measured: dict[str, Measured], costs: dict[str, float]) -> str:
 The quickstart's base (5.8 M parameters, 42 linear layers), {ROWS} rows of its data, {fewer}.
 Each backend through Quench's quantize job, as a run starts it, against the library call alone (tests/bench/bare.py,
 which imports nothing of Quench's); both are processes of their own on one thread, in the same Python environment,
-imports included, started in turns. Ratios are ours / bare: medians of pairs with 95 % bootstrap intervals; goal: at
+imports included, started alternately. Ratios are ours / bare: medians of pairs with 95 % bootstrap intervals; goal: at
 most {GOAL}. Same rows, settings and environment variables: without the variables GPTQModel compiles an extension for
 31 s first. RTN is our own code; bare is GPTQModel's RTN.
 
@@ -279,7 +279,7 @@ most {GOAL}. Same rows, settings and environment variables: without the variable
 
 *Load* is the machine's load average before a pair, the median. Above 1 other programs ran: on the other core (taskset)
 beside most rows, at a lower priority on the same cores beside the two archived backends. There seconds and time ratios
-measure little; read those of CPU time, and measure again on a quiet machine where they decide.
+say little. Read those of CPU time, and measure again on a quiet machine before you decide by them.
 
 *Record* is what the library does not do: the written folder is loaded again beside the bf16 model and each attention
 and FFN compared (schemes with calibration, but for the archived backends), stored floats are checked for inf and NaN,
