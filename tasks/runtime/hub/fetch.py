@@ -18,7 +18,6 @@ from pathlib import Path
 from httpx2 import TransportError
 from huggingface_hub import (
     HfApi,
-    RepoFile,
     get_cached_repo_tree,
     hf_hub_download,  # pyright: ignore[reportUnknownVariableType]
     snapshot_download,  # pyright: ignore[reportUnknownVariableType]
@@ -112,8 +111,7 @@ def _pin(hub: HubId) -> Pinned:
 def _sizes(hub: HubId, commit: str) -> dict[str, int]:
     """Bytes of every file of the repository by name, from the cache or from the hub."""
     try:
-        tree = get_cached_repo_tree(hub.name, repo_type=hub.repo_type, revision=commit)
-        files = [entry for entry in tree if isinstance(entry, RepoFile)]
+        files = list(get_cached_repo_tree(hub.name, repo_type=hub.repo_type, revision=commit))
     except CachedRepoTreeNotFoundError:
         files = list_files(hub.name, repo_type=hub.repo_type, revision=commit)
     return {file.path: file.size for file in files}

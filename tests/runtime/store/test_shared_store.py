@@ -57,7 +57,7 @@ def ended(process: subprocess.Popen[str]) -> dict[str, object]:
     return json.loads(out.splitlines()[-1])
 
 
-def brought(store: Store, inputs: dict[str, str]) -> Artifact | None:
+def downloaded(store: Store, inputs: dict[str, str]) -> Artifact | None:
     return store.bring(store.find("train", PRINT, inputs))
 
 
@@ -87,9 +87,9 @@ def machines(request: pytest.FixtureRequest, tmp_path: Path) -> Machines:
 
 def test_what_one_machine_made_is_a_hit_on_another_with_the_same_bytes(machines: Machines) -> None:
     one, two = machines.store("one"), machines.store("two")
-    assert brought(two, {"base": "1"}) is None
+    assert downloaded(two, {"base": "1"}) is None
     made = written(one, {"weights.bin": b"w" * 999, "tokenizer/a ü.json": b"{}", "empty": b""}, inputs={"base": "1"})
-    found = brought(two, {"base": "1"})
+    found = downloaded(two, {"base": "1"})
     assert found is not None and found.digest == made.digest and found.fingerprint == made.fingerprint
     files = {path.relative_to(made.path): path.read_bytes() for path in made.path.rglob("*") if path.is_file()}
     assert len(files) == 4
@@ -106,7 +106,7 @@ def test_a_remade_input_is_no_hit_and_both_stay(machines: Machines) -> None:
     old = written(one, {"w": b"x"}, inputs={"base": "1"})
     assert two.find("train", PRINT, {"base": "2"}).why.startswith("input was remade")
     new = written(two, {"w": b"y"}, inputs={"base": "2"})
-    digests = [(brought(store, {"base": base}) or new).digest for store in (one, two) for base in "12"]
+    digests = [(downloaded(store, {"base": base}) or new).digest for store in (one, two) for base in "12"]
     assert digests == [old.digest, new.digest] * 2 and old.digest != new.digest
 
 
@@ -118,15 +118,15 @@ def test_another_print_is_no_hit(machines: Machines) -> None:
 def test_unfinished_work_is_seen_by_nobody(machines: Machines) -> None:
     attempt = machines.store("one").begin("train", "tiny", PRINT, inputs={})
     (attempt.files / "w").write_bytes(b"x")
-    assert brought(machines.store("two"), {}) is None
-    assert brought(machines.store("one"), {}) is None
+    assert downloaded(machines.store("two"), {}) is None
+    assert downloaded(machines.store("one"), {}) is None
 
 
 def test_a_missing_file_is_damage_and_comes_back_or_is_made_again(machines: Machines) -> None:
     one = machines.store("one")
     made = written(one, {"w": b"x"}, inputs={})
     (made.path / "w").unlink()
-    again = brought(one, {})
+    again = downloaded(one, {})
     if machines.bucket:
         assert again is not None and (again.path / "w").read_bytes() == b"x"
     else:
@@ -142,7 +142,7 @@ def test_the_first_commit_wins_and_the_second_takes_the_winners(machines: Machin
     written(two, {"w": b"theirs"}, inputs={})
     with pytest.raises((LostRaceError, FileNotFoundError)):
         one.commit(mine, manifest({}))
-    won = brought(one, {})
+    won = downloaded(one, {})
     assert won is not None and (won.path / "w").read_bytes() == b"theirs"
 
 
@@ -154,7 +154,7 @@ def test_a_choice_stands_for_what_it_names_on_every_machine(machines: Machines) 
     raw = manifest({"dequantized": model.digest}, "ef" * 32, "choose") | {"result": {"candidate": "dequantized"}}
     raw["inputs"]["dequantized"]["path"] = str(model.path.relative_to(one.home))  # type: ignore[index]
     choice = one.commit(attempt, raw)
-    there = brought(two, {})
+    there = downloaded(two, {})
     looked = two.find("choose", "ef" * 32, {"dequantized": model.digest})
     found = two.bring(looked)
     assert there is not None and found is not None
@@ -241,7 +241,7 @@ def test_an_owner_that_lost_its_lock_harms_nobody(in_bucket: Machines, server: S
             theirs = written(two, {"w": b"theirs"}, inputs={})
             with pytest.raises(LostRaceError):
                 one.commit(mine, manifest({}))
-    won = brought(one, {})
+    won = downloaded(one, {})
     assert won is not None and won.digest == theirs.digest
     assert {key.split("/")[2] for key in server.keys(in_bucket.bucket, "store/")} == {theirs.folder.name}  # type: ignore[union-attr]
     assert len(server.keys(in_bucket.bucket, "manifests/")) == 1
@@ -258,15 +258,15 @@ def test_a_killed_upload_leaves_nothing_visible_and_is_taken_up(in_bucket: Machi
         first.wait()
         assert not server.keys(in_bucket.bucket, "manifests/")
         assert len(server.client().list_multipart_uploads(Bucket=name)["Uploads"]) == 1
-        assert brought(in_bucket.store("two"), {"base": "1"}) is None
+        assert downloaded(in_bucket.store("two"), {"base": "1"}) is None
         one = in_bucket.store("one")
-        assert brought(one, {"base": "1"}) is None
+        assert downloaded(one, {"base": "1"}) is None
         line.seen.clear()
     with one.lock("train", PRINT):
         taken = one.take_up("train", "tiny", PRINT, inputs={"base": "1"})
     assert taken is not None and taken.manifest["attempts"] == 1
     assert "Uploads" not in server.client().list_multipart_uploads(Bucket=name)
-    found = brought(in_bucket.store("two"), {"base": "1"})
+    found = downloaded(in_bucket.store("two"), {"base": "1"})
     assert found is not None
     assert (
         (found.path / "weights.bin").read_bytes()
@@ -301,7 +301,7 @@ def test_a_manifest_that_names_files_elsewhere_is_refused(in_bucket: Machines, s
     made["files"]["../../../../outside"] = made["files"]["w"]
     server.client().put_object(**there, Body=json.dumps(made).encode())
     with pytest.raises(StoreTrouble, match="outside of its folder"):
-        brought(in_bucket.store("two"), {})
+        downloaded(in_bucket.store("two"), {})
 
 
 def test_what_an_upload_of_a_lost_machine_left_is_removed_by_the_next(in_bucket: Machines, server: S3Server) -> None:
@@ -338,7 +338,7 @@ def test_a_download_with_other_bytes_is_refused_and_repeated(
         bent: list[str] = []
         line.bend = _bent_once("/files/w", bent)
         monkeypatch.setenv("AWS_ENDPOINT_URL", line.endpoint)
-        found = brought(S3Store(in_bucket.home("two"), Bucket(in_bucket.bucket, say=lines.append)), {})
+        found = downloaded(S3Store(in_bucket.home("two"), Bucket(in_bucket.bucket, say=lines.append)), {})
         got = [path for method, path in line.seen if method == "GET" and "/files/" in path]
     assert bent and found is not None and (found.path / "w").read_bytes() == b"0123456789"
     assert "arrived with other bytes" in lines[0]
@@ -357,12 +357,12 @@ def test_a_download_that_was_cut_goes_on_from_what_is_whole(
         store = S3Store(in_bucket.home("two"), Bucket(in_bucket.bucket, stop=stop))
         threading.Thread(target=lambda: (line.held.wait(WAIT_S), time.sleep(0.5), stop.set()), daemon=True).start()
         with pytest.raises(InterruptedError):
-            brought(store, {})
+            downloaded(store, {})
         assert not list(store.manifests())
         line.hold = lambda method, path: False
         line.seen.clear()
         stop.clear()
-        found = brought(store, {})
+        found = downloaded(store, {})
     assert found is not None and (found.path / "w").read_bytes() == b"w" * 1000
     assert not [path for method, path in line.seen if method == "GET" and path.endswith("/files/a")]
 
@@ -376,11 +376,11 @@ def test_damage_in_the_bucket_is_said_and_made_again_for_all(in_bucket: Machines
     lines: list[str] = []
     two = S3Store(in_bucket.home("two"), Bucket(in_bucket.bucket, say=lines.append))
     assert two.find("train", PRINT, {}).why == "in the bucket"
-    assert brought(two, {}) is None
+    assert downloaded(two, {}) is None
     assert "damaged in the bucket, made again" in lines[-1]
     assert two.find("train", PRINT, {}).why == "damaged in the bucket"
     written(two, {"w": b"9876543210"}, inputs={})
-    found = brought(in_bucket.store("three"), {})
+    found = downloaded(in_bucket.store("three"), {})
     assert found is not None and (found.path / "w").read_bytes() == b"9876543210"
 
 
