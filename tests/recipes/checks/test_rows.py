@@ -136,7 +136,7 @@ def test_text_that_is_calibrated_on_and_evaluated(tmp_path: Path):
     write_rows(tmp_path / "other.jsonl", [{"text": "text  3"}, {"text": "another"}])  # equal but for white space
     sets = ("data.general=general.jsonl", "calibrate.general=other.jsonl")
     problem = only(recipe, *(override.replace("=", f"={tmp_path}/") for override in sets))
-    assert problem.what.startswith("1 texts stand in") and problem.where.endswith("calibrate.general")
+    assert problem.what.startswith("1 texts are in") and problem.where.endswith("calibrate.general")
     write_rows(tmp_path / "other.jsonl", [{"text": "another"}, {"txt": "another"}])
     assert only(recipe, *(one.replace("=", f"={tmp_path}/") for one in sets)).where.endswith("other.jsonl:2")
 

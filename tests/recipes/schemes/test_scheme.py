@@ -116,9 +116,9 @@ def test_a_group_that_divides_no_layer_names_all_and_proposes_the_largest_legal_
 
 def test_no_legal_group_at_all():
     (problem,) = parse_scheme("rtn-w8-g32").check([Linear("h.0.x", 40, 64)])
-    assert "write rtn-w8, one scale an output" in problem.next
+    assert "write rtn-w8, one scale per output" in problem.next
     (problem,) = parse_scheme("ct-awq-w4-g32").check([Linear("h.0.x", 40, 64)])
-    assert "write ct-gptq-w4-asym, one scale an output" in problem.next and parse_scheme("ct-gptq-w4-asym")
+    assert "write ct-gptq-w4-asym, one scale per output" in problem.next and parse_scheme("ct-gptq-w4-asym")
     assert legal_group_sizes([Linear("h.0.x", 40, 64)]) == ()
 
 
@@ -140,7 +140,7 @@ def test_inputs_that_fill_no_words_are_refused_per_channel():
     assert parse_scheme("gptq-w4").check(odd) == parse_scheme("rtn-w2").check(odd) == []
     for slug, instead in (("rtn-w3-g32", "rtn-w4"), ("gptq-w3-g128", "gptq-w4")):  # 3 bits would be wrong, too
         (problem,) = parse_scheme(slug).check(odd)
-        assert f"write {instead}, one scale an output" in problem.next
+        assert f"write {instead}, one scale per output" in problem.next
     (problem,) = parse_scheme("rtn-w4").check([Linear("h.0.x", 12, 64)])
     assert "Write rtn-w8" in problem.next
     (problem,) = parse_scheme("rtn-w8").check([Linear("h.0.x", 10, 64)])
