@@ -32,5 +32,5 @@ def test_a_dead_link_ends_the_build(tmp_path: Path):
     assert len(commands) == 2 and len(set(commands)) == 1, "make check and make site build it in the same way"
     command = [sys.executable, "-m", "mkdocs", *commands[0].split()]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "Aborted with 2 warnings in strict mode" in done.stderr, done.stderr
+    assert done.returncode == 1 and "Aborted with 2 warnings in strict mode" in done.stdout, done.stderr
     assert "nowhere.md" in done.stderr and "report.md#nowhere" in done.stderr
