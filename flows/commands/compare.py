@@ -186,23 +186,23 @@ def _unlike(metric: Metric, before: Run, after: Run, *, arm: str | None) -> str 
 
 def _scoring(run: Run, metric: str, arm: str | None) -> list[Any]:
     """What decides whether an answer is right: one scorer, what it reads, and how long an answer may be."""
-    said: Mapping[str, Any] = run.recipe.get("evaluate") or {}
-    scorers: list[dict[str, Any]] = said.get("scorers") or []
-    named = metric.removeprefix(TASK)  # of the first one, `task`: it is found by its place
-    at = next((n for n, one in enumerate(scorers) if n and (one.get("name") or one["kind"]) == named), 0)
+    evaluate: Mapping[str, Any] = run.recipe.get("evaluate") or {}
+    scorers: list[dict[str, Any]] = evaluate.get("scorers") or []
+    name = metric.removeprefix(TASK)  # of the first scorer, `task`: it is found by its place
+    at = next((n for n, scorer in enumerate(scorers) if n and (scorer.get("name") or scorer["kind"]) == name), 0)
     step = run.step(arm)
     reads = (step.manifest or {}).get("inputs", {}).get(input_name(at), {}).get("digest") if step else None
-    return [scorers[at : at + 1], reads, said.get("max_new_tokens")]
+    return [scorers[at : at + 1], reads, evaluate.get("max_new_tokens")]
 
 
 def _digest(run: Run, stage: str) -> str | None:
-    found = next((step for step in run.steps.values() if step.stage == stage and step.manifest), None)
-    return found.manifest["digest"] if found is not None and found.manifest else None
+    made_by = next((step for step in run.steps.values() if step.stage == stage and step.manifest), None)
+    return made_by.manifest["digest"] if made_by is not None and made_by.manifest else None
 
 
 def _files(run: Run, slug: str) -> list[Any]:
     """Digests of what an arm loads; never equal to another run's where something is missing."""
-    arm = next(one for one in run.arms if one.slug == slug)
+    arm = next(candidate for candidate in run.arms if candidate.slug == slug)
     steps = [run.step(key) for key in (arm.model, arm.adapter) if key]
     base = (run.raw.get("base") or {}).get("digest")
     elsewhere = (run.raw.get("external") or {}).get(slug, {}).get("digest")
@@ -210,15 +210,15 @@ def _files(run: Run, slug: str) -> list[Any]:
 
 
 def _rows(old: Mapping[str, ArmEvidence], new: Mapping[str, ArmEvidence], shared: Sequence[str]) -> dict[str, Shared]:
-    found: dict[str, Shared] = {}
+    shared_rows: dict[str, Shared] = {}
     for split, source in (("test", "nll"), ("general", "nll_general")):
         for slug in shared:
-            before, after = (one[slug].scores.get(source) for one in (old, new))
+            before, after = (evidence[slug].scores.get(source) for evidence in (old, new))
             if before is not None and after is not None:
                 a, b = set(before.rows.tolist()), set(after.rows.tolist())
-                found[split] = Shared(len(a & b), len(a - b), len(b - a))
+                shared_rows[split] = Shared(len(a & b), len(a - b), len(b - a))
                 break
-    return found
+    return shared_rows
 
 
 def _changes(pairs: Mapping[tuple[str, str], Paired]) -> list[Change]:
@@ -246,12 +246,12 @@ def _shown(metric: str, rows: RowScores) -> float:
     return float(np.exp(value)) if METRICS[metric].link == "exp" else value
 
 
-def print_compared(found: Compared, console: Console) -> None:
+def print_compared(compared: Compared, console: Console) -> None:
     """Print one table, a line an arm and metric, and what was left out below."""
-    console.print(Text(f"before {found.before}\nafter  {found.after}"))
-    for split, rows in found.rows.items():
-        told = f"{split}: {rows.both:,} rows in both are compared; {rows.only_before:,} only before and "
-        console.print(Text(f"{told}{rows.only_after:,} only after are left out"))
+    console.print(Text(f"before {compared.before}\nafter  {compared.after}"))
+    for split, rows in compared.rows.items():
+        counts = f"{split}: {rows.both:,} rows in both are compared; {rows.only_before:,} only before and "
+        console.print(Text(f"{counts}{rows.only_after:,} only after are left out"))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("arm", "metric"):
         table.add_column(name, no_wrap=True)
@@ -261,33 +261,33 @@ def print_compared(found: Compared, console: Console) -> None:
     table.add_column("after - before", justify="right", min_width=INTERVAL_CHARS)
     table.add_column("after is", no_wrap=True)
     last = ""
-    for one in found.changes:
-        ci95 = list(one.ci95_adjusted)
-        shown = [value_text(one.metric, getattr(one, name), ci95) for name in values]
-        word = Text("no diff. shown" if one.verdict == "no difference shown" else one.verdict)
-        word.stylize(STYLES.get(one.verdict, "dim"))
-        difference = difference_text(one.metric, one.difference, ci95)
-        name = one.arm if one.arm != last else ""
-        table.add_row(name, METRICS[one.metric].label, *shown, difference, word)
-        last = one.arm
+    for change in compared.changes:
+        ci95 = list(change.ci95_adjusted)
+        shown = [value_text(change.metric, getattr(change, name), ci95) for name in values]
+        word = Text("no diff. shown" if change.verdict == "no difference shown" else change.verdict)
+        word.stylize(STYLES.get(change.verdict, "dim"))
+        difference = difference_text(change.metric, change.difference, ci95)
+        name = change.arm if change.arm != last else ""
+        table.add_row(name, METRICS[change.metric].label, *shown, difference, word)
+        last = change.arm
     console.print(table)
     if not values:
         console.print(Text("no room for before, after: a wider terminal or --json has them", style="dim"))
-    console.print(Text(f"Intervals hold together over all {len(found.changes)} comparisons.", style="dim"))
-    for line in _remarks(found):
+    console.print(Text(f"Intervals hold together over all {len(compared.changes)} comparisons.", style="dim"))
+    for line in _remarks(compared):
         console.print(Text(line, style="dim"))
 
 
-def _remarks(found: Compared) -> Iterator[str]:
+def _remarks(compared: Compared) -> Iterator[str]:
     reasons: dict[str, list[str]] = {}
-    for one in found.left_out:
-        reasons.setdefault(one.reason, []).append(f"{one.a} ({METRICS[one.metric].label})")
+    for left_out in compared.left_out:
+        reasons.setdefault(left_out.reason, []).append(f"{left_out.a} ({METRICS[left_out.metric].label})")
     for reason, which in reasons.items():
         yield f"Not compared, {reason}: {', '.join(which)}."
-    for told, which in (
-        ("The same files in both runs", found.same_files),
-        ("Only before", found.only_before),
-        ("Only after", found.only_after),
+    for text, which in (
+        ("The same files in both runs", compared.same_files),
+        ("Only before", compared.only_before),
+        ("Only after", compared.only_after),
     ):
         if which:
-            yield f"{told}: {', '.join(which)}."
+            yield f"{text}: {', '.join(which)}."
