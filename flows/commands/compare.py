@@ -247,7 +247,7 @@ def _shown(metric: str, rows: RowScores) -> float:
 
 
 def print_compared(compared: Compared, console: Console) -> None:
-    """Print one table, a line an arm and metric, and what was left out below."""
+    """Print one table, one line per arm and metric, and what was left out below."""
     console.print(Text(f"before {compared.before}\nafter  {compared.after}"))
     for split, rows in compared.rows.items():
         counts = f"{split}: {rows.both:,} rows in both are compared; {rows.only_before:,} only before and "

@@ -180,7 +180,7 @@ class Strip(NamedTuple):
 
 
 def strips(report: Mapping[str, Any]) -> dict[tuple[str, str, str], Strip]:
-    """One strip a comparison, by (a, b, metric)."""
+    """One strip per comparison, by (a, b, metric)."""
     widest: dict[tuple[str, str], float] = {}
     for line in report["comparisons"]:
         scale = (line["family"], line["metric"])
@@ -217,7 +217,7 @@ class MemoryLine(NamedTuple):
 
 
 def memory(report: Mapping[str, Any]) -> list[MemoryLine]:
-    """One line a stage and device: its largest measured step."""
+    """One line per stage and device: its largest measured step."""
     largest: dict[tuple[str, str], MemoryLine] = {}
     for step in report["memory"]:
         stage = step["step"].split("/")[0]

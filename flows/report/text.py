@@ -41,7 +41,7 @@ def heading(metric: str, directions: Mapping[str, str]) -> str:
 
 
 def arm_rows(report: Mapping[str, Any]) -> list[dict[str, str]]:
-    """One row an arm, every figure with its interval."""
+    """One row per arm, every figure with its interval."""
     return [
         {
             "arm": name_of(slug, arm),

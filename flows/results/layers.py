@@ -52,7 +52,7 @@ def part_of(block: Mapping[str, Any]) -> str:
 
 
 def lines(layers: Mapping[str, Any], part: str) -> Iterator[Line]:
-    """One line an arm that has errors there; outputs where they were measured, else weights."""
+    """One line per arm that has errors there; outputs where they were measured, else weights."""
     for slug, arm in layers.items():
         blocks = [block for block in arm["blocks"] if part_of(block) == part]
         for name, measured in (("output_error", True), ("weight_error", False)):

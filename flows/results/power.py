@@ -35,7 +35,7 @@ def needed(a: RowScores, b: RowScores, *, loss: float = LOSS) -> Needed:
     need no rows at all. For scores between 0 and 1 other than right and wrong that is an upper bound.
 
     Args:
-        a: Scores between 0 and 1 of the arm, a row a row.
+        a: Scores between 0 and 1 of the arm, one row per row.
         b: The same rows of the arm that it is compared with.
         loss: The difference in the mean score that must not pass unseen.
     """

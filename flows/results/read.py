@@ -275,7 +275,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class RowScores:
-    """One metric of one arm on one split, a row a row, sorted by row.
+    """One metric of one arm on one split, one row per row, sorted by row.
 
     Attributes:
         rows: [rows] names; a name that appears twice makes the arms incomparable.
