@@ -24,7 +24,7 @@ from flows.results.stats import Z_POWER, Interval, Link, Studentized, Z
 from recipes.schema import Gate
 
 Outcome = Literal["pass", "worse", "undecided", "none"]
-Unit = Literal["share", "nats", "bits"]  # a share of the answers, nats a token, bits a byte
+Unit = Literal["share", "nats", "bits"]  # a share of the answers, nats per token, bits per byte
 Scores = Mapping[str, RowScores]  # metric of scores.parquet -> rows
 DOMAIN_ROWS = 200  # a slice with fewer is shown and gates nothing
 MOST_ROWS = 10_000_000  # a larger n_needed only says: never
@@ -123,8 +123,8 @@ class Check:
 def planned_checks(candidate: Scores, other: Scores, against: str, gate: Gate) -> Iterator[PlannedCheck]:
     """Non-inferiority on everything that either of the two has: tasks, loss, general loss, and slices by domain.
 
-    A model that reads other tokens has no loss a token. It is compared by bits a byte, with the same margin turned into
-    them, and not on the general hold-out.
+    A model that reads other tokens has no loss per token. It is compared by bits per byte, with the same margin turned
+    into them, and not on the general hold-out.
     """
 
     def check(metric: str, source: str, margin: float) -> PlannedCheck:

@@ -118,13 +118,13 @@ def pictures(svgs: Mapping[str, str]) -> dict[str, str]:
 
 def drawn_layers(report: Mapping[str, Any]) -> dict[str, Any]:
     """`layers` of the schemes on the merged model; variants of them would cover each other."""
-    return {slug: one for slug, one in report["layers"].items() if report["arms"][slug]["role"] == "scheme"}
+    return {slug: layers for slug, layers in report["layers"].items() if report["arms"][slug]["role"] == "scheme"}
 
 
 def verdict(report: Mapping[str, Any]) -> list[str]:
     """The page's first three sentences: the gate's, where it judged, comes first and the last one gives way."""
-    told = gate_sentence(report.get("gate"))
-    return [told, *report["verdict"][:2]] if told else list(report["verdict"])
+    sentence = gate_sentence(report.get("gate"))
+    return [sentence, *report["verdict"][:2]] if sentence else list(report["verdict"])
 
 
 class CheckLine(NamedTuple):
@@ -180,30 +180,30 @@ class Strip(NamedTuple):
 
 
 def strips(report: Mapping[str, Any]) -> dict[tuple[str, str, str], Strip]:
-    """One strip a comparison, by (a, b, metric)."""
+    """One strip per comparison, by (a, b, metric)."""
     widest: dict[tuple[str, str], float] = {}
-    for one in report["comparisons"]:
-        scale = (one["family"], one["metric"])
-        widest[scale] = max(widest.get(scale, 0.0), *(abs(end) for end in one["ci95_adjusted"]))
+    for line in report["comparisons"]:
+        scale = (line["family"], line["metric"])
+        widest[scale] = max(widest.get(scale, 0.0), *(abs(end) for end in line["ci95_adjusted"]))
 
     def at(value: float, most: float) -> float:
         return math.copysign(math.sqrt(abs(value) / most), value) if most else 0.0
 
     return {
-        (one["a"], one["b"], one["metric"]): Strip(
+        (line["a"], line["b"], line["metric"]): Strip(
             *(
-                at(value, widest[one["family"], one["metric"]])
-                for value in (one["ci95_adjusted"][0], one["difference"], one["ci95_adjusted"][1])
+                at(value, widest[line["family"], line["metric"]])
+                for value in (line["ci95_adjusted"][0], line["difference"], line["ci95_adjusted"][1])
             )
         )
-        for one in report["comparisons"]
+        for line in report["comparisons"]
     }
 
 
 def domains(report: Mapping[str, Any]) -> list[str]:
     """Names of the domains, in order."""
-    named = {key.split("@", 1)[1] for cells in report["domains"].values() for key in cells}
-    return sorted(named)
+    names = {key.split("@", 1)[1] for cells in report["domains"].values() for key in cells}
+    return sorted(names)
 
 
 class MemoryLine(NamedTuple):
@@ -217,15 +217,15 @@ class MemoryLine(NamedTuple):
 
 
 def memory(report: Mapping[str, Any]) -> list[MemoryLine]:
-    """One line a stage and device: its largest measured step."""
+    """One line per stage and device: its largest measured step."""
     largest: dict[tuple[str, str], MemoryLine] = {}
-    for one in report["memory"]:
-        stage = one["step"].split("/")[0]
+    for step in report["memory"]:
+        stage = step["step"].split("/")[0]
         for device in ("host", "gpu"):
-            predicted, measured = one[f"predicted_{device}_gib"], one[f"measured_{device}_gib"]
+            predicted, measured = step[f"predicted_{device}_gib"], step[f"measured_{device}_gib"]
             if not predicted and measured is None:
                 continue
-            line = MemoryLine(stage, one["step"], predicted, measured, device)
+            line = MemoryLine(stage, step["step"], predicted, measured, device)
             before = largest.get((stage, device))
             if before is None or (measured or 0.0) > (before.measured or 0.0):
                 largest[stage, device] = line

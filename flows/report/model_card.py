@@ -41,22 +41,22 @@ class Provenance:
     steps: tuple[RunStep, ...]
 
 
-def card(made: Provenance, report: Mapping[str, Any], served: Mapping[str, Any]) -> str:
+def card(origin: Provenance, report: Mapping[str, Any], served: Mapping[str, Any]) -> str:
     """The whole README.md."""
-    lines = ["---", yaml.safe_dump(_front(made, report), sort_keys=False, allow_unicode=True).rstrip(), "---", ""]
-    lines += [f"# {report['name']}: {made.arm.slug}", "", _what(made), ""]
-    lines += ["## Figures", "", *_figures(made, report), ""]
-    lines += ["## How it was made", "", *_made(made, report), ""]
+    lines = ["---", yaml.safe_dump(_front(origin, report), sort_keys=False, allow_unicode=True).rstrip(), "---", ""]
+    lines += [f"# {report['name']}: {origin.arm.slug}", "", _what(origin), ""]
+    lines += ["## Figures", "", *_figures(origin, report), ""]
+    lines += ["## How it was made", "", *_made(origin, report), ""]
     lines += ["## Serving", "", *_serving(served), ""]
-    if told := [f"* {one.about}: {one.text}" for one in notes(made.steps)]:
-        lines += ["## What the tools did beside the plan", "", *told, ""]
+    if remarks := [f"* {note.about}: {note.text}" for note in notes(origin.steps)]:
+        lines += ["## What the tools did beside the plan", "", *remarks, ""]
     lines += ["Licence and terms of use are those of the base model and of the data.", ""]
     return no_tags("\n".join(lines))
 
 
-def _front(made: Provenance, report: Mapping[str, Any]) -> dict[str, Any]:
+def _front(origin: Provenance, report: Mapping[str, Any]) -> dict[str, Any]:
     """Metadata that a hub reads; https://huggingface.co/docs/hub/model-cards."""
-    arm = made.arm
+    arm = origin.arm
     hub_id, _, commit = str(report["sources"]["base"]["source"]).partition("@")
     named = {"base_model": hub_id} if commit else {}  # a path of this machine is no id
     relation = "adapter" if arm.adapter else "quantized" if arm.quantization else "finetune"
@@ -70,9 +70,9 @@ def _front(made: Provenance, report: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _what(made: Provenance) -> str:
+def _what(origin: Provenance) -> str:
     """One sentence: what is in the folder."""
-    arm = made.arm
+    arm = origin.arm
     if arm.kind == "nf4":
         return "A LoRA adapter (adapter/) and its base model (base/), which is quantized to NF4 while it is loaded."
     if arm.adapter:
@@ -83,16 +83,16 @@ def _what(made: Provenance) -> str:
 
 
 def _quantization(arm: RunArm) -> str:
-    found = arm.quantization or {}
-    group = found["group_size"]
+    params = arm.quantization or {}
+    group = params["group_size"]
     grouped = "one scale an output" if group == PER_CHANNEL else f"groups of {group}"
-    points = "symmetric" if found["symmetric"] else "with zero points"
-    order = ", activation order" if found["desc_act"] else ""
-    return f"{found['method'].upper()}, {found['bits']} bits, {grouped}, {points}{order}, {found['form']} format"
+    points = "symmetric" if params["symmetric"] else "with zero points"
+    order = ", activation order" if params["desc_act"] else ""
+    return f"{params['method'].upper()}, {params['bits']} bits, {grouped}, {points}{order}, {params['form']} format"
 
 
-def _figures(made: Provenance, report: Mapping[str, Any]) -> Iterator[str]:
-    own = report["arms"][made.arm.slug]["metrics"]
+def _figures(origin: Provenance, report: Mapping[str, Any]) -> Iterator[str]:
+    own = report["arms"][origin.arm.slug]["metrics"]
     other = report["arms"].get(BESIDE, {}).get("metrics", {})
     yield f"{data_line(report)}. 95 % intervals in brackets; n counts tokens, or rows for task."
     yield "Beside it the model as it was trained: the adapter on NF4 weights."
@@ -104,11 +104,11 @@ def _figures(made: Provenance, report: Mapping[str, Any]) -> Iterator[str]:
         beside = _cell(name, other[name]) if name in other else "-"
         count = f"{cell['n']:,}" if cell["n"] else "-"
         yield f"| {metric.label} | {_cell(name, cell)} | {count} | {beside} | {_escaped(report['meanings'][name])} |"
-    if why := report["not_ranked"].get(made.arm.slug):
+    if why := report["not_ranked"].get(origin.arm.slug):
         yield f"\nNot ranked among the arms of its run: {why}."
-    if made.arm.is_control:
+    if origin.arm.is_control:
         yield "\nA control: made to be compared with, not to be shipped."
-    if refused := report["arms"][made.arm.slug]["refused"]:
+    if refused := report["arms"][origin.arm.slug]["refused"]:
         yield f"\nNot served by the engine that the recipe names: {refused}"
 
 
@@ -124,26 +124,26 @@ def _cell(name: str, cell: Mapping[str, Any]) -> str:
     return f"{value_text(name, cell['value'], cell['ci95'])} {interval}".rstrip()
 
 
-def _made(made: Provenance, report: Mapping[str, Any]) -> Iterator[str]:
+def _made(origin: Provenance, report: Mapping[str, Any]) -> Iterator[str]:
     yield "| | |"
     yield "| --- | --- |"
-    for name, text in _rows(made, report):
+    for name, text in _rows(origin, report):
         yield f"| {name} | {_escaped(text)} |"
     yield ""
     yield "recipe.yaml is the recipe of the run, overrides included: with base and data in place `quench run` makes"
     yield "the same again."
 
 
-def _rows(made: Provenance, report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    arm, model, adapter = made.arm, made.model, made.adapter
-    for name, one in report["sources"].items():
-        yield name, f"{_source(one['source'])}, sha256 {one['digest'][:SHORT]}"
+def _rows(origin: Provenance, report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    arm, model, adapter = origin.arm, origin.model, origin.adapter
+    for name, source in report["sources"].items():
+        yield name, f"{_source(source['source'])}, sha256 {source['digest'][:SHORT]}"
     if adapter:
         yield "training", f"{_training(adapter['identity']['params'])}; adapter {adapter['digest'][:SHORT]}"
     if arm.merge_base and not arm.on_base:
         yield "merge", f"into the {arm.merge_base} base weights"
-    if made.calibration and made.calibration.manifest:
-        yield "calibration", _calibration(made.calibration.manifest, model or {})
+    if origin.calibration and origin.calibration.manifest:
+        yield "calibration", _calibration(origin.calibration.manifest, model or {})
     if model and arm.quantization:
         yield "quantized by", f"{model['result']['backend']}; {_quantization(arm)}"
     if model:
@@ -153,17 +153,17 @@ def _rows(made: Provenance, report: Mapping[str, Any]) -> Iterator[tuple[str, st
     yield "machine", hardware_line(report["hardware"])
 
 
-def _source(named: str) -> str:
+def _source(source: str) -> str:
     """A hub id with its commit; of a path on the machine of the run only the last part."""
-    return named if "@" in named else named.rstrip("/").rpartition("/")[2]
+    return source if "@" in source else source.rstrip("/").rpartition("/")[2]
 
 
 def _training(params: Mapping[str, Any]) -> str:
     length = "max_steps" if params.get("max_steps") else "epochs"
-    told = [
+    settings = [
         f"{name} {params[name]}" for name in ("rank", "alpha", "learning_rate", "batch_size", length) if name in params
     ]
-    return ", ".join(["NF4 QLoRA", *told])
+    return ", ".join(["NF4 QLoRA", *settings])
 
 
 def _calibration(manifest: Mapping[str, Any], model: Mapping[str, Any]) -> str:
@@ -183,7 +183,7 @@ def _serving(served: Mapping[str, Any]) -> Iterator[str]:
     if vllm["command"]:
         yield from ["```", shell(vllm["command"]), "```"]
     else:
-        yield from (f"{one['what']} {one['why']}" for one in vllm["refused"])
+        yield from (f"{problem['what']} {problem['why']}" for problem in vllm["refused"])
     yield from ["", *python_lines(served)]
 
 
@@ -207,7 +207,7 @@ def _provenance(run: Run, arm: RunArm) -> Provenance:
 def _calibration_step(run: Run, model: RunStep | None) -> RunStep | None:
     """The calibration set that the model was quantized on."""
     read = (model.manifest or {}).get("inputs", {}).get("calibset") if model else None
-    return next((one for one in run.steps.values() if read and one.fingerprint == read["fingerprint"]), None)
+    return next((step for step in run.steps.values() if read and step.fingerprint == read["fingerprint"]), None)
 
 
 def _only(run: Run, stage: str) -> RunStep | None:

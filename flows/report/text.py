@@ -41,7 +41,7 @@ def heading(metric: str, directions: Mapping[str, str]) -> str:
 
 
 def arm_rows(report: Mapping[str, Any]) -> list[dict[str, str]]:
-    """One row an arm, every figure with its interval."""
+    """One row per arm, every figure with its interval."""
     return [
         {
             "arm": name_of(slug, arm),
@@ -77,8 +77,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
 def data_line(report: Mapping[str, Any]) -> str:
     """What the figures rest on."""
     parts = [
-        f"{split}: {found['rows']:,} rows in {found['groups']:,} groups, {found['tokens']:,} tokens"
-        for split, found in report["data"].items()
+        f"{split}: {size['rows']:,} rows in {size['groups']:,} groups, {size['tokens']:,} tokens"
+        for split, size in report["data"].items()
     ]
     return "; ".join(parts) if parts else "no arm was evaluated"
 
@@ -86,11 +86,11 @@ def data_line(report: Mapping[str, Any]) -> str:
 def markdown(report: Mapping[str, Any]) -> str:
     """report.md."""
     lines = overview(report)
-    for one in report["answers"]:
-        lines += ["", f"## {one['question']}", "", *(f"- {sentence}" for sentence in one["text"])]
+    for answer in report["answers"]:
+        lines += ["", f"## {answer['question']}", "", *(f"- {sentence}" for sentence in answer["text"])]
     lines += ["", "## Can it be promoted?", "", *(f"- {line}" for line in report["gate"]["text"])]
-    if told := waterfall_sentence(report["waterfall"]):
-        lines += ["", "## Where does the loss go?", "", f"- {told}"]
+    if loss := waterfall_sentence(report["waterfall"]):
+        lines += ["", "## Where does the loss go?", "", f"- {loss}"]
     lines += ["", *fit_section(report["fit"]), *_comparisons(report), *_speed(report), *_machine(report)]
     return no_tags("\n".join(lines)) + "\n"
 
@@ -150,11 +150,11 @@ def simulated(report: Mapping[str, Any]) -> list[str]:
 
 def _failures(report: Mapping[str, Any]) -> list[str]:
     lines: list[str] = []
-    for one in report["failures"]:
-        if one["status"] != "skipped":
-            log = f" Log: `{one['log']}`." if one["log"] else ""
-            remedy = f" Next: {one['problem']['next'].rstrip('.')}." if one["problem"] else ""
-            lines.append(f"- **{one['status']}** {one['why']}.{remedy}{log}")
+    for failure in report["failures"]:
+        if failure["status"] != "skipped":
+            log = f" Log: `{failure['log']}`." if failure["log"] else ""
+            remedy = f" Next: {failure['problem']['next'].rstrip('.')}." if failure["problem"] else ""
+            lines.append(f"- **{failure['status']}** {failure['why']}.{remedy}{log}")
     return ["## What failed", "", *lines, ""] if lines else []
 
 
@@ -182,17 +182,17 @@ def _comparisons(report: Mapping[str, Any]) -> Iterator[str]:
 
 def left_out(report: Mapping[str, Any]) -> dict[str, list[str]]:
     """Reason -> comparisons that could not be made for it."""
-    found: dict[str, list[str]] = {}
-    for one in report["comparisons_left_out"]:
-        pair = f"{one['a']} / {one['b']} ({METRICS[one['metric']].label})"
-        pairs = found.setdefault(one["reason"], [])
+    pairs_by_reason: dict[str, list[str]] = {}
+    for line in report["comparisons_left_out"]:
+        pair = f"{line['a']} / {line['b']} ({METRICS[line['metric']].label})"
+        pairs = pairs_by_reason.setdefault(line["reason"], [])
         if pair not in pairs:
             pairs.append(pair)
-    return found
+    return pairs_by_reason
 
 
-def _difference(one: Mapping[str, Any]) -> str:
-    return difference_text(one["metric"], one["difference"], one["ci95_adjusted"])
+def _difference(comparison: Mapping[str, Any]) -> str:
+    return difference_text(comparison["metric"], comparison["difference"], comparison["ci95_adjusted"])
 
 
 def _speed(report: Mapping[str, Any]) -> Iterator[str]:
@@ -207,10 +207,10 @@ def _speed(report: Mapping[str, Any]) -> Iterator[str]:
         [
             slug,
             *(_cell(name, report["arms"][slug]["metrics"][name]) for name in SPEEDS),
-            ran_on(one),
-            one["label"] or "",
+            ran_on(speed),
+            speed["label"] or "",
         ]
-        for slug, one in report["speed"].items()
+        for slug, speed in report["speed"].items()
     ]
     head = ["arm", *(heading(name, report["directions"]) for name in SPEEDS), "kernel", "label"]
     yield from _table(head, rows)
@@ -243,11 +243,11 @@ def _machine(report: Mapping[str, Any]) -> Iterator[str]:
 
 def ran_where(report: Mapping[str, Any]) -> dict[str, list[str]]:
     """Node of a Ray cluster -> the steps that it made; empty where the run was on one machine."""
-    found: dict[str, list[str]] = {}
-    for one in report["steps"]:
-        if node := one.get("node"):
-            found.setdefault(f"{node['host']} ({node['address']}, node {node['id'][:8]})", []).append(one["key"])
-    return found
+    steps: dict[str, list[str]] = {}
+    for step in report["steps"]:
+        if node := step.get("node"):
+            steps.setdefault(f"{node['host']} ({node['address']}, node {node['id'][:8]})", []).append(step["key"])
+    return steps
 
 
 def hardware_line(hardware: Mapping[str, Any]) -> str:
@@ -301,10 +301,10 @@ def _print_arms(report: Mapping[str, Any], console: Console) -> None:
 
 def _trouble(report: Mapping[str, Any]) -> Iterator[str]:
     """What failed with its remedy, what is not served, what is not ranked."""
-    for one in report["failures"]:
-        if one["status"] != "skipped":
-            remedy = f". Next: {one['problem']['next'].rstrip('.')}." if one["problem"] else ""
-            yield f"{one['status']}: {one['why']}{remedy}"
+    for failure in report["failures"]:
+        if failure["status"] != "skipped":
+            remedy = f". Next: {failure['problem']['next'].rstrip('.')}." if failure["problem"] else ""
+            yield f"{failure['status']}: {failure['why']}{remedy}"
     for slug, arm in report["arms"].items():
         if arm["refused"]:
             yield f"not served: {slug}: {arm['refused']}"
@@ -341,10 +341,10 @@ def fit_section(fit: Mapping[str, Any]) -> Iterator[str]:
     each = ", ".join(f"{tokens[name] / 1024:.4g} KiB as {name}" for name in tokens)
     yield f"A token of KV cache takes {each}. For {first['batch']} sequences of {first['context']:,} tokens:"
     yield ""
-    for one in fit["examples"]:
-        yield f"- {one['vram_gib']:g} GiB: {one['best'] or 'no arm fits'}"
+    for example in fit["examples"]:
+        yield f"- {example['vram_gib']:g} GiB: {example['best'] or 'no arm fits'}"
     yield ""
-    ahead = [one["arm"] for one in fit["arms"] if one["on_front"]]
+    ahead = [line["arm"] for line in fit["arms"] if line["on_front"]]
     yield f"On the Pareto front of bytes and KL: {', '.join(ahead) or 'none'}. Best is {FIT_RULE}."
     yield f"{100 * fit['free_share']:.0f} % of the card stays free; `quench choose` takes other cards and lengths."
     yield ""
@@ -352,9 +352,9 @@ def fit_section(fit: Mapping[str, Any]) -> Iterator[str]:
 
 def fit_sentences(fit: Mapping[str, Any] | None) -> Iterator[str]:
     """The best arm for each size of card that was computed; nothing without the part."""
-    for one in (fit or {}).get("examples", []):
-        best = one["best"] or "no arm fits"
-        yield f"{one['vram_gib']:g} GiB, {one['batch']} x {one['context']:,} tokens: {best}"
+    for example in (fit or {}).get("examples", []):
+        best = example["best"] or "no arm fits"
+        yield f"{example['vram_gib']:g} GiB, {example['batch']} x {example['context']:,} tokens: {best}"
 
 
 def gate_sentence(gate: Mapping[str, Any] | None) -> str | None:

@@ -76,9 +76,9 @@ def _against_merge(arms: Sequence[RunArm]) -> Iterator[tuple[str, str]]:
 def _against_each_other(arms: Sequence[RunArm]) -> Iterator[tuple[str, str]]:
     """All pairs of schemes, the plainer method first, then fewer bits, then wider groups."""
     ordered = sorted(merged_schemes(arms), key=_plainness)
-    for index, one in enumerate(ordered):
+    for index, arm in enumerate(ordered):
         for other in ordered[index + 1 :]:
-            yield one.slug, other.slug
+            yield arm.slug, other.slug
 
 
 def _plainness(arm: RunArm) -> tuple[int, int, int, str]:
@@ -97,18 +97,18 @@ def _against_on_base(arms: Sequence[RunArm]) -> Iterator[tuple[str, str]]:
 def _against_controls(arms: Sequence[RunArm]) -> Iterator[tuple[str, str]]:
     """Every scheme that has controls against each of them, and against rounding with the same bits and groups."""
     for arm in merged_schemes(arms):
-        controls = [one.slug for one in arms if one.is_control and one.kv is None and one.scheme == arm.slug]
+        controls = [other.slug for other in arms if other.is_control and other.kv is None and other.scheme == arm.slug]
         if controls:
             same = SchemeParts("rtn", arm.parts.bits, arm.parts.group_size)
-            controls += [one.slug for one in merged_schemes(arms) if one.parts == same]
+            controls += [other.slug for other in merged_schemes(arms) if other.parts == same]
         yield from ((arm.slug, control) for control in controls)
 
 
 def _against_external(arms: Sequence[RunArm]) -> Iterator[tuple[str, str]]:
     """Every external model against the merged model that is quantized; the base where this run merged nothing."""
-    there = {arm.slug for arm in arms}
+    slugs = {arm.slug for arm in arms}
     chosen = [f"merged-{arm.merge_base}" for arm in merged_schemes(arms)]
-    ours = next((slug for slug in (*chosen, "merged-dequantized", "merged-original", "base") if slug in there), None)
+    ours = next((slug for slug in (*chosen, "merged-dequantized", "merged-original", "base") if slug in slugs), None)
     if ours is not None:
         yield from ((arm.slug, ours) for arm in arms if arm.external)
 

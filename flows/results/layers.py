@@ -29,16 +29,16 @@ class Line(NamedTuple):
 
 def layers_of(run: Run) -> dict[str, Any]:
     """What report.json holds: arm -> kernel at load, tokens that were looked at, and its blocks."""
-    found: dict[str, Any] = {}
+    layers: dict[str, Any] = {}
     for arm in run.arms:
         step = run.step(arm.model) if arm.scheme else None
         path = step.files / "quantize.json" if step is not None and step.files else None
-        said = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else {}
-        if said.get("blocks"):
-            named = ("kernel", "error_tokens", "stream_max", "blocks")
-            found[arm.slug] = {name: said.get(name) for name in named}
-            found[arm.slug]["kernel"] = said.get("kernel") or _kernel_at_reload(run.step(arm.evaluate))
-    return found
+        record = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else {}
+        if record.get("blocks"):
+            names = ("kernel", "error_tokens", "stream_max", "blocks")
+            layers[arm.slug] = {name: record.get(name) for name in names}
+            layers[arm.slug]["kernel"] = record.get("kernel") or _kernel_at_reload(run.step(arm.evaluate))
+    return layers
 
 
 def _kernel_at_reload(step: RunStep | None) -> str | None:
@@ -52,9 +52,9 @@ def part_of(block: Mapping[str, Any]) -> str:
 
 
 def lines(layers: Mapping[str, Any], part: str) -> Iterator[Line]:
-    """One line an arm that has errors there; outputs where they were measured, else weights."""
-    for slug, one in layers.items():
-        blocks = [block for block in one["blocks"] if part_of(block) == part]
+    """One line per arm that has errors there; outputs where they were measured, else weights."""
+    for slug, arm in layers.items():
+        blocks = [block for block in arm["blocks"] if part_of(block) == part]
         for name, measured in (("output_error", True), ("weight_error", False)):
             errors = {block["layer"]: block[name] for block in blocks if block[name] is not None}
             if errors:
@@ -64,11 +64,11 @@ def lines(layers: Mapping[str, Any], part: str) -> Iterator[Line]:
 
 def worst(layers: Mapping[str, Any]) -> dict[str, str]:
     """Arm -> `FFN of layer 5: 12 %`, where its error is largest."""
-    found: dict[str, tuple[float, str]] = {}
+    largest: dict[str, tuple[float, str]] = {}
     for part in PARTS:
         for line in lines(layers, part):
             layer, error = max(line.errors.items(), key=lambda one: one[1])
-            found[line.slug] = max(
-                found.get(line.slug, (0.0, "")), (error, f"{part} of layer {layer}: {100 * error:.2g} %")
+            largest[line.slug] = max(
+                largest.get(line.slug, (0.0, "")), (error, f"{part} of layer {layer}: {100 * error:.2g} %")
             )
-    return {slug: text for slug, (_, text) in found.items()}
+    return {slug: text for slug, (_, text) in largest.items()}

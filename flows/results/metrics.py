@@ -201,7 +201,7 @@ _MINUS = "−"
 def further(recipe: Mapping[str, Any]) -> list[Metric]:
     """Metrics of all scorers of a resolved recipe but the first, in its order."""
     scorers = (recipe.get("evaluate") or {}).get("scorers") or []
-    return [METRICS[f"{TASK}{one.get('name') or one['kind']}"] for one in scorers[1:]]
+    return [METRICS[f"{TASK}{scorer.get('name') or scorer['kind']}"] for scorer in scorers[1:]]
 
 
 def _base(metric: str) -> str:
@@ -284,7 +284,7 @@ def interval_text(metric: str, value: float | None, ci95: list[float] | None) ->
 def difference_text(metric: str, difference: float, ci95: list[float]) -> str:
     """`+1.2 [-0.3, +2.7] points`: a signed difference with its interval and unit."""
     places = _places(metric, difference, ci95)
-    shown = [_signed(_scaled(metric, one), places) for one in (difference, *ci95)]
+    shown = [_signed(_scaled(metric, number), places) for number in (difference, *ci95)]
     unit = " points" if _base(metric) in _SHARES else _unit(metric)
     return f"{shown[0]} [{shown[1]}, {shown[2]}]{unit}"
 

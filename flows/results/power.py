@@ -35,7 +35,7 @@ def needed(a: RowScores, b: RowScores, *, loss: float = LOSS) -> Needed:
     need no rows at all. For scores between 0 and 1 other than right and wrong that is an upper bound.
 
     Args:
-        a: Scores between 0 and 1 of the arm, a row a row.
+        a: Scores between 0 and 1 of the arm, one row per row.
         b: The same rows of the arm that it is compared with.
         loss: The difference in the mean score that must not pass unseen.
     """
@@ -50,7 +50,7 @@ def power(evidence: Mapping[str, ArmEvidence]) -> list[dict[str, Any]]:
     """`power` of report.json: every scheme against the merged model that it was made from."""
     return [
         _plan(evidence, arm.slug, f"merged-{arm.merge_base}")
-        for arm in merged_schemes([one.arm for one in evidence.values()])
+        for arm in merged_schemes([arm.arm for arm in evidence.values()])
     ]
 
 
@@ -86,14 +86,14 @@ def _reason(obstacle: Obstacle, a: str, b: str, scored: Sequence[RowScores | Non
 
 def sentence(plans: list[dict[str, Any]]) -> str | None:
     """What the report says about it; None where nothing could be planned."""
-    known = [one for one in plans if one["reason"] is None]
+    known = [plan for plan in plans if plan["reason"] is None]
     if not known:
         return None
-    least, most = (pick(known, key=lambda one: one["rows_needed"]) for pick in (min, max))
+    least, most = (pick(known, key=lambda plan: plan["rows_needed"]) for pick in (min, max))
     span = f"{most['rows_needed']:,} rows ({most['arm']})"
     if least["rows_needed"] != most["rows_needed"]:
         span = f"{least['rows_needed']:,} rows ({least['arm']}) to {span}"
-    enough = sum(one["rows_needed"] <= one["rows"] for one in known)
+    enough = sum(plan["rows_needed"] <= plan["rows"] for plan in known)
     return (
         f"To show a loss of {100 * LOSS:.0f} points of task score with {100 * POWER:.0f} % probability, in one "
         f"comparison with the merged model at 95 %, test needs {span}; it has {most['rows']:,}, enough for {enough} of "

@@ -275,7 +275,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class RowScores:
-    """One metric of one arm on one split, a row a row, sorted by row.
+    """One metric of one arm on one split, one row per row, sorted by row.
 
     Attributes:
         rows: [rows] names; a name that appears twice makes the arms incomparable.
@@ -356,12 +356,12 @@ def read_dev(files: Path) -> dict[str, RowScores]:
 def _by_metric(table: pa.Table, wanted: str = "test") -> dict[str, RowScores]:
     row, group, domain, metric, split = (_names(table, name) for name in ("row", "group", "domain", "metric", "split"))
     total, count = _numbers(table, "sum"), _numbers(table, "n")
-    found: dict[str, RowScores] = {}
+    scores: dict[str, RowScores] = {}
     for name in np.unique(metric):
         keep = (metric == name) & (split == _SPLIT.get(str(name), wanted))
         if keep.any():
-            found[str(name)] = RowScores(row[keep], group[keep], domain[keep], total[keep], count[keep])
-    return found
+            scores[str(name)] = RowScores(row[keep], group[keep], domain[keep], total[keep], count[keep])
+    return scores
 
 
 def _names(table: pa.Table, column: str) -> NDArray[np.str_]:

@@ -62,7 +62,7 @@ def _answers(arm: RunArm, run: Run) -> dict[str, dict[str, Any]]:
     if path is None or not path.exists():
         return {}
     table = pq.read_table(path, columns=list(COLUMNS), filters=[("split", "==", "test")])
-    return {one["row"]: one for one in table.to_pylist()}
+    return {line["row"]: line for line in table.to_pylist()}
 
 
 def _shuffled(rows: set[str]) -> list[str]:
@@ -73,8 +73,8 @@ def _sample(row: str, answered: Mapping[str, Mapping[str, dict[str, Any]]], diff
     """One row; arms that answered the same stand together, in the order of the arms."""
     together: dict[tuple[str, float | None, str | None], list[str]] = {}
     for slug, rows in answered.items():
-        one = rows[row]
-        together.setdefault((one["answer"], one["score"], one["error"]), []).append(slug)
+        line = rows[row]
+        together.setdefault((line["answer"], line["score"], line["error"]), []).append(slug)
     first = next(iter(answered.values()))[row]
     return {
         "row": row,

@@ -167,9 +167,9 @@ def studentized(estimands: Sequence[Estimand], draws: Counts) -> list[Studentize
         raise ValueError("an interval needs at least two groups")
     if not estimands:
         return []
-    sums = _weighted_sums(draws, np.concatenate([_columns(one) for one in estimands], axis=1))
+    sums = _weighted_sums(draws, np.concatenate([_columns(estimand) for estimand in estimands], axis=1))
     blocks = np.split(sums, len(estimands), axis=1)
-    return [_studentize(one, block, draws.shape[1]) for one, block in zip(estimands, blocks, strict=True)]
+    return [_studentize(estimand, block, draws.shape[1]) for estimand, block in zip(estimands, blocks, strict=True)]
 
 
 def standard_error(estimand: Estimand) -> float:
@@ -202,10 +202,10 @@ def _studentize(estimand: Estimand, sums: Floats, groups: int) -> Studentized:
     return Studentized(at, spread, np.round(moved / se, 9), least, unit)
 
 
-def mean_interval(one: Studentized) -> Interval:
+def mean_interval(mean: Studentized) -> Interval:
     """Equal-tailed studentized interval of one arm's mean."""
-    high, low = one.at - np.quantile(one.t, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) * one.se
-    return Interval(min(float(low), one.at), max(float(high), one.at))
+    high, low = mean.at - np.quantile(mean.t, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) * mean.se
+    return Interval(min(float(low), mean.at), max(float(high), mean.at))
 
 
 def difference_intervals(family: Sequence[Studentized]) -> list[Interval]:
@@ -214,19 +214,19 @@ def difference_intervals(family: Sequence[Studentized]) -> list[Interval]:
     In every resample each |t*| is replaced by the share of its own bootstrap values below it; the largest share over
     the family is the statistic, and its 95 % point, put back on each comparison's own scale, is the critical value.
     """
-    moving = [one for one in family if one.se > 0]
+    moving = [member for member in family if member.se > 0]
     share = 1.0
     if moving:
         worst = np.zeros(len(moving[0].t))
-        for one in moving:
-            size = np.abs(one.t)
+        for member in moving:
+            size = np.abs(member.t)
             worst = np.maximum(worst, np.searchsorted(np.sort(size), size, side="left") / len(size))
         share = _critical_share(worst)
     intervals: list[Interval] = []
-    for one in family:
-        size = np.sort(np.abs(one.t))
+    for member in family:
+        size = np.sort(np.abs(member.t))
         critical = float(size[max(0, int(np.ceil(share * len(size))) - 1)])
-        intervals.append(one.symmetric(critical))
+        intervals.append(member.symmetric(critical))
     return intervals
 
 
@@ -272,11 +272,11 @@ def quantile_interval(values: Floats, group: NDArray[np.int64], draws: Counts, *
     ordered, owner = values[order], group[order]
     size = np.bincount(group, minlength=draws.shape[1]).astype(np.float64)
     above = (1 - level) * (draws.astype(np.float64) @ size)  # token mass that stays above the quantile
-    found = np.full(len(draws), np.nan)
+    quantiles = np.full(len(draws), np.nan)
     block = min(max(256, len(values) // 50), CHUNK_BYTES // (8 * len(draws)))  # the top 2 % nearly always suffice
     mass = np.zeros(len(draws))
     for start in range(0, len(ordered), block):
-        open_ = np.flatnonzero(np.isnan(found))
+        open_ = np.flatnonzero(np.isnan(quantiles))
         if not len(open_):
             break
         running = mass[open_, None] + np.cumsum(
@@ -284,9 +284,9 @@ def quantile_interval(values: Floats, group: NDArray[np.int64], draws: Counts, *
         )
         passed = running > above[open_, None] + 1e-9
         hit = passed.any(axis=1)
-        found[open_[hit]] = ordered[start + passed[hit].argmax(axis=1)]
+        quantiles[open_[hit]] = ordered[start + passed[hit].argmax(axis=1)]
         mass[open_] = running[:, -1]
-    low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile(quantiles, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(low), float(high))
 
 

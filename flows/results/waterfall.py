@@ -1,4 +1,4 @@
-"""Where the loss went: nf4-adapter -> chosen merge -> weights -> KV cache, in mean loss a token of test.
+"""Where the loss went: nf4-adapter -> chosen merge -> weights -> KV cache, in mean loss per token of test.
 
 Every bar is a difference of two means over the same tokens, so the bars of a path add up to its whole. Base in bf16
 against base in NF4, what QLoRA trains on, is a bar of its own.
