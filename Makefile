@@ -54,6 +54,7 @@ check: install   ## linters, types, import rules, recipes, generated docs, links
 	$(BIN)/lint-imports
 	@for recipe in $(wildcard recipes/*.yaml) recipes/quickstart/recipe.yaml; do $(BIN)/quench check $$recipe --data || exit 1; done
 	$(BIN)/python -m flows.commands.docs --check
+	$(BIN)/python infra/rooms.py --check
 	$(MKDOCS) build --strict --config-file infra/mkdocs.yml
 	$(BIN)/hadolint infra/docker/Dockerfile
 	$(BIN)/check-jsonschema -q --builtin-schema vendor.compose-spec infra/compose.yaml
@@ -102,6 +103,7 @@ cluster: install ## one process, two Ray nodes, a bucket: docs/results/cluster.m
 
 docs: install    ## write the generated pages again
 	$(BIN)/python -m flows.commands.docs
+	$(BIN)/python infra/rooms.py
 
 site: install    ## README and docs/ as a site: site/index.html; fails on a dead link or anchor
 	$(MKDOCS) build --strict --config-file infra/mkdocs.yml

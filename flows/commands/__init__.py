@@ -1,1 +1,1 @@
-"""What the command line does, one module a command."""
+"""What the command line does, one module per command."""
