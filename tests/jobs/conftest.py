@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 
 from tasks.jobs import prepare
+from tasks.jobs.loading.bf16 import lacks_bf16, use_fp32_products
 from tests.jobs.build import make_job, write_jsonl
 from tests.jobs.quantized import write_calibset
 from tests.jobs.test_prepare import PARAMS, chat, questions
 from tests.tiny import write_base
+
+if lacks_bf16():  # from the first test on, not from the first job: what a test computes itself is compared with a job's
+    use_fp32_products()
 
 
 @pytest.fixture(scope="module")

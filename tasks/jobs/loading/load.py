@@ -22,6 +22,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AwqConfig, BitsAndBytesConfig, GPTQConfig, PreTrainedModel
 from transformers.quantizers.quantizer_awq import AwqQuantizer
 
+from tasks.jobs.loading.bf16 import setup_bf16
 from tasks.jobs.loading.environment import tame_gptqmodel
 from tasks.jobs.loading.kernels import Note, choose_kernel
 from tasks.runtime.process.errors import StageError
@@ -35,12 +36,13 @@ Kind = Literal["bf16", "nf4", "quantized", "external"]
 
 
 def setup(job: Job) -> None:
-    """Threads of the lease, seeds, quiet loggers. Every job that imports torch calls it first."""
+    """Threads of the lease, seeds, kernels for bf16, quiet loggers. Every job that imports torch calls it first."""
     torch.set_num_threads(job.execution.threads)
     seed = int(job.params.get("seed", 0))
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+    setup_bf16(job)
     if job.execution.log_level != "DEBUG":
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
