@@ -21,6 +21,7 @@ from tasks.runtime.store.local import flocked
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 QUICKSTART = CHECKOUT / "recipes" / "quickstart"
 UNUSUAL = "Öfen & Töpfe 窯"
+HANGS_S = 1800  # ends what hangs: the small run takes two minutes on idle cores, four times that on slow ones
 ROWS = 700  # of the quickstart's 6,000: enough for 128 calibration rows and some 80 test rows
 
 
@@ -50,7 +51,7 @@ class World:
     def quench(self, *words: str, check: int | None = 0) -> subprocess.CompletedProcess[str]:
         """Run `quench WORDS` to its end; assert the exit code unless `check` is None."""
         done = subprocess.run(
-            self.argv(*words), env=self.env, cwd=self.home.parent, capture_output=True, text=True, timeout=600
+            self.argv(*words), env=self.env, cwd=self.home.parent, capture_output=True, text=True, timeout=HANGS_S
         )
         assert check is None or done.returncode == check, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
         return done

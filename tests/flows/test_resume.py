@@ -116,7 +116,7 @@ def test_child_killed_in_a_stage(world: World, stage: str):
     words = quick(stage)
     run = start(world, *words)
     os.kill(wait_child(world, stage, run), signal.SIGKILL)
-    out, _ = run.communicate(timeout=300)
+    out, _ = run.communicate(timeout=1200)
     assert run.returncode == 1 and "SIGKILL" in out
     wait_gone(world.home)
     finish(world, fingerprints(world.home), *words)
