@@ -13,7 +13,7 @@ from recipes.schema import Recipe
 from recipes.schemes.scheme import Scheme
 from tasks import calibrate, choose, evaluate, measure, merge, prepare, quantize, reference, rehearse, train
 from tasks.runtime.process.leases import cpu_slots
-from tasks.runtime.step import External, Limits, Step, resolve_device
+from tasks.runtime.step import External, Limits, Step, present, resolve_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +173,7 @@ class _Pipeline:
         """Evaluate an arm, whose model is then known."""
         self.models[arm.slug] = model
         calibset = self.calibsets["domain"] if arm.kv == "fp8-calibrated" else None
-        more = _present(reference=self._reference, calibset=calibset)
+        more = present(reference=self._reference, calibset=calibset)
         inputs = {**self._loaded(arm), **more, **self.pins.scorers}
         self.scores[arm.slug] = self._add(
             evaluate.step(self.recipe, arm.slug, kind=arm.kind, kv=arm.kv, inputs=inputs, after=(self.rehearsed,))
@@ -195,7 +195,7 @@ class _Pipeline:
     def _loaded(self, arm: Arm) -> dict[str, Step | External]:
         """What an arm is loaded from, and its rows."""
         model = self.pins.externals[arm.slug] if arm.external else self.models[arm.slug] or self.pins.base
-        return _present(model=model, dataset=self.dataset, adapter=self.adapter if arm.adapter else None)
+        return present(model=model, dataset=self.dataset, adapter=self.adapter if arm.adapter else None)
 
     def steps_of(self, arm: Arm) -> ArmSteps:
         """The arm with its steps; an unavailable one has none."""
@@ -230,8 +230,3 @@ def _reached(steps: Sequence[Step], rows: Sequence[ArmSteps]) -> tuple[Step, ...
             reached.add(step.key)
             ahead += [before for before in (*step.inputs.values(), *step.after) if isinstance(before, Step)]
     return tuple(step for step in steps if step.key in reached)
-
-
-def _present(**inputs: Step | External | None) -> dict[str, Step | External]:
-    """The inputs that are not None."""
-    return {name: source for name, source in inputs.items() if source is not None}
