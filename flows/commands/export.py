@@ -123,10 +123,6 @@ def _is_there(dest: Path, parts: list[Part]) -> bool:
 # ---- refusing
 
 
-def _refused(what: str, where: str, why: str, next: str) -> RecipeError:
-    return Problem(what=what, where=where, why=why, next=next).error()
-
-
 def _find(run: Run, slug: str) -> RunArm:
     arms = {arm.slug: arm for arm in run.arms}
     arm = arms.get(slug)

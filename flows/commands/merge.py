@@ -33,7 +33,7 @@ class Sources(NamedTuple):
     adapter: Snapshot
 
 
-class Merged(NamedTuple):
+class MergedFolder(NamedTuple):
     """A merged model's folder and its manifest."""
 
     folder: Path
@@ -59,7 +59,7 @@ def command(args: argparse.Namespace) -> Output:
     )
 
 
-def merge_into(base: str, adapter: str, out: Path, *, onto: str | None, accept_other_base: bool) -> list[Merged]:
+def merge_into(base: str, adapter: str, out: Path, *, onto: str | None, accept_other_base: bool) -> list[MergedFolder]:
     """Merge an adapter into a base; both are folders or hub ids.
 
     Without `onto` the base's type in training decides; where that is unknown both merges are made, in
@@ -124,14 +124,14 @@ def _pinned(sources: Sources, *, digests: Digests, keep: bool) -> dict[str, Exte
     return inputs
 
 
-def _make(steps: dict[str, Step], context: Context, out: Path) -> Iterator[Merged]:
+def _make(steps: dict[str, Step], context: Context, out: Path) -> Iterator[MergedFolder]:
     def make(step: Step, folder: Path) -> dict[str, Any]:
         inputs = {name: source.artifact for name, source in step.inputs.items() if not isinstance(source, Step)}
         return make_folder(step, inputs, context, out=folder)
 
     if len(steps) == 1:
         (step,) = steps.values()
-        yield Merged(out, make(step, out))
+        yield MergedFolder(out, make(step, out))
         return
     both = out.with_name(f".{out.name}.both")
     shutil.rmtree(both, ignore_errors=True)
@@ -144,7 +144,7 @@ def _make(steps: dict[str, Step], context: Context, out: Path) -> Iterator[Merge
         for folder in both.glob("[!.]*"):  # a merge whose sibling failed; the hidden work folder keeps its log
             shutil.rmtree(folder, ignore_errors=True)
     for name, manifest in manifests.items():
-        yield Merged(out / name, manifest)
+        yield MergedFolder(out / name, manifest)
 
 
 def _say_note(step: Step, event: dict[str, Any]) -> None:

@@ -17,9 +17,9 @@ from flows.report.answers import Answer, Findings, answers
 from flows.report.document import (
     About,
     ArmJson,
+    ArmSection,
     Differences,
     Document,
-    Matrix,
     Reading,
     Shipping,
     SpeedJson,
@@ -168,7 +168,7 @@ def _words(answered: Sequence[Answer]) -> Words:
 
 def _matrix(
     run: Run, evidence: Mapping[str, ArmEvidence], findings: Findings, unranked: dict[str, str], draws: Draws
-) -> Matrix:
+) -> ArmSection:
     return {
         "arms": {slug: _arm(arm, run, findings) for slug, arm in evidence.items()},
         "not_ranked": unranked,

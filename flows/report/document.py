@@ -62,7 +62,7 @@ class ArmJson(TypedDict):
     metrics: dict[str, Any]
 
 
-class Matrix(TypedDict):
+class ArmSection(TypedDict):
     """The arms, and how it came to them."""
 
     arms: dict[str, ArmJson]
@@ -194,5 +194,5 @@ class Making(TypedDict):
     notes: list[dict[str, str]]
 
 
-class Document(About, Words, Matrix, Differences, Reading, Shipping, Making):
+class Document(About, Words, ArmSection, Differences, Reading, Shipping, Making):
     """All of report.json."""

@@ -102,7 +102,7 @@ def _record(
     log.setLevel(logging.INFO)
     base: Any = modeling._base.GPTQ
 
-    class Recorder(base):
+    class GptqRecorder(base):
         tokens = 0
 
         def add_batch(self, inp: Tensor, out: Tensor) -> None:
@@ -120,7 +120,7 @@ def _record(
             events.progress(len(layers), total, unit="layer")
             return scale, zero, g_idx
 
-    modeling._base.GPTQ = Recorder
+    modeling._base.GPTQ = GptqRecorder
 
 
 class _LossReader(logging.Handler):

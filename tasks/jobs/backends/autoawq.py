@@ -81,7 +81,7 @@ def _recorder(figures: _LayerFigures, *, events: Events) -> Any:
     """
     base: Any = importlib.import_module("awq.quantize.quantizer").AwqQuantizer
 
-    class Recorder(base):
+    class AwqRecorder(base):
         def _get_input_feat(self, layer: nn.Module, named_linears: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
             features = super()._get_input_feat(layer, named_linears)
             for name, module in named_linears.items():
@@ -102,4 +102,4 @@ def _recorder(figures: _LayerFigures, *, events: Events) -> Any:
             super()._apply_quant(module, named_linears)
             events.progress(1 + list(self.modules).index(module), len(self.modules), unit="layer")
 
-    return Recorder
+    return AwqRecorder
