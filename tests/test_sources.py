@@ -32,6 +32,7 @@ CALLS = {
 }
 LOADERS = {"Loader": yamlfile.Loader, "_Loader": lm_eval_tasks._Loader}  # of our yaml.load calls; safe ones, see below
 IMPORTS = {  # every import by text, and why its text is ours
+    "flows/cli.py": "a constant: the module that the parser names beside the command",
     "tasks/runtime/process/child.py": "job.json's entry, which the parent wrote from its own code; our own packages",
     "tasks/jobs/quantize.py": "a backend out of the recipe's closed list",
     "tasks/jobs/backends/autoawq.py": "a constant",

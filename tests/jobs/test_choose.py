@@ -113,7 +113,7 @@ def test_other_rows_and_losses_that_are_no_number_are_refused(tmp_path: Path) ->
     with pytest.raises(StageError, match="same rows of dev"):
         choice(tmp_path, dequantized=good, original=fewer)
     broken = write_scores(tmp_path / "broken", np.array([1.0] * 8 + [np.nan]))
-    with pytest.raises(StageError, match="no number"):
+    with pytest.raises(StageError, match="is not a number"):
         choice(tmp_path, dequantized=good, original=broken)
 
 

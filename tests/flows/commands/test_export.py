@@ -134,7 +134,7 @@ def test_refusals_name_what_is_there(small: World, tmp_path: Path):
     (full / "mine.txt").write_text("x")
     assert "not an empty folder" in refused(small, ARM, full) and (full / "mine.txt").exists()
     inside = small.home / small.report()["arms"][ARM]["path"] / "out"
-    assert "inside of what is exported" in refused(small, ARM, inside)
+    assert "lies inside a folder that is read" in refused(small, ARM, inside)
     assert "[RUN] ARM DEST" in small.quench("export", ARM, check=2).stderr
 
 
