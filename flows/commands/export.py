@@ -16,7 +16,7 @@ import yaml
 from flows.commands.folders import check_disk, check_output
 from flows.commands.terminal import FAILED, Output, refusal, say
 from flows.report.build import render
-from flows.report.model_card import _provenance, card
+from flows.report.model_card import card, provenance_of
 from flows.results.artifacts import Part, parts_of, serve_record
 from flows.results.read import Run, RunArm, RunStep, read_run
 from flows.run.folder import find_run
@@ -90,7 +90,7 @@ def export(run_folder: Path, slug: str, dest: Path, *, home: Path, again: bool =
         served = serve_record(run, arm, parts)
         write(draft, served)
         (draft / "recipe.yaml").write_text(_recipe(run), encoding="utf-8")
-        (draft / "README.md").write_text(card(_provenance(run, arm), report, served), encoding="utf-8")
+        (draft / "README.md").write_text(card(provenance_of(run, arm), report, served), encoding="utf-8")
         say("loading the copy in plain transformers, and comparing its logits with the original's")
         reloaded = _reload(arm, parts, draft, work=work, home=home)
         if dest.exists():

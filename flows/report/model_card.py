@@ -189,10 +189,11 @@ def _serving(served: Mapping[str, Any]) -> Iterator[str]:
 
 def card_of(run: Run, arm: RunArm, report: Mapping[str, Any]) -> str:
     """The model card of an arm, from the store."""
-    return card(_provenance(run, arm), report, serve_record(run, arm, list(parts_of(run, arm))))
+    return card(provenance_of(run, arm), report, serve_record(run, arm, list(parts_of(run, arm))))
 
 
-def _provenance(run: Run, arm: RunArm) -> Provenance:
+def provenance_of(run: Run, arm: RunArm) -> Provenance:
+    """What the store says an arm was made of."""
     model, adapter = run.step(arm.model), run.step(arm.adapter) or _only(run, "train")
     return Provenance(
         arm=arm,
