@@ -6,15 +6,19 @@ because `apply_chat_template` renders once more for each thing that it is asked 
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from jinja2 import TemplateError
 from transformers.utils import chat_template_utils
 
 from tasks.jobs.text.conversation import Conversation, RowError
-from tasks.jobs.text.templates import GENERATION
+from tasks.jobs.text.coverage import check_reasoning, check_turns, in_words, shape_of
+from tasks.jobs.text.forms import Form, forms_of
 
+GENERATION: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
 Markers = Literal["generation markers", "TRL's training template"]
 REFUSALS = (
     TemplateError,
@@ -39,6 +43,20 @@ class Marked(NamedTuple):
     markers: Markers
 
 
+class Shaped(NamedTuple):
+    """A conversation in the form that its template renders.
+
+    Attributes:
+        chat: With the turns as the template gets them; they have the numbers that they have in the row.
+        form: What is other in them.
+        marked: Its rendering.
+    """
+
+    chat: Conversation
+    form: Form
+    marked: Marked
+
+
 @dataclass(frozen=True, kw_only=True)
 class ChatTemplate:
     """The template, or templates, of a tokenizer.
@@ -46,12 +64,48 @@ class ChatTemplate:
     Attributes:
         tokenizer: A PreTrainedTokenizerBase with a chat template.
         training: TRL's training template where it has one for exactly this template.
-        names: What a template may name beside the turns: special tokens.
+        names: What a template may name beside the turns: special tokens, arguments of the recipe, the date.
+        whole: Shapes of conversations whose turns are all rendered; filled as rows come.
     """
 
     tokenizer: Any
     training: str | None = None
     names: dict[str, Any] = field(default_factory=dict[str, Any])
+    whole: set[tuple[object, ...]] = field(default_factory=set[tuple[object, ...]])
+
+    def shaped(self, chat: Conversation, *, trained: Sequence[int], markers: bool = True) -> Shaped:
+        """The conversation in the first form whose rendering holds all that it says.
+
+        The reasoning of earlier turns need not be there, as templates leave it out once a question follows; that of
+        the turns `trained` must.
+
+        Args:
+            chat: In the form of a row.
+            trained: Numbers of the turns that are trained in this rendering.
+            markers: Look for generation markers.
+
+        Raises:
+            RowError: No form is rendered whole; the turn, and what is missing in the first form.
+        """
+        first: RowError | None = None
+        reasons = [number for number in trained if chat.turns[number - 1].get("reasoning_content")]
+        for form in forms_of(chat, self._source(chat)):
+            shaped = form.of(chat)
+            try:
+                marked = self.marked(shaped) if markers else Marked(self.text(shaped), None, "generation markers")
+                check_turns(chat, marked.text, trained=trained)
+                self._check_shape(chat, form)
+                if reasons and reasons[-1] < len(chat.turns):  # the place of reasoning is where it is the last turn's
+                    until = chat.until(reasons[-1])
+                    check_reasoning(until, self.text(form.of(until)), trained=reasons[-1:])
+                else:
+                    check_reasoning(chat, marked.text, trained=reasons[-1:])
+            except RowError as error:
+                first = first or error
+                continue
+            check_reasoning(chat, marked.text, trained=trained)
+            return Shaped(shaped, form, marked)
+        raise first or AssertionError("there is always a form")
 
     def marked(self, chat: Conversation) -> Marked:
         """The whole conversation, with the spans that its own markers or those of TRL's template give.
@@ -91,6 +145,23 @@ class ChatTemplate:
 
     def _source(self, chat: Conversation) -> str:
         return self.tokenizer.get_chat_template(tools=chat.tools)
+
+    def _check_shape(self, chat: Conversation, form: Form) -> None:
+        """Raise RowError where a conversation of this shape loses a turn; each shape is rendered once."""
+        shape = (form, *shape_of(chat))
+        if shape in self.whole:
+            return
+        worded = in_words(chat)
+        try:
+            text = self._call(form.of(worded), self._source(chat), prompted=False, tracked=False)[0]
+        except REFUSALS:  # it wants more of a text than a word
+            text = None
+        if text is not None:
+            try:
+                check_turns(worded, text, trained=())
+            except RowError as error:
+                raise RowError(re.sub(r"'Quench\w+'", "an argument", str(error))) from None
+        self.whole.add(shape)
 
     def _rendered(
         self, chat: Conversation, source: str, *, prompted: bool = False, tracked: bool = False

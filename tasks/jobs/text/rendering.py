@@ -12,17 +12,15 @@ their tokens (`encoding`), so that many rows are tokenised in one call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
-from jinja2 import TemplateError
-
 from recipes.data.turns import Message
 from tasks.jobs.text.chat_template import ChatTemplate
 from tasks.jobs.text.completions import Completions, spans
-from tasks.jobs.text.conversation import Conversation, RowError, behind_thinking, called
+from tasks.jobs.text.conversation import Conversation, RowError, behind_thinking, calls_in
 from tasks.jobs.text.encoding import Reading, alone, encode, side_by_side
 from tasks.jobs.text.templates import chatml, end_of_turn, generation_prompt, training_template
 from tasks.jobs.text.tokenizer import load_tokenizer
@@ -39,12 +37,14 @@ class Rendered:
     Attributes:
         prompt_ids: The history before the last turn with the generation prompt: what an answer is decoded from.
         way: How the trained tokens were found.
+        form: What is other in the turns as the template got them; empty where nothing is.
     """
 
     input_ids: list[int]
     mask: list[bool]
     prompt_ids: list[int]
     way: Way
+    form: str = ""
 
     @property
     def skewed(self) -> bool:
@@ -102,10 +102,13 @@ class Renderer:
         tokenizer = _with_template(folder, template)
         special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
         special |= {tokenizer.eos_token_id} - {None}
+        chat_template = ChatTemplate(
+            tokenizer=tokenizer, training=training_template(tokenizer), names=dict(tokenizer.special_tokens_map)
+        )
         try:
-            ending = end_of_turn(tokenizer, folder, special=special)
-            opening = generation_prompt(tokenizer)
-        except (TemplateError, TypeError, ValueError) as error:  # ValueError: the answer is not in the text
+            ending = end_of_turn(chat_template, folder, special=special)
+            opening = generation_prompt(chat_template)
+        except ValueError as error:  # RowError, or the answer is not in the text, or templates without a default one
             raise StageError.of(
                 what=f"the chat template cannot render a question and its answer: {error}",
                 where=str(folder),
@@ -113,9 +116,7 @@ class Renderer:
                 next="correct the template (model.chat_template, or chat_template.jinja of the base)",
             ) from None
         return cls(
-            template=ChatTemplate(
-                tokenizer=tokenizer, training=training_template(tokenizer), names=dict(tokenizer.special_tokens_map)
-            ),
+            template=chat_template,
             completions=Completions(
                 tokenizer=tokenizer, end_of_turn=ending, opening=opening, special=frozenset(special)
             ),
@@ -196,41 +197,45 @@ class Renderer:
         return samples
 
     def _whole(self, chat: Conversation) -> Reading[Rendered]:
-        text = self.template.marked(chat)
-        whole, prompt = yield [text.text, self.template.prompt(chat)]
+        shaped = self.template.shaped(chat, trained=chat.trained)
+        text, form = shaped.marked, shaped.form.says
+        whole, prompt = yield [text.text, self.template.prompt(shaped.chat)]
         mask = self.completions.between_markers(chat, whole, text.spans)
-        if mask is not None:
-            return self._checked(
-                chat, Rendered(input_ids=whole.ids, mask=mask, prompt_ids=prompt.ids, way=text.markers)
-            )
-        mask = [False] * len(whole.ids)
-        for number in chat.trained:
-            before, until = prompt, whole
-            if number < len(chat.turns):
-                part = chat.until(number)
-                before, until = yield [self.template.prompt(part), self.template.text(part)]
-            turn = self.completions.turn(number, ids=whole.ids, before=before.ids, until=until.ids)
-            mask[turn.start : turn.stop] = [True] * len(turn)
-        return self._checked(chat, Rendered(input_ids=whole.ids, mask=mask, prompt_ids=prompt.ids, way="prefixes"))
+        way: Way = text.markers
+        if mask is None:
+            way, mask = "prefixes", [False] * len(whole.ids)
+            for number in chat.trained:
+                before, until = prompt, whole
+                if number < len(chat.turns):
+                    part = shaped.chat.until(number)
+                    before, until = yield [self.template.prompt(part), self.template.text(part)]
+                turn = self.completions.turn(number, ids=whole.ids, before=before.ids, until=until.ids)
+                mask[turn.start : turn.stop] = [True] * len(turn)
+        rendered = Rendered(input_ids=whole.ids, mask=mask, prompt_ids=prompt.ids, way=way, form=form)
+        return self._checked(chat, rendered, trained=chat.trained)
 
     def _last(self, chat: Conversation) -> Reading[Rendered]:
-        whole, prompt = yield [self.template.text(chat), self.template.prompt(chat)]
-        turn = self.completions.turn(len(chat.turns), ids=whole.ids, before=prompt.ids, until=whole.ids)
+        number = len(chat.turns)
+        shaped = self.template.shaped(chat, trained=[number], markers=False)
+        whole, prompt = yield [shaped.marked.text, self.template.prompt(shaped.chat)]
+        turn = self.completions.turn(number, ids=whole.ids, before=prompt.ids, until=whole.ids)
         mask = [place in turn for place in range(len(whole.ids))]
-        return self._checked(chat, Rendered(input_ids=whole.ids, mask=mask, prompt_ids=prompt.ids, way=ONE_A_TURN))
+        rendered = Rendered(
+            input_ids=whole.ids, mask=mask, prompt_ids=prompt.ids, way=ONE_A_TURN, form=shaped.form.says
+        )
+        return self._checked(chat, rendered, trained=[number])
 
-    def _checked(self, chat: Conversation, rendered: Rendered) -> Rendered:
-        """Pass it on; RowError for a doubled beginning-of-text token, or a tool call that the template leaves out."""
+    def _checked(self, chat: Conversation, rendered: Rendered, *, trained: Sequence[int]) -> Rendered:
+        """Pass it on; RowError for a doubled beginning-of-text token, or a tool call that is not trained."""
         ids, mask, bos = rendered.input_ids, rendered.mask, self.tokenizer.bos_token_id
         if bos is not None and ids[:2] == [bos, bos]:
             raise RowError("begins with two beginning-of-text tokens")
-        trained = chat.trained if rendered.way != ONE_A_TURN else [len(chat.turns)]
         if any(chat.turns[number - 1].get("tool_calls") for number in trained):
             text = self.tokenizer.decode([token for token, inside in zip(ids, mask, strict=True) if inside])
             for number in trained:
-                for name in called(chat.turns[number - 1]):
-                    if name not in text:
-                        raise RowError(f"turn {number}: the template leaves out its call of {name}")
+                for function in calls_in(chat.turns[number - 1]):
+                    if function["name"] not in text:
+                        raise RowError(f"turn {number}: the template leaves out its call of {function['name']}")
         return rendered
 
 
