@@ -18,7 +18,7 @@ from recipes.data.turns import Message
 from tasks.jobs.measuring.teacher_forcing import TokenRow
 from tasks.jobs.text.conversation import Conversation, RowError
 from tasks.jobs.text.rendering import Rendered, Renderer
-from tasks.jobs.text.tokenizer import load_tokenizer, with_end
+from tasks.jobs.text.tokenizer import load_tokenizer, text_ids, with_end
 from tasks.runtime.process.errors import StageError
 
 
@@ -111,7 +111,7 @@ def another(folder: Path, dataset: Path, rows: Sequence[TokenRow]) -> str | None
 def _same(row: TokenRow, source: RowSource, own: Any, theirs: Any) -> bool:
     if source.is_text:
         text = source.turns[0]["content"]
-        return own(text)["input_ids"] == theirs(text)["input_ids"]
+        return text_ids(own, text) == text_ids(theirs, text)
     chat = source.chat
 
     def ids(turns: list[Message], **options: bool) -> list[int]:
@@ -180,7 +180,7 @@ def read_rows_as(
 
 def _read(row: TokenRow, source: RowSource, renderer: Renderer, *, ended: bool) -> list[TokenRow]:
     if source.is_text:
-        ids: list[int] = renderer.tokenizer(source.turns[0]["content"])["input_ids"]
+        ids = text_ids(renderer.tokenizer, source.turns[0]["content"])
         if ended:
             ids = with_end(renderer.tokenizer, ids)
         return [replace(row, ids=ids, counted=[False, *[True] * (len(ids) - 1)], prompt_ids=[])]

@@ -57,6 +57,22 @@ class Shaped(NamedTuple):
     marked: Marked
 
 
+def prints_today(template: str) -> bool:
+    """True where a template asks for the date of the day on which it renders."""
+    return "strftime_now" in template
+
+
+def names_of(template: str, *, args: Mapping[str, Any], day: date | None) -> dict[str, Any]:
+    """What a template may name beside turns and special tokens: the recipe's arguments, and its day in place of today.
+
+    `date_string` is given to a template that takes it and has a fixed day without it (Llama 3.1), as it writes days.
+    """
+    if day is None:
+        return dict(args)
+    fixed = {"date_string": day.strftime("%d %b %Y")} if "date_string" in template else {}
+    return {"strftime_now": day.strftime, **({} if prints_today(template) else fixed), **args}
+
+
 @dataclass(frozen=True, kw_only=True)
 class ChatTemplate:
     """The template, or templates, of a tokenizer.
@@ -89,7 +105,7 @@ class ChatTemplate:
         """
         first: RowError | None = None
         reasons = [number for number in trained if chat.turns[number - 1].get("reasoning_content")]
-        for form in forms_of(chat, self._source(chat)):
+        for form in forms_of(chat, self.source(chat)):
             shaped = form.of(chat)
             try:
                 marked = self.marked(shaped) if markers else Marked(self.text(shaped), None, "generation markers")
@@ -113,7 +129,7 @@ class ChatTemplate:
         Raises:
             RowError: The template refuses it; the turn is named.
         """
-        own = self._source(chat)
+        own = self.source(chat)
         if GENERATION.search(own):
             text, spans = self._rendered(chat, own, tracked=True)
             return Marked(text, spans, "generation markers")
@@ -133,7 +149,7 @@ class ChatTemplate:
         Raises:
             RowError: The template refuses it; the turn is named.
         """
-        return self._rendered(chat, self._source(chat), prompted=prompted)[0]
+        return self._rendered(chat, self.source(chat), prompted=prompted)[0]
 
     def prompt(self, chat: Conversation) -> str:
         """The history before the last turn, with the generation prompt.
@@ -143,7 +159,8 @@ class ChatTemplate:
         """
         return self.text(chat.until(len(chat.turns) - 1), prompted=True)
 
-    def _source(self, chat: Conversation) -> str:
+    def source(self, chat: Conversation) -> str:
+        """The Jinja text that renders a conversation; some tokenizers have another one for tools."""
         return self.tokenizer.get_chat_template(tools=chat.tools)
 
     def _check_shape(self, chat: Conversation, form: Form) -> None:
@@ -153,7 +170,7 @@ class ChatTemplate:
             return
         worded = in_words(chat)
         try:
-            text = self._call(form.of(worded), self._source(chat), prompted=False, tracked=False)[0]
+            text = self._call(form.of(worded), self.source(chat), prompted=False, tracked=False)[0]
         except REFUSALS:  # it wants more of a text than a word
             text = None
         if text is not None:
@@ -179,7 +196,7 @@ class ChatTemplate:
 
     def _refuses(self, chat: Conversation) -> bool:
         try:
-            self._call(chat, self._source(chat), prompted=False, tracked=False)
+            self._call(chat, self.source(chat), prompted=False, tracked=False)
         except REFUSALS:
             return True
         return False

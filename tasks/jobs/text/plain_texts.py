@@ -11,7 +11,7 @@ from recipes.data.formats import TEXT
 from recipes.data.rows import Row, content_hash
 from tasks.jobs.text.rendering import Rendered, Renderer
 from tasks.jobs.text.sources import place_of
-from tasks.jobs.text.tokenizer import with_end
+from tasks.jobs.text.tokenizer import text_ids, with_end
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
 
@@ -50,7 +50,7 @@ def text_records(job: Job, rows: dict[str, Row], renderer: Renderer) -> Texts:
     """
     params, texts = job.params, Texts([], [])
     for name, row in sorted(rows.items()):
-        ids = with_end(renderer.tokenizer, renderer.tokenizer(row.messages[0]["content"])["input_ids"])
+        ids = with_end(renderer.tokenizer, text_ids(renderer.tokenizer, row.messages[0]["content"]))
         kept = ids[: params["max_length"]]
         if len(kept) < len(ids):
             texts.lost.append(len(ids) - len(kept))

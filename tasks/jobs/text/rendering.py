@@ -12,17 +12,18 @@ their tokens (`encoding`), so that many rows are tokenised in one call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
 from recipes.data.turns import Message
-from tasks.jobs.text.chat_template import ChatTemplate
-from tasks.jobs.text.completions import Completions, spans
+from tasks.jobs.text.chat_template import ChatTemplate, names_of, prints_today
+from tasks.jobs.text.completions import Completions, SeamError, spans
 from tasks.jobs.text.conversation import Conversation, RowError, behind_thinking, calls_in
 from tasks.jobs.text.encoding import Reading, alone, encode, side_by_side
-from tasks.jobs.text.templates import chatml, end_of_turn, generation_prompt, training_template
+from tasks.jobs.text.templates import chatml, end_of_turn, generation_prompt, templates_of, training_template
 from tasks.jobs.text.tokenizer import load_tokenizer
 from tasks.runtime.process.errors import StageError
 
@@ -89,12 +90,21 @@ class Renderer:
     completions: Completions
 
     @classmethod
-    def open(cls, folder: Path, *, template: str | None = None) -> Renderer:
+    def open(
+        cls,
+        folder: Path,
+        *,
+        template: str | None = None,
+        args: Mapping[str, Any] | None = None,
+        day: date | None = None,
+    ) -> Renderer:
         """The tokenizer of a model folder, with its own template or, if it has none, the one given.
 
         Args:
             folder: Model folder.
             template: `chatml`, the text of a Jinja template, or None.
+            args: Arguments that the template gets in every rendering.
+            day: What the template prints as today's date.
 
         Raises:
             StageError: No tokenizer, no template, two templates, or turns that end with no special token.
@@ -102,8 +112,11 @@ class Renderer:
         tokenizer = _with_template(folder, template)
         special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
         special |= {tokenizer.eos_token_id} - {None}
+        named = names_of("\n".join(templates_of(tokenizer)), args=args or {}, day=day)
         chat_template = ChatTemplate(
-            tokenizer=tokenizer, training=training_template(tokenizer), names=dict(tokenizer.special_tokens_map)
+            tokenizer=tokenizer,
+            training=training_template(tokenizer),
+            names=dict(tokenizer.special_tokens_map) | named,
         )
         try:
             ending = end_of_turn(chat_template, folder, special=special)
@@ -128,23 +141,36 @@ class Renderer:
         return self.template.tokenizer
 
     @property
+    def prints_today(self) -> bool:
+        """One of its templates prints the date of the day on which it renders."""
+        return any(map(prints_today, templates_of(self.tokenizer)))
+
+    @property
     def end_of_turn(self) -> int:
         """Id of the special token that ends an assistant turn."""
         return self.completions.end_of_turn
 
-    def samples(self, chat: Conversation, *, max_length: int) -> list[Sample | TooLong]:
+    def samples(self, chat: Conversation, *, max_length: int, scored: bool = False) -> list[Sample | TooLong]:
         """The samples that a row is trained on and scored by: one, or one per trained turn, each cut to fit.
 
+        Args:
+            chat: The row.
+            max_length: Tokens of a sample.
+            scored: An answer to the last turn is decoded and scored, so its prompt has to be what was trained.
+
         Raises:
-            RowError: The template refuses the turns, or no way gives a sound mask.
+            RowError: The template refuses the turns, or no way gives a sound mask; a SeamError where the prompt is no
+                beginning of what is trained.
         """
-        return alone(self._samples(chat, max_length=max_length), self.tokenizer)
+        return alone(self._samples(chat, max_length=max_length, scored=scored), self.tokenizer)
 
     def samples_of(
-        self, chats: Iterable[Conversation], *, max_length: int
+        self, chats: Iterable[Conversation], *, max_length: int, scored: bool = False
     ) -> Iterator[list[Sample | TooLong] | RowError]:
         """`samples` of many rows, in their order, or why a row is refused; their texts are tokenised together."""
-        return side_by_side((self._samples(chat, max_length=max_length) for chat in chats), self.tokenizer)
+        return side_by_side(
+            (self._samples(chat, max_length=max_length, scored=scored) for chat in chats), self.tokenizer
+        )
 
     def render(self, chat: Conversation) -> Rendered:
         """Token ids of a conversation, every assistant turn trained but those marked `train: False`.
@@ -182,7 +208,17 @@ class Renderer:
         start, stop = spans(rendered.mask)[-1]
         return behind_thinking(self.tokenizer.decode(rendered.input_ids[start:stop], skip_special_tokens=True))
 
-    def _samples(self, chat: Conversation, *, max_length: int) -> Reading[list[Sample | TooLong]]:
+    def _samples(self, chat: Conversation, *, max_length: int, scored: bool) -> Reading[list[Sample | TooLong]]:
+        samples: list[Sample | TooLong] = yield from self._cut_samples(chat, max_length=max_length)
+        for sample in samples:
+            if scored and isinstance(sample, Sample) and sample.last and sample.rendered.skewed:
+                raise SeamError(
+                    f"turn {len(chat.turns)}: its answer would be decoded from a prompt that is no beginning of what "
+                    "is trained"
+                )
+        return samples
+
+    def _cut_samples(self, chat: Conversation, *, max_length: int) -> Reading[list[Sample | TooLong]]:
         """One sample of the whole row; where no way masks it, one per trained turn."""
         try:
             return [(yield from _fitted(chat, self._whole, max_length=max_length, turn=0, last=chat.is_answered))]

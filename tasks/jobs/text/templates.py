@@ -17,6 +17,11 @@ from tasks.runtime.process.errors import StageError
 PROBE = "Quench"
 
 
+def templates_of(tokenizer: Any) -> list[str]:
+    """The text of its template, or of each of those that have names."""
+    return list(own.values()) if isinstance(own := tokenizer.chat_template, dict) else [own]
+
+
 def training_template(tokenizer: Any) -> str | None:
     """TRL's training template where the tokenizer's own equals, byte for byte, one that TRL ships; else None."""
     own = tokenizer.chat_template
