@@ -36,6 +36,8 @@ ROWS = pa.schema(
         ("columns", pa.string()),
         ("dropped_turns", pa.int32()),
         ("turn", pa.int32()),  # number of the one turn that is trained; 0 where all assistant turns are
+        ("tools", pa.string()),  # JSON text; empty where there are none
+        ("source", pa.string()),  # file and line
     ]
 )
 GENERAL = pa.schema([("row", pa.string()), ("input_ids", pa.list_(pa.int32())), ("n_chars", pa.int32())])
@@ -198,7 +200,7 @@ def _note_masks(
 
 def _record(row: Row, sample: Sample, renderer: Renderer) -> dict[str, Any]:
     """What rows.parquet holds of a sample. Only the one with the row's last turn has a prompt, to be answered."""
-    rendered, turn = sample.rendered, sample.turns[-1]
+    rendered, turn, tools = sample.rendered, sample.turns[-1], row.columns.get("tools")
     answer = behind_thinking(turn.get("content") or "")
     if turn.get("tool_calls"):  # the text of a call is the template's
         answer = renderer.completion(rendered)
@@ -213,6 +215,8 @@ def _record(row: Row, sample: Sample, renderer: Renderer) -> dict[str, Any]:
         "columns": json.dumps(row.columns, ensure_ascii=False),
         "dropped_turns": sample.dropped,
         "turn": sample.turn,
+        "tools": tools if isinstance(tools, str) else json.dumps(tools, ensure_ascii=False) if tools else "",
+        "source": row.where,
     }
 
 

@@ -66,6 +66,8 @@ def text_records(job: Job, rows: dict[str, Row], renderer: Renderer) -> Texts:
                 "columns": json.dumps(row.columns, ensure_ascii=False),
                 "dropped_turns": 0,
                 "turn": 0,
+                "tools": "",
+                "source": row.where,
             }
         )
         if len(texts.records) == 1:
