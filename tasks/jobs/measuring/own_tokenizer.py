@@ -199,9 +199,9 @@ def _rendered(renderer: Renderer, source: RowSource) -> list[Rendered]:
     try:
         return [renderer.render(chat)]
     except RowError:
-        if len(chat.answered) == 1:
+        if chat.trained == [len(chat.turns)]:
             raise
-    return [renderer.render_last(chat.until(number)) for number in chat.answered]
+    return [renderer.render_last(chat.until(number)) for number in chat.trained]
 
 
 class _Sources:
