@@ -12,7 +12,9 @@ import pyarrow.parquet as pq
 from jinja2 import TemplateError
 from transformers import AutoConfig, GenerationConfig
 
-from recipes.data.rows import SHOWN, TEXT, Message, first_lines
+from recipes.data.formats import TEXT
+from recipes.data.rows import SHOWN, first_lines
+from recipes.data.turns import Message
 from tasks.jobs.measuring.teacher_forcing import TokenRow
 from tasks.jobs.text.conversation import Conversation, RowError
 from tasks.jobs.text.rendering import Rendered, Renderer
@@ -25,12 +27,12 @@ class RowSource(NamedTuple):
 
     Attributes:
         turns: Its turns, or the one plain text.
-        tools: JSON text of its tools, empty where it has none.
+        tools: Its JSON schemas, None where it has none.
         turn: Number of the one turn that is trained; 0 where all are.
     """
 
     turns: list[Message]
-    tools: str
+    tools: list[dict[str, Any]] | None
     turn: int
 
     @property
@@ -215,7 +217,7 @@ class _Sources:
     def __getitem__(self, row: str) -> RowSource:
         """The row of this name."""
         messages, tools, turn = (self._table[name][self._places[row]].as_py() for name in ("messages", "tools", "turn"))
-        return RowSource(json.loads(messages), tools, turn)
+        return RowSource(json.loads(messages), json.loads(tools or "null"), turn)
 
 
 def _ends(folder: Path, renderer: Renderer) -> list[int]:

@@ -19,7 +19,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 from jinja2 import TemplateError
 
-from recipes.data.rows import Message
+from recipes.data.turns import Message
 from tasks.jobs.text.chat_template import ChatTemplate
 from tasks.jobs.text.completions import Completions, spans
 from tasks.jobs.text.conversation import Conversation, RowError, behind_thinking, called
