@@ -116,9 +116,7 @@ def _empty(reader: RowReader) -> Problem:
     path = reader.origin.path
     if not data_files(path):
         return no_rows(path, "no *.jsonl, *.json, *.csv or *.parquet file in it")
-    return no_rows(
-        path, f"data.keep leaves all {reader.left_out} rows out" if reader.left_out else "the file is empty"
-    )
+    return no_rows(path, f"data.keep leaves all {reader.left_out} rows out" if reader.left_out else "the file is empty")
 
 
 def placed_row(row: Row, params: Mapping[str, Any]) -> SpooledRow:

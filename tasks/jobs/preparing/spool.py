@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from recipes.data.formats import TEXT
 from recipes.data.rows import Side
 from recipes.data.turns import Message
 
@@ -46,6 +47,11 @@ class SpooledRow(NamedTuple):
     tools: Any
     columns: dict[str, Any]
     identity: str
+
+    @property
+    def is_text(self) -> bool:
+        """A plain text: no prompt, no template."""
+        return self.messages[0]["role"] == TEXT
 
 
 class Spool:
