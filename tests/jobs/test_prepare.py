@@ -172,12 +172,23 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
         run(tmp_path, [])
 
 
-def test_duplicates_go_after_normalisation(tmp_path: Path) -> None:
-    again = [{"messages": chat(" what  is 1 ?", "it is 1\n")}, questions(3)[2]]
+def test_duplicates_are_equal_to_the_last_space(tmp_path: Path) -> None:
+    again = [{"messages": chat(" what  is 1 ?", "it is 1")}, questions(3)[2]]
     dataset = run(tmp_path, [*questions(60), *again])
-    assert json.loads((dataset / "summary.json").read_text())["duplicates"] == 2
-    assert len(table(dataset)) == 60
-    assert len({tuple(row["input_ids"]) for row in table(dataset)}) == 60
+    assert json.loads((dataset / "summary.json").read_text())["duplicates"] == 1
+    rows = {row["row"]: row["source"] for row in pq.read_table(dataset / "rows.parquet").to_pylist()}
+    assert len(rows) == 61
+    assert rows[content_hash(questions(3)[2]["messages"])[:16]] == "out.jsonl:3"  # the first of equal rows stays
+
+
+def test_rows_that_a_scorer_tells_apart_are_no_duplicates(tmp_path: Path) -> None:
+    rows = [row | {"schema": "a"} for row in questions(60)]
+    rows += [rows[7] | {"schema": "b"}, rows[8] | {"note": "the same row"}]
+    dataset = run(tmp_path, rows, scored_columns=["schema"])
+    assert json.loads((dataset / "summary.json").read_text())["duplicates"] == 1
+    twice = [row for row in table(dataset) if row["answer"] == "it is 7"]
+    assert {json.loads(row["columns"])["schema"] for row in twice} == {"a", "b"}
+    assert len({row["split"] for row in twice}) == 1  # they have one question
 
 
 def test_rows_that_truncation_makes_equal_do_not_straddle_the_split(tmp_path: Path) -> None:
