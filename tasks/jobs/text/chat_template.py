@@ -6,9 +6,12 @@ because `apply_chat_template` renders once more for each thing that it is asked 
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
 from jinja2 import TemplateError
@@ -17,6 +20,7 @@ from transformers.utils import chat_template_utils
 from tasks.jobs.text.conversation import Conversation, RowError
 from tasks.jobs.text.coverage import check_reasoning, check_turns, in_words, shape_of
 from tasks.jobs.text.forms import Form, forms_of
+from tasks.runtime.tokenizer_files import TEMPLATE_SETTINGS
 
 GENERATION: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
 Markers = Literal["generation markers", "TRL's training template"]
@@ -62,15 +66,48 @@ def prints_today(template: str) -> bool:
     return "strftime_now" in template
 
 
-def names_of(template: str, *, args: Mapping[str, Any], day: date | None) -> dict[str, Any]:
-    """What a template may name beside turns and special tokens: the recipe's arguments, and its day in place of today.
+@dataclass(frozen=True, kw_only=True)
+class TemplateSettings:
+    """What the recipe says to a template beside the turns.
 
-    `date_string` is given to a template that takes it and has a fixed day without it (Llama 3.1), as it writes days.
+    Attributes:
+        args: Arguments of the template.
+        day: What it prints as today's date.
     """
-    if day is None:
-        return dict(args)
-    fixed = {"date_string": day.strftime("%d %b %Y")} if "date_string" in template else {}
-    return {"strftime_now": day.strftime, **({} if prints_today(template) else fixed), **args}
+
+    args: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    day: date | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> TemplateSettings:
+        """Those that a tokenizer's folder was written with; none where it says nothing."""
+        path = folder / TEMPLATE_SETTINGS
+        if not path.exists():
+            return cls()
+        said: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        day = said.get("template_date")
+        return cls(args=said.get("template_args") or {}, day=date.fromisoformat(day) if day else None)
+
+    def write(self, folder: Path) -> None:
+        """Say them in a tokenizer's folder; no file where there are none."""
+        if self == NO_SETTINGS:
+            return
+        said = {"template_args": dict(self.args), "template_date": self.day.isoformat() if self.day else None}
+        text = json.dumps(said, ensure_ascii=False, indent=2, sort_keys=True) + "\n"
+        (folder / TEMPLATE_SETTINGS).write_text(text, encoding="utf-8")
+
+    def names(self, template: str) -> dict[str, Any]:
+        """What the template may name.
+
+        `date_string` is given to a template that takes it and has a fixed day without it (Llama 3.1), as it writes days.
+        """
+        if self.day is None:
+            return dict(self.args)
+        fixed = {"date_string": self.day.strftime("%d %b %Y")} if "date_string" in template else {}
+        return {"strftime_now": self.day.strftime, **({} if prints_today(template) else fixed), **self.args}
+
+
+NO_SETTINGS: Final = TemplateSettings()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,14 +117,22 @@ class ChatTemplate:
     Attributes:
         tokenizer: A PreTrainedTokenizerBase with a chat template.
         training: TRL's training template where it has one for exactly this template.
-        names: What a template may name beside the turns: special tokens, arguments of the recipe, the date.
+        settings: Arguments and the date.
+        special: Special tokens by the names that a template has for them.
         whole: Shapes of conversations whose turns are all rendered; filled as rows come.
     """
 
     tokenizer: Any
     training: str | None = None
-    names: dict[str, Any] = field(default_factory=dict[str, Any])
+    settings: TemplateSettings = NO_SETTINGS
+    special: Mapping[str, Any] = field(default_factory=dict[str, Any])
     whole: set[tuple[object, ...]] = field(default_factory=set[tuple[object, ...]])
+
+    @classmethod
+    def of(cls, tokenizer: Any, *, settings: TemplateSettings, training: str | None = None) -> ChatTemplate:
+        """The template of a tokenizer."""
+        special = dict(tokenizer.special_tokens_map)
+        return cls(tokenizer=tokenizer, training=training, settings=settings, special=special)
 
     def shaped(self, chat: Conversation, *, trained: Sequence[int], markers: bool = True) -> Shaped:
         """The conversation in the first form whose rendering holds all that it says.
@@ -205,7 +250,9 @@ class ChatTemplate:
         self, chat: Conversation, source: str, *, prompted: bool, tracked: bool
     ) -> tuple[str, list[tuple[int, int]]]:
         compiled: Any = chat_template_utils._compile_jinja_template(source)  # pyright: ignore[reportPrivateUsage]
-        given = self.names | {
+        given = {
+            **self.special,
+            **self.settings.names(source),
             "messages": chat.for_template(),
             "tools": chat.tools,
             "documents": None,

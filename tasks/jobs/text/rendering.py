@@ -12,14 +12,14 @@ their tokens (`encoding`), so that many rows are tokenised in one call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
 from recipes.data.turns import Message
-from tasks.jobs.text.chat_template import ChatTemplate, names_of, prints_today
+from tasks.jobs.text.chat_template import NO_SETTINGS, ChatTemplate, TemplateSettings, prints_today
 from tasks.jobs.text.completions import Completions, SeamError, spans
 from tasks.jobs.text.conversation import Conversation, RowError, behind_thinking, calls_in
 from tasks.jobs.text.encoding import Reading, alone, encode, side_by_side
@@ -95,16 +95,14 @@ class Renderer:
         folder: Path,
         *,
         template: str | None = None,
-        args: Mapping[str, Any] | None = None,
-        day: date | None = None,
+        settings: TemplateSettings = NO_SETTINGS,
     ) -> Renderer:
         """The tokenizer of a model folder, with its own template or, if it has none, the one given.
 
         Args:
             folder: Model folder.
             template: `chatml`, the text of a Jinja template, or None.
-            args: Arguments that the template gets in every rendering.
-            day: What the template prints as today's date.
+            settings: What the template gets in every rendering.
 
         Raises:
             StageError: No tokenizer, no template, two templates, or turns that end with no special token.
@@ -112,12 +110,7 @@ class Renderer:
         tokenizer = _with_template(folder, template)
         special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
         special |= {tokenizer.eos_token_id} - {None}
-        named = names_of("\n".join(templates_of(tokenizer)), args=args or {}, day=day)
-        chat_template = ChatTemplate(
-            tokenizer=tokenizer,
-            training=training_template(tokenizer),
-            names=dict(tokenizer.special_tokens_map) | named,
-        )
+        chat_template = ChatTemplate.of(tokenizer, settings=settings, training=training_template(tokenizer))
         try:
             ending = end_of_turn(chat_template, folder, special=special)
             opening = generation_prompt(chat_template)
@@ -140,10 +133,15 @@ class Renderer:
         """A PreTrainedTokenizerBase with a chat template (its stubs do not know what a call returns)."""
         return self.template.tokenizer
 
-    @property
-    def prints_today(self) -> bool:
-        """One of its templates prints the date of the day on which it renders."""
-        return any(map(prints_today, templates_of(self.tokenizer)))
+    def refuse_today(self) -> None:
+        """Raise StageError where the template prints today's date, and none was given for it."""
+        if self.template.settings.day is None and any(map(prints_today, templates_of(self.tokenizer))):
+            raise StageError.of(
+                what="the chat template prints today's date",
+                where="model.template_date",
+                why="the same rows would get other tokens tomorrow, and an answer another prompt than was trained",
+                next=f"write `template_date: {date.today().isoformat()}` under `model:`; it stays what it was then",
+            )
 
     @property
     def end_of_turn(self) -> int:

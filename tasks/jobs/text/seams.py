@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
 
+from recipes.data.turns import Message
 from tasks.jobs.text.conversation import Conversation, RowError
 from tasks.jobs.text.rendering import Renderer
 from tasks.jobs.text.templates import generation_prompt
@@ -22,8 +23,9 @@ TRIED: Final[tuple[dict[str, bool], ...]] = tuple(
 AROUND: Final = 40  # characters that are shown on each side of the first difference
 
 
-def remedy(renderer: Renderer, chat: Conversation) -> str:
+def remedy(renderer: Renderer, turns: list[Message], tools: Any) -> str:
     """What to do about a row with a SeamError: the argument that makes both equal, else what differs."""
+    chat = Conversation.of(turns, tools)
     for args in TRIED:
         name = next(iter(args))
         if name in renderer.template.source(chat) and _are_equal(_with(renderer, args), chat):
@@ -35,7 +37,8 @@ def remedy(renderer: Renderer, chat: Conversation) -> str:
 
 
 def _with(renderer: Renderer, args: Mapping[str, Any]) -> Renderer:
-    template = replace(renderer.template, names=renderer.template.names | dict(args), whole=set())
+    settings = replace(renderer.template.settings, args={**renderer.template.settings.args, **args})
+    template = replace(renderer.template, settings=settings, whole=set())
     return replace(
         renderer, template=template, completions=replace(renderer.completions, opening=generation_prompt(template))
     )

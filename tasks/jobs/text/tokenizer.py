@@ -14,8 +14,12 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def text_ids(tokenizer: Any, text: str) -> list[int]:
-    """A plain text as the tokenizer makes it, with one beginning-of-text token where it adds one and the text has one."""
-    ids: list[int] = tokenizer(text)["input_ids"]
+    """A plain text as the tokenizer makes it."""
+    return begun_once(tokenizer, tokenizer(text)["input_ids"])
+
+
+def begun_once(tokenizer: Any, ids: list[int]) -> list[int]:
+    """The ids with one beginning-of-text token where the tokenizer adds one and the text has it already."""
     bos = tokenizer.bos_token_id
     while bos is not None and ids[:2] == [bos, bos]:
         ids = ids[1:]
