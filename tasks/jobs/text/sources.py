@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from recipes.data.rows import Row, Rows, Side, drawn, malformed, origins, read_origin, side, source_name
-from tasks.jobs.text.near_duplicates import near_duplicates, not_all_compared
+from recipes.doubles.near_duplicates import near_duplicate_turns, not_all_compared
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
 
@@ -67,7 +67,7 @@ def select(job: Job, rows: dict[str, Row]) -> Selection:
     if params["near_duplicates"] == "ignore":
         return Selection(kept, counts)
     turns = {name: row.messages for name, row in kept.items()}
-    pairs, limited = near_duplicates(turns, sides, jaccard=params["near_duplicate_jaccard"])
+    pairs, limited = near_duplicate_turns(turns, sides, jaccard=params["near_duplicate_jaccard"])
     remove = {pair.row for pair in pairs if params["near_duplicates"] == "remove" and sides[pair.row] != "test"}
     counts["near_duplicates"] = {
         "rows": len(pairs),
@@ -94,7 +94,7 @@ def _drawn(job: Job, rows: dict[str, Row], sides: dict[str, Side]) -> dict[str, 
 
 def _in_words(counts: dict[str, int], params: dict[str, Any]) -> str:
     text = (
-        f"{counts['rows']} rows share {params['near_duplicate_jaccard']:g} or more of their word 5-grams with another: "
+        f"{counts['rows']} rows share {params['near_duplicate_jaccard']:g} or more of their 5-grams with another: "
         f"{counts['train']} in train, {counts['dev']} in dev, {counts['test']} in test; "
         f"{counts['across_sides']} of them resemble a row of another side"
     )
