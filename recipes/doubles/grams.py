@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
-from recipes.data.rows import Message
+from recipes.data.turns import Message
 
 Hashes: TypeAlias = NDArray[np.uint64]
 GRAM = 5  # units

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from recipes.data.rows import Message, Side
+from recipes.data.rows import Side
+from recipes.data.turns import Message
 from recipes.doubles.grams import STEP, Grams, GramWriter, Hashes, compared_text, mixed
 
 PERMUTATIONS = 128
