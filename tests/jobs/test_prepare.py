@@ -13,9 +13,9 @@ from transformers import AutoTokenizer
 
 from recipes.data.origin import source_name
 from recipes.data.rows import content_hash, read_rows, side
+from recipes.doubles.near_duplicates import near_duplicate_turns
 from tasks.jobs import prepare
 from tasks.jobs.text.conversation import Conversation, RowError
-from tasks.jobs.text.near_duplicates import near_duplicates
 from tasks.jobs.text.rendering import Renderer
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
@@ -440,7 +440,7 @@ def test_a_system_turn_that_all_rows_share_makes_no_near_duplicates(tmp_path: Pa
 def test_the_limit_is_the_exact_jaccard_similarity(jaccard: float, expected: bool) -> None:
     rows = {str(i): almost(i, of=0)["messages"] for i in range(2)}
     # 115 + 3 words give 114 5-grams, of which the last one differs: 113 / 115 = 0.983.
-    pairs = near_duplicates(rows, {"0": "test", "1": "train"}, jaccard=jaccard).pairs
+    pairs = near_duplicate_turns(rows, {"0": "test", "1": "train"}, jaccard=jaccard).pairs
     assert [(pair.row, pair.like) for pair in pairs] == ([("1", "0")] if expected else [])
 
 
