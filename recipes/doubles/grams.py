@@ -60,7 +60,8 @@ def compared_text(turns: Sequence[Message]) -> str:
 
 
 def _calls(turn: Message) -> list[Any]:
-    return [call.get("function", call) for call in turn.get("tool_calls") or []]
+    calls: list[dict[str, Any]] = turn.get("tool_calls") or []
+    return [call.get("function", call) for call in calls]
 
 
 def units(text: str) -> Sequence[str]:
@@ -105,7 +106,7 @@ class Grams:
         """All of them, some 260,000 grams at once."""
         first = 0
         while first < len(self):
-            limit = self.starts[first] + BATCH
+            limit = int(self.starts[first]) + BATCH
             last = max(first + 1, int(np.searchsorted(self.starts, limit, side="right")) - 1)
             starts = self.starts[first : last + 1]
             yield Batch(first, last, self._read(int(starts[0]), int(starts[-1])), starts[:-1] - starts[0])

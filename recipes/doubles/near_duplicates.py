@@ -9,7 +9,7 @@ import tempfile
 from array import array
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,27 +58,10 @@ def near_duplicates(
 
     Source: Broder 1997, "On the resemblance and containment of documents".
     """
-    order = np.asarray(
-        [
-            row
-            for side in ORDER
-            for row in sorted((row for row, own in enumerate(sides) if own == side), key=names.__getitem__)
-        ],
-        np.int64,
-    )
-    buckets = _Buckets(_band_hashes(grams, _bands(jaccard))[:, order])
-    pairs: list[NearDuplicate] = []
-    limited = 0
-    for place in buckets.places:
-        row = int(order[place])
-        proposed = buckets.before(place)
-        like = _first_alike(row, order[proposed[:COMPARED]], grams, jaccard)
-        limited += like is None and len(proposed) > COMPARED
-        if like is not None:
-            pairs.append(NearDuplicate(names[row], names[like]))
-        if like is None or sides[row] in stay:
-            buckets.insert(place)
-    return NearDuplicates(pairs, limited)
+    by_side = [[row for row, own in enumerate(sides) if own == side] for side in ORDER]
+    order = [row for rows in by_side for row in sorted(rows, key=names.__getitem__)]
+    found = alike(np.asarray(order, np.int64), grams, jaccard=jaccard, stay=np.asarray([own in stay for own in sides]))
+    return NearDuplicates([NearDuplicate(names[row], names[like]) for row, like in found.pairs], found.limited)
 
 
 def near_duplicate_turns(
@@ -100,6 +83,37 @@ def near_duplicate_turns(
             return near_duplicates(list(rows), [sides[name] for name in rows], grams, jaccard=jaccard)
         finally:
             grams.close()
+
+
+class Alike(NamedTuple):
+    """NearDuplicates by numbers of rows."""
+
+    pairs: list[tuple[int, int]]
+    limited: int
+
+
+def alike(order: NDArray[np.int64], grams: Grams, *, jaccard: float, stay: NDArray[np.bool_]) -> Alike:
+    """`near_duplicates` by numbers.
+
+    Args:
+        order: Numbers of the rows to compare, in the order of comparison.
+        grams: Of all rows.
+        jaccard: The limit.
+        stay: [rows] whether a row stays also where it is almost equal to an earlier one.
+    """
+    buckets = _Buckets(_band_hashes(grams, _bands(jaccard))[:, order])
+    pairs: list[tuple[int, int]] = []
+    limited = 0
+    for place in buckets.places:
+        row = int(order[place])
+        proposed = buckets.before(place)
+        like = _first_alike(row, order[proposed[:COMPARED]], grams, jaccard)
+        limited += like is None and len(proposed) > COMPARED
+        if like is not None:
+            pairs.append((row, like))
+        if like is None or stay[row]:
+            buckets.insert(place)
+    return Alike(pairs, limited)
 
 
 def not_all_compared(limited: int) -> str:
@@ -129,7 +143,7 @@ class _Buckets:
         capacities: list[NDArray[np.int64]] = [np.zeros(1, np.int64)]
         count = 0
         for band, values in enumerate(hashes):
-            _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
+            group, sizes = _numbered(values)
             shared = sizes > 1
             numbers = np.where(shared, count + np.cumsum(shared) - 1, -1)
             groups[:, band] = numbers[group]
@@ -159,6 +173,12 @@ class _Buckets:
 
     def _of(self, place: int) -> list[int]:
         return [group for group in self._groups[place].tolist() if group >= 0]
+
+
+def _numbered(values: Hashes) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Equal values as one number each, from 0, and how often each of them stands there."""
+    unique: Any = np.unique(values, return_inverse=True, return_counts=True)
+    return unique[1], unique[2]
 
 
 def _first_alike(row: int, others: NDArray[np.int64], grams: Grams, jaccard: float) -> int | None:
