@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from recipes.doubles.grams import GramWriter, compared_text
-from recipes.doubles.near_duplicates import near_duplicates, not_all_compared
+from recipes.doubles.search import NOT_LOOKED_FOR, DoubleSearch
 from tasks.jobs.preparing.reading import Progress, ReadSources
 from tasks.jobs.preparing.spool import SIDES, Spool
 from tasks.runtime.process.job import Job
@@ -47,9 +46,26 @@ def select(job: Job, reads: ReadSources, scratch: Path) -> Selection:
     counts: dict[str, Any] = {"not_drawn_rows": len(places) - len(kept)}
     duplicates = len(spool) - len(places)
     if job.params["near_duplicates"] == "ignore":
+        job.events.note("leaks", NOT_LOOKED_FOR)
         return Selection(kept, duplicates, counts)
-    remove, counts["near_duplicates"] = _near_duplicates(job, spool, kept, scratch)
-    return Selection(kept[~np.isin(kept, remove)], duplicates, counts)
+    stays = _without_doubles(job, spool, kept, scratch, counts)
+    return Selection(stays, duplicates, counts)
+
+
+def _without_doubles(job: Job, spool: Spool, places: Places, scratch: Path, counts: dict[str, Any]) -> Places:
+    """The places that stay; near-duplicates and leaks are noted and counted."""
+    search, progress = DoubleSearch(scratch), Progress(job.events, note="near-duplicates", total=len(places))
+    for place in places.tolist():
+        row = spool[place]
+        search.add(row.name, row.split, row.messages, row.tools)
+        progress.step()
+    how = {"mode": job.params["near_duplicates"], "jaccard": job.params["near_duplicate_jaccard"]}
+    doubles = search.find(**how)
+    leaks = doubles.leaks.words(lambda number: spool[int(places[number])].where)
+    job.events.note("near-duplicates", doubles.words(**how))
+    job.events.note("leaks", leaks)
+    counts |= {"near_duplicates": doubles.near, "leaks": doubles.leaks.counts | {"examples": leaks}}
+    return places[~doubles.removed]
 
 
 def distinct(spool: Spool) -> Places:
@@ -70,40 +86,3 @@ def _weights(reads: ReadSources, places: Places) -> str:
         if had[number]
     ]
     return f"train rows kept by hash: {', '.join(shares)}; dev and test keep all"
-
-
-def _near_duplicates(job: Job, spool: Spool, places: Places, scratch: Path) -> tuple[Places, dict[str, int]]:
-    """Places of the rows to remove, and counts."""
-    params, writer = job.params, GramWriter(scratch / "grams")
-    progress = Progress(job.events, note="near-duplicates", total=len(places))
-    for place in places.tolist():
-        writer.add(compared_text(spool[place].messages))
-        progress.step()
-    names = [f"{name:016x}" for name in spool.names[places].tolist()]
-    own = [SIDES[side] for side in spool.sides[places].tolist()]
-    grams = writer.finish()
-    try:
-        pairs, limited = near_duplicates(names, own, grams, jaccard=params["near_duplicate_jaccard"])
-    finally:
-        grams.close()
-    numbers = {name: number for number, name in enumerate(names)}
-    of = [(numbers[pair.row], numbers[pair.like]) for pair in pairs]
-    remove = [row for row, _ in of if params["near_duplicates"] == "remove" and own[row] != "test"]
-    counts = {
-        "rows": len(pairs),
-        "across_sides": sum(own[row] != own[like] for row, like in of),
-        "removed": len(remove),
-    } | {side: sum(own[row] == side for row, _ in of) for side in ("train", "dev", "test")}
-    job.events.note("near-duplicates", _in_words(counts, params) + not_all_compared(limited))
-    return places[remove], counts
-
-
-def _in_words(counts: dict[str, int], params: dict[str, Any]) -> str:
-    text = (
-        f"{counts['rows']} rows share {params['near_duplicate_jaccard']:g} or more of their 5-grams with another: "
-        f"{counts['train']} in train, {counts['dev']} in dev, {counts['test']} in test; "
-        f"{counts['across_sides']} of them resemble a row of another side"
-    )
-    if params["near_duplicates"] == "remove":
-        return f"{text}; {counts['removed']} removed from train and dev, none from test"
-    return f"{text}; data.near_duplicates: remove leaves them out of train and dev" if counts["rows"] else text
