@@ -18,7 +18,8 @@ from flows.plan.preflight import SETTINGS, Memory, available, largest_fitting, r
 from flows.plan.row_sizes import data_bytes, row_sizes, row_tokens, tokens_per_byte
 from recipes.checks.check import load_and_check
 from recipes.checks.rows import Sides, least_rows, split_rows
-from recipes.data.rows import Origin, Row, Rows, read_rows
+from recipes.data.origin import Origin
+from recipes.data.rows import Row, Rows, read_rows
 from recipes.data.schema import Data
 from recipes.models.headers import Headers, read_headers
 from recipes.problem import Problem, RecipeError

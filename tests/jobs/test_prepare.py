@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
-from recipes.data.rows import content_hash, read_rows, side, source_name
+from recipes.data.origin import source_name
+from recipes.data.rows import content_hash, read_rows, side
 from tasks.jobs import prepare
 from tasks.jobs.text.conversation import Conversation, RowError
 from tasks.jobs.text.near_duplicates import near_duplicates

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipes.data.rows import TEXT, Row, content_hash
+from recipes.data.formats import TEXT
+from recipes.data.rows import Row, content_hash
 from tasks.jobs.text.rendering import Rendered, Renderer
 from tasks.jobs.text.sources import place_of
 from tasks.jobs.text.tokenizer import with_end
@@ -57,8 +58,10 @@ def text_records(job: Job, rows: dict[str, Row], renderer: Renderer) -> Texts:
         texts.records.append(
             {
                 "row": name,
-                **place_of(name, row, params)._asdict(),
+                **place_of(row, params)._asdict(),
                 "messages": json.dumps([{"role": TEXT, "content": text}], ensure_ascii=False, sort_keys=True),
+                "tools": "",
+                "source": row.where,
                 "input_ids": kept,
                 "completion_mask": [True] * len(kept),
                 "prompt_ids": [],
