@@ -12,8 +12,9 @@ from dataclasses import replace
 from itertools import groupby, islice
 from typing import Any, NamedTuple
 
-from recipes.data.rows import MalformedRow, Origin, Row, drawn, iter_rows, malformed
-from tasks.jobs.prepare import open_renderer, render
+from recipes.data.origin import Origin
+from recipes.data.rows import MalformedRow, Row, drawn, iter_rows, malformed
+from tasks.jobs.prepare import _render
 from tasks.jobs.text.plain_texts import text_records
 from tasks.jobs.text.rendering import Renderer
 from tasks.jobs.text.sources import origins_of, place_of, read_sources, select
@@ -43,7 +44,10 @@ def run(job: Job) -> dict[str, Any]:
     Raises:
         StageError: No such row; malformed rows before the last one that is shown; rows that the template cannot mask.
     """
-    renderer = open_renderer(job)
+    template = job.params.get("chat_template")
+    if "template" in job.inputs:
+        template = job.inputs["template"].path.read_text(encoding="utf-8")
+    renderer = Renderer.open(job.inputs["tokenizer"].path, template=template)
     row, count = job.params["show"]["row"], job.params["show"]["count"]
     rows = list(islice(_by_name(job, row), count)) if row else _of_split(job, count)
     shown = [entry for found in rows for entry in _entries(job, found, renderer)]
@@ -193,7 +197,7 @@ def _entries(job: Job, found: FoundRow, renderer: Renderer) -> list[dict[str, An
     if found.row.is_text:
         texts = text_records(job, rows, renderer)
         return [_entry(found, record, texts.lost, renderer) for record in texts.records]
-    chats = render(job, rows, renderer)
+    chats = _render(job, rows, renderer)
     if not chats.records:
         long = f"its last exchange alone is over data.max_length: {max(chats.too_long)} tokens"
         place = place_of(found.row, job.params)._asdict()

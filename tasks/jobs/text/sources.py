@@ -6,11 +6,20 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from recipes.data.origin import origins, source_name
+from recipes.data.origin import Origin, origins, source_name
 from recipes.data.rows import Row, Rows, Side, drawn, malformed, read_origin, side
 from tasks.jobs.text.near_duplicates import near_duplicates, not_all_compared
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
+
+
+def origins_of(job: Job) -> list[Origin]:
+    """The sources of a job."""
+    params = job.params
+    paths = [job.inputs[source_name(number)].path for number in range(len(params["sources"]))]
+    return origins(
+        paths, params["sources"], domain=params["domain"], group=params["group"], scored=params["scored_columns"]
+    )
 
 
 def read_sources(job: Job) -> list[Rows]:
@@ -19,15 +28,11 @@ def read_sources(job: Job) -> list[Rows]:
     Raises:
         StageError: Malformed rows of all sources, or a source without rows.
     """
-    params = job.params
-    paths = [job.inputs[source_name(number)].path for number in range(len(params["sources"]))]
-    sources = origins(
-        paths, params["sources"], domain=params["domain"], group=params["group"], scored=params["scored_columns"]
-    )
+    sources = origins_of(job)
     reads = [read_origin(source) for source in sources]
     wrong = [line for read in reads for line in read.wrong]
     if wrong:
-        raise StageError(malformed(paths, wrong))
+        raise StageError(malformed([source.path for source in sources], wrong))
     for read in reads:
         if read.problems:
             raise StageError(read.problems[0])
