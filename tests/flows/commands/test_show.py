@@ -76,6 +76,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
     def base(name: str) -> Path:
         if not (folder / name).exists():
             write_base(folder / name, chat_template=TEMPLATES[name], bos=name == "bos")
+            config = folder / name / "config.json"  # a character is about a token here
+            config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 2048}))
         return folder / name
 
     return base
