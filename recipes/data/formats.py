@@ -71,14 +71,13 @@ class NoFormat(Unread):
         super().__init__(problem.what)
 
 
-def detect(raw: Mapping[str, Any], *, mapped: Sequence[str], where: str, field: str = "data") -> Format:
+def detect(raw: Mapping[str, Any], *, mapped: Sequence[str], where: str) -> Format:
     """The format of a row by its columns; those that data.columns names come first.
 
     Args:
         raw: The row, under the names that data.columns gives.
         mapped: These names.
         where: Place of the row.
-        field: `data`, or `data.sources.1`.
 
     Raises:
         NoFormat: No format has these columns; the problem names a line that would do.
@@ -95,9 +94,7 @@ def detect(raw: Mapping[str, Any], *, mapped: Sequence[str], where: str, field: 
             what="The columns of these rows are no format that is known by its names.",
             where=where,
             why=f"The row has {_examples(raw)}. Known are {known}.",
-            next=f"Write `{line}` under `{field}:` in the recipe"
-            + ("" if proposal else ", with the names of your columns; docs/data.md has examples")
-            + ".",
+            next=("" if proposal else "With the names of your columns: ") + _to_write(line),
         )
     )
 
@@ -121,7 +118,7 @@ def refuse_preferences(raw: Mapping[str, Any], *, mapped: Sequence[str], named: 
                 where=where,
                 why=f"`{rejected}` would be left out in silence, and nothing says which of the two is to be trained. "
                 f"The row has {_examples(raw)}.",
-                next=f"To train on the wanted answers, write `{_chosen_line(raw)}` under `data:` in the recipe.",
+                next=f"To train on the wanted answers: {_to_write(_chosen_line(raw))}",
             )
         )
     label = next((name for name in LABELS if name not in named and _is_yes_or_no(raw.get(name))), None)
@@ -131,8 +128,8 @@ def refuse_preferences(raw: Mapping[str, Any], *, mapped: Sequence[str], named: 
                 what="These are answers with a verdict on each: some are wanted, some are not.",
                 where=where,
                 why=f"Its `{label}` is {json.dumps(raw[label])}: all answers would be trained, the bad ones too.",
-                next=f"To train on the wanted answers alone, write `keep: {{{label}: true}}` under `data:` in the "
-                f"recipe. If it is no verdict, name it as the domain: `domain: {label}`.",
+                next=f"To train on the wanted answers alone: {_to_write(f'keep: {{{label}: true}}')} If it is no "
+                f"verdict, name it as the domain: `domain: {label}`.",
             )
         )
 
@@ -247,6 +244,12 @@ def columns_line(columns: Mapping[str, str]) -> str:
     """`columns: {prompt: question, completion: answer}`, as it is written in a recipe."""
     parts = (f"{name}: {_yaml(value)}" for name, value in columns.items())
     return f"columns: {{{', '.join(parts)}}}"
+
+
+def _to_write(line: str) -> str:
+    """Where a line goes in a recipe, and how `quench init` is told the same."""
+    name, _, value = line.partition(": ")
+    return f"write `{line}` under `data:` in the recipe; with quench init, add --set 'data.{name}={value}'."
 
 
 def _yaml(value: str) -> str:

@@ -17,9 +17,9 @@ def _columns(columns: dict[Target, str]) -> dict[Target, str]:
         try:
             parts = parts_of(source) if is_template(source) else []
         except ValueError as error:
-            raise ValueError(f"columns.{name} is {source!r}: {error}") from None
+            raise ValueError(f"data.columns.{name} is {source!r}: {error}") from None
         if not source or (parts and not any(column for _, column in parts)):
-            raise ValueError(f"columns.{name} is {source!r}: it names no column")
+            raise ValueError(f"data.columns.{name} is {source!r}: it names no column")
     return columns
 
 
@@ -129,7 +129,12 @@ class Data(RowFields):
             raise ValueError(
                 "data.sources stands beside data.path: write one of them; `path: null` undoes an extended one"
             )
-        own = [name for name in ("revision", "format", *RowFields.model_fields) if name in self.model_fields_set]
+        fields = DataSource.model_fields
+        own = [
+            name
+            for name in ("revision", "format", *RowFields.model_fields)
+            if getattr(self, name) != fields[name].default  # an extended recipe is undone by the default
+        ]
         if self.sources is not None and own:
             raise ValueError(f"data.sources stands beside data.{own[0]}: each source has its own")
         has_domain = [source.domain is not None for source in self.sources or []]
