@@ -264,6 +264,7 @@ def test_two_sources_are_told_apart(bases: Bases, tmp_path: Path):
 
 def test_the_command_prints_what_the_job_makes(project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     expected = shown(project, tmp_path / "here", row="rows.jsonl:5")
+    capsys.readouterr()  # what the job notes goes to its log
     assert main(["show", str(project), "--row", "rows.jsonl:5", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == [{name: value for name, value in entry.items() if name != "parts"} for entry in expected]
@@ -281,7 +282,7 @@ def test_a_refusal_has_four_parts_and_the_exit_code_of_bad_input(
     project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     rows = tmp_path / "rows.jsonl"
-    rows.write_text(rows.read_text() + '{"prompt": "And?", "completion": " "}\n')
+    rows.write_text(rows.read_text() + '{"prompt": "And?", "completion": " ", "who": "Ann"}\n')
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert main(["show", str(project), "--row", "rows.jsonl:82", "--json"]) == 2
     (problem,) = json.loads(capsys.readouterr().out)["problems"]
