@@ -7,17 +7,20 @@ as long as three of ten.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby, islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from recipes.data.origin import Origin
 from recipes.data.rows import MalformedRow, Row, drawn, iter_rows, malformed
-from tasks.jobs.prepare import _render
-from tasks.jobs.text.plain_texts import text_records
+from tasks.jobs.prepare import open_renderer, unsound
+from tasks.jobs.preparing.reading import origins_of, placed_row, read_sources
+from tasks.jobs.preparing.records import Record, render
+from tasks.jobs.preparing.selection import select
 from tasks.jobs.text.rendering import Renderer
-from tasks.jobs.text.sources import origins_of, place_of, read_sources, select
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
 
@@ -44,10 +47,7 @@ def run(job: Job) -> dict[str, Any]:
     Raises:
         StageError: No such row; malformed rows before the last one that is shown; rows that the template cannot mask.
     """
-    template = job.params.get("chat_template")
-    if "template" in job.inputs:
-        template = job.inputs["template"].path.read_text(encoding="utf-8")
-    renderer = Renderer.open(job.inputs["tokenizer"].path, template=template)
+    renderer = open_renderer(job)
     row, count = job.params["show"]["row"], job.params["show"]["count"]
     rows = list(islice(_by_name(job, row), count)) if row else _of_split(job, count)
     shown = [entry for found in rows for entry in _entries(job, found, renderer)]
@@ -68,7 +68,7 @@ def _of_split(job: Job, count: int) -> list[FoundRow]:
     for row in _rows(job):
         if isinstance(row, MalformedRow):
             wrong.append(row)
-        elif not row.left_out and place_of(row.row, job.params).split == split:
+        elif not row.left_out and placed_row(row.row, job.params).split == split:
             found.append(row)
         if len(found) == count:
             break
@@ -142,7 +142,7 @@ def _rows(job: Job, *, kept: bool = True) -> Iterator[FoundRow | MalformedRow]:
         job: The job.
         kept: False: read also the rows that data.keep leaves out, as if it were not there.
     """
-    params, removed, first = job.params, _near_duplicates(job), dict[str, str]()
+    params, selected, first = job.params, _selected(job), dict[str, str]()
     for origin in origins_of(job):
         for row in iter_rows(origin if kept else _without_keep(origin)):
             if isinstance(row, MalformedRow):
@@ -152,11 +152,11 @@ def _rows(job: Job, *, kept: bool = True) -> Iterator[FoundRow | MalformedRow]:
             left_out = "" if kept else _kept_out(row)
             if row.name in first:
                 left_out = left_out or f"equals {first[row.name]}, which stays"
-            elif place_of(row, params).split == "train" and not drawn(
+            elif placed_row(row, params).split == "train" and not drawn(
                 row.name, weight=origin.weight, salt=params["salt"]
             ):
                 left_out = left_out or f"the weight of its source, {origin.weight:g}, leaves it out"
-            elif row.name in removed:
+            elif selected is not None and row.name not in selected:
                 left_out = left_out or "data.near_duplicates removes it: it is almost equal to another row"
             first.setdefault(row.name, row.where)
             yield FoundRow(row, left_out)
@@ -173,15 +173,13 @@ def _kept_out(row: Row) -> str:
     return f"data.keep leaves it out: {said}"
 
 
-def _near_duplicates(job: Job) -> set[str]:
-    """Names of the rows that `data.near_duplicates: remove` takes out. It has to look at all rows for that."""
+def _selected(job: Job) -> set[str] | None:
+    """Names of the rows that go on where near-duplicates are removed, which takes a look at all rows; else None."""
     if job.params["near_duplicates"] != "remove":
-        return set()
-    rows: dict[str, Row] = {}
-    for read in read_sources(job):
-        for row in read.rows:
-            rows.setdefault(row.name, row)
-    return rows.keys() - select(job, rows).rows.keys()
+        return None
+    with tempfile.TemporaryDirectory(dir=job.out) as scratch:
+        reads = read_sources(job, Path(scratch))
+        return {reads.spool[place].name for place in select(job, reads).places}
 
 
 # ---- showing
@@ -193,28 +191,19 @@ def _entries(job: Job, found: FoundRow, renderer: Renderer) -> list[dict[str, An
     Raises:
         StageError: The template cannot render it, or its completions are not among its tokens.
     """
-    rows = {found.row.name: found.row}
-    if found.row.is_text:
-        texts = text_records(job, rows, renderer)
-        return [_entry(found, record, texts.lost, renderer) for record in texts.records]
-    chats = _render(job, rows, renderer)
-    if not chats.records:
-        long = f"its last exchange alone is over data.max_length: {max(chats.too_long)} tokens"
-        place = place_of(found.row, job.params)._asdict()
-        nothing = {
-            "input_ids": [],
-            "completion_mask": [],
-            "prompt_ids": [],
-            "answer": "",
-            "dropped_turns": 0,
-            "turn": 0,
-        }
-        record = {"row": found.row.name, **place, **nothing}
-        return [_entry(found._replace(left_out=found.left_out or long), record, [], renderer)]
-    return [_entry(found, record, chats.lost, renderer) for record in chats.records]
+    row = placed_row(found.row, job.params)
+    rendered = render([row], renderer, max_length=job.params["max_length"])
+    if rendered.wrong:
+        raise unsound(rendered.wrong, renderer, seam=rendered.seam)
+    if rendered.records:
+        return [_entry(found, record, rendered.tally.lost, renderer) for record in rendered.records]
+    long = f"its last exchange alone is over data.max_length: {max(rendered.tally.too_long)} tokens"
+    record = {"row": row.name, "split": row.split, "group": row.group, "domain": row.domain, "answer": ""}
+    record |= {"input_ids": [], "completion_mask": [], "prompt_ids": [], "dropped_turns": 0, "turn": 0}
+    return [_entry(found._replace(left_out=found.left_out or long), record, [], renderer)]
 
 
-def _entry(found: FoundRow, record: dict[str, Any], lost: list[int], renderer: Renderer) -> dict[str, Any]:
+def _entry(found: FoundRow, record: Record, lost: Sequence[int], renderer: Renderer) -> dict[str, Any]:
     """One sample.
 
     Returns:

@@ -178,7 +178,7 @@ UNPROMPTED = CHATML._replace(
 @pytest.mark.parametrize(
     ("family", "turns", "says"),
     [
-        (SILENT, with_tools()[:2], "turn 2: the template renders nothing of it"),
+        (SILENT, with_tools()[:2], "turn 2: the template leaves out its call of add"),
         (
             SILENT,
             [*with_tools()[:1], {**with_tools()[1], "content": "let me see"}],
