@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from tasks.jobs.preparing.writing import Counts, RecordFile, write_rows
 from tasks.jobs.text.chat_template import TemplateSettings
 from tasks.jobs.text.plain_texts import read_texts
 from tasks.jobs.text.rendering import Renderer
+from tasks.jobs.text.seams import remedy
 from tasks.jobs.text.tokenizer import text_ids
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
@@ -49,15 +49,9 @@ def run(job: Job) -> dict[str, Any]:
     template = job.params.get("chat_template")
     if "template" in job.inputs:
         template = job.inputs["template"].path.read_text(encoding="utf-8")
-    day = job.params.get("template_date")
-    renderer = Renderer.open(
-        job.inputs["tokenizer"].path,
-        template=template,
-        settings=TemplateSettings(
-            args=job.params.get("template_args") or {}, day=date.fromisoformat(day) if day else None
-        ),
-    )
-    renderer.refuse_today()
+    settings = TemplateSettings.of(job.params.get("template_args"), job.params.get("template_date"))
+    renderer = Renderer.open(job.inputs["tokenizer"].path, template=template, settings=settings)
+    renderer.check_settings()
     with tempfile.TemporaryDirectory(dir=job.out, prefix="scratch-") as scratch:
         summary = _rows(job, renderer, Path(scratch))
     general = _general(job, renderer)
@@ -120,7 +114,8 @@ def _render(job: Job, reads: ReadSources, selection: Selection, renderer: Render
         raise StageError.of(
             what=f"{wrong.count} row(s) are not rendered whole, or their completions cannot be found among the tokens",
             where=wrong.lines[0].split(" ", 1)[0],
-            why=f"something would be lost, or the loss would fall on the wrong tokens:{first_lines(wrong.lines, count=wrong.count)}",
+            why="something would be lost, or the loss would fall on the wrong tokens:"
+            + first_lines(wrong.lines, count=wrong.count),
             next=remedy(renderer, seam.messages, seam.tools)
             if seam
             else "correct these rows, or use a chat template that has a place for all of them",

@@ -79,14 +79,18 @@ class TemplateSettings:
     day: date | None = None
 
     @classmethod
+    def of(cls, args: Mapping[str, Any] | None, day: str | None) -> TemplateSettings:
+        """As the recipe writes them."""
+        return cls(args=args or {}, day=date.fromisoformat(day) if day else None)
+
+    @classmethod
     def read(cls, folder: Path) -> TemplateSettings:
         """Those that a tokenizer's folder was written with; none where it says nothing."""
         path = folder / TEMPLATE_SETTINGS
         if not path.exists():
             return cls()
         said: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        day = said.get("template_date")
-        return cls(args=said.get("template_args") or {}, day=date.fromisoformat(day) if day else None)
+        return cls.of(said.get("template_args"), said.get("template_date"))
 
     def write(self, folder: Path) -> None:
         """Say them in a tokenizer's folder; no file where there are none."""
@@ -99,7 +103,7 @@ class TemplateSettings:
     def names(self, template: str) -> dict[str, Any]:
         """What the template may name.
 
-        `date_string` is given to a template that takes it and has a fixed day without it (Llama 3.1), as it writes days.
+        `date_string` is given, as templates write days, to one that has a fixed day without it (Llama 3.1).
         """
         if self.day is None:
             return dict(self.args)

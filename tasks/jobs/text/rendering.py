@@ -133,14 +133,29 @@ class Renderer:
         """A PreTrainedTokenizerBase with a chat template (its stubs do not know what a call returns)."""
         return self.template.tokenizer
 
-    def refuse_today(self) -> None:
-        """Raise StageError where the template prints today's date, and none was given for it."""
-        if self.template.settings.day is None and any(map(prints_today, templates_of(self.tokenizer))):
+    def check_settings(self) -> None:
+        """Raise StageError where the template prints today's date, or does not read what the recipe gives it."""
+        settings, source = self.template.settings, "\n".join(templates_of(self.tokenizer))
+        if settings.day is None and prints_today(source):
             raise StageError.of(
                 what="the chat template prints today's date",
                 where="model.template_date",
                 why="the same rows would get other tokens tomorrow, and an answer another prompt than was trained",
                 next=f"write `template_date: {date.today().isoformat()}` under `model:`; it stays what it was then",
+            )
+        if settings.day is not None and not prints_today(source) and "date_string" not in source:
+            raise StageError.of(
+                what="the chat template prints no date",
+                where="model.template_date",
+                why="the day would change nothing",
+                next="remove model.template_date",
+            )
+        if unread := sorted(name for name in settings.args if name not in source):
+            raise StageError.of(
+                what=f"the chat template reads no argument {', '.join(unread)}",
+                where="model.template_args",
+                why="it would change nothing",
+                next="correct the name, or remove it",
             )
 
     @property
