@@ -16,10 +16,8 @@ from recipes.plain import is_list, is_mapping
 HEAD = 1 << 16  # characters that tell whether a row is a line
 LONGEST = 1 << 24  # characters of a row; a longer object is one around a list of rows
 # Columns of turns or texts: an object that has one is a row, not an object around a list of rows.
-OF_ROWS = frozenset(
-    ("messages", "conversations", "prompt", "completion", "instruction", "text")
-    + ("chosen", "rejected", "question", "answer", "query", "response")
-)
+OF_TEXTS = ("messages", "conversations", "prompt", "completion", "instruction", "text", "chosen", "rejected")
+OF_ROWS = frozenset((*OF_TEXTS, "question", "answer", "query", "response"))
 SPEAKER = ("role", "from")  # what an object in a list of turns has, and none in a list of rows
 
 
@@ -158,7 +156,8 @@ def _is_list_of_rows(value: Any) -> bool:
 
 
 def _several(names: list[str]) -> str:
-    return f"is an object with several lists of rows, {', '.join(names)}: write the one that is meant into a file of its own"
+    listed = ", ".join(names)
+    return f"is an object with several lists of rows, {listed}: write the one that is meant into a file of its own"
 
 
 def _inside(window: Window, shown: str, name: str) -> Iterator[RawRow]:

@@ -85,7 +85,8 @@ class Window:
             except (RecursionError, ValueError) as error:
                 raise Unread(reason(error)) from None
             else:
-                if self._behind < len(self._text) or not self._more(limit):  # a number may go on behind the window
+                is_number = isinstance(value, int | float) and self._behind >= len(self._text) - CUT  # may go on
+                if not is_number or not self._more(limit):
                     check(value, self._text[self._at : self._behind])
                     return value
 
