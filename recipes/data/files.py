@@ -45,16 +45,7 @@ def raw_rows(path: Path, *, inside: str = "", config: str | None = None, split: 
     """
     for file in data_files(path, config=config, split=split):
         shown = inside + (file.name if file == path else str(file.relative_to(path)))
-        yield from _readable(READERS.get(kind(file), json_rows), file, shown)
-
-
-def _readable(reader: Reader, file: Path, shown: str) -> Iterator[RawRow]:
-    """The rows of a file until it cannot be read any further."""
-    last = ""
-    try:
-        for row in reader(file, shown):
-            last = row.where
-            yield row
-    except UNREADABLE as error:
-        behind = f" behind {last}" if last else ""
-        yield RawRow(shown, None, f"cannot be read{behind} ({error or type(error).__name__})")
+        try:
+            yield from READERS.get(kind(file), json_rows)(file, shown)
+        except UNREADABLE as error:
+            yield RawRow(shown, None, f"cannot be read to its end ({str(error) or type(error).__name__})")

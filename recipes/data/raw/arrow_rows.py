@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from recipes.data.raw.row import RawRow, Unread
+from recipes.data.raw.row import RawRow, Unread, columns
 from recipes.data.raw.strict import check_text, parse
 from recipes.plain import is_list, is_mapping
 
@@ -16,6 +17,7 @@ BROKEN = (ValueError, OSError, NotImplementedError)  # what pyarrow raises for a
 NO_VALUE = (ValueError, KeyError, OverflowError)  # bytes that are no UTF-8, a map with a key twice, the year 292277
 BATCH = 1000  # rows that are held as Python values at once
 READ_AHEAD = 1 << 20  # bytes of a column of a parquet file that are held; its row groups can be gigabytes
+ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 JSON = "json"  # a column of JSON text that says so (`datasets.Json`)
 Within = str | dict[str, Any] | list[Any] | None
 
@@ -84,15 +86,25 @@ def _first_line(error: Exception) -> str:
 def _row(where: str, values: dict[str, Any] | str, within: list[Within]) -> RawRow:
     if isinstance(values, str):
         return RawRow(where, None, values)
-    columns: dict[str, Any] = {}
+    if _is_json(values) and not any(within):
+        return RawRow(where, columns(values))
+    plain: dict[str, Any] = {}
     for (name, value), inner in zip(values.items(), within, strict=True):
-        if value is None or (isinstance(value, float) and math.isnan(value)):  # what pandas writes for no value
+        if isinstance(value, float) and math.isnan(value):  # what pandas writes for no value
             continue
         try:
-            columns[name] = _plain(value, inner)
+            plain[name] = _plain(value, inner)
         except Unread as error:
             return RawRow(where, None, f"{error} (in `{name}`)")
-    return RawRow(where, columns)
+    return RawRow(where, columns(plain))
+
+
+def _is_json(values: dict[str, Any]) -> bool:
+    """Whether there is nothing to convert or to refuse; the encoder is in C, and looks five times faster than we do."""
+    try:
+        return "\\u0000" not in ENCODER.encode(values)
+    except (TypeError, ValueError):
+        return False
 
 
 def _json_within(type: Any) -> Within:

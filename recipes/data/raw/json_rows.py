@@ -50,13 +50,12 @@ def _is_row_a_line(file: Path) -> bool:
 def _lines(file: Path, shown: str) -> Iterator[RawRow]:
     with text_of(file) as lines:
         for number, line in enumerate(lines, start=1):
+            where = f"{shown}:{number}"
             try:
-                value = parse(line)
+                yield _row(where, parse(line))
             except Unread as error:
                 if not line.isspace():
-                    yield RawRow(f"{shown}:{number}", None, str(error))
-            else:
-                yield _row(f"{shown}:{number}", value)
+                    yield RawRow(where, None, str(error))
 
 
 def _row(where: str, value: Any, *, within: str = "") -> RawRow:

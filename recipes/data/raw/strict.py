@@ -14,6 +14,7 @@ from recipes.data.raw.row import Unread
 from recipes.plain import is_list, is_mapping
 
 DEEPEST = 100  # levels of nesting; Python's own limit of 1,000 calls counts those of the caller, so it moves
+LINE_ENDS = ("\n", "\r\n", "")
 ESCAPES = re.compile(r"\\u(?:0000|[dD][89a-fA-F])")
 HALF_PAIR = "holds half of a surrogate pair, which no tokenizer reads"
 NUL = "holds a NUL character, which ends a text in many programs"
@@ -28,13 +29,22 @@ def parse(text: str) -> Any:
         Unread: It is not JSON, or JSON that no row may hold.
     """
     try:
-        value = DECODER.decode(text)
+        value = _decoded(text)
     except json.JSONDecodeError as error:
         raise Unread(f"is not JSON ({error.msg}: column {error.colno})") from None
     except (RecursionError, ValueError) as error:
         raise Unread(reason(error)) from None
     check(value, text)
     return value
+
+
+def _decoded(text: str) -> Any:
+    """The most common line in the fastest way: `decode` looks for white space before and behind, which takes 1 us."""
+    if text.startswith("{"):
+        value, end = DECODER.raw_decode(text)
+        if text[end:] in LINE_ENDS:
+            return value
+    return DECODER.decode(text)
 
 
 def reason(error: RecursionError | ValueError) -> str:
