@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from recipes.data.files import FolderChoice
 from recipes.data.rows import TEXT, Row, content_hash
+from recipes.data.texts import plain_texts
 from tasks.jobs.text.rendering import Rendered, Renderer
 from tasks.jobs.text.sources import place_of
 from tasks.jobs.text.tokenizer import with_end
@@ -16,23 +18,25 @@ from tasks.runtime.process.job import Job
 
 
 def read_texts(path: Path, *, what: str) -> Iterator[tuple[str, str]]:
-    """Name and text of every line `{"text": ...}`; the name is a hash of the text.
+    """Name and text of every row with a column `text`, in a file of any kind; the name is a hash of the text.
 
     Raises:
-        StageError: A line is something else; `what` names the file's purpose.
+        StageError: A row has no text; `what` names the file's purpose.
     """
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            text: str = json.loads(line)["text"]
-            text.encode()  # fails for a number, and for half of a surrogate pair
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StageError.of(
-                what=f"malformed row in {what}",
-                where=f"{path.name}:{number}",
-                why=f'rows are {{"text": ...}} ({error!r})',
-                next=f"correct line {number} of {path}",
-            ) from None
-        yield content_hash([{"role": TEXT, "content": text}])[:16], text
+    try:
+        for where, text, wrong in plain_texts(path):
+            if text is None:
+                raise StageError.of(
+                    what=f"malformed row in {what}",
+                    where=where,
+                    why=f"it {wrong}",
+                    next=f'correct or remove it in {path}; rows are {{"text": "..."}}',
+                )
+            yield content_hash([{"role": TEXT, "content": text}])[:16], text
+    except FolderChoice as choice:
+        raise StageError.of(
+            what=f"{what} is not one set of rows", where=str(path), why=str(choice), next="name the file that is meant"
+        ) from None
 
 
 class Texts(NamedTuple):
