@@ -110,6 +110,8 @@ def _add_recipe_commands(commands: Any) -> None:
     init.add_argument("--out", type=Path, default=Path("recipe.yaml"), help="recipe to write; default: recipe.yaml")
     init.add_argument("--chat-template", help="chatml or a Jinja file, for a base that has none")
     init.add_argument("--force", action="store_true", help="overwrite the recipe")
+    text = "what the rows mean, for example data.columns='{prompt: ask, completion: say}'; may be repeated"
+    init.add_argument("--set", action="append", default=[], metavar="DATA.A=B", help=text)
     check = _add(commands, "check", "commands.check", "Check a recipe against the base's config and headers.")
     check.add_argument("--data", action="store_true", help="read all rows, too")
     plan = _add(commands, "plan", "commands.plan", "Show for each step whether it is a hit or is made, and why.")

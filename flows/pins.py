@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from recipes.data.files import data_files
-from recipes.data.rows import source_name
+from recipes.data.origin import source_name
 from recipes.problem import RecipeError
 from recipes.read.load import Loaded
 from recipes.scorers import LmEvalSpec, Scorer, SqlExecutionSpec, input_name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, model_validator
@@ -145,6 +146,11 @@ Scorer = Annotated[
     ExactMatchSpec | NumberSpec | JsonSchemaSpec | SqlExecutionSpec | PythonCallableSpec | LmEvalSpec,
     Field(discriminator="kind"),
 ]
+
+
+def scored_columns(scorers: Iterable[Scorer]) -> list[str]:
+    """Columns of the data that scorers read by name; a Python function may read any column."""
+    return sorted({scorer.schema_column for scorer in scorers if isinstance(scorer, SqlExecutionSpec)})
 
 
 def input_name(number: int) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from recipes.data.rows import source_name
+from recipes.data.origin import source_name
 from recipes.schema import Recipe
+from recipes.scorers import scored_columns
 from tasks.runtime.step import External, Step, present
 
-IDENTITY = {"domain", "group", "dev", "test", "salt", "max_length", "near_duplicates"}
+IDENTITY = {"dev", "test", "salt", "max_length", "near_duplicates"}
 
 
 def step(
@@ -35,10 +36,13 @@ def step(
         stage="prepare",
         slug=recipe.name,
         entry="tasks.jobs.prepare:run",
-        version=2,
+        version=3,
         params={
             **settings.model_dump(include=IDENTITY),
-            "sources": [part.model_dump(include={"format", "weight", "domain"}) for part in settings.parts],
+            "domain": settings.domain_column,
+            "group": settings.group_column,
+            "scored_columns": scored_columns(recipe.evaluate.scorers),
+            "sources": [part.model_dump(exclude={"path", "revision"}) for part in settings.parts],
             **({} if ignored else {"near_duplicate_jaccard": settings.near_duplicate_jaccard}),
             "chat_template": recipe.model.chat_template if template is None else None,
         },

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from flows.commands.init_data import read_data
 from flows.commands.init_recipe import Detected, Fitted, notes, render
 from flows.commands.terminal import Output
 from flows.plan.memory import StepNeeds, predict
@@ -18,7 +19,7 @@ from flows.plan.preflight import SETTINGS, Memory, available, largest_fitting, r
 from flows.plan.row_sizes import data_bytes, row_sizes, row_tokens, tokens_per_byte
 from recipes.checks.check import load_and_check
 from recipes.checks.rows import Sides, least_rows, split_rows
-from recipes.data.rows import Origin, Row, Rows, read_rows
+from recipes.data.rows import Row, Rows
 from recipes.data.schema import Data
 from recipes.models.headers import Headers, read_headers
 from recipes.problem import Problem, RecipeError
@@ -71,7 +72,9 @@ def command(args: argparse.Namespace) -> Output:
     Raises:
         RecipeError: As of init.
     """
-    written = init(args.model, args.data, out=args.out, chat_template=args.chat_template, force=args.force)
+    written = init(
+        args.model, args.data, out=args.out, chat_template=args.chat_template, force=args.force, sets=args.set
+    )
     return Output(json=written.as_dict(), text=written.text)
 
 
@@ -82,6 +85,7 @@ def init(
     out: Path,
     chat_template: str | None = None,
     force: bool = False,
+    sets: Sequence[str] = (),
     memory: Memory | None = None,
 ) -> InitResult:
     """Write a recipe for a model and a data file.
@@ -92,12 +96,13 @@ def init(
         out: Recipe to write; its folder must exist.
         chat_template: `chatml` or a Jinja file, for a base that has none.
         force: Overwrite `out`.
+        sets: What the rows mean, `data.columns={prompt: ask, completion: say}`; see flows/commands/init_data.py.
         memory: Free memory to fit to; default: that of this machine.
 
     Raises:
         RecipeError: Everything that keeps model or data from being used, or `out` exists.
     """
-    detected = _look(model, Path(data), out=out, chat_template=chat_template, force=force)
+    detected = _look(model, Path(data), out=out, chat_template=chat_template, force=force, sets=sets)
     fitted = _fitted(_chosen(detected), detected, memory or available())
     before = out.read_text(encoding="utf-8") if out.exists() else None
     out.write_text(render(fitted, detected, out=out), encoding="utf-8")
@@ -131,7 +136,9 @@ def _enable_prefect(folder: Path) -> dict[str, str]:
 # ---- looking
 
 
-def _look(model: str, data: Path, *, out: Path, chat_template: str | None, force: bool) -> Detected:
+def _look(
+    model: str, data: Path, *, out: Path, chat_template: str | None, force: bool, sets: Sequence[str]
+) -> Detected:
     """Read headers and rows; raise everything that is wrong with either."""
     problems = list(_output_problems(out, force=force))
     headers = None
@@ -140,7 +147,8 @@ def _look(model: str, data: Path, *, out: Path, chat_template: str | None, force
     except RecipeError as error:
         problems += error.problems
     problems += _template_problems(model, data, chat_template, headers=headers)
-    read = read_rows(data) if data.exists() else Rows()
+    found = read_data(data, sets=sets) if data.exists() else None
+    read, section = (found.rows, found.data) if found else (Rows(), Data(path=str(data)))
     if not data.exists():
         problems.append(
             Problem(
@@ -151,8 +159,10 @@ def _look(model: str, data: Path, *, out: Path, chat_template: str | None, force
             )
         )
     problems += read.problems
-    group = next((name for name in GROUP_NAMES if _everywhere(name, read.rows)), None)
-    sides = split_rows(read.rows, Data(path=str(data), group=group))
+    group = section.group_column or next((name for name in GROUP_NAMES if _everywhere(name, read.rows)), None)
+    domain = section.domain_column or _domain(read.rows, but=group)
+    section = section.model_copy(update=_unmapped(section, group=group, domain=domain))
+    sides = split_rows(read.rows, section)
     if read.rows and not read.problems and len(sides.rows["train"]) < LEAST_ROWS:
         problems.append(_too_few(data, sides))
     if problems:
@@ -163,7 +173,9 @@ def _look(model: str, data: Path, *, out: Path, chat_template: str | None, force
         headers=headers,
         data=data,
         read=read,
-        domain=_domain(read.rows, but=group),
+        section=section,
+        proposed=bool(found and found.proposed),
+        domain=domain,
         group=group,
         sides=sides,
     )
@@ -240,6 +252,12 @@ def _too_few(data: Path, sides: Sides) -> Problem:
     )
 
 
+def _unmapped(section: Data, **columns: str | None) -> dict[str, str | None]:
+    """Group and domain as fields, but for those that data.columns makes."""
+    mapped = {name for source in section.parts for name in source.columns}
+    return {name: column for name, column in columns.items() if name not in mapped}
+
+
 def _everywhere(column: str, rows: Sequence[Row]) -> bool:
     return bool(rows) and all(isinstance(row.columns.get(column), str | int) for row in rows)
 
@@ -273,8 +291,8 @@ def _chosen(detected: Detected) -> Recipe:
         {
             "name": re.sub(r"[^a-z0-9]+", "-", detected.data.stem.lower()).strip("-")[:40].strip("-") or "recipe",
             "model": {"base": detected.base, "chat_template": detected.template},
-            "data": {"path": str(detected.data), "format": detected.read.format, "domain": detected.domain}
-            | {"group": detected.group, "max_length": length},
+            "data": detected.section.model_dump(exclude_defaults=True)
+            | {"format": detected.read.format, "max_length": length},
             "train": {"learning_rate": _learning_rate(headers), "batch_size": batch}
             | {"epochs": float(min(5, max(1, math.ceil(LEAST_STEPS * batch / train)))), "checkpoint_steps": 50},
             "calibrate": {"rows": _calibration_rows(detected), "seq_len": min(limit, max(512, length))},
@@ -346,7 +364,7 @@ def _fitted(recipe: Recipe, detected: Detected, memory: Memory) -> Fitted:
     spared = Memory(SPARE * memory.host_gib, None if memory.gpu_gib is None else SPARE * memory.gpu_gib)
     per_byte = tokens_per_byte(headers)
     rows = row_sizes(
-        detected.read.rows, data_bytes=data_bytes(Origin(path=detected.data), detected.read.rows), per_byte=per_byte
+        detected.read.rows, data_bytes=data_bytes(detected.read.rows[0].origin, detected.read.rows), per_byte=per_byte
     )
 
     def steps(recipe: Recipe) -> list[StepNeeds]:

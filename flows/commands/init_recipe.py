@@ -15,7 +15,9 @@ from flows.plan.memory import StepNeeds
 from flows.plan.preflight import Memory
 from recipes.checks.rows import Sides
 from recipes.data.files import raw_rows
+from recipes.data.formats import columns_line
 from recipes.data.rows import Rows
+from recipes.data.schema import Data
 from recipes.models.headers import Headers
 from recipes.read.load import shown
 from recipes.schema import Evaluate, Recipe
@@ -35,6 +37,8 @@ class Detected:
         headers: None for a hub id that is not local.
         data: The data file.
         read: Its rows.
+        section: The fields of `data` by which they were read.
+        proposed: Whether its data.columns is a proposal of ours.
         domain: Column that was detected.
         group: Column that was detected.
         sides: The split.
@@ -45,6 +49,8 @@ class Detected:
     headers: Headers | None
     data: Path
     read: Rows
+    section: Data
+    proposed: bool
     domain: str | None
     group: str | None
     sides: Sides
@@ -100,7 +106,8 @@ def notes(fitted: Fitted, detected: Detected) -> dict[str, str]:
         "format": f"{detected.read.format}, detected from {detected.read.detected_from}",
         "rows": f"{rows['train']} train, {rows['dev']} dev, {rows['test']} test; "
         f"{detected.sides.duplicates} duplicates",
-        "columns": f"domain {detected.domain or 'none'}, group {detected.group or 'none: each row by itself'}",
+        **_turn_columns(detected),
+        "columns": f"domain {detected.domain or 'none'}, group {detected.group or 'none: by the first question'}",
         "groups": f"{_groups(detected)}; schemes {', '.join(map(str, recipe.quantize.schemes))}",
         "memory": f"training {fitted.needs('train')}, micro-batch {recipe.micro_batch}, "
         f"rows of up to {recipe.data.max_length} tokens",
@@ -142,19 +149,51 @@ def _data(recipe: Recipe, detected: Detected, folder: Path) -> Iterator[str]:
     yield f"  # Detected from {detected.read.detected_from}:"
     yield f"  # {_first_row(detected.data)}"
     yield _line("format", data.format)
-    if detected.domain:
+    yield from _meaning(data, detected)
+    if "domain" in data.columns:
+        pass  # said above
+    elif detected.domain:
         count = len({row.columns[detected.domain] for row in detected.read.rows})
         yield _line("domain", detected.domain, f"{count} values: calibration is stratified over it")
     else:
         yield "  # domain: COLUMN                  # calibration is stratified over it, metrics are shown by it"
-    if detected.group:
+    if "group" in data.columns:
+        pass
+    elif detected.group:
         yield _line("group", detected.group, "rows with one value stay on one side of the split")
     else:
-        yield "  # group: COLUMN                   # keeps related rows on one side; here each row is alone"
+        yield "  # group: COLUMN                   # keeps related rows on one side; default: those of one question"
     yield '  # general: FILE.jsonl             # rows {"text": ...} outside the domain: measures what is forgotten'
     yield _line("dev", data.dev, f"{rows['dev']} rows: whatever chooses reads only these")
     yield _line("test", data.test, f"{rows['test']} rows for published figures; {rows['train']} are left for train")
     yield _line("max_length", data.max_length, "tokens; longer rows lose leading turns, and this is counted")
+
+
+def _meaning(data: Data, detected: Detected) -> Iterator[str]:
+    """What the rows mean, where their columns alone do not say it."""
+    if data.columns:
+        yield _line("columns", dict(data.columns), "proposed by their names" if detected.proposed else "")
+    if data.keep:
+        left = detected.read.left_out
+        yield _line("keep", dict(data.keep), f"{left} rows are left out")
+    for name in ("drop_reasoning", "config", "split"):
+        if value := getattr(data, name):
+            yield _line(name, value)
+    if detected.read.unused:
+        yield f"  # Not used: {', '.join(detected.read.unused)}."
+
+
+def _turn_columns(detected: Detected) -> dict[str, str]:
+    """Notes on columns that were named, rows that were left out, and columns that nothing reads."""
+    remarks: dict[str, str] = {}
+    if detected.section.columns:
+        how = "proposed by their names" if detected.proposed else "as you said"
+        remarks["turns"] = f"{columns_line(detected.section.columns)}, {how}"
+    if detected.read.left_out:
+        remarks["kept"] = f"{detected.read.left_out} rows are left out by data.keep"
+    if detected.read.unused:
+        remarks["not used"] = ", ".join(detected.read.unused)
+    return remarks
 
 
 def _first_row(path: Path) -> str:

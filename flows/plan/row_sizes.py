@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from recipes.data.files import data_files, parquet_rows
-from recipes.data.rows import TEXT, Origin, Row
+from recipes.data.formats import TEXT
+from recipes.data.origin import Origin
+from recipes.data.rows import Row
 from recipes.models.headers import Headers
 
 

@@ -1,13 +1,13 @@
 """Rows added, removed and edited since they were read last, by domain.
 
-A row is named by its turns, as in prepare, so nothing says which old row a new one replaces. Counted as edited are
+A row is named by its turns and tools, so nothing says which old row a new one replaces. Counted as edited are
 
-* a row with the same turns and another domain or other columns;
+* a row with the same turns and tools, and another domain or other columns;
 * of the rows that left and the rows that came within one group (data.group) and domain, as many as make pairs. Where
   that column is unique to a row (an id) this is exact; where it holds many rows together it says at most how many.
 
-Without data.group an edit of the turns is one row removed and one added. Equal rows are one row; the order of rows and
-the names and formats of files do not count.
+Without data.group the group is the first question, so another answer to it is an edit. Equal rows are one row; the
+order of rows and the names and formats of files do not count.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recipes.data.rows import Origin, Row, content_hash, read_origin
+from recipes.data.origin import Origin
+from recipes.data.rows import Row, content_hash, read_origin
 from recipes.data.schema import Data
 
 NAMED = 5  # domains that a sentence names; the rest is counted
@@ -79,17 +80,17 @@ def rows_of(origins: Iterable[Origin], data: Data) -> dict[str, KnownRow]:
     """The good rows of all sources; malformed ones are refused elsewhere (recipes/checks/rows.py)."""
     rows: dict[str, KnownRow] = {}
     for row in (row for origin in origins for row in read_origin(origin).rows):
-        name = content_hash(row.messages)[:16]
+        name = content_hash(row.messages, row.tools)[:16]  # not Row.name: another domain is an edit of the same row
         if name not in rows:  # the first of equal rows stays, as in prepare
-            rows[name] = _known(row, name, data)
+            rows[name] = _known(row, data)
     return rows
 
 
-def _known(row: Row, name: str, data: Data) -> KnownRow:
+def _known(row: Row, data: Data) -> KnownRow:
     columns = json.dumps(row.columns, sort_keys=True, ensure_ascii=False, default=str)
     return KnownRow(
-        group=str(row.columns[data.group]) if data.group else name,
-        domain=row.domain(data.domain),
+        group=row.group(data.group_column),
+        domain=row.domain(data.domain_column),
         columns=hashlib.sha256(columns.encode(errors="surrogatepass")).hexdigest()[:16],
     )
 

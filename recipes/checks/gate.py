@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from recipes.arms import arms
-from recipes.data.rows import Row, Side, content_hash
+from recipes.data.rows import Row, Side
 from recipes.problem import Problem, RecipeError
 from recipes.schema import Recipe
 
@@ -59,8 +59,7 @@ def gate_warnings(recipe: Recipe, sides: Mapping[Side, Sequence[Row]]) -> Iterat
         if split == "dev" and recipe.promote.prefer:
             continue
         rows = [row for row in sides[split] if not row.is_text]
-        column = recipe.data.group
-        groups = len({str(row.columns[column]) if column else content_hash(row.messages) for row in rows})
+        groups = len({row.group(recipe.data.group_column) for row in rows})
         if not groups or (half := half_width(len(rows), groups, changed=words.changed)) < margin:
             continue
         enough = enough_rows(margin, each=len(rows) / groups, changed=words.changed)

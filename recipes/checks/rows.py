@@ -14,22 +14,12 @@ from typing import Any, NamedTuple
 from recipes.checks.gate import gate_warnings
 from recipes.checks.scorers import row_problems
 from recipes.data.files import FolderChoice
-from recipes.data.rows import (
-    TEXT,
-    Message,
-    Origin,
-    Row,
-    Rows,
-    Side,
-    content_hash,
-    drawn,
-    first_lines,
-    malformed,
-    read_origin,
-    side,
-)
+from recipes.data.formats import TEXT
+from recipes.data.origin import Origin
+from recipes.data.rows import Row, Rows, Side, content_hash, drawn, first_lines, malformed, read_origin, side
 from recipes.data.schema import Data
 from recipes.data.texts import plain_texts
+from recipes.data.turns import Message
 from recipes.models.headers import read_headers
 from recipes.problem import Problem, RecipeError, shown
 from recipes.read.load import Loaded
@@ -107,8 +97,7 @@ def split_rows(rows: Sequence[Row], data: Data) -> Sides:
     torn: list[str] = []
     not_drawn = 0
     for row in rows:
-        name = content_hash(row.messages)[:16]
-        group = str(row.columns[data.group]) if data.group else name
+        name, group = row.name, row.group(data.group_column)
         if name in seen:
             before, first = seen[name]
             if before != group:
@@ -129,7 +118,7 @@ def _torn(loaded: Loaded, sides: Sides) -> Iterator[Problem]:
             what=f"{len(sides.torn)} rows equal an earlier row of another group: a test row could equal a train row.",
             where="data.group",
             why=f"Groups keep related rows on one side; these have two groups:{first_lines(sides.torn)}",
-            next=f"Give equal rows one value of `{loaded.recipe.data.group}`, or remove one of each pair.",
+            next=f"Give equal rows one value of `{loaded.recipe.data.group_column}`, or remove one of each pair.",
         )
 
 
@@ -175,7 +164,7 @@ def general_problems(path: Path, *, max_rows: int | None = None) -> list[Problem
             count += 1
             wrong += [f"{where} {why}"] if why else []
     except FolderChoice as choice:
-        return [choice.problem(shown(path), section="")]
+        return [choice.problem(shown(path), written="nowhere")]
     if count and not wrong:
         return []
     place = (path.parent if path.is_file() else path) / (wrong[0].split(" ", 1)[0] if wrong else "")
@@ -232,7 +221,7 @@ def _shares(loaded: Loaded, train: Sequence[Row]) -> Iterator[Problem]:
     stratify, rows = loaded.recipe.calibrate.stratify, loaded.recipe.calibrate.rows
     if not isinstance(stratify, dict):
         return
-    sizes = Counter(row.domain(loaded.recipe.data.domain) for row in train)
+    sizes = Counter(row.domain(loaded.recipe.data.domain_column) for row in train)
     for name, share in stratify.items():
         if sizes[name] < math.floor(share * rows):
             yield Problem(
@@ -270,7 +259,7 @@ def _summary(loaded: Loaded, sides: Sides) -> dict[str, Any]:
         counts["left out by weight"] = sides.not_drawn
     for name, rows in sides.rows.items():
         counts[name] = {"rows": len(rows)}
-        if data.domain or any(source.domain for source in data.parts):
-            domains = Counter(row.domain(data.domain) for row in rows)
+        if data.domain_column or any(source.domain for source in data.parts):
+            domains = Counter(row.domain(data.domain_column) for row in rows)
             counts[name]["domains"] = dict(sorted(domains.items()))
     return counts

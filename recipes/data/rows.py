@@ -1,6 +1,8 @@
-"""Reads and judges training rows: format, malformed rows, normalisation, split, draw. Standard library only.
+"""Reads and judges training rows: which columns are turns, malformed rows, names, split, draw. Standard library only.
 
-`quench check --data`, `quench init` and the prepare job share it, so what passes the check passes the job.
+`quench check --data`, `quench init` and the prepare job share it, so what passes the check passes the job. A row comes
+out of a file (recipes/data/files.py), under the names that the recipe gives its columns (formats.py), with its turns in
+one form (turns.py, tools.py).
 """
 
 from __future__ import annotations
@@ -8,65 +10,34 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from recipes.data.files import Unread, data_files, raw_rows
-from recipes.plain import is_list, is_mapping
+from recipes.data.formats import (
+    FIELDS,
+    OPTIONAL,
+    TEXT,
+    Format,
+    NoFormat,
+    columns_of,
+    detect,
+    is_kept,
+    named_columns,
+    refuse_preferences,
+    turns_in,
+)
+from recipes.data.origin import Origin
+from recipes.data.tools import Tool
+from recipes.data.turns import Message
 from recipes.problem import Problem
 
-Format = Literal["messages", "prompt-completion", "sharegpt", "alpaca", "text"]
 Side = Literal["train", "dev", "test"]
-Message = dict[str, Any]
-
-# Columns that a row of a format has, in the order in which formats are looked for; and those that it may have.
-FIELDS: dict[Format, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "prompt-completion": ("prompt", "completion"),
-    "sharegpt": ("conversations",),
-    "alpaca": ("instruction", "output"),
-    "text": ("text",),
-}
-OPTIONAL: dict[Format, tuple[str, ...]] = {"sharegpt": ("system",), "alpaca": ("input", "system")}
-ROLES = ("system", "developer", "user", "assistant", "tool")
-TEXT = "text"  # role of the one turn of a plain text: no template renders it, and every token is trained
-SPEAKERS = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-}
 SHOWN = 20  # malformed rows that are listed; the rest is counted
-
-
-@dataclass(frozen=True, kw_only=True)
-class Origin:
-    """One source of rows, as files on this machine.
-
-    Attributes:
-        path: File or folder.
-        format: `auto`, or a format.
-        columns: Columns that every row must have beside its turns.
-        weight: Share of its train rows that is kept.
-        domain: Domain of all its rows; None where a column says it.
-        inside: Prefix of file names in messages, to tell sources apart.
-    """
-
-    path: Path
-    format: str = "auto"
-    columns: tuple[str, ...] = ()
-    weight: float = 1.0
-    domain: str | None = None
-    inside: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,13 +46,15 @@ class Row:
 
     Attributes:
         where: `file.jsonl:LINE`, or `file.parquet#ROW`.
-        messages: Turns `{"role", "content", ...}`, the last one the assistant's; of a plain text its one turn.
+        messages: Turns in the form of recipes/data/turns.py; of a plain text its one turn, of the role `text`.
+        tools: JSON schemas in the form of recipes/data/tools.py; None where the row has none.
         columns: All other columns.
         origin: Where it was read from.
     """
 
     where: str
     messages: list[Message]
+    tools: list[Tool] | None = None
     columns: dict[str, Any]
     origin: Origin
 
@@ -90,11 +63,51 @@ class Row:
         """A plain text: no prompt, no template."""
         return self.messages[0]["role"] == TEXT
 
+    @cached_property
+    def name(self) -> str:
+        """16 hex digits. Rows with one name are equal: turns, tools, and the columns that a domain or scorer reads."""
+        columns = {name: self.columns[name] for name in self.origin.identity if name in self.columns}
+        return content_hash(self.messages, self.tools, columns)[:16]
+
+    @cached_property
+    def question(self) -> str:
+        """16 hex digits of the first question: leading system turns, first user turn, tools; of a text, all of it.
+
+        White space and Unicode forms do not count, so that copies of a question stay together.
+        """
+        turns = self.messages
+        system = [turn for turn in turns if turn["role"] in ("system", "developer")]
+        asked = [turn for turn in turns if turn["role"] == "user"][:1]
+        first = [*system, *asked] if asked else turns[:-1] or turns
+        return hashlib.sha256((normalised(first) + _exact(self.tools)).encode()).hexdigest()[:16]
+
+    def group(self, column: str | None) -> str:
+        """What stays together on one side of the split: the value of a column, else the first question."""
+        return str(self.columns[column]) if column else self.question
+
     def domain(self, column: str | None) -> str:
         """The source's domain, else the value of a column, else nothing."""
         if self.origin.domain is not None:
             return self.origin.domain
         return str(self.columns[column]) if column else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MalformedRow:
+    """A row that cannot be read, or, with a problem, a reason why no row of its source can be.
+
+    Attributes:
+        where: Its place.
+        why: `has no list of turns`.
+        problem: Set where it is the source that is refused.
+    """
+
+    where: str
+    why: str
+    problem: Problem | None = None
+
+    def __str__(self) -> str:
+        return f"{self.where} {self.why}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +119,9 @@ class Rows:
         detected_from: The place of the row that showed the format.
         rows: The good rows.
         wrong: `file.jsonl:LINE what is wrong with it`, one per malformed row.
-        problems: The same as one problem, or that there are no rows.
+        problems: The same as one problem, or why no row can be read.
+        left_out: How many rows data.keep leaves out.
+        unused: Columns that are no part of the turns and that the recipe does not name.
     """
 
     format: Format | None = None
@@ -114,44 +129,104 @@ class Rows:
     rows: list[Row] = field(default_factory=list[Row])
     wrong: list[str] = field(default_factory=list[str])
     problems: list[Problem] = field(default_factory=list[Problem])
+    left_out: int = 0
+    unused: list[str] = field(default_factory=list[str])
 
 
-def origins(
-    paths: Sequence[Path], sources: Sequence[Mapping[str, Any]], *, domain: str | None, columns: Sequence[str | None]
-) -> list[Origin]:
-    """Sources of a recipe with the paths that they have here.
+class RowReader:
+    """Reads the rows of a source one after the other; counts what it leaves out.
 
-    Args:
-        paths: One per source.
-        sources: `format`, `weight` and `domain` of each.
-        domain: Column of the domain; a source with a domain of its own need not have it.
-        columns: Other columns that every row must have.
+    Attributes:
+        format: Known from the first row on, None before.
+        detected_from: The place of that row.
+        left_out: Rows that data.keep left out so far.
+        columns: Columns that rows had so far, under the names of the file.
     """
-    return [
-        Origin(
-            path=path,
-            format=source["format"],
-            columns=tuple(dict.fromkeys(name for name in (source["domain"] is None and domain, *columns) if name)),
-            weight=source["weight"],
-            domain=source["domain"],
-            inside=f"{path.name if path.is_dir() else path.parent.name}/" if len(paths) > 1 else "",
-        )
-        for path, source in zip(paths, sources, strict=True)
-    ]
+
+    def __init__(self, origin: Origin) -> None:
+        self.origin = origin
+        self.format: Format | None = next((name for name in FIELDS if name == origin.format), None)
+        self.detected_from = "the recipe"
+        self.left_out = 0
+        self.columns: dict[str, None] = {}
+
+    def __iter__(self) -> Iterator[Row | MalformedRow]:
+        """The rows in the order of the files. Nothing is held but the row at hand."""
+        origin, rows = self.origin, 0
+        for where, raw, unread in raw_rows(origin.path, inside=origin.inside):
+            rows += 1
+            try:
+                if raw is None:
+                    raise Unread(unread)
+                self.columns.update(dict.fromkeys(raw))
+                if not is_kept(raw, origin.keep):
+                    self.left_out += 1
+                    continue
+                yield self._row(raw, where)
+            except NoFormat as error:
+                yield MalformedRow(where=where, why=error.problem.what, problem=error.problem)
+                return
+            except Unread as error:
+                yield MalformedRow(where=where, why=str(error))
+        if rows:
+            yield from map(_as_malformed, self._missing_columns())
+
+    def unused(self) -> list[str]:
+        """Columns that are no part of the turns and that the recipe does not name."""
+        read = {*self.origin.named, *FIELDS[self.format or "text"], *OPTIONAL[self.format or "text"]}
+        return sorted(name for name in self.columns if name not in read)
+
+    def _row(self, raw: dict[str, Any], where: str) -> Row:
+        origin = self.origin
+        mapped = [name for name, _ in origin.columns]
+        refuse_preferences(raw, mapped=mapped, named=origin.named, where=where)
+        values = named_columns(raw, origin.columns)
+        if self.format is None:
+            self.format, self.detected_from = detect(values, mapped=mapped, where=where), where
+        fields = FIELDS[self.format]
+        for name in (*fields, *origin.required):
+            if values.get(name) is None:
+                raise Unread(f"has no `{name}`" + self._source_of(name))
+        messages, tools = turns_in(values, self.format, drop_reasoning=origin.drop_reasoning)
+        own = {*fields, *OPTIONAL[self.format], *(("functions",) if self.format != "text" else ())}
+        others = {name: value for name, value in values.items() if name not in own or name in origin.required}
+        return Row(where=where, messages=messages, tools=tools, columns=others, origin=origin)
+
+    def _source_of(self, name: str) -> str:
+        """` (data.columns takes it from question)`, for an error."""
+        source = dict(self.origin.columns).get(name)
+        return f" (data.columns takes it from {source})" if source else ""
+
+    def _missing_columns(self) -> Iterator[Problem]:
+        """Columns that the recipe names and no row has: a slip of the pen would change what is trained."""
+        for key, names in (
+            ("data.columns", columns_of(self.origin.columns)),
+            ("data.keep", [column for column, values in self.origin.keep if None not in values]),
+        ):
+            missing = [name for name in names if name not in self.columns]
+            if missing:
+                yield Problem(
+                    what=f"No row has the column {', '.join(missing)}.",
+                    where=f"{key}, {self.origin.path.name}",
+                    why="It would be empty in every row.",
+                    next=f"Correct its name; there are {', '.join(self.columns)}.",
+                )
 
 
-def source_name(number: int) -> str:
-    """Name of a source as an input of prepare: data, data-1, data-2 ..."""
-    return f"data-{number}" if number else "data"
+def iter_rows(origin: Origin) -> Iterator[Row | MalformedRow]:
+    """The rows of a source one after the other, see RowReader."""
+    return iter(RowReader(origin))
 
 
-def read_rows(path: Path, *, format: str = "auto", columns: tuple[str, ...] = (), max_rows: int | None = None) -> Rows:
-    """`read_origin` of a path alone."""
-    return read_origin(Origin(path=path, format=format, columns=columns), max_rows=max_rows)
+def read_rows(
+    path: Path, *, format: str = "auto", required: tuple[str, ...] = (), max_rows: int | None = None, **options: Any
+) -> Rows:
+    """`read_origin` of a path; `options` are further fields of Origin."""
+    return read_origin(Origin(path=path, format=format, required=required, **options), max_rows=max_rows)
 
 
 def read_origin(origin: Origin, *, max_rows: int | None = None) -> Rows:
-    """Read the rows of a source and collect all problems.
+    """Read the rows of a source into lists and collect all problems.
 
     Args:
         origin: The source; with the format `auto` its first readable row shows the format.
@@ -159,35 +234,48 @@ def read_origin(origin: Origin, *, max_rows: int | None = None) -> Rows:
     """
     path = origin.path
     if not data_files(path):
-        return Rows(problems=[_no_rows(path, "no *.jsonl, *.json, *.csv or *.parquet file in it")])
-    detected: Format | None = next((name for name in FIELDS if name == origin.format), None)
-    first = "the recipe"
+        return Rows(problems=[no_rows(path, "no *.jsonl, *.json, *.csv or *.parquet file in it")])
+    reader = RowReader(origin)
     rows: list[Row] = []
     wrong: list[str] = []
-    for where, raw, unread in islice(raw_rows(path, inside=origin.inside), max_rows):
-        try:
-            if raw is None:
-                raise Unread(unread)
-            if detected is None:
-                detected, first = _detect(raw), where
-            rows.append(_row(raw, detected, where=where, origin=origin))
-        except Unread as error:
-            wrong.append(f"{where} {error}")
-    problems = [malformed([path], wrong)] if wrong else []
-    if not rows and not wrong:
-        problems.append(_no_rows(path, "the file is empty"))
-    return Rows(format=detected, detected_from=first, rows=rows, wrong=wrong, problems=problems)
+    problems: list[Problem] = []
+    for row in islice(reader, max_rows):
+        if isinstance(row, Row):
+            rows.append(row)
+        elif row.problem is not None:
+            problems.append(row.problem)
+        else:
+            wrong.append(str(row))
+    problems += [malformed([path], wrong)] if wrong else []
+    if not rows and not problems:
+        why = f"data.keep leaves all {reader.left_out} rows out" if reader.left_out else "the file is empty"
+        problems.append(no_rows(path, why))
+    return Rows(
+        format=reader.format,
+        detected_from=reader.detected_from,
+        rows=rows,
+        wrong=wrong,
+        problems=problems,
+        left_out=reader.left_out,
+        unused=reader.unused(),
+    )
 
 
-def normalised(messages: list[Message]) -> str:
-    """Canonical JSON of the turns: NFC, runs of white space one space, ends stripped. Two rows with one are equal."""
-    turns = [{key: _plain(value) for key, value in turn.items()} for turn in messages]
-    return json.dumps(turns, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+def normalised(messages: Iterable[Message]) -> str:
+    """Canonical JSON of the turns: NFC, runs of white space one space, ends stripped."""
+    return _exact([{key: _plain(value) for key, value in turn.items()} for turn in messages])
 
 
-def content_hash(messages: list[Message]) -> str:
-    """sha256 (hex) of the normalised turns; its first 16 digits name the row."""
-    return hashlib.sha256(normalised(messages).encode()).hexdigest()
+def content_hash(
+    messages: list[Message], tools: list[Tool] | None = None, columns: Mapping[str, Any] | None = None
+) -> str:
+    """sha256 (hex) of turns, tools and columns as they are, white space included; its first 16 digits name a row."""
+    content = {"messages": messages, "tools": tools, "columns": columns} if tools or columns else messages
+    return hashlib.sha256(_exact(content).encode()).hexdigest()
+
+
+def _exact(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=str)
 
 
 def side(group: str, *, salt: str, dev: float, test: float) -> Side:
@@ -211,116 +299,8 @@ def _plain(value: object) -> object:
     return " ".join(unicodedata.normalize("NFC", value).split()) if isinstance(value, str) else value
 
 
-def _detect(raw: dict[str, Any]) -> Format:
-    for name, fields in FIELDS.items():
-        if all(column in raw for column in fields):
-            return name
-    known = "; ".join(f"{' and '.join(f'`{column}`' for column in fields)} ({name})" for name, fields in FIELDS.items())
-    raise Unread(f"has the columns {sorted(raw)}; needed are {known}")
-
-
-def _row(raw: dict[str, Any], format: Format, *, where: str, origin: Origin) -> Row:
-    fields = FIELDS[format]
-    for name in (*fields, *origin.columns):
-        if raw.get(name) is None:
-            raise Unread(f"has no `{name}`")
-    messages = _messages(raw, format)
-    (_check_text if format == "text" else _check_messages)(messages)
-    own = (*fields, *OPTIONAL.get(format, ()))
-    others = {name: value for name, value in raw.items() if name not in own or name in origin.columns}
-    return Row(where=where, messages=messages, columns=others, origin=origin)
-
-
-def _messages(raw: dict[str, Any], format: Format) -> list[Message]:
-    """The turns of a row; what they hold is checked later."""
-    if format == "messages":
-        return _listed(raw["messages"])
-    if format == "text":
-        return [{"role": TEXT, "content": raw["text"]}]
-    if format == "prompt-completion":
-        return [*_prompt(raw["prompt"]), *_turns(raw["completion"], role="assistant")]
-    system: list[Message] = [{"role": "system", "content": raw["system"]}] if raw.get("system") else []
-    if format == "sharegpt":
-        return system + [_spoken(turn, number) for number, turn in enumerate(_listed(raw["conversations"]), start=1)]
-    instruction, more = raw["instruction"], raw.get("input") or ""
-    for name, value in (("instruction", instruction), ("input", more)):
-        if not isinstance(value, str):
-            raise Unread(f"has no text as `{name}`")
-    prompt = f"{instruction}\n\n{more}" if more.strip() else instruction
-    return [*system, {"role": "user", "content": prompt}, {"role": "assistant", "content": raw["output"]}]
-
-
-def _turns(value: Any, *, role: str) -> list[Message]:
-    """A text as one turn of this role; a list is one of turns already."""
-    return value if is_list(value) else [{"role": role, "content": value}]
-
-
-def _prompt(value: Any) -> list[Message]:
-    """The prompt's turns. None is the assistant's: every assistant turn is trained, and a prompt is not."""
-    turns = _turns(value, role="user")
-    if any(is_mapping(turn) and turn.get("role") == "assistant" for turn in turns):
-        raise Unread(
-            "has an assistant turn in its `prompt`: write `messages`; every assistant turn of these is trained"
-        )
-    return turns
-
-
-def _listed(value: Any) -> list[Message]:
-    """A list of turns; as JSON text where a cell can hold nothing else (CSV)."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise Unread(f"has turns that are not JSON ({error})") from None
-    if not is_list(value) or not value:
-        raise Unread("has no list of turns")
-    return value
-
-
-def _spoken(turn: Any, number: int) -> Message:
-    """A turn `{"from", "value"}` as `{"role", "content"}`."""
-    if not is_mapping(turn) or "from" not in turn:
-        return turn
-    speaker = turn["from"]
-    if not isinstance(speaker, str) or speaker not in SPEAKERS:
-        raise Unread(f"turn {number} is from {speaker!r}; known are {', '.join(SPEAKERS)}")
-    rest = {name: value for name, value in turn.items() if name not in ("from", "value")}
-    return {"role": SPEAKERS[speaker], "content": turn.get("value"), **rest}
-
-
-def _check_text(messages: list[Message]) -> None:
-    text = messages[0]["content"]
-    if not isinstance(text, str) or not text.strip():
-        raise Unread("has no text as `text`")
-    if not _is_unicode(text):
-        raise Unread("holds half of a surrogate pair, which no tokenizer reads")
-
-
-def _check_messages(messages: list[Message]) -> None:
-    """Raise Unread unless these are turns with known roles and text, the last one the assistant's."""
-    if not messages:
-        raise Unread("has no list of turns")
-    for number, turn in enumerate(messages, start=1):
-        if not is_mapping(turn) or turn.get("role") not in ROLES:
-            raise Unread(f"turn {number} has no role out of {', '.join(ROLES)}")
-        calls = turn["role"] == "assistant" and bool(turn.get("tool_calls"))
-        content = "" if calls and turn.get("content") is None else turn.get("content")
-        if not isinstance(content, str):
-            raise Unread(f"turn {number} has no text as content")
-        if turn["role"] == "assistant" and not content.strip() and not calls:
-            raise Unread(f"turn {number} is an empty assistant turn")
-        if not _is_unicode(content):
-            raise Unread(f"turn {number} holds half of a surrogate pair, which no tokenizer reads")
-    if messages[-1]["role"] != "assistant":
-        raise Unread("does not end with an assistant turn, so its last turn has no answer")
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _as_malformed(problem: Problem) -> MalformedRow:
+    return MalformedRow(where=problem.where, why=problem.what, problem=problem)
 
 
 def malformed(paths: Sequence[Path], wrong: list[str]) -> Problem:
@@ -339,7 +319,8 @@ def first_lines(rows: Sequence[str]) -> str:
     return "".join(f"\n    {line}" for line in (*rows[:SHOWN], *more))
 
 
-def _no_rows(path: Path, why: str) -> Problem:
+def no_rows(path: Path, why: str) -> Problem:
+    """A source without a row."""
     return Problem(
         what="no training rows",
         where=str(path),

@@ -4,15 +4,48 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from recipes.data.rows import Format
+from recipes.data.formats import Format, Keep, Target, is_template, parts_of
 from recipes.section import Place, Section
 
 Fraction = Annotated[float, Field(gt=0, lt=0.5)]
 
 
-class DataSource(Section):
+def _columns(columns: dict[Target, str]) -> dict[Target, str]:
+    for name, source in columns.items():
+        try:
+            parts = parts_of(source) if is_template(source) else []
+        except ValueError as error:
+            raise ValueError(f"data.columns.{name} is {source!r}: {error}") from None
+        if not source or (parts and not any(column for _, column in parts)):
+            raise ValueError(f"data.columns.{name} is {source!r}: it names no column")
+    return columns
+
+
+Columns = Annotated[dict[Target, str], AfterValidator(_columns)]
+
+
+class RowFields(Section):
+    """What `data` and each of its sources have: which rows and columns of the files are meant."""
+
+    columns: Columns = {}
+    """Names for columns of your own: `{prompt: question, completion: answer}`. A value with braces is a text put
+    together from columns, `prompt: "{instruction} {context}"`; an empty column leaves no gap. Names are prompt and
+    completion, messages, conversations, text, instruction, input, output, history, system, tools, group, domain."""
+    keep: dict[str, Keep | list[Keep]] = {}
+    """Rows to keep, by the value of a column: `{label: true}`, or several values in a list. null keeps the rows that do
+    not have the column. Others are left out and counted."""
+    drop_reasoning: bool = False
+    """Leave out the reasoning of turns (reasoning_content, reasoning, thinking), for a chat template with no place for
+    it."""
+    config: str | None = None
+    """Configuration of a folder or hub data set that has several."""
+    split: str | None = None
+    """Split of a folder or hub data set; default: its train files, where it has any."""
+
+
+class DataSource(RowFields):
     path: Place
     """A file, a folder or a hub data set id, as in `data.path`."""
     revision: str | None = None
@@ -27,7 +60,7 @@ class DataSource(Section):
     """Domain of all rows of this source, in place of the column `data.domain`."""
 
 
-class Data(Section):
+class Data(RowFields):
     path: Place | None = None
     """Training domain: a file (JSONL, JSON array, CSV with a header, parquet), a folder of such files (only its train*
     files, where it has any) or a hub data set id. Either this or `sources`."""
@@ -44,7 +77,8 @@ class Data(Section):
     domain: str | None = None
     """Column that names a row's sub-domain; calibration is stratified over it, metrics are shown per value."""
     group: str | None = None
-    """Column that keeps rows together on one side of the split. Default: the row's content hash."""
+    """Column that keeps rows together on one side of the split. Default: the first question of a row (system turn,
+    first user turn, tools), so that all answers to a question, and all ways to go on from it, are on one side."""
     dev: Fraction = 0.1
     """Share of groups for dev: every choice is made on these alone."""
     test: Fraction = 0.15
@@ -66,8 +100,22 @@ class Data(Section):
     def parts(self) -> list[DataSource]:
         """The sources; `path` alone is one source."""
         if self.path is not None:
-            return [DataSource(path=self.path, revision=self.revision, format=self.format)]
+            own = {name: getattr(self, name) for name in RowFields.model_fields}
+            return [DataSource(path=self.path, revision=self.revision, format=self.format, **own)]
         return self.sources or []
+
+    @property
+    def group_column(self) -> str | None:
+        """`group`, or the column of this name that `columns` makes; None: the first question."""
+        return self.group or self._mapped("group")
+
+    @property
+    def domain_column(self) -> str | None:
+        """`domain`, or the column of this name that `columns` makes."""
+        return self.domain or self._mapped("domain")
+
+    def _mapped(self, name: Target) -> str | None:
+        return name if any(name in source.columns for source in self.parts) else None
 
     def field(self, source: int) -> str:
         """Dotted name of a source's path."""
@@ -81,12 +129,21 @@ class Data(Section):
             raise ValueError(
                 "data.sources stands beside data.path: write one of them; `path: null` undoes an extended one"
             )
-        if self.sources is not None and (self.revision is not None or self.format != "auto"):
-            raise ValueError("data.sources stands beside data.revision or data.format: each source has its own")
+        fields = DataSource.model_fields
+        own = [
+            name
+            for name in ("revision", "format", *RowFields.model_fields)
+            if getattr(self, name) != fields[name].default  # an extended recipe is undone by the default
+        ]
+        if self.sources is not None and own:
+            raise ValueError(f"data.sources stands beside data.{own[0]}: each source has its own")
         has_domain = [source.domain is not None for source in self.sources or []]
-        if any(has_domain) and not all(has_domain) and self.domain is None:
+        if any(has_domain) and not all(has_domain) and self.domain_column is None:
             raise ValueError(
                 f"data.sources.{has_domain.index(False)}.domain is missing: other sources name one, and no column "
                 "data.domain says it either"
             )
+        for name, column in (("group", self.group), ("domain", self.domain)):
+            if column is not None and any(name in source.columns for source in self.parts):
+                raise ValueError(f"data.{name} stands beside columns.{name}: write one of them")
         return self

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from recipes.data.rows import Origin, origins
+from recipes.data.origin import Origin, origins
 from recipes.plain import is_mapping
 from recipes.problem import Problem, RecipeError, shown
 from recipes.read.complaints import explain
@@ -21,7 +21,7 @@ from recipes.read.merge import extended, override
 from recipes.read.secrets import override_problems
 from recipes.read.yamlfile import parse
 from recipes.schema import Recipe, is_hub_id
-from recipes.scorers import PythonCallableSpec, Scorer, SqlExecutionSpec
+from recipes.scorers import PythonCallableSpec, Scorer, scored_columns
 
 HUB_NEVER = (".jsonl", ".json", ".csv", ".parquet")  # endings of a file
 
@@ -79,11 +79,10 @@ class Loaded:
     @property
     def origins(self) -> dict[str, Origin]:
         """Sources of the data that are here, by the field that names their path."""
-        data, scorers = self.recipe.data, self.recipe.evaluate.scorers
-        columns = (data.group, *(scorer.schema_column for scorer in scorers if isinstance(scorer, SqlExecutionSpec)))
+        data, scored = self.recipe.data, scored_columns(self.recipe.evaluate.scorers)
         sources = [source.model_dump() for source in data.parts]
         paths = [path or Path() for path in self.data]
-        of_sources = origins(paths, sources, domain=data.domain, columns=columns)
+        of_sources = origins(paths, sources, domain=data.domain_column, group=data.group_column, scored=scored)
         local = [path is not None and path.exists() for path in self.data]
         return {data.field(number): origin for number, origin in enumerate(of_sources) if local[number]}
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recipes.data.rows import Message
+from recipes.data.turns import Message
 from recipes.schema import LEAST_ROWS, MOST_ROWS
 from tasks.jobs.text.leaks import HeldOutRow, near_twins, refuse_leaks, without_near_duplicates
 from tasks.runtime.process.errors import StageError

@@ -29,12 +29,14 @@ ROWS = pa.schema(
         ("split", pa.string()),
         ("domain", pa.string()),
         ("messages", pa.string()),
+        ("tools", pa.string()),  # JSON; empty where the row has none
         ("input_ids", pa.list_(pa.int32())),
         ("completion_mask", pa.list_(pa.bool_())),
         ("prompt_ids", pa.list_(pa.int32())),
         ("answer", pa.string()),
         ("columns", pa.string()),
         ("dropped_turns", pa.int32()),
+        ("source", pa.string()),  # file and line
         ("turn", pa.int32()),  # number of the one turn that is trained; 0 where all assistant turns are
     ]
 )
@@ -63,7 +65,7 @@ def run(job: Job) -> dict[str, Any]:
     renderer = Renderer.open(job.inputs["tokenizer"].path, template=template)
     reads = read_sources(job)
     every = [row for read in reads for row in read.rows]
-    unique = {content_hash(row.messages)[:16]: row for row in reversed(every)}  # the first of equal rows stays
+    unique = {row.name: row for row in reversed(every)}  # the first of equal rows stays
     chosen, selection = select(job, unique)
     chats = _render(job, {name: row for name, row in chosen.items() if not row.is_text}, renderer)
     texts = text_records(job, {name: row for name, row in chosen.items() if row.is_text}, renderer)
@@ -144,7 +146,7 @@ def _render(job: Job, rows: dict[str, Row], renderer: Renderer) -> _RenderedRows
         if number % 500 == 0:
             events.progress(number, len(rows), unit="row", note="tokenising")
         try:
-            chat = Conversation.of(row.messages, row.columns.get("tools"))
+            chat = Conversation.of(row.messages, row.tools)
             fitted = renderer.samples(chat, max_length=params["max_length"])
         except RowError as error:
             wrong.append(f"{row.where} {error}")
@@ -152,7 +154,7 @@ def _render(job: Job, rows: dict[str, Row], renderer: Renderer) -> _RenderedRows
         samples = [sample for sample in fitted if isinstance(sample, Sample)]
         too_long += [sample.tokens for sample in fitted if isinstance(sample, TooLong)]
         lost += [sample.lost for sample in samples if sample.dropped]
-        place = place_of(name, row, params)._asdict()
+        place = place_of(row, params)._asdict()
         if samples and not records:
             text = renderer.marked_text(samples[0].rendered)
             events.note("example", f"{row.where}, trained tokens between ⟦ and ⟧:\n{text}")
@@ -206,6 +208,8 @@ def _record(row: Row, sample: Sample, renderer: Renderer) -> dict[str, Any]:
         "messages": json.dumps(
             sample.turns, ensure_ascii=False
         ),  # keys in their order: templates write calls as they are
+        "tools": json.dumps(row.tools, ensure_ascii=False) if row.tools else "",
+        "source": row.where,
         "input_ids": rendered.input_ids,
         "completion_mask": rendered.mask,
         "prompt_ids": rendered.prompt_ids if sample.last else [],

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
-from recipes.data.rows import content_hash, read_rows, side, source_name
+from recipes.data.origin import source_name
+from recipes.data.rows import content_hash, read_rows, side
 from tasks.jobs import prepare
 from tasks.jobs.text.conversation import Conversation, RowError
 from tasks.jobs.text.near_duplicates import near_duplicates
@@ -30,7 +31,7 @@ PARAMS = {
     "max_length": 256,
     "near_duplicates": "count",
     "near_duplicate_jaccard": 0.9,
-    "keep_columns": [],
+    "scored_columns": [],
     "chat_template": None,
 }
 END = 2
@@ -155,9 +156,9 @@ def test_only_the_first_twenty_are_listed(tmp_path: Path) -> None:
     assert "and 10 more" in problem.why
 
 
-@pytest.mark.parametrize("column", ["domain", "group", "keep_columns"])
+@pytest.mark.parametrize("column", ["domain", "group", "scored_columns"])
 def test_a_row_without_a_named_column_is_malformed(tmp_path: Path, column: str) -> None:
-    columns = {column: ["kind"] if column == "keep_columns" else "kind"}
+    columns = {column: ["kind"] if column == "scored_columns" else "kind"}
     rows = [row | {"kind": "a"} for row in questions(60)]
     del rows[40]["kind"]
     with pytest.raises(StageError, match=r"out\.jsonl:41 has no `kind`"):

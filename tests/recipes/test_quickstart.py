@@ -26,7 +26,7 @@ NEAR_TWIN = 0.9  # Jaccard similarity of word 5-grams, as in the leak check that
 @pytest.fixture(scope="module")
 def sides() -> dict[str, list[Row]]:
     data, by_side = RECIPE.data, defaultdict(list)
-    read = read_rows(QUICKSTART / data.path, columns=(data.group, data.domain))
+    read = read_rows(QUICKSTART / data.path, required=(data.group, data.domain))
     assert not read.problems
     for row in read.rows:
         split = side(str(row.columns[data.group]), salt=data.salt, dev=data.dev, test=data.test)

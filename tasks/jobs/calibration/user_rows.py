@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from recipes.data.rows import Row, content_hash, malformed, read_rows
+from recipes.data.rows import Row, malformed, read_rows
 from tasks.jobs.calibrate import calibset
 from tasks.jobs.text.conversation import Conversation, RowError
 from tasks.jobs.text.rendering import Renderer, Sample
@@ -34,7 +34,7 @@ def run(job: Job) -> dict[str, Any]:
     read = read_rows(path)
     if read.problems:
         raise StageError(read.problems[0])
-    unique = {content_hash(row.messages)[:16]: row for row in reversed(read.rows)}
+    unique = {row.name: row for row in reversed(read.rows)}
     records = list(_texts(unique, job) if read.format == "text" else _turns(unique, job, path=path))
     job.events.note(
         "rows",
@@ -62,7 +62,7 @@ def _turns(rows: dict[str, Row], job: Job, *, path: Path) -> Iterator[dict[str, 
     wrong: list[str] = []
     for name, row in sorted(rows.items()):
         try:
-            chat = Conversation.of(row.messages, row.columns.get("tools"))
+            chat = Conversation.of(row.messages, row.tools)
             samples = renderer.samples(chat, max_length=job.params["seq_len"])
         except RowError as error:
             wrong.append(f"{row.where} {error}")

@@ -12,7 +12,9 @@ import pyarrow.parquet as pq
 from jinja2 import TemplateError
 from transformers import AutoConfig, GenerationConfig
 
-from recipes.data.rows import SHOWN, TEXT, Message, first_lines
+from recipes.data.formats import TEXT
+from recipes.data.rows import SHOWN, first_lines
+from recipes.data.turns import Message
 from tasks.jobs.measuring.teacher_forcing import TokenRow
 from tasks.jobs.text.conversation import Conversation, RowError
 from tasks.jobs.text.rendering import Rendered, Renderer
@@ -207,9 +209,9 @@ def _rendered(renderer: Renderer, source: RowSource) -> list[Rendered]:
 
 def _sources(dataset: Path) -> dict[str, RowSource]:
     held_out = [("split", "in", ("dev", "test"))]
-    table = pq.read_table(dataset / "rows.parquet", columns=["row", "messages", "columns", "turn"], filters=held_out)
+    table = pq.read_table(dataset / "rows.parquet", columns=["row", "messages", "tools", "turn"], filters=held_out)
     return {
-        line["row"]: RowSource(json.loads(line["messages"]), json.loads(line["columns"]).get("tools"), line["turn"])
+        line["row"]: RowSource(json.loads(line["messages"]), json.loads(line["tools"] or "null"), line["turn"])
         for line in table.to_pylist()
     }
 

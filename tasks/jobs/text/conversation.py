@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from recipes.data.rows import Message
+from recipes.data.turns import Message
 
 
 class RowError(ValueError):

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipes.data.rows import Message, Side, normalised
+from recipes.data.rows import Side, normalised
+from recipes.data.turns import Message
 from tasks.jobs.text.near_duplicates import near_duplicates, not_all_compared
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from recipes.data.rows import Message, Side
+from recipes.data.rows import Side
+from recipes.data.turns import Message
 
 GRAM = 5  # words
 PERMUTATIONS = 128

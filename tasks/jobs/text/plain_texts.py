@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from recipes.data.files import FolderChoice
-from recipes.data.rows import TEXT, Row, content_hash
+from recipes.data.formats import TEXT
+from recipes.data.rows import Row, content_hash
 from recipes.data.texts import plain_texts
 from tasks.jobs.text.rendering import Rendered, Renderer
 from tasks.jobs.text.sources import place_of
@@ -34,9 +35,7 @@ def read_texts(path: Path, *, what: str) -> Iterator[tuple[str, str]]:
                 )
             yield content_hash([{"role": TEXT, "content": text}])[:16], text
     except FolderChoice as choice:
-        raise StageError.of(
-            what=f"{what} is not one set of rows", where=str(path), why=str(choice), next="name the file that is meant"
-        ) from None
+        raise StageError([choice.problem(str(path), written="nowhere")]) from None
 
 
 class Texts(NamedTuple):
@@ -61,8 +60,10 @@ def text_records(job: Job, rows: dict[str, Row], renderer: Renderer) -> Texts:
         texts.records.append(
             {
                 "row": name,
-                **place_of(name, row, params)._asdict(),
+                **place_of(row, params)._asdict(),
                 "messages": json.dumps([{"role": TEXT, "content": text}], ensure_ascii=False, sort_keys=True),
+                "tools": "",
+                "source": row.where,
                 "input_ids": kept,
                 "completion_mask": [True] * len(kept),
                 "prompt_ids": [],

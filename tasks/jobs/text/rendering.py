@@ -16,7 +16,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 from jinja2 import TemplateError
 
-from recipes.data.rows import Message
+from recipes.data.turns import Message
 from tasks.jobs.text.conversation import Conversation, RowError, behind_thinking, called
 from tasks.jobs.text.templates import GENERATION, chatml, end_of_turn, generation_prompt, training_template
 from tasks.jobs.text.tokenizer import load_tokenizer

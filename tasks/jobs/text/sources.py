@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from recipes.data.rows import Row, Rows, Side, drawn, malformed, origins, read_origin, side, source_name
+from recipes.data.origin import origins, source_name
+from recipes.data.rows import Row, Rows, Side, drawn, malformed, read_origin, side
 from tasks.jobs.text.near_duplicates import near_duplicates, not_all_compared
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
@@ -20,8 +21,9 @@ def read_sources(job: Job) -> list[Rows]:
     """
     params = job.params
     paths = [job.inputs[source_name(number)].path for number in range(len(params["sources"]))]
-    columns = [params.get("group"), *params.get("keep_columns", [])]
-    sources = origins(paths, params["sources"], domain=params.get("domain"), columns=columns)
+    sources = origins(
+        paths, params["sources"], domain=params["domain"], group=params["group"], scored=params["scored_columns"]
+    )
     reads = [read_origin(source) for source in sources]
     wrong = [line for read in reads for line in read.wrong]
     if wrong:
@@ -33,6 +35,8 @@ def read_sources(job: Job) -> list[Rows]:
         "format",
         "; ".join(f"{read.format}, detected from {read.detected_from}; {len(read.rows)} rows" for read in reads),
     )
+    if left_out := sum(read.left_out for read in reads):
+        job.events.note("kept", f"data.keep leaves {left_out} rows out")
     return reads
 
 
@@ -44,11 +48,11 @@ class RowPlace(NamedTuple):
     domain: str
 
 
-def place_of(name: str, row: Row, params: Mapping[str, Any]) -> RowPlace:
-    """The row's group (its own name where the recipe names no column), side and domain."""
-    group = str(row.columns[params["group"]]) if params.get("group") else name
+def place_of(row: Row, params: Mapping[str, Any]) -> RowPlace:
+    """The row's group (its first question where the recipe names no column), side and domain."""
+    group = row.group(params["group"])
     split = side(group, salt=params["salt"], dev=params["dev"], test=params["test"])
-    return RowPlace(group, split, row.domain(params.get("domain")))
+    return RowPlace(group, split, row.domain(params["domain"]))
 
 
 class Selection(NamedTuple):
@@ -61,7 +65,7 @@ class Selection(NamedTuple):
 def select(job: Job, rows: dict[str, Row]) -> Selection:
     """The rows that the weights of their sources keep, without near-duplicates where these are to be removed."""
     params = job.params
-    sides: dict[str, Side] = {name: place_of(name, row, params).split for name, row in rows.items()}
+    sides: dict[str, Side] = {name: place_of(row, params).split for name, row in rows.items()}
     kept = _drawn(job, rows, sides)
     counts: dict[str, Any] = {"not_drawn_rows": len(rows) - len(kept)}
     if params["near_duplicates"] == "ignore":

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.retrain.row_changes import Changes, Rows, count, load, rows_of, save
-from recipes.data.rows import origins
+from recipes.data.origin import origins
 from recipes.data.schema import Data
 
 
@@ -22,8 +22,7 @@ def read(folder: Path, *files: list[dict[str, Any]], group: str | None = "id", d
     for number, rows in enumerate(files):
         (folder / f"{number}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     asked = Data(path="unread", group=group, domain=domain)
-    columns = [name for name in (group,) if name]
-    return rows_of(origins([folder], [asked.parts[0].model_dump()], domain=domain, columns=columns), asked)
+    return rows_of(origins([folder], [asked.parts[0].model_dump()], domain=domain, group=group), asked)
 
 
 def changes(before: Rows, now: Rows) -> dict[str, dict[str, int]]:
@@ -49,15 +48,15 @@ def test_order_files_format_and_copies_are_no_change(tmp_path: Path):
         writer.writeheader()
         writer.writerows(rows)
     asked = Data(path="unread", group="id", domain="domain")
-    source = origins([tmp_path / "c.csv"], [asked.parts[0].model_dump()], domain="domain", columns=["id"])
+    source = origins([tmp_path / "c.csv"], [asked.parts[0].model_dump()], domain="domain", group="id")
     turns = {name: one[:2] for name, one in rows_of(source, asked).items()}
     assert turns == {name: one[:2] for name, one in before.items()}
 
 
-def test_without_a_group_an_edit_is_one_removed_and_one_added(tmp_path: Path):
+def test_without_a_group_another_answer_to_a_question_is_an_edit(tmp_path: Path):
     before = read(tmp_path / "a", [row(1), row(2)], group=None)
     now = read(tmp_path / "b", [row(1), row(2, "green")], group=None)
-    assert changes(before, now) == {"added": {"colour": 1}, "removed": {"colour": 1}, "edited": {}}
+    assert changes(before, now) == {"added": {}, "removed": {}, "edited": {"colour": 1}}
 
 
 def test_other_columns_and_another_domain_of_the_same_turns_are_edits(tmp_path: Path):
