@@ -18,6 +18,7 @@ from recipes.problem import Problem
 
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 TEXT = ".txt"  # counts where a folder has no other kind
+NO_FILES = f"no {', '.join(f'*{ending}' for ending in KINDS)} or *{TEXT} file in it"
 NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # what data set tools leave
 NOT_TEXTS = re.compile(
     r"(readme|licen[cs]e|notice|copying|authors|citation|change(log|s)|contributing|requirements)", re.IGNORECASE

@@ -21,11 +21,14 @@ Within = str | dict[str, Any] | list[Any] | None
 
 
 def parquet_rows(path: Path) -> int | None:
-    """Rows of a parquet file, from its footer; None for another file or one that is broken."""
-    if path.suffix.lower() != ".parquet":
+    """Rows of a parquet file, from its footer, or of an Arrow file; None for another file or one that is broken."""
+    suffix = path.suffix.lower()
+    if suffix not in (".parquet", ".arrow"):
         return None
     parquet: Any = importlib.import_module("pyarrow.parquet")
     try:
+        if suffix == ".arrow":
+            return sum(batch.num_rows for batch in _arrow(path))
         return int(parquet.read_metadata(path).num_rows)
     except BROKEN:
         return None

@@ -35,7 +35,7 @@ def read_texts(path: Path, *, what: str) -> Iterator[tuple[str, str]]:
                 )
             yield content_hash([{"role": TEXT, "content": text}])[:16], text
     except FolderChoice as choice:
-        raise StageError([choice.problem(str(path), written="nowhere")]) from None
+        raise StageError(choice.problem(str(path), written="nowhere")) from None
 
 
 class Texts(NamedTuple):
