@@ -30,7 +30,7 @@ class Model(Section):
     @classmethod
     def _names_are_free(cls, value: dict[str, Any]) -> dict[str, Any]:
         if taken := sorted(value.keys() & TEMPLATE_NAMES):
-            raise ValueError(f"{', '.join(taken)}: a row's own, and no argument of the recipe's")
+            raise ValueError(f"{', '.join(taken)} cannot be an argument: every row has its own")
         return value
 
     @field_validator("template_date", mode="before")
@@ -42,6 +42,9 @@ class Model(Section):
     @field_validator("template_date")
     @classmethod
     def _is_a_day(cls, value: str | None) -> str | None:
-        if value is not None:
-            date.fromisoformat(value)
+        try:
+            if value is not None:
+                date.fromisoformat(value)
+        except ValueError as error:
+            raise ValueError(f"{value} is no day: {error}") from None
         return value
