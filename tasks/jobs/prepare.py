@@ -21,7 +21,7 @@ from tasks.jobs.text.chat_template import TemplateSettings
 from tasks.jobs.text.plain_texts import read_texts
 from tasks.jobs.text.rendering import Renderer
 from tasks.jobs.text.seams import remedy
-from tasks.jobs.text.tokenizer import text_ids
+from tasks.jobs.text.tokenizer import load_tokenizer, reads_alike, template_of_processor, text_ids, unlike_its_file
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
 from tasks.runtime.tokenizer_files import copy_files
@@ -152,12 +152,35 @@ def _general(job: Job, renderer: Renderer) -> list[dict[str, Any]]:
     return [rows[name] for name in sorted(rows)]
 
 
+def _keep_class(job: Job, renderer: Renderer, out: Path) -> None:
+    """Let the copied files be read as the base's are: by the same class, with the same template."""
+    base = job.inputs["tokenizer"].path
+    if not reads_alike(renderer.tokenizer, load_tokenizer(out)):
+        copy_files(base, out, ["config.json"])
+        job.events.note("tokenizer", "its class depends on config.json: a copy stands beside it, wherever it goes")
+    jinja = out / "chat_template.jinja"
+    if (
+        (template := template_of_processor(base))
+        and template == renderer.tokenizer.chat_template
+        and not jinja.exists()
+    ):
+        jinja.write_text(template, encoding="utf-8")
+        job.events.note("chat template", "it stood in chat_template.json alone; chat_template.jinja is for engines")
+    if (text := unlike_its_file(renderer.tokenizer, base)) is not None:
+        job.events.note(
+            "tokenizer.json",
+            f"transformers reads this base as {type(renderer.tokenizer).__name__}, which splits texts otherwise than "
+            f"its tokenizer.json says: {text!r} gets other tokens. An engine that reads that file alone gives others",
+        )
+
+
 def _write_tokenizer(job: Job, renderer: Renderer) -> None:
     """Copy the tokenizer files; add a chosen template; put the end-of-turn token among the ids that end an answer."""
     base, out = job.inputs["tokenizer"].path, job.out / "tokenizer"
     out.mkdir()
     copy_files(base, out)
     renderer.template.settings.write(out)
+    _keep_class(job, renderer, out)
     if "template" in job.inputs or job.params.get("chat_template"):
         (out / "chat_template.jinja").write_text(renderer.tokenizer.chat_template, encoding="utf-8")
         job.events.note("chat template", "chosen by the recipe; it travels with every artifact")
