@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from flows.compose import limits
@@ -58,7 +59,7 @@ def trained_on(home: Path, model: Path) -> dict[str, Any]:
     if dataset is None:
         return {"dataset": None, "rows": [], "note": "Its data set is not in the store: no row could be left out."}
     table = pq.read_table(dataset / "files" / "rows.parquet", columns=["row"], filters=[("split", "==", "train")])
-    rows = sorted({_row(name) for name in table["row"].to_pylist()})
+    rows = pc.unique(pc.list_element(pc.split_pattern(table["row"], "."), 0)).sort().to_pylist()
     return {"dataset": behind[dataset]["digest"], "rows": rows, "note": note}
 
 

@@ -303,19 +303,20 @@ def _as_malformed(problem: Problem) -> MalformedRow:
     return MalformedRow(where=problem.where, why=problem.what, problem=problem)
 
 
-def malformed(paths: Sequence[Path], wrong: list[str]) -> Problem:
-    """Malformed rows as one problem."""
+def malformed(paths: Sequence[Path], wrong: list[str], *, count: int | None = None) -> Problem:
+    """Malformed rows as one problem; of so many, where only the first ones are given."""
     return Problem(
-        what=f"{len(wrong)} malformed row(s)",
+        what=f"{count or len(wrong)} malformed row(s)",
         where=wrong[0].split(" ", 1)[0],
-        why=f"these rows cannot be read:{first_lines(wrong)}",
+        why=f"these rows cannot be read:{first_lines(wrong, count=count)}",
         next=f"correct or remove them in {', '.join(map(str, paths))}",
     )
 
 
-def first_lines(rows: Sequence[str]) -> str:
-    """The first 20 rows by name, one per line, and how many more there are."""
-    more = [f"and {len(rows) - SHOWN} more"] if len(rows) > SHOWN else []
+def first_lines(rows: Sequence[str], *, count: int | None = None) -> str:
+    """The first 20 rows by name, one per line, and how many more there are; of `count`, where not all are given."""
+    count = count or len(rows)
+    more = [f"and {count - SHOWN} more"] if count > SHOWN else []
     return "".join(f"\n    {line}" for line in (*rows[:SHOWN], *more))
 
 

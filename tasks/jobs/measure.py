@@ -108,8 +108,12 @@ def _prompt(dataset: Path, batch: int, length: int, *, own: Path | None = None) 
         length: Tokens per sequence.
         own: Model folder whose own tokenizer reads the same text.
     """
-    column = pq.read_table(dataset / "rows.parquet", columns=["input_ids"])["input_ids"]
-    ids = column.combine_chunks().values.to_pylist()[: batch * length]
+    ids: list[int] = []
+    with pq.ParquetFile(dataset / "rows.parquet") as file:
+        for rows in file.iter_batches(columns=["input_ids"]):
+            ids += rows["input_ids"].flatten()[: batch * length - len(ids)].to_pylist()
+            if len(ids) == batch * length:
+                break
     if own is not None:
         text = load_tokenizer(dataset / "tokenizer").decode(ids, skip_special_tokens=True)
         ids = load_tokenizer(own)(text, add_special_tokens=False)["input_ids"]

@@ -100,7 +100,7 @@ def _check(job: Job, trainer: Trainer, model: PeftModel) -> None:
     Raises:
         StageError: Gradients differ after an evaluation; packed rows see each other.
     """
-    rows, collate = rows_of(job.inputs["dataset"].path, "train")[:2], trainer.data_collator
+    rows, collate = rows_of(job.inputs["dataset"].path, "train", most=2).to_list(), trainer.data_collator
     if job.params["packing"]:
         error = check_packing(model, rows, collate=collate)
         job.events.note("packing", f"packed rows give what they give alone: hidden states differ by {error:.2%} (bf16)")

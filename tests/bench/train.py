@@ -55,7 +55,6 @@ def bare_fp32(work: Path) -> Speed:
 def bare(work: Path, *, fp32: bool = False) -> Speed:
     """What one writes by hand with TRL; with the line that keeps bitsandbytes' gradients right on a CPU."""
     import torch
-    from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
     from trl import SFTConfig, SFTTrainer
@@ -101,7 +100,7 @@ def bare(work: Path, *, fp32: bool = False) -> Speed:
             report_to="none",
             disable_tqdm=True,
         ),
-        train_dataset=Dataset.from_list(rows_of(work / "dataset", "train")),
+        train_dataset=rows_of(work / "dataset", "train"),
         processing_class=AutoTokenizer.from_pretrained(QUICKSTART / "base"),
         peft_config=LoraConfig(
             r=asked["rank"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,8 @@ def run(tmp_path: Path, rows: list[Any], *, base: Path | None = None, name: str 
 
 
 def table(dataset: Path) -> list[dict[str, Any]]:
-    return pq.read_table(dataset / "rows.parquet").to_pylist()
+    """Rows of the dataset, but for where each was read: tests write the same rows into several files."""
+    return pq.read_table(dataset / "rows.parquet").drop_columns("source").to_pylist()
 
 
 def completions(renderer: Renderer, row: dict[str, Any]) -> list[str]:
@@ -170,12 +172,23 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
         run(tmp_path, [])
 
 
-def test_duplicates_go_after_normalisation(tmp_path: Path) -> None:
-    again = [{"messages": chat(" what  is 1 ?", "it is 1\n")}, questions(3)[2]]
+def test_duplicates_are_equal_to_the_last_space(tmp_path: Path) -> None:
+    again = [{"messages": chat(" what  is 1 ?", "it is 1")}, questions(3)[2]]
     dataset = run(tmp_path, [*questions(60), *again])
-    assert json.loads((dataset / "summary.json").read_text())["duplicates"] == 2
-    assert len(table(dataset)) == 60
-    assert len({tuple(row["input_ids"]) for row in table(dataset)}) == 60
+    assert json.loads((dataset / "summary.json").read_text())["duplicates"] == 1
+    rows = {row["row"]: row["source"] for row in pq.read_table(dataset / "rows.parquet").to_pylist()}
+    assert len(rows) == 61
+    assert rows[content_hash(questions(3)[2]["messages"])[:16]] == "out.jsonl:3"  # the first of equal rows stays
+
+
+def test_rows_that_a_scorer_tells_apart_are_no_duplicates(tmp_path: Path) -> None:
+    rows = [row | {"schema": "a"} for row in questions(60)]
+    rows += [rows[7] | {"schema": "b"}, rows[8] | {"note": "the same row"}]
+    dataset = run(tmp_path, rows, scored_columns=["schema"])
+    assert json.loads((dataset / "summary.json").read_text())["duplicates"] == 1
+    twice = [row for row in table(dataset) if row["answer"] == "it is 7"]
+    assert {json.loads(row["columns"])["schema"] for row in twice} == {"a", "b"}
+    assert len({row["split"] for row in twice}) == 1  # they have one question
 
 
 def test_rows_that_truncation_makes_equal_do_not_straddle_the_split(tmp_path: Path) -> None:
@@ -319,9 +332,14 @@ def test_two_beginning_of_text_tokens_are_refused(tmp_path: Path) -> None:
 
 def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base")
-    first = run(tmp_path, questions(80), base=base, name="a") / "rows.parquet"
-    second = run(tmp_path, list(reversed(questions(80))), base=base, name="b") / "rows.parquet"
-    assert first.read_bytes() == second.read_bytes()
+    first = run(tmp_path, questions(80), base=base, name="a")
+    bytes_of_first = (first / "rows.parquet").read_bytes()
+    shutil.rmtree(first)
+    assert (run(tmp_path, questions(80), base=base, name="a") / "rows.parquet").read_bytes() == bytes_of_first
+    turned = run(tmp_path, list(reversed(questions(80))), base=base, name="b")
+    assert table(turned) == table(first)
+    sources = {row["row"]: row["source"] for row in pq.read_table(turned / "rows.parquet").to_pylist()}
+    assert sources[content_hash(questions(80)[0]["messages"])[:16]] == "b.jsonl:80"
 
 
 def source(**changed: Any) -> dict[str, Any]:
@@ -388,8 +406,8 @@ def almost(number: int, *, of: int) -> dict[str, Any]:
 
 def test_near_duplicates_are_counted_and_removed_so_that_no_test_row_goes(tmp_path: Path) -> None:
     rows = [*questions(60), *(almost(number, of=of) for of in range(8) for number in range(6))]
-    data = write_jsonl(tmp_path / "rows.jsonl", rows)
-    options = {"max_length": 4000}
+    data = write_jsonl(tmp_path / "rows.jsonl", [row | {"number": number} for number, row in enumerate(rows)])
+    options = {"max_length": 4000, "group": "number"}  # by their first question all that are alike were on one side
     jobs = {
         mode: run_sources(tmp_path, [source()], data, name=mode, near_duplicates=mode, **options)
         for mode in ("ignore", "count", "remove")

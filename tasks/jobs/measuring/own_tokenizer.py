@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
-from jinja2 import TemplateError
 from transformers import AutoConfig, GenerationConfig
 
 from recipes.data.formats import TEXT
 from recipes.data.rows import SHOWN, first_lines
 from recipes.data.turns import Message
 from tasks.jobs.measuring.teacher_forcing import TokenRow
+from tasks.jobs.text.chat_template import NO_SETTINGS, ChatTemplate, TemplateSettings
 from tasks.jobs.text.conversation import Conversation, RowError
+from tasks.jobs.text.encoding import encode
 from tasks.jobs.text.rendering import Rendered, Renderer
-from tasks.jobs.text.tokenizer import load_tokenizer, with_end
+from tasks.jobs.text.tokenizer import load_tokenizer, text_ids, with_end
 from tasks.runtime.process.errors import StageError
 
 
@@ -27,12 +28,12 @@ class RowSource(NamedTuple):
 
     Attributes:
         turns: Its turns, or the one plain text.
-        tools: The row's column of this name.
+        tools: Its JSON schemas, None where it has none.
         turn: Number of the one turn that is trained; 0 where all are.
     """
 
     turns: list[Message]
-    tools: Any
+    tools: list[dict[str, Any]] | None
     turn: int
 
     @property
@@ -96,8 +97,9 @@ def another(folder: Path, dataset: Path, rows: Sequence[TokenRow]) -> str | None
     own, theirs = load_tokenizer(folder), load_tokenizer(dataset / "tokenizer")
     if not own.chat_template:
         own.chat_template = theirs.chat_template
-    sources = _sources(dataset)
-    unlike = [row.row for row in rows if not _same(row, sources[row.row], own, theirs)]
+    sources = _Sources(dataset)
+    template = ChatTemplate.of(own, settings=_settings(own.chat_template, dataset, theirs))
+    unlike = [row.row for row in rows if not _same(row, sources[row.row], template, theirs)]
     if not unlike:
         return None
     if own.get_vocab() == theirs.get_vocab():
@@ -108,20 +110,22 @@ def another(folder: Path, dataset: Path, rows: Sequence[TokenRow]) -> str | None
     )
 
 
-def _same(row: TokenRow, source: RowSource, own: Any, theirs: Any) -> bool:
+def _settings(chat_template: Any, dataset: Path, theirs: Any) -> TemplateSettings:
+    """What the recipe says to the base's template: for that one alone, another template has other arguments."""
+    return TemplateSettings.read(dataset / "tokenizer") if chat_template == theirs.chat_template else NO_SETTINGS
+
+
+def _same(row: TokenRow, source: RowSource, own: ChatTemplate, theirs: Any) -> bool:
     if source.is_text:
         text = source.turns[0]["content"]
-        return own(text)["input_ids"] == theirs(text)["input_ids"]
+        return text_ids(own.tokenizer, text) == text_ids(theirs, text)
     chat = source.chat
-
-    def ids(turns: list[Message], **options: bool) -> list[int]:
-        return own.apply_chat_template(turns, tools=chat.tools, tokenize=True, return_dict=False, **options)
-
     try:
-        whole = ids(chat.turns) == row.ids
-        return whole and (not row.prompt_ids or ids(chat.turns[:-1], add_generation_prompt=True) == row.prompt_ids)
-    except (TemplateError, TypeError):
+        shaped = own.shaped(chat, trained=[len(chat.turns)] if source.turn else chat.trained, markers=False)
+        whole, prompt = encode(own.tokenizer, [shaped.marked.text, own.prompt(shaped.chat)])
+    except RowError:
         return False
+    return whole.ids == row.ids and (not row.prompt_ids or prompt.ids == row.prompt_ids)
 
 
 def read_rows_as(
@@ -146,7 +150,8 @@ def read_rows_as(
     Raises:
         StageError: It has no template; its template refuses rows; rows are longer than the model's context.
     """
-    if chat_template is None and not load_tokenizer(folder).chat_template:
+    own, theirs = load_tokenizer(folder), load_tokenizer(dataset / "tokenizer")
+    if chat_template is None and not own.chat_template:
         raise StageError.of(
             what="the model has another tokenizer and no chat template",
             where=str(folder),
@@ -154,9 +159,9 @@ def read_rows_as(
             next="put its chat_template.jinja into the folder, or write evaluate.external.NAME as "
             "{path: ..., chat_template: chatml}",
         )
-    renderer = Renderer.open(folder, template=chat_template)
-    sources = _sources(dataset)
-    end = load_tokenizer(dataset / "tokenizer").eos_token_id
+    renderer = Renderer.open(folder, template=chat_template, settings=_settings(own.chat_template, dataset, theirs))
+    sources = _Sources(dataset)
+    end = theirs.eos_token_id
     own_rows: list[TokenRow] = []
     prompts: list[TokenRow] = []
     wrong: list[str] = []
@@ -180,14 +185,13 @@ def read_rows_as(
 
 def _read(row: TokenRow, source: RowSource, renderer: Renderer, *, ended: bool) -> list[TokenRow]:
     if source.is_text:
-        ids: list[int] = renderer.tokenizer(source.turns[0]["content"])["input_ids"]
+        ids = text_ids(renderer.tokenizer, source.turns[0]["content"])
         if ended:
             ids = with_end(renderer.tokenizer, ids)
-        return [replace(row, ids=ids, counted=[False, *[True] * (len(ids) - 1)], prompt_ids=[])]
+        return [row.read_as(ids, counted=[False, *[True] * (len(ids) - 1)], prompt_ids=[])]
     return [
-        replace(
-            row,
-            ids=rendered.input_ids,
+        row.read_as(
+            rendered.input_ids,
             counted=[False, *rendered.mask[1:]],
             prompt_ids=rendered.prompt_ids if row.prompt_ids else [],
         )
@@ -202,18 +206,23 @@ def _rendered(renderer: Renderer, source: RowSource) -> list[Rendered]:
     try:
         return [renderer.render(chat)]
     except RowError:
-        if len(chat.answered) == 1:
+        if chat.trained == [len(chat.turns)]:
             raise
-    return [renderer.render_last(chat.until(number)) for number in chat.answered]
+    return [renderer.render_last(chat.until(number)) for number in chat.trained]
 
 
-def _sources(dataset: Path) -> dict[str, RowSource]:
-    held_out = [("split", "in", ("dev", "test"))]
-    table = pq.read_table(dataset / "rows.parquet", columns=["row", "messages", "tools", "turn"], filters=held_out)
-    return {
-        line["row"]: RowSource(json.loads(line["messages"]), json.loads(line["tools"] or "null"), line["turn"])
-        for line in table.to_pylist()
-    }
+class _Sources:
+    """What each row of dev and test was made from, by name; read from Arrow columns when it is asked for."""
+
+    def __init__(self, dataset: Path) -> None:
+        columns, held_out = ["row", "messages", "tools", "turn"], [("split", "in", ("dev", "test"))]
+        self._table = pq.read_table(dataset / "rows.parquet", columns=columns, filters=held_out)
+        self._places = {name: place for place, name in enumerate(self._table["row"].to_pylist())}
+
+    def __getitem__(self, row: str) -> RowSource:
+        """The row of this name."""
+        messages, tools, turn = (self._table[name][self._places[row]].as_py() for name in ("messages", "tools", "turn"))
+        return RowSource(json.loads(messages), json.loads(tools or "null"), turn)
 
 
 def _ends(folder: Path, renderer: Renderer) -> list[int]:

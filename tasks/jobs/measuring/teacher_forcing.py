@@ -14,6 +14,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
@@ -28,6 +29,9 @@ Model: TypeAlias = "PreTrainedModel | PeftModel"
 Caches = Callable[[], Cache]
 """An empty KV cache for a batch."""
 LOSS_TOKENS = 256  # fp32 logits of so many tokens at once
+# Column of rows.parquet behind each field of a TokenRow.
+COLUMNS = {name: name for name in ("row", "group", "split", "domain", "prompt_ids", "answer", "columns")}
+COLUMNS |= {"ids": "input_ids", "counted": "completion_mask"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +64,36 @@ class TokenRow:
         """Tokens of the last turn, as the data has it."""
         return len(self.ids) - len(self.prompt_ids)
 
+    def read_as(self, ids: list[int], *, counted: list[bool], prompt_ids: list[int]) -> TokenRow:
+        """The same row in other tokens."""
+        return TokenRow(
+            row=self.row,
+            group=self.group,
+            split=self.split,
+            ids=ids,
+            counted=counted,
+            domain=self.domain,
+            prompt_ids=prompt_ids,
+            answer=self.answer,
+            columns=self.columns,
+        )
+
+
+class StoredRow(TokenRow):
+    """A row in Arrow columns, 4 bytes a token: its lists are made each time that they are asked for."""
+
+    def __init__(self, table: pa.Table, place: int) -> None:
+        self.__dict__.update(_table=table, _place=place)
+
+    def __getattribute__(self, name: str) -> Any:
+        """A field is read from its column."""
+        if name not in COLUMNS:
+            return super().__getattribute__(name)
+        value = self._table[COLUMNS[name]][self._place].as_py()
+        if name == "counted":
+            return [False, *value[1:]]
+        return json.loads(value) if name == "columns" else value
+
 
 class Prediction(NamedTuple):
     """What a model predicts for a row of T tokens, n of which count.
@@ -89,22 +123,9 @@ class Prediction(NamedTuple):
 
 
 def read_rows(dataset: Path, *splits: str) -> list[TokenRow]:
-    """Rows of some splits, in the order of the file."""
-    table = pq.read_table(dataset / "rows.parquet", filters=[("split", "in", splits)])
-    return [
-        TokenRow(
-            row=line["row"],
-            group=line["group"],
-            split=line["split"],
-            domain=line["domain"],
-            ids=line["input_ids"],
-            counted=[False, *line["completion_mask"][1:]],
-            prompt_ids=line["prompt_ids"],
-            answer=line["answer"],
-            columns=json.loads(line["columns"]),
-        )
-        for line in table.to_pylist()
-    ]
+    """Rows of some splits, in the order of the file; they stay in Arrow columns."""
+    table = pq.read_table(dataset / "rows.parquet", columns=list(COLUMNS.values()), filters=[("split", "in", splits)])
+    return [StoredRow(table, place) for place in range(len(table))]
 
 
 def read_general(dataset: Path) -> list[TokenRow]:

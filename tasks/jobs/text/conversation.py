@@ -44,9 +44,24 @@ class Conversation:
         return Conversation(turns=self.turns[:number], tools=self.tools)
 
     @property
-    def answered(self) -> list[int]:
-        """Numbers, from 1, of the assistant turns."""
-        return [number for number, turn in enumerate(self.turns, start=1) if turn["role"] == "assistant"]
+    def trained(self) -> list[int]:
+        """Numbers, from 1, of the assistant turns that are trained: those that are not marked `train: False`."""
+        return [
+            number
+            for number, turn in enumerate(self.turns, start=1)
+            if turn["role"] == "assistant" and turn.get("train", True)
+        ]
+
+    @property
+    def is_answered(self) -> bool:
+        """Its last turn is trained: there is an answer to score."""
+        return self.trained[-1:] == [len(self.turns)]
+
+    def for_template(self) -> list[Message]:
+        """The turns without what is no template's business: the mark `train`, and keys with nothing in them."""
+        return [
+            {key: value for key, value in turn.items() if key != "train" and value is not None} for turn in self.turns
+        ]
 
     def shorter(self) -> Iterable[Conversation]:
         """All of it, then without its first exchange, its first two ...; leading system turns go last of all.
@@ -63,9 +78,9 @@ class Conversation:
             yield Conversation(turns=turns[starts[-1] if starts else head :], tools=self.tools)
 
 
-def called(turn: Message) -> list[str]:
-    """Names of the functions that a turn calls."""
-    return [(call.get("function") or call)["name"] for call in turn.get("tool_calls") or []]
+def calls_in(turn: Message) -> list[dict[str, Any]]:
+    """Name and arguments of each function that a turn calls."""
+    return [call.get("function") or call for call in turn.get("tool_calls") or []]
 
 
 def behind_thinking(text: str) -> str:

@@ -1,24 +1,29 @@
 """Turns into token ids, and which of them are completion: the one place that renders a chat template.
 
 Token ids of a row are made here once, in prepare; train, calibrate and evaluate read them. The completions are found
-in the first of these ways that is sound for the row: the template's own generation markers; TRL's training template for
-it, if that renders the row to the same ids; the token difference of prefixes. Where all fail because a template renders
-earlier turns differently from the last (Qwen3 drops their thinking), each assistant turn becomes a sample of its own:
+in the first of these ways that is sound for the row: the template's own generation markers; TRL's training template,
+if that renders the row to the same text; the token difference of prefixes. Where all fail because a template renders
+earlier turns differently from the last (Qwen3 drops their thinking), each trained turn becomes a sample of its own:
 the true history up to it, rendered by the model's own template, and only that turn is trained.
+
+Texts come first (`chat_template`), tokens second: what makes a sample is a generator that yields texts and is sent
+their tokens (`encoding`), so that many rows are tokenised in one call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
-from jinja2 import TemplateError
-
 from recipes.data.turns import Message
-from tasks.jobs.text.conversation import Conversation, RowError, behind_thinking, called
-from tasks.jobs.text.templates import GENERATION, chatml, end_of_turn, generation_prompt, training_template
+from tasks.jobs.text.chat_template import NO_SETTINGS, ChatTemplate, TemplateSettings, prints_today
+from tasks.jobs.text.completions import Completions, SeamError, spans
+from tasks.jobs.text.conversation import Conversation, RowError, behind_thinking, calls_in
+from tasks.jobs.text.encoding import Reading, alone, encode, side_by_side
+from tasks.jobs.text.templates import chatml, end_of_turn, generation_prompt, templates_of, training_template
 from tasks.jobs.text.tokenizer import load_tokenizer
 from tasks.runtime.process.errors import StageError
 
@@ -33,12 +38,14 @@ class Rendered:
     Attributes:
         prompt_ids: The history before the last turn with the generation prompt: what an answer is decoded from.
         way: How the trained tokens were found.
+        form: What is other in the turns as the template got them; empty where nothing is.
     """
 
     input_ids: list[int]
     mask: list[bool]
     prompt_ids: list[int]
     way: Way
+    form: str = ""
 
     @property
     def skewed(self) -> bool:
@@ -75,26 +82,27 @@ class Renderer:
     """A tokenizer with a chat template whose turns end with one known token.
 
     Attributes:
-        tokenizer: A PreTrainedTokenizerBase with a chat template (its stubs do not know what a call returns).
-        end_of_turn: Id of the special token that ends an assistant turn.
-        opening: Ids of the generation prompt.
-        special: Ids of all special tokens: some templates end tool calls with another one.
-        training: TRL's training template where it has one for exactly this template.
+        template: Turns into text; it holds the tokenizer.
+        completions: Tokens of turns among the tokens of a text.
     """
 
-    tokenizer: Any
-    end_of_turn: int
-    opening: list[int]
-    special: frozenset[int]
-    training: str | None
+    template: ChatTemplate
+    completions: Completions
 
     @classmethod
-    def open(cls, folder: Path, *, template: str | None = None) -> Renderer:
+    def open(
+        cls,
+        folder: Path,
+        *,
+        template: str | None = None,
+        settings: TemplateSettings = NO_SETTINGS,
+    ) -> Renderer:
         """The tokenizer of a model folder, with its own template or, if it has none, the one given.
 
         Args:
             folder: Model folder.
             template: `chatml`, the text of a Jinja template, or None.
+            settings: What the template gets in every rendering.
 
         Raises:
             StageError: No tokenizer, no template, two templates, or turns that end with no special token.
@@ -102,10 +110,11 @@ class Renderer:
         tokenizer = _with_template(folder, template)
         special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
         special |= {tokenizer.eos_token_id} - {None}
+        chat_template = ChatTemplate.of(tokenizer, settings=settings, training=training_template(tokenizer))
         try:
-            ending = end_of_turn(tokenizer, folder, special=special)
-            opening = generation_prompt(tokenizer)
-        except (TemplateError, TypeError, ValueError) as error:  # ValueError: the answer is not in the text
+            ending = end_of_turn(chat_template, folder, special=special)
+            opening = generation_prompt(chat_template)
+        except ValueError as error:  # RowError, or the answer is not in the text, or templates without a default one
             raise StageError.of(
                 what=f"the chat template cannot render a question and its answer: {error}",
                 where=str(folder),
@@ -113,49 +122,76 @@ class Renderer:
                 next="correct the template (model.chat_template, or chat_template.jinja of the base)",
             ) from None
         return cls(
-            tokenizer=tokenizer,
-            end_of_turn=ending,
-            opening=opening,
-            special=frozenset(special),
-            training=training_template(tokenizer),
+            template=chat_template,
+            completions=Completions(
+                tokenizer=tokenizer, end_of_turn=ending, opening=opening, special=frozenset(special)
+            ),
         )
 
-    def samples(self, chat: Conversation, *, max_length: int) -> list[Sample | TooLong]:
-        """The samples that a row is trained on and scored by: one, or one per assistant turn, each cut to fit.
+    @property
+    def tokenizer(self) -> Any:
+        """A PreTrainedTokenizerBase with a chat template (its stubs do not know what a call returns)."""
+        return self.template.tokenizer
+
+    def check_settings(self) -> None:
+        """Raise StageError where the template prints today's date, or does not read what the recipe gives it."""
+        settings, source = self.template.settings, "\n".join(templates_of(self.tokenizer))
+        if settings.day is None and prints_today(source):
+            raise StageError.of(
+                what="the chat template prints today's date",
+                where="model.template_date",
+                why="the same rows would get other tokens tomorrow, and an answer another prompt than was trained",
+                next=f"write `template_date: {date.today().isoformat()}` under `model:`; it stays what it was then",
+            )
+        if settings.day is not None and not prints_today(source) and "date_string" not in source:
+            raise StageError.of(
+                what="the chat template prints no date",
+                where="model.template_date",
+                why="the day would change nothing",
+                next="remove model.template_date",
+            )
+        if unread := sorted(name for name in settings.args if name not in source):
+            raise StageError.of(
+                what=f"the chat template reads no argument {', '.join(unread)}",
+                where="model.template_args",
+                why="it would change nothing",
+                next="correct the name, or remove it",
+            )
+
+    @property
+    def end_of_turn(self) -> int:
+        """Id of the special token that ends an assistant turn."""
+        return self.completions.end_of_turn
+
+    def samples(self, chat: Conversation, *, max_length: int, scored: bool = False) -> list[Sample | TooLong]:
+        """The samples that a row is trained on and scored by: one, or one per trained turn, each cut to fit.
+
+        Args:
+            chat: The row.
+            max_length: Tokens of a sample.
+            scored: An answer to the last turn is decoded and scored, so its prompt has to be what was trained.
 
         Raises:
-            RowError: The template refuses the turns, or no way gives a sound mask.
+            RowError: The template refuses the turns, or no way gives a sound mask; a SeamError where the prompt is no
+                beginning of what is trained.
         """
-        try:
-            return [_fitted(chat, self.render, max_length=max_length, turn=0, last=True)]
-        except RowError:
-            if len(chat.answered) == 1:
-                raise
-        return [
-            _fitted(
-                chat.until(number), self.render_last, max_length=max_length, turn=number, last=number == len(chat.turns)
-            )
-            for number in chat.answered
-        ]
+        return alone(self._samples(chat, max_length=max_length, scored=scored), self.tokenizer)
+
+    def samples_of(
+        self, chats: Iterable[Conversation], *, max_length: int, scored: bool = False
+    ) -> Iterator[list[Sample | TooLong] | RowError]:
+        """`samples` of many rows, in their order, or why a row is refused; their texts are tokenised together."""
+        return side_by_side(
+            (self._samples(chat, max_length=max_length, scored=scored) for chat in chats), self.tokenizer
+        )
 
     def render(self, chat: Conversation) -> Rendered:
-        """Token ids of a conversation, every assistant turn trained.
+        """Token ids of a conversation, every assistant turn trained but those marked `train: False`.
 
         Raises:
             RowError: The template refuses the turns, or no way gives a sound mask.
         """
-        ids = self._ids(chat)
-        prompt = self.prompt(chat)
-        template = self.tokenizer.get_chat_template(tools=chat.tools)
-        marked: Way = "generation markers" if GENERATION.search(template) else "TRL's training template"
-        source = template if marked == "generation markers" else self.training
-        if source and (mask := self._by_markers(chat, ids, source)):
-            return self._checked(chat, Rendered(input_ids=ids, mask=mask, prompt_ids=prompt, way=marked))
-        mask = [False] * len(ids)
-        for number in chat.answered:
-            turn = self._difference(chat.until(number), ids)
-            mask[turn.start : turn.stop] = [True] * len(turn)
-        return self._checked(chat, Rendered(input_ids=ids, mask=mask, prompt_ids=prompt, way="prefixes"))
+        return alone(self._whole(chat), self.tokenizer)
 
     def render_last(self, chat: Conversation) -> Rendered:
         """Token ids of a conversation with only its last turn trained: the tokens after the history.
@@ -163,14 +199,12 @@ class Renderer:
         Raises:
             RowError: The template refuses the turns, or the history is not a prefix of the whole.
         """
-        ids = self._ids(chat)
-        turn = self._difference(chat, ids)
-        mask = [place in turn for place in range(len(ids))]
-        return self._checked(chat, Rendered(input_ids=ids, mask=mask, prompt_ids=self.prompt(chat), way=ONE_A_TURN))
+        return alone(self._last(chat), self.tokenizer)
 
     def prompt(self, chat: Conversation) -> list[int]:
         """Token ids of the history before the last turn, with the generation prompt."""
-        return self._ids(chat.until(len(chat.turns) - 1), add_generation_prompt=True)
+        (encoded,) = encode(self.tokenizer, [self.template.prompt(chat)])
+        return encoded.ids
 
     def marked_text(self, row: Rendered) -> str:
         """The row as text, trained tokens between ⟦ and ⟧."""
@@ -184,115 +218,73 @@ class Renderer:
 
     def completion(self, rendered: Rendered) -> str:
         """The last turn as text, without special tokens and thinking: as a model's answer is read."""
-        start, stop = _spans(rendered.mask)[-1]
+        start, stop = spans(rendered.mask)[-1]
         return behind_thinking(self.tokenizer.decode(rendered.input_ids[start:stop], skip_special_tokens=True))
 
-    def _render(self, chat: Conversation, **options: Any) -> Any:
-        """What apply_chat_template gives; RowError with the turn from which on the template refuses."""
-        if not chat.turns:
-            raise RowError("turn 1: an assistant turn with nothing before it, which no template generates")
+    def _samples(self, chat: Conversation, *, max_length: int, scored: bool) -> Reading[list[Sample | TooLong]]:
+        samples: list[Sample | TooLong] = yield from self._cut_samples(chat, max_length=max_length)
+        for sample in samples:
+            if scored and isinstance(sample, Sample) and sample.last and sample.rendered.skewed:
+                raise SeamError(
+                    f"turn {len(chat.turns)}: its answer would be decoded from a prompt that is no beginning of what "
+                    "is trained"
+                )
+        return samples
+
+    def _cut_samples(self, chat: Conversation, *, max_length: int) -> Reading[list[Sample | TooLong]]:
+        """One sample of the whole row; where no way masks it, one per trained turn."""
         try:
-            return self.tokenizer.apply_chat_template(chat.turns, tools=chat.tools, tokenize=True, **options)
-        except (TemplateError, TypeError) as error:  # TypeError: text + None, or an object that is not JSON
-            number = len(chat.turns)
-            while number > 1 and self._refuses(chat.until(number - 1)):
-                number -= 1
-            raise RowError(f"turn {number}: is refused by the chat template: {error}") from None
-
-    def _refuses(self, chat: Conversation) -> bool:
-        try:
-            self.tokenizer.apply_chat_template(chat.turns, tools=chat.tools, tokenize=False)
-        except (TemplateError, TypeError):
-            return True
-        return False
-
-    def _ids(self, chat: Conversation, **options: bool) -> list[int]:
-        return self._render(chat, return_dict=False, **options)
-
-    def _by_markers(self, chat: Conversation, ids: list[int], template: str) -> list[bool] | None:
-        """Mask from a template's generation markers, each span from the generation prompt to the turn's end.
-
-        Markers may hold the line ends behind both (TRL's for Qwen2.5) or a whole header: a model never writes these.
-        None where the template renders other ids than the model's own, or leaves out the end of a turn.
-        """
-        if not self.tokenizer.is_fast:  # no map from characters to tokens
-            return None
-        try:
-            both = self._render(chat, return_dict=True, return_assistant_tokens_mask=True, chat_template=template)
+            return [(yield from _fitted(chat, self._whole, max_length=max_length, turn=0, last=chat.is_answered))]
         except RowError:
-            return None
-        if both["input_ids"] != ids:
-            return None
-        mask = [bool(inside) for inside in both["assistant_masks"]]
-        ends = {place for place, token in enumerate(ids) if mask[place] and token == self.end_of_turn}
-        for start, stop in _spans(mask):
-            begin = self._behind_opening(ids, start, stop)
-            mask[start:begin] = [False] * (begin - start)
-            end = self._end(ids, start, stop)
-            if end is None and stop < len(ids) and ids[stop] == self.end_of_turn:
-                end, mask[stop] = stop, True
-            if end is not None:
-                mask[end + 1 : stop] = [False] * len(mask[end + 1 : stop])
-                ends.add(end)
-        return mask if len(ends) >= len(chat.answered) else None
+            if chat.trained == [len(chat.turns)]:
+                raise
+        samples: list[Sample | TooLong] = []
+        for number in chat.trained:
+            last = number == len(chat.turns)
+            shorter = chat.until(number)
+            samples.append((yield from _fitted(shorter, self._last, max_length=max_length, turn=number, last=last)))
+        return samples
 
-    def _difference(self, chat: Conversation, ids: list[int]) -> range:
-        """Places in `ids` of the last turn of `chat`, up to the token that ends it.
+    def _whole(self, chat: Conversation) -> Reading[Rendered]:
+        shaped = self.template.shaped(chat, trained=chat.trained)
+        text, form = shaped.marked, shaped.form.says
+        whole, prompt = yield [text.text, self.template.prompt(shaped.chat)]
+        mask = self.completions.between_markers(chat, whole, text.spans)
+        way: Way = text.markers
+        if mask is None:
+            way, mask = "prefixes", [False] * len(whole.ids)
+            for number in chat.trained:
+                before, until = prompt, whole
+                if number < len(chat.turns):
+                    part = shaped.chat.until(number)
+                    before, until = yield [self.template.prompt(part), self.template.text(part)]
+                turn = self.completions.turn(number, ids=whole.ids, before=before.ids, until=until.ids)
+                mask[turn.start : turn.stop] = [True] * len(turn)
+        rendered = Rendered(input_ids=whole.ids, mask=mask, prompt_ids=prompt.ids, way=way, form=form)
+        return self._checked(chat, rendered, trained=chat.trained)
 
-        Verified: the history with the generation prompt, and the turns up to this one's end, are prefixes of `ids`.
-        """
+    def _last(self, chat: Conversation) -> Reading[Rendered]:
         number = len(chat.turns)
-        before, until = self.prompt(chat), self._ids(chat)
-        last = self._end(until, len(before), len(until))
-        stop = len(before) if last is None else last + 1
-        if until[: len(before)] != before:
-            raise RowError(
-                f"turn {number}: it does not begin with the tokens of the history and the generation prompt, by the "
-                "template or by a token that spans the seam, so the completion's tokens cannot be found"
-            )
-        if ids[:stop] != until[:stop]:
-            raise RowError(f"turn {number}: the template renders the turns up to it differently from the whole row")
-        if last is None:
-            raise RowError(f"turn {number}: no special token ends it, so the model would not learn to stop")
-        if last == len(before):
-            raise RowError(f"turn {number}: the template renders nothing of it")
-        return range(len(before), stop)
+        shaped = self.template.shaped(chat, trained=[number], markers=False)
+        whole, prompt = yield [shaped.marked.text, self.template.prompt(shaped.chat)]
+        turn = self.completions.turn(number, ids=whole.ids, before=prompt.ids, until=whole.ids)
+        mask = [place in turn for place in range(len(whole.ids))]
+        rendered = Rendered(
+            input_ids=whole.ids, mask=mask, prompt_ids=prompt.ids, way=ONE_A_TURN, form=shaped.form.says
+        )
+        return self._checked(chat, rendered, trained=[number])
 
-    def _behind_opening(self, ids: list[int], start: int, stop: int) -> int:
-        """Where the generation prompt, or as much of it as stands there, ends in ids[start:stop]; else `start`."""
-        for length in range(len(self.opening), 0, -1):
-            for end in range(start + 1, min(start + length, stop) + 1):
-                if ids[max(0, end - length) : end] == self.opening[:length]:
-                    return end
-        return start
-
-    def _end(self, ids: list[int], start: int, stop: int) -> int | None:
-        """Place of the token that ends a turn in ids[start:stop]; behind it only white space and special tokens.
-
-        The end-of-turn token, else the last special one (`<|eom_id|>`, `<|call|>` behind tool calls).
-        """
-        last_special = None
-        for place in range(stop - 1, start - 1, -1):
-            if ids[place] == self.end_of_turn:
-                return place
-            if ids[place] in self.special:
-                last_special = place if last_special is None else last_special
-            elif self.tokenizer.decode([ids[place]]).strip():
-                break
-        return last_special
-
-    def _checked(self, chat: Conversation, rendered: Rendered) -> Rendered:
-        """Pass it on; RowError for a doubled beginning-of-text token, or a tool call that the template leaves out."""
+    def _checked(self, chat: Conversation, rendered: Rendered, *, trained: Sequence[int]) -> Rendered:
+        """Pass it on; RowError for a doubled beginning-of-text token, or a tool call that is not trained."""
         ids, mask, bos = rendered.input_ids, rendered.mask, self.tokenizer.bos_token_id
         if bos is not None and ids[:2] == [bos, bos]:
             raise RowError("begins with two beginning-of-text tokens")
-        trained = chat.answered if rendered.way != ONE_A_TURN else [len(chat.turns)]
         if any(chat.turns[number - 1].get("tool_calls") for number in trained):
             text = self.tokenizer.decode([token for token, inside in zip(ids, mask, strict=True) if inside])
             for number in trained:
-                for name in called(chat.turns[number - 1]):
-                    if name not in text:
-                        raise RowError(f"turn {number}: the template leaves out its call of {name}")
+                for function in calls_in(chat.turns[number - 1]):
+                    if function["name"] not in text:
+                        raise RowError(f"turn {number}: the template leaves out its call of {function['name']}")
         return rendered
 
 
@@ -330,21 +322,17 @@ def _with_template(folder: Path, template: str | None) -> Any:
 
 
 def _fitted(
-    chat: Conversation, render: Callable[[Conversation], Rendered], *, max_length: int, turn: int, last: bool
-) -> Sample | TooLong:
-    """The longest version within `max_length` tokens, leading exchanges dropped."""
+    chat: Conversation, reading: Callable[[Conversation], Reading[Rendered]], *, max_length: int, turn: int, last: bool
+) -> Reading[Sample | TooLong]:
+    """The longest version within `max_length` tokens that still has a trained turn, leading exchanges dropped."""
     tokens = 0
     for shorter in chat.shorter():
-        rendered = render(shorter)
+        if not shorter.trained:
+            break
+        rendered = yield from reading(shorter)
         length = len(rendered.input_ids)
         tokens = tokens or length
         if length <= max_length:
             dropped = len(chat.turns) - len(shorter.turns)
             return Sample(shorter.turns, rendered, turn, dropped, last, lost=tokens - length)
     return TooLong(tokens)
-
-
-def _spans(mask: list[bool]) -> list[tuple[int, int]]:
-    """[start, stop) of every run of True."""
-    edges = [i for i in range(len(mask) + 1) if (i < len(mask) and mask[i]) != (i > 0 and mask[i - 1])]
-    return list(zip(edges[::2], edges[1::2], strict=True))

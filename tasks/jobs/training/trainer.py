@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
@@ -35,6 +37,8 @@ CURVES = {
     "eval_loss": "train/dev_loss",
 }
 DEV_ROWS = 128  # of dev, for the dev loss: rows are in the order of their hashes, so the first ones are a fair sample
+IGNORED = pa.scalar(-100, pa.int32())  # label of a token that is not trained: torch's loss leaves it out
+IDS = pa.list_(pa.int32())
 DEV_POINTS = 4  # dev losses per training, where eval_steps is not set: each costs DEV_ROWS forward passes
 
 
@@ -183,7 +187,7 @@ class Reporter(TrainerCallback):
 def make_trainer(job: Job, model: PeftModel) -> Trainer:
     """The trainer of a job, its adapter in fp32."""
     dataset = job.inputs["dataset"].path
-    train, dev = rows_of(dataset, "train"), rows_of(dataset, "dev")[:DEV_ROWS]
+    train, dev = rows_of(dataset, "train"), rows_of(dataset, "dev", most=DEV_ROWS)
     batch = job.params["batch_size"]
     if job.execution.processes > 1 and len(train) % batch:
         job.events.note(
@@ -193,12 +197,12 @@ def make_trainer(job: Job, model: PeftModel) -> Trainer:
     trainer = Trainer(
         model=model,
         args=_settings(job, rows=len(train)),
-        train_dataset=Dataset.from_list(train),
-        eval_dataset=Dataset.from_list(dev),  # the Trainer wants one; `evaluate` reads `dev`
+        train_dataset=train,
+        eval_dataset=dev,  # the Trainer wants one; `evaluate` reads `dev`
         processing_class=load_tokenizer(job.inputs["base"].path),
         callbacks=[Reporter(job)],
     )
-    trainer.job, trainer.dev = job, dev
+    trainer.job, trainer.dev = job, dev.to_list()
     trainer.remove_callback(PrinterCallback)
     to_fp32(model)
     return trainer
@@ -249,13 +253,27 @@ def _settings(job: Job, *, rows: int) -> SFTConfig:
     )
 
 
-def rows_of(dataset: Path, split: str) -> list[dict[str, Any]]:
-    """input_ids and labels of one split: -100 wherever the completion mask is False."""
+def rows_of(dataset: Path, split: str, *, most: int | None = None) -> Dataset:
+    """input_ids and labels of one split: -100 wherever the completion mask is False.
+
+    They stay Arrow columns, 8 bytes a token; a row becomes Python lists when it is asked for.
+
+    Args:
+        dataset: The dataset.
+        split: train, dev or test.
+        most: Rows, the first ones of the file.
+    """
     table = pq.read_table(
         dataset / "rows.parquet", columns=["input_ids", "completion_mask"], filters=[("split", "==", split)]
     )
-    ids, masks = table["input_ids"].to_pylist(), table["completion_mask"].to_pylist()
-    return [
-        {"input_ids": row, "labels": [token if keep else -100 for token, keep in zip(row, mask, strict=True)]}
-        for row, mask in zip(ids, masks, strict=True)
-    ]
+    batches = table.slice(0, most).to_batches()
+    labels = [_labels(batch["input_ids"], batch["completion_mask"]) for batch in batches]
+    columns = {"input_ids": pa.chunked_array([batch["input_ids"] for batch in batches], IDS)}
+    table = pa.table(columns | {"labels": pa.chunked_array(labels, IDS)})
+    return Dataset(table, fingerprint=split)  # else datasets would hash all of it
+
+
+def _labels(ids: Any, mask: Any) -> pa.Array:
+    """Of list arrays: the ids where the mask is True, IGNORED elsewhere."""
+    starts = pc.subtract(ids.offsets, ids.offsets[0])  # flatten() leaves out what a slice does not show
+    return pa.ListArray.from_arrays(starts, pc.if_else(mask.flatten(), ids.flatten(), IGNORED))

@@ -30,16 +30,16 @@ SHIPPED = {
 def test_trls_training_template_gives_the_mask_that_prefixes_give(name: str, tmp_path: Path) -> None:
     own = (TRL / f"{name}.jinja").read_text(encoding="utf-8")
     renderer = SHIPPED[name]._replace(template=own).renderer(tmp_path)
-    without = replace(renderer, training=None)
-    assert renderer.training == (TRL / f"{name}_training.jinja").read_text(encoding="utf-8")
+    without = replace(renderer, template=replace(renderer.template, training=None))
+    assert renderer.template.training == (TRL / f"{name}_training.jinja").read_text(encoding="utf-8")
     turns = chat("what ?", "blue") if name == "qwen3" else chat("what ?", "blue", "sure ?", "yes")
     (one,), (other,) = samples_of(renderer, turns), samples_of(without, turns)
     assert (one.rendered.way, other.rendered.way) == ("TRL's training template", "prefixes")
     assert replace(one.rendered, way="prefixes") == other.rendered
-    patched = renderer.tokenizer.apply_chat_template(turns, chat_template=renderer.training, return_dict=False)
+    patched = renderer.tokenizer.apply_chat_template(turns, chat_template=renderer.template.training, return_dict=False)
     assert patched == one.rendered.input_ids
     changed = SHIPPED[name]._replace(template=own + "{#- one byte more -#}").renderer(tmp_path / "other")
-    assert changed.training is None
+    assert changed.template.training is None
 
 
 CONTROL = re.compile(r"<[^<>\s'\"{}%]{1,40}>|<｜[^｜]+｜>")
@@ -69,10 +69,10 @@ def test_every_template_that_trl_ships_is_masked_or_refused(asked: str, tmp_path
         assert re.search(r"blue<[^<>]+>$", first), (name, first)
         assert re.search(r"yes<[^<>]+>$", second), (name, second)
         masked.add(name)
-    # Thinking is left out of R1's turns, and Qwen3.5's without thinking begin with an empty one.
-    other = {"deepseek_r1_distill", "qwen3_5_nothink"} if asked == "thinking" else set[str]()
+    # R1 and V3 leave thinking out of every turn, and Qwen3.5's turns without thinking begin with an empty one.
+    other = {"deepseek_r1_distill", "deepseekv3", "qwen3_5_nothink"} if asked == "thinking" else set[str]()
     assert refused == NO_TEXT | NO_END | other
-    assert len(masked) >= 34
+    assert len(masked) >= 33
 
 
 def test_qwen3s_own_template_makes_samples_where_trls_renders_other_ids(tmp_path: Path) -> None:
@@ -87,5 +87,5 @@ def test_qwen3s_own_template_makes_samples_where_trls_renders_other_ids(tmp_path
     assert "thought 1" not in renderer.tokenizer.decode(
         samples[1].rendered.input_ids
     )  # the history that a server renders
-    patched = renderer.tokenizer.apply_chat_template(turns, chat_template=renderer.training, return_dict=False)
+    patched = renderer.tokenizer.apply_chat_template(turns, chat_template=renderer.template.training, return_dict=False)
     assert patched != samples[1].rendered.input_ids

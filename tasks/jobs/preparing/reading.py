@@ -1,0 +1,146 @@
+"""The sources of a recipe -> rows on disk, each with its group, side and domain. One pass, no row stays in memory."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from recipes.data.files import data_files
+from recipes.data.origin import Origin, origins, source_name
+from recipes.data.rows import SHOWN, Row, RowReader, drawn, malformed, no_rows, side
+from recipes.problem import Problem
+from tasks.jobs.preparing.spool import Spool, SpooledRow
+from tasks.runtime.process.errors import StageError
+from tasks.runtime.process.events import Events
+from tasks.runtime.process.job import Job
+
+EVERY_S = 2.0
+
+
+class Progress:
+    """Says every two seconds how many rows are done."""
+
+    def __init__(self, events: Events, *, note: str, total: int = 0) -> None:
+        self._events, self._note, self._total = events, note, total
+        self._done, self._said = 0, time.monotonic()
+
+    def step(self, rows: int = 1) -> None:
+        """So many rows more are done."""
+        self._done += rows
+        if time.monotonic() - self._said >= EVERY_S:
+            self._events.progress(self._done, max(self._total, self._done), unit="row", note=self._note)
+            self._said = time.monotonic()
+
+
+@dataclass(kw_only=True)
+class Wrong:
+    """Malformed rows: the first 20, and how many there are.
+
+    Attributes:
+        lines: `file.jsonl:LINE what is wrong with it`.
+        count: Of all.
+        problems: Why no row of a source can be read.
+    """
+
+    lines: list[str] = field(default_factory=list[str])
+    count: int = 0
+    problems: list[Problem] = field(default_factory=list[Problem])
+
+    def add(self, line: str) -> None:
+        """One malformed row more."""
+        self.count += 1
+        if self.count <= SHOWN:
+            self.lines.append(line)
+
+
+class ReadSources(NamedTuple):
+    """What the first pass leaves.
+
+    Attributes:
+        spool: Every row.
+        origins: The sources, in the recipe's order.
+        format: Format of the first source.
+        detected_from: The place of the row that showed it.
+    """
+
+    spool: Spool
+    origins: list[Origin]
+    format: str | None
+    detected_from: str
+
+
+def origins_of(job: Job) -> list[Origin]:
+    """The sources of a job, in the recipe's order."""
+    params = job.params
+    paths = [job.inputs[source_name(number)].path for number in range(len(params["sources"]))]
+    return origins(
+        paths, params["sources"], domain=params["domain"], group=params["group"], scored=params["scored_columns"]
+    )
+
+
+def read_sources(job: Job, scratch: Path) -> ReadSources:
+    """Every source's rows, spooled to a file in `scratch`.
+
+    Raises:
+        StageError: Malformed rows of all sources, or a source without rows.
+    """
+    params, sources = job.params, origins_of(job)
+    spool, wrong, progress = Spool(scratch / "rows.jsonl"), Wrong(), Progress(job.events, note="reading")
+    readers = [RowReader(source) for source in sources]
+    words: list[str] = []
+    for number, reader in enumerate(readers):
+        before = len(spool)
+        for row in reader:
+            progress.step()
+            if isinstance(row, Row):
+                placed = placed_row(row, params)
+                keep = placed.split != "train" or drawn(row.name, weight=row.origin.weight, salt=params["salt"])
+                spool.add(placed, origin=number, drawn=keep)
+            elif row.problem is not None:
+                wrong.problems.append(row.problem)
+            else:
+                wrong.add(str(row))
+        words.append(f"{reader.format}, detected from {reader.detected_from}; {len(spool) - before} rows")
+        if len(spool) == before and not wrong.count and not wrong.problems:
+            wrong.problems.append(_empty(reader))
+    if wrong.count:
+        raise StageError(malformed([source.path for source in sources], wrong.lines, count=wrong.count))
+    if wrong.problems:
+        raise StageError(wrong.problems[0])
+    job.events.note("format", "; ".join(words))
+    if left_out := sum(reader.left_out for reader in readers):
+        job.events.note("kept", f"data.keep leaves {left_out} rows out")
+    return ReadSources(spool, sources, readers[0].format, readers[0].detected_from)
+
+
+def _empty(reader: RowReader) -> Problem:
+    path = reader.origin.path
+    if not data_files(path):
+        return no_rows(path, "no *.jsonl, *.json, *.csv or *.parquet file in it")
+    return no_rows(path, f"data.keep leaves all {reader.left_out} rows out" if reader.left_out else "the file is empty")
+
+
+def placed_row(row: Row, params: Mapping[str, Any]) -> SpooledRow:
+    """The row with its group, side and domain.
+
+    Args:
+        row: The row.
+        params: Of prepare: group, domain, salt, dev, test.
+    """
+    group = row.group(params["group"])
+    identity = {name: row.columns[name] for name in row.origin.identity if name in row.columns}
+    return SpooledRow(
+        name=row.name,
+        where=row.where,
+        group=group,
+        split=side(group, salt=params["salt"], dev=params["dev"], test=params["test"]),
+        domain=row.domain(params["domain"]),
+        messages=row.messages,
+        tools=row.tools,
+        columns=row.columns,
+        identity=json.dumps(identity, sort_keys=True, default=str) if identity else "",
+    )
