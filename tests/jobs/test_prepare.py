@@ -456,7 +456,8 @@ def test_leaks_are_counted_said_and_left_to_rehearse(tmp_path: Path) -> None:
     train = [row for row in table(jobs["count"].out) if row["split"] == "train"]
     assert leaks["count"]["train"] == len(train)
     first = leaks["count"]["examples"].splitlines()[1].split()
-    sides = {row["source"]: row["split"] for row in table(jobs["count"].out)}
+    columns = pq.read_table(jobs["count"].out / "rows.parquet", columns=["source", "split"])
+    sides = dict(zip(columns["source"].to_pylist(), columns["split"].to_pylist(), strict=True))
     assert first[1] == "like" and sides[first[0]] == "train" and sides[first[2]] in ("dev", "test")
 
 
