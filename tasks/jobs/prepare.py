@@ -10,7 +10,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from recipes.checks.rows import too_few
 from recipes.data.rows import first_lines
+from recipes.schema import FEWEST_ROWS
 from tasks.jobs.loading.load import setup
 from tasks.jobs.preparing.reading import Progress, ReadSources, Wrong, read_sources
 from tasks.jobs.preparing.records import ROWS, Tally, render
@@ -125,7 +127,7 @@ def _render(job: Job, reads: ReadSources, selection: Selection, renderer: Render
 
 
 def _check_splits(counts: Counts, job: Job) -> None:
-    """Refuse a split with an empty side."""
+    """Refuse a split with an empty side, or with next to nothing to train on."""
     empty = [name for name in ("train", "dev", "test") if not counts.rows[name]]
     if empty:
         rows = sum(counts.rows.values())
@@ -135,6 +137,9 @@ def _check_splits(counts: Counts, job: Job) -> None:
             why=f"groups fall on a side by hash; dev has a share of {job.params['dev']}, test {job.params['test']}",
             next="give more rows or finer groups, or larger data.dev and data.test; another data.salt draws again",
         )
+    train, params = counts.rows["train"], job.params
+    if train < FEWEST_ROWS:
+        raise StageError(too_few(train, where=job.inputs["data"].path.name, dev=params["dev"], test=params["test"]))
 
 
 def _general(job: Job, renderer: Renderer) -> list[dict[str, Any]]:

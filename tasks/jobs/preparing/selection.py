@@ -61,10 +61,16 @@ def _without_doubles(job: Job, spool: Spool, places: Places, scratch: Path, coun
         progress.step()
     how = {"mode": job.params["near_duplicates"], "jaccard": job.params["near_duplicate_jaccard"]}
     doubles = search.find(**how)
-    leaks = doubles.leaks.words(lambda number: spool[int(places[number])].where)
+
+    def where(number: int) -> str:
+        return spool[int(places[number])].where
+
     job.events.note("near-duplicates", doubles.words(**how))
-    job.events.note("leaks", leaks)
-    counts |= {"near_duplicates": doubles.near, "leaks": doubles.leaks.counts | {"examples": leaks}}
+    job.events.note("leaks", doubles.leaks.words(where))
+    counts |= {
+        "near_duplicates": doubles.near,
+        "leaks": doubles.leaks.counts | {"examples": doubles.leaks.examples(where)},
+    }
     return places[~doubles.removed]
 
 
