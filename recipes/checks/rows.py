@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -12,12 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from recipes.checks.gate import gate_warnings
-from recipes.checks.scorers import row_problems
+from recipes.checks.scorers import ScoredRows
+from recipes.checks.split import SideCounts, Split
 from recipes.data.formats import TEXT
 from recipes.data.origin import Origin
-from recipes.data.rows import Row, Rows, Side, content_hash, drawn, first_lines, malformed, read_origin, side
+from recipes.data.rows import Row, RowReader, Side, content_hash, first_lines, malformed, read_origin
 from recipes.data.schema import Data
-from recipes.data.turns import Message
+from recipes.data.wrong import Wrong
 from recipes.models.headers import read_headers
 from recipes.plain import is_mapping
 from recipes.problem import Problem, RecipeError, shown
@@ -41,17 +41,41 @@ class Sides:
         rows: By side.
         duplicates: Rows that equal an earlier one.
         not_drawn: Train rows that the weight of their source leaves out.
-        torn: Equal rows of two groups, by line.
     """
 
     rows: dict[Side, list[Row]]
     duplicates: int
     not_drawn: int
-    torn: list[str]
+
+
+def split_rows(rows: Sequence[Row], data: Data) -> Sides:
+    """The split that prepare will make, less rows that turn out too long."""
+    split = Split(data)
+    sides: dict[Side, list[Row]] = {"train": [], "dev": [], "test": []}
+    for row in rows:
+        if name := split.add(row):
+            sides[name].append(row)
+    return Sides(rows=sides, duplicates=split.duplicates, not_drawn=split.not_drawn)
+
+
+class ReadSource(NamedTuple):
+    """A source that was read to its end.
+
+    Attributes:
+        reader: What it says of its format.
+        rows: Good rows.
+        wrong: Malformed ones.
+        problems: Why no row of it can be read.
+    """
+
+    reader: RowReader
+    rows: int
+    wrong: Wrong
+    problems: list[Problem]
 
 
 def check_data(loaded: Loaded) -> RowCheck:
-    """Read every row: malformed ones, equal ones in two groups, empty sides, too little to calibrate on.
+    """Read every row once: malformed ones, equal ones in two groups, empty sides, too little to calibrate on.
 
     A malformed first row and a missing or empty file are left out: `check` reports them.
     """
@@ -59,66 +83,66 @@ def check_data(loaded: Loaded) -> RowCheck:
     not_read = {"data": f"{', '.join(remote)} is not local: its rows are read when it is pinned"} if remote else {}
     if not loaded.origins:
         return RowCheck([], not_read)
-    origins = list(loaded.origins.values())
-    reads = [read_origin(origin) for origin in origins]
-    problems = list(_malformed_rows(origins, reads))
-    rows = [row for read in reads for row in read.rows]
-    sides = split_rows(rows, loaded.recipe.data)
-    held_out = [*sides.rows["dev"], *sides.rows["test"]]
-    problems += [*_torn(loaded, sides), *_general_rows(loaded), *row_problems(loaded, rows, held_out)]
-    if len(origins) == len(loaded.data) and all(read.rows and not read.wrong for read in reads):
-        problems += [*_empty_sides(loaded, sides), *_calibration(loaded, sides)]  # the sides are known only then
-    summary = _summary(loaded, sides) | {"format": formats(origins, reads)} | not_read
-    warnings = () if not_read else gate_warnings(loaded.recipe, sides.rows)
+    split, scored = Split(loaded.recipe.data, calibrated=loaded.recipe.calibrate.rows), ScoredRows(loaded)
+    reads = [_read(origin, split, scored) for origin in loaded.origins.values()]
+    problems = [problem for read in reads for problem in _new_problems(read)]
+    problems += [*_torn(loaded, split), *_general_rows(loaded), *scored.problems()]
+    if len(reads) == len(loaded.data) and all(read.rows and not read.wrong.count for read in reads):
+        problems += [*_empty_sides(loaded, split), *_calibration(loaded, split)]  # the sides are known only then
+    summary = _summary(loaded, split) | {"format": formats([read.reader for read in reads])} | not_read
+    warnings = () if not_read else gate_warnings(loaded.recipe, split.sides)
     return RowCheck([*map(loaded.placed, problems)], summary, tuple(map(loaded.placed, warnings)))
 
 
-def formats(origins: Sequence[Origin], reads: Sequence[Rows]) -> str:
+def _read(origin: Origin, split: Split, scored: ScoredRows) -> ReadSource:
+    """Show every row of a source to the split and the scorers; none is kept."""
+    reader, wrong, problems, rows = RowReader(origin), Wrong(), list[Problem](), 0
+    for row in reader:
+        if isinstance(row, Row):
+            rows += 1
+            scored.add(row, side=split.add(row))
+        elif row.problem is not None:
+            problems.append(row.problem)
+        else:
+            wrong.add(str(row))
+    return ReadSource(reader, rows, wrong, problems)
+
+
+def formats(readers: Sequence[RowReader]) -> str:
     """`messages, detected from rows.jsonl:1`, one per source."""
     return "; ".join(
-        f"{read.format}, "
-        + (f"detected from {read.detected_from}" if origin.format == "auto" else "named in the recipe")
-        for origin, read in zip(origins, reads, strict=True)
+        f"{reader.format}, "
+        + (f"detected from {reader.detected_from}" if reader.origin.format == "auto" else "named in the recipe")
+        for reader in readers
     )
 
 
-def _malformed_rows(origins: Sequence[Origin], reads: Sequence[Rows]) -> Iterator[Problem]:
-    for origin, read in zip(origins, reads, strict=True):
-        by_check = set(read_origin(origin, max_rows=1).wrong)  # `check` reads the first row
-        if wrong := [row for row in read.wrong if row not in by_check]:
-            yield malformed([origin.path], wrong)
+def _new_problems(read: ReadSource) -> Iterator[Problem]:
+    """What is wrong with a source, but for what its first row shows: `check` says that."""
+    first = read_origin(read.reader.origin, max_rows=1)
+    lines = [line for line in read.wrong.lines if line not in first.wrong]
+    if lines:
+        yield malformed([read.reader.origin.path], lines, count=read.wrong.count - len(first.wrong))
+    yield from (problem for problem in read.problems if problem not in first.problems)
 
 
-def split_rows(rows: Sequence[Row], data: Data) -> Sides:
-    """The split that prepare will make, less rows that turn out too long."""
-    seen: dict[str, tuple[str, Row]] = {}
-    sides: dict[Side, list[Row]] = {"train": [], "dev": [], "test": []}
-    torn: list[str] = []
-    not_drawn = 0
-    for row in rows:
-        name, group = row.name, row.group(data.group_column)
-        if name in seen:
-            before, first = seen[name]
-            if before != group:
-                torn.append(f"{first.where} ({before}) and {row.where} ({group})")
-            continue
-        seen[name] = (group, row)
-        of_group = side(group, salt=data.salt, dev=data.dev, test=data.test)
-        if of_group == "train" and not drawn(name, weight=row.origin.weight, salt=data.salt):
-            not_drawn += 1
-        else:
-            sides[of_group].append(row)
-    return Sides(rows=sides, duplicates=len(rows) - len(seen), not_drawn=not_drawn, torn=torn)
+def _torn(loaded: Loaded, split: Split) -> Iterator[Problem]:
+    if not split.torn:
+        return
+    group, firsts = loaded.recipe.data.group_column, _rows_at(loaded, {torn.first for torn in split.torn})
+    pairs = [f"{firsts[torn.first].where} ({firsts[torn.first].group(group)}) and {torn.later}" for torn in split.torn]
+    yield Problem(
+        what=f"{split.torn_rows} rows equal an earlier row of another group: a test row could equal a train row.",
+        where="data.group",
+        why=f"Groups keep related rows on one side; these have two groups:{first_lines(pairs, count=split.torn_rows)}",
+        next=f"Give equal rows one value of `{group}`, or remove one of each pair.",
+    )
 
 
-def _torn(loaded: Loaded, sides: Sides) -> Iterator[Problem]:
-    if sides.torn:
-        yield Problem(
-            what=f"{len(sides.torn)} rows equal an earlier row of another group: a test row could equal a train row.",
-            where="data.group",
-            why=f"Groups keep related rows on one side; these have two groups:{first_lines(sides.torn)}",
-            next=f"Give equal rows one value of `{loaded.recipe.data.group_column}`, or remove one of each pair.",
-        )
+def _rows_at(loaded: Loaded, numbers: set[int]) -> dict[int, Row]:
+    """Good rows by their number over all sources, read again."""
+    rows = (row for origin in loaded.origins.values() for row in RowReader(origin) if isinstance(row, Row))
+    return {number: row for number, row in enumerate(islice(rows, max(numbers) + 1)) if number in numbers}
 
 
 def general_files(loaded: Loaded) -> dict[str, Path]:
@@ -181,10 +205,10 @@ def general_problems(path: Path, *, max_rows: int | None = None) -> list[Problem
     ]
 
 
-def _empty_sides(loaded: Loaded, sides: Sides) -> Iterator[Problem]:
+def _empty_sides(loaded: Loaded, split: Split) -> Iterator[Problem]:
     data = loaded.recipe.data
     for name in ("dev", "test"):
-        if not sides.rows[name]:
+        if not split.sides[name].rows:
             yield Problem(
                 what=f"{name} would have no rows.",
                 where=f"data.{name}",
@@ -193,38 +217,38 @@ def _empty_sides(loaded: Loaded, sides: Sides) -> Iterator[Problem]:
             )
 
 
-def _calibration(loaded: Loaded, sides: Sides) -> Iterator[Problem]:
-    recipe, train = loaded.recipe, sides.rows["train"]
-    if len(train) < recipe.calibrate.rows:
-        enough = len(train) >= LEAST_ROWS
+def _calibration(loaded: Loaded, split: Split) -> Iterator[Problem]:
+    recipe, train = loaded.recipe, split.sides["train"]
+    if train.rows < recipe.calibrate.rows:
+        enough = train.rows >= LEAST_ROWS
         yield Problem(
-            what=f"train has {len(train)} rows; calibration asks for {recipe.calibrate.rows}.",
+            what=f"train has {train.rows} rows; calibration asks for {recipe.calibrate.rows}.",
             where="calibrate.rows",
             why=f"Calibration rows come from train only, and fewer than {LEAST_ROWS} starve the Hessian.",
-            next=f"Set calibrate.rows to {len(train)}."
+            next=f"Set calibrate.rows to {train.rows}."
             if enough
             else f"Give at least {least_rows(recipe.data.dev, recipe.data.test)} rows in all.",
         )
         return
     yield from _shares(loaded, train)
     needed = TOKENS_PER_INPUT * _widest(loaded)
-    largest = sorted((token_bound(row.messages) for row in train), reverse=True)[: recipe.calibrate.rows]
-    if sum(largest) < needed:
-        rows = math.ceil(needed * len(largest) / sum(largest))
+    largest = sum(split.largest)
+    if largest < needed:
+        rows = math.ceil(needed * len(split.largest) / largest)
         yield Problem(
-            what=f"Calibration needs {needed} tokens; {recipe.calibrate.rows} rows have {sum(largest)} at most.",
+            what=f"Calibration needs {needed} tokens; {recipe.calibrate.rows} rows have {largest} at most.",
             where="calibrate.rows",
             why=f"With fewer than {TOKENS_PER_INPUT} tokens per input, the widest layer's Hessian is badly estimated.",
             next=f"Raise calibrate.rows to {rows} or more." if rows <= MOST_ROWS else "Give longer rows.",
         )
 
 
-def _shares(loaded: Loaded, train: Sequence[Row]) -> Iterator[Problem]:
+def _shares(loaded: Loaded, train: SideCounts) -> Iterator[Problem]:
     """Shares for domains that train does not have, or has too few rows of."""
     stratify, rows = loaded.recipe.calibrate.stratify, loaded.recipe.calibrate.rows
     if not isinstance(stratify, dict):
         return
-    sizes = Counter(row.domain(loaded.recipe.data.domain_column) for row in train)
+    sizes = train.domains
     for name, share in stratify.items():
         if sizes[name] < math.floor(share * rows):
             yield Problem(
@@ -240,12 +264,6 @@ def least_rows(dev: float, test: float) -> int:
     return math.ceil(LEAST_ROWS / (1 - dev - test))
 
 
-def token_bound(messages: Sequence[Message]) -> int:
-    """An upper bound of the turns' tokens: one per byte, and 32 for the template around each turn."""
-    calls = (json.dumps(turn["tool_calls"]) for turn in messages if turn.get("tool_calls"))
-    return sum(len((turn.get("content") or "").encode()) + 32 for turn in messages) + sum(map(len, calls))
-
-
 def _widest(loaded: Loaded) -> int:
     """Inputs of the base's widest quantized layer; 0 where the base cannot be read here."""
     base = loaded.base
@@ -255,14 +273,13 @@ def _widest(loaded: Loaded) -> int:
         return 0
 
 
-def _summary(loaded: Loaded, sides: Sides) -> dict[str, Any]:
+def _summary(loaded: Loaded, split: Split) -> dict[str, Any]:
     data = loaded.recipe.data
-    counts: dict[str, Any] = {"rows": sum(map(len, sides.rows.values())), "duplicates": sides.duplicates}
-    if sides.not_drawn:
-        counts["left out by weight"] = sides.not_drawn
-    for name, rows in sides.rows.items():
-        counts[name] = {"rows": len(rows)}
+    counts: dict[str, Any] = {"rows": sum(side.rows for side in split.sides.values()), "duplicates": split.duplicates}
+    if split.not_drawn:
+        counts["left out by weight"] = split.not_drawn
+    for name, side in split.sides.items():
+        counts[name] = {"rows": side.rows}
         if data.domain_column or any(source.domain for source in data.parts):
-            domains = Counter(row.domain(data.domain_column) for row in rows)
-            counts[name]["domains"] = dict(sorted(domains.items()))
+            counts[name]["domains"] = dict(sorted(side.domains.items()))
     return counts

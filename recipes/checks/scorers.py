@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from recipes.checks.lm_eval_tasks import find_tasks
-from recipes.data.rows import SHOWN, Row
+from recipes.data.rows import SHOWN, Row, Side
+from recipes.data.wrong import Wrong
 from recipes.plain import is_mapping
 from recipes.problem import Problem, shown
 from recipes.read.load import Loaded, missing
@@ -139,25 +140,40 @@ def _tasks(scorer: LmEvalSpec, loaded: Loaded, field: str) -> Iterator[Problem]:
         )
 
 
-def row_problems(loaded: Loaded, rows: Sequence[Row], held_out: Sequence[Row]) -> Iterator[Problem]:
-    """What only reading every row shows: databases that rows name, rows of dev and test with nothing to compare with.
+class ScoredRows:
+    """What only reading every row shows: missing databases, rows of dev and test with nothing to compare with."""
 
-    Args:
-        loaded: The recipe.
-        rows: All rows.
-        held_out: Those of dev and test.
-    """
-    for scorer in loaded.recipe.evaluate.scorers:
-        if isinstance(scorer, SqlExecutionSpec):
-            yield from _row_databases(scorer, loaded.resolve(scorer.databases), rows)
-    if unanswered := [row.where for row in held_out if not row.is_text and not _answers(row)]:
-        yield Problem(
-            what=f"{len(unanswered)} rows of dev and test have no reference answer.",
-            where=unanswered[0],
-            why=f"Their last turn is thinking and nothing behind it, so no answer can be scored: "
-            f"{', '.join(unanswered[:SHOWN])}.",
-            next="Write the answer behind </think>, or remove these rows.",
-        )
+    def __init__(self, loaded: Loaded) -> None:
+        self._loaded = loaded
+        kinds = loaded.recipe.evaluate.scorers
+        self._scorers = [scorer for scorer in kinds if isinstance(scorer, SqlExecutionSpec)]
+        self._first: list[dict[str, str]] = [{} for _ in self._scorers]  # row by the name of its database
+        self._unanswered = Wrong()
+
+    def add(self, row: Row, *, side: Side | None) -> None:
+        """Take the next row.
+
+        Args:
+            row: The row.
+            side: Where it goes, None where it goes nowhere.
+        """
+        for scorer, first in zip(self._scorers, self._first, strict=True):
+            first.setdefault(str(row.columns[scorer.schema_column]), row.where)
+        if side in ("dev", "test") and not row.is_text and not _answers(row):
+            self._unanswered.add(row.where)
+
+    def problems(self) -> Iterator[Problem]:
+        """Of all rows."""
+        for scorer, first in zip(self._scorers, self._first, strict=True):
+            yield from _row_databases(scorer, self._loaded.resolve(scorer.databases), first)
+        if places := self._unanswered.lines:
+            yield Problem(
+                what=f"{self._unanswered.count} rows of dev and test have no reference answer.",
+                where=places[0],
+                why="Their last turn is thinking and nothing behind it, so no answer can be scored: "
+                f"{', '.join(places)}.",
+                next="Write the answer behind </think>, or remove these rows.",
+            )
 
 
 def _answers(row: Row) -> bool:
@@ -166,10 +182,7 @@ def _answers(row: Row) -> bool:
     return bool(turn.get("tool_calls") or str(turn.get("content") or "").rpartition("</think>")[2].strip())
 
 
-def _row_databases(scorer: SqlExecutionSpec, folder: Path, rows: Sequence[Row]) -> Iterator[Problem]:
-    first: dict[str, str] = {}
-    for row in rows:
-        first.setdefault(str(row.columns[scorer.schema_column]), row.where)
+def _row_databases(scorer: SqlExecutionSpec, folder: Path, first: Mapping[str, str]) -> Iterator[Problem]:
     databases = {path.stem for path in folder.glob("*.sql")}  # a row's value is compared, it never becomes a path
     absent = [name for name in first if name not in databases]
     if absent and folder.is_dir():

@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recipes.data.rows import first_lines
+from recipes.data.wrong import Wrong
 from tasks.jobs.loading.load import setup
-from tasks.jobs.preparing.reading import Progress, ReadSources, Wrong, read_sources
+from tasks.jobs.preparing.reading import Progress, ReadSources, read_sources
 from tasks.jobs.preparing.records import ROWS, Tally, render
 from tasks.jobs.preparing.selection import Selection, select
 from tasks.jobs.preparing.telling import Examples, tell_cut, tell_masks

@@ -400,7 +400,7 @@ STORY = "the old man went down to the harbour in the morning and looked for a bo
 
 def almost(number: int, *, of: int) -> dict[str, Any]:
     """A row of 115 words; those of one `of` differ in their last word alone, so 110 of 112 5-grams are the same."""
-    words = " ".join(f"{word}{of}" for word in (STORY * 5).split())
+    words = " ".join(f"{word}{of}.{place}" for place, word in enumerate((STORY * 5).split()))
     return {"messages": chat(words, f"it is {number}")}
 
 
