@@ -152,7 +152,9 @@ def page(sizes: list[dict[str, Any]]) -> str:
     seconds = {
         figures["rows"]: [f"{spent:,.1f}" for spent in figures["prepare"]["phases"].values()] for figures in sizes
     }
-    phases = "\n".join(f"| {rows:,} | {' | '.join(spent)} |" for rows, spent in seconds.items())
+    phases = "\n".join(
+        f"| {rows:,} | {' | '.join(f'{seconds:,.1f}' for seconds in own)} |" for rows, own in spent.items()
+    )
     names = list(sizes[0]["prepare"]["phases"])
     tokens = sizes[-1]["prepare"]["tokens"] / sum(sizes[-1]["prepare"]["kept"].values())
     versions = ", ".join(f"{name} {version}" for name, version in sizes[-1]["versions"].items())
