@@ -114,15 +114,24 @@ def _add_recipe_commands(commands: Any) -> None:
     init.add_argument("--set", action="append", default=[], metavar="DATA.A=B", help=text)
     check = _add(commands, "check", "commands.check", "Check a recipe against the base's config and headers.")
     check.add_argument("--data", action="store_true", help="read all rows, too")
+    show = _add(
+        commands, "show", "commands.show", "Show rows as they are trained: the whole text, the trained part marked."
+    )
+    which = show.add_mutually_exclusive_group()
+    text = "a row's name or its beginning, or its place: rows.jsonl:17; also one that is left out, with the reason"
+    which.add_argument("--row", metavar="ID", help=text)
+    which.add_argument("--split", choices=("train", "dev", "test"), default="train", help="default: train")
+    show.add_argument("-n", type=_count, default=3, dest="count", metavar="N", help="rows at most; default: 3")
     plan = _add(commands, "plan", "commands.plan", "Show for each step whether it is a hit or is made, and why.")
     run = _add(commands, "run", "commands.run", "Run a recipe; run it again to resume.", runs_steps=True)
     run.set_defaults(only=[])
     text = "Evaluate some arms of a recipe; only what they need is made."
     evaluate = _add(commands, "evaluate", "commands.run", text, runs_steps=True)
-    for parser in (check, plan, run, evaluate):
+    for parser in (check, show, plan, run, evaluate):
         parser.add_argument("recipe", type=Path, help="recipe file")
         text = "override one field; may be repeated"
         parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help=text)
+    for parser in (check, plan, run, evaluate):
         _add_allow_python(parser)
     for parser in (plan, evaluate):
         text = "arms of the recipe, or `external` for every external model and the base; default: all"
@@ -132,6 +141,13 @@ def _add_recipe_commands(commands: Any) -> None:
         parser.add_argument("--runner", choices=("local", "ray"), default="local", help=text)
         text = "address of the Ray cluster that this machine has joined; default: auto"
         parser.add_argument("--address", default="auto", metavar="HOST:PORT", help=text)
+
+
+def _count(text: str) -> int:
+    """A number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number from 1 on")
+    return int(text)
 
 
 def _add_allow_python(parser: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,6 +66,40 @@ def pin(loaded: Loaded, home: Path) -> Pins:
     )
     source.digests.save()
     return pins
+
+
+class RowPins(NamedTuple):
+    """What prepare reads for its rows, without digests: nothing is made of it."""
+
+    data: tuple[External, ...]
+    tokenizer: External
+    template: External | None
+
+
+def row_pins(loaded: Loaded) -> RowPins:
+    """Resolve what prepare reads; of a base on a hub, its tokenizer and config alone are fetched.
+
+    Raises:
+        RecipeError: Hub ids cannot be fetched: base and data at once.
+    """
+    data = loaded.recipe.data
+    fields = ["model.base", *(data.field(number) for number in range(len(data.parts)))]
+    ids = {hub.field: hub for hub in fetchable(loaded) if hub.field in fields}
+    wanted = [replace(hub, kind="tokenizer") if hub.kind == "model" else hub for hub in ids.values()]
+    source = _Outside(loaded, _snapshots(loaded, wanted), Digests(Path()))
+
+    def external(name: str, path: Path) -> External:
+        return External(name=name, path=path, digest="", source="")
+
+    template = loaded.recipe.model.chat_template
+    return RowPins(
+        data=tuple(
+            external(source_name(number), source.at(data.field(number), part.path).folder)
+            for number, part in enumerate(data.parts)
+        ),
+        tokenizer=external("tokenizer", source.at("model.base", loaded.recipe.model.base).folder),
+        template=external("template", loaded.resolve(template)) if template not in (None, "chatml") else None,
+    )
 
 
 class _Outside(NamedTuple):
@@ -130,7 +164,10 @@ def fetchable(loaded: Loaded) -> list[HubId]:
 
 def fetch(loaded: Loaded) -> dict[str, Snapshot]:
     """What the recipe names by hub id, by field; fetched together, so that their problems come at once."""
-    ids = fetchable(loaded)
+    return _snapshots(loaded, fetchable(loaded))
+
+
+def _snapshots(loaded: Loaded, ids: Sequence[HubId]) -> dict[str, Snapshot]:
     try:
         fetched = snapshots(ids)
     except RecipeError as error:

@@ -45,6 +45,8 @@ def step(
             "sources": [part.model_dump(exclude={"path", "revision"}) for part in settings.parts],
             **({} if ignored else {"near_duplicate_jaccard": settings.near_duplicate_jaccard}),
             "chat_template": recipe.model.chat_template if template is None else None,
+            "template_args": recipe.model.template_args,
+            "template_date": recipe.model.template_date,
         },
         inputs=present(tokenizer=tokenizer, general=general, template=template) | sources,
         tools=("transformers", "tokenizers", "trl"),

@@ -19,6 +19,7 @@ def command(args: argparse.Namespace) -> Output:
     loaded, rows = load_and_read(args.recipe, sets=args.set, data=args.data)
     warned = [*warnings(loaded), *not_here(loaded.recipe), *rows.warnings]
     lines = [f"{args.recipe}: no problem found", *(f"  {name}: {value}" for name, value in rows.summary.items())]
+    look = [f"look at what is trained: quench show {args.recipe}"] if args.data else []
     return Output(
         json={
             "ok": True,
@@ -26,5 +27,5 @@ def command(args: argparse.Namespace) -> Output:
             "warnings": [warning.as_dict() for warning in warned],
             "rows": rows.summary,
         },
-        text="\n".join([*lines, *(f"\nwarning: {warning}" for warning in warned)]),
+        text="\n".join([*lines, *(f"\nwarning: {warning}" for warning in warned), *look]),
     )

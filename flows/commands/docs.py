@@ -1,6 +1,7 @@
 """Writes the generated pages of docs/: `python -m flows.commands.docs [--check]`.
 
-recipe.md comes from the schema, schemes.md from the schemes. infra/rooms.py writes rooms.md and its pictures.
+recipe.md comes from the schema, schemes.md from the schemes, data.md from the cases in docs/data/. infra/rooms.py
+writes rooms.md and its pictures.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from flows.commands.data_page import data_page
 from flows.commands.schemes import LAYER, Listed, listed_schemes
 from recipes.read.complaints import sections
 from recipes.schema import Recipe
@@ -204,7 +206,7 @@ def table_cell(text: str) -> str:
 
 def pages() -> dict[str, str]:
     """Path below docs/ -> what it holds."""
-    return {"recipe.md": recipe_page(), "schemes.md": schemes_page()}
+    return {"recipe.md": recipe_page(), "schemes.md": schemes_page(), "data.md": data_page()}
 
 
 def main(

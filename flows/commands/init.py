@@ -59,7 +59,8 @@ class InitResult:
     def text(self) -> str:
         """For the terminal; the last line is the next command."""
         lines = [f"  {name:<10} {note}" for name, note in self.notes.items()]
-        return "\n".join([f"wrote {shown(self.path)}", *lines, "", "next:", f"  {self.next}"])
+        look = f"look at what is trained: quench show {shown(self.path)}"
+        return "\n".join([f"wrote {shown(self.path)}", *lines, "", look, "next:", f"  {self.next}"])
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""

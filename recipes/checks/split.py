@@ -68,6 +68,7 @@ class Split:
 
     def __init__(self, data: Data, *, calibrated: int = 0) -> None:
         self._data, self._calibrated = data, calibrated
+        self._group, self._domain = data.group_column, data.domain_column
         self._numbers: dict[int, int] = {}  # of the first row of each name
         self._groups = array("Q")
         self.sides: dict[Side, SideCounts] = {"train": SideCounts(), "dev": SideCounts(), "test": SideCounts()}
@@ -77,7 +78,7 @@ class Split:
 
     def add(self, row: Row) -> Side | None:
         """The side that it goes to; None for a duplicate, and for a row that its weight leaves out."""
-        data, words = self._data, row.group(self._data.group_column)
+        data, words = self._data, row.group(self._group)
         group = int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "big")
         number = len(self._groups)
         self._groups.append(group)
@@ -92,7 +93,7 @@ class Split:
             self.not_drawn += 1
             return None
         in_train = of_group == "train"
-        self.sides[of_group].add(row, domain=row.domain(data.domain_column), group=None if in_train else group)
+        self.sides[of_group].add(row, domain=row.domain(self._domain), group=None if in_train else group)
         if in_train:
             self._keep_largest(token_bound(row.messages))
         return of_group

@@ -62,9 +62,17 @@ class Leaks(NamedTuple):
         Args:
             where: Place of a row, by its number.
         """
+        return leaks_in_words(self.counts) + not_all_compared(self.limited) + self.examples(where)
+
+    def examples(self, where: Callable[[int], str]) -> str:
+        """The first ten of each kind, a line each.
+
+        Args:
+            where: Place of a row, by its number.
+        """
         named = [f"{where(pair.row)} like {where(pair.like)}" for pair in self.twins[:SHOWN]]
         named += [f"{where(pair.row)} shares with {where(pair.like)}" for pair in self.exchanges[:SHOWN]]
-        return leaks_in_words(self.counts) + not_all_compared(self.limited) + "".join(f"\n    {line}" for line in named)
+        return "".join(f"\n    {line}" for line in named)
 
 
 class Doubles(NamedTuple):

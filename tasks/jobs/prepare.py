@@ -18,8 +18,11 @@ from tasks.jobs.preparing.records import ROWS, Tally, render
 from tasks.jobs.preparing.selection import Selection, select
 from tasks.jobs.preparing.telling import Examples, tell_cut, tell_masks
 from tasks.jobs.preparing.writing import Counts, RecordFile, write_rows
+from tasks.jobs.text.chat_template import TemplateSettings
 from tasks.jobs.text.plain_texts import read_texts
 from tasks.jobs.text.rendering import Renderer
+from tasks.jobs.text.seams import remedy
+from tasks.jobs.text.tokenizer import text_ids
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
 from tasks.runtime.tokenizer_files import copy_files
@@ -47,7 +50,9 @@ def run(job: Job) -> dict[str, Any]:
     template = job.params.get("chat_template")
     if "template" in job.inputs:
         template = job.inputs["template"].path.read_text(encoding="utf-8")
-    renderer = Renderer.open(job.inputs["tokenizer"].path, template=template)
+    settings = TemplateSettings.of(job.params.get("template_args"), job.params.get("template_date"))
+    renderer = Renderer.open(job.inputs["tokenizer"].path, template=template, settings=settings)
+    renderer.check_settings()
     with tempfile.TemporaryDirectory(dir=job.out, prefix="scratch-") as scratch:
         summary = _rows(job, renderer, Path(scratch))
     general = _general(job, renderer)
@@ -94,7 +99,7 @@ def _render(job: Job, reads: ReadSources, selection: Selection, renderer: Render
         StageError: Rows without a sound mask, the first 20 named.
     """
     spool, places = reads.spool, selection.places
-    tally, wrong = Tally(), Wrong()
+    tally, wrong, seam = Tally(), Wrong(), None
     progress = Progress(job.events, note="tokenising", total=len(places))
     examples = Examples(job, renderer)
     for chunk in spool.chunks(places):
@@ -103,14 +108,18 @@ def _render(job: Job, reads: ReadSources, selection: Selection, renderer: Render
         tally.add(rows.tally)
         for line in rows.wrong:
             wrong.add(line)
+        seam = seam or rows.seam
         records.write(pa.RecordBatch.from_pylist(rows.records, schema=ROWS), rows.keys)
         progress.step(len(chunk))
     if wrong.count:
         raise StageError.of(
-            what=f"{wrong.count} row(s) have completions that cannot be found among their tokens",
+            what=f"{wrong.count} row(s) are not rendered whole, or their completions cannot be found among the tokens",
             where=wrong.lines[0].split(" ", 1)[0],
-            why=f"the loss would fall on the wrong tokens:{first_lines(wrong.lines, count=wrong.count)}",
-            next="use a chat template with {% generation %} markers, or correct these rows",
+            why="something would be lost, or the loss would fall on the wrong tokens:"
+            + first_lines(wrong.lines, count=wrong.count),
+            next=remedy(renderer, seam.messages, seam.tools)
+            if seam
+            else "correct these rows, or use a chat template that has a place for all of them",
         )
     tell_masks(job, tally, renderer)
     return tally
@@ -137,7 +146,7 @@ def _general(job: Job, renderer: Renderer) -> list[dict[str, Any]]:
     rows = {}
     path = job.inputs["general"].path
     for name, text in read_texts(path, what="the general hold-out"):
-        ids = renderer.tokenizer(text)["input_ids"][: job.params["max_length"]]
+        ids = text_ids(renderer.tokenizer, text)[: job.params["max_length"]]
         if len(ids) > 1:  # the first token has no prediction
             n_chars = len(renderer.tokenizer.decode(ids, skip_special_tokens=True))
             rows[name] = {"row": name, "input_ids": ids, "n_chars": n_chars}
@@ -149,6 +158,7 @@ def _write_tokenizer(job: Job, renderer: Renderer) -> None:
     base, out = job.inputs["tokenizer"].path, job.out / "tokenizer"
     out.mkdir()
     copy_files(base, out)
+    renderer.template.settings.write(out)
     if "template" in job.inputs or job.params.get("chat_template"):
         (out / "chat_template.jinja").write_text(renderer.tokenizer.chat_template, encoding="utf-8")
         job.events.note("chat template", "chosen by the recipe; it travels with every artifact")

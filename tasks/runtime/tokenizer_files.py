@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+TEMPLATE_SETTINGS = "chat_template_args.json"  # ours: the arguments and the date that rows were rendered with
 TOKENIZER_FILES = (
     "tokenizer.*",  # .json, and .model, .model.v3 ... of SentencePiece
     "tokenizer_config.json",
@@ -16,6 +17,8 @@ TOKENIZER_FILES = (
     "spiece.model",
     "chat_template.*",
     "chat_templates/*",
+    "additional_chat_templates/*",
+    TEMPLATE_SETTINGS,
 )
 
 

@@ -149,11 +149,9 @@ def page(sizes: list[dict[str, Any]]) -> str:
                 f"| {figures['rows']:,} | {figures['mb']:,.0f} | {name} | {figures['rows'] / run['cpu_s']:,.0f} "
                 f"| {figures['rows'] / run['s']:,.0f} | {run['s']:,.1f} | {above:.2f} | {run['peak_gib']:.2f} |"
             )
-    seconds = {
-        figures["rows"]: [f"{spent:,.1f}" for spent in figures["prepare"]["phases"].values()] for figures in sizes
-    }
     phases = "\n".join(
-        f"| {rows:,} | {' | '.join(f'{seconds:,.1f}' for seconds in own)} |" for rows, own in spent.items()
+        f"| {figures['rows']:,} | {' | '.join(f'{spent:,.1f}' for spent in figures['prepare']['phases'].values())} |"
+        for figures in sizes
     )
     names = list(sizes[0]["prepare"]["phases"])
     tokens = sizes[-1]["prepare"]["tokens"] / sum(sizes[-1]["prepare"]["kept"].values())

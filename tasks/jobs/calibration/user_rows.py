@@ -11,7 +11,7 @@ from recipes.data.rows import Row, malformed, read_rows
 from tasks.jobs.calibrate import calibset
 from tasks.jobs.text.conversation import Conversation, RowError
 from tasks.jobs.text.rendering import Renderer, Sample
-from tasks.jobs.text.tokenizer import load_tokenizer
+from tasks.jobs.text.tokenizer import load_tokenizer, text_ids
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
 
@@ -49,7 +49,7 @@ def _texts(rows: dict[str, Row], job: Job) -> Iterator[dict[str, Any]]:
     tokenizer = load_tokenizer(job.inputs["tokenizer"].path)
     cut = 0
     for name, row in sorted(rows.items()):
-        ids = tokenizer(row.messages[0]["content"])["input_ids"]
+        ids = text_ids(tokenizer, row.messages[0]["content"])
         cut += len(ids) > job.params["seq_len"]
         yield _record(name, row.messages, ids[: job.params["seq_len"]])
     if cut:

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
-from jinja2 import TemplateError
 from transformers import AutoConfig, GenerationConfig
 
 from recipes.data.formats import TEXT
 from recipes.data.rows import SHOWN, first_lines
 from recipes.data.turns import Message
 from tasks.jobs.measuring.teacher_forcing import TokenRow
+from tasks.jobs.text.chat_template import NO_SETTINGS, ChatTemplate, TemplateSettings
 from tasks.jobs.text.conversation import Conversation, RowError
+from tasks.jobs.text.encoding import encode
 from tasks.jobs.text.rendering import Rendered, Renderer
-from tasks.jobs.text.tokenizer import load_tokenizer, with_end
+from tasks.jobs.text.tokenizer import load_tokenizer, text_ids, with_end
 from tasks.runtime.process.errors import StageError
 
 
@@ -97,7 +98,8 @@ def another(folder: Path, dataset: Path, rows: Sequence[TokenRow]) -> str | None
     if not own.chat_template:
         own.chat_template = theirs.chat_template
     sources = _Sources(dataset)
-    unlike = [row.row for row in rows if not _same(row, sources[row.row], own, theirs)]
+    template = ChatTemplate.of(own, settings=_settings(own.chat_template, dataset, theirs))
+    unlike = [row.row for row in rows if not _same(row, sources[row.row], template, theirs)]
     if not unlike:
         return None
     if own.get_vocab() == theirs.get_vocab():
@@ -108,20 +110,22 @@ def another(folder: Path, dataset: Path, rows: Sequence[TokenRow]) -> str | None
     )
 
 
-def _same(row: TokenRow, source: RowSource, own: Any, theirs: Any) -> bool:
+def _settings(chat_template: Any, dataset: Path, theirs: Any) -> TemplateSettings:
+    """What the recipe says to the base's template: for that one alone, another template has other arguments."""
+    return TemplateSettings.read(dataset / "tokenizer") if chat_template == theirs.chat_template else NO_SETTINGS
+
+
+def _same(row: TokenRow, source: RowSource, own: ChatTemplate, theirs: Any) -> bool:
     if source.is_text:
         text = source.turns[0]["content"]
-        return own(text)["input_ids"] == theirs(text)["input_ids"]
+        return text_ids(own.tokenizer, text) == text_ids(theirs, text)
     chat = source.chat
-
-    def ids(turns: list[Message], **options: bool) -> list[int]:
-        return own.apply_chat_template(turns, tools=chat.tools, tokenize=True, return_dict=False, **options)
-
     try:
-        whole = ids(chat.turns) == row.ids
-        return whole and (not row.prompt_ids or ids(chat.turns[:-1], add_generation_prompt=True) == row.prompt_ids)
-    except (TemplateError, TypeError):
+        shaped = own.shaped(chat, trained=[len(chat.turns)] if source.turn else chat.trained, markers=False)
+        whole, prompt = encode(own.tokenizer, [shaped.marked.text, own.prompt(shaped.chat)])
+    except RowError:
         return False
+    return whole.ids == row.ids and (not row.prompt_ids or prompt.ids == row.prompt_ids)
 
 
 def read_rows_as(
@@ -146,7 +150,8 @@ def read_rows_as(
     Raises:
         StageError: It has no template; its template refuses rows; rows are longer than the model's context.
     """
-    if chat_template is None and not load_tokenizer(folder).chat_template:
+    own, theirs = load_tokenizer(folder), load_tokenizer(dataset / "tokenizer")
+    if chat_template is None and not own.chat_template:
         raise StageError.of(
             what="the model has another tokenizer and no chat template",
             where=str(folder),
@@ -154,9 +159,9 @@ def read_rows_as(
             next="put its chat_template.jinja into the folder, or write evaluate.external.NAME as "
             "{path: ..., chat_template: chatml}",
         )
-    renderer = Renderer.open(folder, template=chat_template)
+    renderer = Renderer.open(folder, template=chat_template, settings=_settings(own.chat_template, dataset, theirs))
     sources = _Sources(dataset)
-    end = load_tokenizer(dataset / "tokenizer").eos_token_id
+    end = theirs.eos_token_id
     own_rows: list[TokenRow] = []
     prompts: list[TokenRow] = []
     wrong: list[str] = []
@@ -180,7 +185,7 @@ def read_rows_as(
 
 def _read(row: TokenRow, source: RowSource, renderer: Renderer, *, ended: bool) -> list[TokenRow]:
     if source.is_text:
-        ids: list[int] = renderer.tokenizer(source.turns[0]["content"])["input_ids"]
+        ids = text_ids(renderer.tokenizer, source.turns[0]["content"])
         if ended:
             ids = with_end(renderer.tokenizer, ids)
         return [row.read_as(ids, counted=[False, *[True] * (len(ids) - 1)], prompt_ids=[])]

@@ -52,17 +52,22 @@ class ReadSources(NamedTuple):
     detected_from: str
 
 
+def origins_of(job: Job) -> list[Origin]:
+    """The sources of a job, in the recipe's order."""
+    params = job.params
+    paths = [job.inputs[source_name(number)].path for number in range(len(params["sources"]))]
+    return origins(
+        paths, params["sources"], domain=params["domain"], group=params["group"], scored=params["scored_columns"]
+    )
+
+
 def read_sources(job: Job, scratch: Path) -> ReadSources:
     """Every source's rows, spooled to a file in `scratch`.
 
     Raises:
         StageError: Malformed rows of all sources, or a source without rows.
     """
-    params = job.params
-    paths = [job.inputs[source_name(number)].path for number in range(len(params["sources"]))]
-    sources = origins(
-        paths, params["sources"], domain=params["domain"], group=params["group"], scored=params["scored_columns"]
-    )
+    params, sources = job.params, origins_of(job)
     spool, wrong, progress = Spool(scratch / "rows.jsonl"), Wrong(), Progress(job.events, note="reading")
     readers = [RowReader(source) for source in sources]
     words, problems = list[str](), list[Problem]()
@@ -82,7 +87,7 @@ def read_sources(job: Job, scratch: Path) -> ReadSources:
         if len(spool) == before and not wrong.count and not problems:
             problems.append(_empty(reader))
     if wrong.count:
-        raise StageError(wrong.malformed(paths))
+        raise StageError(wrong.malformed([source.path for source in sources]))
     if problems:
         raise StageError(problems[0])
     job.events.note("format", "; ".join(words))

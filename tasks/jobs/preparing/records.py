@@ -14,9 +14,10 @@ import pyarrow as pa
 
 from recipes.data.formats import TEXT
 from tasks.jobs.preparing.spool import SpooledRow
+from tasks.jobs.text.completions import SeamError
 from tasks.jobs.text.conversation import Conversation, RowError, behind_thinking
 from tasks.jobs.text.rendering import Renderer, Sample, TooLong
-from tasks.jobs.text.tokenizer import with_end
+from tasks.jobs.text.tokenizer import begun_once, with_end
 
 ROWS = pa.schema(
     [
@@ -52,7 +53,7 @@ class Tally:
 
     Attributes:
         ways: Rows with turns by the way in which their trained tokens were found.
-        skewed: Rows whose last answer is decoded from another beginning than was trained.
+        forms: Rows with turns by the form in which the template wants them, where it is another one than the row's.
         lost: Tokens that each cut sample lost.
         too_long: Tokens of each sample whose last exchange alone is over the limit.
         single: Samples of one turn each, their tokens, and the tokens of those among them that hold all turns.
@@ -60,7 +61,7 @@ class Tally:
     """
 
     ways: Counter[str] = field(default_factory=Counter[str])
-    skewed: int = 0
+    forms: Counter[str] = field(default_factory=Counter[str])
     lost: array[int] = field(default_factory=lambda: array("q"))
     too_long: array[int] = field(default_factory=lambda: array("q"))
     single: Counter[str] = field(default_factory=Counter[str])
@@ -69,7 +70,7 @@ class Tally:
     def add(self, other: Tally) -> None:
         """Those of other rows."""
         self.ways.update(other.ways)
-        self.skewed += other.skewed
+        self.forms.update(other.forms)
         self.lost += other.lost
         self.too_long += other.too_long
         self.single.update(other.single)
@@ -85,12 +86,14 @@ class RenderedRows:
         keys: Of each record.
         tally: Of all rows.
         wrong: `file.jsonl:LINE what is wrong with it`, one per row that has no sound mask.
+        seam: The first of them whose prompt is no beginning of what is trained.
     """
 
     records: list[Record] = field(default_factory=list[Record])
     keys: list[Keys] = field(default_factory=list[Keys])
     tally: Tally = field(default_factory=Tally)
     wrong: list[str] = field(default_factory=list[str])
+    seam: SpooledRow | None = None
 
 
 def render(rows: Sequence[SpooledRow], renderer: Renderer, *, max_length: int) -> RenderedRows:
@@ -105,6 +108,7 @@ def render(rows: Sequence[SpooledRow], renderer: Renderer, *, max_length: int) -
             fitted = next(samples)
             if isinstance(fitted, RowError):
                 rendered.wrong.append(f"{row.where} {fitted}")
+                rendered.seam = rendered.seam or (row if isinstance(fitted, SeamError) else None)
                 continue
             records = _sampled(row, fitted, renderer, rendered.tally)
         for record in sorted(records, key=lambda record: record["row"]):
@@ -124,7 +128,8 @@ def _samples(
                 chats.append(Conversation.of(row.messages, row.tools))
             except RowError as error:
                 chats.append(error)
-    made = renderer.samples_of([chat for chat in chats if isinstance(chat, Conversation)], max_length=max_length)
+    whole = [chat for chat in chats if isinstance(chat, Conversation)]
+    made = renderer.samples_of(whole, max_length=max_length, scored=True)
     return (chat if isinstance(chat, RowError) else next(made) for chat in chats)
 
 
@@ -134,7 +139,7 @@ def _sampled(row: SpooledRow, fitted: Sequence[Sample | TooLong], renderer: Rend
     tally.too_long.extend(sample.tokens for sample in fitted if isinstance(sample, TooLong))
     tally.lost.extend(sample.lost for sample in samples if sample.dropped)
     tally.ways.update({sample.rendered.way for sample in samples})
-    tally.skewed += any(sample.rendered.skewed for sample in samples)
+    tally.forms.update({sample.rendered.form for sample in samples} - {""})
     for sample in samples:
         if sample.turn:
             tokens = len(sample.rendered.input_ids)
@@ -171,7 +176,7 @@ def _texts(rows: Sequence[SpooledRow], renderer: Renderer, *, max_length: int, t
     texts = [row.messages[0]["content"] for row in rows]
     tokens: list[list[int]] = tokenizer(texts)["input_ids"] if texts else []
     for row, text, without_end in zip(rows, texts, tokens, strict=True):
-        ids = with_end(tokenizer, without_end)
+        ids = with_end(tokenizer, begun_once(tokenizer, without_end))
         kept = ids[:max_length]
         if len(kept) < len(ids):
             tally.lost.append(len(ids) - len(kept))

@@ -53,12 +53,9 @@ def tell_masks(job: Job, tally: Tally, renderer: Renderer) -> None:
             f"{tally.single['tokens']} tokens, where the last ones alone, which hold all turns, have "
             f"{tally.single['last_tokens']}",
         )
-    if tally.skewed:
-        job.events.note(
-            "generation prompt",
-            f"{tally.skewed} rows do not begin their last completion as the template's generation prompt does: "
-            "answers are decoded from another beginning than was trained",
-        )
+    if tally.forms:
+        forms = "; ".join(f"{form} ({count} rows)" for form, count in tally.forms.most_common())
+        job.events.note("form", f"the chat template is given {forms}")
     if tally.texts:
         job.events.note(
             "plain text",

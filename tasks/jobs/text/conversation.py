@@ -78,9 +78,9 @@ class Conversation:
             yield Conversation(turns=turns[starts[-1] if starts else head :], tools=self.tools)
 
 
-def called(turn: Message) -> list[str]:
-    """Names of the functions that a turn calls."""
-    return [(call.get("function") or call)["name"] for call in turn.get("tool_calls") or []]
+def calls_in(turn: Message) -> list[dict[str, Any]]:
+    """Name and arguments of each function that a turn calls."""
+    return [call.get("function") or call for call in turn.get("tool_calls") or []]
 
 
 def behind_thinking(text: str) -> str:

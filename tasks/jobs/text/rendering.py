@@ -12,19 +12,18 @@ their tokens (`encoding`), so that many rows are tokenised in one call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
-from jinja2 import TemplateError
-
 from recipes.data.turns import Message
-from tasks.jobs.text.chat_template import ChatTemplate
-from tasks.jobs.text.completions import Completions, spans
-from tasks.jobs.text.conversation import Conversation, RowError, behind_thinking, called
+from tasks.jobs.text.chat_template import NO_SETTINGS, ChatTemplate, TemplateSettings, prints_today
+from tasks.jobs.text.completions import Completions, SeamError, spans
+from tasks.jobs.text.conversation import Conversation, RowError, behind_thinking, calls_in
 from tasks.jobs.text.encoding import Reading, alone, encode, side_by_side
-from tasks.jobs.text.templates import chatml, end_of_turn, generation_prompt, training_template
+from tasks.jobs.text.templates import chatml, end_of_turn, generation_prompt, templates_of, training_template
 from tasks.jobs.text.tokenizer import load_tokenizer
 from tasks.runtime.process.errors import StageError
 
@@ -39,12 +38,14 @@ class Rendered:
     Attributes:
         prompt_ids: The history before the last turn with the generation prompt: what an answer is decoded from.
         way: How the trained tokens were found.
+        form: What is other in the turns as the template got them; empty where nothing is.
     """
 
     input_ids: list[int]
     mask: list[bool]
     prompt_ids: list[int]
     way: Way
+    form: str = ""
 
     @property
     def skewed(self) -> bool:
@@ -89,12 +90,19 @@ class Renderer:
     completions: Completions
 
     @classmethod
-    def open(cls, folder: Path, *, template: str | None = None) -> Renderer:
+    def open(
+        cls,
+        folder: Path,
+        *,
+        template: str | None = None,
+        settings: TemplateSettings = NO_SETTINGS,
+    ) -> Renderer:
         """The tokenizer of a model folder, with its own template or, if it has none, the one given.
 
         Args:
             folder: Model folder.
             template: `chatml`, the text of a Jinja template, or None.
+            settings: What the template gets in every rendering.
 
         Raises:
             StageError: No tokenizer, no template, two templates, or turns that end with no special token.
@@ -102,10 +110,11 @@ class Renderer:
         tokenizer = _with_template(folder, template)
         special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
         special |= {tokenizer.eos_token_id} - {None}
+        chat_template = ChatTemplate.of(tokenizer, settings=settings, training=training_template(tokenizer))
         try:
-            ending = end_of_turn(tokenizer, folder, special=special)
-            opening = generation_prompt(tokenizer)
-        except (TemplateError, TypeError, ValueError) as error:  # ValueError: the answer is not in the text
+            ending = end_of_turn(chat_template, folder, special=special)
+            opening = generation_prompt(chat_template)
+        except ValueError as error:  # RowError, or the answer is not in the text, or templates without a default one
             raise StageError.of(
                 what=f"the chat template cannot render a question and its answer: {error}",
                 where=str(folder),
@@ -113,9 +122,7 @@ class Renderer:
                 next="correct the template (model.chat_template, or chat_template.jinja of the base)",
             ) from None
         return cls(
-            template=ChatTemplate(
-                tokenizer=tokenizer, training=training_template(tokenizer), names=dict(tokenizer.special_tokens_map)
-            ),
+            template=chat_template,
             completions=Completions(
                 tokenizer=tokenizer, end_of_turn=ending, opening=opening, special=frozenset(special)
             ),
@@ -126,24 +133,57 @@ class Renderer:
         """A PreTrainedTokenizerBase with a chat template (its stubs do not know what a call returns)."""
         return self.template.tokenizer
 
+    def check_settings(self) -> None:
+        """Raise StageError where the template prints today's date, or does not read what the recipe gives it."""
+        settings, source = self.template.settings, "\n".join(templates_of(self.tokenizer))
+        if settings.day is None and prints_today(source):
+            raise StageError.of(
+                what="the chat template prints today's date",
+                where="model.template_date",
+                why="the same rows would get other tokens tomorrow, and an answer another prompt than was trained",
+                next=f"write `template_date: {date.today().isoformat()}` under `model:`; it stays what it was then",
+            )
+        if settings.day is not None and not prints_today(source) and "date_string" not in source:
+            raise StageError.of(
+                what="the chat template prints no date",
+                where="model.template_date",
+                why="the day would change nothing",
+                next="remove model.template_date",
+            )
+        if unread := sorted(name for name in settings.args if name not in source):
+            raise StageError.of(
+                what=f"the chat template reads no argument {', '.join(unread)}",
+                where="model.template_args",
+                why="it would change nothing",
+                next="correct the name, or remove it",
+            )
+
     @property
     def end_of_turn(self) -> int:
         """Id of the special token that ends an assistant turn."""
         return self.completions.end_of_turn
 
-    def samples(self, chat: Conversation, *, max_length: int) -> list[Sample | TooLong]:
+    def samples(self, chat: Conversation, *, max_length: int, scored: bool = False) -> list[Sample | TooLong]:
         """The samples that a row is trained on and scored by: one, or one per trained turn, each cut to fit.
 
+        Args:
+            chat: The row.
+            max_length: Tokens of a sample.
+            scored: An answer to the last turn is decoded and scored, so its prompt has to be what was trained.
+
         Raises:
-            RowError: The template refuses the turns, or no way gives a sound mask.
+            RowError: The template refuses the turns, or no way gives a sound mask; a SeamError where the prompt is no
+                beginning of what is trained.
         """
-        return alone(self._samples(chat, max_length=max_length), self.tokenizer)
+        return alone(self._samples(chat, max_length=max_length, scored=scored), self.tokenizer)
 
     def samples_of(
-        self, chats: Iterable[Conversation], *, max_length: int
+        self, chats: Iterable[Conversation], *, max_length: int, scored: bool = False
     ) -> Iterator[list[Sample | TooLong] | RowError]:
         """`samples` of many rows, in their order, or why a row is refused; their texts are tokenised together."""
-        return side_by_side((self._samples(chat, max_length=max_length) for chat in chats), self.tokenizer)
+        return side_by_side(
+            (self._samples(chat, max_length=max_length, scored=scored) for chat in chats), self.tokenizer
+        )
 
     def render(self, chat: Conversation) -> Rendered:
         """Token ids of a conversation, every assistant turn trained but those marked `train: False`.
@@ -181,7 +221,17 @@ class Renderer:
         start, stop = spans(rendered.mask)[-1]
         return behind_thinking(self.tokenizer.decode(rendered.input_ids[start:stop], skip_special_tokens=True))
 
-    def _samples(self, chat: Conversation, *, max_length: int) -> Reading[list[Sample | TooLong]]:
+    def _samples(self, chat: Conversation, *, max_length: int, scored: bool) -> Reading[list[Sample | TooLong]]:
+        samples: list[Sample | TooLong] = yield from self._cut_samples(chat, max_length=max_length)
+        for sample in samples:
+            if scored and isinstance(sample, Sample) and sample.last and sample.rendered.skewed:
+                raise SeamError(
+                    f"turn {len(chat.turns)}: its answer would be decoded from a prompt that is no beginning of what "
+                    "is trained"
+                )
+        return samples
+
+    def _cut_samples(self, chat: Conversation, *, max_length: int) -> Reading[list[Sample | TooLong]]:
         """One sample of the whole row; where no way masks it, one per trained turn."""
         try:
             return [(yield from _fitted(chat, self._whole, max_length=max_length, turn=0, last=chat.is_answered))]
@@ -196,41 +246,45 @@ class Renderer:
         return samples
 
     def _whole(self, chat: Conversation) -> Reading[Rendered]:
-        text = self.template.marked(chat)
-        whole, prompt = yield [text.text, self.template.prompt(chat)]
+        shaped = self.template.shaped(chat, trained=chat.trained)
+        text, form = shaped.marked, shaped.form.says
+        whole, prompt = yield [text.text, self.template.prompt(shaped.chat)]
         mask = self.completions.between_markers(chat, whole, text.spans)
-        if mask is not None:
-            return self._checked(
-                chat, Rendered(input_ids=whole.ids, mask=mask, prompt_ids=prompt.ids, way=text.markers)
-            )
-        mask = [False] * len(whole.ids)
-        for number in chat.trained:
-            before, until = prompt, whole
-            if number < len(chat.turns):
-                part = chat.until(number)
-                before, until = yield [self.template.prompt(part), self.template.text(part)]
-            turn = self.completions.turn(number, ids=whole.ids, before=before.ids, until=until.ids)
-            mask[turn.start : turn.stop] = [True] * len(turn)
-        return self._checked(chat, Rendered(input_ids=whole.ids, mask=mask, prompt_ids=prompt.ids, way="prefixes"))
+        way: Way = text.markers
+        if mask is None:
+            way, mask = "prefixes", [False] * len(whole.ids)
+            for number in chat.trained:
+                before, until = prompt, whole
+                if number < len(chat.turns):
+                    part = shaped.chat.until(number)
+                    before, until = yield [self.template.prompt(part), self.template.text(part)]
+                turn = self.completions.turn(number, ids=whole.ids, before=before.ids, until=until.ids)
+                mask[turn.start : turn.stop] = [True] * len(turn)
+        rendered = Rendered(input_ids=whole.ids, mask=mask, prompt_ids=prompt.ids, way=way, form=form)
+        return self._checked(chat, rendered, trained=chat.trained)
 
     def _last(self, chat: Conversation) -> Reading[Rendered]:
-        whole, prompt = yield [self.template.text(chat), self.template.prompt(chat)]
-        turn = self.completions.turn(len(chat.turns), ids=whole.ids, before=prompt.ids, until=whole.ids)
+        number = len(chat.turns)
+        shaped = self.template.shaped(chat, trained=[number], markers=False)
+        whole, prompt = yield [shaped.marked.text, self.template.prompt(shaped.chat)]
+        turn = self.completions.turn(number, ids=whole.ids, before=prompt.ids, until=whole.ids)
         mask = [place in turn for place in range(len(whole.ids))]
-        return self._checked(chat, Rendered(input_ids=whole.ids, mask=mask, prompt_ids=prompt.ids, way=ONE_A_TURN))
+        rendered = Rendered(
+            input_ids=whole.ids, mask=mask, prompt_ids=prompt.ids, way=ONE_A_TURN, form=shaped.form.says
+        )
+        return self._checked(chat, rendered, trained=[number])
 
-    def _checked(self, chat: Conversation, rendered: Rendered) -> Rendered:
-        """Pass it on; RowError for a doubled beginning-of-text token, or a tool call that the template leaves out."""
+    def _checked(self, chat: Conversation, rendered: Rendered, *, trained: Sequence[int]) -> Rendered:
+        """Pass it on; RowError for a doubled beginning-of-text token, or a tool call that is not trained."""
         ids, mask, bos = rendered.input_ids, rendered.mask, self.tokenizer.bos_token_id
         if bos is not None and ids[:2] == [bos, bos]:
             raise RowError("begins with two beginning-of-text tokens")
-        trained = chat.trained if rendered.way != ONE_A_TURN else [len(chat.turns)]
         if any(chat.turns[number - 1].get("tool_calls") for number in trained):
             text = self.tokenizer.decode([token for token, inside in zip(ids, mask, strict=True) if inside])
             for number in trained:
-                for name in called(chat.turns[number - 1]):
-                    if name not in text:
-                        raise RowError(f"turn {number}: the template leaves out its call of {name}")
+                for function in calls_in(chat.turns[number - 1]):
+                    if function["name"] not in text:
+                        raise RowError(f"turn {number}: the template leaves out its call of {function['name']}")
         return rendered
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,17 @@ from typing import Any
 from jinja2 import TemplateError
 from trl.chat_template_utils import get_training_chat_template
 
+from tasks.jobs.text.chat_template import GENERATION, ChatTemplate
+from tasks.jobs.text.conversation import Conversation
+from tasks.jobs.text.encoding import encode
 from tasks.runtime.process.errors import StageError
 
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
 PROBE = "Quench"
+
+
+def templates_of(tokenizer: Any) -> list[str]:
+    """The text of its template, or of each of those that have names."""
+    return list(own.values()) if isinstance(own := tokenizer.chat_template, dict) else [own]
 
 
 def training_template(tokenizer: Any) -> str | None:
@@ -49,23 +53,21 @@ def chatml(tokenizer: Any) -> str:
     )
 
 
-def generation_prompt(tokenizer: Any) -> list[int]:
+def generation_prompt(template: ChatTemplate) -> list[int]:
     """What the generation prompt adds to a history (Phi-3's end of all text does not stand before it)."""
-    turns = [{"role": "user", "content": PROBE}]
-    history, prompt = (
-        tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False, add_generation_prompt=prompted)
-        for prompted in (False, True)
-    )
+    question = Conversation(turns=[{"role": "user", "content": PROBE}])
+    texts = [template.text(question, prompted=prompted) for prompted in (False, True)]
+    history, prompt = (tokens.ids for tokens in encode(template.tokenizer, texts))
     shared = list(takewhile(lambda pair: pair[0] == pair[1], zip(history, prompt, strict=False)))
     return prompt[len(shared) :]
 
 
-def end_of_turn(tokenizer: Any, folder: Path, *, special: set[int]) -> int:
+def end_of_turn(template: ChatTemplate, folder: Path, *, special: set[int]) -> int:
     """The first special token behind an assistant turn's text."""
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False)
-    tail = tokenizer(text[text.rindex(PROBE) + len(PROBE) :], add_special_tokens=False)["input_ids"]
-    for token in tail:
+    text = template.text(Conversation(turns=turns))
+    (tail,) = encode(template.tokenizer, [text[text.rindex(PROBE) + len(PROBE) :]])
+    for token in tail.ids:
         if token in special:
             return token
     raise StageError.of(

@@ -49,11 +49,13 @@ from tasks.runtime.tokenizer_files import TOKENIZER_FILES
 # What is fetched of a hub's repository, and what has to be there (a space: one of these).
 PATTERNS: dict[Kind, tuple[str, ...]] = {
     "model": (*MODEL_FILES, *TOKENIZER_FILES),
+    "tokenizer": ("config.json", *TOKENIZER_FILES),
     "adapter": ADAPTER_FILES,
     "dataset": DATA_FILES,
 }
 NEEDED: dict[Kind, tuple[str, ...]] = {
     "model": ("config.json", "*.safetensors"),
+    "tokenizer": ("config.json",),
     "adapter": ADAPTER_NEEDED,
     "dataset": (" ".join(DATA_FILES),),
 }
@@ -141,7 +143,7 @@ def _unusable(hub: HubId, commit: str, files: Sequence[str], sizes: Mapping[str,
     ]
     if not missing:
         return None
-    if hub.kind == "model" and "adapter_config.json" in sizes:
+    if hub.kind in ("model", "tokenizer") and "adapter_config.json" in sizes:
         return hub.problem("is an adapter, not a base model", why=why, next="name the base that it was trained on")
     pickles = sorted(name for name in sizes if name.endswith(PICKLES))
     if pickles and any(pattern.endswith(".safetensors") for pattern in missing):

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 from recipes.problem import Problem
 from tasks.runtime.tokenizer_files import TOKENIZER_FILES
 
-Kind = Literal["model", "adapter", "dataset"]
+Kind = Literal["model", "tokenizer", "adapter", "dataset"]  # tokenizer: a model without its weights
 # What a model folder can hold besides weights that shapes any result.
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
 ADAPTER_NEEDED = ("adapter_config.json", "adapter_model.safetensors")
@@ -59,4 +59,5 @@ class HubId:
     def problem(self, what: str, *, why: str, next: str) -> Problem:
         """A problem of this repository; `what` continues `model org/name@revision`."""
         revision = f"@{self.revision}" if self.revision else ""
-        return Problem(what=f"{self.kind} {self.name}{revision} {what}", where=self.field, why=why, next=next)
+        kind = "model" if self.kind == "tokenizer" else self.kind
+        return Problem(what=f"{kind} {self.name}{revision} {what}", where=self.field, why=why, next=next)

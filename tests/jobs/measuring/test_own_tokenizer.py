@@ -18,17 +18,20 @@ from tests.tiny import OTHER, PLAIN, other_tokenizer, write_base
 
 FORGETFUL = (  # thinking of earlier turns is left out, as Qwen3's template does
     "{%- for message in messages -%}{{- '<|' + message['role'] + '|>' -}}"
-    "{{- message['content'] if loop.last else message['content'].split('.')[-1] -}}{{- '<|stop|>' -}}"
+    "{{- message['content'] if loop.last else message['content'].split('</think>')[-1] -}}{{- '<|stop|>' -}}"
     "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
 )
+
+
+THOUGHT = "<think>thinking .</think>"
 
 
 def turns(number: int) -> list[dict[str, str]]:
     return [
         {"role": "user", "content": f"what is {number} ?"},
-        {"role": "assistant", "content": f"thinking . blue {number}"},
+        {"role": "assistant", "content": f"{THOUGHT} blue {number}"},
         {"role": "user", "content": "and the sky ?"},
-        {"role": "assistant", "content": f"thinking . the sky is red {number}"},
+        {"role": "assistant", "content": f"{THOUGHT} the sky is red {number}"},
     ]
 
 
@@ -81,8 +84,8 @@ def test_rows_are_read_with_its_own_template_and_end(world: Path, rows: list[Tok
         if before.prompt_ids:
             assert text.startswith("<|user|>what is ") and text.endswith(f"{before.answer}<|stop|>")
             number = before.answer.rsplit(maxsplit=1)[-1]
-            assert counted == f"thinking . blue {number}<|stop|>{before.answer}<|stop|>"
-            assert own.decode(after.prompt_ids) == text[: -len(f"{before.answer}<|stop|>")]
+            assert counted == f"{THOUGHT} blue {number}<|stop|>{THOUGHT}{before.answer}<|stop|>"
+            assert own.decode(after.prompt_ids) == text[: -len(f"{THOUGHT}{before.answer}<|stop|>")]
         else:
             first = len(own.decode(after.ids[:1]))
             assert counted == text[first:] and text.endswith(" .<|stop|>")
@@ -105,7 +108,7 @@ def test_a_template_that_forgets_earlier_turns_gives_a_piece_a_turn(world: Path,
         own.decode([t for t, inside in zip(piece.ids, piece.counted, strict=True) if inside]) for piece in pieces
     ]
     number = chats[0].answer.rsplit(maxsplit=1)[-1]
-    assert trained == [f"thinking . blue {number}<|stop|>", f"{chats[0].answer}<|stop|>"]
+    assert trained == [f"{THOUGHT} blue {number}<|stop|>", f"{THOUGHT}{chats[0].answer}<|stop|>"]
     prompt = next(row for row in reading.prompts if row.row == chats[0].row).prompt_ids
     assert own.decode(prompt) == (
         f"<|user|>what is {number} ?<|stop|><|assistant|> blue {number}<|stop|>"

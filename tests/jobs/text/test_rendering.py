@@ -178,7 +178,7 @@ UNPROMPTED = CHATML._replace(
 @pytest.mark.parametrize(
     ("family", "turns", "says"),
     [
-        (SILENT, with_tools()[:2], "turn 2: the template renders nothing of it"),
+        (SILENT, with_tools()[:2], "turn 2: the template leaves out its call of add"),
         (
             SILENT,
             [*with_tools()[:1], {**with_tools()[1], "content": "let me see"}],
@@ -212,19 +212,6 @@ def test_markers_around_the_header_and_the_line_end_train_neither(tmp_path: Path
     (sample,) = samples_of(renderer, chat("a", "b", "c", "\nd"))
     assert sample.rendered.way == "generation markers"
     assert spans(renderer, sample.rendered) == ["b" + END, "\nd" + END]
-
-
-def test_answers_decoded_from_another_beginning_than_trained_are_noted(tmp_path: Path) -> None:
-    text = "{{- '<|im_start|>' + m.role + '\n' + (m.content or '') + '<|im_end|>\n' -}}"
-    marked = "{%- generation -%}" + text + "{%- endgeneration -%}"
-    template = "{%- for m in messages -%}{%- if m.role == 'assistant' -%}" + marked + "{%- else -%}" + text
-    template += "{%- endif -%}{%- endfor -%}" + PROMPT.replace("assistant\n'", "assistant\n<think>\n'")
-    base = write_base(tmp_path / "base", chat_template=template)
-    data = write_jsonl(tmp_path / "rows.jsonl", [{"messages": chat(f"{i} ?", f"{i}")} for i in range(60)])
-    job = make_job("prepare", tmp_path / "out", params=PARAMS, data=data, tokenizer=base)
-    prepare.run(job)
-    assert notes(job)["generation prompt"].startswith("60 rows do not begin")
-    assert "assistant\n⟦" in notes(job)["example"]  # what the prompt and the turn share is not trained
 
 
 def test_markers_that_miss_a_turn_give_way_to_prefixes(tmp_path: Path) -> None:
@@ -327,13 +314,14 @@ def test_samples_of_a_row_share_its_group_and_one_is_scored(talks: Path) -> None
     for row in rows:
         by_group.setdefault(row["group"], []).append(row)
     assert sorted(map(len, by_group.values())) == [1] * 21 + [2] * 40
-    for group, of_one in by_group.items():
+    for of_one in by_group.values():
         assert len({row["split"] for row in of_one}) == 1
         assert sum(bool(row["prompt_ids"]) for row in of_one) == 1
         if len(of_one) == 2:
+            name = of_one[0]["row"].partition(".")[0]
             assert {(row["row"], row["turn"], row["answer"]) for row in of_one} == {
-                (f"{group}.2", 2, ""),
-                (f"{group}.4", 4, "yes"),
+                (f"{name}.2", 2, ""),
+                (f"{name}.4", 4, "yes"),
             }
     (call,) = [row for row in rows if "tool_calls" in row["messages"]]
     assert call["answer"] == f"<tool_call>{CALL}</tool_call>"

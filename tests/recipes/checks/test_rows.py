@@ -6,7 +6,7 @@ import pytest
 
 from recipes.checks.check import check, check_data
 from recipes.checks.rows import TOKENS_PER_INPUT
-from recipes.data.rows import content_hash, side
+from recipes.data.rows import read_rows, side
 from recipes.problem import Problem
 from recipes.read.load import load
 from tests.recipes.folders import chat, write_project, write_rows
@@ -32,8 +32,8 @@ def test_summary_counts_rows_by_side_and_domain(tmp_path: Path):
     assert (checked.summary["rows"], checked.summary["duplicates"]) == (300, 1)
     assert checked.summary["format"] == "messages, detected from rows.jsonl:1"
     expected = {"train": 0, "dev": 0, "test": 0}
-    for row in rows:
-        expected[side(content_hash(row["messages"])[:16], salt="", dev=0.1, test=0.15)] += 1
+    for row in read_rows(tmp_path / "rows.jsonl").rows[:300]:
+        expected[side(row.question, salt="", dev=0.1, test=0.15)] += 1
     for name, count in expected.items():
         assert checked.summary[name]["rows"] == count > 0
         assert sum(checked.summary[name]["domains"].values()) == count

@@ -167,7 +167,7 @@ def test_places_of_rows_in_every_kind_of_file(tmp_path: Path):
         {"prompt": "d", "completion": "y"},
     ]
     assert read_rows(write_as(tmp_path / "a.csv", rows)).wrong[0].startswith("a.csv:4 ")  # 2 lines before, and a header
-    assert read_rows(write_as(tmp_path / "a.json", rows)).wrong[0].startswith("a.json#2 ")
+    assert read_rows(write_as(tmp_path / "a.json", rows)).wrong[0].startswith("a.json:6 ")  # where its object begins
     assert read_rows(write_as(tmp_path / "a.parquet", rows)).wrong[0].startswith("a.parquet#2 ")
     lines = tmp_path / "lines.json"
     write_rows(lines, rows)  # JSONL that is called .json
@@ -182,7 +182,7 @@ def test_places_of_rows_in_every_kind_of_file(tmp_path: Path):
         ("a.csv", b"prompt,completion\nx,\xff\n", "a.csv:2 is not UTF-8"),
         ("a.csv", b"prompt,prompt\nx,y\n", "a.csv:1 names a column twice: prompt"),
         ("a.parquet", b"PAR1 this is none", "a.parquet is not parquet"),
-        ("a.json", b'[{"prompt": "x",\n "completion": }]', "a.json:2 is not JSON"),
+        ("a.json", b'[{"prompt": "x",\n "completion": }]', "a.json#1 is not JSON (Expecting value: line 2"),
         ("a.json", b"[3]", "a.json#1 is a JSON int"),
     ],
 )
