@@ -41,10 +41,11 @@ Record = dict[str, Any]
 
 
 class Keys(NamedTuple):
-    """What makes two records equal, 16 bytes each: their turns, or their tokens, each with the identity columns."""
+    """What makes two records equal: their turns (16 bytes) or their tokens (16); and the identity columns (8)."""
 
     turns: bytes
     tokens: bytes
+    identity: bytes
 
 
 @dataclass(kw_only=True)
@@ -206,10 +207,10 @@ def _common(row: SpooledRow) -> Record:
 
 
 def _keys(record: Record, identity: str) -> Keys:
-    turns = json.dumps([json.loads(record["messages"]), record["tools"], identity], sort_keys=True).encode()
-    tokens = array("i", record["input_ids"]).tobytes() + identity.encode()
-    return Keys(_digest(turns), _digest(tokens))
+    turns = json.dumps([json.loads(record["messages"]), record["tools"]], sort_keys=True).encode()
+    tokens = array("i", record["input_ids"]).tobytes()
+    return Keys(_digest(turns, 16), _digest(tokens, 16), _digest(identity.encode(), 8))
 
 
-def _digest(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=16).digest()
+def _digest(content: bytes, size: int) -> bytes:
+    return hashlib.blake2b(content, digest_size=size).digest()
