@@ -85,6 +85,7 @@ class RenderedRows:
     Attributes:
         records: As rows.parquet holds them.
         keys: Of each record.
+        first: The first record that has turns (False) and the first that is a plain text (True).
         tally: Of all rows.
         wrong: `file.jsonl:LINE what is wrong with it`, one per row that has no sound mask.
         seam: The first of them whose prompt is no beginning of what is trained.
@@ -92,6 +93,7 @@ class RenderedRows:
 
     records: list[Record] = field(default_factory=list[Record])
     keys: list[Keys] = field(default_factory=list[Keys])
+    first: dict[bool, Record] = field(default_factory=dict[bool, Record])
     tally: Tally = field(default_factory=Tally)
     wrong: list[str] = field(default_factory=list[str])
     seam: SpooledRow | None = None
@@ -113,6 +115,7 @@ def render(rows: Sequence[SpooledRow], renderer: Renderer, *, max_length: int) -
                 continue
             records = _sampled(row, fitted, renderer, rendered.tally)
         for record in sorted(records, key=lambda record: record["row"]):
+            rendered.first.setdefault(row.is_text, record)
             rendered.records.append(record)
             rendered.keys.append(_keys(record, row.identity))
     return rendered
