@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from recipes.arms import arms
-from recipes.checks.split import SideCounts
 from recipes.data.rows import Side
 from recipes.problem import Problem, RecipeError
 from recipes.schema import Recipe
@@ -46,20 +45,27 @@ TOO_FEW: dict[Side, TooFew] = {
 }
 
 
-def gate_warnings(recipe: Recipe, sides: Mapping[Side, SideCounts]) -> Iterator[Problem]:
+class SplitSize(NamedTuple):
+    """How many rows of a split have a prompt (plain texts have no task score), in how many groups."""
+
+    rows: int
+    groups: int
+
+
+def gate_warnings(recipe: Recipe, sizes: Mapping[Side, SplitSize]) -> Iterator[Problem]:
     """The task score's interval would be wider than the gate's margin even if nothing got worse.
 
     On test that keeps the gate from passing; on dev it keeps the rule from naming an arm that could try.
 
     Args:
         recipe: The recipe.
-        sides: Rows of each split. Plain texts have no task score; how a loss varies is not known beforehand.
+        sizes: By split. How a loss varies is not known beforehand, so nothing is said of plain texts.
     """
     margin = recipe.gate.task
     for split, words in TOO_FEW.items():
         if split == "dev" and recipe.promote.prefer:
             continue
-        rows, groups = sides[split].asked, len(sides[split].groups)
+        rows, groups = sizes[split]
         if not groups or (half := half_width(rows, groups, changed=words.changed)) < margin:
             continue
         enough = enough_rows(margin, each=rows / groups, changed=words.changed)

@@ -1,28 +1,26 @@
-"""What only reading every row shows: malformed rows, equal rows in two groups, empty sides, too little to calibrate."""
+"""What only reading every row shows: malformed rows, equal rows in two groups, leaks, empty sides, too few rows."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipes.checks.gate import gate_warnings
-from recipes.checks.scorers import ScoredRows
-from recipes.checks.split import SideCounts, Split
+from recipes.checks.gate import SplitSize, gate_warnings
+from recipes.checks.reading import RowsRead, SourceRead, read_rows
+from recipes.checks.split import SideRows, Sides
 from recipes.data.formats import TEXT
-from recipes.data.origin import Origin
-from recipes.data.rows import Row, RowReader, Side, content_hash, first_lines, malformed, read_origin
-from recipes.data.schema import Data
-from recipes.data.wrong import Wrong
+from recipes.data.rows import content_hash, first_lines
 from recipes.models.headers import read_headers
 from recipes.plain import is_mapping
 from recipes.problem import Problem, RecipeError, shown
 from recipes.read.load import Loaded
-from recipes.schema import LEAST_ROWS, MOST_ROWS, TOKENS_PER_INPUT
+from recipes.schema import FEWEST_ROWS, LEAST_ROWS, MOST_ROWS, TOKENS_PER_INPUT
+
+NOT_LOOKED_FOR = "not looked for between train and dev or test: data.near_duplicates is ignore"
 
 
 class RowCheck(NamedTuple):
@@ -33,49 +31,8 @@ class RowCheck(NamedTuple):
     warnings: tuple[Problem, ...] = ()
 
 
-@dataclass(kw_only=True)
-class Sides:
-    """Distinct rows on the sides of the split.
-
-    Attributes:
-        rows: By side.
-        duplicates: Rows that equal an earlier one.
-        not_drawn: Train rows that the weight of their source leaves out.
-    """
-
-    rows: dict[Side, list[Row]]
-    duplicates: int
-    not_drawn: int
-
-
-def split_rows(rows: Sequence[Row], data: Data) -> Sides:
-    """The split that prepare will make, less rows that turn out too long."""
-    split = Split(data)
-    sides: dict[Side, list[Row]] = {"train": [], "dev": [], "test": []}
-    for row in rows:
-        if name := split.add(row):
-            sides[name].append(row)
-    return Sides(rows=sides, duplicates=split.duplicates, not_drawn=split.not_drawn)
-
-
-class ReadSource(NamedTuple):
-    """A source that was read to its end.
-
-    Attributes:
-        reader: What it says of its format.
-        rows: Good rows.
-        wrong: Malformed ones.
-        problems: Why no row of it can be read.
-    """
-
-    reader: RowReader
-    rows: int
-    wrong: Wrong
-    problems: list[Problem]
-
-
 def check_data(loaded: Loaded) -> RowCheck:
-    """Read every row once: malformed ones, equal ones in two groups, empty sides, too little to calibrate on.
+    """Read every row: malformed ones, equal ones in two groups, leaks, empty sides, too little to calibrate on.
 
     A malformed first row and a missing or empty file are left out: `check` reports them.
     """
@@ -83,66 +40,53 @@ def check_data(loaded: Loaded) -> RowCheck:
     not_read = {"data": f"{', '.join(remote)} is not local: its rows are read when it is pinned"} if remote else {}
     if not loaded.origins:
         return RowCheck([], not_read)
-    split, scored = Split(loaded.recipe.data, calibrated=loaded.recipe.calibrate.rows), ScoredRows(loaded)
-    reads = [_read(origin, split, scored) for origin in loaded.origins.values()]
-    problems = [problem for read in reads for problem in _new_problems(read)]
-    problems += [*_torn(loaded, split), *_general_rows(loaded), *scored.problems()]
-    if len(reads) == len(loaded.data) and all(read.rows and not read.wrong.count for read in reads):
-        problems += [*_empty_sides(loaded, split), *_calibration(loaded, split)]  # the sides are known only then
-    summary = _summary(loaded, split) | {"format": formats([read.reader for read in reads])} | not_read
-    warnings = () if not_read else gate_warnings(loaded.recipe, split.sides)
+    read = read_rows(loaded, list(loaded.origins.values()))
+    problems = [problem for source in read.sources for problem in source.later_problems()]
+    problems += [*_torn(loaded, read.sides), *_general_rows(loaded), *read.checks.problems()]
+    if len(read.sources) == len(loaded.data) and all(source.is_good for source in read.sources):
+        # the sides are known only then
+        problems += [*_leaks(loaded, read), *_empty_sides(loaded, read.sides), *_calibration(loaded, read.sides)]
+    summary = _summary(loaded, read) | {"format": _formats(read.sources)} | not_read
+    sizes = {side: SplitSize(rows.chats, len(rows.groups)) for side, rows in read.sides.rows.items()}
+    warnings = () if not_read else gate_warnings(loaded.recipe, sizes)
     return RowCheck([*map(loaded.placed, problems)], summary, tuple(map(loaded.placed, warnings)))
 
 
-def _read(origin: Origin, split: Split, scored: ScoredRows) -> ReadSource:
-    """Show every row of a source to the split and the scorers; none is kept."""
-    reader, wrong, problems, rows = RowReader(origin), Wrong(), list[Problem](), 0
-    for row in reader:
-        if isinstance(row, Row):
-            rows += 1
-            scored.add(row, side=split.add(row))
-        elif row.problem is not None:
-            problems.append(row.problem)
-        else:
-            wrong.add(str(row))
-    return ReadSource(reader, rows, wrong, problems)
-
-
-def formats(readers: Sequence[RowReader]) -> str:
+def _formats(sources: Sequence[SourceRead]) -> str:
     """`messages, detected from rows.jsonl:1`, one per source."""
     return "; ".join(
-        f"{reader.format}, "
-        + (f"detected from {reader.detected_from}" if reader.origin.format == "auto" else "named in the recipe")
-        for reader in readers
+        f"{source.format}, "
+        + (f"detected from {source.detected_from}" if source.origin.format == "auto" else "named in the recipe")
+        for source in sources
     )
 
 
-def _new_problems(read: ReadSource) -> Iterator[Problem]:
-    """What is wrong with a source, but for what its first row shows: `check` says that."""
-    first = read_origin(read.reader.origin, max_rows=1)
-    lines = [line for line in read.wrong.lines if line not in first.wrong]
-    if lines:
-        yield malformed([read.reader.origin.path], lines, count=read.wrong.count - len(first.wrong))
-    yield from (problem for problem in read.problems if problem not in first.problems)
+def _torn(loaded: Loaded, sides: Sides) -> Iterator[Problem]:
+    if sides.torn:
+        yield Problem(
+            what=f"{sides.torn_count} rows equal an earlier row of another group: a test row could equal a train row.",
+            where="data.group",
+            why="Groups keep related rows on one side; these have two groups:"
+            + first_lines(sides.torn, count=sides.torn_count),
+            next=f"Give equal rows one value of `{loaded.recipe.data.group_column}`, or remove one of each pair.",
+        )
 
 
-def _torn(loaded: Loaded, split: Split) -> Iterator[Problem]:
-    if not split.torn:
+def _leaks(loaded: Loaded, read: RowsRead) -> Iterator[Problem]:
+    """More of train in dev or test, almost or in part, than is allowed."""
+    if read.doubles is None:
         return
-    group, firsts = loaded.recipe.data.group_column, _rows_at(loaded, {torn.first for torn in split.torn})
-    pairs = [f"{firsts[torn.first].where} ({firsts[torn.first].group(group)}) and {torn.later}" for torn in split.torn]
-    yield Problem(
-        what=f"{split.torn_rows} rows equal an earlier row of another group: a test row could equal a train row.",
-        where="data.group",
-        why=f"Groups keep related rows on one side; these have two groups:{first_lines(pairs, count=split.torn_rows)}",
-        next=f"Give equal rows one value of `{group}`, or remove one of each pair.",
+    from recipes.doubles.search import leak_problem
+
+    leaks, recipe = read.doubles.leaks, loaded.recipe
+    problem = leak_problem(
+        leaks.counts,
+        most=recipe.calibrate.max_near_duplicates,
+        examples=leaks.examples(read.places.__getitem__),
+        group=recipe.data.group_column,
     )
-
-
-def _rows_at(loaded: Loaded, numbers: set[int]) -> dict[int, Row]:
-    """Good rows by their number over all sources, read again."""
-    rows = (row for origin in loaded.origins.values() for row in RowReader(origin) if isinstance(row, Row))
-    return {number: row for number, row in enumerate(islice(rows, max(numbers) + 1)) if number in numbers}
+    if problem:
+        yield problem
 
 
 def general_files(loaded: Loaded) -> dict[str, Path]:
@@ -205,10 +149,10 @@ def general_problems(path: Path, *, max_rows: int | None = None) -> list[Problem
     ]
 
 
-def _empty_sides(loaded: Loaded, split: Split) -> Iterator[Problem]:
+def _empty_sides(loaded: Loaded, sides: Sides) -> Iterator[Problem]:
     data = loaded.recipe.data
     for name in ("dev", "test"):
-        if not split.sides[name].rows:
+        if not sides.rows[name]:
             yield Problem(
                 what=f"{name} would have no rows.",
                 where=f"data.{name}",
@@ -217,51 +161,85 @@ def _empty_sides(loaded: Loaded, split: Split) -> Iterator[Problem]:
             )
 
 
-def _calibration(loaded: Loaded, split: Split) -> Iterator[Problem]:
-    recipe, train = loaded.recipe, split.sides["train"]
-    if train.rows < recipe.calibrate.rows:
-        enough = train.rows >= LEAST_ROWS
+def _calibration(loaded: Loaded, sides: Sides) -> Iterator[Problem]:
+    recipe, train = loaded.recipe, sides.rows["train"]
+    if len(train) < FEWEST_ROWS:
+        yield too_few(len(train), where=recipe.data.field(0), dev=recipe.data.dev, test=recipe.data.test)
+        return
+    if len(train) < recipe.calibrate.rows:
         yield Problem(
-            what=f"train has {train.rows} rows; calibration asks for {recipe.calibrate.rows}.",
+            what=f"train has {len(train)} rows; calibration asks for {recipe.calibrate.rows}.",
             where="calibrate.rows",
-            why=f"Calibration rows come from train only, and fewer than {LEAST_ROWS} starve the Hessian.",
-            next=f"Set calibrate.rows to {train.rows}."
-            if enough
-            else f"Give at least {least_rows(recipe.data.dev, recipe.data.test)} rows in all.",
+            why=f"Calibration rows come from train only; fewer than {LEAST_ROWS} have to be allowed, since they starve "
+            "the Hessian.",
+            next=f"Set calibrate.rows to {len(train)}."
+            if len(train) >= LEAST_ROWS
+            else f"Set calibrate.rows to {with_spare(len(train))} and calibrate.allow_unusual_size to "
+            f"`{few_rows(len(train))}`, or give at least {least_rows(recipe.data.dev, recipe.data.test)} rows in all.",
         )
         return
     yield from _shares(loaded, train)
     needed = TOKENS_PER_INPUT * _widest(loaded)
-    largest = sum(split.largest)
-    if largest < needed:
-        rows = math.ceil(needed * len(split.largest) / largest)
+    largest = sorted(train.bounds, reverse=True)[: recipe.calibrate.rows]
+    if sum(largest) < needed:
+        rows = math.ceil(needed * len(largest) / sum(largest))
         yield Problem(
-            what=f"Calibration needs {needed} tokens; {recipe.calibrate.rows} rows have {largest} at most.",
+            what=f"Calibration needs {needed} tokens; {recipe.calibrate.rows} rows have {sum(largest)} at most.",
             where="calibrate.rows",
             why=f"With fewer than {TOKENS_PER_INPUT} tokens per input, the widest layer's Hessian is badly estimated.",
-            next=f"Raise calibrate.rows to {rows} or more." if rows <= MOST_ROWS else "Give longer rows.",
+            next=f"Raise calibrate.rows to {rows} or more."
+            if rows <= min(MOST_ROWS, len(train))
+            else "Give more rows, or longer ones.",
         )
 
 
-def _shares(loaded: Loaded, train: SideCounts) -> Iterator[Problem]:
+def _shares(loaded: Loaded, train: SideRows) -> Iterator[Problem]:
     """Shares for domains that train does not have, or has too few rows of."""
     stratify, rows = loaded.recipe.calibrate.stratify, loaded.recipe.calibrate.rows
     if not isinstance(stratify, dict):
         return
-    sizes = train.domains
     for name, share in stratify.items():
-        if sizes[name] < math.floor(share * rows):
+        if train.domains[name] < math.floor(share * rows):
             yield Problem(
-                what=f"train has {sizes[name]} rows of the domain `{name}`; its share is {share:g} of {rows}.",
+                what=f"train has {train.domains[name]} rows of the domain `{name}`; its share is {share:g} of {rows}.",
                 where="calibrate.stratify",
                 why="Given shares are kept exactly.",
-                next=f"Lower its share or calibrate.rows; domains are {', '.join(sorted(sizes))}.",
+                next=f"Lower its share or calibrate.rows; domains are {', '.join(sorted(train.domains))}.",
             )
 
 
-def least_rows(dev: float, test: float) -> int:
-    """Rows of which about 128 fall on train."""
-    return math.ceil(LEAST_ROWS / (1 - dev - test))
+def too_few(train: int, *, where: str, dev: float, test: float) -> Problem:
+    """What is wrong with fewer than 32 rows of train, in init, in the check and in prepare.
+
+    Args:
+        train: How many there are.
+        where: Path or field of the data.
+        dev: Share of dev.
+        test: Share of test.
+    """
+    return Problem(
+        what=f"train has {train} rows; at least {FEWEST_ROWS} are needed.",
+        where=where,
+        why="With fewer, nothing that is measured could tell one model from another, and calibration would follow "
+        "single rows.",
+        next=f"Give about {least_rows(dev, test, train=FEWEST_ROWS)} rows or more in all; from "
+        f"{least_rows(dev, test)} on calibration is of the usual size.",
+    )
+
+
+def least_rows(dev: float, test: float, *, train: int = LEAST_ROWS) -> int:
+    """Rows of which about so many fall on train."""
+    return math.ceil(train / (1 - dev - test))
+
+
+def with_spare(train: int) -> int:
+    """Calibration rows that so many rows of train give for sure: prepare leaves long ones out, calibrate equal ones."""
+    return train * 9 // 10
+
+
+def few_rows(train: int) -> str:
+    """A reason for calibrate.allow_unusual_size."""
+    return f"train has {train} rows"
 
 
 def _widest(loaded: Loaded) -> int:
@@ -273,13 +251,28 @@ def _widest(loaded: Loaded) -> int:
         return 0
 
 
-def _summary(loaded: Loaded, split: Split) -> dict[str, Any]:
-    data = loaded.recipe.data
-    counts: dict[str, Any] = {"rows": sum(side.rows for side in split.sides.values()), "duplicates": split.duplicates}
-    if split.not_drawn:
-        counts["left out by weight"] = split.not_drawn
-    for name, side in split.sides.items():
-        counts[name] = {"rows": side.rows}
+def _summary(loaded: Loaded, read: RowsRead) -> dict[str, Any]:
+    data, sides = loaded.recipe.data, read.sides
+    counts: dict[str, Any] = {"rows": sum(map(len, sides.rows.values())), "duplicates": sides.duplicates}
+    if left_out := sum(source.left_out for source in read.sources):
+        counts["left out by data.keep"] = left_out
+    if sides.not_drawn:
+        counts["left out by weight"] = sides.not_drawn
+    for name, rows in sides.rows.items():
+        counts[name] = {"rows": len(rows)}
         if data.domain_column or any(source.domain for source in data.parts):
-            counts[name]["domains"] = dict(sorted(side.domains.items()))
-    return counts
+            counts[name]["domains"] = dict(sorted(rows.domains.items()))
+    return counts | _doubles(loaded, read)
+
+
+def _doubles(loaded: Loaded, read: RowsRead) -> dict[str, str]:
+    """What is said of near-duplicates and leaks."""
+    data, doubles = loaded.recipe.data, read.doubles
+    if data.near_duplicates == "ignore":
+        return {"leaks": NOT_LOOKED_FOR}
+    if doubles is None:
+        return {}
+    return {
+        "near-duplicates": doubles.words(jaccard=data.near_duplicate_jaccard, mode=data.near_duplicates),
+        "leaks": doubles.leaks.words(read.places.__getitem__),
+    }

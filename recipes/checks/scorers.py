@@ -8,8 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from recipes.checks.lm_eval_tasks import find_tasks
-from recipes.data.rows import SHOWN, Row, Side
-from recipes.data.wrong import Wrong
+from recipes.data.rows import SHOWN, Row
 from recipes.plain import is_mapping
 from recipes.problem import Problem, shown
 from recipes.read.load import Loaded, missing
@@ -140,38 +139,48 @@ def _tasks(scorer: LmEvalSpec, loaded: Loaded, field: str) -> Iterator[Problem]:
         )
 
 
-class ScoredRows:
-    """What only reading every row shows: missing databases, rows of dev and test with nothing to compare with."""
+class RowChecks:
+    """What only reading every row shows: databases that rows name, rows of dev and test without an answer."""
 
     def __init__(self, loaded: Loaded) -> None:
-        self._loaded = loaded
-        kinds = loaded.recipe.evaluate.scorers
-        self._scorers = [scorer for scorer in kinds if isinstance(scorer, SqlExecutionSpec)]
-        self._first: list[dict[str, str]] = [{} for _ in self._scorers]  # row by the name of its database
-        self._unanswered = Wrong()
+        """No rows yet.
 
-    def add(self, row: Row, *, side: Side | None) -> None:
-        """Take the next row.
+        Args:
+            loaded: The recipe.
+        """
+        self._databases = [
+            (scorer.schema_column, loaded.resolve(scorer.databases))
+            for scorer in loaded.recipe.evaluate.scorers
+            if isinstance(scorer, SqlExecutionSpec)
+        ]
+        self._first: dict[str, dict[str, str]] = {column: {} for column, _ in self._databases}
+        self._unanswered: list[str] = []
+        self._unanswered_count = 0
+
+    def add(self, row: Row, *, held_out: bool) -> None:
+        """The next row.
 
         Args:
             row: The row.
-            side: Where it goes, None where it goes nowhere.
+            held_out: It is in dev or test.
         """
-        for scorer, first in zip(self._scorers, self._first, strict=True):
-            first.setdefault(str(row.columns[scorer.schema_column]), row.where)
-        if side in ("dev", "test") and not row.is_text and not _answers(row):
-            self._unanswered.add(row.where)
+        for column, first in self._first.items():
+            first.setdefault(str(row.columns[column]), row.where)
+        if held_out and not row.is_text and not _answers(row):
+            self._unanswered_count += 1
+            if self._unanswered_count <= SHOWN:
+                self._unanswered.append(row.where)
 
     def problems(self) -> Iterator[Problem]:
-        """Of all rows."""
-        for scorer, first in zip(self._scorers, self._first, strict=True):
-            yield from _row_databases(scorer, self._loaded.resolve(scorer.databases), first)
-        if places := self._unanswered.lines:
+        """What is wrong with the rows so far."""
+        for column, folder in self._databases:
+            yield from _row_databases(column, folder, self._first[column])
+        if self._unanswered:
             yield Problem(
-                what=f"{self._unanswered.count} rows of dev and test have no reference answer.",
-                where=places[0],
-                why="Their last turn is thinking and nothing behind it, so no answer can be scored: "
-                f"{', '.join(places)}.",
+                what=f"{self._unanswered_count} rows of dev and test have no reference answer.",
+                where=self._unanswered[0],
+                why=f"Their last turn is thinking and nothing behind it, so no answer can be scored: "
+                f"{', '.join(self._unanswered)}.",
                 next="Write the answer behind </think>, or remove these rows.",
             )
 
@@ -182,13 +191,13 @@ def _answers(row: Row) -> bool:
     return bool(turn.get("tool_calls") or str(turn.get("content") or "").rpartition("</think>")[2].strip())
 
 
-def _row_databases(scorer: SqlExecutionSpec, folder: Path, first: Mapping[str, str]) -> Iterator[Problem]:
+def _row_databases(column: str, folder: Path, first: Mapping[str, str]) -> Iterator[Problem]:
     databases = {path.stem for path in folder.glob("*.sql")}  # a row's value is compared, it never becomes a path
     absent = [name for name in first if name not in databases]
     if absent and folder.is_dir():
         yield Problem(
             what=f"{len(absent)} databases are missing: {', '.join(f'{name}.sql' for name in absent[:SHOWN])}.",
             where=first[absent[0]],
-            why=f"Rows name them in `{scorer.schema_column}`, and their answers are run on them.",
+            why=f"Rows name them in `{column}`, and their answers are run on them.",
             next=f"Put them into {shown(folder)}.",
         )

@@ -1,116 +1,138 @@
-"""The split that prepare will make, counted row by row: some 200 bytes of each stay in memory, and no row."""
+"""The split that prepare will make, less rows that turn out too long: what is known of each side, without its texts."""
 
 from __future__ import annotations
 
-import hashlib
-import heapq
 import json
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from recipes.data.rows import SHOWN, Row, Side, drawn, side
 from recipes.data.schema import Data
 from recipes.data.turns import Message
 
+SIDES: tuple[Side, ...] = ("train", "dev", "test")
+
 
 @dataclass(kw_only=True)
-class SideCounts:
-    """Distinct rows on one side of the split.
+class SideRows:
+    """What is known of the rows of a side; `len()` says how many there are.
 
     Attributes:
-        rows: How many.
-        domains: How many of each domain.
-        asked: Rows that ask something: no plain texts.
-        groups: 64-bit hashes of the groups of these; not of train, where nothing asks for them.
+        chats: Rows that are no plain text.
+        groups: Of these.
+        domains: How many rows each domain has.
+        bounds: At most so many tokens, of each row.
     """
 
-    rows: int = 0
-    domains: Counter[str] = field(default_factory=Counter[str])
-    asked: int = 0
+    chats: int = 0
     groups: set[int] = field(default_factory=set[int])
+    domains: Counter[str] = field(default_factory=Counter[str])
+    bounds: array[int] = field(default_factory=lambda: array("q"))
 
-    def add(self, row: Row, *, domain: str, group: int | None) -> None:
-        """One row more."""
-        self.rows += 1
-        self.domains[domain] += 1
-        if not row.is_text:
-            self.asked += 1
-            if group is not None:
-                self.groups.add(group)
+    def __len__(self) -> int:
+        return len(self.bounds)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Torn:
-    """A row that equals an earlier one of another group.
+@dataclass(kw_only=True)
+class Sides:
+    """Distinct rows on the sides of the split.
 
     Attributes:
-        first: Number of the earlier one, from 0, over all sources.
-        later: The place and group of this one.
+        rows: By side.
+        duplicates: Rows that equal an earlier one.
+        not_drawn: Train rows that the weight of their source leaves out.
+        torn: Equal rows of two groups, by line; the first 20.
+        torn_count: How many there are.
     """
 
-    first: int
-    later: str
+    rows: dict[Side, SideRows]
+    duplicates: int
+    not_drawn: int
+    torn: list[str]
+    torn_count: int
 
 
 class Split:
-    """Takes rows one after the other; less what turns out too long, it is prepare's split.
+    """Takes one row after the other; some 150 bytes of each stay, 400 where a column keeps rows together."""
 
-    Attributes:
-        sides: Counts of each side.
-        duplicates: Rows that equal an earlier one.
-        not_drawn: Train rows that the weight of their source leaves out.
-        torn: The first 20 equal rows of two groups.
-        torn_rows: How many there are.
-        largest: Bounds of the tokens of train rows, the largest ones; as many as calibration draws.
-    """
+    def __init__(self, data: Data) -> None:
+        """No rows yet.
 
-    def __init__(self, data: Data, *, calibrated: int = 0) -> None:
-        self._data, self._calibrated = data, calibrated
-        self._group, self._domain = data.group_column, data.domain_column
-        self._numbers: dict[int, int] = {}  # of the first row of each name
-        self._groups = array("Q")
-        self.sides: dict[Side, SideCounts] = {"train": SideCounts(), "dev": SideCounts(), "test": SideCounts()}
-        self.duplicates = self.not_drawn = self.torn_rows = 0
-        self.torn: list[Torn] = []
-        self.largest: list[int] = []
+        Args:
+            data: Of the recipe.
+        """
+        self._data, self._group, self._domain = data, data.group_column, data.domain_column
+        self._names: dict[int, tuple[str, str] | None] = {}  # where and group of the first row of a name
+        self._sides, self._is_chat = array("b"), array("b")
+        self._domains: dict[str, int] = {}
+        self._own_domain, self._bounds, self._groups = array("q"), array("q"), array("q")
+        self._duplicates = self._not_drawn = self._torn_count = 0
+        self._torn: list[str] = []
 
     def add(self, row: Row) -> Side | None:
-        """The side that it goes to; None for a duplicate, and for a row that its weight leaves out."""
-        data, words = self._data, row.group(self._group)
-        group = int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "big")
-        number = len(self._groups)
-        self._groups.append(group)
-        first = self._numbers.setdefault(int(row.name, 16), number)
-        if first != number:
-            self.duplicates += 1
-            if self._groups[first] != group:
-                self._tear(first, f"{row.where} ({words})")
+        """The side of the next row; None where it equals an earlier one, or its weight leaves it out."""
+        name, group = int(row.name, 16), row.group(self._group)
+        if name in self._names:
+            self._duplicates += 1
+            self._note_torn(self._names[name], row, group)
             return None
-        of_group = side(words, salt=data.salt, dev=data.dev, test=data.test)
-        if of_group == "train" and not drawn(row.name, weight=row.origin.weight, salt=data.salt):
-            self.not_drawn += 1
+        self._names[name] = (row.where, group) if self._group else None  # equal rows have equal questions
+        data = self._data
+        on = side(group, salt=data.salt, dev=data.dev, test=data.test)
+        if on == "train" and not drawn(row.name, weight=row.origin.weight, salt=data.salt):
+            self._not_drawn += 1
             return None
-        in_train = of_group == "train"
-        self.sides[of_group].add(row, domain=row.domain(self._domain), group=None if in_train else group)
-        if in_train:
-            self._keep_largest(token_bound(row.messages))
-        return of_group
+        self._sides.append(SIDES.index(on))
+        self._is_chat.append(not row.is_text)
+        self._own_domain.append(self._domains.setdefault(row.domain(self._domain), len(self._domains)))
+        self._bounds.append(token_bound(row.messages))
+        self._groups.append(hash(group))
+        return on
 
-    def _tear(self, first: int, later: str) -> None:
-        self.torn_rows += 1
-        if self.torn_rows <= SHOWN:
-            self.torn.append(Torn(first=first, later=later))
+    def sides(self, *, removed: Sequence[bool] | None = None) -> Sides:
+        """What there is on each side.
 
-    def _keep_largest(self, bound: int) -> None:
-        if len(self.largest) < self._calibrated:
-            heapq.heappush(self.largest, bound)
-        elif self._calibrated:
-            heapq.heappushpop(self.largest, bound)
+        Args:
+            removed: Of every row that was kept, in their order, whether it goes after all.
+        """
+        rows: dict[Side, SideRows] = {name: SideRows() for name in SIDES}
+        domains = list(self._domains)
+        for number, place in enumerate(self._sides):
+            if removed is not None and removed[number]:
+                continue
+            own = rows[SIDES[place]]
+            own.bounds.append(self._bounds[number])
+            own.domains[domains[self._own_domain[number]]] += 1
+            if self._is_chat[number]:
+                own.chats += 1
+                own.groups.add(self._groups[number])
+        return Sides(
+            rows=rows,
+            duplicates=self._duplicates,
+            not_drawn=self._not_drawn,
+            torn=self._torn,
+            torn_count=self._torn_count,
+        )
+
+    def _note_torn(self, first: tuple[str, str] | None, row: Row, group: str) -> None:
+        if first is not None and first[1] != group:
+            self._torn_count += 1
+            if self._torn_count <= SHOWN:
+                self._torn.append(f"{first[0]} ({first[1]}) and {row.where} ({group})")
+
+
+def split_rows(rows: Iterable[Row], data: Data) -> Sides:
+    """The sides of rows that are in memory."""
+    split = Split(data)
+    for row in rows:
+        split.add(row)
+    return split.sides()
 
 
 def token_bound(messages: Sequence[Message]) -> int:
     """An upper bound of the turns' tokens: one per byte, and 32 for the template around each turn."""
     calls = (json.dumps(turn["tool_calls"]) for turn in messages if turn.get("tool_calls"))
-    return sum(len((turn.get("content") or "").encode()) + 32 for turn in messages) + sum(map(len, calls))
+    texts = (turn.get(name) or "" for turn in messages for name in ("content", "reasoning_content"))
+    return 32 * len(messages) + sum(len(text.encode()) for text in texts) + sum(map(len, calls))

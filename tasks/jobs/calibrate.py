@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from recipes.data.turns import Message
-from recipes.schema import LEAST_ROWS, MOST_ROWS
+from recipes.schema import FEWEST_ROWS, LEAST_ROWS, MOST_ROWS
 from tasks.jobs.text.leaks import HeldOut, StoredTurns, near_twins, refuse_leaks, without_near_duplicates
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
@@ -292,9 +292,11 @@ def _most(params: dict[str, Any], fitting: int) -> int:
 
 
 def _too_few_rows(params: dict[str, Any], pool: Pool) -> StageError:
-    remedy = (
-        f"set calibrate.rows to {min(pool.rows, MOST_ROWS)}" if pool.rows >= LEAST_ROWS else "give more training rows"
-    )
+    remedy = f"set calibrate.rows to {min(pool.rows, MOST_ROWS)}"
+    if pool.rows < LEAST_ROWS:
+        remedy = "give more training rows"
+        if pool.rows >= FEWEST_ROWS:
+            remedy += f", or set calibrate.rows to {pool.rows} and give calibrate.allow_unusual_size a reason"
     if pool.too_long:
         remedy += ", or raise calibrate.seq_len"
     return StageError.of(

@@ -68,11 +68,14 @@ def _doubles(job: Job, spool: Spool, places: Places, scratch: Path) -> _Doubles:
         search.add(row.name, row.split, row.messages, row.tools)
         progress.step()
     doubles = search.find(mode=mode, jaccard=jaccard)
-    leaks = doubles.leaks.words(lambda number: spool[int(places[number])].where)
+
+    def where(number: int) -> str:
+        return spool[int(places[number])].where
+
     job.events.note("near-duplicates", doubles.words(mode=mode, jaccard=jaccard))
-    job.events.note("leaks", leaks)
-    counts = {"near_duplicates": doubles.near, "leaks": doubles.leaks.counts | {"examples": leaks}}
-    return _Doubles(doubles.removed, counts)
+    job.events.note("leaks", doubles.leaks.words(where))
+    leaks = doubles.leaks.counts | {"examples": doubles.leaks.examples(where)}
+    return _Doubles(doubles.removed, {"near_duplicates": doubles.near, "leaks": leaks})
 
 
 def distinct(spool: Spool) -> Places:
