@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 import pyarrow.parquet as pq
 
 from recipes.data.turns import Message
@@ -20,6 +20,7 @@ from tasks.jobs.text.leaks import HeldOut, StoredTurns, near_twins, refuse_leaks
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
 
+pc: Any = pyarrow.compute  # its functions are made when it is imported: no types
 CALIBSET = pa.schema([("sequence", pa.int32()), ("rows", pa.list_(pa.string())), ("input_ids", pa.list_(pa.int32()))])
 LENGTHS = ("short", "middle", "long")  # terciles of a domain's rows by tokens
 PREVIEW_ROWS = 5

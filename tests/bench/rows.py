@@ -29,7 +29,7 @@ SIZES = (10_000, 100_000, 1_000_000)
 RESULTS = CHECKOUT / "docs" / "results"
 BASE = CHECKOUT / "recipes" / "quickstart" / "base"
 SEED = 0
-WORDS = 13  # of a question; its answer has 4: about 100 tokens of the quickstart's tokenizer, template included
+WORDS = 26  # of a question; its answer has 6: about 100 tokens of the quickstart's tokenizer, template included
 GOAL_ROWS_S, GOAL_GIB = 2000, 2.0
 PHASES = {"format": "reading", "leaks": "near-duplicates", "mask": "tokenising"}  # the note that ends each
 
@@ -38,9 +38,9 @@ def texts(count: int) -> Iterator[str]:
     """JSONL lines of rows: words of the quickstart's questions, drawn for each row by its number."""
     lines = (CHECKOUT / "recipes" / "quickstart" / "data" / "sql.jsonl").read_text(encoding="utf-8").splitlines()
     questions = " ".join(json.loads(line)["messages"][-2]["content"] for line in lines)
-    words = sorted(set(questions.split()))
+    words = sorted({word for word in questions.split() if word.isalpha()})
     for number in range(count):
-        drawn = random.Random(f"{SEED}:{number}").choices(words, k=WORDS + 4)
+        drawn = random.Random(f"{SEED}:{number}").choices(words, k=WORDS + 6)
         turns = [
             {"role": "user", "content": f"{' '.join(drawn[:WORDS])} {number} ?"},
             {"role": "assistant", "content": " ".join(drawn[WORDS:])},

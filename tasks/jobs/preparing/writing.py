@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from recipes.data.rows import Side
 from tasks.jobs.preparing.records import ROWS, Keys
 
+pc: Any = pyarrow.compute  # its functions are made when it is imported: no types
 GROUP_ROWS, GROUP_BYTES = 10_000, 64 << 20  # of a row group of rows.parquet: what a reader holds at a time
 SPLITS: tuple[Side, ...] = ("train", "dev", "test")
 STAYS: tuple[Side, ...] = ("test", "dev", "train")  # of equal records the first one in this order

@@ -43,17 +43,10 @@ def test_imports_are_light(tmp_path: Path):
     run = [sys.executable, "-c", code, str(recipe)]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(run, cwd=CHECKOUT, capture_output=True, text=True, timeout=60)
-<<<<<<< HEAD
-    seconds = time.monotonic() - clock
-    assert done.stdout.split("\n")[:2] == ["[]", "['numpy']"], done.stdout + done.stderr  # it looks for leaks
-    # 0.5 s on an idle core, preflight's imports among it; eight times that on a machine that is shared with others.
-    assert seconds < 4
-=======
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+    assert done.stdout.split("\n")[:2] == ["[]", "['numpy']"], done.stdout + done.stderr  # it looks for leaks
     # Of CPU time: 0.4 s on a fast core, 1.0 s on a slow one, preflight's imports among it. With torch it is over 4 s.
     assert after.ru_utime - before.ru_utime < 4
->>>>>>> main
 
 
 # ---- model
@@ -157,11 +150,7 @@ def test_missing_data_and_general_files(tmp_path: Path):
         ('{"prompt": "x"}', "`prompt` and `completion`"),
         ('{"prompt": "x", "completion": " "}', "empty"),
         ('{"messages": [{"role": "user", "content": "x"}]}', "assistant"),
-<<<<<<< HEAD
-        ('{"messages": [{"role": "robot", "content": "x"}]}', "robot"),
-=======
         ('{"messages": [{"role": "robot", "content": "x"}]}', "turn 1 is from 'robot'"),
->>>>>>> main
     ],
 )
 def test_the_first_row_tells_the_format(tmp_path: Path, row: str, says: str):
