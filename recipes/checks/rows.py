@@ -66,14 +66,10 @@ def _torn(loaded: Loaded, sides: Sides) -> Iterator[Problem]:
         yield Problem(
             what=f"{sides.torn_count} rows equal an earlier row of another group: a test row could equal a train row.",
             where="data.group",
-            why=f"Groups keep related rows on one side; these have two groups:"
-            f"{first_lines(sides.torn)}{_more(sides.torn_count - len(sides.torn))}",
+            why="Groups keep related rows on one side; these have two groups:"
+            + first_lines(sides.torn, count=sides.torn_count),
             next=f"Give equal rows one value of `{loaded.recipe.data.group_column}`, or remove one of each pair.",
         )
-
-
-def _more(count: int) -> str:
-    return f"\n    and {count} more" if count else ""
 
 
 def _leaks(loaded: Loaded, read: RowsRead) -> Iterator[Problem]:

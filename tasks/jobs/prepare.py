@@ -12,12 +12,14 @@ import pyarrow.parquet as pq
 
 from recipes.checks.rows import too_few
 from recipes.data.rows import first_lines
+from recipes.data.wrong import Wrong
 from recipes.schema import FEWEST_ROWS
 from tasks.jobs.loading.load import setup
-from tasks.jobs.preparing.reading import Progress, ReadSources, Wrong, read_sources
-from tasks.jobs.preparing.records import ROWS, Tally, render
+from tasks.jobs.preparing.reading import Progress, ReadSources, read_sources
+from tasks.jobs.preparing.records import ROWS, Tally
 from tasks.jobs.preparing.selection import Selection, select
 from tasks.jobs.preparing.telling import Examples, tell_cut, tell_masks
+from tasks.jobs.preparing.workers import ChunkRenderer
 from tasks.jobs.preparing.writing import Counts, RecordFile, write_rows
 from tasks.jobs.text.chat_template import TemplateSettings
 from tasks.jobs.text.plain_texts import read_texts
@@ -99,19 +101,18 @@ def _render(job: Job, reads: ReadSources, selection: Selection, renderer: Render
     Raises:
         StageError: Rows without a sound mask, the first 20 named.
     """
-    spool, places = reads.spool, selection.places
     tally, wrong, seam = Tally(), Wrong(), None
-    progress = Progress(job.events, note="tokenising", total=len(places))
+    progress = Progress(job.events, note="tokenising", total=len(selection.places))
     examples = Examples(job, renderer)
-    for chunk in spool.chunks(places):
-        rows = render([spool[place] for place in chunk], renderer, max_length=job.params["max_length"])
+    chunks = ChunkRenderer(reads.spool, renderer, job.params["max_length"])
+    for size, batch, rows in chunks.chunks(selection.places, processes=job.execution.threads):
         examples.tell(rows)
         tally.add(rows.tally)
         for line in rows.wrong:
             wrong.add(line)
         seam = seam or rows.seam
-        records.write(pa.RecordBatch.from_pylist(rows.records, schema=ROWS), rows.keys)
-        progress.step(len(chunk))
+        records.write(batch, rows.keys)
+        progress.step(size)
     if wrong.count:
         raise StageError.of(
             what=f"{wrong.count} row(s) are not rendered whole, or their completions cannot be found among the tokens",
