@@ -10,17 +10,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recipes.data.rows import first_lines
 from tasks.jobs.loading.load import setup
 from tasks.jobs.preparing.reading import Progress, ReadSources, Wrong, read_sources
 from tasks.jobs.preparing.records import ROWS, Tally, render
+from tasks.jobs.preparing.renderer import open_renderer, unsound
 from tasks.jobs.preparing.selection import Selection, select
 from tasks.jobs.preparing.telling import Examples, tell_cut, tell_masks
 from tasks.jobs.preparing.writing import Counts, RecordFile, write_rows
-from tasks.jobs.text.chat_template import TemplateSettings
 from tasks.jobs.text.plain_texts import read_texts
 from tasks.jobs.text.rendering import Renderer
-from tasks.jobs.text.seams import remedy
 from tasks.jobs.text.tokenizer import text_ids
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
@@ -46,12 +44,7 @@ def run(job: Job) -> dict[str, Any]:
         StageError: Malformed rows (the first 20, by line), rows that the template cannot mask, an empty split.
     """
     setup(job)
-    template = job.params.get("chat_template")
-    if "template" in job.inputs:
-        template = job.inputs["template"].path.read_text(encoding="utf-8")
-    settings = TemplateSettings.of(job.params.get("template_args"), job.params.get("template_date"))
-    renderer = Renderer.open(job.inputs["tokenizer"].path, template=template, settings=settings)
-    renderer.check_settings()
+    renderer = open_renderer(job)
     with tempfile.TemporaryDirectory(dir=job.out, prefix="scratch-") as scratch:
         summary = _rows(job, renderer, Path(scratch))
     general = _general(job, renderer)
@@ -111,15 +104,7 @@ def _render(job: Job, reads: ReadSources, selection: Selection, renderer: Render
         records.write(pa.RecordBatch.from_pylist(rows.records, schema=ROWS), rows.keys)
         progress.step(len(chunk))
     if wrong.count:
-        raise StageError.of(
-            what=f"{wrong.count} row(s) are not rendered whole, or their completions cannot be found among the tokens",
-            where=wrong.lines[0].split(" ", 1)[0],
-            why="something would be lost, or the loss would fall on the wrong tokens:"
-            + first_lines(wrong.lines, count=wrong.count),
-            next=remedy(renderer, seam.messages, seam.tools)
-            if seam
-            else "correct these rows, or use a chat template that has a place for all of them",
-        )
+        raise unsound(wrong.lines, renderer, count=wrong.count, seam=seam)
     tell_masks(job, tally, renderer)
     return tally
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import importlib
 import json
 import lzma
 import re
@@ -11,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -103,13 +103,20 @@ def shown(recipe: Path, folder: Path, **which: Any) -> list[dict[str, Any]]:
     return json.loads((job.out / "shown.json").read_text(encoding="utf-8"))
 
 
+def zstd(text: str) -> bytes:
+    out = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(out, "zstd") as packed:
+        packed.write(text.encode())
+    return out.getvalue().to_pybytes()
+
+
 def write_files(case: Case, folder: Path) -> None:
     """The case's files, in its form."""
     packed: dict[str, Callable[[str], bytes]] = {
         "plain": str.encode,
         "gz": lambda text: gzip.compress(text.encode()),
         "xz": lambda text: lzma.compress(text.encode()),
-        "zst": lambda text: importlib.import_module("zstandard").compress(text.encode()),
+        "zst": zstd,
         "bom": lambda text: text.encode("utf-8-sig"),
         "crlf": lambda text: text.replace("\n", "\r\n").encode(),
         "utf-16": lambda text: text.encode("utf-16"),
@@ -136,7 +143,7 @@ def test_every_shape_has_the_right_value(case: Case, bases: Bases, tmp_path: Pat
     if case.error:
         with pytest.raises((RecipeError, StageError)) as refused:
             shown(recipe, tmp_path, row=case.row)
-        said = str(refused.value)
+        said = str(refused.value).replace(date.today().isoformat(), "2025-05-01")
         assert all(word in said for word in case.error), said
         assert case.said.strip() in said
         return
