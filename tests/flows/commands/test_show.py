@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 from flows.cli import main
-from flows.commands.data_page import Case, chapters, refusal
+from flows.commands.data_page import Case, chapters, marked, refusal
 from flows.commands.show import load_checked, show_job
 from recipes.problem import RecipeError
 from tasks.jobs import prepare
@@ -149,7 +149,7 @@ def test_every_shape_has_the_right_value(case: Case, bases: Bases, tmp_path: Pat
         return
     (entry,) = shown(recipe, tmp_path, row=case.row)
     if case.left_out:
-        assert entry["left_out"] and all(word in entry["left_out"] for word in case.left_out), entry["left_out"]
+        assert entry["left_out"] == case.left_out
         return
     expected = {"cut_turns": 0, "left_out": None} | dict(case.expected)
     names = [tool["function"]["name"] for tool in entry["tools"]] if entry["tools"] else []
@@ -157,6 +157,8 @@ def test_every_shape_has_the_right_value(case: Case, bases: Bases, tmp_path: Pat
     assert {name: entry[name] for name in expected} == expected
     assert entry["source"].endswith(case.row)
     check_consistency(entry)
+    text = "".join(f"⟦{part}⟧" if trained else part for part, trained in entry["parts"])
+    assert text.startswith(marked(case))  # the page shows what is so
 
 
 def check_consistency(entry: dict[str, Any]) -> None:
