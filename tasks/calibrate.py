@@ -17,10 +17,9 @@ def step(recipe: Recipe, *, dataset: Step, largest_in_features: int) -> Step:
         stage="calibrate",
         slug=recipe.name,
         entry="tasks.jobs.calibrate:run",
-        version=2,
+        version=3,
         params={**settings, "min_tokens": TOKENS_PER_INPUT * largest_in_features},
         inputs={"dataset": dataset},
-        tools=("datasketch",),
     )
 
 
@@ -30,10 +29,10 @@ def alone(slug: str, *, rows: External, tokenizer: External, params: Mapping[str
         stage="calibrate",
         slug=slug,
         entry="tasks.jobs.calibration.user_rows:run",
-        version=1,
+        version=2,
         params={"stratify": "proportional", "max_near_duplicates": 0.0, **params},
         inputs={"rows": rows, "tokenizer": tokenizer},
-        tools=("transformers", "tokenizers", "datasketch"),
+        tools=("transformers", "tokenizers"),
     )
 
 

@@ -1,6 +1,7 @@
 """rehearse: dataset -> what the recipe's scorers say of the data's own answers, before anything is trained.
 
-An answer that a scorer rejects here, or a scorer that does not load, would fail in every arm's evaluation.
+An answer that a scorer rejects here, or a scorer that does not load, would fail in every arm's evaluation; rows of
+train that are in dev or test would make all of their figures too good.
 """
 
 from __future__ import annotations
@@ -18,8 +19,12 @@ def step(recipe: Recipe, *, dataset: Step, scorers: Mapping[str, External]) -> S
         stage="rehearse",
         slug=recipe.name,
         entry="tasks.jobs.rehearse:run",
-        version=1,
-        params={"scorers": [scorer.params() for scorer in recipe.evaluate.scorers]},
+        version=2,
+        params={
+            "scorers": [scorer.params() for scorer in recipe.evaluate.scorers],
+            "max_near_duplicates": recipe.calibrate.max_near_duplicates,
+            "group": recipe.data.group_column,
+        },
         inputs={"dataset": dataset, **scorers},
         tools=scorer_packages(recipe),
     )

@@ -65,7 +65,7 @@ def run(job: Job) -> dict[str, Any]:
 def _rows(job: Job, renderer: Renderer, scratch: Path) -> dict[str, Any]:
     """Write rows.parquet; its part of the summary."""
     reads = read_sources(job, scratch)
-    selection = select(job, reads)
+    selection = select(job, reads, scratch)
     records = RecordFile(scratch / "records.arrow")
     tally = _render(job, reads, selection, renderer, records)
     keep = records.distinct()

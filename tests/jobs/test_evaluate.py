@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from tasks.jobs import evaluate, prepare, reference
 from tasks.jobs.evaluate import divergence
 from tasks.jobs.loading.load import load_bf16
-from tasks.jobs.measuring.teacher_forcing import TokenRow, _before_end, completion_bytes
+from tasks.jobs.measuring.teacher_forcing import TokenRow, before_end, completion_bytes
 from tasks.runtime.process.errors import StageError
 from tests.jobs.build import curve, make_job, notes, write_jsonl
 from tests.jobs.test_merge import plant_adapter
@@ -220,8 +220,8 @@ def test_a_reference_answer_that_its_own_scorer_rejects_is_refused(world: Path, 
 
 
 def test_an_end_that_is_no_special_token_is_cut_off_too() -> None:
-    assert _before_end([9, 8, 7, 5, 9], [7, 5]) == [9, 8]
-    assert _before_end([9, 8], [7]) == [9, 8]
+    assert before_end([9, 8, 7, 5, 9], [7, 5]) == [9, 8]
+    assert before_end([9, 8], [7]) == [9, 8]
 
 
 def test_bytes_are_those_of_the_counted_text(world: Path) -> None:

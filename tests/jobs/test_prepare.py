@@ -13,9 +13,9 @@ from transformers import AutoTokenizer
 
 from recipes.data.origin import source_name
 from recipes.data.rows import content_hash, read_rows, side
+from recipes.doubles.near_duplicates import near_duplicate_turns
 from tasks.jobs import prepare
 from tasks.jobs.text.conversation import Conversation, RowError
-from tasks.jobs.text.near_duplicates import near_duplicates
 from tasks.jobs.text.rendering import Renderer
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
@@ -406,8 +406,8 @@ def almost(number: int, *, of: int) -> dict[str, Any]:
 
 def test_near_duplicates_are_counted_and_removed_so_that_no_test_row_goes(tmp_path: Path) -> None:
     rows = [*questions(60), *(almost(number, of=of) for of in range(8) for number in range(6))]
-    data = write_jsonl(tmp_path / "rows.jsonl", rows)
-    options = {"max_length": 4000}
+    data = write_jsonl(tmp_path / "rows.jsonl", [row | {"number": number} for number, row in enumerate(rows)])
+    options = {"max_length": 4000, "group": "number"}  # by their first question all that are alike were on one side
     jobs = {
         mode: run_sources(tmp_path, [source()], data, name=mode, near_duplicates=mode, **options)
         for mode in ("ignore", "count", "remove")
@@ -440,7 +440,7 @@ def test_a_system_turn_that_all_rows_share_makes_no_near_duplicates(tmp_path: Pa
 def test_the_limit_is_the_exact_jaccard_similarity(jaccard: float, expected: bool) -> None:
     rows = {str(i): almost(i, of=0)["messages"] for i in range(2)}
     # 115 + 3 words give 114 5-grams, of which the last one differs: 113 / 115 = 0.983.
-    pairs = near_duplicates(rows, {"0": "test", "1": "train"}, jaccard=jaccard).pairs
+    pairs = near_duplicate_turns(rows, {"0": "test", "1": "train"}, jaccard=jaccard).pairs
     assert [(pair.row, pair.like) for pair in pairs] == ([("1", "0")] if expected else [])
 
 

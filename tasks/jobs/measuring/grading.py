@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from recipes.problem import Problem
 from recipes.scorers import input_name
-from tasks.jobs.measuring.teacher_forcing import Caches, Model, TokenRow, greedy_config
+from tasks.jobs.measuring.teacher_forcing import Caches, Model, TokenRow, before_end, greedy_config
 from tasks.jobs.scorers import Scorer, ScorerFailed, make_scorer
 from tasks.jobs.text.conversation import behind_thinking
 from tasks.jobs.text.tokenizer import load_tokenizer
@@ -89,17 +89,44 @@ def refuse_references(rows: Sequence[TokenRow], graders: Sequence[Grader]) -> No
             next="write their last turn's answer, or remove these rows",
         )
     for grader in graders:
-        wrong: dict[str, str] = {}
-        for row in rows:
-            try:
-                verdict = grader.score(row.answer, row.answer, row.columns)
-            except ScorerFailed as error:
-                wrong[row.row] = str(error)
-            else:
-                if verdict.score < 1 - ROUNDING:
-                    wrong[row.row] = verdict.error or f"it scores {verdict.score:g}"
+        wrong = {row.row: why for row in rows if (why := _below_1(grader, row.answer, row))}
         if wrong:
             raise _rejects(grader, wrong)
+
+
+def refuse_decoded(rows: Sequence[TokenRow], graders: Sequence[Grader], prompting: Prompting) -> None:
+    """Raise StageError where a model that says the reference, token by token, would score less than 1.
+
+    That is so where the tokenizer gives another text back than it got (lower case, other spaces, a special token in an
+    answer), whatever is trained.
+
+    Args:
+        rows: Rows with a prompt, whose references score 1.
+        graders: The scorers.
+        prompting: The dataset's tokenizer.
+    """
+    texts = {row.row: prompting.said(row) for row in rows}
+    for grader in graders:
+        wrong: dict[str, str] = {}
+        for row in rows:
+            text = texts[row.row]
+            if text != row.answer and (why := _below_1(grader, text, row)):
+                wrong[row.row] = f"{why}; the data has {_shown(row.answer)}, its tokens are {_shown(text)}"
+        if wrong:
+            raise _not_given_back(grader, wrong)
+
+
+def _below_1(grader: Grader, text: str, row: TokenRow) -> str:
+    """Why this text is no right answer to the row; empty where it is one."""
+    try:
+        verdict = grader.score(behind_thinking(text), row.answer, row.columns)
+    except ScorerFailed as error:
+        return str(error) or "the scorer failed"
+    return "" if verdict.score >= 1 - ROUNDING else verdict.error or f"it scores {verdict.score:g}"
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]} ...")
 
 
 def _rejects(grader: Grader, wrong: Mapping[str, str]) -> StageError:
@@ -109,6 +136,18 @@ def _rejects(grader: Grader, wrong: Mapping[str, str]) -> StageError:
         where=f"rows {', '.join(list(wrong)[:SHOWN])}",
         why=f"an arm that answers as the data says would be counted as wrong ({first}: {wrong[first]})",
         next="correct these rows, or choose another entry of evaluate.scorers",
+    )
+
+
+def _not_given_back(grader: Grader, wrong: Mapping[str, str]) -> StageError:
+    first = next(iter(wrong))
+    return StageError.of(
+        what=f"the base's tokenizer changes the reference answers of {len(wrong)} row(s), so that the scorer "
+        f"{grader.name} rejects them",
+        where=f"rows {', '.join(list(wrong)[:SHOWN])}",
+        why=f"an arm that gives these answers token by token would be counted as wrong ({first}: {wrong[first]})",
+        next="take special tokens out of these answers, or choose an entry of evaluate.scorers that lets such changes "
+        "pass (a python scorer), or another base",
     )
 
 
@@ -147,10 +186,9 @@ def grade(rows: Sequence[TokenRow], texts: Sequence[str], graders: Sequence[Grad
 
 def _failed(grader: Grader, failed: Sequence[tuple[TokenRow, str, str]], *, of: int) -> Problem:
     row, text, why = failed[0]
-    shown = text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]} ..."
     return Problem(
         what=f"the scorer {grader.name} failed on {len(failed)} of {of} answers",
-        where=f"row {row.row}, answer {shown!r}",
+        where=f"row {row.row}, answer {_shown(text)}",
         why=why,
         next="make the scorer return 0 for what it cannot read, and run again: only evaluate steps are made again",
     )
@@ -166,6 +204,13 @@ class Prompting(NamedTuple):
     def of(cls, folder: Path) -> Prompting:
         """As for the rows, with the dataset's tokenizer."""
         return cls(load_tokenizer(folder), greedy_config(folder, max_new_tokens=1).eos_token_id)
+
+    def said(self, row: TokenRow) -> str:
+        """The text of a model's answer that has the tokens of the row's reference."""
+        tokenizer: Any = self.tokenizer
+        begins = row.ids[: len(row.prompt_ids)] == row.prompt_ids
+        tokens = row.ids[len(row.prompt_ids) :] if begins else tokenizer(row.answer, add_special_tokens=False).input_ids
+        return tokenizer.decode(before_end(tokens, self.ends), skip_special_tokens=True)
 
 
 def run_harnesses(

@@ -212,10 +212,11 @@ def greedy_answers(
     generated = generator.generate(
         input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config, **cached
     )
-    return [_before_end(line, config.eos_token_id) for line in generated[:, ids.shape[1] :].tolist()]
+    return [before_end(line, config.eos_token_id) for line in generated[:, ids.shape[1] :].tolist()]
 
 
-def _before_end(tokens: list[int], ends: list[int]) -> list[int]:
+def before_end(tokens: list[int], ends: list[int]) -> list[int]:
+    """The tokens of an answer up to the first that ends it."""
     stop = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
     return tokens[:stop]
 

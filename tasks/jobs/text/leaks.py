@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 from recipes.data.rows import Side, normalised
 from recipes.data.turns import Message
-from tasks.jobs.text.near_duplicates import near_duplicates, not_all_compared
+from recipes.doubles.near_duplicates import near_duplicate_turns, not_all_compared
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
 
-JACCARD = 0.9  # of word 5-grams of prompt and completion: from here on a row is a near-twin of another
+JACCARD = 0.9  # of 5-grams of prompt and completion: from here on a row is a near-twin of another
 SHOWN = 20
 TWINS = "near_twins.jsonl"
 
@@ -45,7 +45,7 @@ def refuse_leaks(train: list[dict[str, Any]], held: list[dict[str, Any]], *, pat
 
 def without_near_duplicates(rows: Mapping[str, Sequence[Message]]) -> list[str]:
     """Names of the rows, in their order, without those that are almost equal to an earlier one that stays."""
-    pairs = near_duplicates(rows, dict.fromkeys(rows, "train"), jaccard=JACCARD).pairs
+    pairs = near_duplicate_turns(rows, dict.fromkeys(rows, "train"), jaccard=JACCARD).pairs
     repeated = {pair.row for pair in pairs}
     return [name for name in rows if name not in repeated]
 
@@ -66,7 +66,7 @@ def near_twins(drawn: Mapping[str, Sequence[Message]], held: Mapping[str, HeldOu
     sides: dict[str, Side] = dict.fromkeys(held, "test")  # each of them is compared, whatever is near it
     for name in drawn:
         sides[name] = "train"
-    pairs, limited = near_duplicates(turns | dict(drawn), sides, jaccard=JACCARD)
+    pairs, limited = near_duplicate_turns(turns | dict(drawn), sides, jaccard=JACCARD)
     twins = sorted((pair.row, pair.like) for pair in pairs if pair.row in drawn and pair.like in held)
     lines = [json.dumps({"row": row, "like": like, "split": held[like].split}) + "\n" for row, like in twins]
     (job.out / TWINS).write_text("".join(lines), encoding="utf-8")

@@ -175,9 +175,10 @@ def test_a_scorer_that_rejects_the_data_is_refused_with_the_rows(world: Path, tm
 
 def test_a_rehearsal_finds_it_before_training(world: Path, tasks: Path, tmp_path: Path) -> None:
     def rehearsed(scorers: list[dict[str, Any]]) -> dict[str, Any]:
-        params = [scorer.params() for scorer in Evaluate.model_validate({"scorers": scorers}).scorers]
+        every = Evaluate.model_validate({"scorers": scorers}).scorers
         inputs = {"dataset": world / "dataset", "scorer-1": tasks}
-        return rehearse.run(make_job("rehearse", tmp_path / "out", params={"scorers": params}, **inputs))
+        params = {"scorers": [scorer.params() for scorer in every], "max_near_duplicates": 0.01, "group": None}
+        return rehearse.run(make_job("rehearse", tmp_path / "out", params=params, **inputs))
 
     rows = held_out(world)
     test = sum(row["split"] == "test" for row in rows)
