@@ -179,7 +179,7 @@ def _selected(job: Job) -> set[str] | None:
         return None
     with tempfile.TemporaryDirectory(dir=job.out) as scratch:
         reads = read_sources(job, Path(scratch))
-        return {reads.spool[place].name for place in select(job, reads).places}
+        return {reads.spool[place].name for place in select(job, reads, Path(scratch)).places}
 
 
 # ---- showing
