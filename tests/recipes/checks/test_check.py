@@ -2,9 +2,9 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -32,7 +32,7 @@ def test_a_good_recipe_has_no_problem(tmp_path: Path):
     assert problems(write_project(tmp_path)) == []
 
 
-def test_light_imports_and_under_a_second(tmp_path: Path):
+def test_imports_are_light(tmp_path: Path):
     recipe = write_project(tmp_path)
     code = (
         "import sys; from recipes.checks.check import load_and_check; from pathlib import Path; "
@@ -41,12 +41,12 @@ def test_light_imports_and_under_a_second(tmp_path: Path):
         f"print([name for name in {HEAVY!r} if name in sys.modules])"
     )
     run = [sys.executable, "-c", code, str(recipe)]
-    clock = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(run, cwd=CHECKOUT, capture_output=True, text=True, timeout=60)
-    seconds = time.monotonic() - clock
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
-    # 0.4 s on an idle core, preflight's imports among it; ten times that on a machine that is shared with others.
-    assert seconds < 4
+    # Of CPU time: 0.4 s on a fast core, 1.0 s on a slow one, preflight's imports among it. With torch it is over 4 s.
+    assert after.ru_utime - before.ru_utime < 4
 
 
 # ---- model
@@ -150,7 +150,7 @@ def test_missing_data_and_general_files(tmp_path: Path):
         ('{"prompt": "x"}', "`prompt` and `completion`"),
         ('{"prompt": "x", "completion": " "}', "empty"),
         ('{"messages": [{"role": "user", "content": "x"}]}', "assistant"),
-        ('{"messages": [{"role": "robot", "content": "x"}]}', "role"),
+        ('{"messages": [{"turn 1 is from: "robot", "content": "x"}]}', "role"),
     ],
 )
 def test_the_first_row_tells_the_format(tmp_path: Path, row: str, says: str):
