@@ -150,7 +150,7 @@ def test_missing_data_and_general_files(tmp_path: Path):
         ('{"prompt": "x"}', "`prompt` and `completion`"),
         ('{"prompt": "x", "completion": " "}', "empty"),
         ('{"messages": [{"role": "user", "content": "x"}]}', "assistant"),
-        ('{"messages": [{"turn 1 is from: "robot", "content": "x"}]}', "role"),
+        ('{"messages": [{"role": "robot", "content": "x"}]}', "turn 1 is from 'robot'"),
     ],
 )
 def test_the_first_row_tells_the_format(tmp_path: Path, row: str, says: str):
