@@ -11,20 +11,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recipes.checks.rows import too_few
-from recipes.data.rows import first_lines
 from recipes.data.wrong import Wrong
 from recipes.schema import FEWEST_ROWS
 from tasks.jobs.loading.load import setup
 from tasks.jobs.preparing.reading import Progress, ReadSources, read_sources
 from tasks.jobs.preparing.records import ROWS, Tally
+from tasks.jobs.preparing.renderer import open_renderer, unsound
 from tasks.jobs.preparing.selection import Selection, select
 from tasks.jobs.preparing.telling import Examples, tell_cut, tell_masks
 from tasks.jobs.preparing.workers import ChunkRenderer
 from tasks.jobs.preparing.writing import Counts, RecordFile, write_rows
-from tasks.jobs.text.chat_template import TemplateSettings
 from tasks.jobs.text.plain_texts import read_texts
 from tasks.jobs.text.rendering import Renderer
-from tasks.jobs.text.seams import remedy
 from tasks.jobs.text.tokenizer import load_tokenizer, reads_alike, template_of_processor, text_ids, unlike_its_file
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
@@ -50,12 +48,7 @@ def run(job: Job) -> dict[str, Any]:
         StageError: Malformed rows (the first 20, by line), rows that the template cannot mask, an empty split.
     """
     setup(job)
-    template = job.params.get("chat_template")
-    if "template" in job.inputs:
-        template = job.inputs["template"].path.read_text(encoding="utf-8")
-    settings = TemplateSettings.of(job.params.get("template_args"), job.params.get("template_date"))
-    renderer = Renderer.open(job.inputs["tokenizer"].path, template=template, settings=settings)
-    renderer.check_settings()
+    renderer = open_renderer(job)
     with tempfile.TemporaryDirectory(dir=job.out, prefix="scratch-") as scratch:
         summary = _rows(job, renderer, Path(scratch))
     general = _general(job, renderer)
@@ -114,15 +107,7 @@ def _render(job: Job, reads: ReadSources, selection: Selection, renderer: Render
         records.write(batch, rows.keys)
         progress.step(size)
     if wrong.count:
-        raise StageError.of(
-            what=f"{wrong.count} row(s) are not rendered whole, or their completions cannot be found among the tokens",
-            where=wrong.lines[0].split(" ", 1)[0],
-            why="something would be lost, or the loss would fall on the wrong tokens:"
-            + first_lines(wrong.lines, count=wrong.count),
-            next=remedy(renderer, seam.messages, seam.tools)
-            if seam
-            else "correct these rows, or use a chat template that has a place for all of them",
-        )
+        raise unsound(wrong.lines, renderer, count=wrong.count, seam=seam)
     tell_masks(job, tally, renderer)
     return tally
 
