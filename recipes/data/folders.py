@@ -100,7 +100,8 @@ def data_files(path: Path, *, config: str | None = None, split: str | None = Non
         FolderChoice: The folder has several configurations or splits and none is named; or not the one that is named.
     """
     if path.is_file():
-        for field, name in (("config", config), ("split", split)):
+        named: dict[Literal["config", "split"], str | None] = {"config": config, "split": split}
+        for field, name in named.items():
             if name is not None:
                 raise FolderChoice(
                     field, (), what=f"There is no {field} `{name}` in a file.", why=f"{path.name} is one set of rows."
