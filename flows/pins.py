@@ -50,7 +50,7 @@ def pin(loaded: Loaded, home: Path) -> Pins:
     template = recipe.model.chat_template
     pins = Pins(
         base=source.folder("base", model, MODEL_FILES),
-        tokenizer=source.folder("tokenizer", model, (*TOKENIZER_FILES, "generation_config.json")),
+        tokenizer=source.folder("tokenizer", model, (*TOKENIZER_FILES, "generation_config.json", "config.json")),
         data=tuple(source.data(number) for number in range(len(recipe.data.parts))),
         general=source.text("general", recipe.data.general),
         calibration_text=source.text(

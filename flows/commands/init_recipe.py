@@ -13,7 +13,7 @@ import yaml
 
 from flows.plan.memory import StepNeeds
 from flows.plan.preflight import Memory
-from recipes.checks.rows import Sides
+from recipes.checks.split import Sides
 from recipes.data.files import raw_rows
 from recipes.data.formats import columns_line
 from recipes.data.rows import Rows
@@ -218,7 +218,9 @@ def _train(fitted: Fitted, detected: Detected) -> Iterator[str]:
 
 def _calibrate(recipe: Recipe, detected: Detected) -> Iterator[str]:
     calibrate, rows = recipe.calibrate, len(detected.sides.rows["train"])
-    yield _line("rows", calibrate.rows, f"of {rows} train rows; 128 to 512")
+    yield _line("rows", calibrate.rows, f"of {rows} train rows; 128 to 512 are usual")
+    if calibrate.allow_unusual_size:
+        yield _line("allow_unusual_size", calibrate.allow_unusual_size, "a reason; more rows would calibrate better")
     yield _line("seq_len", calibrate.seq_len, "rows are packed up to so many tokens")
 
 
