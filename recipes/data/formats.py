@@ -13,6 +13,7 @@ from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 from recipes.data.files import Unread
+from recipes.data.raw.strict import parse
 from recipes.data.tools import Tool, tools_of
 from recipes.data.turns import MEDIA, Message, check_turns, turns_of
 from recipes.plain import is_list, is_mapping
@@ -292,9 +293,9 @@ def _history(value: Any) -> list[Message]:
     """Earlier exchanges of a row of alpaca: [[question, answer], ...]. Their answers are trained, too."""
     if isinstance(value, str) and value.strip():
         try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise Unread(f"has a `history` that is not JSON ({error})") from None
+            value = parse(value)
+        except Unread as error:
+            raise Unread(f"has a `history` that is not JSON: its text {error}") from None
     turns: list[Message] = []
     for number, pair in enumerate(value or [], start=1):
         if not is_list(pair) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
