@@ -15,6 +15,9 @@ from typing import Literal, NamedTuple
 from recipes.data.turns import Message
 from tasks.jobs.text.conversation import Conversation
 
+Developer = Literal["developer", "system"]
+Arguments = Literal["object", "text"]
+Bare = Literal["empty", "absent"]
 Reasoning = Literal["reasoning_content", "reasoning", "inline"]
 
 
@@ -28,9 +31,9 @@ class Form(NamedTuple):
         reasoning: Key that holds it; or `inline`: before the answer, between <think> and </think>.
     """
 
-    developer: Literal["developer", "system"] = "developer"
-    arguments: Literal["object", "text"] = "object"
-    bare: Literal["empty", "absent"] = "empty"
+    developer: Developer = "developer"
+    arguments: Arguments = "object"
+    bare: Bare = "empty"
     reasoning: Reasoning = "reasoning_content"
 
     def of(self, chat: Conversation) -> Conversation:
@@ -80,18 +83,17 @@ def forms_of(chat: Conversation, template: str) -> Iterator[Form]:
     """
     roles = {turn["role"] for turn in chat.turns}
     calling = [turn for turn in chat.turns if turn.get("tool_calls")]
-    developer, reasoning = ["developer"], ["reasoning_content"]
+    developer: list[Developer] = ["developer"]
     if "developer" in roles:
         developer = ["developer", "system"] if "developer" in template else ["system", "developer"]
+    arguments: list[Arguments] = ["object", "text"] if calling else ["object"]
+    bare: list[Bare] = ["empty", "absent"] if any(not turn["content"] for turn in calling) else ["empty"]
+    reasoning: list[Reasoning] = ["reasoning_content"]
     if any(turn.get("reasoning_content") for turn in chat.turns):
-        reasoning += ["reasoning", *(["inline"] if "think>" in template else [])]
-    choices = [
-        developer,
-        ["object", "text"] if calling else ["object"],
-        ["empty", "absent"] if any(not turn["content"] for turn in calling) else ["empty"],
-        reasoning,
-    ]
-    return (Form(*choice) for choice in product(*choices))
+        reasoning.append("reasoning")
+        if "think>" in template:
+            reasoning.append("inline")
+    return (Form(*choice) for choice in product(developer, arguments, bare, reasoning))
 
 
 def _with_text(call: dict[str, object]) -> dict[str, object]:
