@@ -22,6 +22,7 @@ from recipes.scorers import ExactMatchSpec, LmEvalSpec, Scorer
 from recipes.section import Place, Section
 
 LEAST_ROWS, MOST_ROWS = 128, 512  # of a calibration set; Calibrate says why
+FEWEST_ROWS = 32  # of train, whatever is allowed
 TOKENS_PER_INPUT = 4  # calibration tokens per input of the widest layer: with fewer its Hessian is badly estimated
 
 
@@ -103,7 +104,9 @@ class Calibrate(Section):
     rows: Annotated[int, Field(ge=1)] = 256
     """Source rows from train, 128 to 512: fewer starve the Hessian, more only cost time."""
     allow_unusual_size: Annotated[str, Field(min_length=1)] | None = None
-    """A reason to have fewer than 128 or more than 512 rows. It stands in the log, the manifest and the report."""
+    """A reason to have fewer than 128 or more than 512 rows, as `train has 90 rows`. It stands in the log, the manifest
+    and the report. The tokens that the widest layer needs (4 per input) are needed all the same, and train has to have
+    32 rows."""
     seq_len: Annotated[int, Field(ge=32)] = 512
     """Tokens per sequence: rows are packed up to this length, and never cut inside a completion."""
     stratify: Literal["proportional", "equal"] | dict[str, Annotated[float, Field(gt=0, le=1)]] = "proportional"
@@ -111,8 +114,10 @@ class Calibrate(Section):
     sum to 1 (a domain that is not named gives none). Within a domain they come in equal parts from its short, middle
     and long rows (terciles by tokens)."""
     max_near_duplicates: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """Share of the rows that may be near-twins of a row of dev or test (Jaccard similarity of word 5-grams of prompt
-    and completion 0.9 or more); more are refused. near_twins.jsonl of the artifact lists them."""
+    """Share of train that may leak: near-twins of a row of dev or test (Jaccard similarity of 5-grams of prompt and
+    completion 0.9 or more), and rows that share an answer with all turns before it with one. More are refused before
+    anything is trained, and `quench check --data` says how many there are. The same share of the calibration rows may
+    be near-twins; near_twins.jsonl of the artifact lists them."""
     controls: list[str] = []
     """Schemes of `quantize.schemes` that are also made with other calibration, as arms of their own:
     `SLUG.calib-generic` (general text), `.calib-mixed` (half and half), `.calib-random` (random token ids), rounding to

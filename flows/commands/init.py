@@ -17,14 +17,15 @@ from flows.commands.terminal import Output
 from flows.plan.memory import StepNeeds, predict
 from flows.plan.preflight import SETTINGS, Memory, available, largest_fitting, refuse
 from flows.plan.row_sizes import data_bytes, row_sizes, row_tokens, tokens_per_byte
-from recipes.checks.check import load_and_check
-from recipes.checks.rows import Sides, least_rows, split_rows
+from recipes.checks.check import load_and_read
+from recipes.checks.rows import few_rows, too_few, with_spare
+from recipes.checks.split import split_rows
 from recipes.data.rows import Row, Rows
 from recipes.data.schema import Data
 from recipes.models.headers import Headers, read_headers
 from recipes.problem import Problem, RecipeError
 from recipes.read.load import shown
-from recipes.schema import LEAST_ROWS, TOKENS_PER_INPUT, Recipe, is_hub_id
+from recipes.schema import FEWEST_ROWS, LEAST_ROWS, TOKENS_PER_INPUT, Recipe, is_hub_id
 from recipes.schemes.slugs import legal_schemes
 from tasks.runtime.step import resolve_device
 
@@ -108,15 +109,20 @@ def init(
     before = out.read_text(encoding="utf-8") if out.exists() else None
     out.write_text(render(fitted, detected, out=out), encoding="utf-8")
     try:
-        load_and_check(out, data=True)
+        warnings = load_and_read(out).rows.warnings
     except RecipeError:
         if before is None:
             out.unlink()
         else:
             out.write_text(before, encoding="utf-8")
         raise
-    remarks = notes(fitted, detected) | _enable_prefect(out.parent)
+    remarks = notes(fitted, detected) | _of_gate(warnings) | _enable_prefect(out.parent)
     return InitResult(path=out, notes=remarks, next=f"quench run {shown(out)}")
+
+
+def _of_gate(warnings: Sequence[Problem]) -> dict[str, str]:
+    """What so few rows cannot show."""
+    return {"gate": " ".join(warning.what for warning in warnings)} if warnings else {}
 
 
 def _enable_prefect(folder: Path) -> dict[str, str]:
@@ -164,8 +170,8 @@ def _look(
     domain = section.domain_column or _domain(read.rows, but=group)
     section = section.model_copy(update=_unmapped(section, group=group, domain=domain))
     sides = split_rows(read.rows, section)
-    if read.rows and not read.problems and len(sides.rows["train"]) < LEAST_ROWS:
-        problems.append(_too_few(data, sides))
+    if read.rows and not read.problems and len(sides.rows["train"]) < FEWEST_ROWS:
+        problems.append(too_few(len(sides.rows["train"]), where=str(data), dev=section.dev, test=section.test))
     if problems:
         raise RecipeError(problems)
     return Detected(
@@ -242,17 +248,6 @@ def _template_problems(model: str, data: Path, chosen: str | None, *, headers: H
         )
 
 
-def _too_few(data: Path, sides: Sides) -> Problem:
-    train = len(sides.rows["train"])
-    return Problem(
-        what=f"train would have {train} rows; at least {LEAST_ROWS} are needed.",
-        where=str(data),
-        why=f"Calibration takes {LEAST_ROWS} or more rows from train: with fewer the Hessian of a wide layer is not of "
-        "full rank, and figures on so few dev and test rows could not tell two models apart.",
-        next=f"Give about {least_rows(0.1, 0.15)} rows or more.",
-    )
-
-
 def _unmapped(section: Data, **columns: str | None) -> dict[str, str | None]:
     """Group and domain as fields, but for those that data.columns makes."""
     mapped = {name for source in section.parts for name in source.columns}
@@ -296,7 +291,8 @@ def _chosen(detected: Detected) -> Recipe:
             | {"format": detected.read.format, "max_length": length},
             "train": {"learning_rate": _learning_rate(headers), "batch_size": batch}
             | {"epochs": float(min(5, max(1, math.ceil(LEAST_STEPS * batch / train)))), "checkpoint_steps": 50},
-            "calibrate": {"rows": _calibration_rows(detected), "seq_len": min(limit, max(512, length))},
+            "calibrate": {"rows": _calibration_rows(detected), "seq_len": min(limit, max(512, length))}
+            | ({"allow_unusual_size": few_rows(train)} if _calibration_rows(detected) < LEAST_ROWS else {}),
             "quantize": {"schemes": _schemes(headers)},
             "evaluate": {"on_base": _schemes(headers)[1:2], "max_new_tokens": _answer(max(answers), per_byte)},
             "measure": {"prompt_tokens": prompt, "new_tokens": min(32, limit - prompt)},
@@ -329,10 +325,10 @@ def _learning_rate(headers: Headers | None) -> float:
 
 def _calibration_rows(detected: Detected) -> int:
     """256, or as many as the widest layer's Hessian asks for at 4 bytes per token; 512 and 9 in 10 of train at most."""
-    rows = detected.sides.rows["train"]
+    rows, train = detected.read.rows, len(detected.sides.rows["train"])
     needed = TOKENS_PER_INPUT * detected.headers.largest_in_features if detected.headers else 0
     mean = sum(len(turn["content"].encode()) / 4 + 4 for row in rows for turn in row.messages) / len(rows)
-    spare = max(LEAST_ROWS, len(rows) * 9 // 10)  # prepare may leave a long row out
+    spare = max(LEAST_ROWS, with_spare(train)) if train >= LEAST_ROWS else with_spare(train)
     return min(512, spare, max(256, math.ceil(needed / mean)))
 
 

@@ -13,7 +13,7 @@ import yaml
 
 from flows.plan.memory import StepNeeds
 from flows.plan.preflight import Memory
-from recipes.checks.rows import Sides
+from recipes.checks.split import Sides
 from recipes.data.files import raw_rows
 from recipes.data.formats import columns_line
 from recipes.data.rows import Rows
@@ -147,7 +147,7 @@ def _data(recipe: Recipe, detected: Detected, folder: Path) -> Iterator[str]:
         "path", _path(detected.data, folder), f"{len(detected.read.rows)} rows, {detected.sides.duplicates} duplicates"
     )
     yield f"  # Detected from {detected.read.detected_from}:"
-    yield f"  # {_first_row(detected.data)}"
+    yield f"  # {_first_row(detected.data, data)}"
     yield _line("format", data.format)
     yield from _meaning(data, detected)
     if "domain" in data.columns:
@@ -196,9 +196,9 @@ def _turn_columns(detected: Detected) -> dict[str, str]:
     return remarks
 
 
-def _first_row(path: Path) -> str:
+def _first_row(path: Path, data: Data) -> str:
     """The first row, printable and short."""
-    line = json.dumps(next(raw_rows(path)).values, ensure_ascii=False)
+    line = json.dumps(next(raw_rows(path, config=data.config, split=data.split)).values, ensure_ascii=False)
     text = "".join(char if char.isprintable() else " " for char in line)
     return text if len(text) <= ROW_CHARS else f"{text[:ROW_CHARS]} ..."
 
@@ -218,7 +218,9 @@ def _train(fitted: Fitted, detected: Detected) -> Iterator[str]:
 
 def _calibrate(recipe: Recipe, detected: Detected) -> Iterator[str]:
     calibrate, rows = recipe.calibrate, len(detected.sides.rows["train"])
-    yield _line("rows", calibrate.rows, f"of {rows} train rows; 128 to 512")
+    yield _line("rows", calibrate.rows, f"of {rows} train rows; 128 to 512 are usual")
+    if calibrate.allow_unusual_size:
+        yield _line("allow_unusual_size", calibrate.allow_unusual_size, "a reason; more rows would calibrate better")
     yield _line("seq_len", calibrate.seq_len, "rows are packed up to so many tokens")
 
 

@@ -81,7 +81,7 @@ def calibration_problem(recipe: Recipe, headers: Headers, rows: RowSizes | None)
         why=f"An average row has about {rows.tokens:.0f} tokens (an estimate from the first rows, rather high); with "
         f"fewer than {TOKENS_PER_INPUT} tokens per input the widest layer's Hessian is badly estimated.",
         next=f"Set calibrate.rows to {enough}."
-        if enough <= MOST_ROWS
+        if enough <= min(MOST_ROWS, rows.rows)
         else f"{enough} rows like these would do: give longer rows, or calibrate.allow_unusual_size a reason.",
     )
 

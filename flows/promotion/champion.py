@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
+import pyarrow.compute
 import pyarrow.parquet as pq
 
 from flows.compose import limits
@@ -27,6 +27,7 @@ from tasks.runtime.step import Context, External, run_step
 from tasks.runtime.store.local import Store, read_json
 from tasks.runtime.store.open import open_store
 
+pc: Any = pyarrow.compute  # its functions are made when it is imported: no types
 TRAIN_ROWS = "train_rows.json"
 OWN_TOKENS = "It reads other tokens ({}): compared by its answers and by bits a byte, not on the general hold-out."
 TOKEN_FILES = (

@@ -256,7 +256,7 @@ def _data(loaded: Loaded) -> Iterator[Problem]:
     for origin in loaded.origins.values():
         yield from read_origin(origin, max_rows=1).problems
     for field, path in general_files(loaded).items():
-        if not path.is_file():
+        if not path.exists():
             yield missing(path, field=field, kind="file")
         else:
             yield from general_problems(path, max_rows=1)

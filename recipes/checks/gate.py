@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from recipes.arms import arms
-from recipes.data.rows import Row, Side
+from recipes.data.rows import Side
 from recipes.problem import Problem, RecipeError
 from recipes.schema import Recipe
 
@@ -45,27 +45,33 @@ TOO_FEW: dict[Side, TooFew] = {
 }
 
 
-def gate_warnings(recipe: Recipe, sides: Mapping[Side, Sequence[Row]]) -> Iterator[Problem]:
+class SplitSize(NamedTuple):
+    """How many rows of a split have a prompt (plain texts have no task score), in how many groups."""
+
+    rows: int
+    groups: int
+
+
+def gate_warnings(recipe: Recipe, sizes: Mapping[Side, SplitSize]) -> Iterator[Problem]:
     """The task score's interval would be wider than the gate's margin even if nothing got worse.
 
     On test that keeps the gate from passing; on dev it keeps the rule from naming an arm that could try.
 
     Args:
         recipe: The recipe.
-        sides: Rows by split. Plain texts have no task score; how a loss varies is not known beforehand.
+        sizes: By split. How a loss varies is not known beforehand, so nothing is said of plain texts.
     """
     margin = recipe.gate.task
     for split, words in TOO_FEW.items():
         if split == "dev" and recipe.promote.prefer:
             continue
-        rows = [row for row in sides[split] if not row.is_text]
-        groups = len({row.group(recipe.data.group_column) for row in rows})
-        if not groups or (half := half_width(len(rows), groups, changed=words.changed)) < margin:
+        rows, groups = sizes[split]
+        if not groups or (half := half_width(rows, groups, changed=words.changed)) < margin:
             continue
-        enough = enough_rows(margin, each=len(rows) / groups, changed=words.changed)
+        enough = enough_rows(margin, each=rows / groups, changed=words.changed)
         share = recipe.data.test if split == "test" else recipe.data.dev
         yield Problem(
-            what=f"{words.what}: {split} has {len(rows):,} rows in {groups:,} groups.",
+            what=f"{words.what}: {split} has {rows:,} rows in {groups:,} groups.",
             where="gate.task",
             why=f"{words.where}, the interval of the task score will reach "
             f"{100 * half:.1f} points to each side; the margin is {100 * margin:g}. {words.outcome}",

@@ -1,28 +1,26 @@
-"""What only reading every row shows: malformed rows, equal rows in two groups, empty sides, too little to calibrate."""
+"""What only reading every row shows: malformed rows, equal rows in two groups, leaks, empty sides, too few rows."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipes.checks.gate import gate_warnings
-from recipes.checks.scorers import row_problems
+from recipes.checks.gate import SplitSize, gate_warnings
+from recipes.checks.reading import RowsRead, SourceRead, read_rows
+from recipes.checks.split import SideRows, Sides
+from recipes.data.files import FolderChoice
 from recipes.data.formats import TEXT
-from recipes.data.origin import Origin
-from recipes.data.rows import Row, Rows, Side, content_hash, drawn, first_lines, malformed, read_origin, side
-from recipes.data.schema import Data
-from recipes.data.turns import Message
+from recipes.data.rows import content_hash, first_lines
+from recipes.data.texts import plain_texts
 from recipes.models.headers import read_headers
-from recipes.plain import is_mapping
 from recipes.problem import Problem, RecipeError, shown
 from recipes.read.load import Loaded
-from recipes.schema import LEAST_ROWS, MOST_ROWS, TOKENS_PER_INPUT
+from recipes.schema import FEWEST_ROWS, LEAST_ROWS, MOST_ROWS, TOKENS_PER_INPUT
+
+NOT_LOOKED_FOR = "not looked for between train and dev or test: data.near_duplicates is ignore"
 
 
 class RowCheck(NamedTuple):
@@ -33,25 +31,8 @@ class RowCheck(NamedTuple):
     warnings: tuple[Problem, ...] = ()
 
 
-@dataclass(kw_only=True)
-class Sides:
-    """Distinct rows on the sides of the split.
-
-    Attributes:
-        rows: By side.
-        duplicates: Rows that equal an earlier one.
-        not_drawn: Train rows that the weight of their source leaves out.
-        torn: Equal rows of two groups, by line.
-    """
-
-    rows: dict[Side, list[Row]]
-    duplicates: int
-    not_drawn: int
-    torn: list[str]
-
-
 def check_data(loaded: Loaded) -> RowCheck:
-    """Read every row: malformed ones, equal ones in two groups, empty sides, too little to calibrate on.
+    """Read every row: malformed ones, equal ones in two groups, leaks, empty sides, too little to calibrate on.
 
     A malformed first row and a missing or empty file are left out: `check` reports them.
     """
@@ -59,66 +40,53 @@ def check_data(loaded: Loaded) -> RowCheck:
     not_read = {"data": f"{', '.join(remote)} is not local: its rows are read when it is pinned"} if remote else {}
     if not loaded.origins:
         return RowCheck([], not_read)
-    origins = list(loaded.origins.values())
-    reads = [read_origin(origin) for origin in origins]
-    problems = list(_malformed_rows(origins, reads))
-    rows = [row for read in reads for row in read.rows]
-    sides = split_rows(rows, loaded.recipe.data)
-    held_out = [*sides.rows["dev"], *sides.rows["test"]]
-    problems += [*_torn(loaded, sides), *_general_rows(loaded), *row_problems(loaded, rows, held_out)]
-    if len(origins) == len(loaded.data) and all(read.rows and not read.wrong for read in reads):
-        problems += [*_empty_sides(loaded, sides), *_calibration(loaded, sides)]  # the sides are known only then
-    summary = _summary(loaded, sides) | {"format": formats(origins, reads)} | not_read
-    warnings = () if not_read else gate_warnings(loaded.recipe, sides.rows)
+    read = read_rows(loaded, list(loaded.origins.values()))
+    problems = [problem for source in read.sources for problem in source.later_problems()]
+    problems += [*_torn(loaded, read.sides), *_general_rows(loaded), *read.checks.problems()]
+    if len(read.sources) == len(loaded.data) and all(source.is_good for source in read.sources):
+        # the sides are known only then
+        problems += [*_leaks(loaded, read), *_empty_sides(loaded, read.sides), *_calibration(loaded, read.sides)]
+    summary = _summary(loaded, read) | {"format": _formats(read.sources)} | not_read
+    sizes = {side: SplitSize(rows.chats, len(rows.groups)) for side, rows in read.sides.rows.items()}
+    warnings = () if not_read else gate_warnings(loaded.recipe, sizes)
     return RowCheck([*map(loaded.placed, problems)], summary, tuple(map(loaded.placed, warnings)))
 
 
-def formats(origins: Sequence[Origin], reads: Sequence[Rows]) -> str:
+def _formats(sources: Sequence[SourceRead]) -> str:
     """`messages, detected from rows.jsonl:1`, one per source."""
     return "; ".join(
-        f"{read.format}, "
-        + (f"detected from {read.detected_from}" if origin.format == "auto" else "named in the recipe")
-        for origin, read in zip(origins, reads, strict=True)
+        f"{source.format}, "
+        + (f"detected from {source.detected_from}" if source.origin.format == "auto" else "named in the recipe")
+        for source in sources
     )
-
-
-def _malformed_rows(origins: Sequence[Origin], reads: Sequence[Rows]) -> Iterator[Problem]:
-    for origin, read in zip(origins, reads, strict=True):
-        by_check = set(read_origin(origin, max_rows=1).wrong)  # `check` reads the first row
-        if wrong := [row for row in read.wrong if row not in by_check]:
-            yield malformed([origin.path], wrong)
-
-
-def split_rows(rows: Sequence[Row], data: Data) -> Sides:
-    """The split that prepare will make, less rows that turn out too long."""
-    seen: dict[str, tuple[str, Row]] = {}
-    sides: dict[Side, list[Row]] = {"train": [], "dev": [], "test": []}
-    torn: list[str] = []
-    not_drawn = 0
-    for row in rows:
-        name, group = row.name, row.group(data.group_column)
-        if name in seen:
-            before, first = seen[name]
-            if before != group:
-                torn.append(f"{first.where} ({before}) and {row.where} ({group})")
-            continue
-        seen[name] = (group, row)
-        of_group = side(group, salt=data.salt, dev=data.dev, test=data.test)
-        if of_group == "train" and not drawn(name, weight=row.origin.weight, salt=data.salt):
-            not_drawn += 1
-        else:
-            sides[of_group].append(row)
-    return Sides(rows=sides, duplicates=len(rows) - len(seen), not_drawn=not_drawn, torn=torn)
 
 
 def _torn(loaded: Loaded, sides: Sides) -> Iterator[Problem]:
     if sides.torn:
         yield Problem(
-            what=f"{len(sides.torn)} rows equal an earlier row of another group: a test row could equal a train row.",
+            what=f"{sides.torn_count} rows equal an earlier row of another group: a test row could equal a train row.",
             where="data.group",
-            why=f"Groups keep related rows on one side; these have two groups:{first_lines(sides.torn)}",
+            why="Groups keep related rows on one side; these have two groups:"
+            + first_lines(sides.torn, count=sides.torn_count),
             next=f"Give equal rows one value of `{loaded.recipe.data.group_column}`, or remove one of each pair.",
         )
+
+
+def _leaks(loaded: Loaded, read: RowsRead) -> Iterator[Problem]:
+    """More of train in dev or test, almost or in part, than is allowed."""
+    if read.doubles is None:
+        return
+    from recipes.doubles.search import leak_problem
+
+    leaks, recipe = read.doubles.leaks, loaded.recipe
+    problem = leak_problem(
+        leaks.counts,
+        most=recipe.calibrate.max_near_duplicates,
+        examples=leaks.examples(read.places.__getitem__),
+        group=recipe.data.group_column,
+    )
+    if problem:
+        yield problem
 
 
 def general_files(loaded: Loaded) -> dict[str, Path]:
@@ -129,16 +97,16 @@ def general_files(loaded: Loaded) -> dict[str, Path]:
 
 
 def _general_rows(loaded: Loaded) -> Iterator[Problem]:
-    """Bad lines of general text after the first, which `check` reads; texts in both calibration and evaluation."""
+    """Bad rows of general text after the first, which `check` reads; texts in both calibration and evaluation."""
     files = general_files(loaded)
     problems = [
         problem
         for path in files.values()
-        if path.is_file() and not general_problems(path, max_rows=1)
+        if path.exists() and not general_problems(path, max_rows=1)
         for problem in general_problems(path)
     ]
     yield from problems
-    if len(files) == 2 and not problems and all(path.is_file() for path in files.values()):
+    if len(files) == 2 and not problems and all(path.exists() for path in files.values()):
         evaluated, calibrated = map(_texts, files.values())
         if shared := evaluated & calibrated:
             yield Problem(
@@ -151,32 +119,28 @@ def _general_rows(loaded: Loaded) -> Iterator[Problem]:
 
 def _texts(path: Path) -> set[str]:
     """Hashes of the texts of a file."""
-    lines = (line for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    return {content_hash([{"role": TEXT, "content": json.loads(line)["text"]}]) for line in lines}
+    return {content_hash([{"role": TEXT, "content": row.text}]) for row in plain_texts(path) if row.text is not None}
 
 
 def general_problems(path: Path, *, max_rows: int | None = None) -> list[Problem]:
-    """Lines of general text that are not `{"text": ...}`; the first 20 by number."""
-    wrong: list[int] = []
+    """Rows of general text that have no `text`; the first 20 by place."""
+    wrong: list[str] = []
     count = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(islice(file, max_rows), start=1):
+    try:
+        for where, _, why in islice(plain_texts(path), max_rows):
             count += 1
-            try:
-                row: object = json.loads(line) if line.strip() else {"text": ""}
-            except (json.JSONDecodeError, UnicodeDecodeError):
-                row = None
-            if not is_mapping(row) or not isinstance(row.get("text"), str):
-                wrong.append(number)
+            wrong += [f"{where} {why}"] if why else []
+    except FolderChoice as choice:
+        return [choice.problem(shown(path), written="nowhere")]
     if count and not wrong:
         return []
-    numbers = ", ".join(map(str, wrong[:20])) + (f" and {len(wrong) - 20} more" if len(wrong) > 20 else "")
+    place = (path.parent if path.is_file() else path) / (wrong[0].split(" ", 1)[0] if wrong else "")
     return [
         Problem(
             what=f"{len(wrong)} malformed rows in the general text." if wrong else "The general text is empty.",
-            where=f"{shown(path)}:{wrong[0]}" if wrong else shown(path),
-            why=f"Lines {numbers} are not {{'text': '...'}}." if wrong else "Its text is measured or calibrated on.",
-            next='Write one object with `text` per line: {"text": "..."}, or leave the field out.',
+            where=shown(place if wrong else path),
+            why=f"Each row is one text:{first_lines(wrong)}" if wrong else "Its text is measured or calibrated on.",
+            next='Give it rows with a column `text`, such as lines {"text": "..."}, or leave the field out.',
         )
     ]
 
@@ -195,55 +159,83 @@ def _empty_sides(loaded: Loaded, sides: Sides) -> Iterator[Problem]:
 
 def _calibration(loaded: Loaded, sides: Sides) -> Iterator[Problem]:
     recipe, train = loaded.recipe, sides.rows["train"]
+    if len(train) < FEWEST_ROWS:
+        yield too_few(len(train), where=recipe.data.field(0), dev=recipe.data.dev, test=recipe.data.test)
+        return
     if len(train) < recipe.calibrate.rows:
-        enough = len(train) >= LEAST_ROWS
         yield Problem(
             what=f"train has {len(train)} rows; calibration asks for {recipe.calibrate.rows}.",
             where="calibrate.rows",
-            why=f"Calibration rows come from train only, and fewer than {LEAST_ROWS} starve the Hessian.",
+            why=f"Calibration rows come from train only; fewer than {LEAST_ROWS} have to be allowed, since they starve "
+            "the Hessian.",
             next=f"Set calibrate.rows to {len(train)}."
-            if enough
-            else f"Give at least {least_rows(recipe.data.dev, recipe.data.test)} rows in all.",
+            if len(train) >= LEAST_ROWS
+            else f"Set calibrate.rows to {with_spare(len(train))} and calibrate.allow_unusual_size to "
+            f"`{few_rows(len(train))}`, or give at least {least_rows(recipe.data.dev, recipe.data.test)} rows in all.",
         )
         return
     yield from _shares(loaded, train)
     needed = TOKENS_PER_INPUT * _widest(loaded)
-    largest = sorted((token_bound(row.messages) for row in train), reverse=True)[: recipe.calibrate.rows]
+    largest = sorted(train.bounds, reverse=True)[: recipe.calibrate.rows]
     if sum(largest) < needed:
         rows = math.ceil(needed * len(largest) / sum(largest))
         yield Problem(
             what=f"Calibration needs {needed} tokens; {recipe.calibrate.rows} rows have {sum(largest)} at most.",
             where="calibrate.rows",
             why=f"With fewer than {TOKENS_PER_INPUT} tokens per input, the widest layer's Hessian is badly estimated.",
-            next=f"Raise calibrate.rows to {rows} or more." if rows <= MOST_ROWS else "Give longer rows.",
+            next=f"Raise calibrate.rows to {rows} or more."
+            if rows <= min(MOST_ROWS, len(train))
+            else "Give more rows, or longer ones.",
         )
 
 
-def _shares(loaded: Loaded, train: Sequence[Row]) -> Iterator[Problem]:
+def _shares(loaded: Loaded, train: SideRows) -> Iterator[Problem]:
     """Shares for domains that train does not have, or has too few rows of."""
     stratify, rows = loaded.recipe.calibrate.stratify, loaded.recipe.calibrate.rows
     if not isinstance(stratify, dict):
         return
-    sizes = Counter(row.domain(loaded.recipe.data.domain_column) for row in train)
     for name, share in stratify.items():
-        if sizes[name] < math.floor(share * rows):
+        if train.domains[name] < math.floor(share * rows):
             yield Problem(
-                what=f"train has {sizes[name]} rows of the domain `{name}`; its share is {share:g} of {rows}.",
+                what=f"train has {train.domains[name]} rows of the domain `{name}`; its share is {share:g} of {rows}.",
                 where="calibrate.stratify",
                 why="Given shares are kept exactly.",
-                next=f"Lower its share or calibrate.rows; domains are {', '.join(sorted(sizes))}.",
+                next=f"Lower its share or calibrate.rows; domains are {', '.join(sorted(train.domains))}.",
             )
 
 
-def least_rows(dev: float, test: float) -> int:
-    """Rows of which about 128 fall on train."""
-    return math.ceil(LEAST_ROWS / (1 - dev - test))
+def too_few(train: int, *, where: str, dev: float, test: float) -> Problem:
+    """What is wrong with fewer than 32 rows of train, in init, in the check and in prepare.
+
+    Args:
+        train: How many there are.
+        where: Path or field of the data.
+        dev: Share of dev.
+        test: Share of test.
+    """
+    return Problem(
+        what=f"train has {train} rows; at least {FEWEST_ROWS} are needed.",
+        where=where,
+        why="With fewer, nothing that is measured could tell one model from another, and calibration would follow "
+        "single rows.",
+        next=f"Give about {least_rows(dev, test, train=FEWEST_ROWS)} rows or more in all; from "
+        f"{least_rows(dev, test)} on calibration is of the usual size.",
+    )
 
 
-def token_bound(messages: Sequence[Message]) -> int:
-    """An upper bound of the turns' tokens: one per byte, and 32 for the template around each turn."""
-    calls = (json.dumps(turn["tool_calls"]) for turn in messages if turn.get("tool_calls"))
-    return sum(len((turn.get("content") or "").encode()) + 32 for turn in messages) + sum(map(len, calls))
+def least_rows(dev: float, test: float, *, train: int = LEAST_ROWS) -> int:
+    """Rows of which about so many fall on train."""
+    return math.ceil(train / (1 - dev - test))
+
+
+def with_spare(train: int) -> int:
+    """Calibration rows that so many rows of train give for sure: prepare leaves long ones out, calibrate equal ones."""
+    return train * 9 // 10
+
+
+def few_rows(train: int) -> str:
+    """A reason for calibrate.allow_unusual_size."""
+    return f"train has {train} rows"
 
 
 def _widest(loaded: Loaded) -> int:
@@ -255,14 +247,28 @@ def _widest(loaded: Loaded) -> int:
         return 0
 
 
-def _summary(loaded: Loaded, sides: Sides) -> dict[str, Any]:
-    data = loaded.recipe.data
+def _summary(loaded: Loaded, read: RowsRead) -> dict[str, Any]:
+    data, sides = loaded.recipe.data, read.sides
     counts: dict[str, Any] = {"rows": sum(map(len, sides.rows.values())), "duplicates": sides.duplicates}
+    if left_out := sum(source.left_out for source in read.sources):
+        counts["left out by data.keep"] = left_out
     if sides.not_drawn:
         counts["left out by weight"] = sides.not_drawn
     for name, rows in sides.rows.items():
         counts[name] = {"rows": len(rows)}
         if data.domain_column or any(source.domain for source in data.parts):
-            domains = Counter(row.domain(data.domain_column) for row in rows)
-            counts[name]["domains"] = dict(sorted(domains.items()))
-    return counts
+            counts[name]["domains"] = dict(sorted(rows.domains.items()))
+    return counts | _doubles(loaded, read)
+
+
+def _doubles(loaded: Loaded, read: RowsRead) -> dict[str, str]:
+    """What is said of near-duplicates and leaks."""
+    data, doubles = loaded.recipe.data, read.doubles
+    if data.near_duplicates == "ignore":
+        return {"leaks": NOT_LOOKED_FOR}
+    if doubles is None:
+        return {}
+    return {
+        "near-duplicates": doubles.words(jaccard=data.near_duplicate_jaccard, mode=data.near_duplicates),
+        "leaks": doubles.leaks.words(read.places.__getitem__),
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from recipes.checks.lm_eval_tasks import find_tasks
@@ -139,25 +139,50 @@ def _tasks(scorer: LmEvalSpec, loaded: Loaded, field: str) -> Iterator[Problem]:
         )
 
 
-def row_problems(loaded: Loaded, rows: Sequence[Row], held_out: Sequence[Row]) -> Iterator[Problem]:
-    """What only reading every row shows: databases that rows name, rows of dev and test with nothing to compare with.
+class RowChecks:
+    """What only reading every row shows: databases that rows name, rows of dev and test without an answer."""
 
-    Args:
-        loaded: The recipe.
-        rows: All rows.
-        held_out: Those of dev and test.
-    """
-    for scorer in loaded.recipe.evaluate.scorers:
-        if isinstance(scorer, SqlExecutionSpec):
-            yield from _row_databases(scorer, loaded.resolve(scorer.databases), rows)
-    if unanswered := [row.where for row in held_out if not row.is_text and not _answers(row)]:
-        yield Problem(
-            what=f"{len(unanswered)} rows of dev and test have no reference answer.",
-            where=unanswered[0],
-            why=f"Their last turn is thinking and nothing behind it, so no answer can be scored: "
-            f"{', '.join(unanswered[:SHOWN])}.",
-            next="Write the answer behind </think>, or remove these rows.",
-        )
+    def __init__(self, loaded: Loaded) -> None:
+        """No rows yet.
+
+        Args:
+            loaded: The recipe.
+        """
+        self._databases = [
+            (scorer.schema_column, loaded.resolve(scorer.databases))
+            for scorer in loaded.recipe.evaluate.scorers
+            if isinstance(scorer, SqlExecutionSpec)
+        ]
+        self._first: dict[str, dict[str, str]] = {column: {} for column, _ in self._databases}
+        self._unanswered: list[str] = []
+        self._unanswered_count = 0
+
+    def add(self, row: Row, *, held_out: bool) -> None:
+        """The next row.
+
+        Args:
+            row: The row.
+            held_out: It is in dev or test.
+        """
+        for column, first in self._first.items():
+            first.setdefault(str(row.columns[column]), row.where)
+        if held_out and not row.is_text and not _answers(row):
+            self._unanswered_count += 1
+            if self._unanswered_count <= SHOWN:
+                self._unanswered.append(row.where)
+
+    def problems(self) -> Iterator[Problem]:
+        """What is wrong with the rows so far."""
+        for column, folder in self._databases:
+            yield from _row_databases(column, folder, self._first[column])
+        if self._unanswered:
+            yield Problem(
+                what=f"{self._unanswered_count} rows of dev and test have no reference answer.",
+                where=self._unanswered[0],
+                why=f"Their last turn is thinking and nothing behind it, so no answer can be scored: "
+                f"{', '.join(self._unanswered)}.",
+                next="Write the answer behind </think>, or remove these rows.",
+            )
 
 
 def _answers(row: Row) -> bool:
@@ -166,16 +191,13 @@ def _answers(row: Row) -> bool:
     return bool(turn.get("tool_calls") or str(turn.get("content") or "").rpartition("</think>")[2].strip())
 
 
-def _row_databases(scorer: SqlExecutionSpec, folder: Path, rows: Sequence[Row]) -> Iterator[Problem]:
-    first: dict[str, str] = {}
-    for row in rows:
-        first.setdefault(str(row.columns[scorer.schema_column]), row.where)
+def _row_databases(column: str, folder: Path, first: Mapping[str, str]) -> Iterator[Problem]:
     databases = {path.stem for path in folder.glob("*.sql")}  # a row's value is compared, it never becomes a path
     absent = [name for name in first if name not in databases]
     if absent and folder.is_dir():
         yield Problem(
             what=f"{len(absent)} databases are missing: {', '.join(f'{name}.sql' for name in absent[:SHOWN])}.",
             where=first[absent[0]],
-            why=f"Rows name them in `{scorer.schema_column}`, and their answers are run on them.",
+            why=f"Rows name them in `{column}`, and their answers are run on them.",
             next=f"Put them into {shown(folder)}.",
         )

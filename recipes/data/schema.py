@@ -89,8 +89,10 @@ class Data(RowFields):
     """Tokens per row. Longer rows lose whole turns at the start, never a part of a completion; a plain text loses its
     end. What is lost is counted."""
     near_duplicates: Literal["count", "remove", "ignore"] = "count"
-    """Rows that are almost equal to another one, by their word 5-grams (system turns left out). `remove` keeps the copy
-    in test, then the one in dev; rows of test are never removed."""
+    """Rows that are almost equal to another one, by their 5-grams: of words, and of characters where the writing has no
+    spaces (Chinese, Japanese, Thai ...); system turns are left out. `remove` keeps the copy in test, then the one in
+    dev; rows of test are never removed. With `ignore`, leaks between train and dev or test are not looked for either;
+    see `calibrate.max_near_duplicates`."""
     near_duplicate_jaccard: Annotated[float, Field(ge=0.5, lt=1)] = 0.9
     """Jaccard similarity from which rows are almost equal. MinHash proposes pairs, which are then compared exactly:
     at least 8 in 10 of the pairs just at the limit are found, and with a limit of 0.9, 99 in 100 of the pairs at

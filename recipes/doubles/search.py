@@ -21,7 +21,7 @@ from recipes.problem import Problem
 
 LEAK = 0.9  # Jaccard similarity from which a row of train is a near-twin of one of dev or test
 SHOWN = 10  # leaks that are named
-NOT_LOOKED_FOR = "leaks between train and dev or test were not looked for: data.near_duplicates is ignore"
+NOT_LOOKED_FOR = "not looked for between train and dev or test: data.near_duplicates is ignore"
 
 
 class Pair(NamedTuple):

@@ -7,26 +7,41 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet as pq
 
 from recipes.data.turns import Message
-from recipes.schema import LEAST_ROWS, MOST_ROWS
-from tasks.jobs.text.leaks import HeldOutRow, near_twins, refuse_leaks, without_near_duplicates
+from recipes.schema import FEWEST_ROWS, LEAST_ROWS, MOST_ROWS
+from tasks.jobs.text.leaks import HeldOut, StoredTurns, near_twins, refuse_leaks, without_near_duplicates
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
 
+pc: Any = pyarrow.compute  # its functions are made when it is imported: no types
 CALIBSET = pa.schema([("sequence", pa.int32()), ("rows", pa.list_(pa.string())), ("input_ids", pa.list_(pa.int32()))])
 LENGTHS = ("short", "middle", "long")  # terciles of a domain's rows by tokens
 PREVIEW_ROWS = 5
 
 
+DRAWABLE = pa.schema(
+    [("row", pa.string()), ("domain", pa.string()), ("messages", pa.string()), ("input_ids", pa.list_(pa.int32()))]
+)
+
+
+class Candidate(NamedTuple):
+    """A row that may be drawn; what it holds stays in the table of train, at this place."""
+
+    row: str
+    domain: str
+    tokens: int
+    place: int
+
+
 class DrawableRow(NamedTuple):
-    """A row that may be drawn."""
+    """A row that is drawn."""
 
     row: str
     domain: str
@@ -34,9 +49,17 @@ class DrawableRow(NamedTuple):
     input_ids: list[int]
 
     @property
+    def tokens(self) -> int:
+        """How many."""
+        return len(self.input_ids)
+
+    @property
     def turns(self) -> list[Message]:
         """Its turns."""
         return json.loads(self.messages)
+
+
+AnyRow = TypeVar("AnyRow", Candidate, DrawableRow)
 
 
 class Packed(NamedTuple):
@@ -56,7 +79,7 @@ class Pool(NamedTuple):
         near_duplicates: Rows that are almost equal to one that may be drawn.
     """
 
-    strata: dict[str, list[DrawableRow]]
+    strata: dict[str, list[Candidate]]
     train: int
     too_long: int
     near_duplicates: int
@@ -83,19 +106,19 @@ def run(job: Job) -> dict[str, Any]:
             test, too; too many near-twins of these.
     """
     path = job.inputs["dataset"].path / "rows.parquet"
-    columns = ["row", "split", "domain", "messages", "input_ids"]
-    rows = pq.read_table(path, columns=columns).to_pylist()
-    train, held = ([row for row in rows if (row["split"] == "train") == in_train] for in_train in (True, False))
+    rows = pq.read_table(path, columns=["split", *DRAWABLE.names])
+    in_train = pc.equal(rows["split"], "train")
+    train, held = rows.filter(in_train), rows.filter(pc.invert(in_train))
     refuse_leaks(train, held, path=path)
     return calibset(train, held, job=job)
 
 
-def calibset(train: list[dict[str, Any]], held: list[dict[str, Any]], *, job: Job) -> dict[str, Any]:
+def calibset(train: pa.Table, held: pa.Table | None, *, job: Job) -> dict[str, Any]:
     """Draw from `train`, pack and write what run() says.
 
     Args:
         train: row (name), domain, messages (JSON), input_ids.
-        held: The same of dev and test, with their split.
+        held: The same of dev and test, with their split; None where nothing is held out.
         job: Params of the calibrate step.
 
     Raises:
@@ -105,15 +128,20 @@ def calibset(train: list[dict[str, Any]], held: list[dict[str, Any]], *, job: Jo
     pool = _pool(train, job)
     if pool.rows < params["rows"]:
         raise _too_few_rows(params, pool)
-    drawn = _draw(pool.strata, counts=_counts(pool.strata, params), seed=params["seed"])
+    candidates = _draw(pool.strata, counts=_counts(pool.strata, params), seed=params["seed"])
+    drawn = [
+        DrawableRow(row.row, row.domain, train["messages"][row.place].as_py(), train["input_ids"][row.place].as_py())
+        for row in candidates
+    ]
     tokens = sum(len(row.input_ids) for row in drawn)
     if tokens < params.get("min_tokens", 0):
         raise _too_few_tokens(params, tokens=tokens, pool=pool)
     twins = 0
-    if held:
+    if held is not None:
+        splits = dict(zip(held["row"].to_pylist(), held["split"].to_pylist(), strict=True))
         twins = near_twins(
             {row.row: row.turns for row in drawn},
-            {row["row"]: HeldOutRow(row["split"], json.loads(row["messages"])) for row in held},
+            HeldOut(splits, StoredTurns(held["messages"], {name: place for place, name in enumerate(splits)})),
             most=params["max_near_duplicates"],
             job=job,
         )
@@ -159,22 +187,22 @@ def _note(job: Job, summary: dict[str, Any], pool: Pool) -> None:
         )
 
 
-def _pool(train: list[dict[str, Any]], job: Job) -> Pool:
+def _pool(train: pa.Table, job: Job) -> Pool:
     """Rows of train that fit a sequence, each of them unlike the others."""
     seq_len = job.params["seq_len"]
-    fitting = {
-        row["row"]: DrawableRow(row["row"], row["domain"], row["messages"], row["input_ids"])
-        for row in sorted(train, key=itemgetter("row"))
-        if len(row["input_ids"]) <= seq_len
-    }
-    distinct = without_near_duplicates({name: row.turns for name, row in fitting.items()})
-    strata: dict[str, list[DrawableRow]] = defaultdict(list)
+    names, domains = train["row"].to_pylist(), train["domain"].to_pylist()
+    tokens = pc.list_value_length(train["input_ids"]).to_pylist()
+    every = (Candidate(names[place], domains[place], tokens[place], place) for place in range(len(train)))
+    fitting = {candidate.row: candidate for candidate in sorted(every) if candidate.tokens <= seq_len}
+    places = {name: candidate.place for name, candidate in fitting.items()}
+    distinct = without_near_duplicates(StoredTurns(train["messages"], places))
+    strata: dict[str, list[Candidate]] = defaultdict(list)
     for name in distinct:
         strata[fitting[name].domain].append(fitting[name])
     return Pool(strata, len(train), len(train) - len(fitting), len(fitting) - len(distinct))
 
 
-def _counts(strata: Mapping[str, Sequence[DrawableRow]], params: dict[str, Any]) -> dict[str, int]:
+def _counts(strata: Mapping[str, Sequence[Candidate]], params: dict[str, Any]) -> dict[str, int]:
     """Rows to draw from each domain.
 
     Raises:
@@ -238,12 +266,12 @@ def pack(rows: list[DrawableRow], *, seq_len: int) -> list[list[DrawableRow]]:
     return sequences
 
 
-def _draw(strata: Mapping[str, Sequence[DrawableRow]], *, counts: Mapping[str, int], seed: int) -> list[DrawableRow]:
+def _draw(strata: Mapping[str, Sequence[Candidate]], *, counts: Mapping[str, int], seed: int) -> list[Candidate]:
     """A seeded sample of each stratum, each with its own generator: its rows do not depend on other strata.
 
     A domain's rows come in equal parts from its short, middle and long ones.
     """
-    drawn: list[DrawableRow] = []
+    drawn: list[Candidate] = []
     for domain, count in counts.items():
         thirds = by_length(strata[domain])
         sizes = {name: len(rows) for name, rows in thirds.items()}
@@ -252,9 +280,9 @@ def _draw(strata: Mapping[str, Sequence[DrawableRow]], *, counts: Mapping[str, i
     return drawn
 
 
-def by_length(rows: Sequence[DrawableRow]) -> dict[str, list[DrawableRow]]:
+def by_length(rows: Sequence[AnyRow]) -> dict[str, list[AnyRow]]:
     """Terciles by tokens, ties by name; of equal size to within one row."""
-    ordered = sorted(rows, key=lambda row: (len(row.input_ids), row.row))
+    ordered = sorted(rows, key=lambda row: (row.tokens, row.row))
     ends = [len(ordered) * third // 3 for third in range(4)]
     return {name: ordered[ends[i] : ends[i + 1]] for i, name in enumerate(LENGTHS)}
 
@@ -265,9 +293,11 @@ def _most(params: dict[str, Any], fitting: int) -> int:
 
 
 def _too_few_rows(params: dict[str, Any], pool: Pool) -> StageError:
-    remedy = (
-        f"set calibrate.rows to {min(pool.rows, MOST_ROWS)}" if pool.rows >= LEAST_ROWS else "give more training rows"
-    )
+    remedy = f"set calibrate.rows to {min(pool.rows, MOST_ROWS)}"
+    if pool.rows < LEAST_ROWS:
+        remedy = "give more training rows"
+        if pool.rows >= FEWEST_ROWS:
+            remedy += f", or set calibrate.rows to {pool.rows} and give calibrate.allow_unusual_size a reason"
     if pool.too_long:
         remedy += ", or raise calibrate.seq_len"
     return StageError.of(

@@ -9,9 +9,11 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from recipes.data.rows import Row, malformed, read_rows
 from recipes.models.chat_template import read_template
-from tasks.jobs.calibrate import calibset
+from tasks.jobs.calibrate import DRAWABLE, calibset
 from tasks.jobs.text.chat_template import TemplateSettings
 from tasks.jobs.text.conversation import Conversation, RowError
 from tasks.jobs.text.rendering import Renderer, Sample
@@ -47,7 +49,7 @@ def run(job: Job) -> dict[str, Any]:
         f"{len(read.rows)} of the form {read.format}, {len(read.rows) - len(unique)} of them repeated; "
         f"{len(records)} fit {job.params['seq_len']} tokens",
     )
-    return calibset(records, [], job=job)
+    return calibset(pa.Table.from_pylist(records, schema=DRAWABLE), None, job=job)
 
 
 def _texts(rows: dict[str, Row], job: Job) -> Iterator[dict[str, Any]]:

@@ -72,6 +72,7 @@ def test_it_ends_with_the_next_command(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     made = init("base", "tickets.jsonl", out=Path("recipe.yaml"))
     assert made.text.splitlines()[-1].strip() == "quench run recipe.yaml" == made.next
+    assert "look at what is trained: quench show recipe.yaml" in made.text
     assert json.loads(json.dumps(made.as_dict()))["path"] == "recipe.yaml"
 
 
@@ -159,10 +160,39 @@ def test_a_second_template_is_refused(tmp_path: Path):
     assert "Leave --chat-template out" in refused(tmp_path, chat_template="chatml")[0].next
 
 
-def test_small_data_is_refused_with_the_reason(tmp_path: Path):
-    project(tmp_path, rows=100)
+@pytest.mark.parametrize("rows", [60, 100, 160])
+def test_few_rows_get_a_recipe_with_a_note(tmp_path: Path, rows: int):
+    project(tmp_path, rows=rows, intermediate=128)
+    made = start(tmp_path)
+    loaded = load(made.path)
+    assert [*check(loaded), *check_data(loaded).problems] == []
+    calibrate, train = loaded.recipe.calibrate, check_data(loaded).summary["train"]["rows"]
+    assert 32 <= train < 128 and calibrate.rows == train * 9 // 10
+    assert calibrate.allow_unusual_size == f"train has {train} rows"
+    assert "# a reason; more rows would calibrate better" in loaded.text
+    assert "The gate can hardly pass: test has" in made.notes["gate"]
+    written = made.path.read_text()
+    made.path.write_text(written.replace("allow_unusual_size", "# allow_unusual_size"))
+    with pytest.raises(RecipeError, match="it has to be 128 to 512"):
+        load(made.path)
+
+
+def test_enough_rows_need_no_note(tmp_path: Path):
+    project(tmp_path, rows=2000)
+    made = start(tmp_path)
+    assert load(made.path).recipe.calibrate.allow_unusual_size is None and "unusual" not in made.path.read_text()
+
+
+def test_few_rows_have_to_give_the_tokens_all_the_same(tmp_path: Path):
+    project(tmp_path, rows=100, intermediate=8192)
     (problem,) = refused(tmp_path)
-    assert "at least 128" in problem.what and "Hessian" in problem.why and "171" in problem.next
+    assert problem.what.startswith("Calibration needs 32768 tokens") and "more rows, or longer ones" in problem.next
+
+
+def test_fewer_than_32_rows_of_train_are_refused(tmp_path: Path):
+    project(tmp_path, rows=35)
+    (problem,) = refused(tmp_path)
+    assert "at least 32" in problem.what and "43" in problem.next and "171" in problem.next
 
 
 def test_a_base_that_no_group_size_divides_gets_a_scheme_without_groups(tmp_path: Path):

@@ -1,12 +1,14 @@
 """`quench check --data`: every row."""
 
+import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from recipes.checks.check import check, check_data
 from recipes.checks.rows import TOKENS_PER_INPUT
-from recipes.data.rows import content_hash, side
+from recipes.data.rows import read_rows, side
 from recipes.problem import Problem
 from recipes.read.load import load
 from tests.recipes.folders import chat, write_project, write_rows
@@ -32,8 +34,8 @@ def test_summary_counts_rows_by_side_and_domain(tmp_path: Path):
     assert (checked.summary["rows"], checked.summary["duplicates"]) == (300, 1)
     assert checked.summary["format"] == "messages, detected from rows.jsonl:1"
     expected = {"train": 0, "dev": 0, "test": 0}
-    for row in rows:
-        expected[side(content_hash(row["messages"])[:16], salt="", dev=0.1, test=0.15)] += 1
+    for row in read_rows(tmp_path / "rows.jsonl").rows[:300]:
+        expected[side(row.question, salt="", dev=0.1, test=0.15)] += 1
     for name, count in expected.items():
         assert checked.summary[name]["rows"] == count > 0
         assert sum(checked.summary[name]["domains"].values()) == count
@@ -80,15 +82,69 @@ def test_a_bad_first_row_is_told_once(tmp_path: Path):
 def test_equal_rows_in_two_groups_could_stand_in_test_and_train(tmp_path: Path):
     recipe = write_project(tmp_path)
     rows = [chat(number, thread=f"t{number}") for number in range(260)]
-    twin = chat(3, thread="another")
-    twin["messages"][0]["content"] = "  " + twin["messages"][0]["content"].replace(
-        " ", "\n"
-    )  # equal but for white space
-    write_rows(tmp_path / "rows.jsonl", [*rows, twin])
+    other = chat(5, thread="t6")
+    other["messages"][0]["content"] += " "  # another row: white space counts
+    write_rows(tmp_path / "rows.jsonl", [*rows, chat(3, thread="another"), chat(4, thread="t4"), other])
     problem = only(recipe, "data.group=thread")
-    assert "rows.jsonl:4 (t3) and rows.jsonl:261 (another)" in problem.why
+    assert "rows.jsonl:4 (t3) and rows.jsonl:261 (another)" in problem.why and problem.what.startswith("1 rows equal")
     assert problem.where.endswith("data.group") and "test row could equal a train row" in problem.what
     assert problems(recipe) == []  # without groups equal rows are one row
+
+
+def test_only_twenty_torn_rows_are_named(tmp_path: Path):
+    recipe = write_project(tmp_path)
+    again = [chat(number, thread="another") for number in range(25)]
+    write_rows(tmp_path / "rows.jsonl", [*(chat(number, thread=f"t{number}") for number in range(260)), *again])
+    problem = only(recipe, "data.group=thread")
+    assert problem.what.startswith("25 rows") and problem.why.count("rows.jsonl:") == 40 and "and 5 more" in problem.why
+
+
+WORDS = [f"w{number}" for number in range(3000)]
+
+
+def like(number: int, of: int, **columns: Any) -> dict[str, Any]:
+    """A row of 60 words; those of one `of` differ in the first word alone."""
+    words = random.Random(of).choices(WORDS, k=60)
+    said = [
+        {"role": "user", "content": " ".join([str(number), *words])},
+        {"role": "assistant", "content": f"it is {of}"},
+    ]
+    return {"messages": said, **columns}
+
+
+def test_near_twins_across_sides_are_said_and_too_many_refused(tmp_path: Path):
+    recipe = write_project(tmp_path)
+    rows = [like(number, of=number // 2) for number in range(60)]
+    write_rows(tmp_path / "rows.jsonl", [*map(chat, range(300)), *rows])
+    problem = only(recipe)
+    assert problem.where.endswith("calibrate.max_near_duplicates") and "near-twins (Jaccard >= 0.9)" in problem.what
+    leaks = int(problem.what.split(" ", 1)[0])
+    assert 3 < leaks < 30 and problem.why.count(" like rows.jsonl:") == min(10, leaks)
+    assert "data.near_duplicates: remove" in problem.next
+    allowed = check_data(load(recipe, sets=["calibrate.max_near_duplicates=0.2"]))
+    assert allowed.problems == [] and allowed.summary["leaks"].startswith(f"{leaks} of ")
+    assert allowed.summary["near-duplicates"].startswith("30 rows share 0.9 or more")
+    removed = check_data(load(recipe, sets=["data.near_duplicates=remove"]))
+    assert removed.problems == [] and removed.summary["leaks"].startswith("0 of ")
+    assert removed.summary["test"] == allowed.summary["test"]  # none of test goes
+    gone = [allowed.summary[name]["rows"] - removed.summary[name]["rows"] for name in ("train", "dev")]
+    assert f"; {sum(gone)} removed" in removed.summary["near-duplicates"] and leaks <= gone[0] <= 30
+    ignored = check_data(load(recipe, sets=["data.near_duplicates=ignore"]))
+    assert ignored.problems == [] and "not looked for" in ignored.summary["leaks"]
+    assert ignored.summary["train"] == allowed.summary["train"]
+
+
+def test_rows_that_go_on_from_one_conversation_leak_where_a_group_tears_them_apart(tmp_path: Path):
+    recipe = write_project(tmp_path)
+    rows: list[dict[str, Any]] = [chat(number, id=f"i{number}") for number in range(300)]
+    for number in range(60):
+        begun = chat(1000 + number // 6)["messages"]
+        rows.append({"messages": [*begun, *chat(2000 + number)["messages"]], "id": f"c{number}"})
+    write_rows(tmp_path / "rows.jsonl", rows)
+    problem = only(recipe, "data.group=id")
+    assert " share an answer with all turns before it" in problem.what and " shares with rows.jsonl:" in problem.why
+    assert "one value of `id`, or leave it out" in problem.next
+    assert problems(recipe) == []  # by default all of them are on the side of their first question
 
 
 def test_fewer_rows_than_calibration_needs(tmp_path: Path):
@@ -98,8 +154,27 @@ def test_fewer_rows_than_calibration_needs(tmp_path: Path):
     assert f"train has {train} rows" in problem.what and problem.next == f"Set calibrate.rows to {train}."
     write_rows(tmp_path / "rows.jsonl", map(chat, range(140)))
     problem = only(recipe)
+    train = check_data(load(recipe)).summary["train"]["rows"]
     assert "at least 171 rows" in problem.next  # 128 / (1 - 0.1 - 0.15)
+    assert f"calibrate.rows to {train * 9 // 10} and calibrate.allow_unusual_size to `train has {train} rows`" in (
+        problem.next
+    )
     assert "calibrate.rows" in problem.where
+    few = [f"calibrate.rows={train * 9 // 10}", f"calibrate.allow_unusual_size=train has {train} rows"]
+    checked = check_data(load(recipe, sets=few))
+    assert checked.problems == [] and checked.warnings[0].what.startswith("The gate can hardly pass")
+
+
+def test_fewer_than_32_rows_of_train_are_refused_whatever_is_allowed(tmp_path: Path):
+    recipe = write_project(tmp_path)
+    few = ("calibrate.rows=20", "calibrate.allow_unusual_size=few", "data.dev=0.2", "data.test=0.2")
+    write_rows(tmp_path / "rows.jsonl", map(chat, range(45)))
+    train = check_data(load(recipe, sets=few)).summary["train"]["rows"]
+    problem = only(recipe, *few)
+    assert train < 32 and problem.what == f"train has {train} rows; at least 32 are needed."
+    assert "about 54 rows or more" in problem.next and problem.where.endswith("data.path")
+    write_rows(tmp_path / "rows.jsonl", map(chat, range(90)))
+    assert problems(recipe, *few) == []
 
 
 def test_too_few_tokens_for_the_widest_layer(tmp_path: Path):

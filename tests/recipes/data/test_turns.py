@@ -223,10 +223,11 @@ def test_columns_by_name_and_by_template(tmp_path: Path):
     assert read.columns["group"] == "7-b" and read.group("group") == "7-b"
     gap = read_one(tmp_path, row | {"context": " "}, columns=columns)
     assert gap.messages[0]["content"] == "Rain?"
-    gap = read_one(tmp_path, row | {"question": None}, columns=columns)
+    gap = read(tmp_path, row, row | {"question": None}, columns=columns).rows[1]
     assert gap.messages[0]["content"] == "Oslo"
     labels = (("prompt", "Question: {question}\nContext: {context}"), ("completion", "answer"))
-    assert read_one(tmp_path, row | {"context": None}, columns=labels).messages[0]["content"] == "Question: Rain?"
+    gap = read(tmp_path, row, row | {"context": None}, columns=labels).rows[1]
+    assert gap.messages[0]["content"] == "Question: Rain?"
     assert "no text as `doc`" in wrong(tmp_path, row | {"doc": [1]}, columns=(("prompt", "{doc}"), *labels[1:]))
 
 
