@@ -6,8 +6,8 @@ import json
 import math
 import random
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from operator import itemgetter
+from collections.abc import Iterator, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,17 +26,42 @@ PREVIEW_ROWS = 5
 
 
 class DrawableRow(NamedTuple):
-    """A row that may be drawn."""
+    """A row that may be drawn; its turns and tokens stay in the table.
+
+    Attributes:
+        row: Its name.
+        domain: Its domain.
+        tokens: How many it has.
+        table: `messages` (JSON) and `input_ids` of all rows.
+        place: Its place there.
+    """
 
     row: str
     domain: str
-    messages: str
-    input_ids: list[int]
+    tokens: int
+    table: pa.Table
+    place: int
+
+    @classmethod
+    def all_of(cls, table: pa.Table) -> list[DrawableRow]:
+        """Every row of a table with the columns row, domain, messages and input_ids."""
+        tokens = [len(ids) for ids in table["input_ids"]]
+        return [
+            cls(row, domain, count, table, place)
+            for place, (row, domain, count) in enumerate(
+                zip(table["row"].to_pylist(), table["domain"].to_pylist(), tokens, strict=True)
+            )
+        ]
+
+    @property
+    def input_ids(self) -> list[int]:
+        """Its tokens."""
+        return self.table["input_ids"][self.place].as_py()
 
     @property
     def turns(self) -> list[Message]:
         """Its turns."""
-        return json.loads(self.messages)
+        return json.loads(self.table["messages"][self.place].as_py())
 
 
 class Packed(NamedTuple):
@@ -84,18 +109,19 @@ def run(job: Job) -> dict[str, Any]:
     """
     path = job.inputs["dataset"].path / "rows.parquet"
     columns = ["row", "split", "domain", "messages", "input_ids"]
-    rows = pq.read_table(path, columns=columns).to_pylist()
-    train, held = ([row for row in rows if (row["split"] == "train") == in_train] for in_train in (True, False))
-    refuse_leaks(train, held, path=path)
+    train, held = (
+        pq.read_table(path, columns=columns, filters=[("split", operator, "train")]) for operator in ("==", "!=")
+    )
+    refuse_leaks(_dicts(train), _dicts(held), path=path)
     return calibset(train, held, job=job)
 
 
-def calibset(train: list[dict[str, Any]], held: list[dict[str, Any]], *, job: Job) -> dict[str, Any]:
+def calibset(train: pa.Table, held: pa.Table | None, *, job: Job) -> dict[str, Any]:
     """Draw from `train`, pack and write what run() says.
 
     Args:
-        train: row (name), domain, messages (JSON), input_ids.
-        held: The same of dev and test, with their split.
+        train: Columns row (name), domain, messages (JSON), input_ids.
+        held: The same of dev and test, with their split; None where there are none.
         job: Params of the calibrate step.
 
     Raises:
@@ -106,14 +132,14 @@ def calibset(train: list[dict[str, Any]], held: list[dict[str, Any]], *, job: Jo
     if pool.rows < params["rows"]:
         raise _too_few_rows(params, pool)
     drawn = _draw(pool.strata, counts=_counts(pool.strata, params), seed=params["seed"])
-    tokens = sum(len(row.input_ids) for row in drawn)
+    tokens = sum(row.tokens for row in drawn)
     if tokens < params.get("min_tokens", 0):
         raise _too_few_tokens(params, tokens=tokens, pool=pool)
     twins = 0
-    if held:
+    if held is not None and len(held):
         twins = near_twins(
             {row.row: row.turns for row in drawn},
-            {row["row"]: HeldOutRow(row["split"], json.loads(row["messages"])) for row in held},
+            (HeldOutRow(row["row"], row["split"], json.loads(row["messages"])) for row in _dicts(held)),
             most=params["max_near_duplicates"],
             job=job,
         )
@@ -159,15 +185,18 @@ def _note(job: Job, summary: dict[str, Any], pool: Pool) -> None:
         )
 
 
-def _pool(train: list[dict[str, Any]], job: Job) -> Pool:
+def _dicts(table: pa.Table) -> Iterator[dict[str, Any]]:
+    """The rows, a thousand of them as Python values at once."""
+    for batch in table.to_batches(max_chunksize=1000):
+        yield from batch.to_pylist()
+
+
+def _pool(train: pa.Table, job: Job) -> Pool:
     """Rows of train that fit a sequence, each of them unlike the others."""
     seq_len = job.params["seq_len"]
-    fitting = {
-        row["row"]: DrawableRow(row["row"], row["domain"], row["messages"], row["input_ids"])
-        for row in sorted(train, key=itemgetter("row"))
-        if len(row["input_ids"]) <= seq_len
-    }
-    distinct = without_near_duplicates({name: row.turns for name, row in fitting.items()})
+    every = sorted(DrawableRow.all_of(train), key=attrgetter("row"))
+    fitting = {row.row: row for row in every if row.tokens <= seq_len}
+    distinct = without_near_duplicates((name, row.turns) for name, row in fitting.items())
     strata: dict[str, list[DrawableRow]] = defaultdict(list)
     for name in distinct:
         strata[fitting[name].domain].append(fitting[name])
@@ -227,8 +256,8 @@ def pack(rows: list[DrawableRow], *, seq_len: int) -> list[list[DrawableRow]]:
     """Whole rows into sequences of at most `seq_len` tokens: first-fit decreasing, ties by row, so deterministic."""
     sequences: list[list[DrawableRow]] = []
     free: list[int] = []
-    for row in sorted(rows, key=lambda row: (-len(row.input_ids), row.row)):
-        length = len(row.input_ids)
+    for row in sorted(rows, key=lambda row: (-row.tokens, row.row)):
+        length = row.tokens
         place = next((i for i, left in enumerate(free) if left >= length), len(free))
         if place == len(free):
             sequences.append([])
@@ -254,7 +283,7 @@ def _draw(strata: Mapping[str, Sequence[DrawableRow]], *, counts: Mapping[str, i
 
 def by_length(rows: Sequence[DrawableRow]) -> dict[str, list[DrawableRow]]:
     """Terciles by tokens, ties by name; of equal size to within one row."""
-    ordered = sorted(rows, key=lambda row: (len(row.input_ids), row.row))
+    ordered = sorted(rows, key=lambda row: (row.tokens, row.row))
     ends = [len(ordered) * third // 3 for third in range(4)]
     return {name: ordered[ends[i] : ends[i + 1]] for i, name in enumerate(LENGTHS)}
 
@@ -301,7 +330,7 @@ def _preview(drawn: list[DrawableRow], params: dict[str, Any]) -> str:
     """The first rows by name, readable."""
     parts = [f"# Calibration set: {PREVIEW_ROWS} of {len(drawn)} rows (seed {params['seed']})\n"]
     for row in sorted(drawn, key=lambda row: row.row)[:PREVIEW_ROWS]:
-        parts.append(f"## {row.row}, {len(row.input_ids)} tokens, domain {row.domain or '(none)'}\n")
+        parts.append(f"## {row.row}, {row.tokens} tokens, domain {row.domain or '(none)'}\n")
         for turn in row.turns:
             text = turn.get("content") or json.dumps(turn.get("tool_calls"), ensure_ascii=False)
             parts.append(f"**{turn['role']}**\n\n```\n{text}\n```\n")

@@ -465,7 +465,7 @@ def test_leaks_are_counted_said_and_left_to_rehearse(tmp_path: Path) -> None:
 def test_the_limit_is_the_exact_jaccard_similarity(jaccard: float, expected: bool) -> None:
     rows = {str(i): almost(i, of=0)["messages"] for i in range(2)}
     # 115 + 3 words give 114 5-grams, of which the last one differs: 113 / 115 = 0.983.
-    pairs = near_duplicate_turns(rows, {"0": "test", "1": "train"}, jaccard=jaccard).pairs
+    pairs = near_duplicate_turns(rows.items(), {"0": "test", "1": "train"}, jaccard=jaccard).pairs
     assert [(pair.row, pair.like) for pair in pairs] == ([("1", "0")] if expected else [])
 
 

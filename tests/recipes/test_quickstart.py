@@ -56,7 +56,7 @@ def test_no_test_question_is_a_near_twin_of_another_sides(sides: dict[str, list[
 
 def test_the_leak_check_of_calibration_passes_at_its_default(sides: dict[str, list[Row]], tmp_path: Path):
     """All of train, where a run draws 256 rows."""
-    held = {row.where: HeldOutRow(name, row.messages) for name in ("dev", "test") for row in sides[name]}
+    held = [HeldOutRow(row.where, name, row.messages) for name in ("dev", "test") for row in sides[name]]
     drawn = {row.where: row.messages for row in sides["train"]}
     job = make_job("calibrate", tmp_path / "out", params={})
     assert near_twins(drawn, held, most=RECIPE.calibrate.max_near_duplicates, job=job) == 0

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from recipes.data.rows import Row, malformed, read_rows
 from tasks.jobs.calibrate import calibset
 from tasks.jobs.text.conversation import Conversation, RowError
@@ -14,6 +16,10 @@ from tasks.jobs.text.rendering import Renderer, Sample
 from tasks.jobs.text.tokenizer import load_tokenizer, text_ids
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
+
+RECORDS = pa.schema([(name, pa.string()) for name in ("row", "domain", "messages")]).append(
+    pa.field("input_ids", pa.list_(pa.int32()))
+)
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -41,7 +47,7 @@ def run(job: Job) -> dict[str, Any]:
         f"{len(read.rows)} of the form {read.format}, {len(read.rows) - len(unique)} of them repeated; "
         f"{len(records)} fit {job.params['seq_len']} tokens",
     )
-    return calibset(records, [], job=job)
+    return calibset(pa.Table.from_pylist(records, schema=RECORDS), None, job=job)
 
 
 def _texts(rows: dict[str, Row], job: Job) -> Iterator[dict[str, Any]]:
