@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from flows.compose import limits
@@ -16,6 +16,7 @@ from flows.pins import scorer_content
 from flows.promotion.journal import Promotion
 from flows.results.read import Run, RunArm, RunStep, read_scores
 from recipes.arms import CHAMPION
+from recipes.data.rows import normalised
 from recipes.problem import Problem
 from recipes.schema import Recipe, recipe_of_run
 from tasks import evaluate
@@ -29,7 +30,10 @@ from tasks.runtime.store.open import open_store
 
 TRAIN_ROWS = "train_rows.json"
 OWN_TOKENS = "It reads other tokens ({}): compared by its answers and by bits a byte, not on the general hold-out."
-TOKEN_FILES = ("tokenizer.json", "tokenizer.model", "chat_template.jinja")
+TOKEN_FILES = (
+    *("tokenizer.json", "tokenizer.model"),
+    *("chat_template.jinja", "chat_template.json", "chat_template_args.json"),
+)
 
 
 def record_folder(home: Path, version: Promotion) -> Path:
@@ -41,16 +45,17 @@ def record_folder(home: Path, version: Promotion) -> Path:
 
 
 def trained_on(home: Path, model: Path) -> dict[str, Any]:
-    """Names of the rows of train behind a model, as train_rows.json keeps them.
+    """The rows of train behind a model, as train_rows.json keeps them: by name, and by the hash of their turns.
 
-    A row's name is the hash of its content, so it is found again in any later data set.
+    Both are made of a row's content, so it is found again in any later data set: by its turns also where another column
+    has changed, or the way in which rows are named.
 
     Args:
         home: QUENCH_HOME.
         model: The artifact's folder, relative to QUENCH_HOME.
 
     Returns:
-        {"dataset": digest or None, "rows": sorted names, "note": what is not known, or None}.
+        {"dataset": digest or None, "rows": sorted names and hashes, "note": what is not known, or None}.
     """
     behind = _ancestors(home, model)
     dataset = next((path for path, manifest in behind.items() if manifest["stage"] == "prepare"), None)
@@ -58,9 +63,19 @@ def trained_on(home: Path, model: Path) -> dict[str, Any]:
     note = "It was trained elsewhere: rows of that training are not known." if False in here else None
     if dataset is None:
         return {"dataset": None, "rows": [], "note": "Its data set is not in the store: no row could be left out."}
-    table = pq.read_table(dataset / "files" / "rows.parquet", columns=["row"], filters=[("split", "==", "train")])
-    rows = pc.unique(pc.list_element(pc.split_pattern(table["row"], "."), 0)).sort().to_pylist()
-    return {"dataset": behind[dataset]["digest"], "rows": rows, "note": note}
+    rows = {key for keys in _keys(dataset / "files", "train").values() for key in keys}
+    return {"dataset": behind[dataset]["digest"], "rows": sorted(rows), "note": note}
+
+
+def _keys(dataset: Path, split: str) -> dict[str, tuple[str, str]]:
+    """Sample -> name of its row, and hash of its turns: white space and Unicode forms do not count."""
+    columns, only = ["row", "messages"], [("split", "==", split)]
+    keys: dict[str, tuple[str, str]] = {}
+    for batch in pq.read_table(dataset / "rows.parquet", columns=columns, filters=only).to_batches():
+        for sample, messages in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            turns = hashlib.sha256(normalised(json.loads(messages)).encode()).hexdigest()[:16]
+            keys[sample] = (_row(sample), turns)
+    return keys
 
 
 def _row(name: str) -> str:
@@ -128,14 +143,14 @@ def evaluated(present: Promotion, run: Run, candidate: RunArm, home: Path) -> Ch
     assert artifact.folder is not None
     rows = [str(name) for name in read_scores(scored.files)["nll"].rows]
     training = read_json(record_folder(home, present) / TRAIN_ROWS)
-    trained = set(training["rows"])
+    trained, keys = set(training["rows"]), _keys(inputs["dataset"].path, "test")
     notes = [training["note"]] if training["note"] else []
     if "nll" not in read_scores(artifact.path):
         notes.append(OWN_TOKENS.format(", ".join(other)))
     return ChampionScores(
         evaluate=str(artifact.folder.relative_to(home)),
         rows=len(rows),
-        removed=[name for name in rows if _row(name) in trained],
+        removed=[name for name in rows if not trained.isdisjoint(keys.get(name, (_row(name),)))],
         note=" ".join(notes) or None,
     )
 

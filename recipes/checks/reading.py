@@ -14,6 +14,7 @@ from recipes.checks.scorers import RowChecks
 from recipes.checks.split import Sides, Split
 from recipes.data.origin import Origin
 from recipes.data.rows import Row, RowReader, malformed, read_origin
+from recipes.data.wrong import Wrong
 from recipes.problem import Problem
 from recipes.read.load import Loaded
 
@@ -32,7 +33,7 @@ class SourceRead:
         format: None where no row has the columns of one.
         detected_from: The place of the row that showed the format.
         rows: How many good ones there are.
-        wrong: `file.jsonl:LINE what is wrong with it`, one per malformed row.
+        wrong: Malformed rows.
         problems: Why no row can be read.
         left_out: How many rows data.keep leaves out.
         unused: Columns that are no part of the turns and that the recipe does not name.
@@ -42,7 +43,7 @@ class SourceRead:
     format: str | None = None
     detected_from: str = ""
     rows: int = 0
-    wrong: list[str] = field(default_factory=list[str])
+    wrong: Wrong = field(default_factory=Wrong)
     problems: list[Problem] = field(default_factory=list[Problem])
     left_out: int = 0
     unused: list[str] = field(default_factory=list[str])
@@ -50,13 +51,13 @@ class SourceRead:
     @property
     def is_good(self) -> bool:
         """It has rows, and none that cannot be read."""
-        return bool(self.rows) and not self.wrong and not self.problems
+        return bool(self.rows) and not self.wrong.count and not self.problems
 
     def later_problems(self) -> Iterator[Problem]:
         """What `check`, which reads the first row, has not said."""
         first = read_origin(self.origin, max_rows=1)
-        if wrong := [row for row in self.wrong if row not in first.wrong]:
-            yield malformed([self.origin.path], wrong)
+        if lines := [line for line in self.wrong.lines if line not in first.wrong]:
+            yield malformed([self.origin.path], lines, count=self.wrong.count - len(first.wrong))
         yield from (problem for problem in self.problems if problem not in first.problems)
 
 
@@ -130,8 +131,10 @@ def _read(origin: Origin, split: Split, checks: RowChecks, places: Places, searc
     source, reader = SourceRead(origin=origin), RowReader(origin)
     for row in reader:
         if not isinstance(row, Row):
-            source.problems += [row.problem] if row.problem else []
-            source.wrong += [] if row.problem else [str(row)]
+            if row.problem:
+                source.problems.append(row.problem)
+            else:
+                source.wrong.add(str(row))
             continue
         source.rows += 1
         on = split.add(row)

@@ -240,7 +240,7 @@ def propose(raw: Mapping[str, Any]) -> dict[str, str] | None:
     return {"prompt": prompt, "completion": answer} | ({"system": system} if system else {})
 
 
-def columns_line(columns: Mapping[str, str]) -> str:
+def columns_line(columns: Mapping[Any, str]) -> str:
     """`columns: {prompt: question, completion: answer}`, as it is written in a recipe."""
     parts = (f"{name}: {_yaml(value)}" for name, value in columns.items())
     return f"columns: {{{', '.join(parts)}}}"

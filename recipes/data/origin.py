@@ -69,6 +69,8 @@ def origins(
     made: list[Origin] = []
     for path, source in zip(paths, sources, strict=True):
         domains = [domain] if domain and source["domain"] is None else []
+        columns: Mapping[str, str] = source.get("columns") or {}
+        keep: Mapping[str, Any] = source.get("keep") or {}
         made.append(
             Origin(
                 path=path,
@@ -78,11 +80,8 @@ def origins(
                 weight=source["weight"],
                 domain=source["domain"],
                 inside=f"{path.name if path.is_dir() else path.parent.name}/" if len(paths) > 1 else "",
-                columns=tuple((source.get("columns") or {}).items()),
-                keep=tuple(
-                    (column, tuple(value) if is_list(value) else (value,))
-                    for column, value in (source.get("keep") or {}).items()
-                ),
+                columns=tuple(columns.items()),
+                keep=tuple((column, tuple(value) if is_list(value) else (value,)) for column, value in keep.items()),
                 drop_reasoning=bool(source.get("drop_reasoning")),
                 config=source.get("config"),
                 split=source.get("split"),

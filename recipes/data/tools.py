@@ -63,7 +63,8 @@ def _tool(raw: Any, number: int) -> Tool:
     if not is_mapping(tool):
         raise Unread(f"tool {number} is no JSON schema")
     kind = tool.get("type")
-    function = tool.get("function") if is_mapping(tool.get("function")) else tool
+    inner: Any = tool.get("function")
+    function = inner if is_mapping(inner) else tool
     if not isinstance(function.get("name"), str):
         raise Unread(f"tool {number} is no function with a name" + (f", but of the type {kind!r}" if kind else ""))
     schema = {name: inner for name, inner in function.items() if inner is not None and name != "type"}
@@ -96,7 +97,7 @@ def takes_null(schema: Mapping[str, Any]) -> bool:
         return True
     if None in (schema.get("enum") or []):
         return True
-    choices = [*(schema.get("anyOf") or []), *(schema.get("oneOf") or [])]
+    choices: list[Any] = [*(schema.get("anyOf") or []), *(schema.get("oneOf") or [])]
     return any(is_mapping(choice) and takes_null(choice) for choice in choices)
 
 
@@ -106,7 +107,7 @@ def _call(raw: Any, tools: Sequence[Mapping[str, Any]] | None, *, what: str) -> 
     if not is_mapping(function) or not isinstance(function.get("name"), str):
         raise Unread(f"{what}: a tool call is no object with a name and arguments")
     name: str = function["name"]
-    arguments = function.get("arguments", function.get("parameters"))
+    arguments: Any = function.get("arguments", function.get("parameters"))
     if isinstance(arguments, str):
         arguments = _from_json(arguments, f"{what}: the arguments of {name}") if arguments.strip() else {}
     else:

@@ -146,8 +146,11 @@ def _text(content: Any, number: int) -> str | None:
 
 
 def _kind(value: object) -> str:
-    names = {dict: "an object", list: "a list", bool: "true or false", int: "a number", float: "a number", str: "text"}
-    return names.get(type(value), "null")
+    if is_mapping(value):
+        return "an object"
+    if is_list(value):
+        return "a list"
+    return "true or false" if isinstance(value, bool) else "a number"
 
 
 def _calls(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from array import array
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,24 +65,22 @@ def near_duplicates(
 
 
 def near_duplicate_turns(
-    rows: Iterable[tuple[str, Sequence[Message]]], sides: Mapping[str, Side], *, jaccard: float
+    rows: Mapping[str, Sequence[Message]], sides: Mapping[str, Side], *, jaccard: float
 ) -> NearDuplicates:
-    """`near_duplicates` of rows that are read once, one after the other.
+    """`near_duplicates` of rows that are in memory.
 
     Args:
-        rows: Name and turns of each.
-        sides: Side of each name.
+        rows: Turns by name.
+        sides: Side of each.
         jaccard: The limit.
     """
-    names: list[str] = []
     with tempfile.TemporaryDirectory(prefix="quench-grams-") as folder:
         writer = GramWriter(Path(folder) / "grams")
-        for name, turns in rows:
-            names.append(name)
+        for turns in rows.values():
             writer.add(compared_text(turns))
         grams = writer.finish()
         try:
-            return near_duplicates(names, [sides[name] for name in names], grams, jaccard=jaccard)
+            return near_duplicates(list(rows), [sides[name] for name in rows], grams, jaccard=jaccard)
         finally:
             grams.close()
 

@@ -6,62 +6,60 @@ import json
 import math
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from operator import attrgetter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet as pq
 
 from recipes.data.turns import Message
 from recipes.schema import FEWEST_ROWS, LEAST_ROWS, MOST_ROWS
-from tasks.jobs.text.leaks import HeldOutRow, near_twins, refuse_leaks, without_near_duplicates
+from tasks.jobs.text.leaks import HeldOut, StoredTurns, near_twins, refuse_leaks, without_near_duplicates
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
 
+pc: Any = pyarrow.compute  # its functions are made when it is imported: no types
 CALIBSET = pa.schema([("sequence", pa.int32()), ("rows", pa.list_(pa.string())), ("input_ids", pa.list_(pa.int32()))])
 LENGTHS = ("short", "middle", "long")  # terciles of a domain's rows by tokens
 PREVIEW_ROWS = 5
 
 
-class DrawableRow(NamedTuple):
-    """A row that may be drawn; its turns and tokens stay in the table.
+DRAWABLE = pa.schema(
+    [("row", pa.string()), ("domain", pa.string()), ("messages", pa.string()), ("input_ids", pa.list_(pa.int32()))]
+)
 
-    Attributes:
-        row: Its name.
-        domain: Its domain.
-        tokens: How many it has.
-        table: `messages` (JSON) and `input_ids` of all rows.
-        place: Its place there.
-    """
+
+class Candidate(NamedTuple):
+    """A row that may be drawn; what it holds stays in the table of train, at this place."""
 
     row: str
     domain: str
     tokens: int
-    table: pa.Table
     place: int
 
-    @classmethod
-    def all_of(cls, table: pa.Table) -> list[DrawableRow]:
-        """Every row of a table with the columns row, domain, messages and input_ids."""
-        tokens = [len(ids) for ids in table["input_ids"]]
-        return [
-            cls(row, domain, count, table, place)
-            for place, (row, domain, count) in enumerate(
-                zip(table["row"].to_pylist(), table["domain"].to_pylist(), tokens, strict=True)
-            )
-        ]
+
+class DrawableRow(NamedTuple):
+    """A row that is drawn."""
+
+    row: str
+    domain: str
+    messages: str
+    input_ids: list[int]
 
     @property
-    def input_ids(self) -> list[int]:
-        """Its tokens."""
-        return self.table["input_ids"][self.place].as_py()
+    def tokens(self) -> int:
+        """How many."""
+        return len(self.input_ids)
 
     @property
     def turns(self) -> list[Message]:
         """Its turns."""
-        return json.loads(self.table["messages"][self.place].as_py())
+        return json.loads(self.messages)
+
+
+AnyRow = TypeVar("AnyRow", Candidate, DrawableRow)
 
 
 class Packed(NamedTuple):
@@ -81,7 +79,7 @@ class Pool(NamedTuple):
         near_duplicates: Rows that are almost equal to one that may be drawn.
     """
 
-    strata: dict[str, list[DrawableRow]]
+    strata: dict[str, list[Candidate]]
     train: int
     too_long: int
     near_duplicates: int
@@ -108,11 +106,10 @@ def run(job: Job) -> dict[str, Any]:
             test, too; too many near-twins of these.
     """
     path = job.inputs["dataset"].path / "rows.parquet"
-    columns = ["row", "split", "domain", "messages", "input_ids"]
-    train, held = (
-        pq.read_table(path, columns=columns, filters=[("split", operator, "train")]) for operator in ("==", "!=")
-    )
-    refuse_leaks(_dicts(train), _dicts(held), path=path)
+    rows = pq.read_table(path, columns=["split", *DRAWABLE.names])
+    in_train = pc.equal(rows["split"], "train")
+    train, held = rows.filter(in_train), rows.filter(pc.invert(in_train))
+    refuse_leaks(train, held, path=path)
     return calibset(train, held, job=job)
 
 
@@ -120,8 +117,8 @@ def calibset(train: pa.Table, held: pa.Table | None, *, job: Job) -> dict[str, A
     """Draw from `train`, pack and write what run() says.
 
     Args:
-        train: Columns row (name), domain, messages (JSON), input_ids.
-        held: The same of dev and test, with their split; None where there are none.
+        train: row (name), domain, messages (JSON), input_ids.
+        held: The same of dev and test, with their split; None where nothing is held out.
         job: Params of the calibrate step.
 
     Raises:
@@ -131,15 +128,20 @@ def calibset(train: pa.Table, held: pa.Table | None, *, job: Job) -> dict[str, A
     pool = _pool(train, job)
     if pool.rows < params["rows"]:
         raise _too_few_rows(params, pool)
-    drawn = _draw(pool.strata, counts=_counts(pool.strata, params), seed=params["seed"])
-    tokens = sum(row.tokens for row in drawn)
+    candidates = _draw(pool.strata, counts=_counts(pool.strata, params), seed=params["seed"])
+    drawn = [
+        DrawableRow(row.row, row.domain, train["messages"][row.place].as_py(), train["input_ids"][row.place].as_py())
+        for row in candidates
+    ]
+    tokens = sum(len(row.input_ids) for row in drawn)
     if tokens < params.get("min_tokens", 0):
         raise _too_few_tokens(params, tokens=tokens, pool=pool)
     twins = 0
-    if held is not None and len(held):
+    if held is not None:
+        splits = dict(zip(held["row"].to_pylist(), held["split"].to_pylist(), strict=True))
         twins = near_twins(
             {row.row: row.turns for row in drawn},
-            (HeldOutRow(row["row"], row["split"], json.loads(row["messages"])) for row in _dicts(held)),
+            HeldOut(splits, StoredTurns(held["messages"], {name: place for place, name in enumerate(splits)})),
             most=params["max_near_duplicates"],
             job=job,
         )
@@ -185,25 +187,22 @@ def _note(job: Job, summary: dict[str, Any], pool: Pool) -> None:
         )
 
 
-def _dicts(table: pa.Table) -> Iterator[dict[str, Any]]:
-    """The rows, a thousand of them as Python values at once."""
-    for batch in table.to_batches(max_chunksize=1000):
-        yield from batch.to_pylist()
-
-
 def _pool(train: pa.Table, job: Job) -> Pool:
     """Rows of train that fit a sequence, each of them unlike the others."""
     seq_len = job.params["seq_len"]
-    every = sorted(DrawableRow.all_of(train), key=attrgetter("row"))
-    fitting = {row.row: row for row in every if row.tokens <= seq_len}
-    distinct = without_near_duplicates((name, row.turns) for name, row in fitting.items())
-    strata: dict[str, list[DrawableRow]] = defaultdict(list)
+    names, domains = train["row"].to_pylist(), train["domain"].to_pylist()
+    tokens = pc.list_value_length(train["input_ids"]).to_pylist()
+    every = (Candidate(names[place], domains[place], tokens[place], place) for place in range(len(train)))
+    fitting = {candidate.row: candidate for candidate in sorted(every) if candidate.tokens <= seq_len}
+    places = {name: candidate.place for name, candidate in fitting.items()}
+    distinct = without_near_duplicates(StoredTurns(train["messages"], places))
+    strata: dict[str, list[Candidate]] = defaultdict(list)
     for name in distinct:
         strata[fitting[name].domain].append(fitting[name])
     return Pool(strata, len(train), len(train) - len(fitting), len(fitting) - len(distinct))
 
 
-def _counts(strata: Mapping[str, Sequence[DrawableRow]], params: dict[str, Any]) -> dict[str, int]:
+def _counts(strata: Mapping[str, Sequence[Candidate]], params: dict[str, Any]) -> dict[str, int]:
     """Rows to draw from each domain.
 
     Raises:
@@ -256,8 +255,8 @@ def pack(rows: list[DrawableRow], *, seq_len: int) -> list[list[DrawableRow]]:
     """Whole rows into sequences of at most `seq_len` tokens: first-fit decreasing, ties by row, so deterministic."""
     sequences: list[list[DrawableRow]] = []
     free: list[int] = []
-    for row in sorted(rows, key=lambda row: (-row.tokens, row.row)):
-        length = row.tokens
+    for row in sorted(rows, key=lambda row: (-len(row.input_ids), row.row)):
+        length = len(row.input_ids)
         place = next((i for i, left in enumerate(free) if left >= length), len(free))
         if place == len(free):
             sequences.append([])
@@ -267,12 +266,12 @@ def pack(rows: list[DrawableRow], *, seq_len: int) -> list[list[DrawableRow]]:
     return sequences
 
 
-def _draw(strata: Mapping[str, Sequence[DrawableRow]], *, counts: Mapping[str, int], seed: int) -> list[DrawableRow]:
+def _draw(strata: Mapping[str, Sequence[Candidate]], *, counts: Mapping[str, int], seed: int) -> list[Candidate]:
     """A seeded sample of each stratum, each with its own generator: its rows do not depend on other strata.
 
     A domain's rows come in equal parts from its short, middle and long ones.
     """
-    drawn: list[DrawableRow] = []
+    drawn: list[Candidate] = []
     for domain, count in counts.items():
         thirds = by_length(strata[domain])
         sizes = {name: len(rows) for name, rows in thirds.items()}
@@ -281,7 +280,7 @@ def _draw(strata: Mapping[str, Sequence[DrawableRow]], *, counts: Mapping[str, i
     return drawn
 
 
-def by_length(rows: Sequence[DrawableRow]) -> dict[str, list[DrawableRow]]:
+def by_length(rows: Sequence[AnyRow]) -> dict[str, list[AnyRow]]:
     """Terciles by tokens, ties by name; of equal size to within one row."""
     ordered = sorted(rows, key=lambda row: (row.tokens, row.row))
     ends = [len(ordered) * third // 3 for third in range(4)]
@@ -330,7 +329,7 @@ def _preview(drawn: list[DrawableRow], params: dict[str, Any]) -> str:
     """The first rows by name, readable."""
     parts = [f"# Calibration set: {PREVIEW_ROWS} of {len(drawn)} rows (seed {params['seed']})\n"]
     for row in sorted(drawn, key=lambda row: row.row)[:PREVIEW_ROWS]:
-        parts.append(f"## {row.row}, {row.tokens} tokens, domain {row.domain or '(none)'}\n")
+        parts.append(f"## {row.row}, {len(row.input_ids)} tokens, domain {row.domain or '(none)'}\n")
         for turn in row.turns:
             text = turn.get("content") or json.dumps(turn.get("tool_calls"), ensure_ascii=False)
             parts.append(f"**{turn['role']}**\n\n```\n{text}\n```\n")

@@ -110,9 +110,13 @@ def covering(out: Path, paths: dict[str, Path], calibsets: dict[tuple[str, int],
 
     params = json.loads((calibsets["domain", seed].parent / "manifest.json").read_text())["identity"]["params"]
     columns = ["row", "split", "domain", "messages", "input_ids"]
-    path, only = paths["prepare/quickstart"] / "rows.parquet", [("split", "==", "train")]
-    train = {one.row: one for one in DrawableRow.all_of(pq.read_table(path, columns=columns, filters=only))}
-    rows = [train[name] for name in without_near_duplicates((name, one.turns) for name, one in train.items())]
+    every = pq.read_table(paths["prepare/quickstart"] / "rows.parquet", columns=columns).to_pylist()
+    train = {
+        one["row"]: DrawableRow(one["row"], one["domain"], one["messages"], one["input_ids"])
+        for one in every
+        if one["split"] == "train"
+    }
+    rows = [train[name] for name in without_near_duplicates({name: one.turns for name, one in train.items()})]
     torch.set_num_threads(1)
     model = load_bf16(paths["merge/quickstart-dequantized"], device="cpu")
     means = np.empty((len(rows), model.config.hidden_size), dtype=np.float32)

@@ -116,7 +116,7 @@ def test_short_middle_and_long_rows_of_a_domain_come_in_equal_parts(dataset: Pat
         _, sequences = run(dataset, tmp_path / str(seed), stratify="equal", seed=seed)
         drawn = {name for sequence in sequences for name in sequence["rows"]}
         rows = [row for row in dataset_rows() if row["split"] == "train" and row["domain"] == "many"]
-        candidates = calibrate.DrawableRow.all_of(pa.Table.from_pylist(rows))
+        candidates = [calibrate.DrawableRow(row["row"], "many", row["messages"], row["input_ids"]) for row in rows]
         thirds = calibrate.by_length(candidates)
         assert [len(third) for third in thirds.values()] == [83, 83, 84]
         assert max(len(row.input_ids) for row in thirds["short"]) <= min(len(row.input_ids) for row in thirds["middle"])

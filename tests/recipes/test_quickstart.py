@@ -15,7 +15,7 @@ import pytest
 from recipes.data.rows import Row, read_rows, side
 from recipes.models.headers import read_headers
 from recipes.read.load import load
-from tasks.jobs.text.leaks import HeldOutRow, near_twins
+from tasks.jobs.text.leaks import HeldOut, near_twins
 from tests.conftest import QUICKSTART
 from tests.jobs.build import make_job
 
@@ -56,11 +56,12 @@ def test_no_test_question_is_a_near_twin_of_another_sides(sides: dict[str, list[
 
 def test_the_leak_check_of_calibration_passes_at_its_default(sides: dict[str, list[Row]], tmp_path: Path):
     """All of train, where a run draws 256 rows."""
-    held = [HeldOutRow(row.where, name, row.messages) for name in ("dev", "test") for row in sides[name]]
+    splits = {row.where: name for name in ("dev", "test") for row in sides[name]}
+    held = HeldOut(splits, {row.where: row.messages for name in ("dev", "test") for row in sides[name]})
     drawn = {row.where: row.messages for row in sides["train"]}
     job = make_job("calibrate", tmp_path / "out", params={})
     assert near_twins(drawn, held, most=RECIPE.calibrate.max_near_duplicates, job=job) == 0
-    assert len(drawn) > 4000 and len(held) > 1000
+    assert len(drawn) > 4000 and len(splits) > 1000
 
 
 def test_there_are_enough_rows_of_every_family(sides: dict[str, list[Row]]):

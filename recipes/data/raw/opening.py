@@ -11,7 +11,7 @@ import importlib
 import io
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, cast
@@ -38,7 +38,7 @@ def kind(file: Path) -> str:
 
 
 @contextmanager
-def text_of(file: Path, *, newline: str = "\n") -> Iterator[TextIO]:
+def text_of(file: Path, *, newline: str = "\n") -> Generator[TextIO]:
     """Open a text: decompressed and decoded, its byte order mark left out.
 
     A byte that is not UTF-8 becomes half of a surrogate pair, so that its line can be named.

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipes.data.files import data_files
 from recipes.data.origin import Origin, origins, source_name
-from recipes.data.rows import SHOWN, Row, RowReader, drawn, malformed, no_rows, side
+from recipes.data.rows import Row, RowReader, drawn, no_rows, side
+from recipes.data.wrong import Wrong
 from recipes.problem import Problem
 from tasks.jobs.preparing.spool import Spool, SpooledRow
 from tasks.runtime.process.errors import StageError
@@ -34,27 +33,6 @@ class Progress:
         if time.monotonic() - self._said >= EVERY_S:
             self._events.progress(self._done, max(self._total, self._done), unit="row", note=self._note)
             self._said = time.monotonic()
-
-
-@dataclass(kw_only=True)
-class Wrong:
-    """Malformed rows: the first 20, and how many there are.
-
-    Attributes:
-        lines: `file.jsonl:LINE what is wrong with it`.
-        count: Of all.
-        problems: Why no row of a source can be read.
-    """
-
-    lines: list[str] = field(default_factory=list[str])
-    count: int = 0
-    problems: list[Problem] = field(default_factory=list[Problem])
-
-    def add(self, line: str) -> None:
-        """One malformed row more."""
-        self.count += 1
-        if self.count <= SHOWN:
-            self.lines.append(line)
 
 
 class ReadSources(NamedTuple):
@@ -91,7 +69,7 @@ def read_sources(job: Job, scratch: Path) -> ReadSources:
     params, sources = job.params, origins_of(job)
     spool, wrong, progress = Spool(scratch / "rows.jsonl"), Wrong(), Progress(job.events, note="reading")
     readers = [RowReader(source) for source in sources]
-    words: list[str] = []
+    words, problems = list[str](), list[Problem]()
     for number, reader in enumerate(readers):
         before = len(spool)
         for row in reader:
@@ -101,16 +79,16 @@ def read_sources(job: Job, scratch: Path) -> ReadSources:
                 keep = placed.split != "train" or drawn(row.name, weight=row.origin.weight, salt=params["salt"])
                 spool.add(placed, origin=number, drawn=keep)
             elif row.problem is not None:
-                wrong.problems.append(row.problem)
+                problems.append(row.problem)
             else:
                 wrong.add(str(row))
         words.append(f"{reader.format}, detected from {reader.detected_from}; {len(spool) - before} rows")
-        if len(spool) == before and not wrong.count and not wrong.problems:
-            wrong.problems.append(_empty(reader))
+        if len(spool) == before and not wrong.count and not problems:
+            problems.append(_empty(reader))
     if wrong.count:
-        raise StageError(malformed([source.path for source in sources], wrong.lines, count=wrong.count))
-    if wrong.problems:
-        raise StageError(wrong.problems[0])
+        raise StageError(wrong.malformed([source.path for source in sources]))
+    if problems:
+        raise StageError(problems[0])
     job.events.note("format", "; ".join(words))
     if left_out := sum(reader.left_out for reader in readers):
         job.events.note("kept", f"data.keep leaves {left_out} rows out")
@@ -119,8 +97,6 @@ def read_sources(job: Job, scratch: Path) -> ReadSources:
 
 def _empty(reader: RowReader) -> Problem:
     path = reader.origin.path
-    if not data_files(path):
-        return no_rows(path, "no *.jsonl, *.json, *.csv or *.parquet file in it")
     return no_rows(path, f"data.keep leaves all {reader.left_out} rows out" if reader.left_out else "the file is empty")
 
 

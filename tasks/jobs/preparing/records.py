@@ -41,10 +41,11 @@ Record = dict[str, Any]
 
 
 class Keys(NamedTuple):
-    """What makes two records equal, 16 bytes each: their turns, or their tokens, each with the identity columns."""
+    """What makes two records equal: their turns (16 bytes) or their tokens (16); and the identity columns (8)."""
 
     turns: bytes
     tokens: bytes
+    identity: bytes
 
 
 @dataclass(kw_only=True)
@@ -84,6 +85,7 @@ class RenderedRows:
     Attributes:
         records: As rows.parquet holds them.
         keys: Of each record.
+        first: The first record that has turns (False) and the first that is a plain text (True).
         tally: Of all rows.
         wrong: `file.jsonl:LINE what is wrong with it`, one per row that has no sound mask.
         seam: The first of them whose prompt is no beginning of what is trained.
@@ -91,6 +93,7 @@ class RenderedRows:
 
     records: list[Record] = field(default_factory=list[Record])
     keys: list[Keys] = field(default_factory=list[Keys])
+    first: dict[bool, Record] = field(default_factory=dict[bool, Record])
     tally: Tally = field(default_factory=Tally)
     wrong: list[str] = field(default_factory=list[str])
     seam: SpooledRow | None = None
@@ -112,6 +115,7 @@ def render(rows: Sequence[SpooledRow], renderer: Renderer, *, max_length: int) -
                 continue
             records = _sampled(row, fitted, renderer, rendered.tally)
         for record in sorted(records, key=lambda record: record["row"]):
+            rendered.first.setdefault(row.is_text, record)
             rendered.records.append(record)
             rendered.keys.append(_keys(record, row.identity))
     return rendered
@@ -206,10 +210,10 @@ def _common(row: SpooledRow) -> Record:
 
 
 def _keys(record: Record, identity: str) -> Keys:
-    turns = json.dumps([json.loads(record["messages"]), record["tools"], identity], sort_keys=True).encode()
-    tokens = array("i", record["input_ids"]).tobytes() + identity.encode()
-    return Keys(_digest(turns), _digest(tokens))
+    turns = json.dumps([json.loads(record["messages"]), record["tools"]], sort_keys=True).encode()
+    tokens = array("i", record["input_ids"]).tobytes()
+    return Keys(_digest(turns, 16), _digest(tokens, 16), _digest(identity.encode(), 8))
 
 
-def _digest(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=16).digest()
+def _digest(content: bytes, size: int) -> bytes:
+    return hashlib.blake2b(content, digest_size=size).digest()

@@ -48,30 +48,34 @@ def select(job: Job, reads: ReadSources, scratch: Path) -> Selection:
     if job.params["near_duplicates"] == "ignore":
         job.events.note("leaks", NOT_LOOKED_FOR)
         return Selection(kept, duplicates, counts)
-    stays = _without_doubles(job, spool, kept, scratch, counts)
-    return Selection(stays, duplicates, counts)
+    doubles = _doubles(job, spool, kept, scratch)
+    return Selection(kept[~doubles.removed], duplicates, counts | doubles.counts)
 
 
-def _without_doubles(job: Job, spool: Spool, places: Places, scratch: Path, counts: dict[str, Any]) -> Places:
-    """The places that stay; near-duplicates and leaks are noted and counted."""
+class _Doubles(NamedTuple):
+    """Which of the rows go as near-duplicates, and what the summary says of these and of leaks."""
+
+    removed: NDArray[np.bool_]
+    counts: dict[str, Any]
+
+
+def _doubles(job: Job, spool: Spool, places: Places, scratch: Path) -> _Doubles:
+    """Near-duplicates and leaks among the rows at these places, noted and counted."""
+    mode, jaccard = job.params["near_duplicates"], job.params["near_duplicate_jaccard"]
     search, progress = DoubleSearch(scratch), Progress(job.events, note="near-duplicates", total=len(places))
     for place in places.tolist():
         row = spool[place]
         search.add(row.name, row.split, row.messages, row.tools)
         progress.step()
-    how = {"mode": job.params["near_duplicates"], "jaccard": job.params["near_duplicate_jaccard"]}
-    doubles = search.find(**how)
+    doubles = search.find(mode=mode, jaccard=jaccard)
 
     def where(number: int) -> str:
         return spool[int(places[number])].where
 
-    job.events.note("near-duplicates", doubles.words(**how))
+    job.events.note("near-duplicates", doubles.words(mode=mode, jaccard=jaccard))
     job.events.note("leaks", doubles.leaks.words(where))
-    counts |= {
-        "near_duplicates": doubles.near,
-        "leaks": doubles.leaks.counts | {"examples": doubles.leaks.examples(where)},
-    }
-    return places[~doubles.removed]
+    leaks = doubles.leaks.counts | {"examples": doubles.leaks.examples(where)}
+    return _Doubles(doubles.removed, {"near_duplicates": doubles.near, "leaks": leaks})
 
 
 def distinct(spool: Spool) -> Places:

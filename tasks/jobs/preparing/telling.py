@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
 
-from recipes.data.formats import TEXT
 from tasks.jobs.preparing.records import Record, RenderedRows, Tally
 from tasks.jobs.text.rendering import ONE_A_TURN, Rendered, Renderer
 from tasks.runtime.process.job import Job
@@ -18,16 +16,14 @@ class Examples:
 
     def __init__(self, job: Job, renderer: Renderer) -> None:
         self._job, self._renderer = job, renderer
-        self._told: set[str] = set()
+        self._told: set[bool] = set()
 
     def tell(self, rows: RenderedRows) -> None:
         """Note what is the first of its kind, trained tokens marked."""
-        for about, there in (("example", bool(rows.tally.ways)), ("example text", bool(rows.tally.texts))):
-            if about not in self._told and there:
-                wanted = (record for record in rows.records if _is_text(record) == (about == "example text"))
-                if record := next(wanted, None):
-                    self._told.add(about)
-                    self._note(about, record)
+        for is_text, record in rows.first.items():
+            if is_text not in self._told:
+                self._told.add(is_text)
+                self._note("example text" if is_text else "example", record)
 
     def _note(self, about: str, record: Record) -> None:
         example = Rendered(
@@ -35,10 +31,6 @@ class Examples:
         )
         text = self._renderer.marked_text(example)
         self._job.events.note(about, f"{record['source']}, trained tokens between ⟦ and ⟧:\n{text}")
-
-
-def _is_text(record: Record) -> bool:
-    return json.loads(record["messages"])[0]["role"] == TEXT
 
 
 def tell_masks(job: Job, tally: Tally, renderer: Renderer) -> None:

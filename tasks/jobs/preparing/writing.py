@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from recipes.data.rows import Side
 from tasks.jobs.preparing.records import ROWS, Keys
 
+pc: Any = pyarrow.compute  # its functions are made when it is imported: no types
 GROUP_ROWS, GROUP_BYTES = 10_000, 64 << 20  # of a row group of rows.parquet: what a reader holds at a time
 SPLITS: tuple[Side, ...] = ("train", "dev", "test")
 STAYS: tuple[Side, ...] = ("test", "dev", "train")  # of equal records the first one in this order
@@ -32,7 +33,7 @@ class Counts(NamedTuple):
 
 
 class RecordFile:
-    """Records in the order of rows.parquet, on disk; some 42 bytes of each are in memory."""
+    """Records in the order of rows.parquet, on disk; some 50 bytes of each are in memory."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -47,7 +48,7 @@ class RecordFile:
     def write(self, batch: pa.RecordBatch, keys: Sequence[Keys]) -> None:
         """Append records."""
         for key in keys:
-            self._keys += key.turns + key.tokens
+            self._keys += key.turns + key.tokens + key.identity
         self._groups.extend(map(_number, batch["group"].to_pylist()))
         self._sides.extend(map(STAYS.index, batch["split"].to_pylist()))
         self._prompted.extend(pc.greater(pc.list_value_length(batch["prompt_ids"]), 0).to_pylist())
@@ -57,14 +58,18 @@ class RecordFile:
         """True where neither the turns nor the token ids are those of a record before it.
 
         Rows that differed only in dropped turns are equal now; the copy in test stays, so that no test row is in train.
-        So are samples of conversations with the same beginning: the one with an answer to score stays.
+        So are samples of conversations with the same beginning: the one with an answer to score stays. On one side
+        records with other identity columns are other records.
         """
         sides, prompted = np.frombuffer(self._sides, np.int8), np.frombuffer(self._prompted, np.bool_)
         order = np.lexsort((~prompted, sides))  # stable: by name within these
-        keys = np.frombuffer(self._keys, np.uint64).reshape(-1, 4)
+        keys, identities = np.frombuffer(self._keys, np.uint64).reshape(-1, 5)[order], slice(4, 5)
         keep = np.ones(len(self), dtype=np.bool_)
-        for low, high in ((0, 1), (2, 3)):
-            keep[order] &= _first_of_equal(keys[order, low], keys[order, high])
+        for own in (slice(0, 2), slice(2, 4)):
+            first = _first_of_equal(keys[:, own])
+            keep[order] &= sides[order] == sides[order][first]
+            same = np.hstack([keys[:, own], keys[:, identities]])
+            keep[order] &= _first_of_equal(same) == np.arange(len(self))
         return keep
 
     def count(self, keep: NDArray[np.bool_]) -> Counts:
@@ -153,12 +158,17 @@ def _trained(masks: pa.ChunkedArray) -> pa.Array:
     return pa.array(inside[stops] - inside[stops - lengths])
 
 
-def _first_of_equal(low: NDArray[np.uint64], high: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """True at the first of each pair of numbers."""
-    order = np.lexsort((low, high))  # stable
-    changes = (np.diff(low[order]) != 0) | (np.diff(high[order]) != 0)
-    first = np.zeros(len(order), dtype=np.bool_)
-    first[order[np.concatenate(([True], changes))[: len(order)]]] = True
+def _first_of_equal(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Of each row of `keys` the place of the first row that equals it.
+
+    Args:
+        keys: [rows, words of a key].
+    """
+    order = np.lexsort(keys.T)  # stable
+    changes = np.ones(len(order), dtype=np.bool_)
+    changes[1:] = (keys[order[1:]] != keys[order[:-1]]).any(axis=1)
+    first = np.empty(len(order), dtype=np.int64)
+    first[order] = order[np.flatnonzero(changes)][np.cumsum(changes) - 1]
     return first
 
 

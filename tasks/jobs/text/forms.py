@@ -80,18 +80,18 @@ def forms_of(chat: Conversation, template: str) -> Iterator[Form]:
     """
     roles = {turn["role"] for turn in chat.turns}
     calling = [turn for turn in chat.turns if turn.get("tool_calls")]
-    developer, reasoning = ["developer"], ["reasoning_content"]
+    developer: list[Literal["developer", "system"]] = ["developer"]
+    reasoning: list[Reasoning] = ["reasoning_content"]
     if "developer" in roles:
         developer = ["developer", "system"] if "developer" in template else ["system", "developer"]
     if any(turn.get("reasoning_content") for turn in chat.turns):
-        reasoning += ["reasoning", *(["inline"] if "think>" in template else [])]
-    choices = [
-        developer,
-        ["object", "text"] if calling else ["object"],
-        ["empty", "absent"] if any(not turn["content"] for turn in calling) else ["empty"],
-        reasoning,
-    ]
-    return (Form(*choice) for choice in product(*choices))
+        reasoning.append("reasoning")
+        if "think>" in template:
+            reasoning.append("inline")
+    arguments: list[Literal["object", "text"]] = ["object", "text"] if calling else ["object"]
+    silent = any(not turn["content"] for turn in calling)
+    bare: list[Literal["empty", "absent"]] = ["empty", "absent"] if silent else ["empty"]
+    return (Form(*choice) for choice in product(developer, arguments, bare, reasoning))
 
 
 def _with_text(call: dict[str, object]) -> dict[str, object]:

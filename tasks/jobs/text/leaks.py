@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from array import array
+from collections import ChainMap
+from collections.abc import Iterator, Mapping, Sequence
+from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
+
+import pyarrow as pa
 
 from recipes.data.rows import Side, normalised
 from recipes.data.turns import Message
@@ -20,18 +24,33 @@ SHOWN = 20
 TWINS = "near_twins.jsonl"
 
 
-class HeldOutRow(NamedTuple):
-    """A row of dev or test."""
+class HeldOut(NamedTuple):
+    """Rows of dev and test: split and turns of each by name."""
 
-    row: str
-    split: str
-    turns: list[Message]
+    splits: Mapping[str, str]
+    turns: Mapping[str, Sequence[Message]]
 
 
-def refuse_leaks(train: Iterable[dict[str, Any]], held: Iterable[dict[str, Any]], *, path: Path) -> None:
+class StoredTurns(Mapping[str, list[Message]]):
+    """Turns by name of a row. They stay JSON text in an Arrow column: each is read when it is asked for."""
+
+    def __init__(self, messages: pa.ChunkedArray, places: Mapping[str, int]) -> None:
+        self._messages, self._places = messages, places
+
+    def __getitem__(self, name: str) -> list[Message]:
+        return json.loads(self._messages[self._places[name]].as_py())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def refuse_leaks(train: pa.Table, held: pa.Table, *, path: Path) -> None:
     """Raise StageError where a row of train, by hash, text or tokens, is in dev or test."""
-    seen = {key for row in held for key in _keys(row)}
-    leaked = [row["row"] for row in train if not seen.isdisjoint(_keys(row))]
+    seen = {key for row in _rows(held) for key in _keys(row)}
+    leaked = [row["row"] for row in _rows(train) if not seen.isdisjoint(_keys(row))]
     if leaked:
         raise StageError.of(
             what=f"{len(leaked)} row(s) of train are in dev or test, too",
@@ -41,58 +60,46 @@ def refuse_leaks(train: Iterable[dict[str, Any]], held: Iterable[dict[str, Any]]
         )
 
 
-def _keys(row: dict[str, Any]) -> set[bytes]:
-    """16 bytes each of name, text and tokens."""
-    parts = (row["row"].encode(), normalised(json.loads(row["messages"])).encode(), repr(row["input_ids"]).encode())
-    return {hashlib.blake2b(part, digest_size=16).digest() for part in parts}
+def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
+    for batch in table.select(["row", "messages", "input_ids"]).to_batches(max_chunksize=1000):
+        yield from batch.to_pylist()
 
 
-def without_near_duplicates(rows: Iterable[tuple[str, Sequence[Message]]]) -> list[str]:
-    """Names of the rows, in their order, without those that are almost equal to an earlier one that stays.
-
-    Args:
-        rows: Name and turns of each; read once.
-    """
-    names: list[str] = []
-    sides: dict[str, Side] = {}
-
-    def named() -> Iterator[tuple[str, Sequence[Message]]]:
-        for name, turns in rows:
-            names.append(name)
-            sides[name] = "train"
-            yield name, turns
-
-    repeated = {pair.row for pair in near_duplicate_turns(named(), sides, jaccard=JACCARD).pairs}
-    return [name for name in names if name not in repeated]
+def _keys(row: dict[str, Any]) -> list[bytes]:
+    """Name, text and tokens as 16 bytes each."""
+    tokens = array("i", row["input_ids"]).tobytes()
+    parts = (row["row"].encode(), normalised(json.loads(row["messages"])).encode(), tokens)
+    return [blake2b(part, digest_size=16).digest() for part in parts]
 
 
-def near_twins(drawn: Mapping[str, Sequence[Message]], held: Iterable[HeldOutRow], *, most: float, job: Job) -> int:
+def without_near_duplicates(rows: Mapping[str, Sequence[Message]]) -> list[str]:
+    """Names of the rows, in their order, without those that are almost equal to an earlier one that stays."""
+    pairs = near_duplicate_turns(rows, dict.fromkeys(rows, "train"), jaccard=JACCARD).pairs
+    repeated = {pair.row for pair in pairs}
+    return [name for name in rows if name not in repeated]
+
+
+def near_twins(drawn: Mapping[str, Sequence[Message]], held: HeldOut, *, most: float, job: Job) -> int:
     """Count, list and note drawn rows that are almost equal to a row of dev or test.
 
     Args:
         drawn: Turns by name.
-        held: Rows of dev and test; read once.
+        held: Rows of dev and test.
         most: Share of the drawn rows that may be.
         job: Gets near_twins.jsonl and notes.
 
     Raises:
         StageError: They are more than that.
     """
-    splits: dict[str, str] = {}
-    sides: dict[str, Side] = dict.fromkeys(drawn, "train")
-
-    def every() -> Iterator[tuple[str, Sequence[Message]]]:
-        for row, split, turns in held:
-            splits[row] = split
-            sides[row] = "test"  # each of them is compared, whatever is near it
-            yield row, turns
-        yield from drawn.items()
-
-    pairs, limited = near_duplicate_turns(every(), sides, jaccard=JACCARD)
-    twins = sorted((pair.row, pair.like) for pair in pairs if pair.row in drawn and pair.like in splits)
-    lines = [json.dumps({"row": row, "like": like, "split": splits[like]}) + "\n" for row, like in twins]
+    sides: dict[str, Side] = dict.fromkeys(held.splits, "test")  # each of them is compared, whatever is near it
+    for name in drawn:
+        sides[name] = "train"
+    turns = ChainMap(dict(drawn), cast("dict[str, Sequence[Message]]", held.turns))
+    pairs, limited = near_duplicate_turns(turns, sides, jaccard=JACCARD)
+    twins = sorted((pair.row, pair.like) for pair in pairs if pair.row in drawn and pair.like in held.splits)
+    lines = [json.dumps({"row": row, "like": like, "split": held.splits[like]}) + "\n" for row, like in twins]
     (job.out / TWINS).write_text("".join(lines), encoding="utf-8")
-    examples = ", ".join(f"{row} like {like} of {splits[like]}" for row, like in twins[:SHOWN])
+    examples = ", ".join(f"{row} like {like} of {held.splits[like]}" for row, like in twins[:SHOWN])
     share = f"{len(twins)} of {len(drawn)} rows are near-twins of a row of dev or test (Jaccard >= {JACCARD:g})"
     if len(twins) > most * len(drawn):
         raise StageError.of(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
@@ -29,6 +29,7 @@ from tasks.jobs.training.checkpoints import best_weights, link_best, mark_whole
 from tasks.jobs.training.lora import WEIGHTS, save_weights, to_fp32
 from tasks.runtime.process.job import Job
 
+pc: Any = pyarrow.compute  # its functions are made when it is imported: no types
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 CURVES = {
     "loss": "train/loss",
