@@ -13,7 +13,7 @@ from recipes.checks.gate import SplitSize, gate_warnings
 from recipes.checks.reading import RowsRead, SourceRead, read_rows
 from recipes.checks.split import SideRows, Sides
 from recipes.data.formats import TEXT
-from recipes.data.rows import content_hash, first_lines
+from recipes.data.rows import Side, content_hash, first_lines
 from recipes.models.headers import read_headers
 from recipes.plain import is_mapping
 from recipes.problem import Problem, RecipeError, shown
@@ -47,7 +47,9 @@ def check_data(loaded: Loaded) -> RowCheck:
         # the sides are known only then
         problems += [*_leaks(loaded, read), *_empty_sides(loaded, read.sides), *_calibration(loaded, read.sides)]
     summary = _summary(loaded, read) | {"format": _formats(read.sources)} | not_read
-    sizes = {side: SplitSize(rows.chats, len(rows.groups)) for side, rows in read.sides.rows.items()}
+    sizes: dict[Side, SplitSize] = {
+        side: SplitSize(rows.chats, len(rows.groups)) for side, rows in read.sides.rows.items()
+    }
     warnings = () if not_read else gate_warnings(loaded.recipe, sizes)
     return RowCheck([*map(loaded.placed, problems)], summary, tuple(map(loaded.placed, warnings)))
 
