@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from recipes.data.files import data_files
+from recipes.data.files import FolderChoice, data_files
 from recipes.data.origin import source_name
+from recipes.data.schema import RowFields
 from recipes.problem import RecipeError
 from recipes.read.load import Loaded
 from recipes.scorers import LmEvalSpec, Scorer, SqlExecutionSpec, input_name
@@ -49,10 +50,10 @@ def pin(loaded: Loaded, home: Path) -> Pins:
     template = recipe.model.chat_template
     pins = Pins(
         base=source.folder("base", model, MODEL_FILES),
-        tokenizer=source.folder("tokenizer", model, (*TOKENIZER_FILES, "generation_config.json")),
+        tokenizer=source.folder("tokenizer", model, (*TOKENIZER_FILES, "generation_config.json", "config.json")),
         data=tuple(source.data(number) for number in range(len(recipe.data.parts))),
-        general=source.file("general", recipe.data.general),
-        calibration_text=source.file(
+        general=source.text("general", recipe.data.general),
+        calibration_text=source.text(
             "calibration_text", recipe.calibrate.general if recipe.calibrate.controls else None
         ),
         template=source.file("template", template if template != "chatml" else None),
@@ -127,8 +128,23 @@ class _Outside(NamedTuple):
         name, snapshot = source_name(number), self.at(data.field(number), data.parts[number].path)
         if snapshot.folder.is_file():
             return external_file(name, snapshot.folder, digests=self.digests, source=snapshot.source)
-        files = (file.relative_to(snapshot.folder) for file in data_files(snapshot.folder))
-        return self.folder(name, snapshot, [glob.escape(str(file)) for file in files])
+        return self._rows(name, snapshot, field=data.field(number), part=data.parts[number])
+
+    def text(self, name: str, path: str | None) -> External | None:
+        """General text: a local file, or the files of a folder that hold rows; None where the recipe names none."""
+        if not path or not (folder := self.loaded.resolve(path)).is_dir():
+            return self.file(name, path)
+        return self._rows(name, Snapshot(folder=folder, source=path), field=f"{name}: {path}")
+
+    def _rows(self, name: str, snapshot: Snapshot, *, field: str, part: RowFields | None = None) -> External:
+        """The files of a folder that hold the rows that are meant."""
+        config, split = (part.config, part.split) if part else (None, None)
+        try:
+            files = data_files(snapshot.folder, config=config, split=split)
+        except FolderChoice as choice:
+            written = "nowhere" if part is None else "data" if field == "data.path" else "source"
+            raise self.loaded.placed(choice.problem(field, written=written)).error() from None
+        return self.folder(name, snapshot, [glob.escape(str(file.relative_to(snapshot.folder))) for file in files])
 
     def adapter(self) -> External | None:
         """`train.adapter`, where it stands in the place of training."""

@@ -1,7 +1,7 @@
 """The recipe: one frozen model per section. The string under a field is its documentation.
 
-`data`, the entries of `quantize.schemes` and those of `evaluate.scorers` have files of their own: data/schema.py,
-schemes/schema.py and scorers.py. docs/recipe.md is generated from all of them.
+`model`, `data`, the entries of `quantize.schemes` and those of `evaluate.scorers` have files of their own:
+models/schema.py, data/schema.py, schemes/schema.py and scorers.py. docs/recipe.md is generated from all of them.
 
 Everything but `gate:`, `promote:`, `serve:` and `run:` is identity: changing it changes fingerprints. `run:` is
 execution: where and how. Validators check, they never edit.
@@ -10,56 +10,20 @@ execution: where and how. Validators check, they never edit.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import date, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from recipes.data.schema import Data
+from recipes.models.schema import Model
 from recipes.schemes.schema import SchemeSpec
 from recipes.scorers import ExactMatchSpec, LmEvalSpec, Scorer
 from recipes.section import Place, Section
 
 LEAST_ROWS, MOST_ROWS = 128, 512  # of a calibration set; Calibrate says why
 FEWEST_ROWS = 32  # of train, whatever is allowed
-TEMPLATE_NAMES = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
 TOKENS_PER_INPUT = 4  # calibration tokens per input of the widest layer: with fewer its Hessian is badly estimated
-
-
-class Model(Section):
-    base: Place
-    """Base model: a local folder or a hub id (`org/name`)."""
-    revision: str | None = None
-    """Hub revision (branch, tag or commit); pinned to a commit when the run starts."""
-    chat_template: Place | None = None
-    """`chatml` or the path of a Jinja file. Only for a base that has no chat template; saved into every artifact."""
-    template_args: dict[str, Any] = {}
-    """Arguments of the chat template, for templates that take some: `{enable_thinking: false}`. Rows, prompts of the
-    evaluation and the command in serve.md have the same ones; an artifact keeps them in chat_template_args.json."""
-    template_date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = None
-    """The day (YYYY-MM-DD) that a chat template prints which prints today's. Needed for such a template alone: the rows
-    are the same then whenever they are made."""
-
-    @field_validator("template_args")
-    @classmethod
-    def _names_are_free(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if taken := sorted(value.keys() & TEMPLATE_NAMES):
-            raise ValueError(f"{', '.join(taken)}: a row's own, and no argument of the recipe's")
-        return value
-
-    @field_validator("template_date", mode="before")
-    @classmethod
-    def _date_of_yaml(cls, value: Any) -> Any:
-        """YAML reads a day without quotes as a date."""
-        return value.isoformat() if isinstance(value, date) and not isinstance(value, datetime) else value
-
-    @field_validator("template_date")
-    @classmethod
-    def _is_a_day(cls, value: str | None) -> str | None:
-        if value is not None:
-            date.fromisoformat(value)
-        return value
 
 
 class Train(Section):

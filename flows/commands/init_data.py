@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from recipes.data.files import raw_rows
+from recipes.data.files import FolderChoice, raw_rows
 from recipes.data.formats import propose
 from recipes.data.origin import origins
 from recipes.data.rows import Rows, read_origin
@@ -57,7 +57,11 @@ def read_data(path: Path, *, sets: Sequence[str] = ()) -> ReadData:
     rows = _rows(path, data)
     if rows.rows or data.columns or data.format != "auto":
         return ReadData(rows=rows, data=data)
-    raw = next((row.values for row in raw_rows(path) if row.values is not None), None)
+    try:
+        raws = raw_rows(path, config=data.config, split=data.split)
+        raw = next((row.values for row in raws if row.values is not None), None)
+    except FolderChoice:  # among the problems of the rows
+        raw = None
     columns = propose(raw) if raw and rows.format is None else None
     if not columns:
         return ReadData(rows=rows, data=data)

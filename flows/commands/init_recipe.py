@@ -147,7 +147,7 @@ def _data(recipe: Recipe, detected: Detected, folder: Path) -> Iterator[str]:
         "path", _path(detected.data, folder), f"{len(detected.read.rows)} rows, {detected.sides.duplicates} duplicates"
     )
     yield f"  # Detected from {detected.read.detected_from}:"
-    yield f"  # {_first_row(detected.data)}"
+    yield f"  # {_first_row(detected.data, data)}"
     yield _line("format", data.format)
     yield from _meaning(data, detected)
     if "domain" in data.columns:
@@ -196,9 +196,9 @@ def _turn_columns(detected: Detected) -> dict[str, str]:
     return remarks
 
 
-def _first_row(path: Path) -> str:
+def _first_row(path: Path, data: Data) -> str:
     """The first row, printable and short."""
-    line = json.dumps(next(raw_rows(path)).values, ensure_ascii=False)
+    line = json.dumps(next(raw_rows(path, config=data.config, split=data.split)).values, ensure_ascii=False)
     text = "".join(char if char.isprintable() else " " for char in line)
     return text if len(text) <= ROW_CHARS else f"{text[:ROW_CHARS]} ..."
 

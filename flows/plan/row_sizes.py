@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from recipes.data.files import data_files, parquet_rows
+from recipes.data.files import data_files, parquet_rows, text_bytes
 from recipes.data.formats import TEXT
 from recipes.data.origin import Origin
 from recipes.data.rows import Row
@@ -33,11 +33,11 @@ class RowSizes(NamedTuple):
 
 
 def data_bytes(origin: Origin, rows: Sequence[Row]) -> int:
-    """Size of a source as JSONL. Of parquet, which is compressed, it is estimated by its row count and first rows."""
+    """Size of a source as JSONL. Of Arrow files it is estimated by their row counts and the first rows."""
     size = 0
-    for file in data_files(origin.path):
+    for file in data_files(origin.path, config=origin.config, split=origin.split):
         count = parquet_rows(file)
-        size += file.stat().st_size if count is None else round(count * _json_bytes(rows) / max(1, len(rows)))
+        size += text_bytes(file) if count is None else round(count * _json_bytes(rows) / max(1, len(rows)))
     return size
 
 

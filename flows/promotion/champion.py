@@ -30,7 +30,10 @@ from tasks.runtime.store.open import open_store
 pc: Any = pyarrow.compute  # its functions are made when it is imported: no types
 TRAIN_ROWS = "train_rows.json"
 OWN_TOKENS = "It reads other tokens ({}): compared by its answers and by bits a byte, not on the general hold-out."
-TOKEN_FILES = ("tokenizer.json", "tokenizer.model", "chat_template.jinja")
+TOKEN_FILES = (
+    *("tokenizer.json", "tokenizer.model"),
+    *("chat_template.jinja", "chat_template.json", "chat_template_args.json"),
+)
 
 
 def record_folder(home: Path, version: Promotion) -> Path:

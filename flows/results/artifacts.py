@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from flows.results.read import Run, RunArm, RunStep
+from recipes.models.chat_template import read_template
 from recipes.models.headers import Headers, read_headers
 from recipes.problem import Problem
 from recipes.schemes.serve_file import ServedAdapter, describe
@@ -62,8 +64,11 @@ def _of_step(name: str, step: RunStep, under: str) -> Part:
 def serve_record(run: Run, arm: RunArm, parts: list[Part]) -> dict[str, Any]:
     """serve.json for the recipe's serve: section."""
     serve = run.recipe.get("serve") or {}
+    headers = _headers(run, arm)
+    if arm.adapter and (tokenizer := parts[1].source / "tokenizer").is_dir():
+        headers = replace(headers, template=read_template(tokenizer))
     return describe(
-        _headers(run, arm),
+        headers,
         name=arm.slug,
         scheme=arm.quantizer,
         tensor_parallel=serve.get("tensor_parallel", 1),

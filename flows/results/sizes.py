@@ -24,8 +24,10 @@ BESIDE = (
     "vocab.*",
     "merges.txt",
     "tokenizer.model",
-    "chat_template.jinja",
+    "chat_template.*",
+    "chat_template_args.json",
     "chat_templates/*",
+    "additional_chat_templates/*",
 )
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 NF4_BLOCK = 64  # weights that share an absmax
@@ -97,5 +99,5 @@ def _wanted(files: Mapping[str, int], patterns: tuple[str, ...]) -> dict[str, in
         name: size
         for name, size in files.items()
         if any(fnmatch(name, pattern) for pattern in patterns)
-        and ("/" not in name or name.startswith("chat_templates/"))
+        and ("/" not in name or name.startswith(("chat_templates/", "additional_chat_templates/")))
     }

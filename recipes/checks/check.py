@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
@@ -176,6 +177,34 @@ def _chat_template(loaded: Loaded, headers: Headers) -> Iterator[Problem]:
             why="The base was trained with its own; a second one would undo that.",
             next="Remove model.chat_template.",
         )
+    if template is None:
+        yield from _template_settings(loaded, headers)
+
+
+def _template_settings(loaded: Loaded, headers: Headers) -> Iterator[Problem]:
+    """A date that is missing, and what the base's template does not read."""
+    model, source = loaded.recipe.model, "\n".join(headers.template.texts)
+    if headers.template.prints_today and model.template_date is None:
+        yield Problem(
+            what="The base's chat template prints today's date.",
+            where="model.base",
+            why="The same rows would get other tokens tomorrow, and answers another prompt than was trained.",
+            next=f"Write `template_date: {date.today().isoformat()}` under `model:`; it stays what it was then.",
+        )
+    if source and model.template_date and not headers.template.prints_today and "date_string" not in source:
+        yield Problem(
+            what="The base's chat template prints no date.",
+            where="model.template_date",
+            why="The day would change nothing.",
+            next="Remove model.template_date.",
+        )
+    if source and (unread := sorted(name for name in model.template_args if name not in source)):
+        yield Problem(
+            what=f"The base's chat template reads no argument {', '.join(unread)}.",
+            where="model.template_args",
+            why="It would change nothing.",
+            next="Correct the name, or remove it.",
+        )
 
 
 def _lengths(loaded: Loaded, headers: Headers) -> Iterator[Problem]:
@@ -227,7 +256,7 @@ def _data(loaded: Loaded) -> Iterator[Problem]:
     for origin in loaded.origins.values():
         yield from read_origin(origin, max_rows=1).problems
     for field, path in general_files(loaded).items():
-        if not path.is_file():
+        if not path.exists():
             yield missing(path, field=field, kind="file")
         else:
             yield from general_problems(path, max_rows=1)

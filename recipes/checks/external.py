@@ -80,7 +80,6 @@ def external_headers(folder: Path) -> Headers:
         text_config=text_part(config),
         tensors=read_tensors(folder),
         linears=(),
-        has_chat_template=False,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -12,10 +11,11 @@ from typing import Any, NamedTuple
 from recipes.checks.gate import SplitSize, gate_warnings
 from recipes.checks.reading import RowsRead, SourceRead, read_rows
 from recipes.checks.split import SideRows, Sides
+from recipes.data.files import FolderChoice
 from recipes.data.formats import TEXT
 from recipes.data.rows import Side, content_hash, first_lines
+from recipes.data.texts import plain_texts
 from recipes.models.headers import read_headers
-from recipes.plain import is_mapping
 from recipes.problem import Problem, RecipeError, shown
 from recipes.read.load import Loaded
 from recipes.schema import FEWEST_ROWS, LEAST_ROWS, MOST_ROWS, TOKENS_PER_INPUT
@@ -99,16 +99,16 @@ def general_files(loaded: Loaded) -> dict[str, Path]:
 
 
 def _general_rows(loaded: Loaded) -> Iterator[Problem]:
-    """Bad lines of general text after the first, which `check` reads; texts in both calibration and evaluation."""
+    """Bad rows of general text after the first, which `check` reads; texts in both calibration and evaluation."""
     files = general_files(loaded)
     problems = [
         problem
         for path in files.values()
-        if path.is_file() and not general_problems(path, max_rows=1)
+        if path.exists() and not general_problems(path, max_rows=1)
         for problem in general_problems(path)
     ]
     yield from problems
-    if len(files) == 2 and not problems and all(path.is_file() for path in files.values()):
+    if len(files) == 2 and not problems and all(path.exists() for path in files.values()):
         evaluated, calibrated = map(_texts, files.values())
         if shared := evaluated & calibrated:
             yield Problem(
@@ -121,32 +121,28 @@ def _general_rows(loaded: Loaded) -> Iterator[Problem]:
 
 def _texts(path: Path) -> set[str]:
     """Hashes of the texts of a file."""
-    lines = (line for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    return {content_hash([{"role": TEXT, "content": json.loads(line)["text"]}]) for line in lines}
+    return {content_hash([{"role": TEXT, "content": row.text}]) for row in plain_texts(path) if row.text is not None}
 
 
 def general_problems(path: Path, *, max_rows: int | None = None) -> list[Problem]:
-    """Lines of general text that are not `{"text": ...}`; the first 20 by number."""
-    wrong: list[int] = []
+    """Rows of general text that have no `text`; the first 20 by place."""
+    wrong: list[str] = []
     count = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(islice(file, max_rows), start=1):
+    try:
+        for where, _, why in islice(plain_texts(path), max_rows):
             count += 1
-            try:
-                row: object = json.loads(line) if line.strip() else {"text": ""}
-            except (json.JSONDecodeError, UnicodeDecodeError):
-                row = None
-            if not is_mapping(row) or not isinstance(row.get("text"), str):
-                wrong.append(number)
+            wrong += [f"{where} {why}"] if why else []
+    except FolderChoice as choice:
+        return [choice.problem(shown(path), written="nowhere")]
     if count and not wrong:
         return []
-    numbers = ", ".join(map(str, wrong[:20])) + (f" and {len(wrong) - 20} more" if len(wrong) > 20 else "")
+    place = (path.parent if path.is_file() else path) / (wrong[0].split(" ", 1)[0] if wrong else "")
     return [
         Problem(
             what=f"{len(wrong)} malformed rows in the general text." if wrong else "The general text is empty.",
-            where=f"{shown(path)}:{wrong[0]}" if wrong else shown(path),
-            why=f"Lines {numbers} are not {{'text': '...'}}." if wrong else "Its text is measured or calibrated on.",
-            next='Write one object with `text` per line: {"text": "..."}, or leave the field out.',
+            where=shown(place if wrong else path),
+            why=f"Each row is one text:{first_lines(wrong)}" if wrong else "Its text is measured or calibrated on.",
+            next='Give it rows with a column `text`, such as lines {"text": "..."}, or leave the field out.',
         )
     ]
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from recipes.data.folders import FolderChoice, data_files
+from recipes.data.folders import NO_FILES, FolderChoice, data_files
 from recipes.data.raw.arrow_rows import arrow_rows, parquet_rows
 from recipes.data.raw.json_rows import json_rows
 from recipes.data.raw.opening import UNREADABLE, kind, text_bytes
 from recipes.data.raw.row import RawRow, Unread
 from recipes.data.raw.text_rows import csv_rows, text_rows
 
-__all__ = ["FolderChoice", "RawRow", "Unread", "data_files", "parquet_rows", "raw_rows", "text_bytes"]
+__all__ = ["NO_FILES", "FolderChoice", "RawRow", "Unread", "data_files", "parquet_rows", "raw_rows", "text_bytes"]
 
 Reader = Callable[[Path, str], Iterator[RawRow]]
 READERS: dict[str, Reader] = {

@@ -18,6 +18,7 @@ from recipes.problem import Problem
 
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 TEXT = ".txt"  # counts where a folder has no other kind
+NO_FILES = f"no {', '.join(f'*{ending}' for ending in KINDS)} or *{TEXT} file in it"
 NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # what data set tools leave
 NOT_TEXTS = re.compile(
     r"(readme|licen[cs]e|notice|copying|authors|citation|change(log|s)|contributing|requirements)", re.IGNORECASE
@@ -49,19 +50,22 @@ class FolderChoice(Unread):
         self.why = why
         super().__init__(f"{what} {why}")
 
-    def problem(self, where: str, *, section: str = "data") -> Problem:
-        """The refusal.
+    def problem(self, where: str, *, written: Literal["data", "source", "nowhere"] = "data") -> Problem:
+        """The refusal, with the line to write.
 
         Args:
-            where: The folder, or the recipe's field that names it.
-            section: Of the recipe, where the choice is written: `data`, `data.sources.1`; "" where none can be written.
+            where: The folder.
+            written: Where the recipe names it: `data.path`, an entry of `data.sources`, or a field with no such choice.
         """
-        if not section:
+        prefix = "data." if written == "data" else ""
+        place = " in this entry of data.sources" if written == "source" else ""
+        if written == "nowhere":
             following = "Name the file, or the folder, that is meant."
         elif self.names:
-            following = f"Write `{section}.{self.field}: {self.names[0]}`, or another one of these."
+            more = ", or another one of these" if len(self.names) > 1 else ""
+            following = f"Write `{prefix}{self.field}: {self.names[0]}`{place}{more}."
         else:
-            following = f"Remove {section}.{self.field}."
+            following = f"Remove `{prefix}{self.field}`{place}."
         return Problem(what=self.what, where=where, why=self.why, next=following)
 
 

@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from recipes.data.files import Unread, data_files, raw_rows
+from recipes.data.files import NO_FILES, FolderChoice, Unread, data_files, raw_rows
 from recipes.data.formats import (
     FIELDS,
     OPTIONAL,
@@ -153,7 +153,10 @@ class RowReader:
     def __iter__(self) -> Iterator[Row | MalformedRow]:
         """The rows in the order of the files. Nothing is held but the row at hand."""
         origin, rows = self.origin, 0
-        for where, raw, unread in raw_rows(origin.path, inside=origin.inside):
+        if (problem := _no_files(origin)) is not None:
+            yield _as_malformed(problem)
+            return
+        for where, raw, unread in raw_rows(origin.path, inside=origin.inside, config=origin.config, split=origin.split):
             rows += 1
             try:
                 if raw is None:
@@ -233,8 +236,6 @@ def read_origin(origin: Origin, *, max_rows: int | None = None) -> Rows:
         max_rows: Stop after so many rows.
     """
     path = origin.path
-    if not data_files(path):
-        return Rows(problems=[no_rows(path, "no *.jsonl, *.json, *.csv or *.parquet file in it")])
     reader = RowReader(origin)
     rows: list[Row] = []
     wrong: list[str] = []
@@ -297,6 +298,15 @@ def drawn(row: str, *, weight: float, salt: str) -> bool:
 
 def _plain(value: object) -> object:
     return " ".join(unicodedata.normalize("NFC", value).split()) if isinstance(value, str) else value
+
+
+def _no_files(origin: Origin) -> Problem | None:
+    """That a folder has no file of rows, or several sets of them."""
+    try:
+        files = data_files(origin.path, config=origin.config, split=origin.split)
+    except FolderChoice as choice:
+        return choice.problem(str(origin.path), written="source" if origin.inside else "data")
+    return None if files else no_rows(origin.path, NO_FILES)
 
 
 def _as_malformed(problem: Problem) -> MalformedRow:

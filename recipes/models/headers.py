@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from recipes.models.chat_template import FolderTemplate, read_template
 from recipes.models.linear import Linear
 from recipes.models.weights import Tensor, read_tensors
 from recipes.plain import is_mapping, json_object
@@ -33,7 +34,7 @@ class Headers:
         text_config: Its text part, for a model with several.
         tensors: Every tensor, by name.
         linears: What a scheme quantizes: 2-D weights inside the repeated layers, but for routers.
-        has_chat_template: The base brings a chat template.
+        template: The chat template that the folder brings.
     """
 
     folder: Path
@@ -41,7 +42,12 @@ class Headers:
     text_config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     linears: tuple[Linear, ...]
-    has_chat_template: bool
+    template: FolderTemplate = field(default_factory=FolderTemplate)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """The base brings a chat template."""
+        return bool(self.template.texts)
 
     @property
     def parameters(self) -> int:
@@ -182,7 +188,7 @@ def read_headers(folder: Path) -> Headers:
         text_config=text_config,
         tensors=tensors,
         linears=linears,
-        has_chat_template=_has_chat_template(folder),
+        template=read_template(folder),
     )
 
 
@@ -205,12 +211,6 @@ def _linears(tensors: Mapping[str, Tensor], *, transposed: bool) -> Iterator[Lin
             continue
         rows, columns = tensor.shape
         yield Linear(name.removesuffix(".weight"), *((rows, columns) if transposed else (columns, rows)))
-
-
-def _has_chat_template(folder: Path) -> bool:
-    files = ("chat_template.jinja", "chat_template.json", "chat_templates")
-    in_config = (json_object(folder / "tokenizer_config.json") or {}).get("chat_template")
-    return bool(in_config) or any((folder / name).exists() for name in files)
 
 
 # ---- what is wrong with a folder

@@ -13,7 +13,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from recipes.data.folders import KINDS, TEXT
 from recipes.data.origin import Origin, origins
+from recipes.data.raw.opening import ENDINGS
 from recipes.plain import is_mapping
 from recipes.problem import Problem, RecipeError, shown
 from recipes.read.complaints import explain
@@ -23,7 +25,7 @@ from recipes.read.yamlfile import parse
 from recipes.schema import Recipe, is_hub_id
 from recipes.scorers import PythonCallableSpec, Scorer, scored_columns
 
-HUB_NEVER = (".jsonl", ".json", ".csv", ".parquet")  # endings of a file
+HUB_NEVER = (*KINDS, TEXT, *ENDINGS)  # endings of a file
 
 
 @dataclass(frozen=True, kw_only=True)

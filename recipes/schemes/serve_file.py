@@ -96,6 +96,8 @@ def describe(
         "dtype": DTYPE,
         "max_model_len": length,
         "chat_template": headers.has_chat_template,
+        "template_args": dict(headers.template.args),
+        "template_date": headers.template.day,
         "kv_scales": bool(scheme and scheme.kv_scales),
         "dequantize": bool(scheme and scheme.form == "compressed-tensors" and not scheme.grid.symmetric),
         "adapter": adapter._asdict() if adapter else None,
@@ -128,6 +130,8 @@ def _vllm(
     command += adapter.options(name) if adapter else ["--served-model-name", name]
     command += ["--dtype", DTYPE]
     command += ["--max-model-len", str(length)] if length else []
+    if args := headers.template.args:
+        command += ["--default-chat-template-kwargs", json.dumps(args, ensure_ascii=False)]
     command += ["--tensor-parallel-size", str(ranks)]
     return {
         "command": None if refused else command,
@@ -176,9 +180,23 @@ def _vllm_lines(served: Mapping[str, Any]) -> Iterator[str]:
         yield "* No --chat-template: the template stands beside the tokenizer, and vLLM reads it there."
     else:
         yield "* The folder has no chat template: name one by --chat-template."
+    yield from _template_lines(served)
     yield _kv_line(served["kv_scales"])
     for caution in vllm["cautions"]:
         yield f"* {caution['what']} {caution['why']}"
+
+
+def _template_lines(served: Mapping[str, Any]) -> Iterator[str]:
+    if served["template_args"]:
+        yield (
+            "* --default-chat-template-kwargs: model and figures were made with these arguments of its template. "
+            "A request can name others by chat_template_kwargs; its answers are not those that were measured."
+        )
+    if served["template_date"]:
+        yield (
+            f"* The template prints the day. It was {served['template_date']} in training and evaluation; an engine "
+            "prints its own day, and the figures are not of that prompt to the letter."
+        )
 
 
 def _kv_line(calibrated: bool) -> str:
@@ -219,6 +237,9 @@ def python_lines(served: Mapping[str, Any]) -> Iterator[str]:
         yield 'model = PeftModel.from_pretrained(model, "adapter")'
     yield f'tokenizer = AutoTokenizer.from_pretrained("{adapter["tokenizer"] if adapter else "."}")'
     yield "```"
+    if args := served.get("template_args"):
+        given = ", ".join(f"{name}={value!r}" for name, value in args.items())
+        yield from ("", f"Every prompt is rendered with the template's arguments: `apply_chat_template(..., {given})`.")
 
 
 def write(folder: Path, served: Mapping[str, Any]) -> None:

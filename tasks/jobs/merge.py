@@ -187,7 +187,10 @@ def _copy_tokenizer(job: Job) -> None:
     """Byte for byte from where training left it; a file that is not there comes from the base."""
     base, adapter = job.inputs["base"].path, job.inputs["adapter"].path
     if (adapter / "tokenizer").is_dir():
-        shutil.copytree(adapter / "tokenizer", job.out, dirs_exist_ok=True)
+        # Its config.json, where there is one, is the base's and says which class of tokenizer reads the folder.
+        shutil.copytree(
+            adapter / "tokenizer", job.out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("config.json")
+        )
         return
     own = any(adapter.glob("tokenizer.*"))
     for folder in (base, adapter):

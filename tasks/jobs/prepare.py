@@ -10,20 +10,20 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recipes.data.rows import first_lines
+from recipes.checks.rows import too_few
 from recipes.data.wrong import Wrong
+from recipes.schema import FEWEST_ROWS
 from tasks.jobs.loading.load import setup
 from tasks.jobs.preparing.reading import Progress, ReadSources, read_sources
 from tasks.jobs.preparing.records import ROWS, Tally
+from tasks.jobs.preparing.renderer import open_renderer, unsound
 from tasks.jobs.preparing.selection import Selection, select
 from tasks.jobs.preparing.telling import Examples, tell_cut, tell_masks
 from tasks.jobs.preparing.workers import ChunkRenderer
 from tasks.jobs.preparing.writing import Counts, RecordFile, write_rows
-from tasks.jobs.text.chat_template import TemplateSettings
 from tasks.jobs.text.plain_texts import read_texts
 from tasks.jobs.text.rendering import Renderer
-from tasks.jobs.text.seams import remedy
-from tasks.jobs.text.tokenizer import text_ids
+from tasks.jobs.text.tokenizer import load_tokenizer, reads_alike, template_of_processor, text_ids, unlike_its_file
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
 from tasks.runtime.tokenizer_files import copy_files
@@ -48,12 +48,7 @@ def run(job: Job) -> dict[str, Any]:
         StageError: Malformed rows (the first 20, by line), rows that the template cannot mask, an empty split.
     """
     setup(job)
-    template = job.params.get("chat_template")
-    if "template" in job.inputs:
-        template = job.inputs["template"].path.read_text(encoding="utf-8")
-    settings = TemplateSettings.of(job.params.get("template_args"), job.params.get("template_date"))
-    renderer = Renderer.open(job.inputs["tokenizer"].path, template=template, settings=settings)
-    renderer.check_settings()
+    renderer = open_renderer(job)
     with tempfile.TemporaryDirectory(dir=job.out, prefix="scratch-") as scratch:
         summary = _rows(job, renderer, Path(scratch))
     general = _general(job, renderer)
@@ -112,21 +107,13 @@ def _render(job: Job, reads: ReadSources, selection: Selection, renderer: Render
         records.write(batch, rows.keys)
         progress.step(size)
     if wrong.count:
-        raise StageError.of(
-            what=f"{wrong.count} row(s) are not rendered whole, or their completions cannot be found among the tokens",
-            where=wrong.lines[0].split(" ", 1)[0],
-            why="something would be lost, or the loss would fall on the wrong tokens:"
-            + first_lines(wrong.lines, count=wrong.count),
-            next=remedy(renderer, seam.messages, seam.tools)
-            if seam
-            else "correct these rows, or use a chat template that has a place for all of them",
-        )
+        raise unsound(wrong.lines, renderer, count=wrong.count, seam=seam)
     tell_masks(job, tally, renderer)
     return tally
 
 
 def _check_splits(counts: Counts, job: Job) -> None:
-    """Refuse a split with an empty side."""
+    """Refuse a split with an empty side, or with next to nothing to train on."""
     empty = [name for name in ("train", "dev", "test") if not counts.rows[name]]
     if empty:
         rows = sum(counts.rows.values())
@@ -136,6 +123,9 @@ def _check_splits(counts: Counts, job: Job) -> None:
             why=f"groups fall on a side by hash; dev has a share of {job.params['dev']}, test {job.params['test']}",
             next="give more rows or finer groups, or larger data.dev and data.test; another data.salt draws again",
         )
+    train, params = counts.rows["train"], job.params
+    if train < FEWEST_ROWS:
+        raise StageError(too_few(train, where=job.inputs["data"].path.name, dev=params["dev"], test=params["test"]))
 
 
 def _general(job: Job, renderer: Renderer) -> list[dict[str, Any]]:
@@ -153,12 +143,35 @@ def _general(job: Job, renderer: Renderer) -> list[dict[str, Any]]:
     return [rows[name] for name in sorted(rows)]
 
 
+def _keep_class(job: Job, renderer: Renderer, out: Path) -> None:
+    """Let the copied files be read as the base's are: by the same class, with the same template."""
+    base = job.inputs["tokenizer"].path
+    if not reads_alike(renderer.tokenizer, load_tokenizer(out)):
+        copy_files(base, out, ["config.json"])
+        job.events.note("tokenizer", "its class depends on config.json: a copy stands beside it, wherever it goes")
+    jinja = out / "chat_template.jinja"
+    if (
+        (template := template_of_processor(base))
+        and template == renderer.tokenizer.chat_template
+        and not jinja.exists()
+    ):
+        jinja.write_text(template, encoding="utf-8")
+        job.events.note("chat template", "it stood in chat_template.json alone; chat_template.jinja is for engines")
+    if (text := unlike_its_file(renderer.tokenizer, base)) is not None:
+        job.events.note(
+            "tokenizer.json",
+            f"transformers reads this base as {type(renderer.tokenizer).__name__}, which splits texts otherwise than "
+            f"its tokenizer.json says: {text!r} gets other tokens. An engine that reads that file alone gives others",
+        )
+
+
 def _write_tokenizer(job: Job, renderer: Renderer) -> None:
     """Copy the tokenizer files; add a chosen template; put the end-of-turn token among the ids that end an answer."""
     base, out = job.inputs["tokenizer"].path, job.out / "tokenizer"
     out.mkdir()
     copy_files(base, out)
     renderer.template.settings.write(out)
+    _keep_class(job, renderer, out)
     if "template" in job.inputs or job.params.get("chat_template"):
         (out / "chat_template.jinja").write_text(renderer.tokenizer.chat_template, encoding="utf-8")
         job.events.note("chat template", "chosen by the recipe; it travels with every artifact")

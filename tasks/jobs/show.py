@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 from recipes.data.origin import Origin
 from recipes.data.rows import MalformedRow, Row, drawn, iter_rows, malformed
-from tasks.jobs.prepare import open_renderer, unsound
 from tasks.jobs.preparing.reading import origins_of, placed_row, read_sources
 from tasks.jobs.preparing.records import Record, render
+from tasks.jobs.preparing.renderer import open_renderer, unsound
 from tasks.jobs.preparing.selection import select
 from tasks.jobs.text.rendering import Renderer
 from tasks.runtime.process.errors import StageError
@@ -179,7 +179,7 @@ def _selected(job: Job) -> set[str] | None:
         return None
     with tempfile.TemporaryDirectory(dir=job.out) as scratch:
         reads = read_sources(job, Path(scratch))
-        return {reads.spool[place].name for place in select(job, reads).places}
+        return {reads.spool[place].name for place in select(job, reads, Path(scratch)).places}
 
 
 # ---- showing
@@ -194,7 +194,7 @@ def _entries(job: Job, found: FoundRow, renderer: Renderer) -> list[dict[str, An
     row = placed_row(found.row, job.params)
     rendered = render([row], renderer, max_length=job.params["max_length"])
     if rendered.wrong:
-        raise unsound(rendered.wrong, renderer, seam=rendered.seam)
+        raise unsound(rendered.wrong, renderer, count=1, seam=rendered.seam)
     if rendered.records:
         return [_entry(found, record, rendered.tally.lost, renderer) for record in rendered.records]
     long = f"its last exchange alone is over data.max_length: {max(rendered.tally.too_long)} tokens"

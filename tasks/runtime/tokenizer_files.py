@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-TEMPLATE_SETTINGS = "chat_template_args.json"  # ours: the arguments and the date that rows were rendered with
+TEMPLATE_SETTINGS = "chat_template_args.json"  # ours: the arguments and the day that rows were rendered with
 TOKENIZER_FILES = (
     "tokenizer.*",  # .json, and .model, .model.v3 ... of SentencePiece
     "tokenizer_config.json",

@@ -88,7 +88,9 @@ def test_an_empty_store_lists_and_verifies(tmp_path: Path):
 
 
 def test_the_quickstarts_own_recipe_checks_with_its_rows(tmp_path: Path):
-    quench("check", str(QUICKSTART / "recipe.yaml"), "--data", home=tmp_path / "home", check=0)
+    recipe = str(QUICKSTART / "recipe.yaml")
+    said = quench("check", recipe, "--data", home=tmp_path / "home", check=0).stdout
+    assert said.splitlines()[-1] == f"look at what is trained: quench show {recipe}"
 
 
 def test_schemes_lists_what_recipes_may_name(tmp_path: Path):

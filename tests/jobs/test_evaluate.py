@@ -261,7 +261,7 @@ def test_completions_without_text_have_no_bits(world: Path, tmp_path: Path) -> N
 def test_plain_text_has_a_loss_and_no_task(world: Path, tmp_path: Path) -> None:
     (tmp_path / "base").symlink_to(world / "base")
     (tmp_path / "adapter").symlink_to(world / "adapter")
-    data = write_jsonl(tmp_path / "texts.jsonl", [{"text": f"the sky is blue {i}"} for i in range(60)])
+    data = write_jsonl(tmp_path / "texts.jsonl", [{"text": f"the sky is blue {i}"} for i in range(70)])
     job = make_job("prepare", tmp_path / "dataset", params=PREPARE, data=data, tokenizer=world / "base")
     prepare.run(job)
     refer(tmp_path, tmp_path / "reference")

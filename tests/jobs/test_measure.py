@@ -30,7 +30,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def dataset(base: Path) -> Path:
     out = base.parent / "dataset"
-    data = write_jsonl(base.parent / "rows.jsonl", questions(40))
+    data = write_jsonl(base.parent / "rows.jsonl", questions(60))
     prepare.run(make_job("prepare", out, params=PREPARE, data=data, tokenizer=base))
     return out
 

@@ -401,7 +401,7 @@ STORY = "the old man went down to the harbour in the morning and looked for a bo
 
 
 def almost(number: int, *, of: int) -> dict[str, Any]:
-    """A row of 115 words; those of one `of` differ in their last word alone, so 110 of 112 5-grams are the same."""
+    """A row of 115 words; those of one `of` differ in their last word alone, so 113 of 115 5-grams are the same."""
     words = " ".join(f"{word}{of}.{place}" for place, word in enumerate((STORY * 5).split()))
     return {"messages": chat(words, f"it is {number}")}
 
@@ -433,9 +433,34 @@ def test_near_duplicates_are_counted_and_removed_so_that_no_test_row_goes(tmp_pa
 
 
 def test_a_system_turn_that_all_rows_share_makes_no_near_duplicates(tmp_path: Path) -> None:
-    rows = [{"messages": chat(f"what is {i} ?", f"it is {i}", system=STORY * 5)} for i in range(60)]
+    rows = [{"messages": chat(f"what is {i} ?", f"it is {i}", system=STORY * 5)} for i in range(90)]
     summary = json.loads((run(tmp_path, rows, max_length=4000) / "summary.json").read_text())
     assert summary["near_duplicates"]["rows"] == 0
+
+
+def test_fewer_than_32_rows_of_train_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="train has 25 rows; at least 32 are needed") as refused:
+        run(tmp_path, questions(40))
+    assert "Give about 54 rows or more" in refused.value.problem.next
+
+
+def test_leaks_are_counted_said_and_left_to_rehearse(tmp_path: Path) -> None:
+    rows = [*questions(60), *(almost(number, of=of) for of in range(8) for number in range(6))]
+    data = write_jsonl(tmp_path / "rows.jsonl", [row | {"number": number} for number, row in enumerate(rows)])
+    options = {"max_length": 4000, "group": "number"}
+    jobs = {
+        mode: run_sources(tmp_path, [source()], data, name=mode, near_duplicates=mode, **options)
+        for mode in ("ignore", "count", "remove")
+    }
+    leaks = {mode: json.loads((job.out / "summary.json").read_text()).get("leaks") for mode, job in jobs.items()}
+    assert leaks["ignore"] is None and "not looked for" in notes(jobs["ignore"])["leaks"]
+    assert leaks["count"]["twins"] == leaks["count"]["rows"] > 10 and leaks["remove"]["rows"] == 0
+    train = [row for row in table(jobs["count"].out) if row["split"] == "train"]
+    assert leaks["count"]["train"] == len(train)
+    first = leaks["count"]["examples"].splitlines()[1].split()
+    columns = pq.read_table(jobs["count"].out / "rows.parquet", columns=["source", "split"])
+    sides = dict(zip(columns["source"].to_pylist(), columns["split"].to_pylist(), strict=True))
+    assert first[1] == "like" and sides[first[0]] == "train" and sides[first[2]] in ("dev", "test")
 
 
 @pytest.mark.parametrize(("jaccard", "expected"), [(0.9, True), (0.99, False)])

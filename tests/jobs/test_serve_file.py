@@ -90,6 +90,28 @@ def test_options_follow_the_scheme_and_the_recipe(base: Path):
     assert "of 1, 2, 4 and 8 GPUs 1 can share it" in readable(nf4)
 
 
+def test_arguments_and_the_day_of_a_template_are_in_the_command(base: Path, tmp_path: Path):
+    adapter = plant_adapter(base, tmp_path / "adapter")
+    said = {"template_args": {"enable_thinking": False}, "template_date": "2026-01-31"}
+    (adapter / "tokenizer" / "chat_template_args.json").write_text(json.dumps(said))
+    merged = tmp_path / "merged"
+    merge.run(make_job("merge", merged, params={"onto": "original"}, base=base, adapter=adapter))
+    out = tmp_path / "out"
+    params = parse_scheme("rtn-w4-g32").params() | {"seed": 0}
+    quantize.run(make_job("quantize", out, params=params, model=merged))
+    for folder in (merged, out):
+        served = json.loads((folder / "serve.json").read_text())
+        words = flags(served)
+        assert json.loads(words[words.index("--default-chat-template-kwargs") + 1]) == {"enable_thinking": False}
+        text = (folder / "serve.md").read_text()
+        assert """--default-chat-template-kwargs '{"enable_thinking": false}'""" in text
+        assert "apply_chat_template(..., enable_thinking=False)" in text
+        assert "It was 2026-01-31 in training and evaluation; an engine prints its own day" in text
+    plain = describe(read_headers(base), name="base", scheme=None)
+    assert "--default-chat-template-kwargs" not in flags(plain)
+    assert "apply_chat_template" not in readable(plain)
+
+
 def test_a_base_without_a_template_is_told_so(tmp_path: Path):
     headers = read_headers(write_base(tmp_path, chat_template=False))
     assert "name one by --chat-template" in readable(describe(headers, name="x", scheme=None))

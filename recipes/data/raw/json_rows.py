@@ -14,7 +14,7 @@ from recipes.data.raw.window import TooLong, Window
 from recipes.plain import is_list, is_mapping
 
 HEAD = 1 << 16  # characters that tell whether a row is a line
-LONGEST = 1 << 24  # characters of a row; a longer object is one around a list of rows
+LONGEST = 1 << 22  # characters of a row; a longer object is one around a list of rows
 # Columns of turns or texts: an object that has one is a row, not an object around a list of rows.
 OF_TEXTS = ("messages", "conversations", "prompt", "completion", "instruction", "text", "chosen", "rejected")
 OF_ROWS = frozenset((*OF_TEXTS, "question", "answer", "query", "response"))
@@ -35,8 +35,8 @@ def _is_row_a_line(file: Path) -> bool:
     """Whether the first line that is not blank is a value, or is wrong in its middle, and there are lines behind it."""
     with text_of(file) as text:
         head = text.read(HEAD)
-    line, _, rest = head.lstrip().partition("\n")
-    if not rest.strip() and len(head) < HEAD:
+    line, end, rest = head.lstrip().partition("\n")
+    if not end or (not rest.strip() and len(head) < HEAD):
         return False
     try:
         DECODER.decode(line)
@@ -44,7 +44,7 @@ def _is_row_a_line(file: Path) -> bool:
         return error.pos < len(line.rstrip()) and not line.startswith("[")
     except (RecursionError, ValueError):
         return True
-    return bool(rest)
+    return True
 
 
 def _lines(file: Path, shown: str) -> Iterator[RawRow]:

@@ -31,7 +31,7 @@ def parse(text: str) -> Any:
     try:
         value = _decoded(text)
     except json.JSONDecodeError as error:
-        raise Unread(f"is not JSON ({error.msg}: column {error.colno})") from None
+        raise Unread(f"is not JSON ({error.msg}: column {error.pos + 1})") from None
     except (RecursionError, ValueError) as error:
         raise Unread(reason(error)) from None
     check(value, text)
@@ -97,8 +97,12 @@ def is_unicode(text: str) -> bool:
 def _check_inside(value: Any) -> None:
     """Level by level, so that no depth of nesting is a depth of calls."""
     level: list[Any] = [value]
-    for _ in range(DEEPEST + 1):
+    depth = 0
+    while level:
         inner: list[Any] = []
+        depth += any(is_mapping(item) or is_list(item) for item in level)
+        if depth > DEEPEST:
+            raise Unread(TOO_DEEP)
         for item in level:
             if isinstance(item, str):
                 check_text(item)
@@ -106,11 +110,7 @@ def _check_inside(value: Any) -> None:
                 inner += [*item, *item.values()]
             elif is_list(item):
                 inner += item
-        if not inner:
-            return
         level = inner
-    if any(is_mapping(item) or is_list(item) for item in level):
-        raise Unread(TOO_DEEP)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

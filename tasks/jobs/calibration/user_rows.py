@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from recipes.data.rows import Row, malformed, read_rows
+from recipes.models.chat_template import read_template
 from tasks.jobs.calibrate import DRAWABLE, calibset
+from tasks.jobs.text.chat_template import TemplateSettings
 from tasks.jobs.text.conversation import Conversation, RowError
 from tasks.jobs.text.rendering import Renderer, Sample
 from tasks.jobs.text.tokenizer import load_tokenizer, text_ids
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
+
+ANY_DAY = date(2025, 1, 1)
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -60,7 +66,11 @@ def _texts(rows: dict[str, Row], job: Job) -> Iterator[dict[str, Any]]:
 
 def _turns(rows: dict[str, Row], job: Job, *, path: Path) -> Iterator[dict[str, Any]]:
     """Conversations as the model's template renders them; leading turns go where they do not fit."""
-    renderer = Renderer.open(job.inputs["tokenizer"].path)
+    folder = job.inputs["tokenizer"].path
+    said = TemplateSettings.read(folder)
+    # A template that prints today's date gets one day, so that the same inputs give the same bytes.
+    day = said.day or (ANY_DAY if read_template(folder).prints_today else None)
+    renderer = Renderer.open(folder, settings=replace(said, day=day))
     wrong: list[str] = []
     for name, row in sorted(rows.items()):
         try:

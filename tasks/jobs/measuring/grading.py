@@ -13,7 +13,8 @@ from recipes.problem import Problem
 from recipes.scorers import input_name
 from tasks.jobs.measuring.teacher_forcing import Caches, Model, TokenRow, before_end, greedy_config
 from tasks.jobs.scorers import Scorer, ScorerFailed, make_scorer
-from tasks.jobs.text.conversation import behind_thinking
+from tasks.jobs.text.chat_template import NO_SETTINGS, ChatTemplate, TemplateSettings
+from tasks.jobs.text.conversation import Conversation, RowError, behind_thinking
 from tasks.jobs.text.tokenizer import load_tokenizer
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
@@ -195,15 +196,35 @@ def _failed(grader: Grader, failed: Sequence[tuple[TokenRow, str, str]], *, of: 
 
 
 class Prompting(NamedTuple):
-    """How documents become prompts: a tokenizer with its template, and the token ids that end an answer."""
+    """How documents become prompts.
+
+    Attributes:
+        tokenizer: With its template.
+        ends: Token ids that end an answer.
+        settings: What the recipe says to the template.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     ends: list[int]
+    settings: TemplateSettings = NO_SETTINGS
 
     @classmethod
     def of(cls, folder: Path) -> Prompting:
         """As for the rows, with the dataset's tokenizer."""
-        return cls(load_tokenizer(folder), greedy_config(folder, max_new_tokens=1).eos_token_id)
+        ends = greedy_config(folder, max_new_tokens=1).eos_token_id
+        return cls(load_tokenizer(folder), ends, TemplateSettings.read(folder))
+
+    def prompt(self, turns: list[dict[str, str]]) -> str:
+        """A history with the generation prompt, on the day that the rows were rendered with.
+
+        Raises:
+            ScorerFailed: The template refuses it.
+        """
+        template = ChatTemplate.of(self.tokenizer, settings=self.settings)
+        try:
+            return template.text(Conversation(turns=list(turns)), prompted=True)
+        except RowError as error:
+            raise ScorerFailed(str(error)) from None
 
     def said(self, row: TokenRow) -> str:
         """The text of a model's answer that has the tokens of the row's reference."""
@@ -222,7 +243,15 @@ def run_harnesses(
     size = job.params["batch_size"]
     for metric, harness in harnesses.items():
         try:
-            documents = harness.run(model, prompting.tokenizer, ends=prompting.ends, batch_size=size, caches=caches)
+            documents = harness.run(
+                model,
+                prompting.tokenizer,
+                ends=prompting.ends,
+                batch_size=size,
+                caches=caches,
+                template_args=prompting.settings.args,
+                prompt=prompting.prompt if prompting.settings.day else None,
+            )
         except ScorerFailed as error:
             problems[metric] = Problem(
                 what=f"no score of {metric}",

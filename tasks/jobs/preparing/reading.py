@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipes.data.files import data_files
 from recipes.data.origin import Origin, origins, source_name
 from recipes.data.rows import Row, RowReader, drawn, no_rows, side
 from recipes.data.wrong import Wrong
@@ -98,8 +97,6 @@ def read_sources(job: Job, scratch: Path) -> ReadSources:
 
 def _empty(reader: RowReader) -> Problem:
     path = reader.origin.path
-    if not data_files(path):
-        return no_rows(path, "no *.jsonl, *.json, *.csv or *.parquet file in it")
     return no_rows(path, f"data.keep leaves all {reader.left_out} rows out" if reader.left_out else "the file is empty")
 
 

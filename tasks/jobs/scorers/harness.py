@@ -126,6 +126,8 @@ class Harness:
         ends: Sequence[int],
         batch_size: int,
         caches: Caches | None = None,
+        template_args: Mapping[str, Any] | None = None,
+        prompt: Callable[[list[dict[str, str]]], str] | None = None,
     ) -> list[DocumentScore]:
         """Ask all documents.
 
@@ -135,6 +137,8 @@ class Harness:
             ends: Token ids that end an answer. Stop strings never match the end-of-turn token, which is special.
             batch_size: Documents per forward pass.
             caches: Makes the arm's KV caches where they are quantized.
+            template_args: Arguments that the template gets.
+            prompt: Renders a history where the tokenizer alone would print today's date.
 
         Raises:
             ScorerFailed: A document has no score from 0 to 1.
@@ -146,6 +150,8 @@ class Harness:
             # A rendered template has its own beginning-of-text token, or none.
             lm=lm(
                 caches=caches,
+                prompt=prompt,
+                chat_template_args=dict(template_args or {}),
                 pretrained=model,
                 tokenizer=tokenizer,
                 batch_size=batch_size,
@@ -183,9 +189,14 @@ class Harness:
 class _Arm(HFLM):
     """A loaded arm as lm_eval asks it: through the arm's own KV cache where that is quantized."""
 
-    def __init__(self, *, caches: Caches | None, **more: Any) -> None:
+    def __init__(self, *, caches: Caches | None, prompt: Callable[[Any], str] | None, **more: Any) -> None:
         super().__init__(**more)
-        self._caches = caches
+        self._caches, self._prompt = caches, prompt
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        if self._prompt is not None and add_generation_prompt:
+            return self._prompt(chat_history)
+        return super().apply_chat_template(chat_history, add_generation_prompt)
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         if self._caches is None:

@@ -93,8 +93,9 @@ class TemplateSettings:
         return cls.of(said.get("template_args"), said.get("template_date"))
 
     def write(self, folder: Path) -> None:
-        """Say them in a tokenizer's folder; no file where there are none."""
+        """Say them in a tokenizer's folder; no file where there are none, also not that of the base."""
         if self == NO_SETTINGS:
+            (folder / TEMPLATE_SETTINGS).unlink(missing_ok=True)
             return
         said = {"template_args": dict(self.args), "template_date": self.day.isoformat() if self.day else None}
         text = json.dumps(said, ensure_ascii=False, indent=2, sort_keys=True) + "\n"

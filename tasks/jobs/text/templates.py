@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
-from trl.chat_template_utils import get_training_chat_template
 
 from tasks.jobs.text.chat_template import GENERATION, ChatTemplate
 from tasks.jobs.text.conversation import Conversation
@@ -25,12 +25,22 @@ def templates_of(tokenizer: Any) -> list[str]:
 def training_template(tokenizer: Any) -> str | None:
     """TRL's training template where the tokenizer's own equals, byte for byte, one that TRL ships; else None."""
     own = tokenizer.chat_template
-    if not isinstance(own, str) or GENERATION.search(own):
+    if not isinstance(own, str) or GENERATION.search(own) or not _is_of_trl(own):
         return None
+    from trl.chat_template_utils import get_training_chat_template  # takes as long as all other imports together
+
     try:
         return get_training_chat_template(tokenizer)
     except (ValueError, TypeError, TemplateError):  # ValueError: none shipped; the others: its probes are refused
         return None
+
+
+def _is_of_trl(template: str) -> bool:
+    """Whether TRL ships exactly this template: it keeps each in a file of its own."""
+    spec = importlib.util.find_spec("trl")
+    folder = Path(spec.origin).with_name("chat_templates") if spec and spec.origin else Path()
+    files = list(folder.glob("*.jinja"))
+    return not files or any(file.read_text(encoding="utf-8") == template for file in files)
 
 
 def chatml(tokenizer: Any) -> str:

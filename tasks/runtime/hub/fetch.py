@@ -37,6 +37,7 @@ from tasks.runtime.hub.ids import (
     ADAPTER_FILES,
     ADAPTER_NEEDED,
     CODE_FILES,
+    DATA_CARD,
     DATA_FILES,
     MODEL_FILES,
     HubId,
@@ -51,7 +52,7 @@ PATTERNS: dict[Kind, tuple[str, ...]] = {
     "model": (*MODEL_FILES, *TOKENIZER_FILES),
     "tokenizer": ("config.json", *TOKENIZER_FILES),
     "adapter": ADAPTER_FILES,
-    "dataset": DATA_FILES,
+    "dataset": (*DATA_FILES, DATA_CARD),
 }
 NEEDED: dict[Kind, tuple[str, ...]] = {
     "model": ("config.json", "*.safetensors"),
@@ -106,7 +107,8 @@ def _pin(hub: HubId) -> Pinned:
         wanted = {name: size for name, size in sizes.items() if _is_wanted(hub, name)}
         if problem := _unusable(hub, commit, list(wanted), sizes) or _no_room(hub, commit, wanted):
             raise problem.error()
-        hf_hub_download(hub.name, min(wanted, key=wanted.__getitem__), repo_type=hub.repo_type, revision=commit)
+        gated = (name for name in wanted if name != DATA_CARD)  # a card can be read where the rest cannot
+        hf_hub_download(hub.name, min(gated, key=wanted.__getitem__), repo_type=hub.repo_type, revision=commit)
         return Pinned(commit=commit, files=list(wanted))
 
 

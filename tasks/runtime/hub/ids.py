@@ -14,7 +14,11 @@ Kind = Literal["model", "tokenizer", "adapter", "dataset"]  # tokenizer: a model
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
 ADAPTER_NEEDED = ("adapter_config.json", "adapter_model.safetensors")
 CODE_FILES = ("*.py",)  # of a model whose own code is run
-DATA_FILES = ("*.jsonl", "*.json", "*.csv", "*.parquet")
+DATA_FILES = (
+    *("*.jsonl", "*.json", "*.csv", "*.parquet", "*.ndjson", "*.tsv", "*.arrow", "*.txt"),
+    *(f"*.{kind}.{packed}" for kind in ("jsonl", "json", "csv", "tsv", "txt") for packed in ("gz", "zst", "xz", "bz2")),
+)
+DATA_CARD = "README.md"  # says which files are which configuration
 # What an adapter folder can hold that shapes a merge.
 ADAPTER_FILES = (
     *ADAPTER_NEEDED,

@@ -72,6 +72,7 @@ def test_it_ends_with_the_next_command(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     made = init("base", "tickets.jsonl", out=Path("recipe.yaml"))
     assert made.text.splitlines()[-1].strip() == "quench run recipe.yaml" == made.next
+    assert "look at what is trained: quench show recipe.yaml" in made.text
     assert json.loads(json.dumps(made.as_dict()))["path"] == "recipe.yaml"
 
 

@@ -21,7 +21,7 @@ LLAMA_7B = {"num_hidden_layers": 32, "num_attention_heads": 32, "hidden_size": 4
 
 
 def described(**config: Any) -> Headers:
-    return Headers(folder=Path(), config=config, text_config=config, tensors={}, linears=(), has_chat_template=True)
+    return Headers(folder=Path(), config=config, text_config=config, tensors={}, linears=())
 
 
 # ---- the cache, by hand

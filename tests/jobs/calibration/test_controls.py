@@ -27,7 +27,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("controls")
     base = write_base(folder / "base")
     evaluated = write_jsonl(folder / "general.jsonl", [{"text": "a text that is evaluated"}])
-    data = write_jsonl(folder / "rows.jsonl", questions(40))
+    data = write_jsonl(folder / "rows.jsonl", questions(60))
     job = make_job("prepare", folder / "dataset", params=PARAMS, data=data, tokenizer=base, general=evaluated)
     prepare.run(job)
     return {

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from tasks.jobs import prepare
+from tasks.jobs.measuring.grading import Prompting
+from tasks.jobs.measuring.own_tokenizer import another
+from tasks.jobs.measuring.teacher_forcing import read_rows
 from tasks.jobs.text.chat_template import TemplateSettings
 from tasks.jobs.text.rendering import Renderer
 from tasks.runtime.process.errors import StageError
@@ -91,6 +94,27 @@ def test_a_template_that_prints_today_needs_a_day_and_keeps_it(tmp_path: Path) -
     assert {tokenizer.decode(row["input_ids"]).split(".\n")[0] for row in table(dataset)} == {"It is 31 Jan 2026"}
     assert {tokenizer.decode(row["prompt_ids"]).split(".\n")[0] for row in table(dataset)} == {"It is 31 Jan 2026"}
     assert TemplateSettings.read(dataset / "tokenizer") == TemplateSettings(day=date(2026, 1, 31))
+
+
+def test_documents_of_a_task_are_asked_with_the_same_arguments_and_day(tmp_path: Path) -> None:
+    head = "{{- strftime_now('%Y-%m-%d') + ('' if enable_thinking else ' /no_think') + '\n' -}}"
+    jinja = turns_as("{{- m.content -}}", head=head)
+    dataset = prepared(tmp_path, jinja, template_date="2026-01-31", template_args={"enable_thinking": False})
+    prompting = Prompting.of(dataset / "tokenizer")
+    (row, *_) = [row for row in table(dataset) if row["prompt_ids"]]
+    history = json.loads(row["messages"])[:-1]
+    assert prompting.prompt(history) == prompting.tokenizer.decode(row["prompt_ids"])
+    assert prompting.prompt(history).startswith("2026-01-31 /no_think\n<|im_start|>user\nwhat is")
+
+
+def test_a_copy_of_the_base_reads_the_rows_as_it_does_and_others_have_no_arguments(tmp_path: Path) -> None:
+    jinja = turns_as("{{- strftime_now('%Y') + m.content + ('' if enable_thinking else '!') -}}")
+    settings = {"template_date": "1999-01-31", "template_args": {"enable_thinking": False}}
+    dataset = prepared(tmp_path, jinja, **settings)
+    rows = read_rows(dataset, "dev", "test")
+    assert another(tmp_path / "base", dataset, rows) is None
+    other = write_base(tmp_path / "other", chat_template=jinja.replace("'!'", "'?'"))
+    assert "rendered otherwise" in (another(other, dataset, rows) or "")
 
 
 def test_a_fixed_day_of_the_template_stands_unless_the_recipe_names_one(tmp_path: Path) -> None:

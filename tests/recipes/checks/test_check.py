@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ def test_imports_are_light(tmp_path: Path):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(run, cwd=CHECKOUT, capture_output=True, text=True, timeout=60)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.stdout.split("\n")[:2] == ["[]", "['numpy']"], done.stdout + done.stderr  # it looks for leaks
+    assert done.stdout.split("\n")[:2] == ["[]", "['numpy']"], done.stdout + done.stderr  # rows: it looks for leaks
     # Of CPU time: 0.4 s on a fast core, 1.0 s on a slow one, preflight's imports among it. With torch it is over 4 s.
     assert after.ru_utime - before.ru_utime < 4
 
@@ -90,6 +91,23 @@ def test_chat_templates(tmp_path: Path):
     assert problems(recipe, "model.chat_template=mine.jinja") == []
     write_base(tmp_path / "base")
     assert "of its own" in only(recipe, "model.chat_template=chatml").what
+
+
+def test_a_template_that_prints_today_needs_its_day_in_the_recipe(tmp_path: Path):
+    recipe = write_project(tmp_path)
+    template = tmp_path / "base" / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%d %b %Y') }}{{ messages }}{{ enable_thinking }}")
+    problem = only(recipe)
+    assert "prints today's date" in problem.what
+    assert f"`template_date: {date.today().isoformat()}` under `model:`" in problem.next
+    assert problems(recipe, "model.template_date=2026-01-31", "model.template_args.enable_thinking=false") == []
+    assert load(recipe, sets=["model.template_date=2026-01-31"]).recipe.model.template_date == "2026-01-31"
+    for override, says in (("template_date=2026-02-31", "is no day"), ("template_args.tools=[]", "cannot be an")):
+        with pytest.raises(RecipeError, match=says):
+            load(recipe, sets=[f"model.{override}"])
+    template.write_text("{{ messages }}")
+    assert "prints no date" in only(recipe, "model.template_date=2026-01-31").what
+    assert "reads no argument thinking" in only(recipe, "model.template_args.thinking=false").what
 
 
 def test_lengths_that_the_base_was_not_made_for(tmp_path: Path):

@@ -89,7 +89,7 @@ def test_an_adapter_and_a_data_set_bring_only_what_is_read(hub: Hub, tmp_path: P
     folder, *_ = snapshot(hub, tmp_path, "org/adapter", "adapter").splitlines()
     assert read_folder(Path(folder)) == ADAPTER
     folder, *_ = snapshot(hub, tmp_path, "org/rows", "dataset").splitlines()
-    assert read_folder(Path(folder)) == {"data/train.jsonl": b'{"x": 1}\n'}
+    assert read_folder(Path(folder)) == {"data/train.jsonl": b'{"x": 1}\n', "README.md": b"x"}
 
 
 def test_a_gate_opens_to_the_token_that_was_let_in(hub: Hub, tmp_path: Path):

@@ -1,0 +1,58 @@
+"""The chat template of a model folder, as its files say: is there one, does it print today's date, how was it used?
+
+Standard library only: the template is read as text and not rendered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recipes.plain import is_list, is_mapping, json_object
+
+SETTINGS_FILE = "chat_template_args.json"  # ours: the arguments and the day that rows were rendered with
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderTemplate:
+    """What a folder has of a chat template.
+
+    Attributes:
+        texts: Jinja, one or several with names; none where it has no template.
+        args: Arguments that rows were rendered with, in a folder that we wrote.
+        day: What it printed as today's date, YYYY-MM-DD.
+    """
+
+    texts: tuple[str, ...] = ()
+    args: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    day: str | None = None
+
+    @property
+    def prints_today(self) -> bool:
+        """It asks for the date of the day on which it renders."""
+        return any("strftime_now" in text for text in self.texts)
+
+
+def read_template(folder: Path) -> FolderTemplate:
+    """The template that transformers and our jobs find in a folder."""
+    said = json_object(folder / SETTINGS_FILE) or {}
+    args, day = said.get("template_args"), said.get("template_date")
+    return FolderTemplate(
+        texts=tuple(_texts(folder)),
+        args=args if is_mapping(args) else {},
+        day=day if isinstance(day, str) else None,
+    )
+
+
+def _texts(folder: Path) -> Iterator[str]:
+    for path in (folder / "chat_template.jinja", *sorted(folder.glob("additional_chat_templates/*.jinja"))):
+        if path.is_file():
+            yield path.read_text(encoding="utf-8", errors="replace")
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        value = (json_object(folder / name) or {}).get("chat_template")
+        if isinstance(value, str):
+            yield value
+        elif is_list(value):  # of named ones
+            yield from (str(named.get("template")) for named in value if is_mapping(named))
