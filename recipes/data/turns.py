@@ -97,6 +97,8 @@ def _turn(raw: Any, number: int, tools: Sequence[Mapping[str, Any]] | None, *, d
         raise Unread(f"turn {number} is no object with a role and a content")
     given = {name: value for name, value in raw.items() if value is not None}
     role = _role(given, number)
+    if given.get("train_detail"):  # axolotl's
+        raise Unread(f"turn {number} has `train_detail`; a turn is trained as a whole or not at all")
     for name in (*MEDIA, "refusal"):
         if given.pop(name, None):
             raise Unread(f"turn {number} has `{name}`; only text is trained")
