@@ -85,6 +85,7 @@ bench: install   ## the quickstart timed in an empty home: docs/results/quicksta
 	$(BIN)/python -m tests.bench.calibration
 	$(BIN)/python -m tests.bench.interop
 	$(BIN)/python -m tests.bench.scale
+	$(BIN)/python -m tests.bench.rows
 	$(BIN)/python -m tests.bench.servers
 	$(BIN)/python -m tests.bench.memory
 bench: quickstart env-autoawq env-autogptq  # whose models and readers the last one takes

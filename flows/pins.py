@@ -81,7 +81,7 @@ def row_pins(loaded: Loaded) -> RowPins:
     """Resolve what prepare reads; of a base on a hub, its tokenizer and config alone are fetched.
 
     Raises:
-        RecipeError: Hub ids cannot be fetched: base and data at once.
+        RecipeError: Hub ids cannot be fetched, base and data at once; or a folder has several sets of rows.
     """
     data = loaded.recipe.data
     fields = ["model.base", *(data.field(number) for number in range(len(data.parts)))]
@@ -92,12 +92,12 @@ def row_pins(loaded: Loaded) -> RowPins:
     def external(name: str, path: Path) -> External:
         return External(name=name, path=path, digest="", source="")
 
+    folders = [source.at(data.field(number), part.path) for number, part in enumerate(data.parts)]
+    for number, part in enumerate(data.parts):
+        source.files(folders[number], field=data.field(number), part=part)
     template = loaded.recipe.model.chat_template
     return RowPins(
-        data=tuple(
-            external(source_name(number), source.at(data.field(number), part.path).folder)
-            for number, part in enumerate(data.parts)
-        ),
+        data=tuple(external(source_name(number), snapshot.folder) for number, snapshot in enumerate(folders)),
         tokenizer=external("tokenizer", source.at("model.base", loaded.recipe.model.base).folder),
         template=external("template", loaded.resolve(template)) if template not in (None, "chatml") else None,
     )
@@ -138,13 +138,21 @@ class _Outside(NamedTuple):
 
     def _rows(self, name: str, snapshot: Snapshot, *, field: str, part: RowFields | None = None) -> External:
         """The files of a folder that hold the rows that are meant."""
+        files = self.files(snapshot, field=field, part=part)
+        return self.folder(name, snapshot, [glob.escape(str(file.relative_to(snapshot.folder))) for file in files])
+
+    def files(self, snapshot: Snapshot, *, field: str, part: RowFields | None = None) -> list[Path]:
+        """The files of a folder that hold the rows that are meant.
+
+        Raises:
+            RecipeError: The folder has several sets of rows, and none is named.
+        """
         config, split = (part.config, part.split) if part else (None, None)
         try:
-            files = data_files(snapshot.folder, config=config, split=split)
+            return data_files(snapshot.folder, config=config, split=split)
         except FolderChoice as choice:
             written = "nowhere" if part is None else "data" if field == "data.path" else "source"
             raise self.loaded.placed(choice.problem(field, written=written)).error() from None
-        return self.folder(name, snapshot, [glob.escape(str(file.relative_to(snapshot.folder))) for file in files])
 
     def adapter(self) -> External | None:
         """`train.adapter`, where it stands in the place of training."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import glob
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 from flows.commands.folders import check_disk, check_output, find_input
 from flows.commands.terminal import Output
 from flows.run.progress import Display
+from recipes.data.files import data_files
 from recipes.data.rows import Rows, read_rows
 from recipes.models.headers import Headers, read_headers
 from recipes.problem import Problem, RecipeError
@@ -19,7 +21,7 @@ from recipes.schemes.limits import limit_problems
 from recipes.schemes.scheme import Scheme
 from recipes.schemes.slugs import by_backend, parse_scheme
 from tasks import calibrate, quantize
-from tasks.runtime.hub.ids import DATA_FILES, MODEL_FILES, Snapshot
+from tasks.runtime.hub.ids import MODEL_FILES, Snapshot
 from tasks.runtime.outside import make_folder, work_folder
 from tasks.runtime.pin import Digests, external_file, external_folder
 from tasks.runtime.process.environments import environment_problem
@@ -214,11 +216,11 @@ def _row_problems(options: QuantizeOptions, headers: Headers | None, rows: Rows 
 def _calibset(options: QuantizeOptions, checked: QuantizeInputs, digests: Digests) -> Step:
     assert checked.rows is not None and options.calibration is not None
     path = options.calibration
-    rows = (
-        external_folder("rows", path, patterns=DATA_FILES, digests=digests)
-        if path.is_dir()
-        else external_file("rows", path, digests=digests)
-    )
+    if path.is_dir():
+        names = [glob.escape(str(file.relative_to(path))) for file in data_files(path)]
+        rows = external_folder("rows", path, patterns=names, digests=digests)
+    else:
+        rows = external_file("rows", path, digests=digests)
     tokens = external_folder("tokenizer", checked.model.folder, patterns=TOKENIZER_FILES, digests=digests)
     params = {
         "rows": options.rows or min(DEFAULT_ROWS, len(checked.rows.rows)),

@@ -46,7 +46,9 @@ TILE = (4096, 32768)  # tokens and vocabulary that TRL's output layer works on a
 EVAL_LOGIT_BYTES = 3  # bf16; what is computed from them is computed row by row
 ACTIVATION_FACTOR = 1.6  # kept for the backward pass, over the bf16 inputs and outputs of the linear layers
 EAGER_BYTES = 2 + 4 + 2  # per score: bf16, softmax in fp32, bf16 again; by arithmetic, not measured
-DATA_FACTOR = 20  # bytes of Python objects per byte of JSONL
+ROW_BYTES = 700  # of a row that waits on disk, in prepare and calibrate: docs/results/rows.md
+ARROW_FACTOR = 3  # bytes of Arrow columns, read and filtered, per byte of JSONL
+SCRATCH_FACTOR = 8  # bytes on disk while prepare works, per byte of JSONL: rows, their 5-grams, records, rows.parquet
 # Parts that are files in memory: counted as resident, but given back when memory is short, so no step fails for them.
 FILES = ("file of weights", "file of logits")
 
@@ -92,6 +94,10 @@ class _Sizes:
     @property
     def data_bytes(self) -> int:
         return self.rows.data_bytes if self.rows else 0
+
+    @property
+    def row_count(self) -> int:
+        return self.rows.rows if self.rows else 0
 
     @property
     def length(self) -> int:
@@ -225,17 +231,18 @@ def _step(
 
 def _rehearse(sizes: _Sizes) -> StepNeeds:
     """Scorers and the rows of dev and test, no model; 0.48 GiB measured on the quickstart's."""
-    parts = {"rows": DATA_FACTOR * sizes.data_bytes}
+    parts = {"rows": ARROW_FACTOR * sizes.data_bytes}
     return _step(sizes, f"rehearse/{sizes.recipe.name}", parts, process=PREPARE, on_gpu=False)
 
 
 def _prepare(sizes: _Sizes) -> StepNeeds:
-    parts, disk = {"rows": DATA_FACTOR * sizes.data_bytes}, 3 * sizes.data_bytes
+    parts, disk = {"rows": ROW_BYTES * sizes.row_count}, SCRATCH_FACTOR * sizes.data_bytes
     return _step(sizes, f"prepare/{sizes.recipe.name}", parts, process=PREPARE, disk=disk, on_gpu=False)
 
 
 def _calibrate(sizes: _Sizes) -> StepNeeds:
-    parts, disk = {"rows": DATA_FACTOR * sizes.data_bytes}, sizes.data_bytes
+    parts = {"rows": ARROW_FACTOR * sizes.data_bytes + ROW_BYTES * sizes.row_count}
+    disk = sizes.data_bytes
     return _step(sizes, f"calibrate/{sizes.recipe.name}", parts, process=CALIBRATE, disk=disk, on_gpu=False)
 
 

@@ -33,6 +33,9 @@ FENCE = "---"  # before and behind the YAML of a card
 DEFAULT = "default"  # a hub's name for the configuration that has none
 
 
+Field = Literal["config", "split"]
+
+
 class FolderChoice(Unread):
     """A folder holds several sets of rows, or not the one that is asked for.
 
@@ -43,8 +46,8 @@ class FolderChoice(Unread):
         why: The names, in a sentence.
     """
 
-    def __init__(self, field: Literal["config", "split"], names: Iterable[str], *, what: str, why: str) -> None:
-        self.field: Literal["config", "split"] = field
+    def __init__(self, field: Field, names: Iterable[str], *, what: str, why: str) -> None:
+        self.field: Field = field
         self.names = sorted(names)
         self.what = what
         self.why = why
@@ -100,8 +103,8 @@ def data_files(path: Path, *, config: str | None = None, split: str | None = Non
         FolderChoice: The folder has several configurations or splits and none is named; or not the one that is named.
     """
     if path.is_file():
-        named: dict[Literal["config", "split"], str | None] = {"config": config, "split": split}
-        for field, name in named.items():
+        chosen: tuple[tuple[Field, str | None], ...] = (("config", config), ("split", split))
+        for field, name in chosen:
             if name is not None:
                 raise FolderChoice(
                     field, (), what=f"There is no {field} `{name}` in a file.", why=f"{path.name} is one set of rows."

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import string
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 from recipes.data.files import Unread
+from recipes.data.raw.strict import parse
 from recipes.data.tools import Tool, tools_of
 from recipes.data.turns import MEDIA, Message, check_turns, turns_of
 from recipes.plain import is_list, is_mapping
@@ -36,14 +38,14 @@ FIELDS: dict[Format, tuple[str, ...]] = {
 }
 OPTIONAL: dict[Format, tuple[str, ...]] = {
     "messages": ("system", "tools"),
-    "prompt-completion": ("system", "tools"),
+    "prompt-completion": ("history", "system", "tools"),
     "sharegpt": ("system", "tools"),
     "alpaca": ("input", "history", "system", "tools"),
     "text": (),
 }
 TEXT = "text"  # role of the one turn of a plain text: no template renders it, and every token is trained
 REJECTED = ("rejected", "rejected_response", "rejected_messages")  # what a model should not say
-LABELS = ("label",)  # whether an answer is a good one, in unpaired preference data
+LABELS = ("label", "kto_tag")  # whether an answer is a good one, in unpaired preference data
 # Names that the field uses for a question, what is given with it, and the answer; `init` proposes them.
 QUESTIONS = ("question", "query", "instruction", "input", "user", "article", "document", "source", "src", "problem")
 GIVEN = ("context", "passage", "background")
@@ -71,12 +73,13 @@ class NoFormat(Unread):
         super().__init__(problem.what)
 
 
-def detect(raw: Mapping[str, Any], *, mapped: Sequence[str], where: str) -> Format:
+def detect(raw: Mapping[str, Any], *, mapped: Sequence[str], where: str, absent: Sequence[str] = ()) -> Format:
     """The format of a row by its columns; those that data.columns names come first.
 
     Args:
         raw: The row, under the names that data.columns gives.
         mapped: These names.
+        absent: Columns that data.columns takes and the row does not have.
         where: Place of the row.
 
     Raises:
@@ -86,6 +89,16 @@ def detect(raw: Mapping[str, Any], *, mapped: Sequence[str], where: str) -> Form
         for name, fields in FIELDS.items():
             if all(column in raw for column in fields) and any(column in columns for column in fields):
                 return name
+    if absent:
+        near = [name for column in absent for name in get_close_matches(column, list(raw), n=1)]
+        raise NoFormat(
+            Problem(
+                what=f"The row has no column {', '.join(absent)}.",
+                where=where,
+                why=f"data.columns names it. The row has {_examples(raw)}.",
+                next=f"Did you mean {', '.join(near)}?" if near else "Correct data.columns.",
+            )
+        )
     known = "; ".join(f"{' and '.join(f'`{column}`' for column in fields)} ({name})" for name, fields in FIELDS.items())
     proposal = propose(raw)
     line = columns_line(proposal) if proposal else "columns: {prompt: COLUMN, completion: COLUMN}"
@@ -108,10 +121,8 @@ def refuse_preferences(raw: Mapping[str, Any], *, mapped: Sequence[str], named: 
         named: Columns that the recipe names (keep, domain, group, scorers).
         where: Place of the row.
     """
-    if mapped:
-        return
     rejected = next((name for name in REJECTED if raw.get(name)), None)
-    if rejected is not None:
+    if rejected is not None and not any(name in mapped for name in chain.from_iterable(FIELDS.values())):
         raise NoFormat(
             Problem(
                 what="These are preference pairs: an answer that is wanted beside one that is not.",
@@ -122,7 +133,9 @@ def refuse_preferences(raw: Mapping[str, Any], *, mapped: Sequence[str], named: 
             )
         )
     label = next((name for name in LABELS if name not in named and _is_yes_or_no(raw.get(name))), None)
-    if label is not None and any(name in raw for name in ("messages", "conversations", "prompt", "instruction")):
+    if label is not None and any(
+        name in (*raw, *mapped) for name in ("messages", "conversations", "prompt", "instruction")
+    ):
         raise NoFormat(
             Problem(
                 what="These are answers with a verdict on each: some are wanted, some are not.",
@@ -269,7 +282,8 @@ def _turns_of_format(
             turn | {"train": False} if turn["role"] == "assistant" else turn
             for turn in read(_as_turns(raw["prompt"], role="user"))
         ]
-        return [*asked, *read(_as_turns(raw["completion"], role="assistant"))]
+        earlier = read(turns) if (turns := _history(raw.get("history"))) else []
+        return [*earlier, *asked, *read(_as_turns(raw["completion"], role="assistant"))]
     instruction, more = raw["instruction"], raw.get("input") or ""
     for name, value in (("instruction", instruction), ("input", more)):
         if not isinstance(value, str):
@@ -280,21 +294,34 @@ def _turns_of_format(
 
 
 def _as_turns(value: Any, *, role: str) -> Any:
-    """A text as one turn of this role; a turn alone as a list of one; a list is one of turns already."""
-    if isinstance(value, str) and not value.lstrip().startswith("[{"):
+    """A text as one turn of this role; a turn alone as a list of one; a list is one of turns already.
+
+    The JSON text of a list of turns is one, too; that of another list is a text: an answer may be JSON.
+    """
+    if isinstance(value, str) and not _holds_turns(value):
         return [{"role": role, "content": value}]
     if is_mapping(value):
         return [value]
     return value
 
 
+def _holds_turns(text: str) -> bool:
+    if not text.lstrip().startswith("[{"):
+        return False
+    try:
+        turns: object = json.loads(text)
+    except ValueError:
+        return False
+    return is_list(turns) and all(is_mapping(turn) and ("role" in turn or "from" in turn) for turn in turns)
+
+
 def _history(value: Any) -> list[Message]:
-    """Earlier exchanges of a row of alpaca: [[question, answer], ...]. Their answers are trained, too."""
+    """Earlier exchanges of a row: [[question, answer], ...]. Their answers are trained, too."""
     if isinstance(value, str) and value.strip():
         try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise Unread(f"has a `history` that is not JSON ({error})") from None
+            value = parse(value)
+        except Unread as error:
+            raise Unread(f"has a `history` that is not JSON: its text {error}") from None
     turns: list[Message] = []
     for number, pair in enumerate(value or [], start=1):
         if not is_list(pair) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):

@@ -185,7 +185,9 @@ class RowReader:
         refuse_preferences(raw, mapped=mapped, named=origin.named, where=where)
         values = named_columns(raw, origin.columns)
         if self.format is None:
-            self.format, self.detected_from = detect(values, mapped=mapped, where=where), where
+            absent = [name for name in columns_of(origin.columns) if name not in raw]
+            self.format = detect(values, mapped=mapped, where=where, absent=absent)
+            self.detected_from = where
         fields = FIELDS[self.format]
         for name in (*fields, *origin.required):
             if values.get(name) is None:

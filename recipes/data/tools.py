@@ -10,11 +10,11 @@ written from Arrow keeps these nulls. They are padding and go. A null stays wher
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from recipes.data.files import Unread
+from recipes.data.raw.strict import parse
 from recipes.plain import is_list, is_mapping
 
 Tool = dict[str, Any]
@@ -143,6 +143,6 @@ def _arguments(arguments: Any, schemas: Mapping[str, Any]) -> Any:
 
 def _from_json(text: str, what: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise Unread(f"{what}: is not JSON ({error})") from None
+        return parse(text)
+    except Unread as error:
+        raise Unread(f"{what}: {error}") from None

@@ -8,11 +8,11 @@ template.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from recipes.data.files import Unread
+from recipes.data.raw.strict import parse
 from recipes.data.tools import calls_of, without_padding
 from recipes.plain import is_list, is_mapping
 
@@ -59,9 +59,9 @@ def turns_of(value: Any, tools: Sequence[Mapping[str, Any]] | None = None, *, dr
     """
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise Unread(f"has turns that are not JSON ({error})") from None
+            value = parse(value)
+        except Unread as error:
+            raise Unread(f"has turns that are not JSON: their text {error}") from None
     if not is_list(value) or not value:
         raise Unread("has no list of turns")
     turns: list[Message] = []
@@ -97,6 +97,8 @@ def _turn(raw: Any, number: int, tools: Sequence[Mapping[str, Any]] | None, *, d
         raise Unread(f"turn {number} is no object with a role and a content")
     given = {name: value for name, value in raw.items() if value is not None}
     role = _role(given, number)
+    if given.get("train_detail"):  # axolotl's
+        raise Unread(f"turn {number} has `train_detail`; a turn is trained as a whole or not at all")
     for name in (*MEDIA, "refusal"):
         if given.pop(name, None):
             raise Unread(f"turn {number} has `{name}`; only text is trained")

@@ -79,8 +79,8 @@ def _turns(rows: dict[str, Row], job: Job, *, path: Path) -> Iterator[dict[str, 
         except RowError as error:
             wrong.append(f"{row.where} {error}")
             continue
-        for sample in samples:
-            if isinstance(sample, Sample) and sample.last:  # where each turn is a sample, the last one holds all
+        for sample in samples[-1:]:  # where each turn is a sample, the last one holds all
+            if isinstance(sample, Sample):
                 yield _record(name, sample.turns, sample.rendered.input_ids)
     if wrong:
         raise StageError(malformed([path], wrong))

@@ -120,5 +120,10 @@ class Completions:
 
 def spans(mask: list[bool]) -> list[tuple[int, int]]:
     """[start, stop) of every run of True."""
-    edges = [i for i in range(len(mask) + 1) if (i < len(mask) and mask[i]) != (i > 0 and mask[i - 1])]
-    return list(zip(edges[::2], edges[1::2], strict=True))
+    runs: list[tuple[int, int]] = []
+    stop = 0
+    while True in mask[stop:]:
+        start = mask.index(True, stop)
+        stop = mask.index(False, start) if False in mask[start:] else len(mask)
+        runs.append((start, stop))
+    return runs

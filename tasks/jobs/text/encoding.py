@@ -29,11 +29,13 @@ class Encoded(NamedTuple):
 
     def tokens_of(self, start: int, stop: int) -> range:
         """Places of the tokens that hold any of the characters [start, stop); empty where none does."""
-        places = (self.encoding.char_to_token(char) for char in range(start, stop))
-        first = next((place for place in places if place is not None), None)
-        if first is None:
+        first, last = (
+            next((place for char in chars if (place := self.encoding.char_to_token(char)) is not None), None)
+            for chars in (range(start, stop), range(stop - 1, start - 1, -1))
+        )
+        if first is None or last is None:
             return range(0)
-        behind = first + 1
+        behind = last + 1  # a character may have several tokens
         while behind < len(self.ids) and self._begins_before(behind, stop):
             behind += 1
         return range(first, behind)

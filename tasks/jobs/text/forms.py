@@ -15,6 +15,9 @@ from typing import Literal, NamedTuple
 from recipes.data.turns import Message
 from tasks.jobs.text.conversation import Conversation
 
+Developer = Literal["developer", "system"]
+Arguments = Literal["object", "text"]
+Bare = Literal["empty", "absent"]
 Reasoning = Literal["reasoning_content", "reasoning", "inline"]
 
 
@@ -28,9 +31,9 @@ class Form(NamedTuple):
         reasoning: Key that holds it; or `inline`: before the answer, between <think> and </think>.
     """
 
-    developer: Literal["developer", "system"] = "developer"
-    arguments: Literal["object", "text"] = "object"
-    bare: Literal["empty", "absent"] = "empty"
+    developer: Developer = "developer"
+    arguments: Arguments = "object"
+    bare: Bare = "empty"
     reasoning: Reasoning = "reasoning_content"
 
     def of(self, chat: Conversation) -> Conversation:
@@ -80,17 +83,16 @@ def forms_of(chat: Conversation, template: str) -> Iterator[Form]:
     """
     roles = {turn["role"] for turn in chat.turns}
     calling = [turn for turn in chat.turns if turn.get("tool_calls")]
-    developer: list[Literal["developer", "system"]] = ["developer"]
-    reasoning: list[Reasoning] = ["reasoning_content"]
+    developer: list[Developer] = ["developer"]
     if "developer" in roles:
         developer = ["developer", "system"] if "developer" in template else ["system", "developer"]
+    arguments: list[Arguments] = ["object", "text"] if calling else ["object"]
+    bare: list[Bare] = ["empty", "absent"] if any(not turn["content"] for turn in calling) else ["empty"]
+    reasoning: list[Reasoning] = ["reasoning_content"]
     if any(turn.get("reasoning_content") for turn in chat.turns):
         reasoning.append("reasoning")
         if "think>" in template:
             reasoning.append("inline")
-    arguments: list[Literal["object", "text"]] = ["object", "text"] if calling else ["object"]
-    silent = any(not turn["content"] for turn in calling)
-    bare: list[Literal["empty", "absent"]] = ["empty", "absent"] if silent else ["empty"]
     return (Form(*choice) for choice in product(developer, arguments, bare, reasoning))
 
 

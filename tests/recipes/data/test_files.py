@@ -20,6 +20,7 @@ from hypothesis import strategies as some
 from recipes.data.files import raw_rows
 from recipes.data.raw.strict import DEEPEST
 from recipes.data.raw.window import Window
+from recipes.data.rows import read_rows
 from tests.recipes.data.reading import jsonl, places, rows_of, write, wrong, zstd
 
 ROWS: list[dict[str, Any]] = [
@@ -146,6 +147,23 @@ def test_the_malformed_row_is_named_and_the_others_are_read(tmp_path: Path, layo
         assert good == [1, 3, 4] and not more
     else:
         assert good == [1]
+
+
+@pytest.mark.parametrize(("value", "says"), MALFORMED)
+def test_json_text_within_a_row_is_as_strict(tmp_path: Path, value: str, says: str):
+    asked, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": f'{{"x": {value}}}'}}]}
+    rows = [
+        {"messages": [asked, call]},
+        {"messages": json.dumps([asked, answer])[:-1] + f', {{"x": {value}}}]'},
+        {"instruction": "x", "output": "y", "history": f"[{value}]"},
+        {"messages": [asked, answer], "tools": f'[{{"name": "f", "parameters": {value}}}]'},
+    ]
+    for row in rows:
+        (line,) = read_rows(write(tmp_path / "a.jsonl", jsonl([row]))).wrong
+        assert line.startswith("a.jsonl:1 ") and len(line) < 250
+        reason = "holds a NUL" if "\0" in value else says.removeprefix("is not JSON (")
+        assert reason[:20] in line
 
 
 def test_what_is_right_beside_it(tmp_path: Path):

@@ -218,9 +218,9 @@ def test_earlier_exchanges_of_alpaca_and_answers_in_a_prompt(tmp_path: Path):
 def test_columns_by_name_and_by_template(tmp_path: Path):
     row = {"question": "Rain?", "context": "Oslo", "answer": "Yes.", "doc": 7, "part": "b", "note": "n"}
     columns = (("prompt", "{question}\n\n{context}"), ("completion", "answer"), ("group", "{doc}-{part}"))
-    read = read_one(tmp_path, row, columns=columns, required=("group",))
-    assert [turn["content"] for turn in read.messages] == ["Rain?\n\nOslo", "Yes."]
-    assert read.columns["group"] == "7-b" and read.group("group") == "7-b"
+    whole = read_one(tmp_path, row, columns=columns, required=("group",))
+    assert [turn["content"] for turn in whole.messages] == ["Rain?\n\nOslo", "Yes."]
+    assert whole.columns["group"] == "7-b" and whole.group("group") == "7-b"
     gap = read_one(tmp_path, row | {"context": " "}, columns=columns)
     assert gap.messages[0]["content"] == "Rain?"
     gap = read(tmp_path, row, row | {"question": None}, columns=columns).rows[1]
