@@ -12,9 +12,8 @@ from recipes.checks.gate import SplitSize, gate_warnings
 from recipes.checks.reading import RowsRead, SourceRead, read_rows
 from recipes.checks.split import SideRows, Sides
 from recipes.data.files import FolderChoice
-from recipes.data.formats import TEXT
-from recipes.data.rows import Side, content_hash, first_lines
-from recipes.data.texts import plain_texts
+from recipes.data.rows import Side, first_lines
+from recipes.data.texts import plain_texts, text_name
 from recipes.models.headers import read_headers
 from recipes.problem import Problem, RecipeError, shown
 from recipes.read.load import Loaded
@@ -120,8 +119,8 @@ def _general_rows(loaded: Loaded) -> Iterator[Problem]:
 
 
 def _texts(path: Path) -> set[str]:
-    """Hashes of the texts of a file."""
-    return {content_hash([{"role": TEXT, "content": row.text}]) for row in plain_texts(path) if row.text is not None}
+    """Names of the texts of a file."""
+    return {text_name(row.text) for row in plain_texts(path) if row.text is not None}
 
 
 def general_problems(path: Path, *, max_rows: int | None = None) -> list[Problem]:

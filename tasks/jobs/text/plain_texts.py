@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from recipes.data.files import FolderChoice
-from recipes.data.formats import TEXT
-from recipes.data.rows import content_hash
-from recipes.data.texts import plain_texts
+from recipes.data.texts import plain_texts, text_name
 from tasks.runtime.process.errors import StageError
 
 
@@ -27,6 +25,6 @@ def read_texts(path: Path, *, what: str) -> Iterator[tuple[str, str]]:
                     why=f"it {wrong}",
                     next=f'correct or remove it in {path}; rows are {{"text": "..."}}',
                 )
-            yield content_hash([{"role": TEXT, "content": text}])[:16], text
+            yield text_name(text), text
     except FolderChoice as choice:
         raise StageError(choice.problem(str(path), written="nowhere")) from None
