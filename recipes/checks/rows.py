@@ -12,8 +12,8 @@ from recipes.checks.gate import SplitSize, gate_warnings
 from recipes.checks.reading import RowsRead, SourceRead, read_rows
 from recipes.checks.split import SideRows, Sides
 from recipes.data.files import FolderChoice
-from recipes.data.rows import Side, first_lines, text_name
-from recipes.data.texts import plain_texts
+from recipes.data.rows import Side, first_lines
+from recipes.data.texts import plain_texts, text_name
 from recipes.models.headers import read_headers
 from recipes.problem import Problem, RecipeError, shown
 from recipes.read.load import Loaded
@@ -119,7 +119,7 @@ def _general_rows(loaded: Loaded) -> Iterator[Problem]:
 
 
 def _texts(path: Path) -> set[str]:
-    """Hashes of the texts of a file."""
+    """Names of the texts of a file."""
     return {text_name(row.text) for row in plain_texts(path) if row.text is not None}
 
 

@@ -269,11 +269,6 @@ def normalised(messages: Iterable[Message]) -> str:
     return _exact([{key: _plain(value) for key, value in turn.items()} for turn in messages])
 
 
-def text_name(text: str) -> str:
-    """16 hex digits of a general text: white space and Unicode forms do not count, so that copies are found."""
-    return hashlib.sha256(normalised([{"role": TEXT, "content": text}]).encode()).hexdigest()[:16]
-
-
 def content_hash(
     messages: list[Message], tools: list[Tool] | None = None, columns: Mapping[str, Any] | None = None
 ) -> str:

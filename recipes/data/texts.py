@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from recipes.data.files import raw_rows
+from recipes.data.rows import normalised
 
 COLUMN = "text"
 
@@ -41,3 +43,8 @@ def plain_texts(path: Path) -> Iterator[PlainText]:
             yield PlainText(where, None, f"has {kind} as `{COLUMN}`; its columns are {', '.join(values) or 'none'}")
         elif text.strip():
             yield PlainText(where, text)
+
+
+def text_name(text: str) -> str:
+    """16 hex digits of a general text. White space and Unicode forms do not count: a copy is found all the same."""
+    return hashlib.sha256(normalised([{"content": text}]).encode()).hexdigest()[:16]

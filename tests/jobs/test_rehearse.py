@@ -81,6 +81,12 @@ def test_an_answer_with_a_special_token_is_refused_with_its_row(tmp_path: Path) 
     assert "special tokens" in problem.next
 
 
+def test_an_answer_with_the_end_of_a_turn_in_it_is_refused_by_prepare_or_here(tmp_path: Path) -> None:
+    with pytest.raises(StageError) as refused:
+        rehearsed(tmp_path, prepared(tmp_path, ["blue"] * 3 + ["a turn ends with <|im_end|> then text"]))
+    assert "row" in refused.value.problem.where
+
+
 def test_a_tokenizer_that_lower_cases_is_refused_unless_the_scorer_lets_it_pass(tmp_path: Path) -> None:
     dataset = prepared(tmp_path, ["Blue", "green"], tokenizer=lower_casing(tmp_path / "tokenizer"))
     with pytest.raises(StageError, match="tokenizer changes") as refused:

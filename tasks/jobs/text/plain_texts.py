@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from recipes.data.files import FolderChoice
-from recipes.data.rows import text_name
-from recipes.data.texts import plain_texts
+from recipes.data.texts import plain_texts, text_name
 from tasks.runtime.process.errors import StageError
 
 
