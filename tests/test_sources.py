@@ -37,7 +37,9 @@ IMPORTS = {  # every import by text, and why its text is ours
     "tasks/jobs/quantize.py": "a backend out of the recipe's closed list",
     "tasks/jobs/backends/autoawq.py": "a constant",
     "tasks/jobs/backends/auto_gptq.py": "a constant",
-    "recipes/data/files.py": "a constant",
+    "recipes/data/folders.py": "a constant",
+    "recipes/data/raw/arrow_rows.py": "a constant",
+    "recipes/data/raw/opening.py": "a constant",
     "tasks/jobs/scorers/python_callable.py": "the user's function, see recipes/checks/python.py",
 }
 

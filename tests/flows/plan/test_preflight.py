@@ -274,9 +274,11 @@ def test_controls_have_their_steps_and_predictions(loaded: Loaded, recipe: Recip
 
 def test_too_few_calibration_tokens_are_told_before_anything_is_spent(recipe: Recipe, headers: Headers):
     """The widest layer has 768 inputs, so 3,072 tokens are needed."""
-    rows = RowSizes(rows=300, longest=14, completion_tokens=5, data_bytes=9000, tokens=10.0)
+    rows = RowSizes(rows=400, longest=14, completion_tokens=5, data_bytes=9000, tokens=10.0)
     problem = calibration_problem(recipe, headers, rows)
     assert problem and "256 rows have about 2560" in problem.what and problem.next == "Set calibrate.rows to 308."
+    few = calibration_problem(recipe, headers, rows._replace(rows=300))  # there are not as many
+    assert few and few.next.startswith("308 rows like these would do")
     assert calibration_problem(changed(recipe, "calibrate", rows=308), headers, rows) is None
     assert calibration_problem(recipe, headers, None) is None
 
