@@ -124,7 +124,7 @@ class Calibrate(Section):
     nearest with the same bits and groups (no calibration), and for AWQ `.scales-from-base` (scales and clipping found
     on the base). The report says whether calibration mattered."""
     general: Place | None = None
-    """JSONL file with rows `{"text": ...}`, the generic calibration text of `controls`. None of them may be in
+    """File with a column `text`, as `data.general`: the generic calibration text of `controls`. None of them may be in
     `data.general`, which is evaluated."""
     seed: int = 0
     """Draws the rows."""

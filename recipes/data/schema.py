@@ -62,14 +62,15 @@ class DataSource(RowFields):
 
 class Data(RowFields):
     path: Place | None = None
-    """Training domain: a file (JSONL, JSON array, CSV with a header, parquet), a folder of such files (only its train*
-    files, where it has any) or a hub data set id. Either this or `sources`."""
+    """Training domain: a file (JSONL, JSON, CSV, TSV, parquet, Arrow, or text with a line per row, compressed or not), a
+    folder of such files (only its train* files, where it has any) or of save_to_disk, or a hub data set id. Either this
+    or `sources`. docs/data.md shows every shape that rows may have."""
     revision: str | None = None
     """Hub revision of the data set; pinned to a commit when the run starts."""
     sources: list[DataSource] | None = None
     """Several sources in place of `path`."""
     general: Place | None = None
-    """JSONL file with rows `{"text": ...}` outside the domain: measures forgetting (ppl_general)."""
+    """File of any of these kinds with a column `text`, outside the domain: measures forgetting (ppl_general)."""
     format: Literal["auto"] | Format = "auto"
     """`messages` (turns with role and content), `prompt-completion` (texts, or lists of turns), `sharegpt`
     (conversations: from, value), `alpaca` (instruction, input, output, system) or `text` (every token is trained; has
