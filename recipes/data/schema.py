@@ -62,9 +62,9 @@ class DataSource(RowFields):
 
 class Data(RowFields):
     path: Place | None = None
-    """Training domain: a file (JSONL, JSON, CSV, TSV, parquet, Arrow, or text with a line per row, compressed or not), a
-    folder of such files (only its train* files, where it has any) or of save_to_disk, or a hub data set id. Either this
-    or `sources`. docs/data.md shows every shape that rows may have."""
+    """Training domain: a file (JSONL, JSON, CSV, TSV, parquet, Arrow, or text with a line per row, compressed or not),
+    a folder of such files (only its train* files, where it has any) or of save_to_disk, or a hub data set id. Either
+    this or `sources`. docs/data.md shows every shape that rows may have."""
     revision: str | None = None
     """Hub revision of the data set; pinned to a commit when the run starts."""
     sources: list[DataSource] | None = None
