@@ -55,6 +55,11 @@ class Detected:
     group: str | None
     sides: Sides
 
+    @property
+    def unused(self) -> list[str]:
+        """Columns that nothing reads."""
+        return [name for name in self.read.unused if name not in (self.domain, self.group)]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fitted:
@@ -172,15 +177,16 @@ def _data(recipe: Recipe, detected: Detected, folder: Path) -> Iterator[str]:
 def _meaning(data: Data, detected: Detected) -> Iterator[str]:
     """What the rows mean, where their columns alone do not say it."""
     if data.columns:
-        yield _line("columns", dict(data.columns), "proposed by their names" if detected.proposed else "")
+        line = f"  {columns_line(data.columns)}"
+        yield f"{line.ljust(COLUMN - 1)} # proposed by their names" if detected.proposed else line
     if data.keep:
         left = detected.read.left_out
         yield _line("keep", dict(data.keep), f"{left} rows are left out")
     for name in ("drop_reasoning", "config", "split"):
         if value := getattr(data, name):
             yield _line(name, value)
-    if detected.read.unused:
-        yield f"  # Not used: {', '.join(detected.read.unused)}."
+    if detected.unused:
+        yield f"  # Not used: {', '.join(detected.unused)}."
 
 
 def _turn_columns(detected: Detected) -> dict[str, str]:
@@ -191,8 +197,8 @@ def _turn_columns(detected: Detected) -> dict[str, str]:
         remarks["turns"] = f"{columns_line(detected.section.columns)}, {how}"
     if detected.read.left_out:
         remarks["kept"] = f"{detected.read.left_out} rows are left out by data.keep"
-    if detected.read.unused:
-        remarks["not used"] = ", ".join(detected.read.unused)
+    if detected.unused:
+        remarks["not used"] = ", ".join(detected.unused)
     return remarks
 
 

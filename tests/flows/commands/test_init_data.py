@@ -35,7 +35,8 @@ def test_names_that_the_field_uses_are_proposed_and_said(tmp_path: Path):
     data = load(written.path).recipe.data
     assert dict(data.columns) == {"prompt": "{question}\n\n{context}", "completion": "answer"}
     text = written.path.read_text(encoding="utf-8")
-    assert "proposed by their names" in text and "# Not used: url." in text
+    assert 'columns: {prompt: "{question}\\n\\n{context}", completion: answer} # proposed by their names' in text
+    assert "# Not used: url." in text
 
 
 def test_what_rows_mean_can_be_said(tmp_path: Path):
@@ -48,6 +49,7 @@ def test_what_rows_mean_can_be_said(tmp_path: Path):
     written = init(str(base), rows, out=tmp_path / "recipe.yaml", sets=sets)
     data = load(written.path).recipe.data
     assert data.domain_column == "domain" and dict(data.keep) == {"good": True}
+    assert "not used" not in written.notes
     assert load(written.path).recipe.data.group is None
 
 
