@@ -31,13 +31,13 @@ meant, why, and what to write. Nothing that would change the meaning of a row is
 Look at your own rows before you train:
 
 ```
-quench init --model MODEL --data FILE     # writes recipe.yaml, with data.columns for names that are common
+quench init --model MODEL --data FILE     # writes recipe.yaml
 quench check --data recipe.yaml           # reads every row, and names all that is wrong
-quench show recipe.yaml                   # the first rows as the model sees them, the trained part marked
+quench show recipe.yaml                   # the first rows as the model sees them
 quench show recipe.yaml --row FILE:17     # one row, also one that is left out, with the reason
 ```
 
-`quench show --json` prints a list with one entry a sample:
+`quench show --json` prints a list with one entry per sample:
 
 | key | |
 |---|---|
