@@ -4,19 +4,37 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from tasks.jobs import train
+from recipes.data.rows import side
+from tasks.jobs import prepare, train
 from tasks.jobs.loading.load import load_arm
 from tasks.jobs.training.trainer import rows_of
-from tests.jobs.build import curve, notes
+from tests.jobs.build import curve, make_job, notes, write_jsonl
+from tests.jobs.test_prepare import PARAMS, chat
 from tests.jobs.test_train import adapter, job_for, kill_at
 
 # So high a rate that dev gets worse after a few steps: the best is in the middle.
-TOO_FAST = {"learning_rate": 0.4, "schedule": "constant", "warmup_ratio": 0.0, "eval_steps": 1, "max_steps": 10}
+TOO_FAST = {"learning_rate": 0.1, "schedule": "constant", "warmup_ratio": 0.0, "eval_steps": 1, "max_steps": 10}
 TOO_FAST |= {"dropout": 0.0}
+
+
+@pytest.fixture(scope="module")
+def dataset(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train always answers `blue` and dev never does: what is learned first helps on dev, what comes then hurts."""
+    folder = tmp_path_factory.mktemp("data")
+    rows: list[dict[str, Any]] = []
+    for number in range(80):
+        in_train = side(f"g{number}", salt=PARAMS["salt"], dev=PARAMS["dev"], test=PARAMS["test"]) == "train"
+        answer = f"it is {'blue' if in_train else 'not'} {number % 7}"
+        rows.append({"messages": chat(f"what is {number} ?", answer), "group": f"g{number}"})
+    data = write_jsonl(folder / "rows.jsonl", rows)
+    params = PARAMS | {"group": "group"}
+    prepare.run(make_job("prepare", folder / "dataset", params=params, data=data, tokenizer=base))
+    return folder / "dataset"
 
 
 def dev_loss(base: Path, adapter: Path, dataset: Path) -> float:
