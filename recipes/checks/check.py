@@ -24,6 +24,7 @@ from recipes.checks.scorers import scorer_problems
 from recipes.checks.serving import scheme_entries, schemes
 from recipes.checks.train import device_problems, train_problems
 from recipes.data.rows import read_origin
+from recipes.models.chat_template import misfit
 from recipes.models.headers import Headers, read_headers
 from recipes.problem import Problem, RecipeError
 from recipes.read.load import InvalidRecipe, Loaded, load, missing
@@ -184,23 +185,26 @@ def _chat_template(loaded: Loaded, headers: Headers) -> Iterator[Problem]:
 def _template_settings(loaded: Loaded, headers: Headers) -> Iterator[Problem]:
     """A date that is missing, and what the base's template does not read."""
     model, source = loaded.recipe.model, "\n".join(headers.template.texts)
-    if headers.template.prints_today and model.template_date is None:
+    if not source:
+        return
+    wrong = misfit(source, args=model.template_args, has_day=model.template_date is not None)
+    if wrong.no_day:
         yield Problem(
             what="The base's chat template prints today's date.",
             where="model.base",
             why="The same rows would get other tokens tomorrow, and answers another prompt than was trained.",
             next=f"Write `template_date: {date.today().isoformat()}` under `model:`; it stays what it was then.",
         )
-    if source and model.template_date and not headers.template.prints_today and "date_string" not in source:
+    if wrong.unread_day:
         yield Problem(
             what="The base's chat template prints no date.",
             where="model.template_date",
             why="The day would change nothing.",
             next="Remove model.template_date.",
         )
-    if source and (unread := sorted(name for name in model.template_args if name not in source)):
+    if wrong.unread_args:
         yield Problem(
-            what=f"The base's chat template reads no argument {', '.join(unread)}.",
+            what=f"The base's chat template reads no argument {', '.join(wrong.unread_args)}.",
             where="model.template_args",
             why="It would change nothing.",
             next="Correct the name, or remove it.",

@@ -14,12 +14,11 @@ from recipes.checks.split import SideRows, Sides
 from recipes.data.files import FolderChoice
 from recipes.data.rows import Side, first_lines
 from recipes.data.texts import plain_texts, text_name
+from recipes.doubles import NOT_LOOKED_FOR
 from recipes.models.headers import read_headers
 from recipes.problem import Problem, RecipeError, shown
 from recipes.read.load import Loaded
 from recipes.schema import FEWEST_ROWS, LEAST_ROWS, MOST_ROWS, TOKENS_PER_INPUT
-
-NOT_LOOKED_FOR = "not looked for between train and dev or test: data.near_duplicates is ignore"
 
 
 class RowCheck(NamedTuple):
@@ -63,12 +62,13 @@ def _formats(sources: Sequence[SourceRead]) -> str:
 
 
 def _torn(loaded: Loaded, sides: Sides) -> Iterator[Problem]:
-    if sides.torn:
+    torn = sides.torn
+    if torn.count:
         yield Problem(
-            what=f"{sides.torn_count} rows equal an earlier row of another group: a test row could equal a train row.",
+            what=f"{torn.count} rows equal an earlier row of another group: a test row could equal a train row.",
             where="data.group",
             why="Groups keep related rows on one side; these have two groups:"
-            + first_lines(sides.torn, count=sides.torn_count),
+            + first_lines(torn.lines, count=torn.count),
             next=f"Give equal rows one value of `{loaded.recipe.data.group_column}`, or remove one of each pair.",
         )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from recipes.checks.lm_eval_tasks import find_tasks
 from recipes.data.rows import SHOWN, Row
+from recipes.data.wrong import Wrong
 from recipes.plain import is_mapping
 from recipes.problem import Problem, shown
 from recipes.read.load import Loaded, missing
@@ -154,8 +155,7 @@ class RowChecks:
             if isinstance(scorer, SqlExecutionSpec)
         ]
         self._first: dict[str, dict[str, str]] = {column: {} for column, _ in self._databases}
-        self._unanswered: list[str] = []
-        self._unanswered_count = 0
+        self._unanswered = Wrong()
 
     def add(self, row: Row, *, held_out: bool) -> None:
         """The next row.
@@ -167,20 +167,19 @@ class RowChecks:
         for column, first in self._first.items():
             first.setdefault(str(row.columns[column]), row.where)
         if held_out and not row.is_text and not _answers(row):
-            self._unanswered_count += 1
-            if self._unanswered_count <= SHOWN:
-                self._unanswered.append(row.where)
+            self._unanswered.add(row.where)
 
     def problems(self) -> Iterator[Problem]:
         """What is wrong with the rows so far."""
         for column, folder in self._databases:
             yield from _row_databases(column, folder, self._first[column])
-        if self._unanswered:
+        unanswered = self._unanswered
+        if unanswered.count:
             yield Problem(
-                what=f"{self._unanswered_count} rows of dev and test have no reference answer.",
-                where=self._unanswered[0],
+                what=f"{unanswered.count} rows of dev and test have no reference answer.",
+                where=unanswered.lines[0],
                 why=f"Their last turn is thinking and nothing behind it, so no answer can be scored: "
-                f"{', '.join(self._unanswered)}.",
+                f"{', '.join(unanswered.lines)}.",
                 next="Write the answer behind </think>, or remove these rows.",
             )
 

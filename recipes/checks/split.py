@@ -8,11 +8,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from recipes.data.rows import SHOWN, Row, Side, drawn, side
+from recipes.data.rows import SIDES, Row, Side, drawn, side
 from recipes.data.schema import Data
 from recipes.data.turns import Message
-
-SIDES: tuple[Side, ...] = ("train", "dev", "test")
+from recipes.data.wrong import Wrong
 
 
 @dataclass(kw_only=True)
@@ -43,15 +42,13 @@ class Sides:
         rows: By side.
         duplicates: Rows that equal an earlier one.
         not_drawn: Train rows that the weight of their source leaves out.
-        torn: Equal rows of two groups, by line; the first 20.
-        torn_count: How many there are.
+        torn: Equal rows of two groups, by line.
     """
 
     rows: dict[Side, SideRows]
     duplicates: int
     not_drawn: int
-    torn: list[str]
-    torn_count: int
+    torn: Wrong
 
 
 class Split:
@@ -68,8 +65,8 @@ class Split:
         self._sides, self._is_chat = array("b"), array("b")
         self._domains: dict[str, int] = {}
         self._own_domain, self._bounds, self._groups = array("q"), array("q"), array("q")
-        self._duplicates = self._not_drawn = self._torn_count = 0
-        self._torn: list[str] = []
+        self._duplicates = self._not_drawn = 0
+        self._torn = Wrong()
 
     def add(self, row: Row) -> Side | None:
         """The side of the next row; None where it equals an earlier one, or its weight leaves it out."""
@@ -113,14 +110,11 @@ class Split:
             duplicates=self._duplicates,
             not_drawn=self._not_drawn,
             torn=self._torn,
-            torn_count=self._torn_count,
         )
 
     def _note_torn(self, first: tuple[str, str] | None, row: Row, group: str) -> None:
         if first is not None and first[1] != group:
-            self._torn_count += 1
-            if self._torn_count <= SHOWN:
-                self._torn.append(f"{first[0]} ({first[1]}) and {row.where} ({group})")
+            self._torn.add(f"{first[0]} ({first[1]}) and {row.where} ({group})")
 
 
 def split_rows(rows: Iterable[Row], data: Data) -> Sides:

@@ -6,7 +6,7 @@ files and Zstandard import pyarrow, which takes 0.3 s.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from recipes.data.folders import NO_FILES, FolderChoice, data_files
@@ -16,7 +16,17 @@ from recipes.data.raw.opening import UNREADABLE, kind, text_bytes
 from recipes.data.raw.row import RawRow, Unread
 from recipes.data.raw.text_rows import csv_rows, text_rows
 
-__all__ = ["NO_FILES", "FolderChoice", "RawRow", "Unread", "data_files", "parquet_rows", "raw_rows", "text_bytes"]
+__all__ = [
+    "NO_FILES",
+    "FolderChoice",
+    "RawRow",
+    "Unread",
+    "data_files",
+    "parquet_rows",
+    "raw_rows",
+    "rows_of",
+    "text_bytes",
+]
 
 Reader = Callable[[Path, str], Iterator[RawRow]]
 READERS: dict[str, Reader] = {
@@ -43,7 +53,18 @@ def raw_rows(path: Path, *, inside: str = "", config: str | None = None, split: 
     Raises:
         FolderChoice: See `data_files`.
     """
-    for file in data_files(path, config=config, split=split):
+    yield from rows_of(data_files(path, config=config, split=split), path, inside=inside)
+
+
+def rows_of(files: Sequence[Path], path: Path, *, inside: str = "") -> Iterator[RawRow]:
+    """The rows of these files, see `raw_rows`.
+
+    Args:
+        files: Of `path`, as `data_files` names them.
+        path: The file, or the folder that they are in.
+        inside: Prefix of every `where`, to tell sources apart.
+    """
+    for file in files:
         shown = inside + (file.name if file == path else str(file.relative_to(path)))
         try:
             yield from READERS.get(kind(file), json_rows)(file, shown)

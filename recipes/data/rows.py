@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from recipes.data.files import NO_FILES, FolderChoice, Unread, data_files, raw_rows
+from recipes.data.files import NO_FILES, FolderChoice, Unread, data_files, rows_of
 from recipes.data.formats import (
     FIELDS,
     OPTIONAL,
@@ -37,6 +37,8 @@ from recipes.data.turns import Message
 from recipes.problem import Problem
 
 Side = Literal["train", "dev", "test"]
+SIDES: tuple[Side, ...] = ("train", "dev", "test")
+STAYS: tuple[Side, ...] = ("test", "dev", "train")  # of equal rows on several sides the first one in this order
 SHOWN = 20  # malformed rows that are listed; the rest is counted
 
 
@@ -63,11 +65,15 @@ class Row:
         """A plain text: no prompt, no template."""
         return self.messages[0]["role"] == TEXT
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Columns that tell it apart from rows with the same turns and tools."""
+        return {name: self.columns[name] for name in self.origin.identity if name in self.columns}
+
     @cached_property
     def name(self) -> str:
         """16 hex digits. Rows with one name are equal: turns, tools, and the columns that a domain or scorer reads."""
-        columns = {name: self.columns[name] for name in self.origin.identity if name in self.columns}
-        return content_hash(self.messages, self.tools, columns)[:16]
+        return content_hash(self.messages, self.tools, self.identity)[:16]
 
     @cached_property
     def question(self) -> str:
@@ -153,10 +159,11 @@ class RowReader:
     def __iter__(self) -> Iterator[Row | MalformedRow]:
         """The rows in the order of the files. Nothing is held but the row at hand."""
         origin, rows = self.origin, 0
-        if (problem := _no_files(origin)) is not None:
-            yield _as_malformed(problem)
+        files = _files(origin)
+        if isinstance(files, Problem):
+            yield _as_malformed(files)
             return
-        for where, raw, unread in raw_rows(origin.path, inside=origin.inside, config=origin.config, split=origin.split):
+        for where, raw, unread in rows_of(files, origin.path, inside=origin.inside):
             rows += 1
             try:
                 if raw is None:
@@ -178,6 +185,11 @@ class RowReader:
         """Columns that are no part of the turns and that the recipe does not name."""
         read = {*self.origin.named, *FIELDS[self.format or "text"], *OPTIONAL[self.format or "text"]}
         return sorted(name for name in self.columns if name not in read)
+
+    def empty(self) -> Problem:
+        """What is said of a source that had no row."""
+        why = f"data.keep leaves all {self.left_out} rows out" if self.left_out else "the file is empty"
+        return no_rows(self.origin.path, why)
 
     def _row(self, raw: dict[str, Any], where: str) -> Row:
         origin = self.origin
@@ -251,8 +263,7 @@ def read_origin(origin: Origin, *, max_rows: int | None = None) -> Rows:
             wrong.append(str(row))
     problems += [malformed([path], wrong)] if wrong else []
     if not rows and not problems:
-        why = f"data.keep leaves all {reader.left_out} rows out" if reader.left_out else "the file is empty"
-        problems.append(no_rows(path, why))
+        problems.append(reader.empty())
     return Rows(
         format=reader.format,
         detected_from=reader.detected_from,
@@ -302,13 +313,13 @@ def _plain(value: object) -> object:
     return " ".join(unicodedata.normalize("NFC", value).split()) if isinstance(value, str) else value
 
 
-def _no_files(origin: Origin) -> Problem | None:
-    """That a folder has no file of rows, or several sets of them."""
+def _files(origin: Origin) -> list[Path] | Problem:
+    """The files of a source; or that it has no file of rows, or several sets of them."""
     try:
         files = data_files(origin.path, config=origin.config, split=origin.split)
     except FolderChoice as choice:
         return choice.problem(str(origin.path), written="source" if origin.inside else "data")
-    return None if files else no_rows(origin.path, NO_FILES)
+    return files or no_rows(origin.path, NO_FILES)
 
 
 def _as_malformed(problem: Problem) -> MalformedRow:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from recipes.data.rows import Side
+from recipes.data.rows import STAYS, Side
 from recipes.data.turns import Message
 from recipes.doubles.grams import STEP, Grams, GramWriter, Hashes, compared_text, mixed
 
@@ -24,7 +24,6 @@ COMPARED = (
     100  # proposals per row that are compared exactly: rows from one form would else cost the square of their number
 )
 CHUNKS = ((0, 1), (1, 8), (8, COMPARED))  # of the proposals, compared at once: most often the first one decides
-ORDER: tuple[Side, ...] = ("test", "dev", "train")
 
 
 class NearDuplicate(NamedTuple):
@@ -58,7 +57,7 @@ def near_duplicates(
 
     Source: Broder 1997, "On the resemblance and containment of documents".
     """
-    by_side = [[row for row, own in enumerate(sides) if own == side] for side in ORDER]
+    by_side = [[row for row, own in enumerate(sides) if own == side] for side in STAYS]
     order = [row for rows in by_side for row in sorted(rows, key=names.__getitem__)]
     found = alike(np.asarray(order, np.int64), grams, jaccard=jaccard, stay=np.asarray([own in stay for own in sides]))
     return NearDuplicates([NearDuplicate(names[row], names[like]) for row, like in found.pairs], found.limited)

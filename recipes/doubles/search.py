@@ -12,16 +12,15 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from recipes.data.rows import Side
+from recipes.data.rows import SIDES, STAYS, Side
 from recipes.data.turns import Message
 from recipes.doubles.exchanges import Exchanges
 from recipes.doubles.grams import Grams, GramWriter, compared_text
-from recipes.doubles.near_duplicates import ORDER, Alike, alike, not_all_compared
+from recipes.doubles.near_duplicates import Alike, alike, not_all_compared
 from recipes.problem import Problem
 
 LEAK = 0.9  # Jaccard similarity from which a row of train is a near-twin of one of dev or test
 SHOWN = 10  # leaks that are named
-NOT_LOOKED_FOR = "not looked for between train and dev or test: data.near_duplicates is ignore"
 
 
 class Pair(NamedTuple):
@@ -131,7 +130,7 @@ class DoubleSearch:
             tools: Of the row.
         """
         self._names.append(int(name, 16))
-        self._sides.append(ORDER.index(side))
+        self._sides.append(STAYS.index(side))
         self._grams.add(compared_text(turns))
         self._exchanges.add(turns, tools)
 
@@ -172,12 +171,12 @@ class DoubleSearch:
             exchanges=[Pair(*pair) for pair in self._exchanges.shared(train & ~removed, held & ~removed)],
             limited=twins.limited,
         )
-        by_side = Counter(ORDER[int(sides[row])] for row, _ in near.pairs)
+        by_side = Counter(STAYS[int(sides[row])] for row, _ in near.pairs)
         counts = {
             "rows": len(near.pairs),
             "across_sides": sum(bool(sides[row] != sides[like]) for row, like in near.pairs),
             "removed": int(removed.sum()),
-        } | {side: by_side[side] for side in ("train", "dev", "test")}
+        } | {side: by_side[side] for side in SIDES}
         return Doubles(removed, counts, near.limited, leaks)
 
 

@@ -5,14 +5,49 @@ Standard library only: the template is read as text and not rendered.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from recipes.plain import is_list, is_mapping, json_object
 
 SETTINGS_FILE = "chat_template_args.json"  # ours: the arguments and the day that rows were rendered with
+
+
+class Misfit(NamedTuple):
+    """How the settings of a recipe and a template do not go together.
+
+    Attributes:
+        no_day: The template prints today's date, and the recipe names no day.
+        unread_day: The recipe names a day, and the template prints none.
+        unread_args: Arguments that the template does not read.
+    """
+
+    no_day: bool
+    unread_day: bool
+    unread_args: list[str]
+
+
+def prints_today(template: str) -> bool:
+    """True where a template asks for the date of the day on which it renders."""
+    return "strftime_now" in template
+
+
+def misfit(template: str, *, args: Iterable[str], has_day: bool) -> Misfit:
+    """Compare the text of a template with what a recipe says to it.
+
+    Args:
+        template: Jinja; all of a tokenizer's templates.
+        args: Names of the arguments.
+        has_day: The recipe names the day to print. Llama 3.1's template prints `date_string`, and a fixed day without.
+    """
+    today = prints_today(template)
+    return Misfit(
+        no_day=today and not has_day,
+        unread_day=has_day and not today and "date_string" not in template,
+        unread_args=sorted(name for name in args if name not in template),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +67,7 @@ class FolderTemplate:
     @property
     def prints_today(self) -> bool:
         """It asks for the date of the day on which it renders."""
-        return any("strftime_now" in text for text in self.texts)
+        return any(map(prints_today, self.texts))
 
 
 def read_template(folder: Path) -> FolderTemplate:

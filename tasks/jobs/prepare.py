@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recipes.checks.rows import too_few
+from recipes.data.rows import SIDES
 from recipes.data.wrong import Wrong
 from recipes.schema import FEWEST_ROWS
 from tasks.jobs.loading.load import setup
@@ -114,7 +115,7 @@ def _render(job: Job, reads: ReadSources, selection: Selection, renderer: Render
 
 def _check_splits(counts: Counts, job: Job) -> None:
     """Refuse a split with an empty side, or with next to nothing to train on."""
-    empty = [name for name in ("train", "dev", "test") if not counts.rows[name]]
+    empty = [name for name in SIDES if not counts.rows[name]]
     if empty:
         rows = sum(counts.rows.values())
         raise StageError.of(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,9 @@ from transformers import AutoTokenizer
 
 from recipes.data.origin import source_name
 from recipes.data.rows import content_hash, read_rows, side
-from recipes.doubles.near_duplicates import near_duplicate_turns
 from tasks.jobs import prepare
-from tasks.jobs.preparing import writing
 from tasks.jobs.text.conversation import Conversation, RowError
-from tasks.jobs.text.rendering import Renderer, Sample
+from tasks.jobs.text.rendering import Renderer
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
 from tests.jobs.build import make_job, notes, write_jsonl
@@ -357,120 +354,6 @@ def run_sources(tmp_path: Path, sources: list[dict[str, Any]], *data: Path, name
     return job
 
 
-def test_weights_thin_out_train_alone_and_stay_when_sources_grow(tmp_path: Path) -> None:
-    first = write_jsonl(tmp_path / "first.jsonl", questions(300))
-    pairs = [{"instruction": f"name {i} !", "output": f"{i} it is"} for i in range(100)]
-    second = write_jsonl(tmp_path / "second.jsonl", pairs)
-    whole = run_sources(tmp_path, [source(domain="a"), source(domain="b")], first, second, name="whole")
-    job = run_sources(tmp_path, [source(domain="a", weight=0.4), source(domain="b")], first, second)
-    before, after = ({row["row"]: row for row in table(one.out)} for one in (whole, job))
-    gone = before.keys() - after.keys()
-    assert {(before[name]["split"], before[name]["domain"]) for name in gone} == {("train", "a")}
-    train = [row for row in before.values() if (row["split"], row["domain"]) == ("train", "a")]
-    assert abs(1 - len(gone) / len(train) - 0.4) < 0.15  # 4 standard deviations of a share of 180 draws
-    assert json.loads((job.out / "summary.json").read_text())["not_drawn_rows"] == len(gone)
-    assert f"{len(train) - len(gone)} of {len(train)} from first.jsonl (0.4)" in notes(job)["weights"]
-    assert "messages, detected from" in notes(job)["format"] and "alpaca, detected from" in notes(job)["format"]
-    write_jsonl(first, questions(400))
-    grown = run_sources(tmp_path, [source(domain="a", weight=0.4), source(domain="b")], first, second, name="grown")
-    assert {name: row["split"] for name, row in after.items()}.items() <= {
-        row["row"]: row["split"] for row in table(grown.out)
-    }.items()
-
-
-def test_malformed_rows_of_every_source_are_named_at_once(tmp_path: Path) -> None:
-    paths = []
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        paths.append(write_jsonl(tmp_path / name / "rows.jsonl", [*questions(2), {"messages": []}]))
-    with pytest.raises(StageError, match="2 malformed") as refused:
-        run_sources(tmp_path, [source(), source()], *paths)
-    assert "one/rows.jsonl:3 " in refused.value.problem.why and "two/rows.jsonl:3 " in refused.value.problem.why
-
-
-def test_a_source_with_a_domain_needs_no_column(tmp_path: Path) -> None:
-    named = write_jsonl(tmp_path / "named.jsonl", [row | {"kind": "k"} for row in questions(60)])
-    plain = write_jsonl(tmp_path / "plain.jsonl", [{"prompt": f"say {i}", "completion": "x"} for i in range(60)])
-    job = run_sources(tmp_path, [source(), source(domain="own")], named, plain, domain="kind")
-    assert {row["domain"] for row in table(job.out)} == {"k", "own"}
-    with pytest.raises(StageError, match="has no `kind`"):
-        run_sources(tmp_path, [source(), source()], named, plain, name="again", domain="kind")
-
-
-STORY = "the old man went down to the harbour in the morning and looked for a boat that would carry him over the bay "
-
-
-def almost(number: int, *, of: int) -> dict[str, Any]:
-    """A row of 115 words; those of one `of` differ in their last word alone, so 113 of 115 5-grams are the same."""
-    words = " ".join(f"{word}{of}.{place}" for place, word in enumerate((STORY * 5).split()))
-    return {"messages": chat(words, f"it is {number}")}
-
-
-def test_near_duplicates_are_counted_and_removed_so_that_no_test_row_goes(tmp_path: Path) -> None:
-    rows = [*questions(60), *(almost(number, of=of) for of in range(8) for number in range(6))]
-    data = write_jsonl(tmp_path / "rows.jsonl", [row | {"number": number} for number, row in enumerate(rows)])
-    options = {"max_length": 4000, "group": "number"}  # by their first question all that are alike were on one side
-    jobs = {
-        mode: run_sources(tmp_path, [source()], data, name=mode, near_duplicates=mode, **options)
-        for mode in ("ignore", "count", "remove")
-    }
-    tables = {mode: {row["row"]: row for row in table(job.out)} for mode, job in jobs.items()}
-    counts = {mode: json.loads((job.out / "summary.json").read_text()) for mode, job in jobs.items()}
-    assert tables["ignore"] == tables["count"] and "near_duplicates" not in counts["ignore"]
-    counted = counts["count"]["near_duplicates"]
-    assert (counted["rows"], counted["removed"]) == (8 * 5, 0)  # of six that are alike one is the first
-    assert counted["rows"] == counted["train"] + counted["dev"] + counted["test"] and counted["across_sides"] > 0
-    gone = tables["count"].keys() - tables["remove"].keys()
-    assert len(gone) == counts["remove"]["near_duplicates"]["removed"] == counted["train"] + counted["dev"]
-    assert all(tables["count"][name]["split"] != "test" for name in gone)
-    stories = {}
-    for row in tables["remove"].values():
-        if len(row["input_ids"]) > 100:
-            stories.setdefault(json.loads(row["messages"])[0]["content"], []).append(row["split"])
-    assert len(stories) == 8  # each is still there, on one side only
-    assert all(set(sides) == {"test"} or len(sides) == 1 for sides in stories.values())
-    assert "resemble a row of another side" in notes(jobs["count"])["near-duplicates"]
-
-
-def test_a_system_turn_that_all_rows_share_makes_no_near_duplicates(tmp_path: Path) -> None:
-    rows = [{"messages": chat(f"what is {i} ?", f"it is {i}", system=STORY * 5)} for i in range(90)]
-    summary = json.loads((run(tmp_path, rows, max_length=4000) / "summary.json").read_text())
-    assert summary["near_duplicates"]["rows"] == 0
-
-
-def test_fewer_than_32_rows_of_train_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(StageError, match="train has 25 rows; at least 32 are needed") as refused:
-        run(tmp_path, questions(40))
-    assert "Give about 54 rows or more" in refused.value.problem.next
-
-
-def test_leaks_are_counted_said_and_left_to_rehearse(tmp_path: Path) -> None:
-    rows = [*questions(60), *(almost(number, of=of) for of in range(8) for number in range(6))]
-    data = write_jsonl(tmp_path / "rows.jsonl", [row | {"number": number} for number, row in enumerate(rows)])
-    options = {"max_length": 4000, "group": "number"}
-    jobs = {
-        mode: run_sources(tmp_path, [source()], data, name=mode, near_duplicates=mode, **options)
-        for mode in ("ignore", "count", "remove")
-    }
-    leaks = {mode: json.loads((job.out / "summary.json").read_text()).get("leaks") for mode, job in jobs.items()}
-    assert leaks["ignore"] is None and "not looked for" in notes(jobs["ignore"])["leaks"]
-    assert leaks["count"]["twins"] == leaks["count"]["rows"] > 10 and leaks["remove"]["rows"] == 0
-    train = [row for row in table(jobs["count"].out) if row["split"] == "train"]
-    assert leaks["count"]["train"] == len(train)
-    first = leaks["count"]["examples"].splitlines()[1].split()
-    columns = pq.read_table(jobs["count"].out / "rows.parquet", columns=["source", "split"])
-    sides = dict(zip(columns["source"].to_pylist(), columns["split"].to_pylist(), strict=True))
-    assert first[1] == "like" and sides[first[0]] == "train" and sides[first[2]] in ("dev", "test")
-
-
-@pytest.mark.parametrize(("jaccard", "expected"), [(0.9, True), (0.99, False)])
-def test_the_limit_is_the_exact_jaccard_similarity(jaccard: float, expected: bool) -> None:
-    rows = {str(i): almost(i, of=0)["messages"] for i in range(2)}
-    # 115 + 3 words give 114 5-grams, of which the last one differs: 113 / 115 = 0.983.
-    pairs = near_duplicate_turns(rows, {"0": "test", "1": "train"}, jaccard=jaccard).pairs
-    assert [(pair.row, pair.like) for pair in pairs] == ([("1", "0")] if expected else [])
-
-
 def test_what_long_rows_lose_is_counted(tmp_path: Path) -> None:
     long = [{"messages": chat("abc " * n + "?", "x", f"last {n} ?", "y")} for n in (20, 30, 50)]
     much = {"messages": chat("what ?", "z" * 200)}
@@ -505,76 +388,3 @@ def test_plain_text_is_trained_whole_and_asks_nothing(tmp_path: Path) -> None:
     lost = len(tokenizer("word " * 100)["input_ids"]) + 1 - len(cut["input_ids"])
     assert len(cut["input_ids"]) == 60 and json.loads((job.out / "summary.json").read_text())["cut"]["tokens"] == lost
     assert "not in the task score" in notes(job)["plain text"] and notes(job)["example text"].endswith("⟧")
-
-
-def mixture() -> list[dict[str, Any]]:
-    """Rows of one question, of several, cut ones, texts and doubles."""
-    rows: list[dict[str, Any]] = questions(2400)
-    rows += [{"messages": chat(f"first {i} ?", "yes", f"second {i} ?", f"no {i}", system="short")} for i in range(150)]
-    rows += [{"messages": chat("abc " * 30 + str(i), "x", f"and {i % 5} ?", f"the same {i % 5}")} for i in range(40)]
-    rows += [{"messages": chat(f"long {i} ?", "z" * 200)} for i in range(5)]
-    return [*rows, *questions(40)]
-
-
-def test_streaming_writes_what_a_plain_loop_gives(tmp_path: Path) -> None:
-    dataset = run(tmp_path, mixture(), max_length=64, near_duplicates="ignore")
-    renderer, expected, seen, cut = Renderer.open(tmp_path / "base"), {}, set(), 0
-    rows = {row.name: row for row in reversed(read_rows(tmp_path / "out.jsonl").rows)}
-    sides = {name: side(row.question, salt="", dev=0.2, test=0.2) for name, row in rows.items()}
-    for name in sorted(rows, key=lambda name: (("test", "dev", "train").index(sides[name]), name)):
-        (sample,) = renderer.samples(Conversation.of(rows[name].messages), max_length=64)
-        ids = tuple(sample.rendered.input_ids) if isinstance(sample, Sample) else None
-        if isinstance(sample, Sample) and ids not in seen:
-            expected[name] = (sides[name], ids, tuple(sample.rendered.mask), tuple(sample.rendered.prompt_ids))
-            cut += sample.dropped > 0
-        seen.add(ids)
-    columns = ("split", "input_ids", "completion_mask", "prompt_ids")
-    written = table(dataset)
-    made = {
-        row["row"]: tuple(tuple(value) if isinstance(value, list) else value for value in map(row.get, columns))
-        for row in written
-    }
-    assert made == expected and len(made) == 2400 + 150 + 5
-    assert [(row["split"], row["row"]) for row in written] == sorted((row["split"], row["row"]) for row in written)
-    summary = json.loads((dataset / "summary.json").read_text())
-    assert summary["rows"] == {
-        name: list(sides[row] for row in made).count(name) for name in ("train", "dev", "test")
-    } | {"general": 0}
-    assert summary["completion_tokens"] == {
-        name: sum(sum(row["completion_mask"]) for row in written if row["split"] == name)
-        for name in ("train", "dev", "test")
-    }
-    assert (summary["duplicates"], summary["too_long_rows"], summary["truncated_rows"]) == (40 + 35, 5, cut)
-    assert not list(dataset.glob("scratch-*"))
-
-
-def test_more_processes_write_the_same_bytes(tmp_path: Path) -> None:
-    data = write_jsonl(tmp_path / "rows.jsonl", mixture())
-    base = write_base(tmp_path / "base")
-    written = []
-    for threads in (1, 2):
-        job = make_job(
-            "prepare", tmp_path / str(threads), params=PARAMS | {"max_length": 64}, data=data, tokenizer=base
-        )
-        prepare.run(replace(job, execution=replace(job.execution, threads=threads)))
-        written.append([(job.out / name).read_bytes() for name in ("rows.parquet", "summary.json")])
-        assert "⟦" in notes(job)["example"]
-    assert written[0] == written[1]
-
-
-def test_rows_parquet_has_row_groups_that_a_reader_can_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writing, "GROUP_ROWS", 500)
-    file = pq.ParquetFile(run(tmp_path, questions(2400), near_duplicates="ignore") / "rows.parquet")
-    sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-    assert sum(sizes) == 2400 and len(sizes) > 3 and max(sizes) < 1000
-
-
-def test_equal_texts_on_two_sides_stay_on_the_held_out_one(tmp_path: Path) -> None:
-    rows = [row | {"thread": f"a{i}", "schema": "x"} for i, row in enumerate(questions(60))]
-    rows += [row | {"thread": f"b{i}", "schema": "y"} for i, row in enumerate(questions(60))]
-    dataset = run(tmp_path, rows, group="thread", scored_columns=["schema"])
-    kept: dict[str, set[str]] = {}
-    for row in table(dataset):
-        kept.setdefault(row["answer"], set()).add(row["split"])
-    assert len(kept) == 60 and all(len(sides) == 1 for sides in kept.values())
-    assert 60 < len(table(dataset)) < 120  # where both fall on one side, both stay

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from recipes.data.origin import Origin, origins, source_name
-from recipes.data.rows import Row, RowReader, drawn, no_rows, side
+from recipes.data.rows import Row, RowReader, drawn, side
 from recipes.data.wrong import Wrong
 from recipes.problem import Problem
 from tasks.jobs.preparing.spool import Spool, SpooledRow
@@ -84,7 +84,7 @@ def read_sources(job: Job, scratch: Path) -> ReadSources:
                 wrong.add(str(row))
         words.append(f"{reader.format}, detected from {reader.detected_from}; {len(spool) - before} rows")
         if len(spool) == before and not wrong.count and not problems:
-            problems.append(_empty(reader))
+            problems.append(reader.empty())
     if wrong.count:
         raise StageError(wrong.malformed([source.path for source in sources]))
     if problems:
@@ -95,11 +95,6 @@ def read_sources(job: Job, scratch: Path) -> ReadSources:
     return ReadSources(spool, sources, readers[0].format, readers[0].detected_from)
 
 
-def _empty(reader: RowReader) -> Problem:
-    path = reader.origin.path
-    return no_rows(path, f"data.keep leaves all {reader.left_out} rows out" if reader.left_out else "the file is empty")
-
-
 def placed_row(row: Row, params: Mapping[str, Any]) -> SpooledRow:
     """The row with its group, side and domain.
 
@@ -108,7 +103,7 @@ def placed_row(row: Row, params: Mapping[str, Any]) -> SpooledRow:
         params: Of prepare: group, domain, salt, dev, test.
     """
     group = row.group(params["group"])
-    identity = {name: row.columns[name] for name in row.origin.identity if name in row.columns}
+    identity = row.identity
     return SpooledRow(
         name=row.name,
         where=row.where,

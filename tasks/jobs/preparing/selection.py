@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from recipes.doubles.search import NOT_LOOKED_FOR, DoubleSearch
+from recipes.doubles import NOT_LOOKED_FOR
+from recipes.doubles.search import DoubleSearch
 from tasks.jobs.preparing.reading import Progress, ReadSources
 from tasks.jobs.preparing.spool import SIDES, Spool
 from tasks.runtime.process.job import Job

@@ -15,13 +15,11 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from recipes.data.rows import Side
+from recipes.data.rows import SIDES, STAYS
 from tasks.jobs.preparing.records import ROWS, Keys
 
 pc: Any = pyarrow.compute  # its functions are made when it is imported: no types
 GROUP_ROWS, GROUP_BYTES = 10_000, 64 << 20  # of a row group of rows.parquet: what a reader holds at a time
-SPLITS: tuple[Side, ...] = ("train", "dev", "test")
-STAYS: tuple[Side, ...] = ("test", "dev", "train")  # of equal records the first one in this order
 
 
 class Counts(NamedTuple):
@@ -75,7 +73,7 @@ class RecordFile:
     def count(self, keep: NDArray[np.bool_]) -> Counts:
         """Records and groups of each side."""
         sides, groups = np.frombuffer(self._sides, np.int8)[keep], np.frombuffer(self._groups, np.uint64)[keep]
-        own = {split: groups[sides == STAYS.index(split)] for split in SPLITS}
+        own = {split: groups[sides == STAYS.index(split)] for split in SIDES}
         return Counts(
             rows={split: len(numbers) for split, numbers in own.items()},
             groups={split: len(np.unique(numbers)) for split, numbers in own.items()},
@@ -120,7 +118,7 @@ class _Written:
 
     def __init__(self) -> None:
         self._lengths = array("i")
-        self._domains = {name: Counter[str]() for name in SPLITS}
+        self._domains = {name: Counter[str]() for name in SIDES}
         self._tokens, self._trained = Counter[str](), Counter[str]()
         self._truncated = self._dropped = 0
 
@@ -141,9 +139,9 @@ class _Written:
     def summary(self) -> dict[str, Any]:
         lengths = np.frombuffer(self._lengths, np.int32)
         return {
-            "domains": {name: dict(sorted(self._domains[name].items())) for name in SPLITS},
-            "tokens": {name: self._tokens[name] for name in SPLITS},
-            "completion_tokens": {name: self._trained[name] for name in SPLITS},
+            "domains": {name: dict(sorted(self._domains[name].items())) for name in SIDES},
+            "tokens": {name: self._tokens[name] for name in SIDES},
+            "completion_tokens": {name: self._trained[name] for name in SIDES},
             "length_tokens": {f"p{p}": int(np.percentile(lengths, p)) for p in (50, 90, 99, 100)},
             "truncated_rows": self._truncated,
             "dropped_turns": self._dropped,

@@ -17,6 +17,7 @@ from typing import Any, Final, Literal, NamedTuple
 from jinja2 import TemplateError
 from transformers.utils import chat_template_utils
 
+from recipes.models.chat_template import prints_today
 from tasks.jobs.text.conversation import Conversation, RowError
 from tasks.jobs.text.coverage import check_reasoning, check_turns, in_words, shape_of
 from tasks.jobs.text.forms import Form, forms_of
@@ -59,11 +60,6 @@ class Shaped(NamedTuple):
     chat: Conversation
     form: Form
     marked: Marked
-
-
-def prints_today(template: str) -> bool:
-    """True where a template asks for the date of the day on which it renders."""
-    return "strftime_now" in template
 
 
 @dataclass(frozen=True, kw_only=True)

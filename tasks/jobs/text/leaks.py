@@ -16,10 +16,10 @@ import pyarrow as pa
 from recipes.data.rows import Side, normalised
 from recipes.data.turns import Message
 from recipes.doubles.near_duplicates import near_duplicate_turns, not_all_compared
+from recipes.doubles.search import LEAK
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
 
-JACCARD = 0.9  # of 5-grams of prompt and completion: from here on a row is a near-twin of another
 SHOWN = 20
 TWINS = "near_twins.jsonl"
 
@@ -74,7 +74,7 @@ def _keys(row: dict[str, Any]) -> list[bytes]:
 
 def without_near_duplicates(rows: Mapping[str, Sequence[Message]]) -> list[str]:
     """Names of the rows, in their order, without those that are almost equal to an earlier one that stays."""
-    pairs = near_duplicate_turns(rows, dict.fromkeys(rows, "train"), jaccard=JACCARD).pairs
+    pairs = near_duplicate_turns(rows, dict.fromkeys(rows, "train"), jaccard=LEAK).pairs
     repeated = {pair.row for pair in pairs}
     return [name for name in rows if name not in repeated]
 
@@ -95,12 +95,12 @@ def near_twins(drawn: Mapping[str, Sequence[Message]], held: HeldOut, *, most: f
     for name in drawn:
         sides[name] = "train"
     turns = ChainMap(dict(drawn), cast("dict[str, Sequence[Message]]", held.turns))
-    pairs, limited = near_duplicate_turns(turns, sides, jaccard=JACCARD)
+    pairs, limited = near_duplicate_turns(turns, sides, jaccard=LEAK)
     twins = sorted((pair.row, pair.like) for pair in pairs if pair.row in drawn and pair.like in held.splits)
     lines = [json.dumps({"row": row, "like": like, "split": held.splits[like]}) + "\n" for row, like in twins]
     (job.out / TWINS).write_text("".join(lines), encoding="utf-8")
     examples = ", ".join(f"{row} like {like} of {held.splits[like]}" for row, like in twins[:SHOWN])
-    share = f"{len(twins)} of {len(drawn)} rows are near-twins of a row of dev or test (Jaccard >= {JACCARD:g})"
+    share = f"{len(twins)} of {len(drawn)} rows are near-twins of a row of dev or test (Jaccard >= {LEAK:g})"
     if len(twins) > most * len(drawn):
         raise StageError.of(
             what=share,

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
 from recipes.data.turns import Message
-from tasks.jobs.text.chat_template import NO_SETTINGS, ChatTemplate, TemplateSettings, prints_today
+from recipes.models.chat_template import misfit
+from tasks.jobs.text.chat_template import NO_SETTINGS, ChatTemplate, TemplateSettings
 from tasks.jobs.text.completions import Completions, SeamError, spans
 from tasks.jobs.text.conversation import Conversation, RowError, behind_thinking, calls_in
 from tasks.jobs.text.encoding import Reading, alone, encode, side_by_side
@@ -136,23 +137,24 @@ class Renderer:
     def check_settings(self) -> None:
         """Raise StageError where the template prints today's date, or does not read what the recipe gives it."""
         settings, source = self.template.settings, "\n".join(templates_of(self.tokenizer))
-        if settings.day is None and prints_today(source):
+        wrong = misfit(source, args=settings.args, has_day=settings.day is not None)
+        if wrong.no_day:
             raise StageError.of(
                 what="the chat template prints today's date",
                 where="model.template_date",
                 why="the same rows would get other tokens tomorrow, and an answer another prompt than was trained",
                 next=f"write `template_date: {date.today().isoformat()}` under `model:`; it stays what it was then",
             )
-        if settings.day is not None and not prints_today(source) and "date_string" not in source:
+        if wrong.unread_day:
             raise StageError.of(
                 what="the chat template prints no date",
                 where="model.template_date",
                 why="the day would change nothing",
                 next="remove model.template_date",
             )
-        if unread := sorted(name for name in settings.args if name not in source):
+        if wrong.unread_args:
             raise StageError.of(
-                what=f"the chat template reads no argument {', '.join(unread)}",
+                what=f"the chat template reads no argument {', '.join(wrong.unread_args)}",
                 where="model.template_args",
                 why="it would change nothing",
                 next="correct the name, or remove it",

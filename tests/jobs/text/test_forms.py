@@ -29,6 +29,13 @@ def turns_as(body: str, *, head: str = "") -> str:
     return head + "{%- for m in messages -%}" + turn + "{%- endfor -%}" + PROMPT
 
 
+def rendered_by(body: str, turns: list[dict[str, Any]], folder: Path) -> tuple[list[str], Sample]:
+    """The trained parts of a row in a template with this body, and its one sample."""
+    renderer = made_of(turns_as(body), folder)
+    (sample,) = samples_of(renderer, turns)
+    return spans(renderer, sample.rendered), sample
+
+
 def untrained(turns: list[dict[str, Any]], *numbers: int) -> list[dict[str, Any]]:
     return [turn | {"train": False} if number in numbers else turn for number, turn in enumerate(turns, start=1)]
 
@@ -150,9 +157,8 @@ def test_trimmed_and_quoted_texts_are_rendered(tmp_path: Path) -> None:
     body += "{%- for c in m.tool_calls or [] -%}{{- c.function | tojson -}}{%- endfor -%}"
     answer = {"role": "tool", "content": '{"sum": 3,\n "é": "\\"漢\\""}'}
     turns = [*with_tools()[:2], answer, *chat("", "  it is 3\n\nor so ")[1:]]
-    renderer = made_of(turns_as(body), tmp_path)
-    (sample,) = samples_of(renderer, turns)
-    assert spans(renderer, sample.rendered)[1:] == ["it is 3\n\nor so" + END]
+    trained, _ = rendered_by(body, turns, tmp_path)
+    assert trained[1:] == ["it is 3\n\nor so" + END]
 
 
 CALLS = {
@@ -172,9 +178,8 @@ def test_the_form_of_arguments_that_renders_is_found(form: str, tmp_path: Path) 
     body = (
         "{{- m.content -}}{%- for c in m.tool_calls or [] -%}{{- c.function.name + ' ' -}}" + written + "{%- endfor -%}"
     )
-    renderer = made_of(turns_as(body), tmp_path)
-    (sample,) = samples_of(renderer, with_tools())
-    assert spans(renderer, sample.rendered)[0] == 'add {"a": 1, "b": 2}' + END
+    trained, sample = rendered_by(body, with_tools(), tmp_path)
+    assert trained[0] == 'add {"a": 1, "b": 2}' + END
     assert sample.rendered.form == says
     assert sample.turns == Conversation.of(with_tools()).turns  # the row's own form
 
@@ -184,9 +189,8 @@ def test_a_call_without_content_where_the_template_wants_none(tmp_path: Path) ->
         "{%- if m.content is defined -%}{{- m.content -}}{%- else -%}"
         "{%- for c in m.tool_calls -%}{{- c.function | tojson -}}{%- endfor -%}{%- endif -%}"
     )
-    renderer = made_of(turns_as(body), tmp_path)
-    (sample,) = samples_of(renderer, with_tools())
-    assert spans(renderer, sample.rendered)[0] == CALL + END
+    trained, sample = rendered_by(body, with_tools(), tmp_path)
+    assert trained[0] == CALL + END
     assert sample.rendered.form == "no content in turns that only call"
 
 
@@ -224,9 +228,8 @@ REASONING = {
 @pytest.mark.parametrize("key", REASONING)
 def test_the_name_of_reasoning_that_renders_is_found(key: str, tmp_path: Path) -> None:
     body, says = REASONING[key]
-    renderer = made_of(turns_as(body), tmp_path)
-    (sample,) = samples_of(renderer, reasoned("a ?", "b", "c ?", "d"))
-    assert spans(renderer, sample.rendered) == [f"<r>so it is 2</r>b{END}", f"<r>so it is 4</r>d{END}"]
+    trained, sample = rendered_by(body, reasoned("a ?", "b", "c ?", "d"), tmp_path)
+    assert trained == [f"<r>so it is 2</r>b{END}", f"<r>so it is 4</r>d{END}"]
     assert sample.rendered.form == says
     assert sample.turns == reasoned("a ?", "b", "c ?", "d")
 
