@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from recipes.models.headers import Headers, has_tokenizer, no_config, no_tokenizer, text_part
+from recipes.models.defaults import complete
+from recipes.models.headers import Headers, has_tokenizer, no_config, no_tokenizer
 from recipes.models.weights import read_tensors
 from recipes.plain import is_list, is_mapping, json_object
 from recipes.problem import Problem, RecipeError
@@ -41,7 +42,7 @@ def folder_problems(name: str, folder: Path, *, trusted: bool) -> Iterator[Probl
             "`trust_remote_code: true` beside its path.",
         )
     try:
-        read_tensors(folder)
+        external_headers(folder)
     except RecipeError as error:
         yield from (_of_external(problem, name, where=f"{field} {problem.where}") for problem in error.problems)
     if not has_tokenizer(folder):
@@ -71,13 +72,16 @@ def external_headers(folder: Path) -> Headers:
     """Config and tensors of an external model. No linear layers: in a quantized one the headers do not show them.
 
     Raises:
-        RecipeError: Its index and headers have problems.
+        RecipeError: Its index and headers have problems, or its config.json leaves out what nothing else tells.
     """
     config = json_object(folder / "config.json") or {}
+    text = complete(folder, config)
+    if isinstance(text, Problem):
+        raise text.error()
     return Headers(
         folder=folder,
         config=config,
-        text_config=text_part(config),
+        text_config=text,
         tensors=read_tensors(folder),
         linears=(),
     )

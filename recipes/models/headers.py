@@ -1,27 +1,29 @@
 """What a model folder tells before any weight is read: config.json, safetensors headers, tokenizer files.
 
-Standard library only, so that a 70B base is checked in milliseconds.
+Standard library only, so that a 70B base is checked in milliseconds. Where config.json leaves numbers to defaults of
+transformers' classes, a child process is asked once (recipes/models/defaults.py).
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from recipes.models.chat_template import FolderTemplate, read_template
+from recipes.models.decoder import find_decoder, is_expert, layer_number, sizes_of
+from recipes.models.defaults import SPELLINGS, complete, text_part
+from recipes.models.kv_cache import Attention, CacheLayer, cache_layers
 from recipes.models.linear import Linear
+from recipes.models.refusals import config_problems, encoder_decoder, has_tokenizer, no_config, no_tokenizer
 from recipes.models.weights import Tensor, read_tensors
-from recipes.plain import is_mapping, json_object
+from recipes.plain import json_object
 from recipes.problem import Problem, RecipeError
 
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-TRANSPOSED = ("gpt2", "openai-gpt")  # Conv1D: weights are [in, out]
-_LAYER = re.compile(r"^(?P<stack>(?:.*\.)?)(?P<number>\d+)\.(?P<rest>.+)\.weight$")
-_ROUTER = re.compile(r"(^|\.)(gate|router)$")  # routers of mixtures of experts stay unquantized
-_EXPERT = re.compile(r"\.experts\.")
+__all__ = ["Headers", "Tensor", "has_tokenizer", "is_expert", "no_config", "no_tokenizer", "read_headers", "text_part"]
+
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "embeddings", "tok_embeddings")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +33,13 @@ class Headers:
     Attributes:
         folder: The model folder.
         config: config.json.
-        text_config: Its text part, for a model with several.
+        text_config: Its text part, with transformers' defaults where it leaves a number out.
         tensors: Every tensor, by name.
-        linears: What a scheme quantizes: 2-D weights inside the repeated layers, but for routers.
+        linears: What a scheme quantizes: the text decoder's linear layers, experts that are stored one by one among
+            them, without routers. Names as in the checkpoint.
+        stacked_experts: The text decoder's experts that are stored as one weight a layer.
+        towers: Everything outside the text decoder, its embeddings and its output layer: vision, audio, projectors.
+        dropped: Layers that transformers does not load: heads that predict several tokens.
         template: The chat template that the folder brings.
     """
 
@@ -42,6 +48,9 @@ class Headers:
     text_config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     linears: tuple[Linear, ...]
+    stacked_experts: tuple[Tensor, ...] = ()
+    towers: tuple[Tensor, ...] = ()
+    dropped: tuple[Tensor, ...] = ()
     template: FolderTemplate = field(default_factory=FolderTemplate)
 
     @property
@@ -51,18 +60,24 @@ class Headers:
 
     @property
     def parameters(self) -> int:
-        """Stored parameters; tied ones count once."""
+        """Stored parameters, towers too; tied ones count once."""
         return sum(tensor.numel for tensor in self.tensors.values())
 
     @property
+    def tower_parameters(self) -> int:
+        """Parameters outside the text decoder, its embeddings and its output layer."""
+        return sum(tensor.numel for tensor in self.towers)
+
+    @property
     def linear_parameters(self) -> int:
-        """Parameters that a scheme quantizes."""
+        """Parameters of the linear layers that a scheme quantizes."""
         return _parameters(self.linears)
 
     @property
     def expert_parameters(self) -> int:
-        """Parameters of the experts of a mixture, stored one by one or as 3-D tensors: training leaves them bf16."""
-        return sum(tensor.numel for name, tensor in self.tensors.items() if is_expert(name))
+        """Parameters of the experts of a mixture, stored one by one or as one weight: training leaves them bf16."""
+        apart = _parameters(layer for layer in self.linears if is_expert(layer.name))
+        return apart + sum(tensor.numel for tensor in self.stacked_experts)
 
     @property
     def dense_linears(self) -> tuple[Linear, ...]:
@@ -77,11 +92,19 @@ class Headers:
     @property
     def embedding_parameters(self) -> int:
         """Parameters of the input embeddings and, where it is untied, the output layer."""
-        return sum(
-            tensor.numel
+        return sum(tensor.numel for tensor in self.embeddings)
+
+    @property
+    def embeddings(self) -> tuple[Tensor, ...]:
+        """The input embeddings and, where it is untied, the output layer."""
+        others = {tensor.name for tensor in (*self.towers, *self.dropped)}
+        outside = (
+            tensor
             for name, tensor in self.tensors.items()
-            if len(tensor.shape) == 2 and self.vocabulary in tensor.shape and not _LAYER.match(name)
+            if len(tensor.shape) == 2 and name not in others and layer_number(name) is None
         )
+        sizes = {self.vocabulary, self.hidden}  # Gemma 4 has an embedding of its own for every layer, of other width
+        return tuple(one for one in outside if sizes == {*one.shape} or _module(one.name).endswith(EMBEDDINGS))
 
     @property
     def weight_bytes(self) -> int:
@@ -96,33 +119,41 @@ class Headers:
     @property
     def vocabulary(self) -> int:
         """Entries of the vocabulary."""
-        return self._number("vocab_size") or 0
+        return self._known("vocab_size")
 
     @property
     def hidden(self) -> int:
         """Width of the residual stream."""
-        return self._number("hidden_size", "n_embd", "d_model") or 0
+        return self._known("hidden_size")
 
     @property
     def layers(self) -> int:
         """Decoder layers."""
-        return self._number("num_hidden_layers", "n_layer", "num_layers") or 0
+        return self._known("num_hidden_layers")
 
     @property
     def max_positions(self) -> int | None:
         """Longest context the base was made for, in tokens; None where config.json names none."""
-        return self._number("max_position_embeddings", "n_positions", "n_ctx")
+        return _number(self.text_config, "max_position_embeddings", "n_positions", "n_ctx")
 
     @property
     def heads(self) -> int:
         """Attention heads."""
-        return self._number("num_attention_heads", "n_head") or 1
+        return self._known("num_attention_heads")
 
     @property
     def kv_features(self) -> int:
-        """Features of keys (or values) per token and layer: heads x head size."""
-        size = self._number("head_dim") or self.hidden // self.heads
-        return size * (self._number("num_key_value_heads") or self.heads)
+        """Features of keys (or values) per token of the layer that has most: heads x head size."""
+        return max((layer.keys for layer in self.cache_layers), default=0)
+
+    @property
+    def cache_layers(self) -> tuple[CacheLayer, ...]:
+        """The layers that keep keys and values, or a state, with their sizes."""
+        return cache_layers(self.text_config, Attention(self.layers, self.hidden, self.heads))
+
+    def cache_numbers(self, tokens: int) -> int:
+        """Numbers (keys, values, states) that one sequence of so many tokens keeps, over all layers."""
+        return sum(layer.numbers(tokens) for layer in self.cache_layers)
 
     @property
     def decoder_layer(self) -> tuple[Linear, ...]:
@@ -138,121 +169,84 @@ class Headers:
         """Inputs of the widest layer that a scheme quantizes: the size of the largest Hessian."""
         return max(layer.in_features for layer in self.linears)
 
-    def _number(self, *names: str) -> int | None:
-        for name in names:
-            value = self.text_config.get(name)
-            if isinstance(value, int):
-                return value
-        return None
+    def _known(self, name: str) -> int:
+        """A number of the text config, under any of its spellings.
 
-
-def is_expert(name: str) -> bool:
-    """The layer of this name is an expert of a mixture."""
-    return _EXPERT.search(name) is not None
-
-
-def _parameters(layers: Iterable[Linear]) -> int:
-    return sum(layer.in_features * layer.out_features for layer in layers)
+        Raises:
+            RecipeError: It is not there: nothing is counted with a guess.
+        """
+        value = _number(self.text_config, name, *SPELLINGS[name])
+        if value is None:
+            raise Problem(
+                what=f"config.json does not say {name}.",
+                where=str(self.folder / "config.json"),
+                why="Layers, memory and sizes cannot be counted without.",
+                next="Write it into config.json as the release's card says.",
+            ).error()
+        return value
 
 
 def read_headers(folder: Path) -> Headers:
     """Read a base model's folder.
 
     Raises:
-        RecipeError: With every problem: no config.json, no safetensors or broken ones, no tokenizer, an adapter or an
-            already quantized model instead of a base.
+        RecipeError: With every problem: no config.json, no safetensors or broken ones, no tokenizer, an adapter, an
+            already quantized model or one that makes no text instead of a base, layers that are not as config.json
+            says.
     """
     config = json_object(folder / "config.json")
-    problems: list[Problem] = []
+    problems: list[Problem] = [no_config(folder)] if config is None else list(config_problems(folder, config))
     tensors: dict[str, Tensor] = {}
-    if config is None:
-        problems.append(no_config(folder))
-    elif "quantization_config" in config:
-        problems.append(_quantized_already(folder))
     try:
         tensors = read_tensors(folder)
     except RecipeError as error:
         problems += error.problems
     if not has_tokenizer(folder):
         problems.append(no_tokenizer(folder))
-    config = config or {}
-    text_config = text_part(config)
-    linears = tuple(_linears(tensors, transposed=text_config.get("model_type") in TRANSPOSED))
-    if tensors and config and not linears:
-        problems.append(_no_layers(folder))
-    if problems:
+    if problems or config is None:  # a quantized or truncated checkpoint has other layers: one cause, one problem
         raise RecipeError(problems)
-    return Headers(
-        folder=folder,
-        config=config,
-        text_config=text_config,
-        tensors=tensors,
-        linears=linears,
-        template=read_template(folder),
+    text = complete(folder, config, key_features=_key_features(tensors))
+    if isinstance(text, Problem):
+        raise text.error()
+    if text.get("is_encoder_decoder") and not config.get("is_encoder_decoder"):
+        raise encoder_decoder(folder).error()
+    return _headers(folder, config, text, tensors)
+
+
+def _headers(
+    folder: Path, config: Mapping[str, Any], text: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> Headers:
+    whole = Headers(
+        folder=folder, config=config, text_config=text, tensors=tensors, linears=(), template=read_template(folder)
+    )
+    sizes = sizes_of(config, text, hidden=whole.hidden, layers=whole.layers, vocabulary=whole.vocabulary)
+    decoder = find_decoder(tensors, sizes, where=str(folder))
+    if isinstance(decoder, Problem):
+        raise decoder.error()
+    return replace(
+        whole,
+        linears=decoder.linears,
+        stacked_experts=decoder.stacked_experts,
+        towers=decoder.towers,
+        dropped=decoder.dropped,
     )
 
 
-def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of config.json that describes the language model; all of it where there is no other part."""
-    text_config = config.get("text_config")
-    return text_config if is_mapping(text_config) else config
+def _key_features(tensors: Mapping[str, Tensor]) -> int | None:
+    """Outputs of the layers called k_proj outside towers, where all have as many."""
+    outputs = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith(".self_attn.k_proj.weight")}
+    return outputs.pop() if len(outputs) == 1 else None
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """True where the folder holds a tokenizer's file."""
-    return any((folder / name).exists() for name in TOKENIZERS)
+def _parameters(layers: Iterable[Linear]) -> int:
+    return sum(layer.in_features * layer.out_features for layer in layers)
 
 
-def _linears(tensors: Mapping[str, Tensor], *, transposed: bool) -> Iterator[Linear]:
-    """2-D weights inside numbered layers, in the order of the checkpoint."""
-    for name, tensor in tensors.items():
-        match = _LAYER.match(name)
-        if match is None or len(tensor.shape) != 2 or _ROUTER.search(match["rest"]):
-            continue
-        rows, columns = tensor.shape
-        yield Linear(name.removesuffix(".weight"), *((rows, columns) if transposed else (columns, rows)))
+def _module(name: str) -> str:
+    return name.removesuffix(".weight")
 
 
-# ---- what is wrong with a folder
-
-
-def no_config(folder: Path) -> Problem:
-    """Its config.json is absent or unreadable; an adapter has none."""
-    path = folder / "config.json"
-    adapter = (folder / "adapter_config.json").exists()
-    return Problem(
-        what="config.json is not readable JSON." if path.exists() else "The base has no config.json.",
-        where=str(path if path.exists() else folder),
-        why="It is an adapter, not a base model." if adapter else "It names the architecture and its sizes.",
-        next="Name the base that the adapter was trained on."
-        if adapter
-        else "Name a model folder as transformers' save_pretrained writes it.",
-    )
-
-
-def _quantized_already(folder: Path) -> Problem:
-    return Problem(
-        what="The base is quantized already.",
-        where=f"{folder / 'config.json'} quantization_config",
-        why="Training quantizes the original weights to NF4, and merging needs them too.",
-        next="Name the original bf16, fp16 or fp32 model.",
-    )
-
-
-def _no_layers(folder: Path) -> Problem:
-    return Problem(
-        what="The base has no linear layers inside repeated decoder layers.",
-        where=str(folder),
-        why="Those are what an adapter trains and a scheme quantizes.",
-        next="Name a causal language model of a Llama-like, Qwen, Mistral, Gemma, Phi or GPT-2 architecture.",
-    )
-
-
-def no_tokenizer(folder: Path) -> Problem:
-    """None of the files of a tokenizer is there."""
-    return Problem(
-        what="The base has no tokenizer.",
-        where=str(folder),
-        why=f"None of {', '.join(TOKENIZERS)} is there, so no row can become tokens.",
-        next="Copy the tokenizer files of the base into its folder.",
-    )
+def _number(config: Mapping[str, Any], *names: str) -> int | None:
+    """The first of these that is a whole number above zero."""
+    values = (config.get(name) for name in names)
+    return next((value for value in values if isinstance(value, int) and value > 0), None)

@@ -41,14 +41,14 @@ def test_agrees_with_safetensors_itself(tmp_path: Path):
 
 
 def test_gpt2_keeps_its_weights_transposed(tmp_path: Path):
-    write_base(tmp_path, config={"model_type": "gpt2"})
+    write_base(tmp_path, layers=1, config={"model_type": "gpt2"})
     write_safetensors(tmp_path / "model.safetensors", {"wte.weight": [300, 128], "h.0.attn.c_attn.weight": [128, 384]})
     (layer,) = read_headers(tmp_path).linears
     assert (layer.in_features, layer.out_features) == (128, 384)
 
 
 def test_routers_experts_and_lm_head(tmp_path: Path):
-    write_base(tmp_path)
+    write_base(tmp_path, layers=1, config={"head_dim": 32})
     shapes = {
         "lm_head.weight": [300, 128],
         "model.embed_tokens.weight": [300, 128],
