@@ -163,6 +163,9 @@ class Quantize(Section):
     """GPTQ: share of the mean Hessian diagonal that is added to the diagonal."""
     seed: int = 0
     """Seed of the quantizer."""
+    accept_unquantized: bool = False
+    """Make a scheme that leaves more than 5 % of the linear weights in bf16 (experts of mixture models): its files are
+    hardly smaller than the base. `quench check` says how many GiB."""
 
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")]

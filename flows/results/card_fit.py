@@ -16,6 +16,7 @@ from flows.plan.memory import CUDA_CONTEXT, GIB
 from flows.results.cells import Cell
 from flows.results.read import Run, RunArm
 from recipes.models.headers import Headers, read_headers
+from recipes.models.kv_cache import WINDOWS, WITHOUT_CACHE, CacheLayer, layer_kinds
 from recipes.models.linear import Linear
 from recipes.problem import RecipeError
 from recipes.schemes.engines import Engine, refusals
@@ -28,6 +29,7 @@ CHUNK_TOKENS = 2048  # of prompts in one forward pass; longer ones come in sever
 LOGIT_BYTES = 8  # fp32 and a copy, for the last token of each sequence
 EXAMPLES_GIB = (8.0, 16.0, 24.0, 80.0)
 EXAMPLE_BATCH = 8
+KEPT = ("full_attention", "sliding_attention", "chunked_attention")
 OTHER_STATE = ("kv_lora_rank", "ssm_state_size", "mamba_d_state", "linear_num_value_heads")  # no plain keys and values
 
 
@@ -37,37 +39,27 @@ class Refused(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Cache:
-    """The KV cache of a model.
+    """The KV cache of a model: layers with a window keep no more than it, layers that share one have none."""
 
-    Attributes:
-        full: Layers that keep every token.
-        sliding: Layers that keep the last `window` tokens.
-        features: Features of keys (and of values) per token and layer: heads x head size.
-        heads: Key-value heads.
-    """
-
-    full: int
-    sliding: int
-    window: int
-    features: int
-    heads: int
-
-    def of_layer(self, kept: Store) -> float:
-        """Bytes per token and layer, keys and values."""
-        return 2 * (BYTES[kept] * self.features + SCALE_BYTES[kept] * self.heads)
+    layers: tuple[CacheLayer, ...]
 
     def per_token(self, kept: Store) -> float:
         """Bytes per token while no window is full."""
-        return self.of_layer(kept) * (self.full + self.sliding)
+        return sum(_token_bytes(layer, kept) for layer in self.layers)
 
     def size(self, kept: Store, *, context: int, batch: int) -> float:
         """Bytes of `batch` sequences of `context` tokens."""
-        tokens = self.full * context + self.sliding * min(context, self.window)
-        return self.of_layer(kept) * tokens * batch
+        tokens = ((layer, min(context, layer.window or context)) for layer in self.layers)
+        return batch * sum(_token_bytes(layer, kept) * held for layer, held in tokens)
+
+
+def _token_bytes(layer: CacheLayer, kept: Store) -> float:
+    """Keys and values of one token, and an fp32 scale a head of each where they are int8."""
+    return BYTES[kept] * (layer.keys + layer.values) + 2 * SCALE_BYTES[kept] * layer.heads
 
 
 def cache_of(headers: Headers) -> Cache:
-    """2 x layers x key-value heads x head size per token; layers with a sliding window keep no more than that.
+    """Keys and values of every layer: 2 x key-value heads x head size per token.
 
     Raises:
         Refused: Latent attention, state-space or linear layers, whose state is another one.
@@ -75,30 +67,13 @@ def cache_of(headers: Headers) -> Cache:
     config = headers.text_config
     if other := [name for name in OTHER_STATE if config.get(name)]:
         raise Refused(f"config.json has {other[0]}: its cache is not keys and values of every token")
-    kinds = config.get("layer_types")
-    if isinstance(kinds, list):
-        unknown = sorted({str(kind) for kind in kinds} - {"full_attention", "sliding_attention"})
-        if unknown:
-            raise Refused(f"config.json has layers of type {', '.join(unknown)}")
-        sliding = kinds.count("sliding_attention")
-    else:
-        sliding = headers.layers if _all_slide(config) else 0
-    heads = config.get("num_key_value_heads")
-    window = config.get("sliding_window")
-    if sliding and not isinstance(window, int):
-        raise Refused("config.json has sliding layers and no sliding_window")
-    return Cache(
-        full=headers.layers - sliding,
-        sliding=sliding,
-        window=window if isinstance(window, int) else 0,
-        features=headers.kv_features,
-        heads=heads if isinstance(heads, int) else headers.heads,
-    )
-
-
-def _all_slide(config: Mapping[str, Any]) -> bool:
-    """A window without layer_types is that of all layers (Mistral 0.1), unless it is switched off (Qwen2)."""
-    return isinstance(config.get("sliding_window"), int) and config.get("use_sliding_window") is not False
+    unknown = sorted({kind for kind in layer_kinds(config, headers.layers) if kind not in (*KEPT, *WITHOUT_CACHE)})
+    if unknown:
+        raise Refused(f"config.json has layers of type {', '.join(unknown)}")
+    layers = headers.cache_layers
+    for kind in (kind for kind in WINDOWS if any(layer.kind == kind and layer.window is None for layer in layers)):
+        raise Refused(f"config.json has layers of type {kind} and no {WINDOWS[kind]}")
+    return Cache(layers=layers)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,14 +37,15 @@ NF4_NESTED = 256  # absmax values that share a second, fp32 one
 def nf4_weight_bytes(headers: Headers) -> int:
     """Bytes of the base as NF4 with double quantization, from shapes alone (arXiv:2305.14314, section 3).
 
-    A linear layer inside the decoder: 4 bits a weight, 1 byte a block of 64, 4 bytes for 256 blocks. The rest: bf16.
+    A linear layer inside the decoder: 4 bits a weight, 1 byte a block of 64, 4 bytes for 256 blocks. The rest, experts
+    of a mixture among it: bf16.
     """
     quantized = 0
-    for layer in headers.linears:
+    for layer in headers.dense_linears:
         weights = layer.in_features * layer.out_features
         blocks = math.ceil(weights / NF4_BLOCK)
         quantized += math.ceil(weights / 2) + blocks + 4 * math.ceil(blocks / NF4_NESTED)
-    return quantized + 2 * (headers.parameters - headers.linear_parameters)
+    return quantized + 2 * (headers.parameters - headers.dense_linear_parameters)
 
 
 def size_bytes(arm: RunArm, run: Run) -> tuple[int | None, str | None]:

@@ -26,9 +26,10 @@ from recipes.checks.train import device_problems, train_problems
 from recipes.data.rows import read_origin
 from recipes.models.chat_template import misfit
 from recipes.models.headers import Headers, read_headers
+from recipes.models.token_ids import token_problems
 from recipes.problem import Problem, RecipeError
 from recipes.read.load import InvalidRecipe, Loaded, load, missing
-from recipes.schemes.limits import limit_problems
+from recipes.schemes.limits import limit_problems, quantized_linears, unquantized_problem
 
 __all__ = ["CheckedRecipe", "RowCheck", "check", "check_base", "check_data", "load_and_check", "load_and_read"]
 
@@ -99,8 +100,9 @@ def check_base(loaded: Loaded, folder: Path) -> list[Problem]:
         headers = read_headers(folder)
     except RecipeError as error:
         return list(error.problems)
-    problems = [*_own_code(headers), *_chat_template(loaded, headers), *_shapes(loaded, headers)]
-    problems += [*_lengths(loaded, headers), *kv_cache_problems(loaded, headers), *train_problems(loaded, headers)]
+    problems = [*_own_code(headers), *token_problems(headers), *_chat_template(loaded, headers)]
+    problems += [*_shapes(loaded, headers), *_lengths(loaded, headers), *kv_cache_problems(loaded, headers)]
+    problems += train_problems(loaded, headers)
     problems += fit_problems(loaded.adapter, headers) if loaded.adapter else []
     return [loaded.placed(problem) for problem in problems]
 
@@ -143,10 +145,13 @@ def _schemes(loaded: Loaded) -> Iterator[Problem]:
 
 
 def _shapes(loaded: Loaded, headers: Headers) -> Iterator[Problem]:
-    """Schemes that the base's layers, or its model type, do not allow."""
+    """Schemes that the base's layers, or its model type, do not allow, and that would leave it in bf16."""
     for field, scheme in schemes(loaded.recipe):
-        for problem in (*scheme.check(headers.linears), *limit_problems(scheme, headers)):
-            yield replace(problem, where=field)
+        refused = [*scheme.check(quantized_linears(scheme, headers)), *limit_problems(scheme, headers)]
+        kept = unquantized_problem(scheme, headers)
+        if kept and not refused and not loaded.recipe.quantize.accept_unquantized:
+            refused = [kept]
+        yield from (replace(problem, where=field) for problem in refused)
 
 
 def _own_code(headers: Headers) -> Iterator[Problem]:

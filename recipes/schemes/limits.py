@@ -13,8 +13,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from recipes.models.headers import Headers, is_expert
+from recipes.models.linear import Linear
 from recipes.problem import Problem
 from recipes.schemes.scheme import Backend, Method, Scheme
+
+UNQUANTIZED = 0.05  # share of the linear weights; more in bf16 is hardly the model that a scheme's name says
+GIB = 1 << 30
 
 
 class Limit(NamedTuple):
@@ -95,17 +99,60 @@ ARCHIVED: dict[Backend, Archived] = {
 }
 
 
+def quantized_linears(scheme: Scheme, headers: Headers) -> tuple[Linear, ...]:
+    """The linear layers that the scheme's backend quantizes: bitsandbytes knows no experts of a mixture.
+
+    transformers 5 holds the experts of a layer as one 3-D parameter, and bitsandbytes replaces linear modules.
+    """
+    return headers.dense_linears if scheme.backend == "bitsandbytes" else headers.linears
+
+
+def left_in_bf16(scheme: Scheme, headers: Headers) -> int:
+    """Parameters of linear weights that this scheme leaves in bf16: experts of a mixture.
+
+    Layers that a rule of the recipe keeps are not counted: the recipe says so.
+    """
+    stacked = sum(tensor.numel for tensor in headers.stacked_experts)
+    return headers.expert_parameters if scheme.backend == "bitsandbytes" else stacked
+
+
+def size_bytes(scheme: Scheme, headers: Headers) -> float:
+    """Bytes of the weights that the scheme makes of a model: its layers, and everything else in bf16."""
+    linears = quantized_linears(scheme, headers)
+    rest = headers.parameters - sum(layer.in_features * layer.out_features for layer in linears)
+    return scheme.predicted_bytes(linears) + 2 * rest
+
+
+def unquantized_problem(scheme: Scheme, headers: Headers) -> Problem | None:
+    """More than 5 % of the linear weights would stay bf16; `where` is the slug."""
+    kept = left_in_bf16(scheme, headers)
+    share = kept / max(1, headers.dense_linear_parameters + headers.expert_parameters)
+    if share <= UNQUANTIZED:
+        return None
+    size, saved = size_bytes(scheme, headers) / GIB, 2 * headers.parameters / GIB
+    return Problem(
+        what=f"{scheme.slug} would leave {share:.0%} of the base's linear weights in bf16: {2 * kept / GIB:.1f} GiB "
+        "of experts.",
+        where=scheme.slug,
+        why=f"transformers holds a mixture's experts as 3-D weights, which {scheme.backend} does not quantize: the "
+        f"model would be {size:.1f} GiB in place of {saved:.1f}.",
+        next="Set quantize.accept_unquantized: true if that is small enough, or take a dense base.",
+    )
+
+
 def limit_problems(scheme: Scheme, headers: Headers) -> list[Problem]:
     """What the scheme's backend cannot do to this architecture; `where` is the slug."""
     apart = scheme.form in ("gptq", "awq") and any(is_expert(layer.name) for layer in headers.linears)
     if apart or (scheme.backend == "llm-compressor" and headers.expert_parameters):
+        held = 2 * headers.expert_parameters / GIB
         return [
             Problem(
                 what=f"{scheme.slug} would pack the experts of this model one by one.",
                 where=scheme.slug,
                 why="transformers 5 holds the experts of a layer as one weight and leaves packed ones out: they would "
                 "be random numbers in every evaluation, with a warning in a log.",
-                next="Write nf4 or int8: they leave the experts in bf16.",
+                next=f"Write nf4 or int8: they leave the experts in bf16 ({held:.1f} GiB; "
+                "quantize.accept_unquantized: true).",
             )
         ]
     kinds = {headers.config.get("model_type"), headers.text_config.get("model_type")}
