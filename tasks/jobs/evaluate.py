@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -20,8 +21,8 @@ from tasks.jobs.measuring.grading import Prompting, grade, open_graders, refuse_
 from tasks.jobs.measuring.kv_cache import KVCache, calibrated
 from tasks.jobs.measuring.own_tokenizer import OwnReading, own_reading
 from tasks.jobs.measuring.teacher_forcing import (
-    Model,
-    Prediction,
+    Kept,
+    Stretch,
     TokenRow,
     batches,
     completion_bytes,
@@ -31,6 +32,7 @@ from tasks.jobs.measuring.teacher_forcing import (
     read_general,
     read_rows,
 )
+from tasks.jobs.measuring.tiles import Model, computes_in_tiles
 from tasks.jobs.text.tokenizer import load_tokenizer
 from tasks.runtime.process.job import Job
 
@@ -43,6 +45,7 @@ ANSWERS = pa.schema(
     [(name, pa.string()) for name in ("row", "split", "domain", "prompt", "reference", "answer")]
     + [("score", pa.float64()), ("error", pa.string()), ("scores", pa.string())]
 )
+WHOLE = "of a whole batch at once, not tile by tile: this model has no decoder that could run alone"
 NO_REFERENCE = "no reference: nothing was trained in this run, and evaluate.reference names no model"
 
 
@@ -130,10 +133,12 @@ class _LoadedArm(NamedTuple):
     caches: KVCache | None
     progress: _Progress
 
-    def forced(self, rows: list[TokenRow], note: str, *, caches: KVCache | None = None) -> Iterator[Prediction]:
-        """Teacher forcing over all rows, batch by batch."""
+    def forced(
+        self, rows: list[TokenRow], note: str, *, keep: Callable[[Stretch], Kept], caches: KVCache | None = None
+    ) -> Iterator[tuple[TokenRow, list[Kept]]]:
+        """Teacher forcing over all rows, batch by batch; what `keep` made of each row's stretches."""
         for batch in self.batches(rows, key=lambda row: len(row.ids)):
-            yield from forced(self.model, batch, caches)
+            yield from zip(batch, forced(self.model, batch, keep, caches), strict=True)
             self.progress.step(note)
 
     def batches(self, rows: list[TokenRow], *, key: Callable[[TokenRow], int]) -> list[list[TokenRow]]:
@@ -152,6 +157,8 @@ def _load(job: Job, *, passes: Sequence[Sequence[TokenRow]]) -> _LoadedArm:
         note=job.events.note,
     )
     job.events.note("kernel", f"{kernel_of(model)} on {job.execution.device}")
+    if not computes_in_tiles(model):
+        job.events.note("logits", WHOLE)
     tokenizer = load_tokenizer(job.inputs["dataset"].path / "tokenizer")
     return _LoadedArm(job, model, tokenizer, _kv_cache(model, job), _Progress(job, passes))
 
@@ -205,11 +212,30 @@ class _Scored(NamedTuple):
     absent: dict[str, str]
 
 
+class _Losses(NamedTuple):
+    """What stays of a stretch of a row: -log p [m] in nats, and which of them count [k]."""
+
+    every: Tensor
+    counted: Tensor
+
+    @classmethod
+    def of(cls, stretch: Stretch) -> _Losses:
+        """Of its tokens."""
+        losses = stretch.losses()
+        return cls(losses, losses[stretch.counted])
+
+
+def _sums(stretches: Sequence[_Losses]) -> tuple[float, float]:
+    """Sums over a row: of all its tokens, and of those that count."""
+    every, counted = (torch.cat(losses).sum().item() for losses in zip(*stretches, strict=True))
+    return every, counted
+
+
 def _own_scores(arm: _LoadedArm, own: OwnReading, rows: list[TokenRow]) -> _Scored:
     """Bits of every row's completions in the model's own tokens, per byte of the same text as for every other arm."""
     nll = dict.fromkeys((row.row for row in rows), 0.0)
-    for prediction in arm.forced(own.rows, "completions"):
-        nll[prediction.row.row] += prediction.losses()[prediction.counted].sum().item()
+    for row, losses in arm.forced(own.rows, "completions", keep=_Losses.of):
+        nll[row.row] += _sums(losses)[1]
     sizes = {row.row: completion_bytes(row, arm.tokenizer) for row in rows}
     scores = [_score(row, "bits", nll[row.row] / math.log(2), sizes[row.row]) for row in rows if sizes[row.row]]
     return _Scored(scores, [], dict.fromkeys(("nll", "nll_all", "nll_general", "kl", "agree"), own.why))
@@ -218,44 +244,33 @@ def _own_scores(arm: _LoadedArm, own: OwnReading, rows: list[TokenRow]) -> _Scor
 def _forced_scores(arm: _LoadedArm, rows: list[TokenRow]) -> _Scored:
     """Loss of every row; KL and agreement of the rows that the reference holds."""
     folder = arm.job.optional("reference")
-    reference = _Reference(folder) if folder else None
-    scored = _Scored([], [], {} if reference else dict.fromkeys(("kl", "agree"), NO_REFERENCE))
-    for prediction in arm.forced(rows, "completions", caches=arm.caches):
-        row = prediction.row
-        scored.scores.extend(_losses(prediction, arm.tokenizer))
-        expected = reference.logits(row) if reference else None
-        if expected is None:
+    reference = _Reference(folder, tokens=len(arm.tokenizer)) if folder else None
+    scored = _Scored([], [], dict.fromkeys(("kl", "agree"), NO_REFERENCE) if reference is None else {})
+
+    def keep(stretch: Stretch) -> tuple[_Losses, _Compared | None]:
+        return _Losses.of(stretch), reference.compared(stretch) if reference else None
+
+    for row, kept in arm.forced(rows, "completions", keep=keep, caches=arm.caches):
+        losses, compared = zip(*kept, strict=True)
+        scored.scores.extend(_loss_scores(row, losses, arm.tokenizer))
+        if compared[0] is None:
             continue
-        expected, logits = _shared(expected.to(prediction.every.device), prediction.logits)
-        if logits.shape[-1] < len(arm.tokenizer):
-            why = f"{logits.shape[-1]:,} logits, fewer than the {len(arm.tokenizer):,} tokens of the vocabulary"
-            scored.absent.update(dict.fromkeys(("kl", "agree"), why))
-            continue
-        kl = divergence(expected, logits)
-        agree = (expected.max(-1).indices == logits.max(-1).indices).sum().item()  # argmax of bf16: 4 times slower
+        kl = torch.cat([stretch.kl for stretch in compared])
         scored.scores.append(_score(row, "kl", kl.sum().item(), row.n))
-        scored.scores.append(_score(row, "agree", agree, row.n))
+        scored.scores.append(_score(row, "agree", sum(stretch.agree for stretch in compared), row.n))
         place = {"row": row.row, "group": row.group, "split": row.split}
         scored.tokens.extend({**place, "kl": value} for value in kl.tolist())
+    if reference and reference.too_narrow:
+        scored.absent.update(dict.fromkeys(("kl", "agree"), reference.too_narrow))
     return scored
 
 
-def _losses(prediction: Prediction, tokenizer: Any) -> list[dict[str, Any]]:
+def _loss_scores(row: TokenRow, losses: Sequence[_Losses], tokenizer: Any) -> list[dict[str, Any]]:
     """nll, nll_all and bits of a row; no bits for completions without any text."""
-    row, losses = prediction.row, prediction.losses()
-    nll = losses[prediction.counted].sum().item()
+    every, nll = _sums(losses)
     n_bytes = completion_bytes(row, tokenizer)
-    scores = [_score(row, "nll", nll, row.n), _score(row, "nll_all", losses.sum().item(), len(losses))]
+    scores = [_score(row, "nll", nll, row.n), _score(row, "nll_all", every, len(row.ids) - 1)]
     return [*scores, _score(row, "bits", nll / math.log(2), n_bytes)] if n_bytes else scores
-
-
-def _shared(reference: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The columns that both have: models of one tokenizer pad the vocabulary differently, with tokens that never come.
-
-    Both [n, vocabulary].
-    """
-    width = min(reference.shape[-1], logits.shape[-1])
-    return reference[:, :width], logits[:, :width]
 
 
 def divergence(reference: Tensor, logits: Tensor) -> Tensor:
@@ -267,26 +282,55 @@ def divergence(reference: Tensor, logits: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
+class _Compared(NamedTuple):
+    """Of the counted tokens of a stretch: KL [k] in nats, and how often both name the same token first."""
+
+    kl: Tensor
+    agree: int
+
+
 class _Reference:
-    """Stored logits of the reference by row."""
+    """Stored logits of the reference by row.
 
-    def __init__(self, folder: Path) -> None:
+    Attributes:
+        too_narrow: Why there is nothing to compare with the model; empty as long as there is.
+    """
+
+    def __init__(self, folder: Path, *, tokens: int) -> None:
         places = pq.read_table(folder / "reference.parquet").to_pylist()
-        self._places = {place["row"]: (place["start"], place["start"] + place["n"]) for place in places}
+        self._starts = {place["row"]: place["start"] for place in places}
         self._logits = safe_open(folder / "reference.safetensors", framework="pt").get_slice("logits")
+        self._tokens = tokens
+        self.too_narrow = ""
 
-    def logits(self, row: TokenRow) -> Tensor | None:
-        """[n, vocabulary] of a row's completion tokens, or None where the row was not sampled."""
-        if row.row not in self._places:
+    def compared(self, stretch: Stretch) -> _Compared | None:
+        """KL(reference || arm) and agreement, or None where the row was not sampled or the widths do not allow it.
+
+        Compared are the columns that both have: models of one tokenizer pad the vocabulary differently, with tokens
+        that never come.
+        """
+        start = self._starts.get(stretch.row.row)
+        if start is None:
             return None
-        start, end = self._places[row.row]
-        return self._logits[start:end]
+        width = min(self._logits.get_shape()[-1], stretch.every.shape[-1])
+        if width < self._tokens:
+            self.too_narrow = f"{width:,} logits, fewer than the {self._tokens:,} tokens of the vocabulary"
+            return None
+        kl, agree, first = [stretch.every.new_zeros(0, dtype=torch.float64)], 0, start + stretch.before
+        for places in stretch.counted.split(stretch.part):
+            expected = self._logits[first : first + len(places)].to(stretch.every.device)[:, :width]
+            logits = stretch.every[places][:, :width]
+            kl.append(divergence(expected, logits))
+            # max: argmax of bf16 takes 4 times as long
+            agree += int((expected.max(-1).indices == logits.max(-1).indices).sum().item())
+            first += len(places)
+        return _Compared(torch.cat(kl), agree)
 
 
 def _general_scores(arm: _LoadedArm, rows: list[TokenRow]) -> list[dict[str, Any]]:
     return [
-        _score(prediction.row, "nll_general", prediction.losses().sum().item(), prediction.row.n)
-        for prediction in arm.forced(rows, "general text", caches=arm.caches)
+        _score(row, "nll_general", _sums(losses)[0], row.n)
+        for row, losses in arm.forced(rows, "general text", keep=_Losses.of, caches=arm.caches)
     ]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tasks.jobs.loading.kernels import kernel_of
 from tasks.jobs.loading.load import load_arm, setup
-from tasks.jobs.measuring.teacher_forcing import Model
+from tasks.jobs.measuring.tiles import Model, last_only
 from tasks.jobs.text.tokenizer import load_tokenizer
 from tasks.runtime.process.job import Job
 
@@ -129,8 +129,9 @@ class _Timing(NamedTuple):
 @torch.inference_mode()
 def _time_once(model: Model, ids: Tensor, new_tokens: int, *, device: str) -> _Timing:
     """Seconds of the prefill, which gives the first token, and of the new_tokens - 1 steps after it; ends ignored."""
+    last = last_only(model)
     start = _now(device)
-    out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    out = model(input_ids=ids, use_cache=True, **last)
     token = out.logits[:, -1:].argmax(-1)
     middle = _now(device)
     for _ in range(new_tokens - 1):

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from tasks.jobs.loading.load import load_arm, setup
 from tasks.jobs.measuring.own_tokenizer import another
-from tasks.jobs.measuring.teacher_forcing import Model, TokenRow, batches, forced, read_rows
+from tasks.jobs.measuring.teacher_forcing import Stretch, TokenRow, batches, forced, read_rows
+from tasks.jobs.measuring.tiles import Model
 from tasks.jobs.merging.streams import NAMES, raw_bytes
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
@@ -56,11 +57,15 @@ def run(job: Job) -> dict[str, Any]:
     start = 0
     with (job.out / "reference.safetensors").open("wb") as file:
         file.write(_header(shape, example.dtype))
+
+        def keep(stretch: Stretch) -> None:
+            if stretch.row.row in chosen:
+                file.write(raw_bytes(stretch.every[stretch.counted].cpu()))
+
         for done, group in enumerate(groups, start=1):
-            for prediction in forced(model, group):
-                row = prediction.row
+            forced(model, group, keep)
+            for row in group:
                 if row.row in chosen:
-                    file.write(raw_bytes(prediction.logits.cpu()))
                     places.append({"row": row.row, "split": row.split, "start": start, "n": row.n})
                     start += row.n
             job.events.progress(done, len(groups), unit="batch")

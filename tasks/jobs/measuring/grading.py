@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from recipes.problem import Problem
 from recipes.scorers import input_name
-from tasks.jobs.measuring.teacher_forcing import Caches, Model, TokenRow, before_end, greedy_config
+from tasks.jobs.measuring.teacher_forcing import Caches, TokenRow, before_end, greedy_config
+from tasks.jobs.measuring.tiles import Model
 from tasks.jobs.scorers import Scorer, ScorerFailed, make_scorer
 from tasks.jobs.text.chat_template import NO_SETTINGS, ChatTemplate, TemplateSettings
 from tasks.jobs.text.conversation import Conversation, RowError, behind_thinking

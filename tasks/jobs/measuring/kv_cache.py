@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 
 from recipes.arms import KV
-from tasks.jobs.measuring.teacher_forcing import Model
+from tasks.jobs.measuring.tiles import Model, last_only
 from tasks.runtime.process.errors import StageError
 
 LABEL = "storage only"
@@ -116,7 +116,7 @@ def calibrated(model: Model, calibset: Path) -> dict[int, Scales]:
     for ids in pq.read_table(calibset / "calibset.parquet", columns=["input_ids"])["input_ids"].to_pylist():
         cache = StoredCache(model.config, maxima)
         line = torch.tensor([ids], device=model.device)
-        model(input_ids=line, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=line, past_key_values=cache, use_cache=True, **last_only(model))
     return maxima.scales
 
 

@@ -1,7 +1,7 @@
 """The same rows, order, batches and tokens for every arm: teacher forcing over completions, greedy answers.
 
-Reference and evaluate share this. bf16 sums depend on a batch's shape a little; with equal batches the reference scored
-against itself gives a KL of exactly 0.
+Reference and evaluate share this. bf16 sums depend on the shape of a product a little; with equal batches, cut into
+equal tiles, the reference scored against itself gives a KL of exactly 0.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
-from transformers import Cache, GenerationConfig, PreTrainedModel
+from transformers import Cache, GenerationConfig
 
+from tasks.jobs.measuring.tiles import Model, each_tile
 from tasks.runtime.process.errors import StageError
 
-if TYPE_CHECKING:  # a seventh of the import time, and most arms have no adapter
-    from peft import PeftModel
-
-Model: TypeAlias = "PreTrainedModel | PeftModel"
+Kept = TypeVar("Kept")
 Caches = Callable[[], Cache]
 """An empty KV cache for a batch."""
-LOSS_TOKENS = 256  # fp32 logits of so many tokens at once
+# Of one tensor in fp64; a KL holds five at a time. On a CPU memory that malloc gives out again (over 32 MiB it asks the
+# system each time); on a GPU few launches: 32 tokens of a vocabulary of 262,144.
+PART_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
 # Column of rows.parquet behind each field of a TokenRow.
 COLUMNS = {name: name for name in ("row", "group", "split", "domain", "prompt_ids", "answer", "columns")}
 COLUMNS |= {"ids": "input_ids", "counted": "completion_mask"}
@@ -95,31 +95,37 @@ class StoredRow(TokenRow):
         return json.loads(value) if name == "columns" else value
 
 
-class Prediction(NamedTuple):
-    """What a model predicts for a row of T tokens, n of which count.
+class Stretch(NamedTuple):
+    """What a model predicts for m tokens of a row that follow each other: all of the row but its first, or a part.
 
     Attributes:
         row: The row.
-        every: [T - 1, vocabulary] in the model's output type, for all tokens but the first.
-        followed: [T - 1] the tokens that came.
-        counted: [n] places in both of the tokens that count.
+        every: [m, vocabulary] in the model's output type; memory that the next tile needs.
+        followed: [m] the tokens that came.
+        counted: [k] places in both of the tokens that count.
+        before: Tokens of the row that count and come before these.
     """
 
     row: TokenRow
     every: Tensor
     followed: Tensor
     counted: Tensor
+    before: int
 
     @property
-    def logits(self) -> Tensor:
-        """[n, vocabulary] of the tokens that count."""
-        return self.every[self.counted]
+    def part(self) -> int:
+        """Tokens whose logits are in fp32 or fp64 at once."""
+        return max(1, PART_BYTES.get(self.every.device.type, PART_BYTES["cuda"]) // (8 * self.every.shape[-1]))
 
     def losses(self) -> Tensor:
-        """[T - 1] -log p in nats, fp64."""
+        """[m] -log p in nats, fp64."""
         chosen = self.every.gather(-1, self.followed.unsqueeze(-1)).squeeze(-1).double()
-        whole = [part.float().logsumexp(-1).double() for part in self.every.split(LOSS_TOKENS)]
+        whole = [part.float().logsumexp(-1).double() for part in self.every.split(self.part)]
         return torch.cat(whole) - chosen
+
+    def is_finite(self) -> bool:
+        """No inf and no NaN: 0.7 us per token of 4,096; isfinite of each logit 10.7."""
+        return bool(torch.isfinite(self.every.sum(-1, dtype=torch.float32)).all())
 
 
 def read_rows(dataset: Path, *splits: str) -> list[TokenRow]:
@@ -149,32 +155,75 @@ def batches(rows: Sequence[TokenRow], size: int, *, key: Callable[[TokenRow], in
 
 
 @torch.inference_mode()
-def forced(model: Model, rows: Sequence[TokenRow], caches: Caches | None = None) -> Iterator[Prediction]:
+def forced(
+    model: Model, rows: Sequence[TokenRow], keep: Callable[[Stretch], Kept], caches: Caches | None = None
+) -> list[list[Kept]]:
     """Teacher forcing on one batch, padded on the right, through a KV cache where one is given.
+
+    Args:
+        model: The model.
+        rows: The batch.
+        keep: Makes of a stretch what stays of it: its logits are gone when the next tile comes.
+        caches: Makes an empty cache.
+
+    Returns:
+        What was kept, by row, in order; one item of a row whose tokens are in one tile.
 
     Raises:
         StageError: Logits are inf or NaN; names the rows.
     """
     ids, mask = _padded([row.ids for row in rows], left=False)
+    kept: list[list[Kept]] = [[] for _ in rows]
+    broken: dict[str, None] = {}
+    waiting = _Waiting(rows)
+
+    def take(logits: Tensor) -> None:
+        for number, stretch in waiting.next(logits):
+            if not stretch.is_finite():
+                broken[stretch.row.row] = None
+            elif not broken:
+                kept[number].append(keep(stretch))
+
+    arguments: dict[str, Any] = {"past_key_values": caches(), "use_cache": True} if caches else {"use_cache": False}
+    places = torch.cat([number * ids.shape[1] + torch.arange(len(row.ids) - 1) for number, row in enumerate(rows)])
     ids, mask = ids.to(model.device), mask.to(model.device)
-    cached: dict[str, Any] = {"past_key_values": caches(), "use_cache": True} if caches else {"use_cache": False}
-    logits = model(input_ids=ids, attention_mask=mask, **cached).logits
-    broken = []
-    for i, row in enumerate(rows):
-        last = len(row.ids) - 1  # position t - 1 predicts token t
-        own = logits[i, :last]
-        if torch.isfinite(own.sum(-1, dtype=torch.float32)).all():  # 0.7 us per token of 4,096; isfinite of each 10.7
-            counted = torch.tensor(row.counted[1:], device=own.device).nonzero().squeeze(1)
-            yield Prediction(row, own, ids[i, 1 : last + 1].to(own.device), counted)
-        else:
-            broken.append(row.row)
+    each_tile(model, ids, mask, places=places, take=take, **arguments)
     if broken:
-        raise StageError.of(
-            what=f"inf or NaN in the logits of {len(broken)} rows",
-            where=f"rows {', '.join(broken[:5])}{' ...' if len(broken) > 5 else ''}",
-            why="this model's figures would mean nothing, and without these rows it would look better",
-            next="look at the step that made the model; an fp16 kernel on a bf16 model overflows like this",
-        )
+        raise _not_finite(list(broken))
+    return kept
+
+
+class _Waiting:
+    """The tokens of a batch, row after row, that have no logits yet."""
+
+    def __init__(self, rows: Sequence[TokenRow]) -> None:
+        self._rows = [(number, row, row.ids, row.counted) for number, row in enumerate(rows)]
+        self._row, self._first = 0, 0
+
+    def next(self, logits: Tensor) -> Iterator[tuple[int, Stretch]]:
+        """Number of the row and stretch, of the rows to which the next logits [n, vocabulary] belong."""
+        used = 0
+        while self._row < len(self._rows):
+            number, row, ids, counts = self._rows[self._row]
+            first, left = self._first, len(ids) - 1 - self._first
+            size = min(left, len(logits) - used)
+            if left and not size:
+                return
+            followed = torch.tensor(ids[first + 1 : first + 1 + size], device=logits.device)  # place t predicts t + 1
+            counted = torch.tensor(counts[first + 1 : first + 1 + size], device=logits.device).nonzero().squeeze(1)
+            every, before = logits[used : used + size], sum(counts[1 : first + 1])
+            yield number, Stretch(row, every, followed, counted, before)
+            used += size
+            self._row, self._first = (self._row + 1, 0) if size == left else (self._row, first + size)
+
+
+def _not_finite(broken: Sequence[str]) -> StageError:
+    return StageError.of(
+        what=f"inf or NaN in the logits of {len(broken)} rows",
+        where=f"rows {', '.join(broken[:5])}{' ...' if len(broken) > 5 else ''}",
+        why="this model's figures would mean nothing, and without these rows it would look better",
+        next="look at the step that made the model; an fp16 kernel on a bf16 model overflows like this",
+    )
 
 
 def completion_bytes(row: TokenRow, tokenizer: Any) -> int:

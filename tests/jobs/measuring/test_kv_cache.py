@@ -75,8 +75,9 @@ def quantized(model: PreTrainedModel, kind: KV, tmp_path: Path) -> KVCache:
     return KVCache(config=model.config, kind=kind, scales=scales)
 
 
-def logits(model: PreTrainedModel, caches: Any = None) -> list[Tensor]:
-    return [prediction.every for prediction in forced(model, rows(), caches)]
+def logits(model: Any, caches: Any = None, *, batch: list[TokenRow] | None = None) -> list[Tensor]:
+    """[T - 1, vocabulary] of every row."""
+    return [torch.cat(parts) for parts in forced(model, batch or rows(), lambda part: part.every.clone(), caches)]
 
 
 # ---- the formats
@@ -156,8 +157,7 @@ def test_teacher_forcing_equals_decoding_token_by_token(
     model = load(name).double()
     try:
         caches, row = quantized(model, kind, tmp_path), rows()[0]
-        (whole,) = (prediction.every for prediction in forced(model, [row], caches))
-        (plain,) = (prediction.every for prediction in forced(model, [row]))
+        (whole,), (plain,) = logits(model, caches, batch=[row]), logits(model, batch=[row])
         cache, steps = caches(), []
         with torch.inference_mode():
             for token in row.ids[:-1]:
@@ -251,7 +251,6 @@ def test_the_job_scores_the_same_rows_and_says_what_was_simulated(world: Path, t
 def test_an_adapter_on_top_goes_through_the_cache_too(world: Path, tmp_path: Path) -> None:
     model = load_arm("nf4", world / "base", adapter=world / "adapter", device="cpu")
     caches = KVCache(config=model.config, kind="fp8")
-    (plain,) = (prediction.every for prediction in forced(model, rows()[:1]))
-    (through,) = (prediction.every for prediction in forced(model, rows()[:1], caches))
+    (plain,), (through,) = logits(model, batch=rows()[:1]), logits(model, caches, batch=rows()[:1])
     assert not torch.equal(plain, through) and caches.layers == {0, 1}
     assert greedy_answers(model, rows()[:1], END, caches)
