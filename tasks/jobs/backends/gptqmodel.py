@@ -4,28 +4,41 @@ What it does without saying so: it drops rows of up to 10 tokens, cuts rows at m
 damping where a Hessian does not factor, rounds a layer to nearest where hardly any token reached it, and searches AWQ's
 scales on the last batch alone where batches differ in length. It captures the inputs of the first decoder layer and
 replays its position embeddings in all others, also where they differ by layer type (Gemma 3).
+
+On CUDA one decoder layer at a time lies on the GPU. Everything else is asked for on the host or on the disk: by default
+the layer's outputs for all rows would stay on the GPU (ForwardExecutor.run_single: `calibration_data_device` is None).
+`flows/plan/quantizers.py` has what lies where, with the places in GPTQModel's source.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from recipes.schemes.scheme import PER_CHANNEL
 from tasks.jobs.backends import LayerRecord, Quantized, Request, linear_names, note_skipped, note_tokens, unpadded
+from tasks.jobs.backends.awq_inputs import inputs_kept_once
+from tasks.jobs.backends.names import linear_modules
 from tasks.jobs.loading.environment import tame_gptqmodel
 from tasks.runtime.process.events import Events
 
+OFFLOAD = "offload"  # of packed layers, in the working folder
 # Warnings that say nothing about the result: the GIL, the disk, and "256 samples" that counts sequences, not rows.
 HARMLESS = ("Python GIL", "Disk subsystem", "Calibration dataset size", "average length of input_ids")
 
 
 def quantize(request: Request) -> Quantized:
-    """Quantize and save."""
+    """Quantize and save.
+
+    Raises:
+        StageError: A linear layer of the checkpoint is not one in the loaded model.
+    """
     params, device, rows = request.params, request.device, request.rows
     # Absolute paths, because the current folder changes below.
     model, out, events = request.model.resolve(), request.out.resolve(), Events(request.events.path.resolve())
@@ -38,8 +51,11 @@ def quantize(request: Request) -> Quantized:
         backend = BACKEND.AWQ_TORCH  # the only packer of AWQ's gemm layout that needs no CUDA
         rows = equal_lengths(rows, events=events)
         events.note("scales", "AWQ's scales are stored in bf16, the model's type; AutoAWQ stores fp16")
-    with _scratch(), _warnings(events):
-        loaded: Any = GPTQModel.load(str(model), _config(params), device=device, trust_remote_code=False)
+    names = linear_names(model)
+    kept = inputs_kept_once() if params["method"] == "awq" else contextlib.nullcontext()
+    with _scratch(out if device == "cuda" else None), _warnings(events), kept:
+        loaded: Any = GPTQModel.load(str(model), _config(params, device=device), device=device, trust_remote_code=False)
+        modules = linear_modules(loaded.model, names, backend="GPTQModel")
         total = loaded.model.config.get_text_config().num_hidden_layers
 
         def layer_done(*, layer_idx: int, submodule_finalized: bool) -> None:
@@ -52,11 +68,13 @@ def quantize(request: Request) -> Quantized:
         log = loaded.quantize(unpadded(rows), batch_size=1, backend=backend)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints both configs
             loaded.save(str(out))
+    if device == "cuda":
+        forget_where(out)
     prefix = loaded.extract_layers_node()[0]
-    names = linear_names(model)
-    entries = {f"{prefix}.{entry['layer']}.{entry['module']}": entry for entry in log[params["method"]]}
+    of_module = {f"{prefix}.{entry['layer']}.{entry['module']}": entry for entry in log[params["method"]]}
+    entries = {name: of_module[module] for name, module in modules.items() if module in of_module}
     # Its log has the order in which threads ended; ours has the checkpoint's, so that equal inputs give equal files.
-    layers = [_record(name, entries[name]) for name in sorted(entries, key=names.index)]
+    layers = [_record(name, entry) for name, entry in entries.items()]
     _note_habits(layers, entries, names, params=params, tokens=sum(map(len, rows)), events=events)
     packer = getattr(loaded.qlinear_kernel, "__name__", str(loaded.qlinear_kernel))
     return Quantized(backend=f"gptqmodel:{__version__}", packer=packer, layers=layers)
@@ -85,15 +103,21 @@ def equal_lengths(
     return [stream[i * length : (i + 1) * length] for i in range(len(rows))]
 
 
-def _config(params: dict[str, Any]) -> Any:
-    """The scheme in GPTQModel's words; the model stays in memory (its default spools layers through /tmp)."""
+def _config(params: dict[str, Any], *, device: str) -> Any:
+    """The scheme in GPTQModel's words, with what lies where; the files are the same either way.
+
+    On a CPU the model stays in memory. On CUDA a decoder layer is read when its turn comes, its inputs and outputs lie
+    on the host, and it is packed and on the disk before the next one comes.
+    """
     from gptqmodel.quantization import AWQConfig, GPTQConfig
 
+    apart = {"offload_to_disk_path": OFFLOAD, "calibration_data_device": "cpu", "wait_for_submodule_finalizers": True}
     common = {
         "bits": params["bits"],
         "group_size": params["group_size"],
         "sym": params["symmetric"],
-        "offload_to_disk": False,
+        "offload_to_disk": device == "cuda",
+        **(apart if device == "cuda" else {}),
     }
     if params["method"] == "awq":
         return AWQConfig(**common)
@@ -106,10 +130,19 @@ def _config(params: dict[str, Any]) -> Any:
     )
 
 
+def forget_where(out: Path) -> None:
+    """What lay where while it was made is no property of a model: its configs say what they say of one made on a CPU."""
+    for name in ("config.json", "quantize_config.json"):
+        config = json.loads((out / name).read_text(encoding="utf-8"))
+        meta = config.get("quantization_config", config)["meta"]
+        meta |= {"offload_to_disk": False, "offload_to_disk_path": None, "wait_for_submodule_finalizers": False}
+        (out / name).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 @contextlib.contextmanager
-def _scratch() -> Iterator[None]:
-    """Work in a temporary folder: GPTQModel makes logs/ wherever it runs."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+def _scratch(parent: Path | None) -> Iterator[None]:
+    """Work in a temporary folder, in `parent` if there is one: GPTQModel makes logs/ wherever it runs, and OFFLOAD."""
+    with tempfile.TemporaryDirectory(dir=parent) as folder, contextlib.chdir(folder):
         yield
 
 
