@@ -348,7 +348,7 @@ def _quantize(sizes: _Sizes, arm: Arm, scheme: Scheme) -> StepNeeds:
         f"quantize/{arm.slug}",
         needs.parts,
         process=needs.process,
-        disk=quantizer.quantized + needs.scratch,
+        disk=quantizer.quantized,
         on_gpu=scheme.backend != "quench-rtn",  # tasks/quantize.py gives it no GPU
         on_host=needs.on_host,
     )

@@ -15,7 +15,8 @@ GPTQModel on CUDA, started as tasks/jobs/backends/gptqmodel.py does (files below
   keeps equal ones once), the wanted output of a block (`_search_best_scale`). GPU: inputs of attention for all rows,
   for the rotary embedding (`_iter_module_forward_outputs`); for clipping products of 256 outputs, some 512 tokens and
   all inputs, bf16 (`_compute_best_clip`).
-* Host, then disk: the layer while it is packed (looper/stage_layer.py, `_finalize_on_worker`).
+* Host, then disk: the layer while it is packed (looper/stage_layer.py, `_finalize_on_worker`). When all are saved, the
+  packed layers lie on the disk twice for a moment, which is not counted.
 
 llm-compressor on CUDA (files below llmcompressor/): the model is whole on the host, where it is loaded, and `oneshot`
 brings the modules of one decoder layer to the GPU (pipelines/sequential/pipeline.py). Host: what passes between layers
@@ -53,13 +54,11 @@ class Needs(NamedTuple):
         parts: On the device that the step works on.
         on_host: Beside a GPU, on the host; empty on a CPU.
         process: Resident GiB of the child on a CPU before it has a model.
-        scratch: Bytes on the disk while it works.
     """
 
     parts: dict[str, float]
     on_host: dict[str, float]
     process: float
-    scratch: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +220,7 @@ def _awq_inputs(quantizer: Quantizer) -> dict[str, float]:
 def _beside_a_gpu(quantizer: Quantizer) -> Needs:
     gpu, host = _llm_compressor(quantizer) if quantizer.scheme.backend == "llm-compressor" else _gptqmodel(quantizer)
     host |= {RECORD: max(0.0, quantizer.bf16 - sum(host.values()))}
-    return Needs(gpu, host, GPTQMODEL, scratch=quantizer.quantized if quantizer.scheme.backend == "gptqmodel" else 0.0)
+    return Needs(gpu, host, GPTQMODEL)
 
 
 def _gptqmodel(quantizer: Quantizer) -> tuple[dict[str, float], dict[str, float]]:

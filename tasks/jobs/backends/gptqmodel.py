@@ -131,12 +131,14 @@ def _config(params: dict[str, Any], *, device: str) -> Any:
 
 
 def forget_where(out: Path) -> None:
-    """What lay where while it was made is no property of a model: its configs say what they say of one made on a CPU."""
+    """What lay where is no property of a model: its configs say what they say of one that was made on a CPU."""
     for name in ("config.json", "quantize_config.json"):
-        config = json.loads((out / name).read_text(encoding="utf-8"))
+        text = (out / name).read_text(encoding="utf-8")
+        config = json.loads(text)
         meta = config.get("quantization_config", config)["meta"]
         meta |= {"offload_to_disk": False, "offload_to_disk_path": None, "wait_for_submodule_finalizers": False}
-        (out / name).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        end = "\n" if text.endswith("\n") else ""
+        (out / name).write_text(json.dumps(config, indent=2, ensure_ascii=False) + end, encoding="utf-8")
 
 
 @contextlib.contextmanager
