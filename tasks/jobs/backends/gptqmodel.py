@@ -15,14 +15,27 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from compressed_tensors.utils import patch_attr
+from torch import nn
+
 from recipes.schemes.scheme import PER_CHANNEL
-from tasks.jobs.backends import LayerRecord, Quantized, Request, linear_names, note_skipped, note_tokens, unpadded
+from tasks.jobs.backends import (
+    LayerRecord,
+    Quantized,
+    Request,
+    equal_lengths,
+    linear_names,
+    note_skipped,
+    note_tokens,
+    unpadded,
+)
 from tasks.jobs.backends.awq_inputs import inputs_kept_once
 from tasks.jobs.backends.names import linear_modules
 from tasks.jobs.loading.environment import tame_gptqmodel
@@ -53,9 +66,15 @@ def quantize(request: Request) -> Quantized:
         events.note("scales", "AWQ's scales are stored in bf16, the model's type; AutoAWQ stores fp16")
     names = linear_names(model)
     kept = inputs_kept_once() if params["method"] == "awq" else contextlib.nullcontext()
-    with _scratch(out if device == "cuda" else None), _warnings(events), kept:
+    with _scratch(out if device == "cuda" else None), _warnings(events), kept, _without_processor(model):
         loaded: Any = GPTQModel.load(str(model), _config(params, device=device), device=device, trust_remote_code=False)
         modules = linear_modules(loaded.model, names, backend="GPTQModel")
+        prefix = loaded.extract_layers_node()[0]
+        inside = {
+            name
+            for name, module in loaded.model.named_modules()
+            if isinstance(module, nn.Linear) and name.startswith(f"{prefix}.")
+        }
         total = loaded.model.config.get_text_config().num_hidden_layers
 
         def layer_done(*, layer_idx: int, submodule_finalized: bool) -> None:
@@ -70,37 +89,14 @@ def quantize(request: Request) -> Quantized:
             loaded.save(str(out))
     if device == "cuda":
         forget_where(out)
-    prefix = loaded.extract_layers_node()[0]
     of_module = {f"{prefix}.{entry['layer']}.{entry['module']}": entry for entry in log[params["method"]]}
     entries = {name: of_module[module] for name, module in modules.items() if module in of_module}
+    name_what_is_left(out, left=inside - set(of_module), made=set(of_module), method=params["method"])
     # Its log has the order in which threads ended; ours has the checkpoint's, so that equal inputs give equal files.
     layers = [_record(name, entry) for name, entry in entries.items()]
     _note_habits(layers, entries, names, params=params, tokens=sum(map(len, rows)), events=events)
     packer = getattr(loaded.qlinear_kernel, "__name__", str(loaded.qlinear_kernel))
     return Quantized(backend=f"gptqmodel:{__version__}", packer=packer, layers=layers)
-
-
-def equal_lengths(
-    rows: Sequence[Sequence[int]],
-    *,
-    events: Events,
-    why: str = "with unequal ones GPTQModel's AWQ looks at the last sequence only",
-) -> list[list[int]]:
-    """The same tokens in as many rows of equal length; a rest of fewer tokens than there are rows is left out.
-
-    Where lengths differ, GPTQModel searches AWQ's scales and clipping on the last batch alone, and logs the tokens of
-    all: of the quickstart's 30 sequences it would look at one.
-    """
-    if len({len(row) for row in rows}) == 1:
-        return [list(row) for row in rows]
-    stream = [token for row in rows for token in row]
-    length = len(stream) // len(rows)
-    events.note(
-        "equal lengths",
-        f"{len(rows)} sequences joined and cut anew into as many of {length} tokens, {len(stream) % len(rows)} tokens "
-        f"left out: {why}",
-    )
-    return [stream[i * length : (i + 1) * length] for i in range(len(rows))]
 
 
 def _config(params: dict[str, Any], *, device: str) -> Any:
@@ -130,15 +126,51 @@ def _config(params: dict[str, Any], *, device: str) -> Any:
     )
 
 
+def name_what_is_left(out: Path, *, left: set[str], made: set[str], method: str) -> None:
+    """Say in config.json which linear layers of the decoder are not quantized: transformers would expect codes of them.
+
+    Args:
+        out: The quantized model.
+        left: Module names of linear layers that are not quantized.
+        made: Of those that are.
+        method: `gptq` or `awq`.
+    """
+    if not left:
+        return
+    suffixes = {name: re.sub(r"^.*?\.\d+\.", "", name) for name in (*left, *made)}
+    kept, quantized = ({suffixes[name] for name in some} for some in (left, made))
+    said = (
+        {"modules_in_block_to_quantize": [sorted(quantized - kept)]}
+        if method == "gptq"
+        else {"modules_to_not_convert": sorted(kept)}
+    )
+    _edit_configs(out, lambda config: config.update(said))
+
+
 def forget_where(out: Path) -> None:
     """What lay where is no property of a model: its configs say what they say of one that was made on a CPU."""
+    places = {"offload_to_disk": False, "offload_to_disk_path": None, "wait_for_submodule_finalizers": False}
+    _edit_configs(out, lambda config: config["meta"].update(places))
+
+
+def _edit_configs(out: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    """Change the quantization config in both files that hold it."""
     for name in ("config.json", "quantize_config.json"):
         text = (out / name).read_text(encoding="utf-8")
         config = json.loads(text)
-        meta = config.get("quantization_config", config)["meta"]
-        meta |= {"offload_to_disk": False, "offload_to_disk_path": None, "wait_for_submodule_finalizers": False}
+        edit(config.get("quantization_config", config))
         end = "\n" if text.endswith("\n") else ""
         (out / name).write_text(json.dumps(config, indent=2, ensure_ascii=False) + end, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _without_processor(model: Path) -> Iterator[None]:
+    """Leave the processor of images alone: it is copied, not used, and loading it may ask for torchvision."""
+    from gptqmodel.models.auto import MODEL_MAP
+
+    kind = MODEL_MAP.get(json.loads((model / "config.json").read_text(encoding="utf-8"))["model_type"].lower())
+    with patch_attr(kind, "require_load_processor", False) if kind else contextlib.nullcontext():
+        yield
 
 
 @contextlib.contextmanager
