@@ -197,11 +197,14 @@ def _from_the_host(headers: Headers, *, device: str) -> nn.Module:
             next="quantize on a machine with more memory, if you want the errors by layer",
         )
     model = load_bf16(headers.folder, device="cpu")
-    if device == "cpu":
-        return model
+    return model if device == "cpu" else visiting(model, torch.device(device))
+
+
+def visiting(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model, whose weights are on the device only while their own layer computes."""
     from accelerate import cpu_offload
 
-    return cpu_offload(model, torch.device(device))
+    return cpu_offload(model, device)
 
 
 def _watch_maxima(model: nn.Module, blocks: set[Block]) -> dict[Block | None, float]:

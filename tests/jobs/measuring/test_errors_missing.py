@@ -12,6 +12,8 @@ from recipes.models.headers import read_headers
 from recipes.schemes.scheme import Scheme
 from tasks.jobs import quantize
 from tasks.jobs.backends import LayerRecord, Quantized
+from tasks.jobs.loading.load import load_bf16
+from tasks.jobs.measuring.block_errors import visiting
 from tasks.runtime.process.errors import StageError
 from tests.jobs.build import make_job, notes
 from tests.jobs.quantized import params
@@ -62,3 +64,21 @@ def test_a_fault_of_ours_is_no_reason(tmp_path: Path) -> None:
     made = Quantized(backend="gptqmodel", packer="-", layers=[])
     with pytest.raises(IndexError):  # a token that the embeddings do not have
         quantize._errors(job, scheme, headers, rows=[[10**6]], quantized=made)
+
+
+@torch.inference_mode()
+def test_weights_that_visit_the_device_give_the_same_outputs(tmp_path: Path) -> None:
+    """As the original does on CUDA; here the host visits itself."""
+    base = write_base(tmp_path / "base")
+    tokens, kept = torch.tensor(ROWS), []
+    for away in (False, True):
+        model = load_bf16(base, device="cpu")
+        if away:
+            model = visiting(model, torch.device("cpu"))
+            assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+        outputs: list[torch.Tensor] = []
+        for layer in model.model.layers:
+            layer.mlp.register_forward_hook(lambda _, __, output, into=outputs: into.append(output.cpu()))
+        kept.append([*outputs, model(tokens, use_cache=False).logits, *outputs])
+    assert len(kept[0]) == len(kept[1]) == 3
+    assert all(torch.equal(here, there) for here, there in zip(*kept, strict=True))
