@@ -44,6 +44,7 @@ RTN = 0.45
 LLM_COMPRESSOR = 0.67
 CLIP_OUTPUTS, CLIP_TOKENS = 256, 512  # oc_batch_size and n_sample_token of _compute_best_clip
 CHUNK = 1 << 30  # bytes that AWQ converts to fp32 at once: max_chunk_memory
+LEADING_OUT = ("o_proj", "out_proj", "down_proj", "dense", "dense_4h_to_h", "fc2", "w2", "c_proj")
 RECORD = "model of the record"  # of block errors, which does without if there is no room
 
 
@@ -131,12 +132,8 @@ class Quantizer:
     @property
     def distinct_inputs(self) -> int:
         """Inputs of the decoder layer's linear layers, those once that several share (q, k, v; gate, up; experts)."""
-        return sum(
-            {
-                (_block(layer), layer.in_features, _is_last(layer)): layer.in_features
-                for layer in self.headers.decoder_layer
-            }.values()
-        )
+        by_input = {_input(layer): layer.in_features for layer in self.headers.decoder_layer}
+        return sum(by_input.values())
 
 
 def needs(quantizer: Quantizer, *, searched: bool) -> Needs:
@@ -256,20 +253,9 @@ def _weights(layers: Sequence[Linear]) -> int:
     return sum(layer.in_features * layer.out_features for layer in layers)
 
 
-def _block(layer: Linear) -> str:
-    """`self_attn` of model.layers.3.self_attn.q_proj."""
-    return layer.name.rpartition(".")[0]
-
-
-def _is_last(layer: Linear) -> bool:
-    """The layer that leads out of its block: it has an input of its own, also where that is as wide as the block's."""
-    return layer.name.rpartition(".")[2] in (
-        "o_proj",
-        "out_proj",
-        "down_proj",
-        "dense",
-        "dense_4h_to_h",
-        "fc2",
-        "w2",
-        "c_proj",
-    )
+def _input(layer: Linear) -> tuple[str, int]:
+    """What names the input of a layer: its block and its width; what leads out of a block has an input of its own."""
+    block, _, name = layer.name.rpartition(".")
+    if name in LEADING_OUT:
+        return layer.name, layer.in_features
+    return block.partition(".experts.")[0], layer.in_features

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from flows.plan.memory import StepNeeds, predict
@@ -75,6 +77,22 @@ def test_the_record_is_predicted_and_refuses_nothing(headers: Headers):
     gptq = steps(headers, "cuda")["gptq-w4-g128"]
     record = gptq.parts["model of the record (host)"]
     assert record > 0 and gptq.needed_gib == pytest.approx(gptq.host_gib - record - gptq.parts["file of weights"])
+
+
+def test_experts_share_what_goes_in_and_not_what_leads_out(tmp_path: Path):
+    """Two layers of four experts: q, k and v; o; gate and up of all experts; each expert's down."""
+    experts = {
+        f"model.layers.{layer}.mlp.experts.{number}.{name}.weight": shape
+        for layer in range(2)
+        for number in range(4)
+        for name, shape in (("gate_proj", [64, 128]), ("up_proj", [64, 128]), ("down_proj", [128, 64]))
+    }
+    shapes = llama_shapes(hidden=128, intermediate=256, kv=64, layers=2, vocabulary=300)
+    attention = {name: shape for name, shape in shapes.items() if "mlp" not in name}
+    write_safetensors(write_base(tmp_path) / "model.safetensors", {**attention, **experts})
+    scheme = parse_scheme("ct-awq-w4-g32")
+    quantizer = Quantizer(headers=read_headers(tmp_path), scheme=scheme, tokens=512, row_tokens=64, on_cpu=True)
+    assert quantizer.distinct_inputs == 128 + 128 + 128 + 4 * 64
 
 
 @pytest.mark.parametrize("tokens", [512, 131072, 131072 + 511, 12032, 300])
