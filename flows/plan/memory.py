@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from flows.plan.quantizers import RECORD, Quantizer
+from flows.plan.quantizers import needs as quantizer_needs
 from flows.plan.row_sizes import RowSizes
 from recipes.arms import Arm, arms, controls
 from recipes.models.headers import Headers
@@ -24,10 +26,6 @@ PREPARE = 0.55  # transformers' tokenizer
 CALIBRATE = 0.28  # pyarrow, no torch
 TRAIN = 0.85  # 0.53 after import of TRL, PEFT, bitsandbytes; the rest grows over the steps: batches differ in shape
 MERGE = 0.46
-GPTQMODEL = 0.66
-AWQ = 0.85
-RTN = 0.45
-LLM_COMPRESSOR = 0.67
 LOAD = {
     "bf16": 0.55,
     "nf4": 0.60,
@@ -49,8 +47,11 @@ EAGER_BYTES = 2 + 4 + 2  # per score: bf16, softmax in fp32, bf16 again; by arit
 ROW_BYTES = 700  # of a row that waits on disk, in prepare and calibrate: docs/results/rows.md
 ARROW_FACTOR = 3  # bytes of Arrow columns, read and filtered, per byte of JSONL
 SCRATCH_FACTOR = 8  # bytes on disk while prepare works, per byte of JSONL: rows, their 5-grams, records, rows.parquet
-# Parts that are files in memory: counted as resident, but given back when memory is short, so no step fails for them.
-FILES = ("file of weights", "file of logits")
+ON_HOST = " (host)"  # ends the name of a part that lies on the host while the step works on a GPU
+CONFIRMED = ("train", "evaluate")  # stages whose GPU memory was measured, on an H200: docs/gpu.md
+# Parts that are counted as resident, and without which no step fails: files in memory, which are given back when memory
+# is short, and the original beside a model that was quantized on a GPU, whose errors are then not measured.
+FILES = ("file of weights", "file of logits", f"{RECORD}{ON_HOST}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,7 @@ class StepNeeds:
         gpu_gib: GPU memory; 0 on CPU.
         disk_gib: What it leaves in the store, and checkpoints while it runs.
         parts: What the peak is made of, GiB by name.
+        confirmed: The formula was held against a measured peak; on a GPU not every stage's was.
     """
 
     key: str
@@ -70,6 +72,7 @@ class StepNeeds:
     gpu_gib: float
     disk_gib: float
     parts: Mapping[str, float]
+    confirmed: bool = True
 
     @property
     def needed_gib(self) -> float:
@@ -153,12 +156,6 @@ class _Sizes:
         width = self.headers.text_config.get("intermediate_size")
         return self.headers.hidden + (width if isinstance(width, int) else 4 * self.headers.hidden)
 
-    @property
-    def hessians(self) -> float:
-        """fp32 Hessians of one decoder layer, and of its widest linear layer the inverse and a Cholesky factor."""
-        inputs = [layer.in_features for layer in self.headers.decoder_layer]
-        return 4 * (sum(size**2 for size in inputs) + 2 * max(inputs) ** 2)
-
     def quantized(self, scheme: Scheme) -> float:
         """A quantized model: the scheme's layers, everything else in bf16."""
         rest = 2 * (self.headers.parameters - self.headers.linear_parameters)
@@ -209,23 +206,33 @@ def predict(
 
 
 def _step(
-    sizes: _Sizes, key: str, parts: Mapping[str, float], *, process: float, disk: float = 0.0, on_gpu: bool = True
+    sizes: _Sizes,
+    key: str,
+    parts: Mapping[str, float],
+    *,
+    process: float,
+    disk: float = 0.0,
+    on_gpu: bool = True,
+    on_host: Mapping[str, float] | None = None,
 ) -> StepNeeds:
     """Bytes by part -> StepNeeds.
 
-    With `on_gpu` on CUDA the parts lie on the GPU, and the host holds the libraries and the file of weights.
+    With `on_gpu` on CUDA the parts lie on the GPU, and the host holds the libraries, the file of weights and what is
+    named in `on_host`, which counts there and only there.
     """
     in_gib = {name: value / GIB for name, value in parts.items() if value}
     gpu = on_gpu and not sizes.on_cpu
     if not sizes.on_cpu and process != CALIBRATE:
         process += CUDA_IMPORT
     file = {"file of weights": sizes.bf16 / GIB} if gpu else {}
+    host = {f"{name}{ON_HOST}": value / GIB for name, value in (on_host or {}).items() if value} if gpu else {}
     return StepNeeds(
         key=key,
-        host_gib=CUDA_HOST + sum(file.values()) if gpu else process + sum(in_gib.values()),
+        host_gib=CUDA_HOST + sum(file.values()) + sum(host.values()) if gpu else process + sum(in_gib.values()),
         gpu_gib=sum(in_gib.values()) if gpu else 0.0,
         disk_gib=disk / GIB,
-        parts={"process": CUDA_CONTEXT if gpu else process, **in_gib, **file},
+        parts={"process": CUDA_CONTEXT if gpu else process, **in_gib, **host, **file},
+        confirmed=not gpu or key.split("/")[0] in CONFIRMED,
     )
 
 
@@ -275,7 +282,7 @@ def _train(sizes: _Sizes) -> StepNeeds:
     # The adapter, and two checkpoints while it runs: fp32 adapter and two moments each, and the best weights.
     disk = (1 + 2 * 3 + 3 * (train.keep == "best")) * 4 * trained
     step = _step(sizes, f"train/{sizes.recipe.name}", parts, process=TRAIN, disk=disk)
-    return replace(step, host_gib=step.host_gib * run.processes)
+    return replace(step, host_gib=step.host_gib * run.processes, confirmed=step.confirmed and shares == 1)
 
 
 def _attention(sizes: _Sizes) -> float:
@@ -326,37 +333,25 @@ def _reference(sizes: _Sizes, external: Headers | None) -> StepNeeds:
 
 
 def _quantize(sizes: _Sizes, arm: Arm, scheme: Scheme) -> StepNeeds:
-    disk = sizes.quantized(scheme)
-    parts = {"weights bf16": sizes.bf16, "weights quantized": disk, **_calibration(sizes, scheme)}
-    if scheme.needs_calibration:
-        parts |= sizes.file
-    if arm.scales_from_base:
-        parts |= {"model of the search": sizes.bf16}  # quantized before, in the same process
-    process = {"gptq": GPTQMODEL, "awq": AWQ}.get(scheme.method, RTN)
-    if scheme.backend == "llm-compressor":
-        process = LLM_COMPRESSOR
-    rounding = scheme.backend == "quench-rtn"  # tasks/quantize.py gives it no GPU
-    return _step(sizes, f"quantize/{arm.slug}", parts, process=process, disk=disk, on_gpu=not rounding)
-
-
-def _calibration(sizes: _Sizes, scheme: Scheme) -> dict[str, float]:
-    """What a method holds of the calibration set, and of the decoder layer that it works on."""
-    calibrate, headers = sizes.recipe.calibrate, sizes.headers
-    tokens = calibrate.rows * min(calibrate.seq_len, sizes.length)
-    parts: dict[str, float] = {}
-    if scheme.method == "gptq":
-        # Inputs and outputs of the decoder layer, bf16, and its weights in fp32.
-        layer = _weight_count(headers.decoder_layer)
-        parts |= {"hessians": sizes.hessians, "activations": 4 * tokens * headers.hidden, "layer": 8 * layer}
-    if scheme.method == "awq":
-        # Inputs and outputs of all its linear layers, fp32.
-        parts |= {"activations": 4 * tokens * _features(headers.decoder_layer)}
-    if scheme.backend == "llm-compressor":
-        # Bytes per token and hidden feature: 9 and 29 measured. GPTQ orders the widest layer's Hessian in three copies.
-        widest = max(layer.in_features for layer in headers.decoder_layer)
-        parts |= {"activations": (10 if scheme.method == "gptq" else 30) * tokens * headers.hidden}
-        parts |= {"ordered hessian": 3 * 4 * widest**2} if scheme.method == "gptq" else {}
-    return parts
+    calibrate = sizes.recipe.calibrate
+    row_tokens = min(calibrate.seq_len, sizes.length)
+    quantizer = Quantizer(
+        headers=sizes.headers,
+        scheme=scheme,
+        tokens=calibrate.rows * row_tokens,
+        row_tokens=row_tokens,
+        on_cpu=sizes.on_cpu,
+    )
+    needs = quantizer_needs(quantizer, searched=arm.scales_from_base)
+    return _step(
+        sizes,
+        f"quantize/{arm.slug}",
+        needs.parts,
+        process=needs.process,
+        disk=quantizer.quantized,
+        on_gpu=scheme.backend != "quench-rtn",  # tasks/quantize.py gives it no GPU
+        on_host=needs.on_host,
+    )
 
 
 def _stored(headers: Headers) -> float:

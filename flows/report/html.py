@@ -29,7 +29,7 @@ from flows.report.text import (
     ran_on,
     ran_where,
 )
-from flows.results.layers import worst
+from flows.results.layers import unmeasured, worst
 from flows.results.metrics import METRICS, difference_text, interval_text, significant, size, value_text
 from flows.results.power import sentence as power_sentence
 from flows.results.samples import marked
@@ -90,6 +90,7 @@ def page(report: Mapping[str, Any], svgs: Mapping[str, str]) -> str:
         errors_plot=drawn.get("layer-errors"),
         weights_plot=drawn.get("layer-weights"),
         worst=worst(drawn_layers(report)),
+        unmeasured=unmeasured(report["layers"]),
         strips=strips(report),
         domains=domains(report),
         memory=memory(report),

@@ -34,9 +34,11 @@ def layers_of(run: Run) -> dict[str, Any]:
         step = run.step(arm.model) if arm.scheme else None
         path = step.files / "quantize.json" if step is not None and step.files else None
         record = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else {}
-        if record.get("blocks"):
+        if record.get("blocks") or "no_errors" in record:
             names = ("kernel", "error_tokens", "stream_max", "blocks")
             layers[arm.slug] = {name: record.get(name) for name in names}
+            if "no_errors" in record:
+                layers[arm.slug]["no_errors"] = record["no_errors"]
             layers[arm.slug]["kernel"] = record.get("kernel") or _kernel_at_reload(run.step(arm.evaluate))
     return layers
 
@@ -60,6 +62,11 @@ def lines(layers: Mapping[str, Any], part: str) -> Iterator[Line]:
             if errors:
                 yield Line(slug, measured, errors)
                 break
+
+
+def unmeasured(layers: Mapping[str, Any]) -> dict[str, str]:
+    """Arm -> why its errors were not measured: the step was short of memory, or could not load what it had made."""
+    return {slug: arm["no_errors"] for slug, arm in layers.items() if "no_errors" in arm}
 
 
 def worst(layers: Mapping[str, Any]) -> dict[str, str]:

@@ -11,7 +11,7 @@ import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -32,6 +32,7 @@ from tasks.runtime.process.job import Job
 from tasks.runtime.tokenizer_files import TOKENIZER_FILES, copy_files
 
 WEIGHTS = ("config.json", "quantize_config.json", "*.safetensors", "*.safetensors.index.json")
+NO_HOST_MEMORY = "DefaultCPUAllocator"  # torch's RuntimeError where the host has no memory left
 MEASURED = ("gptqmodel", "llm-compressor")  # backends whose environment can also load what they write
 
 
@@ -48,6 +49,9 @@ def run(job: Job) -> dict[str, Any]:
     Metrics:
         loss by layer, in the order of the layers; error of attention and FFN by decoder layer.
 
+    Where those errors cannot be measured (memory, a model that does not load), quantize.json and the result have
+    `no_errors`, the reason, and the model stands.
+
     Raises:
         StageError: The scheme does not fit a layer; inf or NaN in what was written.
     """
@@ -60,12 +64,7 @@ def run(job: Job) -> dict[str, Any]:
     quantize_s = time.perf_counter() - clock
     clock = time.perf_counter()
     _complete_folder(job, scheme)
-    measured = _measured(job, scheme, headers, rows)
-    blocks = block_errors.records(
-        headers,
-        measured=measured,
-        weight_errors={layer.name: layer.weight_error for layer in quantized.layers if layer.weight_error is not None},
-    )
+    measured, blocks, missing = _errors(job, scheme, headers, rows=rows, quantized=quantized)
     tokens = sum(map(len, rows))
     kernel = measured and measured.kernel
     record = {
@@ -76,6 +75,7 @@ def run(job: Job) -> dict[str, Any]:
         "error_tokens": measured.tokens if measured else 0,
         "stream_max": measured and measured.stream_max,
         "blocks": [asdict(block) for block in blocks],
+        **missing,
         **quantized.as_dict(),
     }
     job.write_json("quantize.json", record)
@@ -92,6 +92,7 @@ def run(job: Job) -> dict[str, Any]:
         "loss_sum": sum(losses),
         "quantize_s": round(quantize_s, 2),
         "record_s": round(time.perf_counter() - clock, 2),
+        **missing,
     }
 
 
@@ -142,11 +143,57 @@ def _complete_folder(job: Job, scheme: Scheme) -> None:
     write_serve_file(job.out, name=job.slug, model=model, scheme=scheme)
 
 
+class _Errors(NamedTuple):
+    """What quantization did, block by block.
+
+    Attributes:
+        measured: What the forward passes gave; None where there were none.
+        blocks: The records.
+        missing: `no_errors` and the reason, where they could not be measured; else empty.
+    """
+
+    measured: Measured | None
+    blocks: list[BlockRecord]
+    missing: dict[str, str]
+
+
+def _errors(job: Job, scheme: Scheme, headers: Headers, *, rows: list[list[int]], quantized: Quantized) -> _Errors:
+    """The record of errors. The model is written and checked by now: what fails here never loses it.
+
+    A lack of memory and a model that does not load become a note and a reason. Anything else is a fault of ours.
+    """
+    weight_errors = {layer.name: layer.weight_error for layer in quantized.layers if layer.weight_error is not None}
+    measured: Measured | None = None
+    try:
+        measured = _measured(job, scheme, headers, rows)
+        return _Errors(measured, block_errors.records(headers, measured=measured, weight_errors=weight_errors), {})
+    except (MemoryError, RuntimeError, StageError) as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
+    job.events.note("errors by layer", f"not measured: {reason}. The quantized model is whole")
+    blocks: list[BlockRecord] = []
+    with contextlib.suppress(MemoryError):
+        blocks = block_errors.records(headers, measured=None, weight_errors=weight_errors)
+    return _Errors(None, blocks, {"no_errors": reason})
+
+
+def _reason(error: Exception) -> str | None:
+    """Why there is no record, in a line; None for a fault that is no lack of memory and no model that fails to load."""
+    if isinstance(error, StageError):
+        return f"{error.problem.what}: {error.problem.why}"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or NO_HOST_MEMORY in str(error):
+        return f"out of memory ({(str(error) or type(error).__name__).splitlines()[0]})"
+    return None
+
+
 def _measured(job: Job, scheme: Scheme, headers: Headers, rows: list[list[int]]) -> Measured | None:
     """What each attention and FFN lost on the rows; None without rows, or where this environment cannot load it."""
     if not rows or scheme.backend not in MEASURED:
         return None
     gc.collect()  # of the backend's model
+    if job.execution.device == "cuda":
+        torch.cuda.empty_cache()
     measured = block_errors.measure(headers, job.out, rows=rows, device=job.execution.device)
     if warning := measured.fp16_warning():
         job.events.note("activations", warning)

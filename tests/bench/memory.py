@@ -70,6 +70,7 @@ def page(recipe: Recipe, base: Headers, small: Headers) -> str:
     cards = " | ".join(card(needed(one)) for one in by_count.values())
     run = [one for one in predict(load(RECIPE, sets=DEFAULTS).recipe, small, device="cuda") if one.disk_gib > 0.1]
     disk = ", ".join(f"{one.stage} {one.disk_gib:.1f}" for one in run)
+    awq = _awq(recipe, base)
     steps = "\n".join(_row(one) for one in _largest(predict(recipe, base, device="cuda")))
     return f"""<!-- Written by `python -m tests.bench.memory`. -->
 # A 70B, by prediction
@@ -99,9 +100,9 @@ The largest of each stage.
 | --- | ---: | --- | ---: |
 {steps}
 
-The merge is a stream. AWQ in `quantize.schemes` would need {needed(_awq(recipe, base)):.0f} GiB. No step but training
-is cut over GPUs yet: the bf16 arms and the quantizers of a 70B need a card that holds the whole model, or
-`run.device: cpu` and patience.
+The merge is a stream. Quantizers bring one decoder layer at a time to the GPU: AWQ in `quantize.schemes` would need
+{needed(awq):.0f} GiB there and {awq.needed_gib:.0f} GiB of the host. No step but training is cut over GPUs yet: bf16
+arms of a 70B need a card that holds the whole model, or `run.device: cpu` and patience.
 
 ## What a run of an 8B leaves in the store
 

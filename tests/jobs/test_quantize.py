@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tasks.jobs import quantize
-from tasks.jobs.backends.gptqmodel import _warnings, equal_lengths
+from tasks.jobs.backends import equal_lengths
+from tasks.jobs.backends.gptqmodel import _warnings
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.events import Events, read_events
 from tests.jobs.build import make_job, notes

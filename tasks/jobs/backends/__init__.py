@@ -88,6 +88,29 @@ def unpadded(rows: Sequence[Sequence[int]]) -> list[dict[str, list[int]]]:
     return [{"input_ids": list(row), "attention_mask": [1] * len(row)} for row in rows]
 
 
+def equal_lengths(
+    rows: Sequence[Sequence[int]],
+    *,
+    events: Events,
+    why: str = "with unequal ones GPTQModel's AWQ looks at the last sequence only",
+) -> list[list[int]]:
+    """The same tokens in as many rows of equal length; a rest of fewer tokens than there are rows is left out.
+
+    Where lengths differ, GPTQModel searches AWQ's scales and clipping on the last batch alone, and logs the tokens of
+    all: of the quickstart's 30 sequences it would look at one.
+    """
+    if len({len(row) for row in rows}) == 1:
+        return [list(row) for row in rows]
+    stream = [token for row in rows for token in row]
+    length = len(stream) // len(rows)
+    events.note(
+        "equal lengths",
+        f"{len(rows)} sequences joined and cut anew into as many of {length} tokens, {len(stream) % len(rows)} tokens "
+        f"left out: {why}",
+    )
+    return [stream[i * length : (i + 1) * length] for i in range(len(rows))]
+
+
 def note_skipped(names: Iterable[str], quantized: Collection[str], *, events: Events) -> None:
     """Note which linear layers were not quantized."""
     if skipped := sorted(set(names) - set(quantized)):

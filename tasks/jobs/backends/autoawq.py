@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tasks.jobs.backends import LayerRecord, Quantized, Request
+from tasks.jobs.backends import LayerRecord, Quantized, Request, equal_lengths
 from tasks.jobs.backends.archived import note_habits, refuse_overflow, write_checkpoint
-from tasks.jobs.backends.gptqmodel import equal_lengths
 from tasks.runtime.process.events import Events
 
 CLIP_TOKENS = 512  # n_sample_token of its _compute_best_clip

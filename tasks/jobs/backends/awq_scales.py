@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from tasks.jobs.backends import Request, gptqmodel
+from tasks.jobs.backends import Request
 
 
 class Scaling(NamedTuple):
@@ -57,6 +57,8 @@ def scales_found_on(model: Path, request: Request) -> Iterator[None]:
         model: bf16 model folder of the same shape as the request's.
         request: How to search. Its out folder gets what the search writes and throws away.
     """
+    from tasks.jobs.backends import gptqmodel  # not in every environment that runs quantize
+
     with _recording() as search, tempfile.TemporaryDirectory(dir=request.out) as scratch:
         gptqmodel.quantize(replace(request, model=model, out=Path(scratch)))
     request.events.note(

@@ -4,28 +4,54 @@ What it does without saying so: it drops rows of up to 10 tokens, cuts rows at m
 damping where a Hessian does not factor, rounds a layer to nearest where hardly any token reached it, and searches AWQ's
 scales on the last batch alone where batches differ in length. It captures the inputs of the first decoder layer and
 replays its position embeddings in all others, also where they differ by layer type (Gemma 3).
+
+On CUDA one decoder layer at a time lies on the GPU. Everything else is asked for on the host or on the disk: by default
+the layer's outputs for all rows would stay on the GPU (ForwardExecutor.run_single: `calibration_data_device` is None).
+`flows/plan/quantizers.py` has what lies where, with the places in GPTQModel's source.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
+import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+from compressed_tensors.utils import patch_attr
+from torch import nn
+
 from recipes.schemes.scheme import PER_CHANNEL
-from tasks.jobs.backends import LayerRecord, Quantized, Request, linear_names, note_skipped, note_tokens, unpadded
+from tasks.jobs.backends import (
+    LayerRecord,
+    Quantized,
+    Request,
+    equal_lengths,
+    linear_names,
+    note_skipped,
+    note_tokens,
+    unpadded,
+)
+from tasks.jobs.backends.awq_inputs import inputs_kept_once
+from tasks.jobs.backends.names import linear_modules
 from tasks.jobs.loading.environment import tame_gptqmodel
 from tasks.runtime.process.events import Events
 
+OFFLOAD = "offload"  # of packed layers, in the working folder
 # Warnings that say nothing about the result: the GIL, the disk, and "256 samples" that counts sequences, not rows.
 HARMLESS = ("Python GIL", "Disk subsystem", "Calibration dataset size", "average length of input_ids")
 
 
 def quantize(request: Request) -> Quantized:
-    """Quantize and save."""
+    """Quantize and save.
+
+    Raises:
+        StageError: A linear layer of the checkpoint is not one in the loaded model.
+    """
     params, device, rows = request.params, request.device, request.rows
     # Absolute paths, because the current folder changes below.
     model, out, events = request.model.resolve(), request.out.resolve(), Events(request.events.path.resolve())
@@ -38,8 +64,17 @@ def quantize(request: Request) -> Quantized:
         backend = BACKEND.AWQ_TORCH  # the only packer of AWQ's gemm layout that needs no CUDA
         rows = equal_lengths(rows, events=events)
         events.note("scales", "AWQ's scales are stored in bf16, the model's type; AutoAWQ stores fp16")
-    with _scratch(), _warnings(events):
-        loaded: Any = GPTQModel.load(str(model), _config(params), device=device, trust_remote_code=False)
+    names = linear_names(model)
+    kept = inputs_kept_once() if params["method"] == "awq" else contextlib.nullcontext()
+    with _scratch(out if device == "cuda" else None), _warnings(events), kept, _without_processor(model):
+        loaded: Any = GPTQModel.load(str(model), _config(params, device=device), device=device, trust_remote_code=False)
+        modules = linear_modules(loaded.model, names, backend="GPTQModel")
+        prefix = loaded.extract_layers_node()[0]
+        inside = {
+            name
+            for name, module in loaded.model.named_modules()
+            if isinstance(module, nn.Linear) and name.startswith(f"{prefix}.")
+        }
         total = loaded.model.config.get_text_config().num_hidden_layers
 
         def layer_done(*, layer_idx: int, submodule_finalized: bool) -> None:
@@ -52,48 +87,33 @@ def quantize(request: Request) -> Quantized:
         log = loaded.quantize(unpadded(rows), batch_size=1, backend=backend)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints both configs
             loaded.save(str(out))
-    prefix = loaded.extract_layers_node()[0]
-    names = linear_names(model)
-    entries = {f"{prefix}.{entry['layer']}.{entry['module']}": entry for entry in log[params["method"]]}
+    if device == "cuda":
+        forget_where(out)
+    of_module = {f"{prefix}.{entry['layer']}.{entry['module']}": entry for entry in log[params["method"]]}
+    entries = {name: of_module[module] for name, module in modules.items() if module in of_module}
+    name_what_is_left(out, left=inside - set(of_module), made=set(of_module), method=params["method"])
     # Its log has the order in which threads ended; ours has the checkpoint's, so that equal inputs give equal files.
-    layers = [_record(name, entries[name]) for name in sorted(entries, key=names.index)]
+    layers = [_record(name, entry) for name, entry in entries.items()]
     _note_habits(layers, entries, names, params=params, tokens=sum(map(len, rows)), events=events)
     packer = getattr(loaded.qlinear_kernel, "__name__", str(loaded.qlinear_kernel))
     return Quantized(backend=f"gptqmodel:{__version__}", packer=packer, layers=layers)
 
 
-def equal_lengths(
-    rows: Sequence[Sequence[int]],
-    *,
-    events: Events,
-    why: str = "with unequal ones GPTQModel's AWQ looks at the last sequence only",
-) -> list[list[int]]:
-    """The same tokens in as many rows of equal length; a rest of fewer tokens than there are rows is left out.
+def _config(params: dict[str, Any], *, device: str) -> Any:
+    """The scheme in GPTQModel's words, with what lies where; the files are the same either way.
 
-    Where lengths differ, GPTQModel searches AWQ's scales and clipping on the last batch alone, and logs the tokens of
-    all: of the quickstart's 30 sequences it would look at one.
+    On a CPU the model stays in memory. On CUDA a decoder layer is read when its turn comes, its inputs and outputs lie
+    on the host, and it is packed and on the disk before the next one comes.
     """
-    if len({len(row) for row in rows}) == 1:
-        return [list(row) for row in rows]
-    stream = [token for row in rows for token in row]
-    length = len(stream) // len(rows)
-    events.note(
-        "equal lengths",
-        f"{len(rows)} sequences joined and cut anew into as many of {length} tokens, {len(stream) % len(rows)} tokens "
-        f"left out: {why}",
-    )
-    return [stream[i * length : (i + 1) * length] for i in range(len(rows))]
-
-
-def _config(params: dict[str, Any]) -> Any:
-    """The scheme in GPTQModel's words; the model stays in memory (its default spools layers through /tmp)."""
     from gptqmodel.quantization import AWQConfig, GPTQConfig
 
+    apart = {"offload_to_disk_path": OFFLOAD, "calibration_data_device": "cpu", "wait_for_submodule_finalizers": True}
     common = {
         "bits": params["bits"],
         "group_size": params["group_size"],
         "sym": params["symmetric"],
-        "offload_to_disk": False,
+        "offload_to_disk": device == "cuda",
+        **(apart if device == "cuda" else {}),
     }
     if params["method"] == "awq":
         return AWQConfig(**common)
@@ -106,10 +126,57 @@ def _config(params: dict[str, Any]) -> Any:
     )
 
 
+def name_what_is_left(out: Path, *, left: set[str], made: set[str], method: str) -> None:
+    """Say in config.json which linear layers of the decoder are not quantized: transformers would expect codes of them.
+
+    Args:
+        out: The quantized model.
+        left: Module names of linear layers that are not quantized.
+        made: Of those that are.
+        method: `gptq` or `awq`.
+    """
+    if not left:
+        return
+    suffixes = {name: re.sub(r"^.*?\.\d+\.", "", name) for name in (*left, *made)}
+    kept, quantized = ({suffixes[name] for name in some} for some in (left, made))
+    said = (
+        {"modules_in_block_to_quantize": [sorted(quantized - kept)]}
+        if method == "gptq"
+        else {"modules_to_not_convert": sorted(kept)}
+    )
+    _edit_configs(out, lambda config: config.update(said))
+
+
+def forget_where(out: Path) -> None:
+    """What lay where is no property of a model: its configs say what they say of one that was made on a CPU."""
+    places = {"offload_to_disk": False, "offload_to_disk_path": None, "wait_for_submodule_finalizers": False}
+    _edit_configs(out, lambda config: config["meta"].update(places))
+
+
+def _edit_configs(out: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    """Change the quantization config in both files that hold it."""
+    for name in ("config.json", "quantize_config.json"):
+        text = (out / name).read_text(encoding="utf-8")
+        config = json.loads(text)
+        edit(config.get("quantization_config", config))
+        end = "\n" if text.endswith("\n") else ""
+        (out / name).write_text(json.dumps(config, indent=2, ensure_ascii=False) + end, encoding="utf-8")
+
+
 @contextlib.contextmanager
-def _scratch() -> Iterator[None]:
-    """Work in a temporary folder: GPTQModel makes logs/ wherever it runs."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+def _without_processor(model: Path) -> Iterator[None]:
+    """Leave the processor of images alone: it is copied, not used, and loading it may ask for torchvision."""
+    from gptqmodel.models.auto import MODEL_MAP
+
+    kind = MODEL_MAP.get(json.loads((model / "config.json").read_text(encoding="utf-8"))["model_type"].lower())
+    with patch_attr(kind, "require_load_processor", False) if kind else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def _scratch(parent: Path | None) -> Iterator[None]:
+    """Work in a temporary folder, in `parent` if there is one: GPTQModel makes logs/ wherever it runs, and OFFLOAD."""
+    with tempfile.TemporaryDirectory(dir=parent) as folder, contextlib.chdir(folder):
         yield
 
 

@@ -4,6 +4,12 @@ What it does without saying so: by default it shuffles the rows and takes 512 of
 it leaves alone), orders GPTQ's columns by activation (asked for here: the file stays in plain order), sets weights to 0
 whose input never fires, rounds a layer to nearest where the Hessian does not factor, and skips AWQ's scales where
 shapes do not fit.
+
+A mixture's experts, which transformers holds as one 3-D weight, it takes apart into linear layers (`linearize_moe`):
+every expert sees every token of the calibration set (`moe_calibrate_all_experts`), and the file has them one by one,
+as `mlp.experts.0.gate_proj`. transformers 5.23 puts them together again when it loads the file.
+
+On CUDA the model is loaded on the host; flows/plan/quantizers.py says what goes to the GPU.
 """
 
 from __future__ import annotations
@@ -11,18 +17,22 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+from transformers.core_model_loading import dot_natural_key
 
 from recipes.models.linear import Linear
 from recipes.schemes.scheme import FUSED, Grid, Scheme
 from tasks.jobs.backends import Quantized, Request, linear_names
 from tasks.jobs.backends.llm_compressor_watch import Watch
+from tasks.jobs.backends.names import linear_modules
 from tasks.jobs.loading.load import load_bf16
-from tasks.runtime.process.errors import StageError
+from tasks.jobs.loading.names import modules_of
 
 
 def quantize(request: Request) -> Quantized:
@@ -38,18 +48,30 @@ def quantize(request: Request) -> Quantized:
 
     scheme, damp = Scheme.of(request.params, slug=""), request.params.get("damp")
     loaded = load_bf16(request.model, device="cpu")
+    experts = take_apart(loaded)
     names = linear_names(request.model)
-    ignored = _ignored(loaded, scheme, names)
+    modules = linear_modules(loaded, [name for name in names if scheme.grid_of(name)], backend="llm-compressor")
+    stored = modules_of(loaded, names)
+    every = list(dict.fromkeys([*(stored.get(name, name) for name in names), *experts]))
+    modules |= {name: name for name in experts if name not in stored.values() and scheme.grid_of(name)}
     watch = Watch(request.events, layers=loaded.config.get_text_config().num_hidden_layers, device=request.device)
+    ignored = sorted(_linear(loaded) - set(every))  # lm_head, routers, towers
     samples = [{"input_ids": torch.tensor([list(row)])} for row in request.rows]
     with watched(watch):
         oneshot(
             model=loaded,
             dataset=DataLoader(samples, batch_size=None),  # pyright: ignore[reportArgumentType]
-            recipe=modifiers(scheme, targets(scheme, names), ignored, damp=damp, watch=watch),
+            recipe=modifiers(
+                scheme,
+                targets(scheme, every),
+                ignored,
+                damp=damp,
+                watch=watch,
+                offload=torch.device("cpu") if request.device == "cuda" else None,
+            ),
         )
         loaded.save_pretrained(request.out, save_compressed=True)
-    layers = [watch.record(name, scheme, damp=damp) for name in names if scheme.grid_of(name)]
+    layers = [replace(watch.record(module, scheme, damp=damp), name=name) for name, module in modules.items()]
     watch.note_habits(ignored, layers, tokens=request.tokens)
     return Quantized(
         backend=f"llm-compressor:{version('llmcompressor')}",
@@ -58,21 +80,17 @@ def quantize(request: Request) -> Quantized:
     )
 
 
-def _ignored(model: nn.Module, scheme: Scheme, names: Sequence[str]) -> list[str]:
-    """Linear modules that the scheme does not quantize: lm_head, routers.
+def take_apart(model: PreTrainedModel) -> list[str]:
+    """Make linear layers of a mixture's experts, in place; returns their names."""
+    from llmcompressor.modeling.moe.linearize import linearize_moe  # pyright: ignore[reportMissingImports]
 
-    Raises:
-        StageError: A layer of the checkpoint is not a linear module in the loaded model.
-    """
-    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    if missing := [name for name in names if name not in linear and scheme.grid_of(name)]:
-        raise StageError.of(
-            what=f"{len(missing)} linear layers of the checkpoint are not linear layers in the loaded model",
-            where=missing[0],
-            why="transformers holds them as one fused or transposed weight, which llm-compressor does not quantize",
-            next="take a gptq- or awq- scheme, or keep these layers in bf16 by a rule with keep: true",
-        )
-    return sorted(linear - set(names))
+    before = _linear(model)
+    linearize_moe(model)
+    return sorted(_linear(model) - before, key=dot_natural_key)
+
+
+def _linear(model: nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
 def targets(scheme: Scheme, names: Sequence[str]) -> dict[Grid, list[str]]:

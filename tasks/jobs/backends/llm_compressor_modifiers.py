@@ -33,9 +33,24 @@ FP8_CACHE = QuantizationArgs(
 
 
 def modifiers(
-    scheme: Scheme, targets: Mapping[Grid, Sequence[str]], ignore: Sequence[str], *, damp: float | None, watch: Watch
+    scheme: Scheme,
+    targets: Mapping[Grid, Sequence[str]],
+    ignore: Sequence[str],
+    *,
+    damp: float | None,
+    watch: Watch,
+    offload: torch.device | None,
 ) -> list[Any]:
-    """The scheme in llm-compressor's words."""
+    """The scheme in llm-compressor's words.
+
+    Args:
+        scheme: How it is quantized.
+        targets: Layers by grid.
+        ignore: Linear modules that stay as they are.
+        damp: GPTQ's damping.
+        watch: Gets figures and warnings.
+        offload: Where AWQ keeps the arguments of the blocks; None leaves them where they are, which on CUDA is the GPU.
+    """
     common: dict[str, Any] = {
         "config_groups": {
             f"group_{index}": QuantizationScheme(targets=list(names), weights=_weights(grid))
@@ -45,7 +60,7 @@ def modifiers(
         "kv_cache_scheme": FP8_CACHE if scheme.kv_scales else None,
     }
     if scheme.method == "awq":
-        awq_modifier = WatchedAWQ()
+        awq_modifier = WatchedAWQ() if offload is None else WatchedAWQ(offload_device=offload)
         awq_modifier._watch = watch
         return [awq_modifier, QuantizationModifier(**common)]
     gptq_modifier = WatchedGPTQ(**common, dampening_frac=damp, actorder="static")

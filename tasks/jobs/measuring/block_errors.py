@@ -6,6 +6,9 @@ has in the bf16 model, and no layer's error contains another layer's. It works f
 
 The first pass also keeps the largest activation: a model that was trained in bf16 may go beyond fp16's 65,504, and
 kernels that compute in fp16 (AutoAWQ's, ExLlamaV2's) overflow then.
+
+On CUDA the bf16 model stays on the host, and each of its layers is on the GPU only while it computes: beside it, an 8B
+would not fit a card that holds its 4 bits easily. What is kept of it lies on the host, too.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +30,9 @@ from tasks.jobs.backends import relative_error
 from tasks.jobs.loading.kernels import kernel_of
 from tasks.jobs.loading.load import load_arm, load_bf16
 from tasks.jobs.merging.streams import Reader
+from tasks.runtime.process.errors import StageError
 
+GIB = 1 << 30
 TOKENS = 512  # eight such windows of the quickstart's rows, gptq-w4-g64: each block within 8 % of its mean
 FP16_MAX = 65504.0
 MARGIN = 4.0  # other prompts have larger activations than these tokens: fp16 is warned of from FP16_MAX / 4 on
@@ -153,15 +159,15 @@ def measure(headers: Headers, quantized: Path, *, rows: Sequence[Sequence[int]],
     errors: dict[Block, float] = {}
 
     def keep(block: Block, output: Tensor) -> Tensor:
-        kept[block] = output
+        kept[block] = output.cpu()
         return output
 
     def compare(block: Block, output: Tensor) -> Tensor:
-        original_output = kept.pop(block)
+        original_output = kept.pop(block).to(output.device)
         errors[block] = relative_error(original_output, output)
         return original_output
 
-    original = load_bf16(headers.folder, device=device)
+    original = _from_the_host(headers, device=device)
     _hook(original, blocks, keep)
     maxima = _watch_maxima(original, blocks)
     original(tokens, use_cache=False)
@@ -172,6 +178,33 @@ def measure(headers: Headers, quantized: Path, *, rows: Sequence[Sequence[int]],
     stream_max = maxima.pop(None, 0.0)
     largest = {block: value for block, value in maxima.items() if block}
     return Measured(errors, kernel_of(loaded), tokens.numel(), largest, stream_max)
+
+
+def _from_the_host(headers: Headers, *, device: str) -> nn.Module:
+    """The bf16 model on the host, whose layers visit the device one at a time.
+
+    Raises:
+        StageError: The host has no room for it (a process that takes more would be killed, and its result with it);
+            no safetensors.
+    """
+    needed = 2 * headers.parameters
+    free = psutil.virtual_memory().available
+    if device != "cpu" and needed > free:
+        raise StageError.of(
+            what="the bf16 model does not fit the host beside what is there",
+            where=str(headers.folder),
+            why=f"it takes {needed / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free",
+            next="quantize on a machine with more memory, if you want the errors by layer",
+        )
+    model = load_bf16(headers.folder, device="cpu")
+    return model if device == "cpu" else visiting(model, torch.device(device))
+
+
+def visiting(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model, whose weights are on the device only while their own layer computes."""
+    from accelerate import cpu_offload
+
+    return cpu_offload(model, device)
 
 
 def _watch_maxima(model: nn.Module, blocks: set[Block]) -> dict[Block | None, float]:

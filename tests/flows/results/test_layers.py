@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flows.report.build import render
 from flows.report.plots.layers import errors_plot, weights_plot
-from flows.results.layers import layers_of, lines, worst
+from flows.results.layers import layers_of, lines, unmeasured, worst
 from flows.results.read import read_run
 from tests.flows.synthetic_run import SHAPES, SyntheticRun
 
@@ -53,3 +53,18 @@ def test_the_kernel_is_that_of_the_evaluation_where_the_writer_loads_nothing(tmp
     layers = layers_of(read_run(folder, tmp_path))
     assert layers["rtn-w4-g128"]["kernel"] == "TorchFusedLinear"
     assert layers["rtn-w3-g128"]["kernel"] is None and layers["gptq-w4-g128"]["kernel"] == "TorchLinear"
+
+
+def test_errors_that_could_not_be_measured_are_said_with_the_reason(tmp_path: Path) -> None:
+    run = SyntheticRun(tmp_path)
+    folder = run.write()
+    (path,) = tmp_path.glob("store/quantize/gptq-w4-g128-*/files/quantize.json")
+    record = json.loads(path.read_text())
+    blocks = [block | {"output_error": None, "activation_max": None} for block in record["blocks"]]
+    path.write_text(json.dumps(record | {"blocks": blocks, "kernel": None, "no_errors": "out of memory (3 GiB)"}))
+    report = render(folder, tmp_path).json
+    assert unmeasured(report["layers"]) == {"gptq-w4-g128": "out of memory (3 GiB)"}
+    page = (folder / "report.html").read_text()
+    assert page.count("gptq-w4-g128: errors by layer were not measured: out of memory (3 GiB).") == 1
+    path.write_text(json.dumps(record | {"blocks": [], "no_errors": "no room"}))
+    assert unmeasured(layers_of(read_run(folder, tmp_path))) == {"gptq-w4-g128": "no room"}
