@@ -32,7 +32,7 @@ def step(
         stage="train",
         slug=recipe.name,
         entry="tasks.jobs.train:run",
-        version=3,
+        version=4,
         params=recipe.train.model_dump(exclude={"adapter"}),
         inputs={"dataset": dataset, "base": base},
         tools=("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes"),

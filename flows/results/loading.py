@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from flows.results.read import Run, RunArm, RunStep
-from recipes.schemes.serve_file import shell
+from recipes.plain import json_object
+from recipes.schemes.serve_file import auto_class, shell
 
 NOT_SHIPPED = ("control", "kv-cache", "external")  # KV arms load the files of the arm that they come from
 NEEDS_EXPORT = "an adapter on a base is served from an export, which puts both side by side"
@@ -34,7 +35,7 @@ def _arm(arm: RunArm, run: Run) -> dict[str, Any]:
         refused = [NEEDS_EXPORT]
     command = vllm.get("command") if adapter is None else None
     return {
-        "python": "\n".join(_python(arm, model, adapter, dequantize=bool(served.get("dequantize")))),
+        "python": "\n".join(_python(arm, model, adapter, served=served or _base_class(run))),
         "vllm": f"cd {model.path}/files && {shell(command)}" if command and model is not None else None,
         "needs": served.get("loaders", {}),
         "refused": refused,
@@ -52,14 +53,20 @@ def _serve_file(model: RunStep | None) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else {}
 
 
-def _python(arm: RunArm, model: RunStep | None, adapter: RunStep | None, *, dequantize: bool) -> Iterator[str]:
+def _base_class(run: Run) -> dict[str, Any]:
+    """The class of the base, as serve.json would name it."""
+    return dict(auto_class(json_object(run.base / "config.json") or {})) if run.base is not None else {}
+
+
+def _python(arm: RunArm, model: RunStep | None, adapter: RunStep | None, *, served: Mapping[str, Any]) -> Iterator[str]:
     place = repr(f"{model.path}/files") if model is not None else "BASE"
-    nf4 = arm.kind == "nf4"
+    nf4, dequantize = arm.kind == "nf4", bool(served.get("dequantize"))
+    auto = served.get("auto_class", "AutoModelForCausalLM")
     more = ", BitsAndBytesConfig" if nf4 else ", CompressedTensorsConfig" if dequantize else ""
     yield "import torch"
     if adapter is not None:
         yield "from peft import PeftModel"
-    yield f"from transformers import AutoModelForCausalLM, AutoTokenizer{more}"
+    yield f"from transformers import {auto}, AutoTokenizer{more}"
     yield ""
     settings = 'dtype=torch.bfloat16, device_map="auto"'
     if nf4:
@@ -68,7 +75,7 @@ def _python(arm: RunArm, model: RunStep | None, adapter: RunStep | None, *, dequ
         settings += ", quantization_config=nf4"
     if dequantize:  # without it, transformers 5.23 raises at the zero points
         settings += ", quantization_config=CompressedTensorsConfig(dequantize=True)"
-    yield f"model = AutoModelForCausalLM.from_pretrained({place}, {settings})"
+    yield f"model = {auto}.from_pretrained({place}, {settings})"
     if adapter is not None:
         yield f"model = PeftModel.from_pretrained(model, '{adapter.path}/files')"
     words = f"'{adapter.path}/files/tokenizer'" if adapter is not None else place

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from recipes.models.headers import Headers
+from recipes.plain import is_mapping
 from recipes.problem import Problem
 from recipes.schemes.engines import NAMES, cautions, loaders, parallel_sizes, refusals, rows_of
 from recipes.schemes.scheme import Scheme, listed
@@ -101,9 +102,18 @@ def describe(
         "kv_scales": bool(scheme and scheme.kv_scales),
         "dequantize": bool(scheme and scheme.form == "compressed-tensors" and not scheme.grid.symmetric),
         "adapter": adapter._asdict() if adapter else None,
+        **auto_class(headers.config),
         "loaders": _loaders(scheme, adapter),
         "vllm": _vllm(headers, name, scheme, ranks=tensor_parallel, length=length, adapter=adapter),
     }
+
+
+def auto_class(config: Mapping[str, Any]) -> dict[str, str]:
+    """`auto_class` of a model with towers, which AutoModelForCausalLM would leave out; nothing for a text model."""
+    named = (config.get("architectures") or [""])[0]
+    if not is_mapping(config.get("text_config")) or named.endswith("ForCausalLM"):
+        return {}
+    return {"auto_class": "AutoModelForMultimodalLM"}
 
 
 def _loaders(scheme: Scheme | None, adapter: ServedAdapter | None) -> dict[str, str]:
@@ -224,7 +234,8 @@ def python_lines(served: Mapping[str, Any]) -> Iterator[str]:
         yield "from peft import PeftModel"
     nf4 = bool(adapter and adapter["nf4"])
     more = ", BitsAndBytesConfig" if nf4 else ", CompressedTensorsConfig" if served["dequantize"] else ""
-    yield f"from transformers import AutoModelForCausalLM, AutoTokenizer{more}"
+    auto = served.get("auto_class", "AutoModelForCausalLM")
+    yield f"from transformers import {auto}, AutoTokenizer{more}"
     yield ""
     if nf4:
         yield 'nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,'
@@ -232,7 +243,7 @@ def python_lines(served: Mapping[str, Any]) -> Iterator[str]:
         settings += ", quantization_config=nf4"
     if served["dequantize"]:  # without it, transformers 5.23 raises at the zero points
         settings += ", quantization_config=CompressedTensorsConfig(dequantize=True)"
-    yield f'model = AutoModelForCausalLM.from_pretrained("{"base" if adapter else "."}", {settings})'
+    yield f'model = {auto}.from_pretrained("{"base" if adapter else "."}", {settings})'
     if adapter:
         yield 'model = PeftModel.from_pretrained(model, "adapter")'
     yield f'tokenizer = AutoTokenizer.from_pretrained("{adapter["tokenizer"] if adapter else "."}")'

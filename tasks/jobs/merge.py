@@ -28,7 +28,7 @@ from tasks.jobs.merging.weight_error import Norms, summary
 from tasks.jobs.serve_file import write_serve_file
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
-from tasks.runtime.tokenizer_files import copy_files
+from tasks.runtime.tokenizer_files import PROCESSOR_FILES, copy_files
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def _copy_tokenizer(job: Job) -> None:
         return
     own = any(adapter.glob("tokenizer.*"))
     for folder in (base, adapter):
-        copy_files(folder, job.out, ["generation_config.json"])
+        copy_files(folder, job.out, ["generation_config.json", *PROCESSOR_FILES])
     if not own:  # of two tokenizers files do not mix
         copy_files(base, job.out)
     copy_files(adapter, job.out)

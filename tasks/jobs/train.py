@@ -15,7 +15,7 @@ from tasks.jobs.loading.load import load_nf4, setup
 from tasks.jobs.merging.nf4 import write_record
 from tasks.jobs.training.checkpoints import last_checkpoint, restore_best
 from tasks.jobs.training.gradients import check_gradients
-from tasks.jobs.training.lora import add_adapter, finish, save_weights
+from tasks.jobs.training.lora import add_adapter, finish, note_mixture, save_weights
 from tasks.jobs.training.packing import check_packing
 from tasks.jobs.training.trainer import Trainer, make_trainer, rows_of
 from tasks.jobs.training.unquantized import check_unquantized
@@ -91,7 +91,9 @@ def _model(job: Job) -> PeftModel:
         job.inputs["base"].path, device=execution.device, attention=job.params["attention"], sharded=sharded
     )
     check_unquantized(base, job)
-    return add_adapter(base, job.params)
+    model = add_adapter(base, job.params)
+    note_mixture(model, job)
+    return model
 
 
 def _check(job: Job, trainer: Trainer, model: PeftModel) -> None:

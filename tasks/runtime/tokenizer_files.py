@@ -1,4 +1,4 @@
-"""The files of a model or adapter folder that make its tokenizer, and how they travel: byte for byte."""
+"""The files of a model or adapter folder that make its tokenizer and its processor; they travel byte for byte."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 TEMPLATE_SETTINGS = "chat_template_args.json"  # ours: the arguments and the day that rows were rendered with
+# What turns images, audio and video into a model's inputs: it goes wherever the tokenizer goes, and its digest counts.
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "audio_tokenizer_config.json",
+)
 TOKENIZER_FILES = (
     "tokenizer.*",  # .json, and .model, .model.v3 ... of SentencePiece
     "tokenizer_config.json",
@@ -15,9 +22,11 @@ TOKENIZER_FILES = (
     "vocab.*",
     "merges.txt",
     "spiece.model",
+    "tekken.json",  # Mistral's
     "chat_template.*",
     "chat_templates/*",
     "additional_chat_templates/*",
+    *PROCESSOR_FILES,
     TEMPLATE_SETTINGS,
 )
 

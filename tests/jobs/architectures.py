@@ -28,6 +28,7 @@ from transformers import (
 
 from tasks.jobs.loading.load import load_bf16, load_nf4
 from tasks.jobs.merging.nf4 import write_record
+from tests.jobs.whole_models import WHOLE, write_whole
 from tests.tiny import TEMPLATES, _tokenizer
 
 SHAPE: dict[str, Any] = {
@@ -60,7 +61,12 @@ MOE_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
 def write_architecture(folder: Path, name: str, *, shard: str = "5GB", tied: bool | None = None) -> Path:
-    """A base of one architecture as its own save_pretrained writes it, with a tokenizer."""
+    """A base of one architecture as its own save_pretrained writes it, with a tokenizer.
+
+    Those of `tests.jobs.whole_models.WHOLE` have towers.
+    """
+    if name in WHOLE:
+        return write_whole(folder, name)
     tokenizer = _tokenizer(bos=False)
     tokenizer.chat_template = TEMPLATES["plain"]
     tokenizer.save_pretrained(folder)

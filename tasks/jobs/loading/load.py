@@ -19,10 +19,11 @@ import numpy as np
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, AwqConfig, BitsAndBytesConfig, GPTQConfig, PreTrainedModel
+from transformers import AwqConfig, BitsAndBytesConfig, GPTQConfig, PreTrainedModel
 from transformers.quantizers.quantizer_awq import AwqQuantizer
 
 from tasks.jobs.loading.bf16 import setup_bf16
+from tasks.jobs.loading.classes import empty_model, modules_to_skip, name_backbone, read_class
 from tasks.jobs.loading.environment import tame_gptqmodel
 from tasks.jobs.loading.kernels import Note, choose_kernel
 from tasks.runtime.process.errors import StageError
@@ -62,7 +63,9 @@ def load_bf16(folder: Path, *, device: str) -> PreTrainedModel:
 
 
 def load_nf4(folder: Path, *, device: str, attention: str | None = None, sharded: bool = False) -> PreTrainedModel:
-    """The base as QLoRA trains it: NF4 with double quantization, bf16 compute; embeddings and lm_head stay bf16.
+    """The base as QLoRA trains it: NF4 with double quantization, bf16 compute.
+
+    The linear layers of the text decoder are 4-bit; embeddings, output layer, towers and routers stay bf16.
 
     bitsandbytes repacks a layer for an AVX512-BF16 kernel in the first eval-mode forward. That kernel has no
     backward and rounds the nested absmax to bf16 (25 % of the weights change), so it is switched off: weights and
@@ -72,12 +75,16 @@ def load_nf4(folder: Path, *, device: str, attention: str | None = None, sharded
         folder: Model folder.
         device: `cpu` or `cuda`.
         attention: transformers' attn_implementation; None leaves the choice to it.
-        sharded: For FSDP, which flattens parameters of one type only: 4-bit codes are stored as bf16 words.
+        sharded: For FSDP, which flattens parameters of one type only: 4-bit codes are stored as bf16 words. Every
+            rank reads the whole base onto its own GPU, because transformers 5.23 has no loading by rank 0 alone for
+            quantized models; FSDP cuts it up when training starts. Until then each GPU holds all of the 4-bit base,
+            its unquantized parts, and the bf16 tensor that is being quantized.
 
     Raises:
-        StageError: No safetensors in the folder.
+        StageError: No safetensors in the folder; no class that makes text.
     """
     config = BitsAndBytesConfig(
+        llm_int8_skip_modules=modules_to_skip(empty_model(folder)),
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
@@ -87,18 +94,17 @@ def load_nf4(folder: Path, *, device: str, attention: str | None = None, sharded
     extra: dict[str, Any] = {"quantization_config": config}
     if attention is not None:
         extra["attn_implementation"] = attention
-    if sharded:
-        extra["device_map"] = None  # FSDP places the parts
     return _load(folder, device=device, **extra)
 
 
 def load_int8(folder: Path, *, device: str) -> PreTrainedModel:
-    """A bf16 model quantized to LLM.int8() while it is loaded; embeddings and lm_head stay bf16.
+    """A bf16 model quantized to LLM.int8() while it is loaded: the linear layers of the text decoder.
 
     Raises:
-        StageError: No safetensors in the folder.
+        StageError: No safetensors in the folder; no class that makes text.
     """
-    return _load(folder, device=device, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+    config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=modules_to_skip(empty_model(folder)))
+    return _load(folder, device=device, quantization_config=config)
 
 
 def linear4bit(model: nn.Module) -> dict[str, Linear4bit]:
@@ -234,6 +240,9 @@ def _load(folder: Path, *, device: str, whole: bool = False, **extra: Any) -> Pr
         device: `cpu` or `cuda`.
         whole: Refuse missing weights, as is always done of a quantized checkpoint.
         extra: More arguments of from_pretrained.
+
+    Raises:
+        StageError: No safetensors in the folder, no class that makes text, or weights that are missing there.
     """
     if not any(folder.glob("*.safetensors")):
         raise StageError.of(
@@ -245,7 +254,7 @@ def _load(folder: Path, *, device: str, whole: bool = False, **extra: Any) -> Pr
     gpu = int(os.environ.get("LOCAL_RANK", "0"))  # of the lease's, where several processes train together
     place = {"": gpu if device == "cuda" else device}
     settings = {"device_map": place, "dtype": torch.bfloat16, "trust_remote_code": False, **extra}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(  # the stub knows no pair
+    loaded: Any = read_class(folder, trusted=settings["trust_remote_code"]).from_pretrained(
         str(folder),
         local_files_only=True,
         use_safetensors=True,
@@ -255,6 +264,7 @@ def _load(folder: Path, *, device: str, whole: bool = False, **extra: Any) -> Pr
     model, info = loaded
     if whole or getattr(model, "is_quantized", False):
         _refuse_missing(sorted(info["missing_keys"]), folder)
+    name_backbone(model)
     if getattr(model, "is_loaded_in_4bit", False):
         for layer in linear4bit(model).values():
             layer.support_avx512bf16_for_cpu = False

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -21,6 +21,7 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 
+from tasks.jobs.loading.classes import empty_model, modules_to_skip
 from tasks.jobs.loading.load import linear4bit
 
 
@@ -66,9 +67,7 @@ def read_skeleton(folder: Path, tensors: Iterable[str]) -> Skeleton:
         folder: Model folder.
         tensors: Names in its checkpoint.
     """
-    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
+    model = empty_model(folder)
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
@@ -109,7 +108,9 @@ def _dtypes(model: PreTrainedModel, shapes: Iterable[str]) -> dict[str, torch.dt
 
 
 def _four_bit(model: PreTrainedModel) -> frozenset[str]:
-    """What transformers' bitsandbytes quantizer replaces when it is given no list."""
-    skip = HfQuantizer.get_modules_to_not_convert(model, None, list(model._keep_in_fp32_modules or ()))
+    """What transformers' bitsandbytes quantizer replaces where `load_nf4` has it load the base."""
+    skip = HfQuantizer.get_modules_to_not_convert(
+        model, modules_to_skip(model), list(model._keep_in_fp32_modules or ())
+    )
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     return frozenset(linear4bit(replace_with_bnb_linear(model, skip, settings)))

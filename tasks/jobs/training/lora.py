@@ -11,30 +11,41 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from tasks.jobs.training.checkpoints import best_weights
+from tasks.jobs.training.targets import adapter_targets, saved_modules
 from tasks.runtime.process.job import Job
 
 WEIGHTS = "adapter_model.safetensors"
 
 
-def lora_config(params: dict[str, Any]) -> LoraConfig:
+def lora_config(base: PreTrainedModel, params: dict[str, Any]) -> LoraConfig:
     """PEFT's configuration of `train`. It holds everything that loading the adapter without the recipe needs."""
     return LoraConfig(
         r=params["rank"],
         lora_alpha=params["alpha"],
         lora_dropout=params["dropout"],
-        target_modules=params["targets"],
+        target_modules=adapter_targets(base, params["targets"]),
         rank_pattern=dict(params["rank_pattern"]),
         alpha_pattern=dict(params["alpha_pattern"]),
         use_rslora=params["rslora"],
         use_dora=params["dora"],
-        modules_to_save=list(params["modules_to_save"]) or None,
+        modules_to_save=saved_modules(base, list(params["modules_to_save"])) or None,
         task_type="CAUSAL_LM",
     )
 
 
 def add_adapter(base: PreTrainedModel, params: dict[str, Any]) -> PeftModel:
     """A fresh adapter on the base."""
-    return get_peft_model(base, lora_config(params))
+    return get_peft_model(base, lora_config(base, params))
+
+
+def note_mixture(model: PeftModel, job: Job) -> None:
+    """Say what of a mixture of experts is trained, and that its load-balancing loss is not part of the objective."""
+    text_config = model.get_base_model().config.get_text_config()
+    if not hasattr(text_config, "router_aux_loss_coef"):
+        return
+    parameters = sorted(model.peft_config["default"].target_parameters or ())
+    experts = f"{', '.join(parameters)} have adapters, too" if parameters else "experts and routers stay as they are"
+    job.events.note("mixture", f"{experts}; the load-balancing loss is left out: micro-batches would weigh in it")
 
 
 def to_fp32(model: PeftModel) -> None:

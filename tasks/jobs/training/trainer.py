@@ -204,9 +204,22 @@ def make_trainer(job: Job, model: PeftModel) -> Trainer:
         callbacks=[Reporter(job)],
     )
     trainer.job, trainer.dev = job, dev.to_list()
+    weigh_tokens(trainer)
     trainer.remove_callback(PrinterCallback)
     to_fp32(model)
     return trainer
+
+
+def weigh_tokens(trainer: Trainer) -> None:
+    """Every completion token of a batch weighs the same, in whatever micro-batches and on whatever rank it stands.
+
+    transformers counts a batch's tokens only for classes that take the count themselves. Gemma 4, Qwen3-VL, Qwen3.5 and
+    others say that theirs does not (accepts_loss_kwargs = False): then each micro-batch has its own mean, and a mean of
+    those is another objective for each run.micro_batch. TRL's trainer divides by the count itself, over labels that it
+    shifts, so that every class may be treated alike.
+    """
+    trainer.model_accepts_loss_kwargs = True
+    trainer._loss_shifts_labels = True
 
 
 def _settings(job: Job, *, rows: int) -> SFTConfig:
@@ -249,6 +262,8 @@ def _settings(job: Job, *, rows: int) -> SFTConfig:
         # Not TRL's `packing`, which makes sequences of several rows: a batch would no longer be `batch_size` rows.
         padding_free=params["packing"],
         dataset_kwargs={"skip_prepare_dataset": True},  # ids and labels are given
+        # A mixture's load-balancing loss is a mean per micro-batch: run.micro_batch would change the objective.
+        router_aux_loss_coef=0.0,
         report_to="none",
         disable_tqdm=True,
     )
