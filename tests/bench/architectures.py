@@ -38,14 +38,14 @@ WINDOWED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_win
 LINEAR_ATTENTION = {
     "layer_types": ["linear_attention", "linear_attention", "full_attention"],
     "num_hidden_layers": 3,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
+    "linear_num_key_heads": 8,
+    "linear_num_value_heads": 16,  # outputs of in_proj_a and in_proj_b; real ones have 16 to 64
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
 }
 TOWER = {
-    "hidden_size": 96,  # no group of 64 or 128 divides it, as those of real towers
-    "intermediate_size": 144,  # nor of 32
+    "hidden_size": 96,
+    "intermediate_size": 144,  # no group of 32 divides it, as SigLIP's 4304
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "image_size": 56,

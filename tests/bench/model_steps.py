@@ -108,7 +108,6 @@ def _in_environment(name: str, job: Path) -> dict[str, Any]:
         Fault: It ended in another way.
     """
     argv = [str(interpreter(name)), "-P", "-m", "tasks.runtime.process.child", "run", str(job)]
-    answer = job.with_name("result.json.ct")
     (job.parent / "child").mkdir(exist_ok=True)
     own = job.parent / "child" / "job.json"
     shutil.copyfile(job, own)

@@ -176,15 +176,15 @@ that type does to memory and quality is not measured here; whether the code take
 {table(results)}
 
 * **works**: the step ended, and what it made held what is asked of it. *KL* is the mean over the completion tokens of
-  dev and test, in nats: of the merged model to base + adapter (at most 2e-4: bf16 rounding gave up to 2e-5 before), of a
-  quantized one to the model it was made of (at most twice what plain rounding of the same weights to 4 bits costs it).
+  dev and test, in nats: of the merged model to base + adapter (at most 2e-4: bf16 rounding gave up to 2e-5 before), of
+  a quantized one to the model it was made of (at most twice what plain rounding of the same weights to 4 bits costs it).
   *bf16* is the share of the decoder's linear weights that the files still hold unquantized.
 * **refused**: `quench check` says so from config and headers, and the job says so too; reasons below.
 * **FAULT**: it failed, broke a bound, or was refused late (check had passed it). Each has a line below.
 * **not reached**: what it needs was not made. **not run here**: its environment is not installed.
 * **check**: `quench check` on the recipe, from headers alone, against what happened.
-* **export**: the merged folder copied and loaded, also in the base's own class; class and processor files of every model
-  that was made are the base's.
+* **export**: the merged folder copied and loaded, also in the base's own class; class and processor files of every
+  model that was made are the base's.
 
 A step that fails is done once more, alone in a process of its own, before it counts. Where training or merging failed,
 the base itself is quantized.
