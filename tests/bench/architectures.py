@@ -8,7 +8,7 @@ base has its towers and its processor's files, too. All are written by transform
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,6 @@ class Architecture:
         values: What differs from SHAPE; None removes a key that the class does not have.
         tower: The vision_config of a whole base; its text_config is then made of SHAPE and `values`.
         outer: More of a whole base's own configuration.
-        settings: What its recipe has to say beyond the defaults, as `a.b=c`.
         processor: preprocessor_config.json of a whole base.
     """
 
@@ -72,7 +71,6 @@ class Architecture:
     values: Mapping[str, Any] = field(default_factory=dict)
     tower: Mapping[str, Any] | None = None
     outer: Mapping[str, Any] = field(default_factory=dict)
-    settings: Sequence[str] = ()
     processor: Mapping[str, Any] | None = None
 
     @property
@@ -81,8 +79,6 @@ class Architecture:
         return self.tower is not None
 
 
-# Experts stay bf16 in training: a mixture's recipe has to accept that.
-MIXTURE = ("train.accept_unquantized=true",)
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -101,14 +97,17 @@ ARCHITECTURES: dict[str, Architecture] = {
         outer={"image_token_id": 4, "vision_start_token_id": 5, "vision_end_token_id": 6, "video_token_id": 4},
         processor={"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 14, "merge_size": 2},
     ),
-    "qwen3-moe": Architecture(title="Qwen3-MoE", config="Qwen3MoeConfig", values=EXPERTS, settings=MIXTURE),
+    "qwen3-moe": Architecture(title="Qwen3-MoE", config="Qwen3MoeConfig", values=EXPERTS),
     "qwen3-next": Architecture(
         title="Qwen3-Next",
         config="Qwen3NextConfig",
         values={**LINEAR_ATTENTION, **EXPERTS, "shared_expert_intermediate_size": 128},
-        settings=MIXTURE,
     ),
-    "gemma2": Architecture(title="Gemma 2", config="Gemma2Config", values={**WINDOWED, "query_pre_attn_scalar": 32}),
+    "gemma2": Architecture(
+        title="Gemma 2",
+        config="Gemma2Config",
+        values={**WINDOWED, "query_pre_attn_scalar": 32},
+    ),
     "gemma3": Architecture(
         title="Gemma 3, text", config="Gemma3TextConfig", values={**WINDOWED, "query_pre_attn_scalar": 32}
     ),
@@ -126,7 +125,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         values={
             **{"num_hidden_layers": 4, "num_kv_shared_layers": 2, "sliding_window": 32, "global_head_dim": 64},
             "layer_types": ["sliding_attention", "full_attention"] * 2,
-            **{"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 320, "vocab_size": 320},
+            **{"hidden_size_per_layer_input": 64, "vocab_size_per_layer_input": 320, "vocab_size": 320},
         },
     ),
     "gemma4-whole": Architecture(
@@ -135,7 +134,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         values={
             **{"num_hidden_layers": 4, "num_kv_shared_layers": 2, "sliding_window": 32, "global_head_dim": 64},
             "layer_types": ["sliding_attention", "full_attention"] * 2,
-            **{"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 320, "vocab_size": 320},
+            **{"hidden_size_per_layer_input": 64, "vocab_size_per_layer_input": 320, "vocab_size": 320},
         },
         tower={
             **{"hidden_size": 96, "intermediate_size": 144, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -166,7 +165,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         title="GraniteMoE",
         config="GraniteMoeConfig",
         values={"head_dim": None, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 128},
-        settings=MIXTURE,
     ),
     "glm4": Architecture(title="GLM-4", config="Glm4Config", values={"attention_bias": True}),
     "lfm2": Architecture(
@@ -181,7 +179,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         title="gpt-oss, bf16",
         config="GptOssConfig",
         values={**WINDOWED, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 128},
-        settings=MIXTURE,
     ),
     "deepseek-v3": Architecture(
         title="DeepSeek-V3",
@@ -192,7 +189,6 @@ ARCHITECTURES: dict[str, Architecture] = {
             **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1},
             **{"moe_intermediate_size": 128, "num_hidden_layers": 3, "num_mtp_layers": 0},
         },
-        settings=MIXTURE,
     ),
     "gpt2": Architecture(
         title="GPT-2",

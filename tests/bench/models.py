@@ -1,8 +1,9 @@
 """`make models`: a tiny random model of each architecture of today through every step; writes docs/models.md.
 
 torch is imported once; each group of steps then runs in a forked process with a time limit, so that a step that ends
-its process (os._exit, a segfault) ends nothing else. Results are kept by architecture in a work folder: the command goes on
-where it was stopped. `--only NAME` takes one architecture, `--again` forgets its results, `--render` runs nothing.
+its process (os._exit, a segfault) ends nothing else. Results are kept by architecture in a work folder: the command
+goes on where it was stopped. `--only NAME` takes one architecture, `--again` forgets its results, `--render` runs
+nothing.
 """
 
 from __future__ import annotations

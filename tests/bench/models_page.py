@@ -38,6 +38,10 @@ class Cell(NamedTuple):
         return f"{self.state}{', ' if self.figure else ''}{self.figure}"
 
 
+TOWERS = ("vision", "visual", "audio", "multi_modal")
+GATE = "shared_expert_gate"
+
+
 class Open(NamedTuple):
     """An open fault, or a difference between check and what happened."""
 
@@ -58,7 +62,9 @@ def cell(result: Result, column: str) -> Cell:
     if step["state"] == "works":
         return Cell("works", _figure(step))
     if step["state"] == "refused":
-        return Cell("refused" if said(result, column) else "FAULT", "" if said(result, column) else "refused late")
+        if differs(result, column) or column not in COMPARED:
+            return Cell("FAULT", "refused" if said(result, column) else "refused late")
+        return Cell("refused")
     return Cell("FAULT", step["type"])
 
 
@@ -103,6 +109,8 @@ def differs(result: Result, name: str) -> Open | None:
         return None
     if step["state"] == "refused" and not problems:
         return Open(name, f"check passes it, the job refuses it: {step['what']}", step.get("why", ""))
+    if step["state"] == "refused" and any(word in problems[0]["what"] for word in (*TOWERS, GATE)):
+        return Open(name, f"refused for what is no layer to quantize: {problems[0]['what']}")
     if step["state"] == "works" and problems:
         return Open(name, f"check refuses what works: {problems[0]['what']}", problems[0].get("why", ""))
     return None
@@ -125,7 +133,9 @@ def table(results: Sequence[Result]) -> str:
     for result in results:
         cells = [cell(result, column).text for column in COLUMNS]
         name = result["steps"].get("base", {}).get("class", "")
-        lines.append(f"| {result['title']} | `{name}` | {verdict(result)} | {' | '.join(cells)} |")
+        settings = result["steps"].get("check", {}).get("settings", [])
+        asked = f" ({', '.join(f'`{one}`' for one in settings)})" if settings else ""
+        lines.append(f"| {result['title']} | `{name}` | {verdict(result)}{asked} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -176,13 +186,14 @@ that type does to memory and quality is not measured here; whether the code take
 {table(results)}
 
 * **works**: the step ended, and what it made held what is asked of it. *KL* is the mean over the completion tokens of
-  dev and test, in nats: of the merged model to base + adapter (at most 2e-4: bf16 rounding gave up to 2e-5 before), of
-  a quantized one to the model it was made of (at most twice what plain rounding of the same weights to 4 bits costs it).
+  dev and test, in nats: of the merged model to base + adapter (at most 2e-4: or ten times what one
+  more rounding of the weights to bf16 costs), of a quantized one to the model it was made of (at most twice what plain rounding of the same weights to 4 bits costs).
   *bf16* is the share of the decoder's linear weights that the files still hold unquantized.
 * **refused**: `quench check` says so from config and headers, and the job says so too; reasons below.
 * **FAULT**: it failed, broke a bound, or was refused late (check had passed it). Each has a line below.
 * **not reached**: what it needs was not made. **not run here**: its environment is not installed.
-* **check**: `quench check` on the recipe, from headers alone, against what happened.
+* **check**: `quench check` on the recipe, from headers alone, against what happened. In brackets: what the recipe got
+  because check asked for it.
 * **export**: the merged folder copied and loaded, also in the base's own class; class and processor files of every
   model that was made are the base's.
 
