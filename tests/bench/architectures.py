@@ -83,6 +83,26 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(title="Llama", config="LlamaConfig"),
+    "llama4": Architecture(
+        title="Llama 4, whole",
+        config="Llama4Config",
+        values={
+            **{
+                "num_local_experts": 4,
+                "num_experts_per_tok": 1,
+                "intermediate_size": 128,
+                "intermediate_size_mlp": 256,
+            },
+            **{"interleave_moe_layer_step": 2, "num_hidden_layers": 4, "attention_chunk_size": 32},
+        },
+        tower={
+            **{"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4},
+            **{"image_size": 56, "patch_size": 14, "vision_output_dim": 128},
+            **{"projector_input_dim": 96, "projector_output_dim": 96},
+        },
+        outer={"image_token_index": 4, "boi_token_index": 5, "eoi_token_index": 6},
+        processor={"image_processor_type": "Llama4ImageProcessor", "size": {"height": 56, "width": 56}},
+    ),
     "qwen2": Architecture(title="Qwen2", config="Qwen2Config", values={"head_dim": None}),
     "qwen3": Architecture(title="Qwen3", config="Qwen3Config", values={"tie_word_embeddings": True}),
     "qwen3.5": Architecture(title="Qwen3.5, text", config="Qwen3_5TextConfig", values=LINEAR_ATTENTION),
@@ -102,6 +122,21 @@ ARCHITECTURES: dict[str, Architecture] = {
         title="Qwen3-Next",
         config="Qwen3NextConfig",
         values={**LINEAR_ATTENTION, **EXPERTS, "shared_expert_intermediate_size": 128},
+    ),
+    "qwen3.5-moe": Architecture(
+        title="Qwen3.5-MoE, text",
+        config="Qwen3_5MoeTextConfig",
+        values={**LINEAR_ATTENTION, **EXPERTS, "shared_expert_intermediate_size": 128},
+    ),
+    "qwen3-vl": Architecture(
+        title="Qwen3-VL, whole",
+        config="Qwen3VLConfig",
+        tower={
+            **{"depth": 2, "hidden_size": 96, "intermediate_size": 144, "num_heads": 4, "patch_size": 14},
+            **{"out_hidden_size": 128, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
+        },
+        outer={"image_token_id": 4, "vision_start_token_id": 5, "vision_end_token_id": 6, "video_token_id": 4},
+        processor={"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 14, "merge_size": 2},
     ),
     "gemma2": Architecture(
         title="Gemma 2",
@@ -143,6 +178,16 @@ ARCHITECTURES: dict[str, Architecture] = {
         outer={"image_token_id": 4, "boi_token_id": 5, "eoi_token_id": 6, "audio_config": None},
         processor={"image_processor_type": "Gemma4ImageProcessor", "patch_size": 14},
     ),
+    "gemma4-moe": Architecture(
+        title="Gemma 4, mixture, text",
+        config="Gemma4TextConfig",
+        values={
+            **WINDOWED,
+            **{"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 128},
+            **{"hidden_size_per_layer_input": 0, "global_head_dim": 64, "attention_k_eq_v": True},
+            "num_global_key_value_heads": 1,
+        },
+    ),
     "mistral": Architecture(title="Mistral", config="MistralConfig", values={"sliding_window": 32}),
     "ministral3": Architecture(title="Ministral 3, text", config="Ministral3Config"),
     "mistral3-whole": Architecture(
@@ -158,6 +203,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         title="SmolLM3",
         config="SmolLM3Config",
         values={"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], "head_dim": None},
+    ),
+    "smolvlm": Architecture(
+        title="SmolVLM, whole",
+        config="SmolVLMConfig",
+        values={"model_type": "llama"},
+        tower={**TOWER, "image_size": 56},
+        outer={"image_token_id": 4},
+        processor={"image_processor_type": "SmolVLMImageProcessor", "size": {"longest_edge": 56}},
     ),
     "olmo3": Architecture(title="OLMo 3", config="Olmo3Config", values={**WINDOWED, "head_dim": None}),
     "granite": Architecture(title="Granite", config="GraniteConfig", values={"head_dim": None}),
@@ -248,13 +301,13 @@ def write_architecture(folder: Path, name: str) -> Path:
     config = configuration(architecture, len(tokenizer))
     torch.manual_seed(SEED)
     auto = transformers.AutoModelForImageTextToText if architecture.whole else transformers.AutoModelForCausalLM
-    model = auto.from_config(config)
+    model = auto.from_config(config, dtype=torch.bfloat16)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if key.endswith("bias"):  # they start as zeros, and a lost bias would not show
                 parameter.normal_(std=0.02)
     model.generation_config = GenerationConfig(eos_token_id=[2, 0], pad_token_id=0)
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.save_pretrained(folder)
     if architecture.processor is not None:
         _write_processor(folder, architecture.processor)
     return folder

@@ -30,6 +30,7 @@ from recipes.read.load import Loaded, load
 from recipes.schemes.slugs import parse_scheme
 from tasks import calibrate, evaluate, merge, prepare, quantize, reference, reload, train
 from tasks.jobs.loading.load import load_bf16
+from tasks.jobs.quantize import _checked
 from tasks.runtime.process.environments import environment_problem, interpreter
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.launch import CHECKOUT, child_env
@@ -249,6 +250,9 @@ def scheme(step_name: str) -> Callable[[Bench], dict[str, Any]]:
         step = quantize.alone(slug, parse_scheme(slug), inputs={})
         if problem := environment_problem(step.environment):
             return {"not_here": f"{problem.what} {problem.next}"}
+        said = known["check"]["said"][step_name]
+        if said and step.environment:  # the job refuses first; its process in the other environment takes 15 s
+            _checked(bench.model, parse_scheme(slug))
         inputs = {"model": bench.model}
         if parse_scheme(slug).needs_calibration:
             inputs["calibset"] = bench.folder / "calibset"
@@ -260,7 +264,6 @@ def scheme(step_name: str) -> Callable[[Bench], dict[str, Any]]:
         bound = ROUNDING * known["baseline"]["rounding_kl"]
         if kl > bound:
             raise Fault(f"KL to the model before is {kl:.2g}; plain rounding costs {bound / ROUNDING:.2g}")
-        said = known["check"]["said"][step_name]
         if left > LEFT and not said:
             raise Fault(f"{left:.0%} of the linear weights are still bf16 in what it wrote, and check says nothing")
         return {"kl": kl, "layers": made["layers"], "kernel": made["kernel"], "left_in_bf16": left}

@@ -186,9 +186,9 @@ that type does to memory and quality is not measured here; whether the code take
 {table(results)}
 
 * **works**: the step ended, and what it made held what is asked of it. *KL* is the mean over the completion tokens of
-  dev and test, in nats: of the merged model to base + adapter (at most 2e-4: or ten times what one
-  more rounding of the weights to bf16 costs), of a quantized one to the model it was made of (at most twice what plain rounding of the same weights to 4 bits costs).
-  *bf16* is the share of the decoder's linear weights that the files still hold unquantized.
+  dev and test, in nats: of the merged model to base + adapter (at most 2e-4, or ten times what one more rounding of
+  the weights to bf16 costs), of a quantized one to the model it was made of (at most twice what plain rounding of the
+  same weights to 4 bits costs). *bf16* is the share of the decoder's linear weights that the files still hold so.
 * **refused**: `quench check` says so from config and headers, and the job says so too; reasons below.
 * **FAULT**: it failed, broke a bound, or was refused late (check had passed it). Each has a line below.
 * **not reached**: what it needs was not made. **not run here**: its environment is not installed.
