@@ -238,7 +238,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         config="DeepseekV3Config",
         values={
             **{"head_dim": None, "num_key_value_heads": 4, "q_lora_rank": 64, "kv_lora_rank": 64},
-            **{"qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32, "first_k_dense_replace": 1},
+            **{"qk_rope_head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 32, "first_k_dense_replace": 1},
             **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1},
             **{"moe_intermediate_size": 128, "num_hidden_layers": 3, "num_mtp_layers": 0},
         },

@@ -38,8 +38,8 @@ class Cell(NamedTuple):
         return f"{self.state}{', ' if self.figure else ''}{self.figure}"
 
 
-TOWERS = ("vision", "visual", "audio", "multi_modal")
-GATE = "shared_expert_gate"
+# Words in the names of what is no layer to quantize: towers, gates, routers.
+NO_LAYERS = ("vision", "visual", "audio", "multi_modal", "shared_expert_gate", ".router")
 
 
 class Open(NamedTuple):
@@ -109,7 +109,7 @@ def differs(result: Result, name: str) -> Open | None:
         return None
     if step["state"] == "refused" and not problems:
         return Open(name, f"check passes it, the job refuses it: {step['what']}", step.get("why", ""))
-    if step["state"] == "refused" and any(word in problems[0]["what"] for word in (*TOWERS, GATE)):
+    if step["state"] == "refused" and any(word in problems[0]["what"] for word in NO_LAYERS):
         return Open(name, f"refused for what is no layer to quantize: {problems[0]['what']}")
     if step["state"] == "works" and problems:
         return Open(name, f"check refuses what works: {problems[0]['what']}", problems[0].get("why", ""))

@@ -65,7 +65,14 @@ def test_a_refusal_counts_only_where_check_says_it_too() -> None:
     assert "check refuses what works: The group size 32" in faults([wrong])
 
 
-@pytest.mark.parametrize("name", ["model.vision_tower.layers.*.mlp.down_proj", "model.layers.*.mlp.shared_expert_gate"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.vision_tower.layers.*.mlp.down_proj",
+        "model.layers.*.mlp.shared_expert_gate",
+        "block_sparse_moe.router.layer",
+    ],
+)
 def test_a_scheme_refused_for_a_tower_or_a_gate_is_a_fault(name: str) -> None:
     problem = GROUPS_OF_32 | {"what": f"The group size 32 of gptq-w4-g32 does not divide {name}."}
     towers = result({"gptq": [problem]}, gptq=refused(problem))
