@@ -266,7 +266,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         config="NemotronHConfig",
         values={
             "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"],
-            **{"num_hidden_layers": None, "mamba_num_heads": 4, "mamba_head_dim": 64, "n_groups": 2},
+            **{"num_hidden_layers": None, "mamba_num_heads": 64, "mamba_head_dim": 4, "n_groups": 2},
             **{"ssm_state_size": 32, "chunk_size": 32, "use_mamba_kernels": False},
         },
     ),
@@ -274,7 +274,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         title="Falcon-H1",
         config="FalconH1Config",
         values={
-            **{"head_dim": None, "mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32},
+            **{"head_dim": None, "mamba_d_ssm": 128, "mamba_n_heads": 16, "mamba_d_head": 8},
             **{"mamba_d_state": 32, "mamba_chunk_size": 32},
         },
     ),
