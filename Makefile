@@ -19,7 +19,7 @@ MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
 ENVIRONMENTS := llmcompressor autoawq autogptq
 
-.PHONY: help install env-llmcompressor env-autoawq env-autogptq quickstart check audit test test-all test-gpu bench folklore \
+.PHONY: help install env-llmcompressor env-autoawq env-autogptq quickstart check audit test test-all test-gpu bench models folklore \
         overheads kills cluster docs site site-serve lock lock-envs clean
 
 help:            ## list the targets
@@ -92,6 +92,9 @@ bench: quickstart env-autoawq env-autogptq  # whose models and readers the last 
 
 folklore: install env-llmcompressor  ## what the field repeats, three seeds: docs/results/folklore.md, resumes
 	$(BIN)/python -m tests.bench.folklore
+
+models: install env-llmcompressor  ## a tiny model of each architecture through every step: docs/models.md, resumes
+	$(BIN)/python -m tests.bench.models
 
 kills: install   ## 30 runs, each with a SIGKILL at a random moment: docs/results/operations.md, resumes
 	$(BIN)/python -m tests.bench.kills
