@@ -49,6 +49,8 @@ EAGER_BYTES = 2 + 4 + 2  # per score: bf16, softmax in fp32, bf16 again; by arit
 ROW_BYTES = 700  # of a row that waits on disk, in prepare and calibrate: docs/results/rows.md
 ARROW_FACTOR = 3  # bytes of Arrow columns, read and filtered, per byte of JSONL
 SCRATCH_FACTOR = 8  # bytes on disk while prepare works, per byte of JSONL: rows, their 5-grams, records, rows.parquet
+ON_HOST = " (host)"  # ends the name of a part that lies on the host while the step works on a GPU
+CONFIRMED = ("train", "evaluate")  # stages whose GPU memory was measured, on an H200: docs/gpu.md
 # Parts that are files in memory: counted as resident, but given back when memory is short, so no step fails for them.
 FILES = ("file of weights", "file of logits")
 
@@ -63,6 +65,7 @@ class StepNeeds:
         gpu_gib: GPU memory; 0 on CPU.
         disk_gib: What it leaves in the store, and checkpoints while it runs.
         parts: What the peak is made of, GiB by name.
+        confirmed: The formula was held against a measured peak; on a GPU not every stage's was.
     """
 
     key: str
@@ -70,6 +73,7 @@ class StepNeeds:
     gpu_gib: float
     disk_gib: float
     parts: Mapping[str, float]
+    confirmed: bool = True
 
     @property
     def needed_gib(self) -> float:
@@ -209,23 +213,33 @@ def predict(
 
 
 def _step(
-    sizes: _Sizes, key: str, parts: Mapping[str, float], *, process: float, disk: float = 0.0, on_gpu: bool = True
+    sizes: _Sizes,
+    key: str,
+    parts: Mapping[str, float],
+    *,
+    process: float,
+    disk: float = 0.0,
+    on_gpu: bool = True,
+    on_host: Mapping[str, float] | None = None,
 ) -> StepNeeds:
     """Bytes by part -> StepNeeds.
 
-    With `on_gpu` on CUDA the parts lie on the GPU, and the host holds the libraries and the file of weights.
+    With `on_gpu` on CUDA the parts lie on the GPU, and the host holds the libraries, the file of weights and what is
+    named in `on_host`, which counts there and only there.
     """
     in_gib = {name: value / GIB for name, value in parts.items() if value}
     gpu = on_gpu and not sizes.on_cpu
     if not sizes.on_cpu and process != CALIBRATE:
         process += CUDA_IMPORT
     file = {"file of weights": sizes.bf16 / GIB} if gpu else {}
+    host = {f"{name}{ON_HOST}": value / GIB for name, value in (on_host or {}).items() if value} if gpu else {}
     return StepNeeds(
         key=key,
-        host_gib=CUDA_HOST + sum(file.values()) if gpu else process + sum(in_gib.values()),
+        host_gib=CUDA_HOST + sum(file.values()) + sum(host.values()) if gpu else process + sum(in_gib.values()),
         gpu_gib=sum(in_gib.values()) if gpu else 0.0,
         disk_gib=disk / GIB,
-        parts={"process": CUDA_CONTEXT if gpu else process, **in_gib, **file},
+        parts={"process": CUDA_CONTEXT if gpu else process, **in_gib, **host, **file},
+        confirmed=not gpu or key.split("/")[0] in CONFIRMED,
     )
 
 
@@ -275,7 +289,7 @@ def _train(sizes: _Sizes) -> StepNeeds:
     # The adapter, and two checkpoints while it runs: fp32 adapter and two moments each, and the best weights.
     disk = (1 + 2 * 3 + 3 * (train.keep == "best")) * 4 * trained
     step = _step(sizes, f"train/{sizes.recipe.name}", parts, process=TRAIN, disk=disk)
-    return replace(step, host_gib=step.host_gib * run.processes)
+    return replace(step, host_gib=step.host_gib * run.processes, confirmed=step.confirmed and shares == 1)
 
 
 def _attention(sizes: _Sizes) -> float:

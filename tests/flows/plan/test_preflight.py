@@ -7,13 +7,15 @@ import pytest
 
 from flows.compose import compose, limits
 from flows.pins import pin
+from flows.plan.fit import calibration_problem
 from flows.plan.lookup import Planned, plan
+from flows.plan.machine import Memory, available
 from flows.plan.memory import CUDA_IMPORT, NF4_BYTES, StepNeeds, predict
-from flows.plan.preflight import Memory, available, calibration_problem, disk_problem, preflight, refuse
+from flows.plan.preflight import disk_problem, judge, preflight
 from flows.plan.row_sizes import RowSizes, row_sizes
 from recipes.data.rows import read_rows
 from recipes.models.headers import Headers, read_headers
-from recipes.problem import RecipeError
+from recipes.problem import Problem, RecipeError
 from recipes.read.load import Loaded, load
 from recipes.schema import Recipe
 from tasks.runtime.step import Step
@@ -284,6 +286,10 @@ def test_too_few_calibration_tokens_are_told_before_anything_is_spent(recipe: Re
 
 
 # ---- refusing
+
+
+def refuse(recipe: Recipe, headers: Headers, **options: object) -> list[Problem]:
+    return judge(recipe, headers, **options).problems  # type: ignore[arg-type]
 
 
 def setting(problem_next: str) -> dict[str, str]:
