@@ -1,7 +1,7 @@
 """The plan for a machine that need not be here: what every step takes, whether it fits, and what makes it fit.
 
-Config, safetensors headers and the first rows are read, nothing else: no Prefect, no MLflow, no store, no environment of a
-backend, no GPU.
+Config, safetensors headers and the first rows are read, nothing else: no Prefect, no MLflow, no store, no environment
+of a backend, no GPU.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from flows.plan.fit import (
     on_card,
 )
 from flows.plan.machine import Memory
-from flows.plan.memory import StepNeeds, predict
+from flows.plan.memory import CUDA_CONTEXT, StepNeeds, predict
 from flows.plan.preflight import largest_parts, sampled
 from flows.plan.validate import fetched, unknown
 from flows.plan.work import Work, work
@@ -106,10 +106,9 @@ class CardPlan:
     def command(self) -> str:
         """What runs it so that it fits."""
         chosen = [word for value in self.sets for word in ("--set", shlex.quote(value))]
-        verb = (
-            f"evaluate {shown(self.recipe)} --only {' '.join(self.only)}" if self.only else f"run {shown(self.recipe)}"
-        )
-        return " ".join(filter(None, ["quench", verb, *chosen, str(self.setting)]))
+        name = shown(self.recipe)
+        verb = ["evaluate", name, "--only", *self.only] if self.only else ["run", name]
+        return " ".join(filter(None, ["quench", *verb, *chosen, str(self.setting)]))
 
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
@@ -243,7 +242,7 @@ def _finite(size: float) -> float | None:
 # ---- for the terminal
 
 
-COLUMNS = ("step", "GPU GiB", "left", "host GiB", "left", "disk GiB", "tokens", "PFLOP", "fits")
+COLUMNS = ("step", "GPU GiB", "left", "host GiB", "left", "disk GiB", "tokens", "TFLOP", "fits")
 
 
 def text(plan: CardPlan) -> str:
@@ -253,7 +252,7 @@ def text(plan: CardPlan) -> str:
     lines = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
     disk = sum(step.needs.disk_gib for step in plan.steps)
     notes = [
-        f"{_machine(plan.memory)}; the steps leave {disk:.1f} GiB on disk. GPU figures have CUDA's own 0.6 GiB in them.",
+        f"{_machine(plan.memory)}; the steps leave {disk:.1f} GiB on disk. CUDA's own {CUDA_CONTEXT} GiB are counted.",
         "Predicted from config, headers and the first rows; every row counts as long as the longest.",
     ]
     if any(not step.needs.confirmed for step in plan.steps):
@@ -282,9 +281,14 @@ def _cells(step: CardStep, memory: Memory) -> tuple[str, ...]:
         "" if memory.host_gib == float("inf") else f"{memory.host_gib - needs.needed_gib:.1f}",
         f"{needs.disk_gib:.1f}" if needs.disk_gib >= 0.05 else "",
         f"{step.work.tokens:,.0f}" if step.work and step.work.tokens else "",
-        f"{step.work.flops / 1e15:,.3g}" if step.work and step.work.flops else "",
+        _figure(step.work.flops / 1e12) if step.work and step.work.flops else "",
         _fit(step, memory),
     )
+
+
+def _figure(size: float) -> str:
+    """Three digits, and no exponent for what is large."""
+    return f"{size:,.0f}" if size >= 100 else f"{size:.3g}"
 
 
 def _fit(step: CardStep, memory: Memory) -> str:
@@ -300,10 +304,8 @@ def _fit(step: CardStep, memory: Memory) -> str:
 
 def _machine(memory: Memory) -> str:
     cards = f"{memory.gpus} GPUs of {memory.gpu_gib:g} GiB" if memory.gpus > 1 else f"One GPU of {memory.gpu_gib:g} GiB"
-    host = (
-        "a host that is large enough" if memory.host_gib == float("inf") else f"{memory.host_gib:g} GiB of host memory"
-    )
-    return f"{cards}, {host}"
+    known = memory.host_gib < float("inf")
+    return f"{cards}, " + (f"{memory.host_gib:g} GiB of host memory" if known else "a host that is large enough")
 
 
 def _verdict(plan: CardPlan) -> list[str]:

@@ -137,7 +137,7 @@ def _halves(value: int, *, least: int) -> list[int]:
 
 
 def _train_settings(recipe: Recipe, gpus: int) -> Iterator[Setting]:
-    """Ever smaller: micro-batches that divide the batch, recomputed activations, the base over all GPUs, shorter rows."""
+    """Ever smaller: micro-batches that divide the batch, recomputed activations, the base over GPUs, shorter rows."""
     run, batch = recipe.run, recipe.train.batch_size
     ways: list[dict[str, Any]] = [{}]
     if not recipe.train.gradient_checkpointing:

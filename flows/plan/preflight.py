@@ -53,7 +53,7 @@ def disk_problem(predicted: Sequence[StepNeeds], home: Path, *, download_gib: fl
 
 
 class Verdict(NamedTuple):
-    """Steps that do not fit by a formula that was measured, and those that may not, by one that no GPU has confirmed."""
+    """Steps that do not fit by a measured formula, and those that may not by one that no GPU has confirmed."""
 
     problems: list[Problem]
     doubts: list[Problem]

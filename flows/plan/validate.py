@@ -30,7 +30,8 @@ class Validated:
     """A recipe that may run: pinned, planned, and small enough for this machine.
 
     Attributes:
-        warnings: What may not fit a GPU by an estimate that none has confirmed, what serve.engine would refuse, a test set that is too small for the gate, packages off the lock.
+        warnings: What may not fit a GPU by an estimate that none has confirmed, what serve.engine would refuse, a test
+            set that is too small for the gate, packages off the lock.
     """
 
     loaded: Loaded

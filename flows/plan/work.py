@@ -1,9 +1,9 @@
 """Tokens and floating-point operations of every step, from the recipe, the headers and the rows' lengths.
 
-Per token a forward pass takes 2 N operations, N the weights that a token meets in matrix products; a backward pass takes
-2 N for the gradients of activations and 2 N for those of weights (Kaplan et al. 2020, arXiv:2001.08361, section 2.1: 6 N
-in all). Left out, as there: attention scores, norms and look-ups of embeddings. N counts the linear layers of the text
-decoder and the output layer; of a mixture's experts those that a token is routed to.
+Per token a forward pass takes 2 N operations, N the weights that a token meets in matrix products; a backward pass
+takes 2 N for the gradients of activations and 2 N for those of weights (Kaplan et al. 2020, arXiv:2001.08361, section
+2.1: 6 N in all). Left out, as there: attention scores, norms and look-ups of embeddings. N counts the linear layers of
+the text decoder and the output layer; of a mixture's experts those that a token is routed to.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def _mean_tokens(recipe: Recipe, rows: RowSizes) -> float:
 def _train(recipe: Recipe, headers: Headers, rows: RowSizes) -> Work:
     """4 N a token: forward, and the gradients of activations; frozen weights have none of their own.
 
-    Recomputing activations (gradient checkpointing) is one more forward pass: 6 N. What is trained in full has gradients,
-    2 of its weights. LoRA's own matrices (6 of their weights, below 3 % of the rest at rank 64 of an 8B) and the dev
+    Recomputing activations (gradient checkpointing) is one more forward pass: 6 N. What is trained in full has gradients
+    of its own, 2 operations a weight. LoRA's matrices (6 a weight, 3 % of the rest at rank 64 of an 8B) and the dev
     losses are left out.
     """
     train, data = recipe.train, recipe.data
@@ -124,8 +124,8 @@ def _evaluated(recipe: Recipe, headers: Headers, rows: RowSizes) -> Work:
 def _quantize(recipe: Recipe, headers: Headers, rows: RowSizes, scheme: Scheme) -> Work:
     """2 N a token and forward pass, N the linear layers.
 
-    GPTQ: two passes (for the Hessians, and with the quantized layer), and 2 x inputs^2 a token and layer for the Hessians.
-    AWQ: two passes, and one per ratio that it tries. Rounding to nearest reads no token.
+    GPTQ: two passes (for the Hessians, and with the quantized layer), and 2 x inputs^2 a token and layer for the
+    Hessians. AWQ: two passes, and one per ratio that it tries. Rounding to nearest reads no token.
     """
     if not scheme.needs_calibration:
         return Work(0.0, 0.0)
