@@ -308,11 +308,22 @@ def _machine(memory: Memory) -> str:
     return f"{cards}, " + (f"{memory.host_gib:g} GiB of host memory" if known else "a host that is large enough")
 
 
+def _by_stage(steps: Sequence[CardStep]) -> str:
+    """`train; evaluate of base, merged-original`."""
+    slugs: dict[str, list[str]] = {}
+    for step in steps:
+        stage, _, slug = step.needs.key.partition("/")
+        slugs.setdefault(stage, []).append(slug)
+    return "; ".join(
+        f"{stage} of {', '.join(names)}" if stage in ("quantize", "evaluate", "measure") else stage
+        for stage, names in slugs.items()
+    )
+
+
 def _verdict(plan: CardPlan) -> list[str]:
     """What fits; the last line is what to type."""
     if plan.never:
-        keys = ", ".join(step.needs.key for step in plan.never)
-        lines = [f"DOES NOT FIT, with any setting: {keys}"]
+        lines = [f"DOES NOT FIT, with any setting: {_by_stage(plan.never)}"]
         if plan.only:
             return [*lines, "These arms fit without them:", f"  {plan.command}"]
         return [*lines, "No arm is left: take a smaller base or a larger GPU."]

@@ -61,8 +61,8 @@ def _left_in_groups(root: Path) -> Iterator[int]:
     """Bytes that are left in this process's control group and in each one around it that has a limit.
 
     The kernel drops the page cache of files that were not read lately (inactive_file) before a group is out of memory,
-    The kernel drops the page cache of files that were not read lately (inactive_file) before a group runs out of memory,
-    is the container's own group, is there.
+    so it counts as free. In a container the path in proc/self/cgroup may be the host's; then only the top, which is the
+    container's own group, is there.
     """
     listing = root / "proc/self/cgroup"
     for line in listing.read_text().splitlines() if listing.exists() else []:

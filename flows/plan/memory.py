@@ -286,10 +286,23 @@ def _train(sizes: _Sizes) -> StepNeeds:
         "logits": TRAIN_LOGIT_BYTES[sizes.device] * min(tokens, TILE[0]) * min(headers.vocabulary, TILE[1]),
         **sizes.file,
     }
+    if shares > 1:
+        parts["base before it is cut up"] = max(0.0, _uncut(sizes, trained) - sum(parts.values()))
     # The adapter, and two checkpoints while it runs: fp32 adapter and two moments each, and the best weights.
     disk = (1 + 2 * 3 + 3 * (train.keep == "best")) * 4 * trained
     step = _step(sizes, f"train/{sizes.recipe.name}", parts, process=TRAIN, disk=disk)
-    return replace(step, host_gib=step.host_gib * run.processes, confirmed=step.confirmed and shares == 1)
+    file = step.parts.get("file of weights", 0.0)  # is in memory once
+    host_gib = file + (step.host_gib - file) * run.processes
+    return replace(step, host_gib=host_gib, confirmed=step.confirmed and shares == 1)
+
+
+def _uncut(sizes: _Sizes, trained: int) -> float:
+    """What each FSDP rank holds before the first step: transformers 5.23 loads a 4-bit base whole on every rank.
+
+    Beside it the fp32 adapter, and the largest tensor in bf16 while it is quantized.
+    """
+    largest = max(tensor.numel for tensor in sizes.headers.tensors.values())
+    return sizes.nf4 + 4 * trained + 2 * largest
 
 
 def _attention(sizes: _Sizes) -> float:

@@ -78,9 +78,9 @@ def _mean_tokens(recipe: Recipe, rows: RowSizes) -> float:
 def _train(recipe: Recipe, headers: Headers, rows: RowSizes) -> Work:
     """4 N a token: forward, and the gradients of activations; frozen weights have none of their own.
 
-    Recomputing activations (gradient checkpointing) is one more forward pass: 6 N. What is trained in full has gradients
-    of its own, 2 operations a weight. LoRA's matrices (6 a weight, 3 % of the rest at rank 64 of an 8B) and the dev
-    losses are left out.
+    Recomputing activations (gradient checkpointing) is one more forward pass: 6 N. Modules trained in full have
+    gradients of their own, 2 operations a weight. LoRA's matrices (6 a weight, 3 % of the rest at rank 64 of an 8B) and
+    the dev losses are left out.
     """
     train, data = recipe.train, recipe.data
     in_epoch = rows.rows * max(0.0, 1 - data.dev - data.test)

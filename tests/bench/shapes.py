@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,10 +85,11 @@ class Shape:
         return shapes if self.tied else shapes | {"lm_head.weight": [self.vocabulary, self.hidden]}
 
 
-_qwen3: Callable[..., Shape] = lambda name, **sizes: Shape(  # noqa: E731
-    model=f"Qwen/{name}", type="qwen3_moe" if "experts" in sizes else "qwen3", kv_heads=sizes.pop("kv_heads", 8),
-    head_dim=128, vocabulary=151936, **sizes,
-)  # fmt: skip
+def _qwen3(name: str, *, kv_heads: int = 8, **sizes: Any) -> Shape:
+    kind = "qwen3_moe" if "experts" in sizes else "qwen3"
+    return Shape(model=f"Qwen/{name}", type=kind, kv_heads=kv_heads, head_dim=128, vocabulary=151936, **sizes)
+
+
 SHAPES = {
     "0.6B": _qwen3("Qwen3-0.6B", hidden=1024, intermediate=3072, layers=28, heads=16, tied=True),
     "4B": _qwen3("Qwen3-4B", hidden=2560, intermediate=9728, layers=36, heads=32, tied=True),
@@ -97,8 +97,8 @@ SHAPES = {
     "14B": _qwen3("Qwen3-14B", hidden=5120, intermediate=17408, layers=40, heads=40),
     "32B": _qwen3("Qwen3-32B", hidden=5120, intermediate=25600, layers=64, heads=64),
     "70B": Shape(
-        model="meta-llama/Meta-Llama-3-70B-Instruct", type="llama", hidden=8192, intermediate=28672, layers=80, heads=64,
-        kv_heads=8, head_dim=128, vocabulary=128256,
+        model="meta-llama/Meta-Llama-3-70B-Instruct", type="llama", hidden=8192, intermediate=28672, layers=80,
+        heads=64, kv_heads=8, head_dim=128, vocabulary=128256,
     ),
     "30B-A3B": _qwen3(
         "Qwen3-30B-A3B", hidden=2048, intermediate=768, layers=48, heads=32, kv_heads=4, experts=128, routed=8
