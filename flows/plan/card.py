@@ -18,6 +18,7 @@ from flows.pins import light_pins
 from flows.plan.fit import (
     STAGES,
     Setting,
+    calibration_problem,
     combined,
     enough_tokens,
     fits,
@@ -34,7 +35,7 @@ from recipes.checks.check import check, load_and_check
 from recipes.checks.external import external_headers
 from recipes.checks.train import device_problems
 from recipes.models.headers import Headers, read_headers
-from recipes.problem import RecipeError
+from recipes.problem import Problem, RecipeError
 from recipes.read.load import Loaded, shown
 from recipes.schema import Recipe
 from tasks.runtime.hub.ids import HubId
@@ -88,6 +89,7 @@ class CardPlan:
         steps: In the order of the pipeline.
         setting: What makes all steps fit that can.
         only: Arms whose steps all fit with it, where some steps never do; empty where all fit, and where none is left.
+        warnings: What a run would refuse for the rows that are here.
     """
 
     recipe: Path
@@ -96,6 +98,7 @@ class CardPlan:
     steps: tuple[CardStep, ...]
     setting: Setting
     only: tuple[str, ...]
+    warnings: tuple[Problem, ...]
 
     @property
     def never(self) -> tuple[CardStep, ...]:
@@ -123,6 +126,7 @@ class CardPlan:
             "never": [step.needs.key for step in self.never],
             "only": list(self.only),
             "command": None if self.never and not self.only else self.command,
+            "warnings": [warning.as_dict() for warning in self.warnings],
             "disk_gib": sum(step.needs.disk_gib for step in self.steps),
             "steps": [step.as_dict(self.memory) for step in self.steps],
         }
@@ -208,6 +212,7 @@ def _planned(
         steps=lines,
         setting=final,
         only=tuple(whole) if lost else (),
+        warnings=tuple(filter(None, [calibration_problem(loaded.recipe, headers, rows)])),
     )
 
 
@@ -323,7 +328,9 @@ def _by_stage(steps: Sequence[CardStep]) -> str:
 def _verdict(plan: CardPlan) -> list[str]:
     """What fits; the last line is what to type."""
     if plan.never:
-        lines = [f"DOES NOT FIT, with any setting: {_by_stage(plan.never)}"]
+        sure = any(step.needs.confirmed for step in plan.never)
+        says = "DOES NOT FIT, with any setting" if sure else "MAY NOT FIT, by estimates that no GPU has confirmed"
+        lines = [f"{says}: {_by_stage(plan.never)}"]
         if plan.only:
             return [*lines, "These arms fit without them:", f"  {plan.command}"]
         return [*lines, "No arm is left: take a smaller base or a larger GPU."]

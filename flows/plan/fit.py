@@ -80,7 +80,7 @@ def fitting(
         recipe: The recipe to shrink.
         memory: Free memory.
         steps: Predicts the steps of a recipe.
-        allows: Says whether a recipe is one that would run, see `enough_tokens`.
+        allows: Says whether a recipe would run, see `enough_tokens`; where this one would, so does what is proposed.
     """
 
     def too_large(setting: Setting) -> tuple[str, ...]:
@@ -91,7 +91,9 @@ def fitting(
     now = too_large(unchanged)
     if not now:
         return Fitting(setting=unchanged, never=())
-    smaller = [setting for setting in _settings(stage, recipe, memory) if allows(setting.applied(recipe))]
+    bound = allows(recipe)
+    every = _settings(stage, recipe, memory)
+    smaller = [setting for setting in every if not bound or allows(setting.applied(recipe))]
     if not smaller:
         return Fitting(setting=None, never=now)
     never = too_large(smaller[-1])  # the smallest of all
