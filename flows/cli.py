@@ -112,6 +112,7 @@ def _add_recipe_commands(commands: Any) -> None:
     init.add_argument("--force", action="store_true", help="overwrite the recipe")
     text = "what the rows mean, for example data.columns='{prompt: ask, completion: say}'; may be repeated"
     init.add_argument("--set", action="append", default=[], metavar="DATA.A=B", help=text)
+    _add_machine(init, "fit the recipe to")
     check = _add(commands, "check", "commands.check", "Check a recipe against the base's config and headers.")
     check.add_argument("--data", action="store_true", help="read all rows, too")
     show = _add(
@@ -123,6 +124,7 @@ def _add_recipe_commands(commands: Any) -> None:
     which.add_argument("--split", choices=("train", "dev", "test"), default="train", help="default: train")
     show.add_argument("-n", type=_count, default=3, dest="count", metavar="N", help="rows at most; default: 3")
     plan = _add(commands, "plan", "commands.plan", "Show for each step whether it is a hit or is made, and why.")
+    _add_machine(plan, "predict every step on")
     run = _add(commands, "run", "commands.run", "Run a recipe; run it again to resume.", runs_steps=True)
     run.set_defaults(only=[])
     text = "Evaluate some arms of a recipe; only what they need is made."
@@ -141,6 +143,25 @@ def _add_recipe_commands(commands: Any) -> None:
         parser.add_argument("--runner", choices=("local", "ray"), default="local", help=text)
         text = "address of the Ray cluster that this machine has joined; default: auto"
         parser.add_argument("--address", default="auto", metavar="HOST:PORT", help=text)
+
+
+def _add_machine(parser: Any, purpose: str) -> None:
+    """A machine with a GPU that need not be here."""
+    text = f"{purpose} a GPU with so much free memory, here or not; nothing is started"
+    parser.add_argument("--gpu-gib", type=_gib, metavar="GIB", help=text)
+    parser.add_argument("--gpus", type=_count, metavar="N", help="GPUs of that machine; default: 1")
+    parser.add_argument("--host-gib", type=_gib, metavar="GIB", help="its free host memory; default: enough")
+
+
+def _gib(text: str) -> float:
+    """A size above 0."""
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < 1e6:
+        raise argparse.ArgumentTypeError(f"{text} is no size in GiB")
+    return size
 
 
 def _count(text: str) -> int:

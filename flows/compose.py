@@ -94,7 +94,7 @@ def compose(recipe: Recipe, pins: Pins, do: Callable[[Step], object], *, only: S
             pipeline.score(arm, pipeline.models[arm.of])
     pipeline.measure(own_files)
     rows = [pipeline.steps_of(arm) for arm in wanted]
-    steps = _reached(pipeline.steps, rows) if only else tuple(pipeline.steps)
+    steps = reached(pipeline.steps, rows) if only else tuple(pipeline.steps)
     for step in steps:
         do(step)
     return Matrix(steps=steps, arms=tuple(rows), reference=pipeline.reference_slug)
@@ -220,13 +220,13 @@ def _is_wanted(arm: Arm, only: Sequence[str]) -> bool:
     return EXTERNAL in only and (arm.external or arm.slug == "base")
 
 
-def _reached(steps: Sequence[Step], rows: Sequence[ArmSteps]) -> tuple[Step, ...]:
+def reached(steps: Sequence[Step], rows: Sequence[ArmSteps]) -> tuple[Step, ...]:
     """The steps that these arms are made, scored and timed by, in their order."""
-    reached: set[str] = set()
+    keys: set[str] = set()
     ahead = [step for row in rows for step in row.steps.values() if step]
     while ahead:
         step = ahead.pop()
-        if step.key not in reached:
-            reached.add(step.key)
+        if step.key not in keys:
+            keys.add(step.key)
             ahead += [before for before in (*step.inputs.values(), *step.after) if isinstance(before, Step)]
-    return tuple(step for step in steps if step.key in reached)
+    return tuple(step for step in steps if step.key in keys)

@@ -15,7 +15,7 @@ from recipes.problem import RecipeError
 from recipes.read.load import Loaded
 from recipes.scorers import LmEvalSpec, Scorer, SqlExecutionSpec, input_name
 from tasks.runtime.hub.ids import ADAPTER_FILES, CODE_FILES, MODEL_FILES, HubId, Snapshot
-from tasks.runtime.pin import Digests, external_file, external_folder, snapshots
+from tasks.runtime.pin import Digests, external_file, external_folder, headers_only, snapshots
 from tasks.runtime.step import External
 from tasks.runtime.tokenizer_files import TOKENIZER_FILES
 
@@ -206,3 +206,48 @@ def scorer_content(scorer: Scorer, path: Path, number: int, *, digests: Digests)
         patterns = ("*.sql",) if isinstance(scorer, SqlExecutionSpec) else TASK_FILES
         return external_folder(name, path, patterns=patterns, digests=digests)
     return external_file(name, path, digests=digests)
+
+
+def light_pins(loaded: Loaded, folder: Path) -> Pins:
+    """What a recipe reads from outside, without digests and without a weight: enough to plan, not to run.
+
+    Args:
+        loaded: The recipe.
+        folder: An empty folder. Models on a hub are laid out in it, as far as their headers go.
+
+    Raises:
+        RecipeError: Hub ids cannot be fetched.
+    """
+    ids, recipe = fetchable(loaded), loaded.recipe
+    fetched = _snapshots(loaded, [hub for hub in ids if hub.kind != "model"])
+    for number, hub in enumerate(hub for hub in ids if hub.kind == "model"):
+        try:
+            fetched[hub.field] = headers_only(hub, folder / str(number))
+        except RecipeError as error:
+            raise RecipeError(loaded.placed(problem) for problem in error.problems) from None
+    source = _Outside(loaded, fetched, Digests(folder))
+
+    def external(name: str, field: str, path: str) -> External:
+        return External(name=name, path=source.at(field, path).folder, digest="", source="")
+
+    def optional(name: str, path: str | None) -> External | None:
+        return external(name, name, path) if path else None
+
+    base = external("base", "model.base", recipe.model.base)
+    return Pins(
+        base=base,
+        tokenizer=base,
+        data=tuple(
+            external(source_name(number), recipe.data.field(number), part.path)
+            for number, part in enumerate(recipe.data.parts)
+        ),
+        general=optional("general", recipe.data.general),
+        template=None,
+        scorers={},
+        adapter=external("adapter", "train.adapter", recipe.train.adapter) if recipe.train.adapter else None,
+        calibration_text=optional("calibration_text", recipe.calibrate.general),
+        externals={
+            name: external(name, f"evaluate.external.{name}", model.path)
+            for name, model in recipe.evaluate.externals.items()
+        },
+    )

@@ -14,8 +14,11 @@ from typing import Any
 from flows.commands.init_data import read_data
 from flows.commands.init_recipe import Detected, Fitted, notes, render
 from flows.commands.terminal import Output
+from flows.plan.card import hub_headers
+from flows.plan.fit import STAGES, enough_tokens, fitting
+from flows.plan.machine import Memory, available, named
 from flows.plan.memory import StepNeeds, predict
-from flows.plan.preflight import SETTINGS, Memory, available, largest_fitting, refuse
+from flows.plan.preflight import judge
 from flows.plan.row_sizes import data_bytes, row_sizes, row_tokens, tokens_per_byte
 from recipes.checks.check import load_and_read
 from recipes.checks.rows import few_rows, too_few, with_spare
@@ -27,6 +30,7 @@ from recipes.problem import Problem, RecipeError
 from recipes.read.load import shown
 from recipes.schema import FEWEST_ROWS, LEAST_ROWS, TOKENS_PER_INPUT, Recipe, is_hub_id
 from recipes.schemes.slugs import legal_schemes
+from tasks.runtime.hub.ids import HubId
 from tasks.runtime.step import resolve_device
 
 DOMAIN_NAMES = ("domain", "category", "topic", "task", "intent", "family", "type", "label", "source")
@@ -75,7 +79,13 @@ def command(args: argparse.Namespace) -> Output:
         RecipeError: As of init.
     """
     written = init(
-        args.model, args.data, out=args.out, chat_template=args.chat_template, force=args.force, sets=args.set
+        args.model,
+        args.data,
+        out=args.out,
+        chat_template=args.chat_template,
+        force=args.force,
+        sets=args.set,
+        card=named(args.gpu_gib, gpus=args.gpus, host_gib=args.host_gib),
     )
     return Output(json=written.as_dict(), text=written.text)
 
@@ -89,6 +99,7 @@ def init(
     force: bool = False,
     sets: Sequence[str] = (),
     memory: Memory | None = None,
+    card: Memory | None = None,
 ) -> InitResult:
     """Write a recipe for a model and a data file.
 
@@ -100,12 +111,13 @@ def init(
         force: Overwrite `out`.
         sets: What the rows mean, `data.columns={prompt: ask, completion: say}`; see flows/commands/init_data.py.
         memory: Free memory to fit to; default: that of this machine.
+        card: Another machine, with a GPU, to fit to in its place.
 
     Raises:
         RecipeError: Everything that keeps model or data from being used, or `out` exists.
     """
     detected = _look(model, Path(data), out=out, chat_template=chat_template, force=force, sets=sets)
-    fitted = _fitted(_chosen(detected), detected, memory or available())
+    fitted = _fitted(_chosen(detected), detected, card or memory or available(), elsewhere=card is not None)
     before = out.read_text(encoding="utf-8") if out.exists() else None
     out.write_text(render(fitted, detected, out=out), encoding="utf-8")
     try:
@@ -348,17 +360,28 @@ def _schemes(headers: Headers | None) -> list[str]:
 # ---- fitting
 
 
-def _fitted(recipe: Recipe, detected: Detected, memory: Memory) -> Fitted:
-    """The recipe with the largest batch and length that fit; as it is where the base is not local.
+def _fitted(recipe: Recipe, detected: Detected, memory: Memory, *, elsewhere: bool) -> Fitted:
+    """The recipe with the largest batch and length that fit; as it is where nothing is known of the base.
+
+    An estimate that no GPU has confirmed shrinks the recipe where that helps, and refuses nothing.
+
+    Args:
+        recipe: The recipe to shrink.
+        detected: Model and rows.
+        memory: To fit to.
+        elsewhere: The memory is that of another machine, with a GPU. Of a base on a hub the headers are read then.
 
     Raises:
-        RecipeError: No batch or length fits.
+        RecipeError: No batch or length fits; or the hub does not give the headers.
     """
-    if detected.headers is None:
-        return Fitted(recipe=recipe, predicted=[], memory=None)
     headers = detected.headers
-    device = resolve_device(recipe.run.device)
-    spared = Memory(SPARE * memory.host_gib, None if memory.gpu_gib is None else SPARE * memory.gpu_gib)
+    if headers is None and elsewhere:
+        headers = hub_headers(HubId(name=detected.base, revision=None, kind="model", field="--model"))
+    if headers is None:
+        return Fitted(recipe=recipe, predicted=[], memory=None)
+    device = "cuda" if elsewhere else resolve_device(recipe.run.device)
+    gpu_gib = None if memory.gpu_gib is None else SPARE * memory.gpu_gib
+    spared = Memory(SPARE * memory.host_gib, gpu_gib, memory.gpus)
     per_byte = tokens_per_byte(headers)
     rows = row_sizes(
         detected.read.rows, data_bytes=data_bytes(detected.read.rows[0].origin, detected.read.rows), per_byte=per_byte
@@ -367,9 +390,12 @@ def _fitted(recipe: Recipe, detected: Detected, memory: Memory) -> Fitted:
     def steps(recipe: Recipe) -> list[StepNeeds]:
         return predict(recipe, headers, device=device, rows=rows)
 
-    for stage in SETTINGS:
-        setting = largest_fitting(stage, recipe, memory=spared, steps=steps)
-        if setting is None:
-            raise RecipeError(refuse(recipe, headers, memory=spared, device=device, rows=rows))
-        recipe = setting.applied(recipe)
+    confirmed = {step.key for step in steps(recipe) if step.confirmed}
+    for stage in STAGES:
+        fit = fitting(
+            stage, recipe, memory=spared, steps=steps, allows=lambda smaller: enough_tokens(smaller, headers, rows)
+        )
+        if confirmed & set(fit.never):
+            raise RecipeError(judge(recipe, headers, memory=spared, device=device, rows=rows).problems)
+        recipe = fit.setting.applied(recipe) if fit.setting else recipe
     return Fitted(recipe=recipe, predicted=steps(recipe), memory=memory)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import yaml
 
+from flows.plan.fit import on_card
+from flows.plan.machine import Memory
 from flows.plan.memory import StepNeeds
-from flows.plan.preflight import Memory
 from recipes.checks.split import Sides
 from recipes.data.files import raw_rows
 from recipes.data.formats import columns_line
@@ -20,7 +21,7 @@ from recipes.data.rows import Rows
 from recipes.data.schema import Data
 from recipes.models.headers import Headers
 from recipes.read.load import shown
-from recipes.schema import Evaluate, Recipe
+from recipes.schema import Recipe
 from recipes.schemes.scheme import legal_group_sizes
 
 COLUMN = 36  # where comments begin
@@ -75,7 +76,7 @@ class Fitted:
         if self.memory is None or not steps:
             return "not fitted to memory: the base is not local"
         on_gpu = any(step.gpu_gib for step in steps)
-        needed = max(step.gpu_gib if on_gpu else step.needed_gib for step in steps)
+        needed = max(on_card(step) if on_gpu else step.needed_gib for step in steps)
         free = self.memory.gpu_gib if on_gpu else self.memory.host_gib
         return f"needs about {needed:.1f} of {free or 0:.1f} GiB free {'on the GPU' if on_gpu else 'here'}"
 
@@ -252,8 +253,6 @@ def _evaluate(fitted: Fitted) -> Iterator[str]:
     yield _line("on_base", evaluate.on_base, "the base quantized, the adapter on top: the alternative to merging")
     yield _line("max_new_tokens", evaluate.max_new_tokens, "the longest answer in the data, estimated")
     yield _line("batch_size", evaluate.batch_size, f"evaluation {fitted.needs('evaluate')}")
-    if evaluate.reference_gib != Evaluate().reference_gib:
-        yield _line("reference_gib", evaluate.reference_gib, "to fit into memory")
 
 
 def _measure(recipe: Recipe) -> Iterator[str]:
@@ -271,3 +270,7 @@ def _serve(recipe: Recipe) -> Iterator[str]:
 def _run(fitted: Fitted) -> Iterator[str]:
     yield "  # Where it runs, not what is made: nothing here changes an artifact's identity."
     yield _line("micro_batch", fitted.recipe.micro_batch, f"rows per forward pass; training {fitted.needs('train')}")
+    run = fitted.recipe.run
+    if run.processes > 1:
+        yield _line("processes", run.processes, "GPUs that train together; no GPU has confirmed this estimate")
+        yield _line("launcher", run.launcher, "each holds a part of the base")

@@ -1,20 +1,24 @@
-"""`quench plan`: every step of a recipe as hit or make, and why."""
+"""`quench plan`: every step of a recipe as hit or make, and why; or what it would take on another machine."""
 
 from __future__ import annotations
 
 import argparse
 
-from flows.commands.terminal import Output, warn
+from flows.commands.terminal import DONE, FAILED, Output, warn
+from flows.plan.card import plan_for, text
+from flows.plan.machine import Memory, named
 from flows.plan.validate import validate
 from tasks.runtime.store.local import find_home
 
 
 def command(args: argparse.Namespace) -> Output:
-    """Look every step up; nothing is started.
+    """Look every step up, or predict it for another machine; nothing is started.
 
     Raises:
-        RecipeError: Everything that would keep the recipe from running here.
+        RecipeError: Everything that would keep the recipe from running here; with --gpu-gib, anywhere.
     """
+    if machine := named(args.gpu_gib, gpus=args.gpus, host_gib=args.host_gib):
+        return _elsewhere(args, machine)
     validated = validate(args.recipe, sets=args.set, home=find_home(), only=args.only)
     warn(validated.warnings)
     steps, pins = validated.plan, validated.pins
@@ -25,3 +29,10 @@ def command(args: argparse.Namespace) -> Output:
         json=[vars(step) for step in steps],
         text="\n".join([*commits, *map(str, steps), f"{hits} of {len(steps)} steps are in the store"]),
     )
+
+
+def _elsewhere(args: argparse.Namespace, machine: Memory) -> Output:
+    """Exit code 1 where a step fits with no setting."""
+    plan = plan_for(args.recipe, machine, sets=args.set, only=args.only)
+    warn(plan.warnings)
+    return Output(json=plan.as_dict(), text=text(plan), code=FAILED if plan.never else DONE)

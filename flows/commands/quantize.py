@@ -103,6 +103,7 @@ def quantize_into(options: QuantizeOptions, display: Display) -> dict[str, Any]:
         StepFailed: A stage failed.
     """
     out = options.out.absolute()
+    device = resolve_device(options.device, where="--device")
     checked = _check(options, out)
     home, work = find_home(), work_folder(out)
     digests = Digests(home if home.exists() else work)
@@ -116,7 +117,7 @@ def quantize_into(options: QuantizeOptions, display: Display) -> dict[str, Any]:
             store=Store(work),
             launcher=launcher,
             leases=Leases(home if home.exists() else work),
-            limits=Limits(device=resolve_device(options.device), threads=cpu_slots()),
+            limits=Limits(device=device, threads=cpu_slots()),
             on_event=lambda step, event: _show(step, event, display),
         )
         inputs: dict[str, External | Step] = {"model": model}

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
-
 from flows.mlflow_uri import silent, tracking_uri
+from flows.plan.fit import calibration_problem, enough_tokens, fits, gpu_fits, largest_fitting, on_card
 from flows.plan.lookup import Planned
-from flows.plan.memory import CUDA_CONTEXT, FILES, GIB, StepNeeds, predict
+from flows.plan.machine import Memory, available
+from flows.plan.memory import FILES, GIB, ON_HOST, StepNeeds, predict
 from flows.plan.row_sizes import RowSizes, data_bytes, row_sizes, tokens_per_byte
 from recipes.checks.external import external_headers
 from recipes.checks.train import device_problems
@@ -21,33 +21,13 @@ from recipes.data.rows import read_origin
 from recipes.models.headers import Headers, read_headers
 from recipes.problem import Problem, RecipeError
 from recipes.read.load import Loaded
-from recipes.schema import MOST_ROWS, TOKENS_PER_INPUT, Recipe
-from tasks.runtime.gpus import all_gpus, visible_gpus
+from recipes.schema import Recipe
+from tasks.runtime.gpus import visible_gpus
 from tasks.runtime.process.environments import environment_problem
 from tasks.runtime.process.leases import cpu_slots
 from tasks.runtime.step import Limits
 
 SAMPLE_ROWS = 2000  # rows of the data that are read to tell how long rows are
-
-
-class Memory(NamedTuple):
-    """Free memory of this machine, GiB; gpu_gib is that of the smallest GPU, None without one."""
-
-    host_gib: float
-    gpu_gib: float | None
-
-
-def available() -> Memory:
-    """Free host memory (of the control group, where it is smaller) and free memory of the smallest GPU."""
-    free = psutil.virtual_memory().available
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return Memory(host_gib=free / GIB, gpu_gib=_free_gpu_gib())
-
-
-def _free_gpu_gib() -> float | None:
-    return min((gpu.free_bytes / GIB for gpu in all_gpus() if gpu.free_bytes is not None), default=None)
 
 
 def disk_problem(predicted: Sequence[StepNeeds], home: Path, *, download_gib: float = 0.0) -> Problem | None:
@@ -69,90 +49,17 @@ def disk_problem(predicted: Sequence[StepNeeds], home: Path, *, download_gib: fl
     )
 
 
-def calibration_problem(recipe: Recipe, headers: Headers, rows: RowSizes | None) -> Problem | None:
-    """Too few calibration tokens, by an estimate that is rather high; the job counts them exactly."""
-    drawn, needed = recipe.calibrate.rows, TOKENS_PER_INPUT * headers.largest_in_features
-    if rows is None or drawn * rows.tokens >= needed:
-        return None
-    enough = math.ceil(needed / rows.tokens)
-    return Problem(
-        what=f"Calibration needs {needed} tokens; {drawn} rows have about {drawn * rows.tokens:.0f}.",
-        where="calibrate.rows",
-        why=f"An average row has about {rows.tokens:.0f} tokens (an estimate from the first rows, rather high); with "
-        f"fewer than {TOKENS_PER_INPUT} tokens per input the widest layer's Hessian is badly estimated.",
-        next=f"Set calibrate.rows to {enough}."
-        if enough <= min(MOST_ROWS, rows.rows)
-        else f"{enough} rows like these would do: give longer rows, or calibrate.allow_unusual_size a reason.",
-    )
+# ---- memory
 
 
-# ---- refusing
+class Verdict(NamedTuple):
+    """Steps that do not fit by a measured formula, and those that may not by one that no GPU has confirmed."""
+
+    problems: list[Problem]
+    doubts: list[Problem]
 
 
-class Setting(NamedTuple):
-    """Fields to override and their values; none leaves the recipe as it is."""
-
-    values: dict[str, Any]
-
-    def applied(self, recipe: Recipe) -> Recipe:
-        """The recipe with these values."""
-        raw = recipe.model_dump()
-        for field, value in self.values.items():
-            section, _, name = field.partition(".")
-            raw[section][name] = value
-        return Recipe.model_validate(raw)
-
-    def __str__(self) -> str:
-        return " ".join(f"--set {name}={str(value).lower()}" for name, value in self.values.items())
-
-
-def _halves(value: int, *, least: int) -> list[int]:
-    """`value`, its half, the half of that and so on, down to `least`."""
-    values = [value]
-    while values[-1] // 2 >= least:
-        values.append(values[-1] // 2)
-    return values
-
-
-def _train_settings(recipe: Recipe) -> Iterator[Setting]:
-    """Ever smaller: micro-batches that divide the batch, recomputed activations, shorter rows."""
-    batch = recipe.train.batch_size
-    micro = [size for size in range(recipe.micro_batch, 0, -1) if batch % size == 0]
-    for length in _halves(recipe.data.max_length, least=16):
-        shorter = {} if length == recipe.data.max_length else {"data.max_length": length}
-        for size in micro:
-            yield Setting({"run.micro_batch": size, **shorter})
-        yield Setting({"run.micro_batch": 1, "train.gradient_checkpointing": True, **shorter})
-
-
-def _reference_settings(recipe: Recipe) -> Iterator[Setting]:
-    """Smaller batches, then fewer stored logits."""
-    yield from _evaluate_settings(recipe)
-    for times in (2, 4, 8, 16):
-        yield Setting({"evaluate.batch_size": 1, "evaluate.reference_gib": recipe.evaluate.reference_gib / times})
-
-
-def _evaluate_settings(recipe: Recipe) -> Iterator[Setting]:
-    for length in _halves(recipe.data.max_length, least=16):
-        shorter = {} if length == recipe.data.max_length else {"data.max_length": length}
-        for size in _halves(recipe.evaluate.batch_size, least=1):
-            yield Setting({"evaluate.batch_size": size, **shorter})
-
-
-def _quantize_settings(recipe: Recipe) -> Iterator[Setting]:
-    for length in _halves(recipe.calibrate.seq_len, least=32):
-        yield Setting({"calibrate.rows": 128, "calibrate.seq_len": length})
-
-
-SETTINGS: dict[str, Callable[[Recipe], Iterator[Setting]]] = {
-    "train": _train_settings,
-    "reference": _reference_settings,
-    "evaluate": _evaluate_settings,
-    "quantize": _quantize_settings,
-}
-
-
-def refuse(
+def judge(
     recipe: Recipe,
     headers: Headers,
     *,
@@ -162,8 +69,8 @@ def refuse(
     slots: int = 1,
     make: frozenset[str] | None = None,
     externals: Mapping[str, Headers] | None = None,
-) -> list[Problem]:
-    """Steps that cannot fit, one per stage, with the largest batch and length that would.
+) -> Verdict:
+    """Steps that do not fit, one per stage and kind of estimate, with the largest batch and length that would.
 
     Args:
         recipe: The recipe.
@@ -180,63 +87,66 @@ def refuse(
         every = predict(recipe, headers, device=device, rows=rows, externals=externals)
         return [step for step in every if make is None or step.key in make]
 
-    too_large: dict[str, StepNeeds] = {}
+    too_large: dict[tuple[str, bool], StepNeeds] = {}
     for step in steps(recipe):
-        worst = too_large.get(step.stage)
-        if not _fits(step, memory) and (worst is None or _weight(step) > _weight(worst)):
-            too_large[step.stage] = step
-    problems = [_too_large(step, recipe, memory=memory, steps=steps) for step in too_large.values()]
-    return problems or _together(steps(recipe), memory=memory, slots=slots)
+        worst = too_large.get((step.stage, step.confirmed))
+        if not fits(step, memory) and (worst is None or _weight(step) > _weight(worst)):
+            too_large[step.stage, step.confirmed] = step
+    explain = partial(
+        _too_large,
+        recipe=recipe,
+        memory=memory,
+        steps=steps,
+        allows=lambda smaller: enough_tokens(smaller, headers, rows),
+    )
+    problems = [explain(step) for step in too_large.values() if step.confirmed]
+    doubts = [explain(step) for step in too_large.values() if not step.confirmed]
+    return Verdict(problems or _together(steps(recipe), memory=memory, slots=slots), doubts)
 
 
 def _weight(step: StepNeeds) -> float:
     return step.needed_gib + step.gpu_gib
 
 
-def _fits(step: StepNeeds, memory: Memory) -> bool:
-    gpu = memory.gpu_gib or 0.0
-    return step.needed_gib <= memory.host_gib and (not step.gpu_gib or step.gpu_gib + CUDA_CONTEXT <= gpu)
-
-
-def largest_fitting(
-    stage: str, recipe: Recipe, *, memory: Memory, steps: Callable[[Recipe], list[StepNeeds]]
-) -> Setting | None:
-    """The largest batch and length with which every step of a stage fits; None where none does.
-
-    Args:
-        stage: `train`, `reference`, `evaluate` or `quantize`; no other has a setting.
-        recipe: The recipe to shrink.
-        memory: Free memory.
-        steps: Predicts the steps of a recipe.
-    """
-    for setting in (Setting({}), *SETTINGS.get(stage, lambda _: iter(()))(recipe)):
-        if all(_fits(step, memory) for step in steps(setting.applied(recipe)) if step.stage == stage):
-            return setting
-    return None
-
-
 def _too_large(
-    step: StepNeeds, recipe: Recipe, *, memory: Memory, steps: Callable[[Recipe], list[StepNeeds]]
+    step: StepNeeds,
+    *,
+    recipe: Recipe,
+    memory: Memory,
+    steps: Callable[[Recipe], list[StepNeeds]],
+    allows: Callable[[Recipe], bool],
 ) -> Problem:
-    fitting = largest_fitting(step.stage, recipe, memory=memory, steps=steps)
-    free_gpu = memory.gpu_gib or 0.0
-    on_gpu = bool(step.gpu_gib) and step.gpu_gib + CUDA_CONTEXT > free_gpu
-    needs, free = (step.gpu_gib + CUDA_CONTEXT, free_gpu) if on_gpu else (step.needed_gib, memory.host_gib)
-    counted = {name: size for name, size in step.parts.items() if name not in FILES}
-    largest = sorted(counted.items(), key=lambda part: -part[1])[:3]
+    setting = largest_fitting(step.stage, recipe, memory=memory, steps=steps, allows=allows)
+    on_gpu = not gpu_fits(step, memory)
+    needs, free = (on_card(step), memory.gpu_gib or 0.0) if on_gpu else (step.needed_gib, memory.host_gib)
+    verb, advice = ("needs", "") if step.confirmed else ("may need", " No GPU has confirmed this estimate.")
     return Problem(
-        what=f"{step.key} needs {needs:.1f} GiB of {'GPU' if on_gpu else 'host'} memory; {free:.1f} GiB are free.",
+        what=f"{step.key} {verb} {needs:.1f} GiB of {'GPU' if on_gpu else 'host'} memory; {free:.1f} GiB are free.",
         where=step.key,
-        why=f"Mostly {', '.join(f'{name} {size:.1f} GiB' for name, size in largest)}.",
-        next=f"The largest that fits: {fitting}."
-        if fitting
+        why=f"Mostly {largest_parts(step, on_gpu=on_gpu)}.{advice}",
+        next=f"The largest that fits: {setting}."
+        if setting
         else "No batch or length makes it fit: take a smaller base or a larger machine.",
     )
 
 
+def largest_parts(step: StepNeeds, *, on_gpu: bool) -> str:
+    """What a step's memory is mostly made of: `weights bf16 15.0 GiB, activations 3.1 GiB, layer 0.4 GiB`."""
+    elsewhere = bool(step.gpu_gib)  # a step without a GPU has all its parts on the host
+    counted = {
+        name: size
+        for name, size in step.parts.items()
+        if name not in FILES and (not elsewhere or name.endswith(ON_HOST) != on_gpu)
+    }
+    if elsewhere and not on_gpu:
+        counted["libraries"] = step.needed_gib - sum(counted.values())
+    largest = sorted(counted.items(), key=lambda part: -part[1])[:3]
+    return ", ".join(f"{name} {size:.1f} GiB" for name, size in largest)
+
+
 def _together(steps: Sequence[StepNeeds], *, memory: Memory, slots: int) -> list[Problem]:
     """Steps of one stage run side by side on CPU; measure runs alone."""
-    side_by_side = [step.needed_gib for step in steps if step.stage in ("quantize", "evaluate")]
+    side_by_side = [step.needed_gib for step in steps if step.stage in ("quantize", "evaluate") and step.confirmed]
     needed = sum(sorted(side_by_side, reverse=True)[:slots])
     if needed <= memory.host_gib:
         return []
@@ -274,7 +184,7 @@ def preflight(loaded: Loaded, planned: Sequence[Planned], *, home: Path, base: P
     problems = list(device_problems(recipe, device=limits.device, gpus=len(visible_gpus())))
     problems += environment_problems(planned)
     problems += filter(None, [silent(tracking_uri(home))])
-    problems += refuse(
+    verdict = judge(
         recipe,
         headers,
         memory=memory,
@@ -284,6 +194,7 @@ def preflight(loaded: Loaded, planned: Sequence[Planned], *, home: Path, base: P
         make=make,
         externals=externals,
     )
+    problems += verdict.problems
     few = calibration_problem(recipe, headers, rows) if f"calibrate/{recipe.name}" in make else None
     download_gib = sum(line.download_bytes for line in planned) / GIB
     full = disk_problem([step for step in steps if step.key in make], home, download_gib=download_gib)
@@ -292,6 +203,7 @@ def preflight(loaded: Loaded, planned: Sequence[Planned], *, home: Path, base: P
     return {
         "device": limits.device,
         "free": memory._asdict(),
+        "warnings": [doubt.as_dict() for doubt in verdict.doubts],
         "steps": {step.key: {name: value for name, value in asdict(step).items() if name != "key"} for step in steps},
     }
 

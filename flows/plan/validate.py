@@ -20,6 +20,7 @@ from recipes.problem import Problem, RecipeError
 from recipes.read.load import Loaded
 from recipes.schema import Recipe
 from tasks.runtime.process.environments import locked_versions, off_lock
+from tasks.runtime.step import resolve_device
 from tasks.runtime.store.home import open_home
 from tasks.runtime.store.open import open_store
 
@@ -29,7 +30,8 @@ class Validated:
     """A recipe that may run: pinned, planned, and small enough for this machine.
 
     Attributes:
-        warnings: What serve.engine would refuse, a test set that is too small for the gate, packages off the lock.
+        warnings: What may not fit a GPU by an estimate that none has confirmed, what serve.engine would refuse, a test
+            set that is too small for the gate, packages off the lock.
     """
 
     loaded: Loaded
@@ -58,8 +60,9 @@ def validate(path: Path, *, sets: Sequence[str], home: Path, only: Sequence[str]
             everything that this machine or MLflow lacks.
     """
     loaded, rows = load_and_read(path, sets=sets)
+    resolve_device(loaded.recipe.run.device, where=loaded.where("run.device"))
     open_home(home)
-    if problems := list(_unknown(only, loaded.recipe)):
+    if problems := list(unknown(only, loaded.recipe)):
         raise RecipeError(problems)
     pins = pin(loaded, home)
     local = fetched(loaded, pins)
@@ -71,7 +74,8 @@ def validate(path: Path, *, sets: Sequence[str], home: Path, only: Sequence[str]
     store.check()
     planned = plan(loaded.recipe, pins, store, only=only)
     predicted = preflight(local, planned, home=home, base=pins.base.path, limits=limits(loaded.recipe))
-    doubts = [*warnings(local), *(() if only else rows.warnings), *other_packages()]
+    doubts = [Problem(**doubt) for doubt in predicted["warnings"]]
+    doubts += [*warnings(local), *(() if only else rows.warnings), *other_packages()]
     return Validated(loaded=loaded, pins=pins, plan=planned, preflight=predicted, warnings=doubts)
 
 
@@ -91,7 +95,7 @@ def other_packages() -> list[Problem]:
     ]
 
 
-def _unknown(only: Sequence[str], recipe: Recipe) -> Iterator[Problem]:
+def unknown(only: Sequence[str], recipe: Recipe) -> Iterator[Problem]:
     """Words of --only that name no arm of the recipe, or external models where there are none."""
     slugs = [arm.slug for arm in arms(recipe)]
     for name in only:

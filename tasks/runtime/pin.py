@@ -66,3 +66,19 @@ def snapshots(hub_ids: Sequence[HubId]) -> list[Snapshot]:
     from tasks.runtime.hub import fetch  # huggingface_hub takes 0.5 s; local folders do without it
 
     return fetch.snapshots(hub_ids)
+
+
+def headers_only(hub: HubId, folder: Path) -> Snapshot:
+    """A model of a hub as far as config, tokenizer and safetensors headers go; no weight is downloaded.
+
+    Args:
+        hub: The model.
+        folder: An empty folder, where it is laid out: files of weights with their headers and holes behind them. Where
+            the cache has the whole model, its folder is answered and this one stays empty.
+
+    Raises:
+        RecipeError: It cannot be read, or is none.
+    """
+    from tasks.runtime.hub import headers
+
+    return headers.headers_only(hub, folder)

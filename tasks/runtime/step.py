@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 
 from recipes.problem import Problem
 from tasks.runtime.fingerprint import canonical, fingerprint
-from tasks.runtime.gpus import all_gpus, visible_gpus
+from tasks.runtime.gpus import all_gpus, no_gpu, visible_gpus
 from tasks.runtime.process.disk import full, has_space, is_full
 from tasks.runtime.process.environments import described, environment_problem, interpreter, versions
 from tasks.runtime.process.errors import StepFailed
 from tasks.runtime.process.events import read_events
 from tasks.runtime.process.job import Execution, Input, Job
 from tasks.runtime.process.launch import Child, Launcher, child_env
-from tasks.runtime.process.leases import GrantedLease, Lease, Leases, cpu_slots
+from tasks.runtime.process.leases import GrantedLease, Lease, Leases, NoSuchLeaseError, cpu_slots
 from tasks.runtime.store.attempt import Attempt
 from tasks.runtime.store.local import Artifact, Lookup, LostRaceError, Store, StoreTrouble, read_json
 
@@ -135,8 +135,18 @@ class Limits:
     log_level: str = "INFO"
 
 
-def resolve_device(device: str) -> str:
-    """`auto` -> `cuda` where a GPU is visible, else `cpu`."""
+def resolve_device(device: str, *, where: str = "run.device") -> str:
+    """`auto` -> `cuda` where a GPU is visible, else `cpu`.
+
+    Args:
+        device: `auto`, `cpu` or `cuda`.
+        where: What names it, for the error.
+
+    Raises:
+        RecipeError: `cuda` is wanted, and no GPU is visible.
+    """
+    if device == "cuda" and (problem := no_gpu(where)):
+        raise problem.error()
     if device != "auto":
         return device
     return "cuda" if visible_gpus() else "cpu"
@@ -177,11 +187,14 @@ def run_step(step: Step, inputs: Mapping[str, Artifact], context: Context) -> Ou
 
     Raises:
         StepFailed: The child ended without a result, and its attempt folder stays, or its environment is not
-            installed, or the bucket behind the store does not answer; nothing was stored.
+            installed, or it wants more GPUs than there are, or the bucket behind the store does not answer; nothing
+            was stored.
         InterruptedError: The run was stopped.
     """
     try:
         return _find_or_make(step, inputs, context)
+    except NoSuchLeaseError as error:
+        raise StepFailed(step.key, error.problem, log="none: no child was started", returncode=1) from error
     except StoreTrouble as error:
         log = "none: what a child had finished is kept, and the next run takes it up"
         raise StepFailed(step.key, error.problems[0], log=log, returncode=1) from error

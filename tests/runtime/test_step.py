@@ -128,3 +128,12 @@ def test_stop_ends_the_child_and_stores_nothing(tmp_path: Path):
     thread.join(10)
     assert not thread.is_alive() and len(errors) == 1
     assert not list(Store(tmp_path).manifests())
+
+
+def test_a_gpu_that_is_not_there_fails_the_step_at_once(tmp_path: Path):
+    with Launcher() as launcher:
+        leases = Leases(tmp_path, gpus=lambda: ())
+        context = Context(store=Store(tmp_path), launcher=launcher, leases=leases, limits=Limits(device="cuda"))
+        with pytest.raises(StepFailed) as caught:
+            run_step(choice(gpus=1), {"dequantized": MODEL.artifact}, context)
+    assert "GPU" in caught.value.problem.what and "no child" in caught.value.log

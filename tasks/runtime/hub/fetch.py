@@ -79,7 +79,7 @@ def snapshots(hub_ids: Sequence[HubId]) -> list[Snapshot]:
     if not problems:
         for hub, repository in zip(hub_ids, pinned, strict=True):
             with _collected(problems):
-                fetched.append(_fetch(hub, repository))
+                fetched.append(whole(hub, repository))
     if problems:
         raise RecipeError(problems)
     return fetched
@@ -119,6 +119,19 @@ def _sizes(hub: HubId, commit: str) -> dict[str, int]:
     except CachedRepoTreeNotFoundError:
         files = list_files(hub.name, repo_type=hub.repo_type, revision=commit)
     return {file.path: file.size for file in files}
+
+
+def wanted(hub: HubId, commit: str) -> list[str]:
+    """The files that would be fetched.
+
+    Raises:
+        RecipeError: They cannot be used.
+    """
+    sizes = _sizes(hub, commit)
+    files = [name for name in sizes if _is_wanted(hub, name)]
+    if problem := _unusable(hub, commit, files, sizes):
+        raise problem.error()
+    return files
 
 
 def _patterns(hub: HubId) -> tuple[str, ...]:
@@ -179,7 +192,8 @@ def _no_room(hub: HubId, commit: str, sizes: Mapping[str, int]) -> Problem | Non
 # ---- fetching
 
 
-def _fetch(hub: HubId, pinned: Pinned) -> Snapshot:
+def whole(hub: HubId, pinned: Pinned) -> Snapshot:
+    """Every file that is wanted, from the cache where it has them."""
     with explained(partial(fetch_problem, hub, pinned), *ERRORS):
         folder = snapshot_download(
             hub.name,

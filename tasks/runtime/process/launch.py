@@ -186,4 +186,5 @@ def child_env(
         env[name] = str(threads)
     if gpus is not None:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for gpu in gpus)
+        env.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # NVML's, by which they are counted; CUDA's is fastest first
     return env

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from tasks.runtime.gpus import visible_gpus
+from recipes.problem import Problem
+from tasks.runtime.gpus import Visible, no_gpu, visible_gpus
 from tasks.runtime.store.local import flocked
 
 
@@ -30,10 +31,18 @@ def this_machine() -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Lease:
-    """What a child may use: CPU slots (= threads) and GPU indices."""
+    """What a child may use: CPU slots (= threads) and GPUs, as CUDA_VISIBLE_DEVICES names them."""
 
     cpus: tuple[int, ...]
     gpus: tuple[int | str, ...]
+
+
+class NoSuchLeaseError(RuntimeError):
+    """More GPUs are wanted than there are: no waiting would help."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        super().__init__(str(problem))
 
 
 def cpu_slots() -> int:
@@ -64,7 +73,14 @@ class GrantedLease:
 class Leases:
     """Lock files of one machine in one home: machines that share a home have slots and GPUs of their own."""
 
-    def __init__(self, home: Path, *, machine: str | None = None) -> None:
+    def __init__(
+        self,
+        home: Path,
+        *,
+        machine: str | None = None,
+        gpus: Callable[[], Sequence[Visible]] = visible_gpus,
+    ) -> None:
+        self._gpus = gpus
         self.folder = home / "leases" / (machine or this_machine())
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -81,43 +97,45 @@ class Leases:
 
         Raises:
             InterruptedError: `stop` was set while waiting.
+            NoSuchLeaseError: So many GPUs are not visible.
         """
-        slots = tuple(range(cpu_slots()))
+        by_uuid = _enough(gpus, self._gpus) if gpus else {}
+        slots = tuple(map(str, range(cpu_slots())))
         count = len(slots) if cpus == 0 else min(cpus, len(slots))
         with contextlib.ExitStack() as held:
             first = functools.partial(say, f"waiting behind another step, for {count} cpu and {gpus} gpu")
             with flocked(self.folder / "gate.lock", stop=stop, waits=first):
                 leased_cpus = self._lock("cpu", slots, count, held=held, stop=stop, say=say)
-                visible = visible_gpus() if gpus else ()
-                leased_gpus = self._lock("gpu", visible, gpus, held=held, stop=stop, say=say)
-            yield Lease(cpus=leased_cpus, gpus=leased_gpus)
+                leased_gpus = self._lock("gpu", tuple(by_uuid), gpus, held=held, stop=stop, say=say)
+            devices = tuple(by_uuid[uuid].device for uuid in leased_gpus)
+            yield Lease(cpus=tuple(map(int, leased_cpus)), gpus=devices)
 
     def _lock(
         self,
         kind: str,
-        numbers: tuple[int, ...],
+        names: tuple[str, ...],
         count: int,
         *,
         held: contextlib.ExitStack,
         stop: threading.Event | None,
         say: Callable[[str], None],
-    ) -> tuple[int, ...]:
-        """Lock `count` of these slots, waiting until so many are free."""
-        leased: list[int] = []
+    ) -> tuple[str, ...]:
+        """Lock `count` of these slots, waiting until so many are free; returned in the order of `names`."""
+        leased: list[str] = []
         reported = False
         while len(leased) < count:
-            for number in numbers:
-                if number not in leased and len(leased) < count and (file := self._try(f"{kind}-{number}")):
+            for name in names:
+                if name not in leased and len(leased) < count and (file := self._try(f"{kind}-{name}")):
                     held.enter_context(file)
-                    leased.append(number)
+                    leased.append(name)
             if len(leased) < count:
                 if not reported:
-                    say(f"waiting for {count - len(leased)} more {kind} of {len(numbers)}")
+                    say(f"waiting for {count - len(leased)} more {kind} of {len(names)}")
                     reported = True
                 if stop is not None and stop.is_set():
                     raise InterruptedError(f"stopped while waiting for a {kind}")
                 time.sleep(0.05)
-        return tuple(sorted(leased))
+        return tuple(sorted(leased, key=names.index))
 
     def _try(self, name: str) -> IO[str] | None:
         file = (self.folder / f"{name}.lock").open("a")
@@ -127,3 +145,33 @@ class Leases:
             file.close()
             return None
         return file
+
+
+def _enough(count: int, look: Callable[[], Sequence[Visible]]) -> dict[str, Visible]:
+    """The visible GPUs by UUID: containers of one machine count them differently, and share these locks.
+
+    Raises:
+        NoSuchLeaseError: There are fewer than `count`, or several are wanted of a GPU that is split.
+    """
+    by_uuid = {shown.gpu.uuid: shown for shown in look()}
+    if not by_uuid and (problem := no_gpu("run.device: cuda")):
+        raise NoSuchLeaseError(problem)
+    if len(by_uuid) < count:
+        raise NoSuchLeaseError(
+            Problem(
+                what=f"{count} GPUs are wanted at once; {len(by_uuid)} are visible.",
+                where="run.processes",
+                why="Each process of a training has a GPU of its own.",
+                next=f"Set run.processes to {max(1, len(by_uuid))}, or make more visible (CUDA_VISIBLE_DEVICES).",
+            )
+        )
+    if count > 1 and any(shown.gpu.mig for shown in by_uuid.values()):
+        raise NoSuchLeaseError(
+            Problem(
+                what=f"{count} GPUs are wanted at once, and there are MIG instances among the visible ones.",
+                where="run.processes",
+                why="CUDA shows a process one MIG instance at most.",
+                next="Set run.processes: 1, or name whole GPUs in CUDA_VISIBLE_DEVICES.",
+            )
+        )
+    return by_uuid

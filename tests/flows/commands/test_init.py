@@ -10,8 +10,9 @@ import pytest
 
 from flows.commands.init import InitResult, init
 from flows.pins import pin
+from flows.plan.machine import Memory
 from flows.plan.memory import predict
-from flows.plan.preflight import Memory, sampled
+from flows.plan.preflight import sampled
 from flows.plan.row_sizes import row_sizes
 from recipes.checks.check import check, check_data
 from recipes.checks.serving import warnings

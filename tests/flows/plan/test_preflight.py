@@ -7,13 +7,15 @@ import pytest
 
 from flows.compose import compose, limits
 from flows.pins import pin
+from flows.plan.fit import calibration_problem, fits
 from flows.plan.lookup import Planned, plan
-from flows.plan.memory import CUDA_IMPORT, NF4_BYTES, StepNeeds, predict
-from flows.plan.preflight import Memory, available, calibration_problem, disk_problem, preflight, refuse
+from flows.plan.machine import Memory, available
+from flows.plan.memory import CUDA_IMPORT, NF4_BYTES, ON_HOST, StepNeeds, predict
+from flows.plan.preflight import disk_problem, judge, largest_parts, preflight
 from flows.plan.row_sizes import RowSizes, row_sizes
 from recipes.data.rows import read_rows
 from recipes.models.headers import Headers, read_headers
-from recipes.problem import RecipeError
+from recipes.problem import Problem, RecipeError
 from recipes.read.load import Loaded, load
 from recipes.schema import Recipe
 from tasks.runtime.step import Step
@@ -286,6 +288,10 @@ def test_too_few_calibration_tokens_are_told_before_anything_is_spent(recipe: Re
 # ---- refusing
 
 
+def refuse(recipe: Recipe, headers: Headers, **options: object) -> list[Problem]:
+    return judge(recipe, headers, **options).problems  # type: ignore[arg-type]
+
+
 def setting(problem_next: str) -> dict[str, str]:
     words = problem_next.removesuffix(".").split("--set ")[1:]
     return dict(word.strip().split("=") for word in words)
@@ -329,8 +335,41 @@ def test_steps_side_by_side_have_to_fit_together(recipe: Recipe, headers: Header
 
 def test_gpu_memory_counts_on_cuda(recipe: Recipe, headers: Headers):
     assert refuse(recipe, headers, memory=Memory(64.0, 24.0), device="cuda") == []
-    found = refuse(recipe, headers, memory=Memory(64.0, 1.5), device="cuda")
-    assert found and "GPU memory" in found[0].what
+    small = judge(recipe, headers, memory=Memory(64.0, 0.7), device="cuda")
+    assert {problem.where.split("/")[0] for problem in small.problems} == {"train", "evaluate"}
+    assert all("GPU memory" in problem.what for problem in (*small.problems, *small.doubts))
+
+
+def test_what_no_gpu_has_confirmed_warns(recipe: Recipe, headers: Headers):
+    """Quantizers were never measured on a GPU (docs/gpu.md); on a CPU they were, and refuse."""
+    keys = frozenset({"quantize/awq-w4-g128", "reference/like-quickstart"})
+    verdict = judge(recipe, headers, memory=Memory(64.0, 0.61), device="cuda", make=keys)
+    assert not verdict.problems and {doubt.where for doubt in verdict.doubts} == keys
+    assert all("may need" in doubt.what and "No GPU has confirmed" in doubt.why for doubt in verdict.doubts)
+    here = judge(recipe, headers, memory=Memory(0.3, None), make=keys)
+    assert not here.doubts and {problem.where for problem in here.problems} == keys
+    assert judge(recipe, headers, memory=Memory(64.0, 24.0), device="cuda").doubts == []
+
+
+def test_fsdp_is_unconfirmed_and_one_gpu_is_not(recipe: Recipe, headers: Headers):
+    alone = by_key(recipe, headers, device="cuda")["train/like-quickstart"]
+    sharded = changed(recipe, "run", processes=4, launcher="fsdp-qlora", device="cuda")
+    assert alone.confirmed and not by_key(sharded, headers, device="cuda")["train/like-quickstart"].confirmed
+    assert all(step.confirmed for step in predict(recipe, headers))
+
+
+def test_what_a_gpu_step_keeps_on_the_host_counts_there(recipe: Recipe, headers: Headers):
+    """Of 15 GiB that a quantizer leaves on the host none are missing on the GPU."""
+    step = StepNeeds(
+        key="quantize/large",
+        host_gib=17.0,
+        gpu_gib=6.0,
+        disk_gib=5.0,
+        parts={f"weights bf16{ON_HOST}": 15.0, "layer": 6.0},
+    )
+    assert fits(step, Memory(20.0, 8.0)) and not fits(step, Memory(16.0, 8.0)) and not fits(step, Memory(20.0, 6.5))
+    assert largest_parts(step, on_gpu=False) == "weights bf16 (host) 15.0 GiB"
+    assert largest_parts(step, on_gpu=True) == "layer 6.0 GiB"
 
 
 def test_no_disk_for_the_sum_of_outputs(recipe: Recipe, headers: Headers, tmp_path: Path):

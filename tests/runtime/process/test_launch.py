@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tasks.runtime.gpus import Gpu, visible
 from tasks.runtime.process.launch import CHECKOUT, Launcher, child_env
-from tasks.runtime.process.leases import Leases
+from tasks.runtime.process.leases import Leases, NoSuchLeaseError
 
 # 10 s is what the issue allows from a signal to nothing left; a grace period of 3 s is part of it.
 GONE_S = 10.0
@@ -166,6 +167,43 @@ def test_leases_exclude_and_the_whole_machine_waits_for_all(tmp_path: Path, monk
         thread.join(10)
     assert got == ["whole (0, 1)", "small"]
     assert said == ["waiting for 2 more cpu of 2", "waiting behind another step, for 1 cpu and 0 gpu"]
+
+
+def gpus(*uuids: str) -> list[Gpu]:
+    return [
+        Gpu(index=place, uuid=uuid, name="any", total_bytes=1, free_bytes=1, mig=uuid.startswith("MIG"))
+        for place, uuid in enumerate(uuids)
+    ]
+
+
+def test_a_gpu_is_leased_by_what_it_is_not_by_its_number(tmp_path: Path):
+    """Two containers of one machine share a home: what is 1 here is 0 there."""
+    here = Leases(tmp_path, gpus=lambda: visible(gpus("GPU-a", "GPU-b"), None))
+    there = Leases(tmp_path, gpus=lambda: visible(gpus("GPU-b"), "GPU-b"))
+    stop = threading.Event()
+    with here.take(1, 1) as first, here.take(1, 1) as second:
+        assert (first.gpus, second.gpus) == ((0,), (1,))
+        stop.set()
+        with pytest.raises(InterruptedError), there.take(1, 1, stop=stop):
+            pass
+    with there.take(1, 1) as lease:
+        assert lease.gpus == ("GPU-b",)  # a UUID where the variable has UUIDs
+        assert child_env(gpus=lease.gpus)["CUDA_VISIBLE_DEVICES"] == "GPU-b"
+    with here.take(1, 2) as both:
+        assert both.gpus == (0, 1) and child_env(gpus=both.gpus)["CUDA_VISIBLE_DEVICES"] == "0,1"
+
+
+def test_more_gpus_than_there_are_is_refused_not_waited_for(tmp_path: Path):
+    two = Leases(tmp_path, gpus=lambda: visible(gpus("GPU-a", "GPU-b"), None))
+    with pytest.raises(NoSuchLeaseError) as caught, two.take(1, 3):
+        pass
+    assert "3 GPUs are wanted at once; 2 are visible" in caught.value.problem.what
+    assert caught.value.problem.next.startswith("Set run.processes to 2")
+    split = Leases(tmp_path, gpus=lambda: visible(gpus("MIG-a", "MIG-b"), None))
+    with pytest.raises(NoSuchLeaseError, match="MIG instances"), split.take(1, 2):
+        pass
+    with split.take(1, 1) as lease:
+        assert lease.gpus == ("MIG-a",)
 
 
 def test_waiting_for_a_lease_ends_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
