@@ -49,14 +49,9 @@ ARROW_FACTOR = 3  # bytes of Arrow columns, read and filtered, per byte of JSONL
 SCRATCH_FACTOR = 8  # bytes on disk while prepare works, per byte of JSONL: rows, their 5-grams, records, rows.parquet
 ON_HOST = " (host)"  # ends the name of a part that lies on the host while the step works on a GPU
 CONFIRMED = ("train", "evaluate")  # stages whose GPU memory was measured, on an H200: docs/gpu.md
-<<<<<<< HEAD
 # Parts that are counted as resident, and without which no step fails: files in memory, which are given back when memory
 # is short, and the original beside a model that was quantized on a GPU, whose errors are then not measured.
 FILES = ("file of weights", "file of logits", f"{RECORD}{ON_HOST}")
-=======
-# Parts that are files in memory: counted as resident, but given back when memory is short, so no step fails for them.
-FILES = ("file of weights", "file of logits")
->>>>>>> plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +162,8 @@ class _Sizes:
         return scheme.predicted_bytes(self.headers.linears) + rest
 
     def kv_cache(self, *, batch: int, tokens: int) -> float:
-        return 2 * 2 * self.headers.layers * self.headers.kv_features * batch * tokens
+        """bf16 keys and values; layers with a window keep no more than it."""
+        return 2 * self.headers.cache_numbers(tokens) * batch
 
     def forward(self, *, batch: int, tokens: int) -> dict[str, float]:
         """What an evaluation forward holds beside the weights."""
@@ -289,9 +285,6 @@ def _train(sizes: _Sizes) -> StepNeeds:
     # The adapter, and two checkpoints while it runs: fp32 adapter and two moments each, and the best weights.
     disk = (1 + 2 * 3 + 3 * (train.keep == "best")) * 4 * trained
     step = _step(sizes, f"train/{sizes.recipe.name}", parts, process=TRAIN, disk=disk)
-<<<<<<< HEAD
-    return replace(step, host_gib=step.host_gib * run.processes, confirmed=step.confirmed and shares == 1)
-=======
     file = step.parts.get("file of weights", 0.0)  # is in memory once
     host_gib = file + (step.host_gib - file) * run.processes
     return replace(step, host_gib=host_gib, confirmed=step.confirmed and shares == 1)
@@ -304,7 +297,6 @@ def _uncut(sizes: _Sizes, trained: int) -> float:
     """
     largest = max(tensor.numel for tensor in sizes.headers.tensors.values())
     return sizes.nf4 + 4 * trained + 2 * largest
->>>>>>> plan
 
 
 def _attention(sizes: _Sizes) -> float:
