@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import re
@@ -22,6 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from recipes.models.installed import configuration
 from recipes.plain import is_mapping, json_object
 from recipes.problem import Problem
 
@@ -123,13 +123,8 @@ def missing_keys(config: Mapping[str, Any], *, key_features: int | None = None) 
 
 @lru_cache(maxsize=64)
 def known_keys(*model_types: str) -> frozenset[str]:
-    """Which of the optional keys the configuration classes of these types mention; transformers is not imported."""
-    spec = importlib.util.find_spec("transformers")
-    roots = [] if spec is None else spec.submodule_search_locations or []
-    names = {kind.replace("-", "_") for kind in model_types}
-    names |= {name.removesuffix("_text") for name in names}
-    files = (Path(root) / "models" / name / f"configuration_{name}.py" for root in roots for name in names)
-    text = "\n".join(file.read_text(encoding="utf-8") for file in files if file.is_file())
+    """Which of the optional keys the configuration classes of these types mention."""
+    text = "\n".join(map(configuration, model_types))
     return frozenset(name for name in OPTIONAL if re.search(rf"\b{name}\b", text))
 
 
