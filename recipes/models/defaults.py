@@ -206,7 +206,8 @@ def _ask(folder: Path, names: list[str]) -> dict[str, Any] | str:
     if is_mapping(answer):
         return answer
     lines = [line for line in child.stderr.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else f"it ended with code {child.returncode}."
+    raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception): ", line)] or lines
+    return raised[-1][:300] if raised else f"it ended with code {child.returncode}."
 
 
 def _unknown(folder: Path, names: list[str], why: str) -> Problem:

@@ -7,7 +7,7 @@ import re
 from functools import lru_cache
 from pathlib import Path
 
-_PAIR = re.compile(r'^\s*\("([^"]+)",\s*"(\w+)"\)', re.MULTILINE)
+_PAIR = re.compile(r'^\s*\(?"([^"]+)"[,:]\s*"(\w+)"', re.MULTILINE)
 _MAPPINGS = ("auto_mappings.py", "configuration_auto.py")
 
 

@@ -148,4 +148,39 @@ def test_the_command_for_fp8_writes_plain_bf16_weights(tmp_path: Path):
     name = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(written[name], (stored[name].float() * 0.5).bfloat16())
     assert written.keys() == {name for name in stored if not name.endswith("_scale_inv")}
+    (tmp_path / "fp8-bf16" / "tokenizer.json").write_text("{}")
+    assert len(read_headers(tmp_path / "fp8-bf16").linears) == 7
     assert "quantization_config" not in json.loads((tmp_path / "fp8-bf16" / "config.json").read_text())
+
+
+def test_the_command_for_mxfp4_writes_plain_bf16_weights(tmp_path: Path):
+    """gpt-oss in its release's layout: blocks of 32 inputs as 16 bytes, and an exponent each."""
+    import shlex
+    import subprocess
+    import sys
+
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "vocab_size": 64, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "pad_token_id": 0}
+    folder = tmp_path / "mxfp4"
+    GptOssForCausalLM(GptOssConfig(**sizes, **heads, eos_token_id=1)).save_pretrained(folder)
+    plain = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.experts"
+    stored = {key: value for key, value in plain.items() if not key.endswith(("gate_up_proj", "down_proj"))}
+    for part, rows, inputs in (("gate_up_proj", 192, 64), ("down_proj", 64, 96)):
+        stored[f"{name}.{part}_blocks"] = torch.full((4, rows, inputs // 32, 16), 0x22, dtype=torch.uint8)  # 1.0
+        stored[f"{name}.{part}_scales"] = torch.full((4, rows, inputs // 32), 128, dtype=torch.uint8)  # 2 ** 1
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    _, *words = shlex.split(dequantize_command(folder, config, "Mxfp4Config"))
+    subprocess.run([sys.executable, "-P", *words], check=True, capture_output=True)
+    written = load_file(tmp_path / "mxfp4-bf16" / "model.safetensors")
+    assert {key: value.shape for key, value in written.items()} == {key: value.shape for key, value in plain.items()}
+    assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
+    assert torch.equal(written[f"{name}.down_proj"], torch.full((4, 96, 64), 2.0, dtype=torch.bfloat16))
+    (tmp_path / "mxfp4-bf16" / "tokenizer.json").write_text("{}")
+    assert len(read_headers(tmp_path / "mxfp4-bf16").stacked_experts) == 2
