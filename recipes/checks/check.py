@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from recipes.arms import arms, specified
 from recipes.checks.adapter import beside_problems, fit_problems, folder_problems
@@ -26,7 +26,9 @@ from recipes.checks.train import device_problems, train_problems
 from recipes.data.rows import read_origin
 from recipes.models.chat_template import misfit
 from recipes.models.headers import Headers, read_headers
+from recipes.models.installed import is_installed, is_known
 from recipes.models.token_ids import token_problems
+from recipes.plain import json_object
 from recipes.problem import Problem, RecipeError
 from recipes.read.load import InvalidRecipe, Loaded, load, missing
 from recipes.schemes.limits import limit_problems, quantized_linears, unquantized_problem
@@ -96,11 +98,13 @@ def check(loaded: Loaded, *, fetched: bool = False) -> list[Problem]:
 
 def check_base(loaded: Loaded, folder: Path) -> list[Problem]:
     """Problems of a base model's folder with this recipe; for a hub id, of the folder that it was pinned to."""
+    config = json_object(folder / "config.json") or {}
+    strange = [*_own_code(config), *_unknown_type(config)]
     try:
         headers = read_headers(folder)
-    except RecipeError as error:
-        return list(error.problems)
-    problems = [*_own_code(headers), *token_problems(headers), *_chat_template(loaded, headers)]
+    except RecipeError as error:  # a model type that transformers does not have explains what could not be read
+        return [loaded.placed(problem) for problem in strange] or list(error.problems)
+    problems = [*strange, *token_problems(headers), *_chat_template(loaded, headers)]
     problems += [*_shapes(loaded, headers), *_lengths(loaded, headers), *kv_cache_problems(loaded, headers)]
     problems += train_problems(loaded, headers)
     problems += fit_problems(loaded.adapter, headers) if loaded.adapter else []
@@ -154,15 +158,26 @@ def _shapes(loaded: Loaded, headers: Headers) -> Iterator[Problem]:
         yield from (replace(problem, where=field) for problem in refused)
 
 
-def _own_code(headers: Headers) -> Iterator[Problem]:
-    if needs_code(headers.config):
+def _own_code(config: Mapping[str, Any]) -> Iterator[Problem]:
+    if needs_code(config):
         yield Problem(
             what="The base needs code of its own: its config.json has an auto_map.",
             where="model.base",
-            why=f"transformers here knows no model type {headers.config.get('model_type')}; training, merging and "
+            why=f"transformers here knows no model type {config.get('model_type')}; training, merging and "
             "quantizing run no code that comes with a model, and what they write would need it too.",
             next="Name a base of a type that transformers has. As an external model it can be evaluated "
             "(evaluate.external, trust_remote_code).",
+        )
+
+
+def _unknown_type(config: Mapping[str, Any]) -> Iterator[Problem]:
+    kind = config.get("model_type")
+    if kind is not None and is_installed() and "auto_map" not in config and not is_known(str(kind)):
+        yield Problem(
+            what=f"The installed transformers knows no model type {kind}.",
+            where="model.base",
+            why="Its config.json names it, and no class here loads such a model: it is newer, or a name is misspelt.",
+            next="Name a base of a type that transformers has, or take a release of Quench with a newer transformers.",
         )
 
 

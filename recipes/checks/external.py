@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import Any
 
 from recipes.models.defaults import complete
 from recipes.models.headers import Headers, has_tokenizer, no_config, no_tokenizer
+from recipes.models.installed import is_known
 from recipes.models.weights import read_tensors
 from recipes.plain import is_list, is_mapping, json_object
 from recipes.problem import Problem, RecipeError
@@ -52,7 +52,7 @@ def folder_problems(name: str, folder: Path, *, trusted: bool) -> Iterator[Probl
 
 def needs_code(config: Mapping[str, Any]) -> bool:
     """True where only code that comes with the model can load it: transformers has its own for types that it knows."""
-    return "auto_map" in config and not _is_known(str(config.get("model_type")))
+    return "auto_map" in config and not is_known(str(config.get("model_type")))
 
 
 def unpinned_problems(loaded: Loaded) -> Iterator[Problem]:
@@ -123,13 +123,6 @@ def _of_external(problem: Problem, name: str, *, where: str) -> Problem:
         next=problem.next.replace("the base", name).replace("model.base", f"evaluate.external.{name}"),
         where=where,
     )
-
-
-def _is_known(kind: str) -> bool:
-    """True for a model type that transformers has code for, one folder per type; transformers is not imported."""
-    spec = importlib.util.find_spec("transformers")
-    roots = [] if spec is None else spec.submodule_search_locations or []
-    return any((Path(root) / "models" / kind.replace("-", "_")).is_dir() for root in roots)
 
 
 def _vocabulary(folder: Path) -> dict[str, Any] | None:

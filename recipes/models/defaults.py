@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import re
@@ -22,6 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from recipes.models.installed import configuration
 from recipes.plain import is_mapping, json_object
 from recipes.problem import Problem
 
@@ -123,13 +123,8 @@ def missing_keys(config: Mapping[str, Any], *, key_features: int | None = None) 
 
 @lru_cache(maxsize=64)
 def known_keys(*model_types: str) -> frozenset[str]:
-    """Which of the optional keys the configuration classes of these types mention; transformers is not imported."""
-    spec = importlib.util.find_spec("transformers")
-    roots = [] if spec is None else spec.submodule_search_locations or []
-    names = {kind.replace("-", "_") for kind in model_types}
-    names |= {name.removesuffix("_text") for name in names}
-    files = (Path(root) / "models" / name / f"configuration_{name}.py" for root in roots for name in names)
-    text = "\n".join(file.read_text(encoding="utf-8") for file in files if file.is_file())
+    """Which of the optional keys the configuration classes of these types mention."""
+    text = "\n".join(map(configuration, model_types))
     return frozenset(name for name in OPTIONAL if re.search(rf"\b{name}\b", text))
 
 
@@ -211,7 +206,8 @@ def _ask(folder: Path, names: list[str]) -> dict[str, Any] | str:
     if is_mapping(answer):
         return answer
     lines = [line for line in child.stderr.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else f"it ended with code {child.returncode}."
+    raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception): ", line)] or lines
+    return raised[-1][:300] if raised else f"it ended with code {child.returncode}."
 
 
 def _unknown(folder: Path, names: list[str], why: str) -> Problem:

@@ -95,9 +95,14 @@ def _quantized_already(folder: Path, config: Mapping[str, Any]) -> Problem:
 
 
 def dequantize_command(folder: Path, config: Mapping[str, Any], maker: str) -> str:
-    """One line that writes FOLDER-bf16: transformers dequantizes while it loads, and then writes plain weights."""
+    """One line that writes FOLDER-bf16: transformers dequantizes while it loads.
+
+    `save_pretrained` of 5.23 would undo what loading did, and write FP8 again; without `_weight_conversions` it writes
+    what the model holds.
+    """
     cls = architecture(config) or "AutoModelForCausalLM"
     return (
         f"python -c \"import transformers as t; t.{cls}.from_pretrained('{folder}', dtype='bfloat16', "
-        f"quantization_config=t.{maker}(dequantize=True)).save_pretrained('{folder}-bf16')\""
+        f"quantization_config=t.{maker}(dequantize=True)); m._weight_conversions = None; "
+        f"m.save_pretrained('{folder}-bf16')\""
     )

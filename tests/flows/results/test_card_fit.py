@@ -54,6 +54,20 @@ def test_layers_with_a_window_keep_no_more_than_it() -> None:
     assert qwen2.size("bf16", context=8192, batch=1) == layer * 32 * 8192
 
 
+def test_global_heads_and_shared_layers_are_counted_as_they_are() -> None:
+    """Gemma 4 and 3n: full layers have larger heads, the last layers reuse the keys and values of earlier ones."""
+    kinds = ["sliding_attention"] * 24 + ["full_attention"] * 8
+    gemma = {**LLAMA_8B, "sliding_window": 1024, "layer_types": kinds, "num_kv_shared_layers": 4}
+    gemma["per_layer_config"] = {str(number): {"head_dim": 256, "num_key_value_heads": 2} for number in range(24, 32)}
+    cache = cache_of(described(**gemma))
+    assert cache.per_token("bf16") == 2 * 2 * (24 * 8 * 128 + 4 * 2 * 256)
+    assert cache.size("fp8", context=8192, batch=2) == 2 * 2 * (24 * 8 * 128 * 1024 + 4 * 2 * 256 * 8192)
+    assert cache.per_token("int8") == cache.per_token("bf16") / 2 + 2 * 4 * (24 * 8 + 4 * 2)
+    llama4 = {**LLAMA_8B, "layer_types": ["chunked_attention"] * 24 + ["full_attention"] * 8}
+    chunked = cache_of(described(**llama4, attention_chunk_size=1024))
+    assert chunked.size("bf16", context=8192, batch=1) == 2 * 2 * 8 * 128 * (24 * 1024 + 8 * 8192)
+
+
 @pytest.mark.parametrize(
     ("more", "why"),
     [

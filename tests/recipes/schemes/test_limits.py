@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from recipes.models.headers import read_headers
-from recipes.schemes.limits import ARCHIVED, limit_problems
+from recipes.models.headers import Headers, read_headers
+from recipes.schemes.limits import ARCHIVED, left_in_bf16, limit_problems, size_bytes, unquantized_problem
 from recipes.schemes.slugs import FAMILIES, by_backend, parse_scheme
 from tests.recipes.checks.test_check import only
-from tests.recipes.folders import write_base, write_project
+from tests.recipes.folders import llama_shapes, write_base, write_project, write_safetensors
 
 
 @pytest.mark.parametrize(
@@ -53,3 +53,53 @@ def test_check_names_the_field(tmp_path: Path):
 
 def test_every_archived_backend_belongs_to_a_family():
     assert set(ARCHIVED) == {other for family in FAMILIES.values() for other in family.others}
+
+
+def write_mixture(folder: Path, *, stacked: bool) -> Headers:
+    """Two layers of four experts, one by one as Mixtral's or as one weight each as gpt-oss'."""
+    write_base(folder, config={"num_local_experts": 4})
+    shapes = llama_shapes(hidden=128, intermediate=256, kv=64, layers=2, vocabulary=300)
+    for layer in range(2):
+        name = f"model.layers.{layer}.mlp.experts"
+        shapes[f"model.layers.{layer}.mlp.router.weight"] = [4, 128]
+        if stacked:
+            shapes |= {f"{name}.gate_up_proj": [4, 128, 512], f"{name}.down_proj": [4, 256, 128]}
+        else:
+            shapes |= {f"{name}.{n}.gate_up_proj.weight": [512, 128] for n in range(4)}
+            shapes |= {f"{name}.{n}.down_proj.weight": [128, 256] for n in range(4)}
+    write_safetensors(folder / "model.safetensors", shapes)
+    return read_headers(folder)
+
+
+EXPERTS = 2 * 4 * 3 * 128 * 256
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("slug", ["nf4", "int8"])
+def test_bitsandbytes_leaves_experts_in_bf16_and_its_size_says_so(tmp_path: Path, slug: str, stacked: bool):
+    headers, scheme = write_mixture(tmp_path, stacked=stacked), parse_scheme(slug)
+    assert headers.expert_parameters == left_in_bf16(scheme, headers) == EXPERTS
+    dense = headers.dense_linears
+    rest = headers.parameters - headers.dense_linear_parameters
+    assert size_bytes(scheme, headers) == scheme.predicted_bytes(dense) + 2 * rest > 2 * EXPERTS
+    problem = unquantized_problem(scheme, headers)
+    assert problem is not None and "quantize.accept_unquantized" in problem.next
+    assert f"{EXPERTS / (EXPERTS + headers.dense_linear_parameters):.0%}" in problem.what
+
+
+def test_stacked_experts_are_no_layers_to_round(tmp_path: Path):
+    scheme = parse_scheme("rtn-w4-g32")
+    assert left_in_bf16(scheme, write_mixture(tmp_path / "one", stacked=True)) == EXPERTS
+    assert left_in_bf16(scheme, write_mixture(tmp_path / "many", stacked=False)) == 0  # refused for what loads of them
+
+
+def test_a_dense_model_leaves_nothing(tmp_path: Path):
+    headers = read_headers(write_base(tmp_path))
+    for slug in ("nf4", "int8", "rtn-w4-g32", "gptq-w4-g32", "ct-awq-w4-g32"):
+        assert left_in_bf16(parse_scheme(slug), headers) == 0
+        assert unquantized_problem(parse_scheme(slug), headers) is None
+
+
+def test_what_packs_experts_says_what_they_take(tmp_path: Path):
+    (problem,) = limit_problems(parse_scheme("gptq-w4-g32"), write_mixture(tmp_path, stacked=False))
+    assert f"({2 * EXPERTS / (1 << 30):.1f} GiB; quantize.accept_unquantized: true)" in problem.next
