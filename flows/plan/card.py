@@ -17,6 +17,7 @@ from flows.compose import Matrix, compose, reached
 from flows.pins import light_pins
 from flows.plan.fit import (
     STAGES,
+    Fitting,
     Setting,
     calibration_problem,
     combined,
@@ -49,12 +50,14 @@ class CardStep:
     Attributes:
         needs: As the recipe is.
         setting: What makes it fit; empty where it fits as it is, None where nothing does.
+        least: Its needs with the smallest setting that was tried.
         fitted: Its needs with the settings of all steps; None where it does not fit with them either.
         work: Its tokens and operations; None where it computes with no model, or the rows are not known.
     """
 
     needs: StepNeeds
     setting: Setting | None
+    least: StepNeeds
     fitted: StepNeeds | None
     work: Work | None
 
@@ -187,13 +190,20 @@ def _planned(
     by_stage = fit_all(
         loaded.recipe, memory=memory, steps=steps, allows=lambda smaller: enough_tokens(smaller, headers, rows)
     )
-    final = combined([setting for setting in by_stage.values() if setting is not None])
+    final = combined([fit.setting for fit in by_stage.values() if fit.setting is not None])
+    least = {
+        step.key: step
+        for stage in {step.stage for step in written}
+        for step in steps((by_stage[stage].smallest if stage in by_stage else Setting({})).applied(loaded.recipe))
+        if step.stage == stage
+    }
     fitted = {step.key: step for step in steps(final.applied(loaded.recipe)) if fits(step, memory)}
     worked = work(loaded.recipe, headers, rows)
     lines = tuple(
         CardStep(
             needs=step,
             setting=_setting_of(step, by_stage.get(step.stage), memory, fits_then=step.key in fitted),
+            least=least[step.key],
             fitted=fitted.get(step.key),
             work=worked.get(step.key),
         )
@@ -222,21 +232,20 @@ def fit_all(
     memory: Memory,
     steps: Callable[[Recipe], list[StepNeeds]],
     allows: Callable[[Recipe], bool] = lambda _: True,
-) -> dict[str, Setting | None]:
-    """The setting of each stage that has some, each found on top of those before it. See `fitting`."""
-    settings: dict[str, Setting | None] = {}
+) -> dict[str, Fitting]:
+    """How each stage fits that has settings, each found on top of those before it. See `fitting`."""
+    found: dict[str, Fitting] = {}
     for stage in STAGES:
-        fit = fitting(stage, recipe, memory=memory, steps=steps, allows=allows)
-        settings[stage] = fit.setting
+        fit = found[stage] = fitting(stage, recipe, memory=memory, steps=steps, allows=allows)
         recipe = fit.setting.applied(recipe) if fit.setting else recipe
-    return settings
+    return found
 
 
-def _setting_of(step: StepNeeds, of_stage: Setting | None, memory: Memory, *, fits_then: bool) -> Setting | None:
+def _setting_of(step: StepNeeds, of_stage: Fitting | None, memory: Memory, *, fits_then: bool) -> Setting | None:
     """What makes this step fit: nothing, its stage's setting, or None."""
     if fits(step, memory):
         return Setting({})
-    return (of_stage or Setting({})) if fits_then else None
+    return ((of_stage and of_stage.setting) or Setting({})) if fits_then else None
 
 
 def _finite(size: float) -> float | None:
@@ -298,8 +307,8 @@ def _figure(size: float) -> str:
 
 def _fit(step: CardStep, memory: Memory) -> str:
     if step.setting is None:
-        on_gpu = not gpu_fits(step.needs, memory)
-        return f"NO: {largest_parts(step.needs, on_gpu=on_gpu)}"
+        on_gpu = not gpu_fits(step.least, memory)
+        return f"NO: {largest_parts(step.least, on_gpu=on_gpu)}"
     if not step.setting.values:
         return "yes"
     then = f"{on_card(step.fitted):.1f}" if step.fitted and step.needs.gpu_gib else ""

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from flows.plan.card import plan_for, text
-from flows.plan.fit import Setting, fits, fitting, on_card
+from flows.plan.fit import Setting, enough_tokens, fits, fitting, on_card
 from flows.plan.machine import Memory
 from flows.plan.memory import StepNeeds, predict
 from flows.plan.row_sizes import RowSizes
