@@ -199,11 +199,11 @@ run on such cards has confirmed it**: training and evaluation were held against 
 
 Every row counts as 2,048 tokens, with batches of 16, calibration of 512 rows of up to 512 tokens; most rows are
 shorter, and then more fits. A card counts as wholly free; 0.6 GiB of it are CUDA's own. A cell has the GiB of the
-card, behind the setting that makes it fit: `micro` is run.micro_batch, `recompute` train.gradient_checkpointing,
-`batch` evaluate.batch_size, `rows of` data.max_length, `calibrate` calibrate.rows. Settings that keep the result are tried
-first, shorter rows last. The last column is what the host needs beside, without files that it can drop. The mixture,
-30B-A3B, is trained on its attention and quantized by llm-compressor (`ct-gptq-w4-g128`); training keeps its experts in
-bf16.
+card, behind the setting that makes it fit: `micro` is run.micro_batch, `recompute` is train.gradient_checkpointing,
+`batch` is evaluate.batch_size, `rows of` is data.max_length, `calibrate` is calibrate.rows (`x` calibrate.seq_len).
+Settings that keep the result are tried first, shorter rows last. The last column is what the host needs beside, without
+files that it can drop. The mixture, 30B-A3B, is trained on its attention and quantized by llm-compressor
+(`ct-gptq-w4-g128`); training keeps its experts in bf16.
 
 {sections}
 
