@@ -47,11 +47,6 @@ def test_earlier_runs_on_such_a_gpu_are_scaled_by_tokens(tmp_path: Path):
         ("/models/8b", None, "cpu"),
         ("/models/8b", 24.0, "cpu"),
     ],
-        ("/models/14b", 24.0, "cuda"),
-        ("/models/8b", 80.0, "cuda"),
-        ("/models/8b", None, "cpu"),
-        ("/models/8b", 24.0, "cpu"),
-    ],
 )
 def test_another_base_another_card_or_a_cpu_say_nothing(base: str, gib: float | None, device: str, tmp_path: Path):
     run(tmp_path, "a", gib=gib, device=device, train=(1000, 100))
