@@ -299,9 +299,9 @@ def _train(sizes: _Sizes) -> StepNeeds:
 def _uncut(sizes: _Sizes, trained: int) -> float:
     """What each FSDP rank holds before the first step: transformers 5.23 loads a 4-bit base whole on every rank.
 
-    Beside it the fp32 adapter, and the largest tensor in bf16 while it is quantized.
+    Beside it the fp32 adapter, and the largest linear layer in bf16 while it is quantized.
     """
-    largest = max(tensor.numel for tensor in sizes.headers.tensors.values())
+    largest = max((_weight_count([layer]) for layer in sizes.headers.dense_linears), default=0)
     return sizes.nf4 + 4 * trained + 2 * largest
 
 
