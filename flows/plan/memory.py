@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from flows.plan.mixtures import met_features, met_stacked_features
 from flows.plan.row_sizes import RowSizes
 from recipes.arms import Arm, arms, controls
 from recipes.models.headers import Headers
@@ -271,9 +272,11 @@ def _train(sizes: _Sizes) -> StepNeeds:
             sizes, f"train/{sizes.recipe.name}", {}, process=CALIBRATE, disk=4 * sizes.lora_parameters, on_gpu=False
         )
     tokens = sizes.recipe.micro_batch * sizes.length
-    kept = ACTIVATION_FACTOR * 2 * _features(headers.linears)
+    stacked = met_stacked_features(headers)
+    kept = ACTIVATION_FACTOR * 2 * (met_features(headers, headers.linears) + stacked)
     if train.gradient_checkpointing:
-        kept = 2 * headers.hidden * headers.layers + ACTIVATION_FACTOR * 2 * _features(headers.decoder_layer)
+        layer = met_features(headers, headers.decoder_layer) + stacked / max(1, headers.layers)
+        kept = 2 * headers.hidden * headers.layers + ACTIVATION_FACTOR * 2 * layer
     trained = sizes.lora_parameters + sizes.saved_parameters
     run = sizes.recipe.run
     shares = run.processes if run.launcher == "fsdp-qlora" else 1
