@@ -88,6 +88,7 @@ bench: install   ## the quickstart timed in an empty home: docs/results/quicksta
 	$(BIN)/python -m tests.bench.rows
 	$(BIN)/python -m tests.bench.servers
 	$(BIN)/python -m tests.bench.memory
+	$(BIN)/python -m tests.bench.cards
 bench: quickstart env-autoawq env-autogptq  # whose models and readers the last one takes
 
 folklore: install env-llmcompressor  ## what the field repeats, three seeds: docs/results/folklore.md, resumes

@@ -33,6 +33,6 @@ def command(args: argparse.Namespace) -> Output:
 
 def _elsewhere(args: argparse.Namespace, machine: Memory) -> Output:
     """Exit code 1 where a step fits with no setting."""
-    plan = plan_for(args.recipe, machine, sets=args.set, only=args.only)
+    plan = plan_for(args.recipe, machine, sets=args.set, only=args.only, home=find_home())
     warn(plan.warnings)
     return Output(json=plan.as_dict(), text=text(plan), code=FAILED if plan.never else DONE)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from flows.compose import Matrix, compose, reached
 from flows.pins import light_pins
 from flows.plan.fit import (
     STAGES,
+    Fitting,
     Setting,
     calibration_problem,
     combined,
@@ -26,6 +27,7 @@ from flows.plan.fit import (
     gpu_fits,
     on_card,
 )
+from flows.plan.history import Seconds, seconds
 from flows.plan.machine import Memory
 from flows.plan.memory import CUDA_CONTEXT, StepNeeds, predict
 from flows.plan.preflight import largest_parts, sampled
@@ -49,14 +51,18 @@ class CardStep:
     Attributes:
         needs: As the recipe is.
         setting: What makes it fit; empty where it fits as it is, None where nothing does.
+        least: Its needs with the smallest setting that was tried.
         fitted: Its needs with the settings of all steps; None where it does not fit with them either.
         work: Its tokens and operations; None where it computes with no model, or the rows are not known.
+        seconds: What it would take by earlier runs; None where there are none on such a GPU.
     """
 
     needs: StepNeeds
     setting: Setting | None
+    least: StepNeeds
     fitted: StepNeeds | None
     work: Work | None
+    seconds: Seconds | None
 
     def as_dict(self, memory: Memory) -> dict[str, Any]:
         """For --json; sizes in GiB."""
@@ -69,6 +75,8 @@ class CardStep:
             "disk_gib": self.needs.disk_gib,
             "tokens": self.work and round(self.work.tokens),
             "flops": self.work and self.work.flops,
+            "seconds": self.seconds and self.seconds.seconds,
+            "seconds_n": self.seconds.n if self.seconds else 0,
             "fits": self.setting is not None and not self.setting.values,
             "setting": None if self.setting is None else self.setting.values,
             "gpu_gib_with_settings": self.fitted and on_card(self.fitted),
@@ -132,7 +140,9 @@ class CardPlan:
         }
 
 
-def plan_for(path: Path, memory: Memory, *, sets: Sequence[str] = (), only: Sequence[str] = ()) -> CardPlan:
+def plan_for(
+    path: Path, memory: Memory, *, sets: Sequence[str] = (), only: Sequence[str] = (), home: Path | None = None
+) -> CardPlan:
     """Predict every step of a recipe on a machine with a GPU.
 
     Args:
@@ -140,6 +150,7 @@ def plan_for(path: Path, memory: Memory, *, sets: Sequence[str] = (), only: Sequ
         memory: The machine; its GPUs are alike.
         sets: Overrides `a.b=c`.
         only: Arms that are wanted, see `compose`; none is all.
+        home: QUENCH_HOME, whose earlier runs say how long steps took; it need not exist.
 
     Raises:
         RecipeError: Everything that is wrong with recipe and base, whatever the machine; more processes than GPUs.
@@ -154,7 +165,15 @@ def plan_for(path: Path, memory: Memory, *, sets: Sequence[str] = (), only: Sequ
         if local is not loaded and (problems := check(local, fetched=True)):
             raise RecipeError(problems)
         matrix = compose(_anywhere(local.recipe), pins, lambda step: None, only=only)
-        return _planned(local, read_headers(pins.base.path), memory, matrix=matrix, path=path, sets=sets)
+        planned = _planned(local, read_headers(pins.base.path), memory, matrix=matrix, path=path, sets=sets)
+    return planned if home is None else _timed(planned, home, base=str(loaded.base or loaded.recipe.model.base))
+
+
+def _timed(planned: CardPlan, home: Path, *, base: str) -> CardPlan:
+    """The plan with the seconds that earlier runs took."""
+    tokens = {step.needs.key: step.work.tokens for step in planned.steps if step.work}
+    known = seconds(home, base=base, memory=planned.memory, tokens=tokens)
+    return replace(planned, steps=tuple(replace(step, seconds=known.get(step.needs.key)) for step in planned.steps))
 
 
 def hub_headers(hub: HubId) -> Headers:
@@ -187,15 +206,23 @@ def _planned(
     by_stage = fit_all(
         loaded.recipe, memory=memory, steps=steps, allows=lambda smaller: enough_tokens(smaller, headers, rows)
     )
-    final = combined([setting for setting in by_stage.values() if setting is not None])
+    final = combined([fit.setting for fit in by_stage.values() if fit.setting is not None])
+    least = {
+        step.key: step
+        for stage in {step.stage for step in written}
+        for step in steps((by_stage[stage].smallest if stage in by_stage else Setting({})).applied(loaded.recipe))
+        if step.stage == stage
+    }
     fitted = {step.key: step for step in steps(final.applied(loaded.recipe)) if fits(step, memory)}
     worked = work(loaded.recipe, headers, rows)
     lines = tuple(
         CardStep(
             needs=step,
             setting=_setting_of(step, by_stage.get(step.stage), memory, fits_then=step.key in fitted),
+            least=least[step.key],
             fitted=fitted.get(step.key),
             work=worked.get(step.key),
+            seconds=None,
         )
         for step in written
     )
@@ -222,21 +249,20 @@ def fit_all(
     memory: Memory,
     steps: Callable[[Recipe], list[StepNeeds]],
     allows: Callable[[Recipe], bool] = lambda _: True,
-) -> dict[str, Setting | None]:
-    """The setting of each stage that has some, each found on top of those before it. See `fitting`."""
-    settings: dict[str, Setting | None] = {}
+) -> dict[str, Fitting]:
+    """How each stage fits that has settings, each found on top of those before it. See `fitting`."""
+    found: dict[str, Fitting] = {}
     for stage in STAGES:
-        fit = fitting(stage, recipe, memory=memory, steps=steps, allows=allows)
-        settings[stage] = fit.setting
+        fit = found[stage] = fitting(stage, recipe, memory=memory, steps=steps, allows=allows)
         recipe = fit.setting.applied(recipe) if fit.setting else recipe
-    return settings
+    return found
 
 
-def _setting_of(step: StepNeeds, of_stage: Setting | None, memory: Memory, *, fits_then: bool) -> Setting | None:
+def _setting_of(step: StepNeeds, of_stage: Fitting | None, memory: Memory, *, fits_then: bool) -> Setting | None:
     """What makes this step fit: nothing, its stage's setting, or None."""
     if fits(step, memory):
         return Setting({})
-    return (of_stage or Setting({})) if fits_then else None
+    return ((of_stage and of_stage.setting) or Setting({})) if fits_then else None
 
 
 def _finite(size: float) -> float | None:
@@ -247,13 +273,15 @@ def _finite(size: float) -> float | None:
 # ---- for the terminal
 
 
-COLUMNS = ("step", "GPU GiB", "left", "host GiB", "left", "disk GiB", "tokens", "TFLOP", "fits")
+COLUMNS = ("step", "GPU GiB", "left", "host GiB", "left", "disk GiB", "tokens", "TFLOP", "seconds", "fits")
 
 
 def text(plan: CardPlan) -> str:
     """The table, what it counts, and what to type in the last line."""
     rows = [COLUMNS, *(_cells(step, plan.memory) for step in plan.steps)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+    shown = [column for column in range(len(COLUMNS)) if any(row[column] for row in rows[1:])]
+    rows = [tuple(row[column] for column in shown) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
     disk = sum(step.needs.disk_gib for step in plan.steps)
     notes = [
@@ -287,6 +315,7 @@ def _cells(step: CardStep, memory: Memory) -> tuple[str, ...]:
         f"{needs.disk_gib:.1f}" if needs.disk_gib >= 0.05 else "",
         f"{step.work.tokens:,.0f}" if step.work and step.work.tokens else "",
         _figure(step.work.flops / 1e12) if step.work and step.work.flops else "",
+        f"{step.seconds.seconds:,.0f} (n {step.seconds.n})" if step.seconds else "",
         _fit(step, memory),
     )
 
@@ -298,8 +327,8 @@ def _figure(size: float) -> str:
 
 def _fit(step: CardStep, memory: Memory) -> str:
     if step.setting is None:
-        on_gpu = not gpu_fits(step.needs, memory)
-        return f"NO: {largest_parts(step.needs, on_gpu=on_gpu)}"
+        on_gpu = not gpu_fits(step.least, memory)
+        return f"NO: {largest_parts(step.least, on_gpu=on_gpu)}"
     if not step.setting.values:
         return "yes"
     then = f"{on_card(step.fitted):.1f}" if step.fitted and step.needs.gpu_gib else ""

@@ -39,10 +39,12 @@ class Fitting:
     Attributes:
         setting: The largest with which its steps fit, but for those that never do; None where none of them does.
         never: Keys of the steps that fit with no setting.
+        smallest: The smallest setting that was tried: what is in the way with it is really in the way.
     """
 
     setting: Setting | None
     never: tuple[str, ...]
+    smallest: Setting
 
 
 def fits(step: StepNeeds, memory: Memory) -> bool:
@@ -90,16 +92,17 @@ def fitting(
     unchanged = Setting({})
     now = too_large(unchanged)
     if not now:
-        return Fitting(setting=unchanged, never=())
+        return Fitting(setting=unchanged, never=(), smallest=unchanged)
     bound = allows(recipe)
     every = _settings(stage, recipe, memory)
     smaller = [setting for setting in every if not bound or allows(setting.applied(recipe))]
     if not smaller:
-        return Fitting(setting=None, never=now)
+        return Fitting(setting=None, never=now, smallest=unchanged)
     never = too_large(smaller[-1])  # the smallest of all
     if set(never) >= set(now):
-        return Fitting(setting=None, never=never)
-    return Fitting(setting=next(setting for setting in smaller if set(too_large(setting)) <= set(never)), never=never)
+        return Fitting(setting=None, never=never, smallest=smaller[-1])
+    largest = next(setting for setting in smaller if set(too_large(setting)) <= set(never))
+    return Fitting(setting=largest, never=never, smallest=smaller[-1])
 
 
 def largest_fitting(
@@ -176,16 +179,17 @@ def _quantize_settings(recipe: Recipe) -> Iterator[Setting]:
 
 
 def enough_tokens(recipe: Recipe, headers: Headers, rows: RowSizes | None) -> bool:
-    """The calibration rows have the tokens that the widest layer needs, as far as that can be told."""
-    needed = TOKENS_PER_INPUT * headers.largest_in_features
-    return rows is None or recipe.calibrate.rows * rows.tokens >= needed
+    """The calibration rows can have the tokens that the widest layer needs; none is longer than calibrate.seq_len."""
+    calibrate = recipe.calibrate
+    tokens = calibrate.seq_len if rows is None else min(rows.tokens, calibrate.seq_len)
+    return calibrate.rows * tokens >= TOKENS_PER_INPUT * headers.largest_in_features
 
 
 def calibration_problem(recipe: Recipe, headers: Headers, rows: RowSizes | None) -> Problem | None:
     """Too few calibration tokens, by an estimate that is rather high; the job counts them exactly."""
-    if rows is None or enough_tokens(recipe, headers, rows):
-        return None
     drawn, needed = recipe.calibrate.rows, TOKENS_PER_INPUT * headers.largest_in_features
+    if rows is None or drawn * rows.tokens >= needed:
+        return None
     enough = math.ceil(needed / rows.tokens)
     return Problem(
         what=f"Calibration needs {needed} tokens; {drawn} rows have about {drawn * rows.tokens:.0f}.",

@@ -57,6 +57,11 @@ def available(root: Path = Path("/")) -> Memory:
     return Memory(host_gib=free / GIB, gpu_gib=gpu_gib, gpus=max(1, len(shown)))
 
 
+def total_gpu_gib() -> float | None:
+    """Memory of the smallest visible GPU, free or not; None where the driver does not say."""
+    return min((one.gpu.total_bytes / GIB for one in visible_gpus() if one.gpu.total_bytes is not None), default=None)
+
+
 def _left_in_groups(root: Path) -> Iterator[int]:
     """Bytes that are left in this process's control group and in each one around it that has a limit.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from flows.plan.mixtures import met_features, met_stacked_features
 from flows.plan.quantizers import RECORD, Quantizer
 from flows.plan.quantizers import needs as quantizer_needs
 from flows.plan.row_sizes import RowSizes
@@ -265,9 +266,11 @@ def _train(sizes: _Sizes) -> StepNeeds:
             sizes, f"train/{sizes.recipe.name}", {}, process=CALIBRATE, disk=4 * sizes.lora_parameters, on_gpu=False
         )
     tokens = sizes.recipe.micro_batch * sizes.length
-    kept = ACTIVATION_FACTOR * 2 * _features(headers.linears)
+    stacked = met_stacked_features(headers)
+    kept = ACTIVATION_FACTOR * 2 * (met_features(headers, headers.linears) + stacked)
     if train.gradient_checkpointing:
-        kept = 2 * headers.hidden * headers.layers + ACTIVATION_FACTOR * 2 * _features(headers.decoder_layer)
+        layer = met_features(headers, headers.decoder_layer) + stacked / max(1, headers.layers)
+        kept = 2 * headers.hidden * headers.layers + ACTIVATION_FACTOR * 2 * layer
     trained = sizes.lora_parameters + sizes.saved_parameters
     run = sizes.recipe.run
     shares = run.processes if run.launcher == "fsdp-qlora" else 1
@@ -293,9 +296,9 @@ def _train(sizes: _Sizes) -> StepNeeds:
 def _uncut(sizes: _Sizes, trained: int) -> float:
     """What each FSDP rank holds before the first step: transformers 5.23 loads a 4-bit base whole on every rank.
 
-    Beside it the fp32 adapter, and the largest tensor in bf16 while it is quantized.
+    Beside it the fp32 adapter, and the largest linear layer in bf16 while it is quantized.
     """
-    largest = max(tensor.numel for tensor in sizes.headers.tensors.values())
+    largest = max((_weight_count([layer]) for layer in sizes.headers.dense_linears), default=0)
     return sizes.nf4 + 4 * trained + 2 * largest
 
 

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 from flows.mlflow_uri import silent, tracking_uri
 from flows.plan.fit import calibration_problem, enough_tokens, fits, gpu_fits, largest_fitting, on_card
 from flows.plan.lookup import Planned
-from flows.plan.machine import Memory, available
+from flows.plan.machine import Memory, available, total_gpu_gib
 from flows.plan.memory import FILES, GIB, ON_HOST, StepNeeds, predict
 from flows.plan.row_sizes import RowSizes, data_bytes, row_sizes, tokens_per_byte
+from flows.plan.work import Work, work
 from recipes.checks.external import external_headers
 from recipes.checks.train import device_problems
 from recipes.data.rows import read_origin
@@ -200,12 +201,20 @@ def preflight(loaded: Loaded, planned: Sequence[Planned], *, home: Path, base: P
     full = disk_problem([step for step in steps if step.key in make], home, download_gib=download_gib)
     if problems or full or few:
         raise RecipeError([*problems, *filter(None, (full, few))])
+    worked = work(recipe, headers, rows)
     return {
         "device": limits.device,
         "free": memory._asdict(),
+        "gpu_total_gib": total_gpu_gib() if limits.device == "cuda" else None,
         "warnings": [doubt.as_dict() for doubt in verdict.doubts],
-        "steps": {step.key: {name: value for name, value in asdict(step).items() if name != "key"} for step in steps},
+        "steps": {step.key: _recorded(step, worked.get(step.key)) for step in steps},
     }
+
+
+def _recorded(step: StepNeeds, done: Work | None) -> dict[str, Any]:
+    """A step's line of preflight.json."""
+    needs = {name: value for name, value in asdict(step).items() if name != "key"}
+    return {**needs, "tokens": done and done.tokens, "flops": done and done.flops}
 
 
 def environment_problems(planned: Sequence[Planned]) -> Iterator[Problem]:

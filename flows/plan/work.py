@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from flows.plan.mixtures import routed_share
 from flows.plan.row_sizes import RowSizes
 from recipes.arms import Arm, arms
 from recipes.models.headers import Headers
@@ -17,8 +18,6 @@ from recipes.schema import Recipe
 from recipes.schemes.scheme import Scheme
 
 AWQ_RATIOS = 20  # scales that AWQ tries per group of layers (n_grid in GPTQModel 7.6 and in llm-compressor)
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # keys of a text_config
-ROUTED = ("num_experts_per_tok", "num_experts_per_token", "num_selected_experts", "top_k_experts", "moe_topk", "moe_k")
 
 
 class Work(NamedTuple):
@@ -54,21 +53,12 @@ def work(recipe: Recipe, headers: Headers, rows: RowSizes | None) -> dict[str, W
 
 def active_linear_parameters(headers: Headers) -> float:
     """Weights of the decoder's linear layers that one token meets."""
-    return headers.dense_linear_parameters + headers.expert_parameters * _routed_share(headers)
+    return headers.dense_linear_parameters + headers.expert_parameters * routed_share(headers)
 
 
 def active_parameters(headers: Headers) -> float:
     """Weights that one token meets in matrix products: linear layers and output layer."""
     return active_linear_parameters(headers) + headers.vocabulary * headers.hidden
-
-
-def _routed_share(headers: Headers) -> float:
-    """Share of a mixture's experts that a token is routed to; all of them where config.json does not say."""
-    count, routed = (
-        next((value for name in names if isinstance(value := headers.text_config.get(name), int) and value), None)
-        for names in (EXPERTS, ROUTED)
-    )
-    return min(1.0, routed / count) if count and routed else 1.0
 
 
 def _mean_tokens(recipe: Recipe, rows: RowSizes) -> float:
@@ -133,7 +123,7 @@ def _quantize(recipe: Recipe, headers: Headers, rows: RowSizes, scheme: Scheme) 
     passes = 2 * active_linear_parameters(headers)
     if scheme.method == "awq":
         return Work(tokens, (2 + AWQ_RATIOS) * passes * tokens)
-    share = _routed_share(headers)
+    share = routed_share(headers)
     dense = set(headers.dense_linears)
     hessians = sum((1.0 if layer in dense else share) * layer.in_features**2 for layer in headers.linears)
     return Work(tokens, (2 * passes + 2 * hessians) * tokens)

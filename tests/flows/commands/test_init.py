@@ -10,6 +10,8 @@ import pytest
 
 from flows.commands.init import InitResult, init
 from flows.pins import pin
+from flows.plan.card import plan_for
+from flows.plan.fit import Setting
 from flows.plan.machine import Memory
 from flows.plan.memory import predict
 from flows.plan.preflight import sampled
@@ -24,6 +26,7 @@ from recipes.schemes.scheme import PER_CHANNEL
 from recipes.schemes.slugs import parse_scheme
 from tasks import prepare
 from tasks.runtime.step import Step
+from tests.bench.shapes import SHAPES, write_shape
 from tests.recipes.data.test_rows import write_as
 from tests.recipes.folders import chat, write_base, write_rows
 
@@ -141,6 +144,28 @@ def test_batches_are_fitted_to_memory(tmp_path: Path):
     steps = predict(tight, read_headers(tmp_path / "base"), rows=rows)
     assert max(step.needed_gib for step in steps) <= 0.8 * 1.5
     assert "0.2 GiB are free" in refused(tmp_path, memory=Memory(0.3, None), force=True)[0].what
+
+
+def test_a_recipe_for_a_card_that_is_not_here(tmp_path: Path):
+    """An 8B on 24 GiB: what `quench plan` says of the recipe is that every measured step fits as it is."""
+    write_shape(tmp_path / "base", SHAPES["Llama-8B"])
+    long = chat(0)
+    long["messages"][0]["content"] *= 60
+    write_rows(tmp_path / "tickets.jsonl", [*map(chat, range(2000)), *(long | {"n": number} for number in range(200))])
+    card = Memory(64.0, 24.0)
+    recipe = written(tmp_path, card=card).recipe
+    assert recipe.micro_batch < 16 or recipe.train.gradient_checkpointing
+    plan = plan_for(tmp_path / "recipe.yaml", card)
+    assert all(step.setting == Setting({}) for step in plan.steps if step.needs.confirmed)
+    small = refused(tmp_path, card=Memory(64.0, 12.0), force=True)
+    assert any(problem.where.startswith("evaluate/") and "weights bf16" in problem.why for problem in small)
+
+
+def test_the_line_of_a_recipe_names_the_card(tmp_path: Path):
+    write_shape(tmp_path / "base", SHAPES["0.6B"])
+    write_rows(tmp_path / "tickets.jsonl", map(chat, range(260)))
+    text = start(tmp_path, card=Memory(float("inf"), 16.0)).path.read_text()
+    assert "of 16.0 GiB free on the GPU" in text
 
 
 # ---- refusals

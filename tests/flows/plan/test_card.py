@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from flows.plan.card import plan_for, text
-from flows.plan.fit import Setting, fits, fitting, on_card
+from flows.plan.fit import Setting, enough_tokens, fits, fitting, on_card
 from flows.plan.machine import Memory
 from flows.plan.memory import StepNeeds, predict
 from flows.plan.row_sizes import RowSizes
@@ -23,7 +23,7 @@ from recipes.read.load import load
 from recipes.schema import Recipe
 from tests.bench.shapes import SHAPES, write_shape
 from tests.hub import Hub
-from tests.recipes.folders import chat, write_rows
+from tests.recipes.folders import chat, write_rows, write_safetensors
 
 RECIPE = """
 name: card
@@ -148,6 +148,16 @@ def test_a_base_on_a_hub_is_planned_without_its_weights(project: Path, tmp_path:
         )
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["steps"] == local.as_dict()["steps"]
+        fresh = ("init", "--model", "org/tiny", "--data", str(project.parent / "rows.jsonl"), "--gpu-gib", "8")
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "flows.cli", *fresh, "--out", str(tmp_path / "fresh.yaml")],
+            capture_output=True,
+            text=True,
+            env=env,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "of 8.0 GiB free on the GPU" in (tmp_path / "fresh.yaml").read_text()
     assert not list((tmp_path / "hf").rglob("*.safetensors"))
 
 
@@ -248,6 +258,35 @@ def test_a_mixture_counts_the_experts_that_a_token_meets(tmp_path: Path):
     mixture = read_headers(write_shape(tmp_path, SHAPES["30B-A3B"]))
     assert mixture.parameters == pytest.approx(30.5e9, rel=0.01)
     assert active_parameters(mixture) == pytest.approx(3.3e9 - 151936 * 2048, rel=0.02)
+
+
+def test_training_keeps_the_activations_of_the_experts_that_a_token_meets(recipe: Recipe, tmp_path: Path):
+    """8 of 128 experts, stored one by one or as one tensor a layer: the same activations."""
+    shape = SHAPES["30B-A3B"]
+    folder = write_shape(tmp_path / "apart", shape)
+    apart = read_headers(folder)
+    together = write_shape(tmp_path / "together", replace(shape, experts=0, intermediate=128))
+    shapes = {name: size for name, size in shape.tensors.items() if ".experts." not in name}
+    for number in range(shape.layers):
+        experts = f"model.layers.{number}.mlp.experts"
+        for name in ("gate", "up"):
+            shapes[f"{experts}.{name}_proj"] = [shape.experts, shape.intermediate, shape.hidden]
+        shapes[f"{experts}.down_proj"] = [shape.experts, shape.hidden, shape.intermediate]
+    write_safetensors(together / "model.safetensors", shapes)
+    (together / "config.json").write_text((folder / "config.json").read_text())
+
+    def activations(headers: Headers, *, recompute: bool) -> float:
+        raw = recipe.model_dump()
+        raw["train"] |= {"gradient_checkpointing": recompute, "targets": ["q_proj"]}
+        steps = predict(Recipe.model_validate(raw), headers, device="cuda")
+        return next(step.parts["activations"] for step in steps if step.stage == "train")
+
+    attention = 2 * (2048 + 4096) + 2 * (2048 + 512)
+    experts = 8 * 3 * (2048 + 768)
+    by_hand = 1.6 * 2 * 48 * (attention + experts) * 16 * 2048 / (1 << 30)
+    for headers in (apart, read_headers(together)):
+        assert activations(headers, recompute=False) == pytest.approx(by_hand, rel=1e-6)
+    assert activations(apart, recompute=True) == pytest.approx(activations(read_headers(together), recompute=True))
 
 
 @pytest.mark.parametrize(
