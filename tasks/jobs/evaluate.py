@@ -32,7 +32,7 @@ from tasks.jobs.measuring.teacher_forcing import (
     read_general,
     read_rows,
 )
-from tasks.jobs.measuring.tiles import Model, computes_in_tiles
+from tasks.jobs.measuring.tiles import Model, computes_in_tiles, read_in_rows
 from tasks.jobs.text.tokenizer import load_tokenizer
 from tasks.runtime.process.job import Job
 
@@ -157,6 +157,7 @@ def _load(job: Job, *, passes: Sequence[Sequence[TokenRow]]) -> _LoadedArm:
         note=job.events.note,
     )
     job.events.note("kernel", f"{kernel_of(model)} on {job.execution.device}")
+    read_in_rows(model)
     if not computes_in_tiles(model):
         job.events.note("logits", WHOLE)
     tokenizer = load_tokenizer(job.inputs["dataset"].path / "tokenizer")
