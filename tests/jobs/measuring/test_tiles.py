@@ -30,8 +30,9 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from flows.plan import memory
 from tasks.jobs.loading.load import load_arm
-from tasks.jobs.measuring import tiles
+from tasks.jobs.measuring import teacher_forcing, tiles
 from tasks.jobs.measuring.teacher_forcing import forced, greedy_answers
 from tasks.jobs.measuring.tiles import computes_in_tiles, last_only, read_in_rows
 from tests.jobs.architectures import SHAPE, train_adapter, write_architecture
@@ -183,6 +184,10 @@ def test_answers_take_logits_of_one_position(wrapped: bool, tmp_path: Path) -> N
     assert len(inputs) >= max(map(len, answers)) > 1
     assert {one.shape for one in inputs} == {(len(rows()), 1, SHAPE["hidden_size"])}
     assert all(one.is_contiguous() for one in inputs)
+
+
+def test_the_plan_counts_what_the_job_holds() -> None:
+    assert (memory.EVAL_TILE, memory.EVAL_PART) == (tiles.TILE_BYTES, teacher_forcing.PART_BYTES)
 
 
 PEAK = """
