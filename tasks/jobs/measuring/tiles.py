@@ -22,9 +22,11 @@ if TYPE_CHECKING:  # a seventh of the import time, and most arms have no adapter
     from peft import PeftModel
 
 Model: TypeAlias = "PreTrainedModel | PeftModel"
-# Logits of a tile in the model's type: 256 tokens of Gemma's 262,144, 512 of Llama 3's 128,256. With fewer, reading the
-# output layer takes a GPU longer than multiplying with it (a 4090 multiplies 165 times for each byte it reads).
+# Logits of a tile in the model's type: 256 tokens of Gemma's 262,144, 512 of Llama 3's 128,256. With fewer, a GPU waits
+# for the weights of the output layer: a token is one operation for each of their bytes in bf16, and by their data
+# sheets a 4090 does 165 operations while it reads a byte, an H200 206.
 TILE_BYTES = 128 << 20
+WHOLE = "of a whole batch at once, not tile by tile: this model has no decoder that could run alone"  # a note
 LARGEST_VOCABULARY = 1 << 18  # counted where config.json names none
 
 
@@ -77,11 +79,8 @@ def last_only(model: Model) -> dict[str, int]:
 
     transformers' generate() gives the same to every model that takes it.
     """
-    return (
-        {"logits_to_keep": 1}
-        if "logits_to_keep" in inspect.signature(_without_adapter(model).forward).parameters
-        else {}
-    )
+    takes = inspect.signature(_without_adapter(model).forward).parameters
+    return {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
 
 def read_in_rows(model: Model) -> None:
@@ -92,7 +91,7 @@ def read_in_rows(model: Model) -> None:
     """
     layer: Any = _without_adapter(model).get_output_embeddings()
     if layer is not None:
-        layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+        layer.register_forward_pre_hook(lambda _, inputs: tuple(one.contiguous() for one in inputs))
 
 
 class _Computed:
