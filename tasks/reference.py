@@ -33,7 +33,7 @@ def _step(
         stage="reference",
         slug=recipe.name,
         entry="tasks.jobs.reference:run",
-        version=1,
+        version=2,
         params={**recipe.evaluate.model_dump(include={"batch_size", "reference_gib", "seed"}), **(params or {})},
         inputs=inputs,
         tools=tools,

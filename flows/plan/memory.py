@@ -42,7 +42,13 @@ ADAM_BYTES = {"cpu": 4 + 4 + 8, "cuda": 4 + 4 + 2}  # per LoRA parameter: fp32, 
 # kernel writes the gradient over the bf16 logit; the rest is reserve.
 TRAIN_LOGIT_BYTES = {"cpu": 32, "cuda": 8}
 TILE = (4096, 32768)  # tokens and vocabulary that TRL's output layer works on at once
-EVAL_LOGIT_BYTES = 3  # bf16; what is computed from them is computed row by row
+# tasks/jobs/measuring/tiles.py: bf16 logits at once, whatever the vocabulary. Per logit: bf16, and on a CPU without
+# AVX-512 the fp32 product that is rounded to it; on CUDA the second copy that a soft cap (Gemma 2 to 4) makes. Then the
+# fp64 copies of tasks/jobs/measuring/teacher_forcing.py, five at a time. By arithmetic; no GPU has confirmed it.
+EVAL_TILE = 128 << 20
+EVAL_LOGIT_BYTES = {"cpu": 6, "cuda": 4}
+EVAL_PART = {"cpu": 8 << 20, "cuda": 64 << 20}
+EVAL_COPIES = 5
 ACTIVATION_FACTOR = 1.6  # kept for the backward pass, over the bf16 inputs and outputs of the linear layers
 EAGER_BYTES = 2 + 4 + 2  # per score: bf16, softmax in fp32, bf16 again; by arithmetic, not measured
 ROW_BYTES = 700  # of a row that waits on disk, in prepare and calibrate: docs/results/rows.md
@@ -166,11 +172,25 @@ class _Sizes:
         """bf16 keys and values; layers with a window keep no more than it."""
         return 2 * self.headers.cache_numbers(tokens) * batch
 
-    def forward(self, *, batch: int, tokens: int) -> dict[str, float]:
-        """What an evaluation forward holds beside the weights."""
-        widest = max((layer.in_features + layer.out_features for layer in self.headers.linears), default=self.mlp)
+    def forward(self, *, batch: int, tokens: int, last_only: bool = False) -> dict[str, float]:
+        """What an evaluation forward holds beside the weights.
+
+        Logits are those of a tile; until that was so they were those of the whole batch (3 bytes each), and with that
+        the figures of docs/gpu.md were predicted (5.68 GiB) and measured (5.36) on an H200. No GPU has seen tiles yet.
+
+        Args:
+            batch: Rows.
+            tokens: Of each.
+            last_only: Logits of the last position alone, as decoding needs them.
+        """
+        headers = self.headers
+        widest = max((layer.in_features + layer.out_features for layer in headers.linears), default=self.mlp)
+        logits = batch * (1 if last_only else tokens) * headers.vocabulary
+        copies = EVAL_COPIES * min(8 * logits, EVAL_PART[self.device])
+        product = {"output layer": 4.0 * headers.vocabulary * headers.hidden} if self.on_cpu else {}  # fp32, as above
         return {
-            "logits": EVAL_LOGIT_BYTES * batch * tokens * self.headers.vocabulary,
+            "logits": EVAL_LOGIT_BYTES[self.device] * min(logits, EVAL_TILE // 2) + copies,
+            **product,
             "activations": 2 * 4 * widest * batch * tokens,
             "kv cache": self.kv_cache(batch=batch, tokens=tokens),
         }
@@ -409,9 +429,6 @@ def _evaluate(sizes: _Sizes, arm: Arm) -> StepNeeds:
     parts["kv cache"] = sizes.kv_cache(batch=evaluate.batch_size, tokens=sizes.length + evaluate.max_new_tokens)
     if sizes.on_cpu:
         parts["file of logits"] = _reference_bytes(sizes)
-        if arm.adapter:
-            # Frozen weights on the strided last position: torch's matmul copies the output layer for every row.
-            parts["output layer"] = 2 * evaluate.batch_size * headers.vocabulary * headers.hidden
         if arm.scheme and arm.scheme.bits in (2, 3) and arm.scheme.form == "gptq":
             parts["dequantized layers"] = 2 * headers.linear_parameters  # kept, so that it is done once
     return _step(sizes, f"evaluate/{arm.slug}", parts, process=_process(arm), disk=sizes.data_bytes)
@@ -420,7 +437,7 @@ def _evaluate(sizes: _Sizes, arm: Arm) -> StepNeeds:
 def _measure(sizes: _Sizes, arm: Arm) -> StepNeeds:
     measure = sizes.recipe.measure
     tokens = measure.prompt_tokens + measure.new_tokens
-    parts = _weights(sizes, arm) | sizes.forward(batch=measure.batch, tokens=tokens)
+    parts = _weights(sizes, arm) | sizes.forward(batch=measure.batch, tokens=tokens, last_only=True)
     if arm.kind == "nf4" and sizes.on_cpu:
         parts["earlier loads"] = 2 * sizes.bf16  # it is loaded six times
     return _step(sizes, f"measure/{arm.slug}", parts, process=_process(arm))

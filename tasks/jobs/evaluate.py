@@ -32,7 +32,7 @@ from tasks.jobs.measuring.teacher_forcing import (
     read_general,
     read_rows,
 )
-from tasks.jobs.measuring.tiles import Model, computes_in_tiles
+from tasks.jobs.measuring.tiles import WHOLE, Model, computes_in_tiles, read_in_rows
 from tasks.jobs.text.tokenizer import load_tokenizer
 from tasks.runtime.process.job import Job
 
@@ -45,7 +45,6 @@ ANSWERS = pa.schema(
     [(name, pa.string()) for name in ("row", "split", "domain", "prompt", "reference", "answer")]
     + [("score", pa.float64()), ("error", pa.string()), ("scores", pa.string())]
 )
-WHOLE = "of a whole batch at once, not tile by tile: this model has no decoder that could run alone"
 NO_REFERENCE = "no reference: nothing was trained in this run, and evaluate.reference names no model"
 
 
@@ -157,6 +156,7 @@ def _load(job: Job, *, passes: Sequence[Sequence[TokenRow]]) -> _LoadedArm:
         note=job.events.note,
     )
     job.events.note("kernel", f"{kernel_of(model)} on {job.execution.device}")
+    read_in_rows(model)
     if not computes_in_tiles(model):
         job.events.note("logits", WHOLE)
     tokenizer = load_tokenizer(job.inputs["dataset"].path / "tokenizer")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tasks.jobs.loading.kernels import kernel_of
 from tasks.jobs.loading.load import load_arm, setup
-from tasks.jobs.measuring.tiles import Model, last_only
+from tasks.jobs.measuring.tiles import Model, last_only, read_in_rows
 from tasks.jobs.text.tokenizer import load_tokenizer
 from tasks.runtime.process.job import Job
 
@@ -39,6 +39,7 @@ def run(job: Job) -> dict[str, Any]:
     setup(job)
     params, device = job.params, job.execution.device
     model, loads = _load(job)
+    read_in_rows(model)
     own = job.inputs["model"].path if params["kind"] == "external" else None
     ids = _prompt(job.inputs["dataset"].path, params["batch"], params["prompt_tokens"], own=own).to(device)
     timings = []

@@ -16,7 +16,7 @@ from torch import Tensor
 from tasks.jobs.loading.load import load_arm, setup
 from tasks.jobs.measuring.own_tokenizer import another
 from tasks.jobs.measuring.teacher_forcing import Stretch, TokenRow, batches, forced, read_rows
-from tasks.jobs.measuring.tiles import Model
+from tasks.jobs.measuring.tiles import WHOLE, Model, computes_in_tiles
 from tasks.jobs.merging.streams import NAMES, raw_bytes
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
@@ -44,6 +44,8 @@ def run(job: Job) -> dict[str, Any]:
     params = job.params
     rows = read_rows(job.inputs["dataset"].path, "dev", "test")
     model = _model(job, rows)
+    if not computes_in_tiles(model):
+        job.events.note("logits", WHOLE)
     example = _example(model)
     kept = _sample(rows, limit=int(params["reference_gib"] * GIB) // example.nbytes, seed=params["seed"])
     if len(kept) < len(rows):

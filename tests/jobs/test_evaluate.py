@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 from tasks.jobs import evaluate, prepare, reference
 from tasks.jobs.evaluate import divergence
 from tasks.jobs.loading.load import load_bf16
+from tasks.jobs.measuring import teacher_forcing, tiles
 from tasks.jobs.measuring.teacher_forcing import TokenRow, before_end, completion_bytes
 from tasks.runtime.process.errors import StageError
 from tests.jobs.build import curve, make_job, notes, write_jsonl
@@ -117,6 +118,30 @@ def test_sums_are_those_of_a_loop_over_single_rows(world: Path, tmp_path: Path) 
     texts = pq.read_table(world / "dataset" / "general.parquet").to_pylist()
     assert sum(line["n"] for line in general) == sum(len(text["input_ids"]) - 1 for text in texts)
     assert curve(make_job("evaluate", tmp_path / "out", params={}), "nll/test") == {0: means["nll/test"]}
+
+
+def test_rows_in_several_tiles_and_parts_have_the_same_scores(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles of seven tokens, fp64 of two: rows are longer, and every piece meets its own tokens of the reference."""
+    whole = score(world, tmp_path / "whole")
+    token = 2 * refer(world, tmp_path / "reference")["vocabulary"]
+    monkeypatch.setattr(tiles, "TILE_BYTES", 7 * token)
+    monkeypatch.setattr(teacher_forcing, "PART_BYTES", {"cpu": 2 * 4 * token})
+    refer(world, tmp_path / "in-tiles")
+    stored = [load_file(tmp_path / name / "reference.safetensors")["logits"] for name in ("reference", "in-tiles")]
+    torch.testing.assert_close(
+        stored[0], stored[1], rtol=2**-7, atol=1e-5
+    )  # a step of bf16; equal where this was written
+    inputs = {"kind": "nf4", "adapter": world / "adapter", "reference": tmp_path / "in-tiles"}
+    own = score(world, tmp_path / "own", **inputs)
+    assert own["kl/dev"] == own["kl/test"] == 0 and own["agree/test"] == 1
+    in_tiles = score(world, tmp_path / "out", reference=tmp_path / "in-tiles")
+    for metric in (name for name in whole if name != "kernel"):
+        assert in_tiles[metric] == pytest.approx(whole[metric], rel=0.02), metric  # as above; equal on AVX2
+    for name in ("scores", "kl"):
+        same = [[{**line, "sum": 0, "kl": 0} for line in lines(tmp_path / arm, name)] for arm in ("whole", "out")]
+        assert same[0] == same[1]
 
 
 def test_all_arms_have_the_same_rows_groups_and_tokens(world: Path, tmp_path: Path) -> None:

@@ -198,6 +198,22 @@ def test_parts_by_hand(recipe: Recipe, headers: Headers):
     assert cache == pytest.approx(2 * 2 * 6 * 128 * 50 * (256 + 96))  # k and v, bf16, layers, features, rows, tokens
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_evaluation_holds_a_tile_of_logits_whatever_the_vocabulary(recipe: Recipe, tmp_path: Path, device: str):
+    """50 rows of up to 2,048 tokens: all logits of 262,144 tokens would be 50 GiB in bf16."""
+    shape = {"hidden": 256, "intermediate": 768, "kv": 128, "layers": 6}
+    longer, logits = changed(recipe, "data", max_length=2048), {}
+    for vocabulary in (4096, 262144):
+        write_base(tmp_path / str(vocabulary), **shape, vocabulary=vocabulary)
+        steps = by_key(longer, read_headers(tmp_path / str(vocabulary)), device=device)
+        logits[vocabulary] = {
+            key: step.parts["logits"] for key, step in steps.items() if step.stage in ("reference", "evaluate")
+        }
+        assert steps["measure/base"].parts["logits"] < 0.02  # of one position
+    assert logits[4096] == logits[262144] and len(logits[4096]) > 5
+    assert all(0.25 < gib < 0.6 for gib in logits[262144].values())  # 128 MiB two or three times, and copies in fp64
+
+
 def test_quantized_bytes_are_those_of_the_file(headers: Headers, recipe: Recipe):
     steps = by_key(recipe, headers)
     sizes = {slug: steps[f"quantize/{slug}"].disk_gib for slug in ("rtn-w3-g128", "rtn-w4-g128", "gptq-w4-g32")}
