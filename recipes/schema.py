@@ -37,7 +37,8 @@ class Train(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """LoRA dropout."""
     targets: Literal["all-linear"] | list[str] = "all-linear"
-    """Modules that get an adapter, by the last part of their names."""
+    """Modules that get an adapter, by the last part of their names. Of a base with towers (images, audio) only those of
+    its text decoder do."""
     rank_pattern: dict[str, Annotated[int, Field(ge=1, le=1024)]] = {}
     """Another rank for some modules, as in PEFT: by the end of a module's name, or a regular expression for it."""
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}

@@ -26,6 +26,7 @@ from tasks.jobs.loading.bf16 import setup_bf16
 from tasks.jobs.loading.classes import empty_model, modules_to_skip, name_backbone, read_class
 from tasks.jobs.loading.environment import tame_gptqmodel
 from tasks.jobs.loading.kernels import Note, choose_kernel
+from tasks.jobs.loading.packed import packed_as_stored
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
 
@@ -202,7 +203,7 @@ def _load_quantized(folder: Path, *, device: str, note: Note) -> PreTrainedModel
     if kernel is not None:  # of this config transformers takes the kernel alone; the rest is the checkpoint's
         config_class: Any = GPTQConfig if method == "gptq" else AwqConfig  # the stub knows no kernel by its word
         extra["quantization_config"] = config_class(bits=4, backend=kernel)
-    with awq_in_bf16():
+    with awq_in_bf16(), packed_as_stored(folder, method):
         return _load(folder, device=device, **extra)
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from flows.commands.export import export
+from flows.commands.export import _names, export
+from flows.results.artifacts import Part
 from recipes.problem import RecipeError
 from recipes.read.load import load
 from recipes.schema import Recipe
@@ -206,3 +207,11 @@ def test_an_adapter_on_a_quantized_base_and_an_engine_that_refuses(world: World,
     world.quench("export", "rtn-w3-g128", str(w3))
     text = (w3 / "README.md").read_text() + (w3 / "serve.md").read_text()
     assert "vllm serve" not in text and text.count("Write ct-gptq-w3-g128") >= 1 and "Not served by the engine" in text
+
+
+def test_the_base_of_an_adapter_is_copied_with_its_processor(tmp_path: Path):
+    names = {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json", "processor_config.json"}
+    for name in (*names, "video_preprocessor_config.json", "picture.png"):
+        (tmp_path / name).write_text("{}")
+    base = Part(name="model", source=tmp_path, under="base", sha256={})
+    assert set(_names(base)) == names | {"video_preprocessor_config.json"}

@@ -27,6 +27,13 @@ except RecipeError as error:
 """
 TOKENS = ("hf_reader", "hf_stranger")
 ADAPTER = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights", "tokenizer.json": b"{}"}
+SEEING = {
+    name: name.encode()
+    for name in (
+        *("config.json", "model.safetensors", "tokenizer.json", "chat_template.json"),
+        *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "tekken.json"),
+    )
+}
 # Over two steps of 10 MiB, in which huggingface_hub keeps what it got.
 LARGE = os.urandom(22_000_000)
 
@@ -43,6 +50,7 @@ def hub() -> Iterator[Hub]:
         made.add("org/pickled", {"config.json": b"{}", "pytorch_model.bin": b"pickle", "tokenizer.json": b"{}"})
         made.add("org/no-config", {"model.safetensors": b"weights", "training_args.bin": b"pickle"})
         made.add("org/large", {"config.json": b"{}", "model.safetensors": LARGE, "onnx/model.safetensors": b"x"})
+        made.add("org/seeing", SEEING | {"original/preprocessor_config.json": b"{}", "picture.png": b"x"})
         made.add("org/rows", {"data/train.jsonl": b'{"x": 1}\n', "README.md": b"x", "a.png": b"x"}, dataset=True)
         made.add("org/pictures", {"README.md": b"x", "a.png": b"x"}, dataset=True)
         made.add("org/huge", {"config.json": b"{}", "model.safetensors": b"x"}).sizes["model.safetensors"] = 1 << 60
@@ -90,6 +98,13 @@ def test_an_adapter_and_a_data_set_bring_only_what_is_read(hub: Hub, tmp_path: P
     assert read_folder(Path(folder)) == ADAPTER
     folder, *_ = snapshot(hub, tmp_path, "org/rows", "dataset").splitlines()
     assert read_folder(Path(folder)) == {"data/train.jsonl": b'{"x": 1}\n', "README.md": b"x"}
+
+
+def test_a_model_that_sees_brings_its_processor(hub: Hub, tmp_path: Path):
+    folder, *_ = snapshot(hub, tmp_path, "org/seeing").splitlines()
+    assert read_folder(Path(folder)) == SEEING
+    folder, *_ = snapshot(hub, tmp_path / "another", "org/seeing", "tokenizer").splitlines()
+    assert read_folder(Path(folder)) == {name: SEEING[name] for name in SEEING.keys() - {"model.safetensors"}}
 
 
 def test_a_gate_opens_to_the_token_that_was_let_in(hub: Hub, tmp_path: Path):
