@@ -228,7 +228,7 @@ def merged(bench: Bench) -> dict[str, Any]:
     bound = max(MERGE_BOUND, ROUNDINGS * noise)
     if kl > bound:
         raise Fault(f"the merged model's KL to base + adapter is {kl:.2g}; another rounding to bf16 costs {noise:.2g}")
-    if untrained < 20 * bound:
+    if untrained < 5 * bound:  # without the adapter the bound has to be broken several times over
         raise Fault(f"the adapter does too little for its merge to be seen: KL {untrained:.2g}")
     figures = {"kl": kl, "bf16_rounding_kl": noise, "kl_without_adapter": untrained}
     return {"by": made["by"], "record": made["record"], **figures}

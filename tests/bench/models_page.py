@@ -211,5 +211,5 @@ the base itself is quantized.
 ## How
 
 `make models`, or `python -m tests.bench.models --only NAME` for one. Seed {conditions["seed"]}; {conditions["date"]};
-{conditions["machine"]}; {conditions["versions"]}.
+code of {conditions["code"]}; {conditions["machine"]}; {conditions["versions"]}.
 """
