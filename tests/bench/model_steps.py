@@ -289,7 +289,7 @@ def exported(bench: Bench) -> dict[str, Any]:
         wrong += _unlike_base(bench.folder / name, bench.base, config["architectures"])
     if wrong:
         raise Fault("; ".join(wrong))
-    return {"own_class": own.__name__, "compared": len(made) + 1}
+    return {"of": bench.model.name, "own_class": own.__name__, "compared": len(made) + 1}
 
 
 def _unlike_base(folder: Path, base: Path, classes: list[str]) -> list[str]:
