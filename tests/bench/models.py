@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -155,7 +156,8 @@ def phase(error: BaseException) -> dict[str, str]:
 def take(folder: Path, name: str, title: str) -> Results:
     """All steps of an architecture that have no result yet."""
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder, {**read(folder), "name": name, "title": title, "running": None})
+    started = {"date": date.today().isoformat(), "code": _code()}
+    write(folder, {**started, **read(folder), "name": name, "title": title, "running": None})
     for group in GROUPS:
         while pending := [step for step in group if step not in read(folder)["steps"]]:
             ended = forked(lambda steps=pending: run_group(folder, name, steps), log=folder / "log.txt")
@@ -166,6 +168,12 @@ def take(folder: Path, name: str, title: str) -> Results:
         if made.is_dir():
             shutil.rmtree(made)
     return results
+
+
+def _code() -> str:
+    """The commit of this checkout; with a + where it has changes."""
+    git = ["git", "-C", str(CHECKOUT), "describe", "--always", "--abbrev=10", "--dirty=+", "--exclude=*"]
+    return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def died(folder: Path, how: str) -> None:
@@ -189,11 +197,13 @@ def render(folders: Sequence[Path], out: Path) -> None:
     """Write the page from what is known."""
     results = [read(folder) for folder in folders if (folder / "result.json").exists()]
     machine, locked = hardware(), locked_versions()
+    dates = [result["date"] for result in results if "date" in result]
     from tests.bench.architectures import SEED
 
     conditions = {
         "seed": str(SEED),
-        "date": date.today().isoformat(),
+        "date": " to ".join(sorted({min(dates), max(dates)})) if dates else "no results",
+        "code": ", ".join(sorted({result["code"] for result in results if "code" in result})),
         "machine": f"{machine['cpu']}, {machine['cores']} cores, no GPU",
         "versions": ", ".join(f"{name} {locked[name]}" for name in VERSIONS),
     }

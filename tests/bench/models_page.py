@@ -76,6 +76,8 @@ def said(result: Result, step: str) -> list[Mapping[str, str]]:
 
 def _figure(step: Mapping[str, Any]) -> str:
     figures = [f"KL {step['kl']:.1g}"] if "kl" in step else []
+    if step.get("of") == "base":
+        figures.append("of the base")
     if step.get("left_in_bf16", 0) >= 0.005:
         figures.append(f"{step['left_in_bf16']:.0%} bf16")
     return ", ".join(figures)
@@ -198,7 +200,7 @@ that type does to memory and quality is not measured here; whether the code take
   model that was made are the base's.
 
 A step that fails is done once more, alone in a process of its own, before it counts. Where training or merging failed,
-the base itself is quantized.
+the base itself is quantized and exported.
 
 ## Open faults
 
@@ -211,5 +213,5 @@ the base itself is quantized.
 ## How
 
 `make models`, or `python -m tests.bench.models --only NAME` for one. Seed {conditions["seed"]}; {conditions["date"]};
-{conditions["machine"]}; {conditions["versions"]}.
+code of {conditions["code"]}; {conditions["machine"]}; {conditions["versions"]}.
 """

@@ -14,7 +14,7 @@ import pytest
 from tests.bench.models import died, first_line, forked, phase, place_of, read, write
 from tests.bench.models_page import SCHEMES, cell, differs, faults, open_faults, page, refusals, table, verdict
 
-CONDITIONS = {"seed": "0", "date": "2026-11-29", "machine": "a machine", "versions": "torch 2.13.0"}
+CONDITIONS = {"seed": "0", "date": "2026-11-29", "code": "abc", "machine": "a machine", "versions": "torch 2.13.0"}
 GROUPS_OF_32 = {
     "what": "The group size 32 of gptq-w4-g32 does not divide model.layers.*.mlp.down_proj (in_features 144).",
     "where": "gptq-w4-g32",
