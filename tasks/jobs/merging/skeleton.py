@@ -8,7 +8,15 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -22,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 
 from tasks.jobs.loading.load import linear4bit
+from tasks.jobs.loading.names import ModuleNames
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +44,11 @@ class Skeleton:
         converted: transformers puts some parameters together from several tensors, or takes one apart.
         four_bit: Modules that QLoRA's loading turns into NF4.
         transposed: Modules whose weight is stored [in, out] (Conv1D).
-        tied: Parameter -> the parameter that it shares, where the config ties them and the checkpoint holds one.
+        tied: Parameter -> the parameter that it shares by config.json; the checkpoint may hold one of them or both.
         embeddings: Module names of the input embeddings and of the output layer ("" where there is none).
+        parts: Tensor of the checkpoint -> the parameter that is put together from it and others, or a part of it.
+        linears: Linear layers.
+        names: What an adapter's names of modules are here.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -47,16 +59,9 @@ class Skeleton:
     transposed: frozenset[str]
     tied: dict[str, str]
     embeddings: tuple[str, str]
-    renamings: tuple[WeightRenaming, ...]
-    prefix: str
-
-    def module(self, name: str) -> str:
-        """The module's name in this version of transformers, for one that an adapter of another version names."""
-        if f"{name}.weight" in self.shapes:
-            return name
-        meta = dict.fromkeys(self.shapes, True)
-        renamed, _ = rename_source_key(f"{name}.weight", list(self.renamings), [], self.prefix, meta)
-        return renamed.removesuffix(".weight")
+    parts: dict[str, str]
+    linears: frozenset[str]
+    names: ModuleNames
 
 
 def read_skeleton(folder: Path, tensors: Iterable[str]) -> Skeleton:
@@ -67,33 +72,41 @@ def read_skeleton(folder: Path, tensors: Iterable[str]) -> Skeleton:
         tensors: Names in its checkpoint.
     """
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
+    model = _on_meta(config)
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     meta, prefix = model.state_dict(), model.base_model_prefix
-    stored, converted = {}, False
+    stored, parts = {}, {}
     for name in sorted(tensors, key=dot_natural_key):
         renamed, source = rename_source_key(name, renamings, converters, prefix, meta)
         if renamed not in meta and name in meta:
             renamed, source = rename_source_key(name, [], [], prefix, meta)
-        converted = converted or (source is not None and renamed in meta)
-        if source is None and renamed in meta:
+        if renamed in meta and source is None:
             stored[renamed] = name
+        elif renamed in meta:
+            parts[name] = renamed
     shapes = {name: tuple(parameter.shape) for name, parameter in meta.items()}
     return Skeleton(
         shapes=shapes,
         stored=stored,
         dtypes=_dtypes(model, shapes),
-        converted=converted,
-        tied={a: b for a, b in model.all_tied_weights_keys.items() if a not in stored or b not in stored},
+        converted=bool(parts),
+        parts=parts,
+        tied=dict(model.all_tied_weights_keys),
         transposed=frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D)),
         embeddings=(_name(model, model.get_input_embeddings()), _name(model, model.get_output_embeddings())),
-        renamings=tuple(renamings),
-        prefix=prefix,
+        linears=frozenset(name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)),
+        names=ModuleNames(model),
         four_bit=_four_bit(model),  # last: it replaces modules
     )
+
+
+def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model without weights: the causal class, else the one for images and text."""
+    kind = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+    with torch.device("meta"):
+        return kind.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
 
 
 def _name(model: nn.Module, searched: nn.Module | None) -> str:
