@@ -16,6 +16,7 @@ from recipes.models.adapters import (
     Adapter,
     plain_name,
     read_adapter,
+    saved_part,
     split_key,
     token_indices,
     untrained,
@@ -94,8 +95,7 @@ def _misfits(adapter: Adapter, headers: Headers) -> Iterator[str]:
             module, tail = split_key(key)
             parts[module][tail] = tensor
     base = _Weights(headers)
-    unknown = [module for module in parts if not base.has(module)]
-    base.rename(names_in_files(headers.folder, unknown))
+    base.rename(names_in_files(headers.folder, [module for module in parts if base.may_be_renamed(module)]))
     for module in sorted(parts):
         yield from base.misfits(module, parts[module], adapter.config)
     adapted = {base.name(module) for module, tensors in parts.items() if any("lora_" in tail for tail in tensors)}
@@ -119,6 +119,7 @@ class _Weights:
             self._matrices["lm_head"] = (headers.vocabulary, headers.hidden)
         self._matrices |= {layer.name: (layer.out_features, layer.in_features) for layer in headers.linears}
         self._names = {plain_name(name): name for name in reversed(self._matrices)}
+        self._kinds = {_kind(name) for name in self._matrices}
         self._stacks = {plain_name(name.rpartition(".")[0]) for name in headers.tensors}
         self._stacks |= {match[1] for stack in self._stacks if (match := EXPERTS.match(stack))}
 
@@ -135,13 +136,17 @@ class _Weights:
         match = EXPERTS.match(plain_name(module))
         return self.name(module) in self._matrices or (match[1] if match else plain_name(module)) in self._stacks
 
+    def may_be_renamed(self, module: str) -> bool:
+        """Neither this module nor one of its kind in another layer is there: transformers may name it otherwise."""
+        return not self.has(module) and _kind(module) not in self._kinds
+
     def misfits(self, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[str]:
         """What of an adapter's tensors for one module, by their tails, does not fit."""
         name = self.name(module)
         base = self._matrices.get(name)
         whole = {tail: tensor for tail, tensor in tensors.items() if tail not in TAILS}
         for tail, tensor in whole.items():
-            yield from self._whole(name, tail, tensor)
+            yield from self._whole(module, tail, tensor)
         if len(whole) == len(tensors):
             return
         if base is None:
@@ -149,20 +154,26 @@ class _Weights:
                 yield module
             return
         if (mine := _shape(tensors)) is None and any("lora_" in tail for tail in tensors):
-            yield f"{name} (a part of its LoRA is missing)"
+            yield f"{module} (a part of its LoRA is missing)"
         elif mine is not None and mine != base:
-            yield f"{name} (adapter {list(mine)}, base {list(base)})"
-        yield from _rows(name, tensors, base, config)
+            yield f"{module} (adapter {list(mine)}, base {list(base)})"
+        yield from _rows(module, tensors, base, config)
 
     def _whole(self, module: str, tail: str, tensor: Tensor) -> Iterator[str]:
         """A weight that was trained in full (modules_to_save, bias) and does not fit."""
-        full = f"{module}.{tail.rpartition('.')[2]}"
-        base = self._tensors.get(full) or self._tensors.get(plain_name(full))
-        shape = base.shape if base else self._matrices.get(module) if full.endswith(".weight") else None
-        if shape is None or "lora_" in tail:
+        leaf = saved_part(tail)
+        full, name = f"{module}.{leaf}", self.name(module)
+        base = self._tensors.get(f"{name}.{leaf}") or self._tensors.get(plain_name(full))
+        shape = base.shape if base else self._matrices.get(name) if leaf == "weight" else None
+        if shape is None:
             yield full
         elif shape != tensor.shape:
             yield f"{full} (adapter {list(tensor.shape)}, base {list(shape)})"
+
+
+def _kind(module: str) -> str:
+    """The plain name without numbers: one for all layers."""
+    return re.sub(r"\d+", "*", plain_name(module))
 
 
 def _shape(tensors: Mapping[str, Tensor]) -> tuple[int, ...] | None:
@@ -181,5 +192,5 @@ def _rows(name: str, tensors: Mapping[str, Tensor], base: tuple[int, ...], confi
             yield f"{name}.{tail} (adapter {list(tensors[tail].shape)}, base {[base[0]]})"
     if (rows := tensors.get(TOKENS)) is not None:
         tokens = token_indices(config, name)
-        if rows.shape != (len(tokens), base[1]) or max(tokens) >= base[0]:
+        if rows.shape != (len(tokens), base[1]) or max(tokens, default=0) >= base[0]:
             yield f"{name} (adapter {list(rows.shape)}, rows of tokens {list(tokens)}; base {list(base)})"

@@ -81,6 +81,11 @@ def split_key(key: str) -> AdapterKey:
     return AdapterKey(name[: match.start()], name[match.start() + 1 :]) if match else AdapterKey("", name)
 
 
+def saved_part(tail: str) -> str:
+    """The parameter's name below its module, of a tensor that is saved whole: `modules_to_save.weight` is `weight`."""
+    return re.sub(r"^(?:token_adapter\.)?(?:base_layer|modules_to_save)\.", "", tail)
+
+
 def plain_name(name: str) -> str:
     """A module's or tensor's name without what other classes and versions of transformers put around the layers.
 

@@ -17,7 +17,7 @@ from recipes.models.headers import has_tokenizer
 from recipes.models.weights import read_tensors
 from recipes.problem import RecipeError
 from tasks.jobs.loading.load import setup
-from tasks.jobs.merging.deltas import beyond_stream, read_changes
+from tasks.jobs.merging.deltas import AdapterChanges, beyond_stream, read_changes
 from tasks.jobs.merging.embeddings import Embeddings, new_config, settle
 from tasks.jobs.merging.nf4_record import Records
 from tasks.jobs.merging.peft_merge import merge_by_peft
@@ -78,11 +78,11 @@ def _stream(
 ) -> dict[str, Any]:
     """Merge tensor by tensor: read, change, write."""
     checks = FourBitChecks(Records(adapter.folder), Norms())
-    four_bit = _four_bit(job, skeleton, checks.records)
+    changes = read_changes(adapter, skeleton)
+    four_bit = _four_bit(job, skeleton, checks.records, changes)
     with Reader() as reader:
         reader.open([*tensors.values(), *adapter.tensors.values()])
         _check_numbers(adapter, reader)
-        changes = read_changes(adapter, skeleton)
         embeddings = settle(changes.by_parameter, skeleton, tensors, reader)
         items = merge_items(skeleton, tensors, embeddings, four_bit=four_bit)
         with Writer(job.out, [item.planned for item in items]) as writer:
@@ -140,12 +140,20 @@ def _needs_whole_model(adapter: Adapter, skeleton: Skeleton) -> str:
     return f"transformers puts {composed[0]} together from other tensors of the checkpoint" if composed else ""
 
 
-def _four_bit(job: Job, skeleton: Skeleton, records: Records) -> frozenset[str]:
-    """The modules that go through NF4: those of the record, else those that transformers quantizes by default."""
+def _four_bit(job: Job, skeleton: Skeleton, records: Records, changes: AdapterChanges) -> frozenset[str]:
+    """The modules that go through NF4: those of the record, else those that transformers quantizes by default.
+
+    An adapter with experts one by one is of transformers 4, in which they and their routers were linear layers too.
+    """
     if job.params["onto"] != "dequantized":
         return frozenset()
-    if records.record is None:
+    if records.record is None and skeleton.one_by_one.isdisjoint(changes.modules):
         return skeleton.four_bit
+    if records.record is None:
+        routers = (name for name in skeleton.names.known if name.endswith((".gate", ".shared_expert_gate")))
+        return (
+            skeleton.four_bit | skeleton.one_by_one | {name for name in routers if f"{name}.weight" in skeleton.stored}
+        )
     records.check_names(skeleton.four_bit)
     return skeleton.four_bit & records.modules.keys()
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 NAME = "default"  # PEFT's word for the first adapter of a model
+MISFITS = ("size mismatch", "not found in the base model")  # torch's words for shapes, PEFT's for targets
 LISTED = 20  # names in a refusal
 # Parts of other kinds than LoRA that PEFT makes again from a seed, or keeps once for all layers.
 SHARED = ("vera_A", "vera_B", "randlora_A", "randlora_B", "tinylora_v", "unilora_theta_d", "vblora_vector_bank")
@@ -53,9 +54,13 @@ def attach(model: PreTrainedModel, folder: Path) -> PeftModel:
     try:
         peft = kind(model, config, NAME)
         loaded = set_peft_model_state_dict(peft, tensors, adapter_name=NAME)
-    except KeyError as error:  # of what is saved whole (modules_to_save, trainable tokens)
-        raise _missing(folder, [str(error.args[0])]) from error
-    except (RuntimeError, ValueError) as error:  # shapes; targets that this model has not
+    except KeyError as error:
+        if (key := str(error.args[0])) in tensors or not key.startswith(PREFIX):
+            raise
+        raise _missing(folder, [key]) from error  # of what is saved whole (modules_to_save, trainable tokens)
+    except (RuntimeError, ValueError) as error:
+        if not any(words in str(error) for words in MISFITS):
+            raise
         raise _strange(folder, [" ".join(str(error).split())]) from error
     if loaded.unexpected_keys:
         raise _strange(folder, sorted(loaded.unexpected_keys))
@@ -93,6 +98,8 @@ def _aim(config: Any, model: PreTrainedModel, trained: Mapping[str, _Trained], f
     Raises:
         StageError: The file lacks layers that the config names.
     """
+    if not trained:
+        return  # other parts alone, or none: what is missing shows when they are loaded
     written = json_object(folder / CONFIG) or {}
     layers = {name for name, module in model.named_modules() if _takes_lora(module)}
     if missing := untrained(written, trained.keys(), layers):

@@ -19,12 +19,16 @@ class ModuleNames:
     wrappers around the layers, where it means one module alone: an adapter that was trained on the text decoder of a
     vision-language model fits the whole model, and the other way round.
 
+    Args:
+        model: May be empty.
+        also: Names of further modules, as its checkpoint has them.
+
     Attributes:
         known: Every module of the model.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.known = frozenset(name for name, _ in model.named_modules() if name)
+    def __init__(self, model: PreTrainedModel, *, also: Iterable[str] = ()) -> None:
+        self.known = frozenset(name for name, _ in model.named_modules() if name) | frozenset(also)
         rules = get_model_conversion_mapping(model)
         self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         self._weights = dict.fromkeys((f"{name}.weight" for name in self.known), True)

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from recipes.models import headers
-from recipes.models.adapters import OF_BASE, WEIGHTS, Adapter, lora_alpha, split_key, token_indices, untrained
+from recipes.models.adapters import (
+    OF_BASE,
+    WEIGHTS,
+    Adapter,
+    lora_alpha,
+    saved_part,
+    split_key,
+    token_indices,
+    untrained,
+)
 from tasks.jobs.merging.skeleton import Skeleton
 from tasks.jobs.merging.streams import Reader
 from tasks.runtime.process.errors import StageError
@@ -168,8 +177,7 @@ def read_changes(adapter: Adapter, skeleton: Skeleton) -> AdapterChanges:
             continue
         module, part = skeleton.names.here(written), PARTS.get(tail)
         if part is None:
-            leaf = tail.rpartition(".")[2]  # without base_layer, modules_to_save, token_adapter
-            changes.setdefault(f"{module}.{leaf}", ParameterChange()).full = stored
+            changes.setdefault(f"{module}.{saved_part(tail)}", ParameterChange()).full = stored
             continue
         modules[module] = None
         change = changes.setdefault(f"{module}.{'bias' if part == 'shift' else 'weight'}", ParameterChange())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 
+from recipes.models import headers
 from tasks.jobs.loading.load import linear4bit
 from tasks.jobs.loading.names import ModuleNames
 
@@ -48,6 +49,8 @@ class Skeleton:
         embeddings: Module names of the input embeddings and of the output layer ("" where there is none).
         parts: Tensor of the checkpoint -> the parameter that is put together from it and others, or a part of it.
         linears: Linear layers.
+        one_by_one: Matrices of the checkpoint that transformers stacks (experts): linear layers in its version 4, and
+            parameters here, so that an adapter of that version changes them where they lie.
         names: What an adapter's names of modules are here.
     """
 
@@ -61,15 +64,16 @@ class Skeleton:
     embeddings: tuple[str, str]
     parts: dict[str, str]
     linears: frozenset[str]
+    one_by_one: frozenset[str]
     names: ModuleNames
 
 
-def read_skeleton(folder: Path, tensors: Iterable[str]) -> Skeleton:
+def read_skeleton(folder: Path, tensors: Mapping[str, headers.Tensor]) -> Skeleton:
     """Build the model of config.json on the meta device and name its parameters' tensors by transformers' own rules.
 
     Args:
         folder: Model folder.
-        tensors: Names in its checkpoint.
+        tensors: Its checkpoint's, by name.
     """
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     model = _on_meta(config)
@@ -87,17 +91,22 @@ def read_skeleton(folder: Path, tensors: Iterable[str]) -> Skeleton:
         elif renamed in meta:
             parts[name] = renamed
     shapes = {name: tuple(parameter.shape) for name, parameter in meta.items()}
+    dtypes = _dtypes(model, shapes)
+    matrices = [name for name in parts if name.endswith(".weight") and len(tensors[name].shape) == 2]
+    for name in matrices:
+        shapes[name], stored[name], dtypes[name] = tensors[name].shape, name, dtypes[parts[name]]
     return Skeleton(
         shapes=shapes,
         stored=stored,
-        dtypes=_dtypes(model, shapes),
+        dtypes=dtypes,
         converted=bool(parts),
         parts=parts,
         tied=dict(model.all_tied_weights_keys),
         transposed=frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D)),
         embeddings=(_name(model, model.get_input_embeddings()), _name(model, model.get_output_embeddings())),
         linears=frozenset(name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)),
-        names=ModuleNames(model),
+        one_by_one=frozenset(name.removesuffix(".weight") for name in matrices),
+        names=ModuleNames(model, also=[name.removesuffix(".weight") for name in matrices]),
         four_bit=_four_bit(model),  # last: it replaces modules
     )
 

@@ -76,3 +76,37 @@ def test_a_part_that_fits_nothing_is_refused_by_pefts_merge_too(tmp_path: Path) 
         merge.run(job)
     assert "layers.9.self_attn.q_proj" in refused.value.problem.where
     assert not list(job.out.glob("*.safetensors"))
+
+
+def write_one_by_one(folder: Path, base: Path) -> Path:
+    """An adapter as PEFT saved it with transformers 4, where every expert of Qwen3-MoE was three linear layers."""
+    folder.mkdir()
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for name, weight in load_file(base / "model.safetensors").items():
+        if ".experts." in name or "q_proj" in name:
+            for part, shape in (("lora_A", (4, weight.shape[1])), ("lora_B", (weight.shape[0], 4))):
+                key = f"base_model.model.{name.removesuffix('.weight')}.{part}.weight"
+                tensors[key] = 0.05 * torch.randn(shape, generator=generator)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    lora = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8}
+    config = lora | {"target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_experts_one_by_one_of_transformers_4(tmp_path: Path) -> None:
+    base = write_architecture(tmp_path / "base", "qwen3-moe")
+    adapter = write_one_by_one(tmp_path / "adapter", base)
+    outs = {}
+    for onto in ("original", "dequantized"):
+        job = make_job("merge", tmp_path / onto, params={"onto": onto}, base=base, adapter=adapter)
+        assert merge.run(job)["by"] == "stream"
+        outs[onto] = load_file(job.out / "model.safetensors")
+    trained = log_probs(load_arm("bf16", base, adapter=adapter, device="cpu"))  # PEFT stacks the parts of the adapter
+    plain = log_probs(AutoModelForCausalLM.from_pretrained(tmp_path / "original").eval())
+    untrained = mean_kl(trained, log_probs(load_arm("bf16", base, device="cpu")))
+    assert mean_kl(trained, plain) < FAITHFUL < untrained / 10
+    before = load_file(base / "model.safetensors")
+    lost = {name for name in before if not torch.equal(outs["original"][name], outs["dequantized"][name])}
+    quantized = {name for name in before if "_proj" in name or name.endswith("mlp.gate.weight")}
+    assert lost == quantized  # as bitsandbytes has them in transformers 4
