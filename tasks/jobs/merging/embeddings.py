@@ -73,7 +73,7 @@ def settle(
     _check_lengths(kept, sides, skeleton, shared=bool(pairs) and not untied)
     entries = [change.full.shape[0] for name in sides if (change := kept.get(name)) and change.full]
     vocabulary = next((count for count in entries if count != skeleton.shapes[sides[0]][0]), None)
-    tied = any(set(pair) == set(sides) for pair in pairs.items()) and not untied
+    tied = any(set(pair) == set(sides) and untied.keys().isdisjoint(pair) for pair in pairs.items())
     return Embeddings(kept, untied, frozenset(dropped), vocabulary, tied, two=len(pairs) < len(skeleton.tied))
 
 

@@ -92,7 +92,8 @@ def read_skeleton(folder: Path, tensors: Mapping[str, headers.Tensor]) -> Skelet
             parts[name] = renamed
     shapes = {name: tuple(parameter.shape) for name, parameter in meta.items()}
     dtypes = _dtypes(model, shapes)
-    matrices = [name for name in parts if name.endswith(".weight") and len(tensors[name].shape) == 2]
+    experts = [name for name in parts if ".experts." in name and name.endswith(".weight") and name not in meta]
+    matrices = [name for name in experts if len(tensors[name].shape) == 2]
     for name in matrices:
         shapes[name], stored[name], dtypes[name] = tensors[name].shape, name, dtypes[parts[name]]
     return Skeleton(
