@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from flows.commands.folders import check_disk, check_output, find_input
 from flows.commands.terminal import Output, say
-from recipes.models.adapters import read_adapter
-from recipes.models.headers import read_headers
+from recipes.models.adapters import RECORD, read_adapter
+from recipes.models.headers import no_tokenizer, read_headers
+from recipes.models.weights import read_tensors
 from recipes.problem import Problem, RecipeError
 from tasks import merge
 from tasks.runtime.hub.ids import ADAPTER_FILES, MODEL_FILES, Snapshot
@@ -71,7 +72,7 @@ def merge_into(base: str, adapter: str, out: Path, *, onto: str | None, accept_o
     """
     out = out.absolute()
     sources = Sources(find_input("base", base, kind="model"), find_input("adapter", adapter, kind="adapter"))
-    choices = _check(sources, out, onto=onto)
+    choices = _check(sources, out, onto=onto, accept_other_base=accept_other_base)
     home = find_home()
     if not home.exists():
         home = work_folder(out)
@@ -90,7 +91,7 @@ def merge_into(base: str, adapter: str, out: Path, *, onto: str | None, accept_o
     return merged
 
 
-def _check(sources: Sources, out: Path, *, onto: str | None) -> Sequence[str]:
+def _check(sources: Sources, out: Path, *, onto: str | None, accept_other_base: bool) -> Sequence[str]:
     """Check all three; returns what to merge onto: `dequantized`, `original`, or both."""
     problems: list[Problem] = list(check_output(out, word="OUT", inputs=[source.folder for source in sources]))
     base_type, evidence = "unknown", ""
@@ -100,8 +101,10 @@ def _check(sources: Sources, out: Path, *, onto: str | None) -> Sequence[str]:
     except RecipeError as error:
         problems += error.problems
     choices = (onto,) if onto else ONTO[base_type]
+    if accept_other_base and ("dequantized" not in choices or not (sources.adapter.folder / RECORD).exists()):
+        problems.append(_nothing_to_accept(sources.adapter.folder))
     try:
-        size = 2 * read_headers(sources.base.folder).parameters * len(choices)
+        size = 2 * _parameters(sources.base.folder) * len(choices)
         problems += check_disk(out, size, word="OUT", content="the merged model")
     except RecipeError as error:
         problems += error.problems
@@ -110,6 +113,31 @@ def _check(sources: Sources, out: Path, *, onto: str | None) -> Sequence[str]:
     if onto is None:
         say(f"base in training: {base_type} ({evidence}); merging onto {' and '.join(choices)}")
     return choices
+
+
+def _parameters(base: Path) -> int:
+    """Stored parameters of a base, which needs no tokenizer here.
+
+    Raises:
+        RecipeError: It is no base, or is broken.
+    """
+    try:
+        return read_headers(base).parameters
+    except RecipeError as error:
+        problems = [problem for problem in error.problems if problem != no_tokenizer(base)]
+        if problems:
+            raise RecipeError(problems) from None
+    return sum(tensor.numel for tensor in read_tensors(base).values())
+
+
+def _nothing_to_accept(adapter: Path) -> Problem:
+    return Problem(
+        what="--accept-other-base would do nothing.",
+        where=str(adapter / RECORD),
+        why="It merges in spite of a base that differs from the adapter's record of the NF4 weights that it was "
+        "trained on; there is no such record, or nothing goes onto NF4 weights.",
+        next="Leave it out.",
+    )
 
 
 def _pinned(sources: Sources, *, digests: Digests, keep: bool) -> dict[str, External]:

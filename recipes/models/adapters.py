@@ -5,14 +5,32 @@ Standard library only, so that an adapter that cannot be merged is refused in mi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from recipes.models.weights import Tensor, read_file
 from recipes.plain import is_mapping, json_object
 from recipes.problem import Problem, RecipeError
+
+PREFIX = "base_model.model."  # PEFT's, before the base's own module names
+# Parts of names that come and go between classes and versions of transformers, before the numbered layers.
+WRAPPERS = frozenset(
+    {"model", "language_model", "text_model", "vision_model", "transformer", "backbone", "thinker", "llm"}
+)
+_TAIL = re.compile(r"\.(?:lora_|base_layer\.|modules_to_save\.|token_adapter\.|[^.]+$)")
+_LAYER = re.compile(r"(?:^|\.)\d+\.")
+
+# The base's own weights, which PEFT saves beside a resized embedding.
+OF_BASE = (".original_module.", ".trainable_tokens_original")
+
+# What stays bf16 in any case: output layers, towers and what joins them to the text decoder.
+OUTSIDE_LAYERS = frozenset(
+    {"lm_head", "embed_out", "score", "vision_tower", "vision_model", "vision_encoder", "visual", "audio_tower"}
+    | {"audio_encoder", "multi_modal_projector", "mm_projector", "embed_vision", "embed_audio", "connector", "merger"}
+)
 
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "nf4.json"
 BaseType = Literal["nf4", "bf16", "unknown"]
@@ -47,6 +65,113 @@ class Adapter:
         """`default`, or the name that init_lora_weights gives."""
         start = self.config.get("init_lora_weights", True)
         return start if isinstance(start, str) else "default"
+
+
+class AdapterKey(NamedTuple):
+    """The name of an adapter's tensor: the module of the base that it belongs to, and what of it the tensor is."""
+
+    module: str
+    tail: str
+
+
+def split_key(key: str) -> AdapterKey:
+    """`base_model.model.model.layers.0.mlp.up_proj.lora_A.weight`: `lora_A.weight` of `model.layers.0.mlp.up_proj`."""
+    name = key.removeprefix(PREFIX)
+    match = _TAIL.search(name)
+    return AdapterKey(name[: match.start()], name[match.start() + 1 :]) if match else AdapterKey("", name)
+
+
+def saved_part(tail: str) -> str:
+    """The parameter's name below its module, of a tensor that is saved whole: `modules_to_save.weight` is `weight`."""
+    return re.sub(r"^(?:token_adapter\.)?(?:base_layer|modules_to_save)\.", "", tail)
+
+
+def plain_name(name: str) -> str:
+    """A module's or tensor's name without what other classes and versions of transformers put around the layers.
+
+    Gemma 3 has `language_model.model.layers.0.mlp.up_proj` in its files and in transformers until 4.51,
+    `model.language_model.layers.0...` since, and `model.layers.0...` in its text decoder alone. All are
+    `layers.0.mlp.up_proj` here; a tower keeps its name.
+    """
+    parts = name.split(".")
+    first = next((index for index, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+    return ".".join([*(part for part in parts[:first] if part not in WRAPPERS), *parts[first:]])
+
+
+def is_target(config: Mapping[str, Any], module: str) -> bool:
+    """PEFT's rule (check_target_module_exists): does adapter_config.json name this module of the base as a target?"""
+    excluded = config.get("exclude_modules") or ()
+    if re.fullmatch(excluded, module) if isinstance(excluded, str) else _ends_with(module, excluded):
+        return False
+    if any(re.match(rf"(^|.*\.){saved}($|\..*)", module) for saved in config.get("modules_to_save") or ()):
+        return False
+    targets = config.get("target_modules") or ()
+    if isinstance(targets, str):
+        return re.fullmatch(targets, module) is not None
+    if module in targets:
+        return True
+    return _ends_with(module, targets) and _in_layers(config, module)
+
+
+def lora_alpha(config: Mapping[str, Any], module: str) -> float:
+    """Alpha of a module: PEFT's rule (get_pattern_key), the first pattern that its name ends with."""
+    for pattern, alpha in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return alpha
+    return config["lora_alpha"]
+
+
+def token_indices(config: Mapping[str, Any], module: str) -> tuple[int, ...]:
+    """The tokens whose rows of this module were trained: one list for the input embeddings, or one for each module."""
+    indices = config.get("trainable_token_indices") or ()
+    if is_mapping(indices):
+        indices = next((tokens for name, tokens in indices.items() if f".{module}".endswith(f".{name}")), ())
+    return tuple(indices)
+
+
+def untrained(config: Mapping[str, Any], adapted: Collection[str], modules: Iterable[str]) -> list[str]:
+    """Modules that the adapter's config names as targets and its file lacks, in stacks of layers that it adapts.
+
+    Other stacks (the vision tower of a model whose text decoder was trained alone) are not missed.
+
+    Args:
+        config: adapter_config.json.
+        adapted: Modules of the base that the file has parts for, named as in `modules`.
+        modules: Linear layers of the base.
+    """
+    if config.get("peft_type") != "LORA" or config.get("target_modules") == "all-linear":
+        return []
+    stacks = {_stack(module) for module in adapted}
+    return sorted(
+        module
+        for module in modules
+        if module not in adapted
+        and _stack(module) in stacks
+        and ".experts." not in module
+        and is_target(config, module)
+    )
+
+
+def _stack(module: str) -> str:
+    """The name before the number of the layer."""
+    return _LAYER.split(plain_name(module), maxsplit=1)[0]
+
+
+def _ends_with(module: str, names: Iterable[str]) -> bool:
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _in_layers(config: Mapping[str, Any], module: str) -> bool:
+    """The module's layer is one of layers_to_transform, where that is given."""
+    wanted = config.get("layers_to_transform")
+    if wanted is None or wanted == []:
+        return True
+    patterns = config.get("layers_pattern") or r"[^.]*"
+    before = r".*?\." if patterns == r"[^.]*" else r"(?:^|.*?\.)"
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if match := re.match(rf"{before}{pattern}\.(\d+)\.", module):
+            return int(match[1]) in ([wanted] if isinstance(wanted, int) else wanted)
+    return False
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -124,8 +249,20 @@ def _base_type(folder: Path, config: Mapping[str, Any]) -> tuple[BaseType, str]:
     model = json_object(folder / "config.json") or {}
     quantization = model.get("quantization_config")
     if is_mapping(quantization) and quantization.get("load_in_4bit"):
-        return ("nf4" if quantization.get("bnb_4bit_quant_type") == "nf4" else "unknown"), "config.json"
+        other = _other_four_bits(quantization)
+        return ("unknown", f"config.json: 4 bits, but {other}") if other else ("nf4", "config.json")
     base = str(config.get("base_model_name_or_path") or "")
     if base.lower().endswith(("bnb-4bit", "-nf4")):
         return "nf4", f"{CONFIG}: base {base}"
     return "unknown", "neither a record nor a quantization config is beside the adapter"
+
+
+def _other_four_bits(quantization: Mapping[str, Any]) -> str:
+    """How a base in 4 bits differed from the one that merging makes again (QLoRA's), or an empty string."""
+    if (kind := quantization.get("bnb_4bit_quant_type", "fp4")) != "nf4":
+        return f"{kind}, not NF4"
+    if not quantization.get("bnb_4bit_use_double_quant", False):
+        return "without double quantization: its scales, and so its weights, are others (bnb_4bit_use_double_quant)"
+    skipped = quantization.get("llm_int8_skip_modules") or []
+    kept = sorted(name for name in skipped if str(name).rpartition(".")[2] not in OUTSIDE_LAYERS)
+    return f"these were left in bf16 (llm_int8_skip_modules): {', '.join(kept)}" if kept else ""

@@ -13,10 +13,11 @@ import torch
 
 from recipes.models import headers
 from recipes.models.adapters import WEIGHTS, Adapter, read_adapter
+from recipes.models.headers import has_tokenizer
 from recipes.models.weights import read_tensors
 from recipes.problem import RecipeError
 from tasks.jobs.loading.load import setup
-from tasks.jobs.merging.deltas import beyond_stream, read_changes
+from tasks.jobs.merging.deltas import AdapterChanges, beyond_stream, read_changes
 from tasks.jobs.merging.embeddings import Embeddings, new_config, settle
 from tasks.jobs.merging.nf4_record import Records
 from tasks.jobs.merging.peft_merge import merge_by_peft
@@ -39,7 +40,7 @@ def run(job: Job) -> dict[str, Any]:
     Writes:
         config.json, model*.safetensors (bf16; shards of 5 GB and an index), and byte for byte from adapter/tokenizer/,
         else from the adapter's folder, else from the base's: tokenizer files, chat template, generation_config.json.
-        serve.json, serve.md: how it is served.
+        serve.json, serve.md: how it is served; not without a tokenizer.
     Metrics:
         None.
 
@@ -57,11 +58,18 @@ def run(job: Job) -> dict[str, Any]:
     trained_base = {"base_type": adapter.base_type, "base_type_by": adapter.evidence}
     skeleton = read_skeleton(job.inputs["base"].path, tensors)
     if reason := beyond_stream(adapter) or _needs_whole_model(adapter, skeleton):
-        result = merge_by_peft(job, reason) | {"by": "peft", "record": "not compared"}
+        result = merge_by_peft(job, reason, config, records=Records(adapter.folder)) | {"by": "peft"}
     else:
         result = _stream(job, adapter, skeleton, tensors, config) | {"by": "stream"}
     _copy_tokenizer(job)
-    write_serve_file(job.out, name=job.slug, model=job.out, scheme=None)
+    if has_tokenizer(job.out):
+        write_serve_file(job.out, name=job.slug, model=job.out, scheme=None)
+    else:
+        job.events.note(
+            "tokenizer",
+            "there is none, neither with the base nor with the adapter: these are weights alone, without serve.md; "
+            "copy the base's tokenizer files here before it is quantized, evaluated or served",
+        )
     return {"onto": job.params["onto"], "initialisation": adapter.initialisation, **trained_base, **result}
 
 
@@ -70,17 +78,17 @@ def _stream(
 ) -> dict[str, Any]:
     """Merge tensor by tensor: read, change, write."""
     checks = FourBitChecks(Records(adapter.folder), Norms())
-    four_bit = _four_bit(job, skeleton, checks.records)
+    changes = read_changes(adapter, skeleton)
+    four_bit = _four_bit(job, skeleton, checks.records, changes)
     with Reader() as reader:
         reader.open([*tensors.values(), *adapter.tensors.values()])
         _check_numbers(adapter, reader)
-        changes = read_changes(adapter, skeleton)
         embeddings = settle(changes.by_parameter, skeleton, tensors, reader)
         items = merge_items(skeleton, tensors, embeddings, four_bit=four_bit)
         with Writer(job.out, [item.planned for item in items]) as writer:
             _in_parallel(job, items, lambda item: _merge_one(item, reader, writer, checks, job.execution.device))
     comparison = checks.records.conclude(job) if four_bit else {"record": "not needed"}
-    job.write_json("config.json", new_config(config, embeddings))
+    job.write_json("config.json", new_config(config, tied=embeddings.tied, vocabulary=embeddings.vocabulary))
     _note_merge(job, len(changes.modules), embeddings)
     parameters = sum(torch.Size(item.planned.shape).numel() for item in items)
     return {
@@ -99,6 +107,12 @@ def _note_merge(job: Job, layers: int, embeddings: Embeddings) -> None:
     job.events.note("merge", f"{layers} layers onto the {onto} base, delta added in fp32, rounded to bf16 once")
     if embeddings.untied:
         job.events.note("embeddings", "training changed one side of the tied embeddings: untied, config.json says so")
+    if embeddings.two:
+        job.events.note(
+            "embeddings",
+            "the base's config.json ties embeddings and output layer, its files hold two that differ: kept apart, "
+            "as transformers loads them, and config.json says so",
+        )
     if embeddings.vocabulary is not None:
         job.events.note("embeddings", f"the vocabulary has {embeddings.vocabulary} entries now")
 
@@ -126,12 +140,20 @@ def _needs_whole_model(adapter: Adapter, skeleton: Skeleton) -> str:
     return f"transformers puts {composed[0]} together from other tensors of the checkpoint" if composed else ""
 
 
-def _four_bit(job: Job, skeleton: Skeleton, records: Records) -> frozenset[str]:
-    """The modules that go through NF4: those of the record, else those that transformers quantizes by default."""
+def _four_bit(job: Job, skeleton: Skeleton, records: Records, changes: AdapterChanges) -> frozenset[str]:
+    """The modules that go through NF4: those of the record, else those that transformers quantizes by default.
+
+    An adapter with experts one by one is of transformers 4, in which they and their routers were linear layers too.
+    """
     if job.params["onto"] != "dequantized":
         return frozenset()
-    if records.record is None:
+    if records.record is None and skeleton.one_by_one.isdisjoint(changes.modules):
         return skeleton.four_bit
+    if records.record is None:
+        routers = (name for name in skeleton.names.known if name.endswith((".gate", ".shared_expert_gate")))
+        return (
+            skeleton.four_bit | skeleton.one_by_one | {name for name in routers if f"{name}.weight" in skeleton.stored}
+        )
     records.check_names(skeleton.four_bit)
     return skeleton.four_bit & records.modules.keys()
 
@@ -166,7 +188,7 @@ def _in_parallel(job: Job, items: list[MergeItem], merge: Callable[[MergeItem], 
 def _merge_one(item: MergeItem, reader: Reader, writer: Writer, checks: FourBitChecks, device: str) -> None:
     """Read, change and write one tensor, in parts."""
     change, name = item.change, item.planned.name
-    untouched = not item.module and (change is None or (change.a is None and change.shift is None))
+    untouched = not item.module and (change is None or change.whole_or_nothing)
     with torch.inference_mode():
         if untouched:
             for first in range(0, item.source.numel, PART["cpu"]):
@@ -198,4 +220,5 @@ def _copy_tokenizer(job: Job) -> None:
     if not own:  # of two tokenizers files do not mix
         copy_files(base, job.out)
     copy_files(adapter, job.out)
-    job.events.note("tokenizer", f"from the {'adapter' if own else 'base'}'s folder")
+    if has_tokenizer(job.out):
+        job.events.note("tokenizer", f"from the {'adapter' if own else 'base'}'s folder")

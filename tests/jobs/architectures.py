@@ -17,6 +17,7 @@ from transformers import (
     GemmaConfig,
     GenerationConfig,
     GPT2Config,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
@@ -52,10 +53,12 @@ CONFIGS: dict[str, Callable[..., PreTrainedConfig]] = {
     "phi3": Phi3Config,  # qkv and gate_up fused
     "gpt2": GPT2Config,  # Conv1D
     "qwen3-moe": Qwen3MoeConfig,  # experts are no linear layers: attention is trained
+    "gpt-oss": GptOssConfig,  # experts are one tensor in the file, too
 }
 EXTRA: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.04},
     "qwen3-moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+    "gpt-oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 32},
 }
 MOE_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tasks.jobs.merging.deltas import PREFIX
+from recipes.models.adapters import PREFIX
 from tasks.jobs.merging.streams import PlannedTensor, Writer
 from tests.tiny import _tokenizer
 

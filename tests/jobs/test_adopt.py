@@ -68,7 +68,8 @@ def test_it_merges_as_an_adapter_that_was_trained_here(world: Path, tmp_path: Pa
 def test_what_its_files_tell_about_the_training_is_kept(world: Path, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     shutil.copytree(world / "adapter", adapter)
-    quantized = {"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}
+    settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    quantized = {"quantization_config": settings}
     (adapter / "config.json").write_text(json.dumps(quantized))
     job = job_for(tmp_path / "out", world, adapter=adapter)
     assert adopt.run(job)["provenance"] == "nf4"

@@ -22,6 +22,7 @@ from torch import nn
 from transformers import AwqConfig, BitsAndBytesConfig, GPTQConfig, PreTrainedModel
 from transformers.quantizers.quantizer_awq import AwqQuantizer
 
+from tasks.jobs.loading.attach import attach
 from tasks.jobs.loading.bf16 import setup_bf16
 from tasks.jobs.loading.classes import empty_model, modules_to_skip, name_backbone, read_class
 from tasks.jobs.loading.environment import tame_gptqmodel
@@ -113,24 +114,6 @@ def linear4bit(model: nn.Module) -> dict[str, Linear4bit]:
     from bitsandbytes.nn.modules import Linear4bit
 
     return {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
-
-
-def attach(model: PreTrainedModel, adapter: Path) -> PeftModel:
-    """The adapter on top of `model`, frozen, eval mode.
-
-    Raises:
-        StageError: No adapter_model.safetensors in the folder.
-    """
-    from peft import PeftModel
-
-    if not (adapter / "adapter_model.safetensors").exists():
-        raise StageError.of(
-            what="no adapter_model.safetensors in the adapter folder",
-            where=str(adapter),
-            why="adapters are read from safetensors only; a pickle can run code when it is opened",
-            next="save the adapter again with PEFT's save_pretrained (safetensors is its default)",
-        )
-    return PeftModel.from_pretrained(model, str(adapter), is_trainable=False).eval()
 
 
 def load_arm(

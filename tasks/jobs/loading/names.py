@@ -18,13 +18,11 @@ class Stored(NamedTuple):
 
     Attributes:
         tensors: Parameter -> the one tensor that it is, unchanged but for its type.
-        converted: transformers puts some parameters together from several tensors, or takes one apart.
-        renamings: The rules by which names alone change.
+        parts: Tensor -> the parameter that is put together from it and others, or a part of it.
     """
 
     tensors: dict[str, str]
-    converted: bool
-    renamings: tuple[WeightRenaming, ...]
+    parts: dict[str, str]
 
 
 def stored_parameters(model: PreTrainedModel, tensors: Iterable[str]) -> Stored:
@@ -38,15 +36,16 @@ def stored_parameters(model: PreTrainedModel, tensors: Iterable[str]) -> Stored:
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     parameters, prefix = model.state_dict(), model.base_model_prefix
-    stored, converted = {}, False
+    stored, parts = {}, {}
     for name in sorted(tensors, key=dot_natural_key):
         renamed, source = rename_source_key(name, renamings, converters, prefix, parameters)
         if renamed not in parameters and name in parameters:
             renamed, source = rename_source_key(name, [], [], prefix, parameters)
-        converted = converted or (source is not None and renamed in parameters)
-        if source is None and renamed in parameters:
+        if renamed in parameters and source is None:
             stored[renamed] = name
-    return Stored(stored, converted, tuple(renamings))
+        elif renamed in parameters:
+            parts[name] = renamed
+    return Stored(stored, parts)
 
 
 def modules_of(model: PreTrainedModel, layers: Iterable[str]) -> dict[str, str]:

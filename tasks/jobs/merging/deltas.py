@@ -7,27 +7,38 @@ row the trained norm m: m * V / ||V||, V = W + scale * B @ A (arXiv:2402.09353, 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from recipes.models import headers
-from recipes.models.adapters import WEIGHTS, Adapter
+from recipes.models.adapters import (
+    OF_BASE,
+    WEIGHTS,
+    Adapter,
+    lora_alpha,
+    saved_part,
+    split_key,
+    token_indices,
+    untrained,
+)
 from tasks.jobs.merging.skeleton import Skeleton
 from tasks.jobs.merging.streams import Reader
 from tasks.runtime.process.errors import StageError
 
-PREFIX = "base_model.model."  # PEFT's, before the base's own module names
-WRAPPERS = re.compile(r"\.(base_layer|modules_to_save)\.")
-PART = re.compile(
-    r"^(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
-    r"|lora_magnitude_vector(?:\.weight)?)$"
-)
+PARTS = {  # tails of names -> attribute of ParameterChange
+    "lora_A.weight": "a",
+    "lora_B.weight": "b",
+    "lora_embedding_A": "b",
+    "lora_embedding_B": "a",
+    "lora_B.bias": "shift",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+    "token_adapter.trainable_tokens_delta": "rows",
+}
 # Settings of PEFT that make an adapter more than what stands above; PEFT itself merges them.
 MORE = (
     "arrow_config",
@@ -37,7 +48,6 @@ MORE = (
     "megatron_config",
     "monteclora_config",
     "target_parameters",
-    "trainable_token_indices",
     "use_bdlora",
     "use_qalora",
     "velora_config",
@@ -56,6 +66,8 @@ class ParameterChange:
         magnitude: DoRA's m [out].
         shift: Added, times scale: LoRA's bias [out].
         embedding: The parameter is an embedding.
+        rows: Rows that replace some of the parameter's (trainable_token_indices) [tokens, dim].
+        tokens: Which ones.
     """
 
     full: headers.Tensor | None = None
@@ -65,6 +77,13 @@ class ParameterChange:
     magnitude: headers.Tensor | None = None
     shift: headers.Tensor | None = None
     embedding: bool = False
+    rows: headers.Tensor | None = None
+    tokens: tuple[int, ...] = ()
+
+    @property
+    def whole_or_nothing(self) -> bool:
+        """Nothing is computed: the parameter is the base's, or the adapter's."""
+        return self.a is None and self.shift is None and self.rows is None
 
     @property
     def shape(self) -> tuple[int, ...] | None:
@@ -82,8 +101,9 @@ class ParameterChange:
         a, b = get(self.a), get(self.b)
         if self.embedding and a is not None and b is not None:
             a, b = a.T.contiguous(), b.T.contiguous()  # as of a linear layer: rows are the entries
-        magnitude, shift = get(self.magnitude), get(self.shift)
+        magnitude, shift, rows = get(self.magnitude), get(self.shift), get(self.rows)
         return Delta(
+            rows={} if rows is None else dict(zip(self.tokens, rows, strict=True)),
             a=a,
             b=None if b is None else self.scale * b,
             magnitude=None if magnitude is None else magnitude.flatten(),
@@ -92,16 +112,20 @@ class ParameterChange:
 
 
 class Delta(NamedTuple):
-    """Loaded parts of a change, fp32: A [r, in], scale * B [out, r], m [out], scale * bias [out]."""
+    """Loaded parts of a change, fp32: A [r, in], scale * B [out, r], m [out], scale * bias [out], new rows [in]."""
 
     a: Tensor | None
     b: Tensor | None
     magnitude: Tensor | None
     shift: Tensor | None
+    rows: Mapping[int, Tensor]
 
     def apply(self, rows: Tensor, first: int) -> Tensor:
         """Change rows [n, in] (or [n] of a bias) of the parameter, fp32, from row `first` on; in place."""
         last = first + rows.shape[0]
+        for token, row in self.rows.items():
+            if first <= token < last:
+                rows[token - first] = row
         if self.shift is not None:
             rows += self.shift[first:last]
         if self.a is not None and self.b is not None:
@@ -133,6 +157,9 @@ def beyond_stream(adapter: Adapter) -> str:
     settings = [name for name in MORE if adapter.config.get(name)]
     if adapter.config.get("use_dora") and any("lora_embedding_" in key for key in adapter.tensors):
         settings.append("DoRA of an embedding")
+    modules = [split_key(key) for key in adapter.tensors]
+    if {name for name, tail in modules if "lora_" in tail} & {name for name, tail in modules if "tokens" in tail}:
+        settings.append("a LoRA and trained rows of one module")
     return ", ".join(settings)
 
 
@@ -145,24 +172,22 @@ def read_changes(adapter: Adapter, skeleton: Skeleton) -> AdapterChanges:
     changes: dict[str, ParameterChange] = {}
     modules: dict[str, None] = {}
     for key, stored in adapter.tensors.items():
-        name = WRAPPERS.sub(".", key.removeprefix(PREFIX))
-        if ".original_module." in name:  # the base's own weights, which PEFT saves beside a resized embedding
+        written, tail = split_key(key)
+        if any(name in key for name in OF_BASE):
             continue
-        match = PART.match(name)
-        if match is None:
-            parent, _, leaf = name.rpartition(".")
-            changes.setdefault(f"{skeleton.module(parent)}.{leaf}", ParameterChange()).full = stored
+        module, part = skeleton.names.here(written), PARTS.get(tail)
+        if part is None:
+            changes.setdefault(f"{module}.{saved_part(tail)}", ParameterChange()).full = stored
             continue
-        module, part = skeleton.module(match["module"]), match["part"]
         modules[module] = None
-        leaf = "bias" if part == "lora_B.bias" else "weight"
-        change = changes.setdefault(f"{module}.{leaf}", ParameterChange())
-        _place(change, part, stored)
-        change.scale = _scale(adapter.config, match["module"], rank=_rank(adapter, key))
-    misfits = _misfits(changes, skeleton)
-    if adapter.config.get("use_dora"):
-        bare = [name for name, change in changes.items() if change.a is not None and change.magnitude is None]
-        misfits += [f"{name} lacks DoRA's magnitudes" for name in bare]
+        change = changes.setdefault(f"{module}.{'bias' if part == 'shift' else 'weight'}", ParameterChange())
+        setattr(change, part, stored)
+        if part == "rows":
+            change.tokens = token_indices(adapter.config, written)
+            continue
+        change.embedding = change.embedding or tail.startswith("lora_embedding_")
+        change.scale = _scale(adapter.config, written, rank=_rank(adapter, key))
+    misfits = [*_misfits(changes, skeleton), *_lacking(adapter.config, changes, skeleton)]
     if misfits:
         raise StageError.of(
             what=f"{len(misfits)} part(s) of the adapter fit nothing in this base",
@@ -173,20 +198,14 @@ def read_changes(adapter: Adapter, skeleton: Skeleton) -> AdapterChanges:
     return AdapterChanges(by_parameter=changes, modules=tuple(modules))
 
 
-def _place(change: ParameterChange, part: str, stored: headers.Tensor) -> None:
-    match part:
-        case "lora_A.weight":
-            change.a = stored
-        case "lora_B.weight":
-            change.b = stored
-        case "lora_embedding_A":
-            change.b, change.embedding = stored, True
-        case "lora_embedding_B":
-            change.a, change.embedding = stored, True
-        case "lora_B.bias":
-            change.shift = stored
-        case _:
-            change.magnitude = stored
+def _lacking(config: Mapping[str, Any], changes: Mapping[str, ParameterChange], skeleton: Skeleton) -> list[str]:
+    """What the adapter's config names and its file has not."""
+    adapted = {name.rpartition(".")[0] for name, change in changes.items() if change.a is not None}
+    lacking = [f"{name} is a target, and not in the file" for name in untrained(config, adapted, skeleton.linears)]
+    if config.get("use_dora"):
+        bare = [name for name, change in changes.items() if change.a is not None and change.magnitude is None]
+        lacking += [f"{name} lacks DoRA's magnitudes" for name in bare]
+    return lacking
 
 
 def _rank(adapter: Adapter, key: str) -> int:
@@ -200,9 +219,7 @@ def _rank(adapter: Adapter, key: str) -> int:
 
 def _scale(config: Mapping[str, Any], module: str, *, rank: int) -> float:
     """Alpha / r, or alpha / sqrt(r) for rsLoRA, with the module's own alpha where a pattern names it."""
-    patterns = config.get("alpha_pattern") or {}
-    alpha = patterns.get(get_pattern_key(list(patterns), module), config["lora_alpha"])
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return lora_alpha(config, module) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _misfits(changes: Mapping[str, ParameterChange], skeleton: Skeleton) -> list[str]:
@@ -228,7 +245,18 @@ def _misfits(changes: Mapping[str, ParameterChange], skeleton: Skeleton) -> list
             misfits.append(f"{name} has {oriented[0]} rows, DoRA's magnitudes are {list(change.magnitude.shape)}")
         if change.shift is not None and change.shift.shape != shape:
             misfits.append(f"{name} is {list(shape)} in the base, LoRA's bias is {list(change.shift.shape)}")
+        if change.rows is not None and (why := _rows_differ(change, rows)):
+            misfits.append(f"{name} {why}")
     return misfits
+
+
+def _rows_differ(change: ParameterChange, shape: tuple[int, ...]) -> str:
+    """What is wrong with trained rows of a parameter of this shape, or an empty string."""
+    assert change.rows is not None
+    if change.rows.shape != (len(change.tokens), *shape[1:]):
+        return f"is {list(shape)} in the base, the rows of {len(change.tokens)} tokens are {list(change.rows.shape)}"
+    outside = [token for token in change.tokens if token >= shape[0]]
+    return f"has {shape[0]} rows; the adapter has some of tokens {outside}" if outside else ""
 
 
 def _full_differs(mine: tuple[int, ...], base: tuple[int, ...], resizable: bool) -> str:

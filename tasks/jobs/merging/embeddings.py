@@ -10,6 +10,7 @@ from torch import Tensor
 
 from recipes.models import headers
 from tasks.jobs.merging.deltas import ParameterChange
+from tasks.jobs.merging.rope import older_spelling
 from tasks.jobs.merging.skeleton import Skeleton
 from tasks.jobs.merging.streams import Reader
 from tasks.runtime.process.errors import StageError
@@ -25,18 +26,26 @@ class Embeddings(NamedTuple):
         untied: Parameter that gets weights of its own -> the parameter whose weights it had.
         dropped: Parameters that are shared from now on and not written.
         vocabulary: Entries, where there are others than in the base.
+        tied: In the merged model the output layer shares the weights of the input embeddings.
+        two: The base's config.json ties them, and its files hold two different matrices.
     """
 
     changes: dict[str, ParameterChange]
     untied: dict[str, str]
     dropped: frozenset[str]
     vocabulary: int | None
+    tied: bool
+    two: bool
 
 
 def settle(
     changes: Mapping[str, ParameterChange], skeleton: Skeleton, tensors: Mapping[str, headers.Tensor], reader: Reader
 ) -> Embeddings:
-    """Untie when, and only when, training changed one side of a tied pair.
+    """Tie what is equal, part what is not; whatever config.json said.
+
+    transformers ties two matrices of a checkpoint where config.json says so and they are equal; engines that read
+    config.json alone (vLLM) take the input embeddings for both. So of equal ones the second is not written, and of
+    different ones config.json says that they are two.
 
     Raises:
         StageError: Only one side of an untied pair got new entries.
@@ -44,30 +53,40 @@ def settle(
     kept = dict(changes)
     own = {name: tensors[stored] for name, stored in skeleton.stored.items()}
     sides = [f"{module}.weight" for module in skeleton.embeddings if module]
+    pairs = {a: b for a, b in skeleton.tied.items() if not _are_two(own.get(a), own.get(b), reader)}
     for name in sides:
-        base = own.get(name) or own.get(skeleton.tied.get(name, ""))
+        base = own.get(name) or own.get(pairs.get(name, ""))
         if name in kept and base is not None and _changes_nothing(kept[name], base, reader):
             del kept[name]
     untied, dropped = {}, set()
-    for target, origin in skeleton.tied.items():
+    for target, origin in pairs.items():
         stored, missing = (origin, target) if origin in own else (target, origin)
         mine, other = kept.get(stored), kept.get(missing)
         if mine is None and other is None:
-            continue
-        if _alike(mine, other, reader) or _resized_alone(mine, other, own[stored]):
+            dropped |= {missing} & own.keys()
+        elif _alike(mine, other, reader) or _for_both(kept, own[stored], pair=(stored, missing), input_side=sides[0]):
             kept[stored] = mine or other or ParameterChange()
             kept.pop(missing, None)
             dropped.add(missing)
         else:
             untied[missing] = stored
-    _check_lengths(kept, sides, skeleton, shared=bool(skeleton.tied) and not untied)
+    _check_lengths(kept, sides, skeleton, shared=bool(pairs) and not untied)
     entries = [change.full.shape[0] for name in sides if (change := kept.get(name)) and change.full]
     vocabulary = next((count for count in entries if count != skeleton.shapes[sides[0]][0]), None)
-    return Embeddings(kept, untied, frozenset(dropped), vocabulary)
+    tied = any(set(pair) == set(sides) and untied.keys().isdisjoint(pair) for pair in pairs.items())
+    return Embeddings(kept, untied, frozenset(dropped), vocabulary, tied, two=len(pairs) < len(skeleton.tied))
 
 
-def new_config(config: Mapping[str, Any], embeddings: Embeddings) -> dict[str, Any]:
-    """The base's config.json for the merged weights: bf16, and ties and vocabulary as they are now."""
+def new_config(config: Mapping[str, Any], *, tied: bool, vocabulary: int | None = None) -> dict[str, Any]:
+    """The base's config.json for the merged weights: bf16, ties and vocabulary as they are now, RoPE in both spellings.
+
+    Ties are said at the top, which transformers reads, and in text_config, which engines read.
+
+    Args:
+        config: The base's.
+        tied: The output layer shares the weights of the input embeddings.
+        vocabulary: Entries, where there are others than in the base.
+    """
     changed: dict[str, Any] = dict(config)
     parts = [changed]
     if isinstance(changed.get("text_config"), dict):
@@ -76,30 +95,46 @@ def new_config(config: Mapping[str, Any], embeddings: Embeddings) -> dict[str, A
     for part in parts:
         for name in {"dtype", "torch_dtype"} & part.keys():
             part[name] = "bfloat16"
-        if embeddings.vocabulary is not None and "vocab_size" in part:
-            part["vocab_size"] = embeddings.vocabulary
-        if embeddings.untied:
-            part["tie_word_embeddings"] = False
+        if vocabulary is not None and "vocab_size" in part:
+            part["vocab_size"] = vocabulary
+        part["tie_word_embeddings"] = tied
+        part.update(older_spelling(part))
     if not {"dtype", "torch_dtype"} & changed.keys():
         changed["dtype"] = "bfloat16"
     return changed
 
 
+def _are_two(a: headers.Tensor | None, b: headers.Tensor | None, reader: Reader) -> bool:
+    """Both are in the checkpoint, and differ."""
+    return a is not None and b is not None and not _same(a, b, reader)
+
+
 def _changes_nothing(change: ParameterChange, base: headers.Tensor, reader: Reader) -> bool:
     """A saved copy of the base's own weights: PEFT writes one when it is unsure."""
-    return change.a is None and change.full is not None and _same(change.full, base, reader)
+    return change.a is None and change.rows is None and change.full is not None and _same(change.full, base, reader)
 
 
 def _alike(mine: ParameterChange | None, other: ParameterChange | None, reader: Reader) -> bool:
     if mine is None or other is None or mine.full is None or other.full is None:
         return False
-    return mine.a is None and other.a is None and _same(mine.full, other.full, reader)
+    return mine.whole_or_nothing and other.whole_or_nothing and _same(mine.full, other.full, reader)
 
 
-def _resized_alone(mine: ParameterChange | None, other: ParameterChange | None, base: headers.Tensor) -> bool:
-    """Only one side is in the adapter, with more or fewer entries than the base: it must have been tied when saved."""
-    alone = mine if other is None else other if mine is None else None
-    return alone is not None and alone.full is not None and alone.full.shape[0] != base.shape[0]
+def _for_both(
+    kept: Mapping[str, ParameterChange], base: headers.Tensor, *, pair: tuple[str, str], input_side: str
+) -> bool:
+    """Only one side of a tied pair is in the adapter, and it was trained as both.
+
+    That is so of a matrix with more or fewer entries than the base's, which was tied when it was saved, and of trained
+    rows of the input embeddings: PEFT lets the output layer have them, too (set_additional_trainable_modules).
+    """
+    names = [name for name in pair if name in kept]
+    if len(names) != 1:
+        return False
+    alone = kept[names[0]]
+    if alone.rows is not None:
+        return names[0] == input_side
+    return alone.full is not None and alone.full.shape[0] != base.shape[0]
 
 
 def _same(a: headers.Tensor, b: headers.Tensor, reader: Reader) -> bool:

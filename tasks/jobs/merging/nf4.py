@@ -18,6 +18,7 @@ import bitsandbytes
 import torch
 from bitsandbytes import functional
 from bitsandbytes.functional import QuantState
+from bitsandbytes.nn.modules import Linear4bit
 from torch import Tensor, nn
 
 from recipes.models.adapters import RECORD
@@ -109,15 +110,19 @@ def write_record(model: nn.Module, folder: Path) -> None:
     modules: dict[str, Any] = {}
     for name, layer in linear4bit(model).items():
         state: Any = layer.weight.quant_state  # pyright: ignore[reportAttributeAccessIssue]
-        dequantized = functional.dequantize_4bit(layer.weight.data, state).flatten()
-        places = torch.tensor(sample_positions(dequantized.numel()), device=dequantized.device)
         modules[module_name(name)] = {
             **digests(layer.weight.data, state.absmax, state.state2, state.offset),
-            "values": dequantized[places].float().tolist(),
+            "values": sampled(layer).float().tolist(),
         }
     device = next(model.parameters()).device.type
     record = {"bitsandbytes": bitsandbytes.__version__, "device": device, "modules": modules}
     (folder / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def sampled(layer: Linear4bit) -> Tensor:
+    """A 4-bit layer's dequantized values at `sample_positions`, on the CPU."""
+    dequantized = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).flatten()
+    return dequantized[torch.tensor(sample_positions(dequantized.numel()), device=dequantized.device)].cpu()
 
 
 def module_name(name: str) -> str:

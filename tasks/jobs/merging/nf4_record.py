@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from recipes.models.adapters import RECORD
-from tasks.jobs.merging.nf4 import Nf4, digests, ulps
+from tasks.jobs.loading.load import linear4bit
+from tasks.jobs.merging.nf4 import Nf4, digests, module_name, sampled, ulps
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
 
@@ -37,11 +39,24 @@ class Records:
         self.other += sorted(self.modules.keys() - set(four_bit))
 
     def compare(self, module: str, weight: Nf4, values: torch.Tensor) -> None:
-        """Judge one module by its digests and, where only the scales differ, by its sampled values (bf16)."""
+        """Judge one module as this merge makes it; `values` are bf16 at `sample_positions`."""
+        if self.record is not None:
+            self.judge(module, digests(weight.codes, weight.scales, weight.nested, weight.offset), values)
+
+    def judge_model(self, model: nn.Module) -> None:
+        """Judge the 4-bit modules of a loaded model."""
         if self.record is None:
             return
+        layers = {module_name(name): layer for name, layer in linear4bit(model).items()}
+        self.check_names(layers)
+        for module in self.modules.keys() & layers.keys():
+            state: Any = layers[module].weight.quant_state  # pyright: ignore[reportAttributeAccessIssue]
+            now = digests(layers[module].weight.data, state.absmax, state.state2, state.offset)
+            self.judge(module, now, sampled(layers[module]))
+
+    def judge(self, module: str, now: Mapping[str, str], values: torch.Tensor) -> None:
+        """Judge one module by its digests and, where only the scales differ, by its sampled values (bf16)."""
         recorded = self.modules[module]
-        now = digests(weight.codes, weight.scales, weight.nested, weight.offset)
         recorded_values = torch.tensor(recorded["values"])
         same = all(now[part] == recorded[part] for part in ("codes", "scales"))
         near = now["codes"] == recorded["codes"] and ulps(recorded_values, values) <= 1

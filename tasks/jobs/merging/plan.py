@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
+
 from recipes.models import headers
 from tasks.jobs.merging.deltas import ParameterChange
 from tasks.jobs.merging.embeddings import Embeddings
@@ -65,8 +67,8 @@ def merge_items(
     items = []
     for stored in tensors.values():
         name = parameter.get(stored.name)
-        if name is None:  # no parameter of the model, or a part of one that nothing changes: copied as it is
-            items.append(MergeItem(PlannedTensor(stored.name, DTYPES[stored.dtype], stored.shape), stored))
+        if name is None:  # no parameter of the model, or a part of one that nothing changes: copied
+            items.append(MergeItem(PlannedTensor(stored.name, _copied_as(stored, skeleton), stored.shape), stored))
         elif name not in embeddings.dropped:
             items.append(item(stored.name, name, stored))
     for name, origin in embeddings.untied.items():
@@ -74,6 +76,13 @@ def merge_items(
             stored = tensors[skeleton.stored[origin]]
             items.append(item(name, name, stored))
     return items
+
+
+def _copied_as(stored: headers.Tensor, skeleton: Skeleton) -> torch.dtype:
+    """The type of a tensor that nothing changes: a part's is that of its parameter in the model, others keep theirs."""
+    dtype = DTYPES[stored.dtype]
+    parameter = skeleton.parts.get(stored.name)
+    return dtype if parameter is None or not dtype.is_floating_point else skeleton.dtypes[parameter]
 
 
 def _shared(skeleton: Skeleton) -> set[str]:

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    build_glob_alternation,
-    dot_natural_key,
-    rename_source_key,
-)
+from transformers.core_model_loading import build_glob_alternation
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 
+from recipes.models import headers
+from tasks.jobs.loading.adapter_names import ModuleNames
 from tasks.jobs.loading.classes import empty_model, modules_to_skip
 from tasks.jobs.loading.load import linear4bit
+from tasks.jobs.loading.names import stored_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +32,13 @@ class Skeleton:
         converted: transformers puts some parameters together from several tensors, or takes one apart.
         four_bit: Modules that QLoRA's loading turns into NF4.
         transposed: Modules whose weight is stored [in, out] (Conv1D).
-        tied: Parameter -> the parameter that it shares, where the config ties them and the checkpoint holds one.
+        tied: Parameter -> the parameter that it shares by config.json; the checkpoint may hold one of them or both.
         embeddings: Module names of the input embeddings and of the output layer ("" where there is none).
+        parts: Tensor of the checkpoint -> the parameter that is put together from it and others, or a part of it.
+        linears: Linear layers.
+        one_by_one: Matrices of the checkpoint that transformers stacks (experts): linear layers in its version 4, and
+            parameters here, so that an adapter of that version changes them where they lie.
+        names: What an adapter's names of modules are here.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -48,49 +49,40 @@ class Skeleton:
     transposed: frozenset[str]
     tied: dict[str, str]
     embeddings: tuple[str, str]
-    renamings: tuple[WeightRenaming, ...]
-    prefix: str
-
-    def module(self, name: str) -> str:
-        """The module's name in this version of transformers, for one that an adapter of another version names."""
-        if f"{name}.weight" in self.shapes:
-            return name
-        meta = dict.fromkeys(self.shapes, True)
-        renamed, _ = rename_source_key(f"{name}.weight", list(self.renamings), [], self.prefix, meta)
-        return renamed.removesuffix(".weight")
+    parts: dict[str, str]
+    linears: frozenset[str]
+    one_by_one: frozenset[str]
+    names: ModuleNames
 
 
-def read_skeleton(folder: Path, tensors: Iterable[str]) -> Skeleton:
+def read_skeleton(folder: Path, tensors: Mapping[str, headers.Tensor]) -> Skeleton:
     """Build the model of config.json on the meta device and name its parameters' tensors by transformers' own rules.
 
     Args:
         folder: Model folder.
-        tensors: Names in its checkpoint.
+        tensors: Its checkpoint's, by name.
     """
     model = empty_model(folder)
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    meta, prefix = model.state_dict(), model.base_model_prefix
-    stored, converted = {}, False
-    for name in sorted(tensors, key=dot_natural_key):
-        renamed, source = rename_source_key(name, renamings, converters, prefix, meta)
-        if renamed not in meta and name in meta:
-            renamed, source = rename_source_key(name, [], [], prefix, meta)
-        converted = converted or (source is not None and renamed in meta)
-        if source is None and renamed in meta:
-            stored[renamed] = name
+    meta = model.state_dict()
+    stored, parts = stored_parameters(model, tensors)
     shapes = {name: tuple(parameter.shape) for name, parameter in meta.items()}
+    dtypes = _dtypes(model, shapes)
+    experts = [name for name in parts if ".experts." in name and name.endswith(".weight") and name not in meta]
+    matrices = [name for name in experts if len(tensors[name].shape) == 2]
+    for name in matrices:
+        shapes[name], stored[name], dtypes[name] = tensors[name].shape, name, dtypes[parts[name]]
     return Skeleton(
         shapes=shapes,
         stored=stored,
-        dtypes=_dtypes(model, shapes),
-        converted=converted,
-        tied={a: b for a, b in model.all_tied_weights_keys.items() if a not in stored or b not in stored},
+        dtypes=dtypes,
+        converted=bool(parts),
+        parts=parts,
+        tied=dict(model.all_tied_weights_keys),
         transposed=frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D)),
         embeddings=(_name(model, model.get_input_embeddings()), _name(model, model.get_output_embeddings())),
-        renamings=tuple(renamings),
-        prefix=prefix,
+        linears=frozenset(name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)),
+        one_by_one=frozenset(name.removesuffix(".weight") for name in matrices),
+        names=ModuleNames(model, also=[name.removesuffix(".weight") for name in matrices]),
         four_bit=_four_bit(model),  # last: it replaces modules
     )
 
@@ -109,8 +101,7 @@ def _dtypes(model: PreTrainedModel, shapes: Iterable[str]) -> dict[str, torch.dt
 
 def _four_bit(model: PreTrainedModel) -> frozenset[str]:
     """What transformers' bitsandbytes quantizer replaces where `load_nf4` has it load the base."""
-    skip = HfQuantizer.get_modules_to_not_convert(
-        model, modules_to_skip(model), list(model._keep_in_fp32_modules or ())
-    )
+    kept = list(model._keep_in_fp32_modules or ())
+    skip = HfQuantizer.get_modules_to_not_convert(model, modules_to_skip(model), kept)
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     return frozenset(linear4bit(replace_with_bnb_linear(model, skip, settings)))

@@ -108,6 +108,28 @@ def test_bad_input_is_refused_at_once_with_everything(base: Path, adapter: Path,
     assert not (tmp_path / "out").exists()
 
 
+def test_weights_alone_need_no_tokenizer(base: Path, adapter: Path, tmp_path: Path) -> None:
+    names = ("tokenizer*", "special_tokens*", "chat_template*")
+    bare = shutil.copytree(base, tmp_path / "bare", ignore=shutil.ignore_patterns(*names))
+    alone = shutil.copytree(adapter, tmp_path / "alone", ignore=shutil.ignore_patterns("tokenizer"))
+    assert "there is none" in quench(bare, alone, tmp_path / "out", folder=tmp_path, check=0)
+    whole = tmp_path / "whole"
+    assert "there is none" not in quench(base, adapter, whole, folder=tmp_path, check=0)
+    assert file_digest(tmp_path / "out" / "model.safetensors") == file_digest(whole / "model.safetensors")
+    assert (whole / "serve.md").exists() and not (tmp_path / "out" / "serve.md").exists()
+
+
+@pytest.mark.parametrize("onto", ["dequantized", "original"])
+def test_an_option_that_would_do_nothing_is_refused(base: Path, adapter: Path, tmp_path: Path, onto: str) -> None:
+    """Without a record there is nothing to accept; onto the original weights nothing is compared with it."""
+    foreign = shutil.copytree(adapter, tmp_path / "foreign")
+    if onto == "dequantized":
+        (foreign / "nf4.json").unlink()
+    words = (base, foreign, tmp_path / "out", "--onto", onto, "--accept-other-base")
+    assert "--accept-other-base would do nothing" in quench(*words, folder=tmp_path, check=2)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_a_full_disk_leaves_nothing_visible(base: Path, adapter: Path, tmp_path: Path) -> None:
     """RLIMIT_FSIZE ends a write like a full disk does, with an errno; Python ignores its signal."""

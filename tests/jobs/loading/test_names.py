@@ -51,6 +51,6 @@ def test_experts_that_transformers_joins_are_no_linear_layers_there() -> None:
     model = on_meta(Qwen3MoeConfig(**SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64))
     expert, attention = "model.layers.0.mlp.experts.0.gate_proj", "model.layers.0.self_attn.q_proj"
     stored = stored_parameters(model, [f"{name}.weight" for name in (expert, attention)])
-    assert stored.converted and stored.tensors == {f"{attention}.weight": f"{attention}.weight"}
+    assert stored.parts and stored.tensors == {f"{attention}.weight": f"{attention}.weight"}
     with pytest.raises(StageError, match="fused"):
         linear_modules(model, [attention, expert], backend="GPTQModel")

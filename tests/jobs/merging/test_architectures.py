@@ -18,8 +18,8 @@ from tests.jobs.build import make_job
 from tests.jobs.quantized import mean_kl
 from tests.jobs.test_merge import FAITHFUL
 
-FAST = ("llama", "gpt2", "phi3")
-ALL = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "gpt2", "qwen3-moe")
+FAST = ("llama", "gpt2", "phi3", "gpt-oss")
+ALL = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "gpt2", "qwen3-moe", "gpt-oss")
 NAMES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in ALL]
 
 
@@ -43,7 +43,7 @@ def log_probs(model: torch.nn.Module) -> Tensor:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_stream_is_pefts_merge_and_the_trained_model(name: str, tmp_path: Path) -> None:
     base = write_architecture(tmp_path / "base", name, shard="200KB")  # several shards
-    lora = {"target_modules": MOE_TARGETS} if name == "qwen3-moe" else {}
+    lora = {"target_modules": MOE_TARGETS} if name in ("qwen3-moe", "gpt-oss") else {}
     adapter = train_adapter(base, tmp_path / "adapter", **lora)
     job = make_job("merge", tmp_path / "out", params={"onto": "dequantized"}, base=base, adapter=adapter)
     result = merge.run(job)

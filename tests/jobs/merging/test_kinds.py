@@ -18,13 +18,14 @@ from tasks.jobs import merge
 from tasks.jobs.loading.load import attach, load_arm, load_nf4
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
-from tests.jobs.architectures import save, train_adapter, write_architecture
+from tests.jobs.architectures import save, tokens, train_adapter, write_architecture
 from tests.jobs.build import make_job, notes
 from tests.jobs.merging.test_architectures import log_probs
 from tests.jobs.quantized import mean_kl
 from tests.jobs.test_merge import FAITHFUL
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TOKENS = tokens(seed=2)[0, :4].unique().tolist()  # of those that are trained on
 KINDS: dict[str, dict[str, Any]] = {
     "rslora with patterns": {
         "use_rslora": True,
@@ -38,8 +39,20 @@ KINDS: dict[str, dict[str, Any]] = {
     "output layer saved": {"modules_to_save": ["lm_head"]},
     "lora on embeddings": {"target_modules": [*LINEAR, "embed_tokens"]},
     "lora on the output layer": {"target_modules": [*LINEAR, "lm_head"]},
+    "some tokens": {"trainable_token_indices": TOKENS},
+    "some tokens of the output layer": {"trainable_token_indices": {"lm_head": TOKENS}},
+    "other tokens of each side": {"trainable_token_indices": {"embed_tokens": TOKENS[:2], "lm_head": TOKENS[2:]}},
+    "some layers": {"target_modules": LINEAR, "layers_to_transform": [1], "layers_pattern": "layers"},
+    "all but some modules": {"target_modules": LINEAR, "exclude_modules": r".*\.0\.mlp\..*"},
 }
-UNTIED = {"both embeddings saved", "output layer saved", "lora on embeddings", "lora on the output layer"}
+UNTIED = {
+    "both embeddings saved",
+    "output layer saved",
+    "lora on embeddings",
+    "lora on the output layer",
+    "some tokens of the output layer",
+    "other tokens of each side",
+}
 
 
 def job_for(out: Path, base: Path, adapter: Path, *, onto: str = "dequantized", **params: Any) -> Job:
@@ -112,20 +125,16 @@ def test_added_tokens_make_the_vocabulary_longer(tmp_path: Path, tied: bool) -> 
     assert json.loads((job.out / "config.json").read_text())["tie_word_embeddings"] is tied
 
 
-@pytest.mark.parametrize("kind", ["trainable tokens", "ia3"])
-def test_what_the_stream_cannot_do_is_pefts_and_said(base: Path, tmp_path: Path, kind: str) -> None:
-    if kind == "ia3":
-        model = get_peft_model(
-            load_nf4(base, device="cpu"),
-            IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"),
-        )
-        for name, parameter in model.named_parameters():
-            if "ia3_" in name:
-                parameter.data += 0.3 * torch.randn(parameter.shape)
-        save(model, tmp_path / "adapter", base)
-        adapter = tmp_path / "adapter"
-    else:
-        adapter = train_adapter(base, tmp_path / "adapter", trainable_token_indices=[5, 6, 7])
+def test_what_the_stream_cannot_do_is_pefts_and_said(base: Path, tmp_path: Path) -> None:
+    model = get_peft_model(
+        load_nf4(base, device="cpu"),
+        IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"),
+    )
+    for name, parameter in model.named_parameters():
+        if "ia3_" in name:
+            parameter.data += 0.3 * torch.randn(parameter.shape)
+    adapter = tmp_path / "adapter"
+    save(model, adapter, base)
     job = job_for(tmp_path / "out", base, adapter)
     result = merge.run(job)
     assert result["by"] == "peft" and "by PEFT" in notes(job)["merge"]
@@ -133,6 +142,32 @@ def test_what_the_stream_cannot_do_is_pefts_and_said(base: Path, tmp_path: Path,
     with torch.autocast("cpu", dtype=torch.bfloat16):  # IA3's fp32 factors meet a bf16 output layer without
         trained = log_probs(load_arm("nf4", base, adapter=adapter, device="cpu"))
     assert mean_kl(trained, log_probs(plain)) < FAITHFUL
+
+
+def test_pefts_merge_parts_tied_embeddings_where_one_side_was_trained(base: Path, tmp_path: Path) -> None:
+    """PEFT itself adds what was trained of the output layer to the input embeddings, too."""
+    lora = {"target_modules": ["q_proj", "lm_head"], "target_parameters": ["down_proj.weight"]}
+    adapter = train_adapter(base, tmp_path / "adapter", on="bf16", **lora)
+    job = job_for(tmp_path / "out", base, adapter, onto="original")
+    assert merge.run(job)["by"] == "peft"
+    plain = AutoModelForCausalLM.from_pretrained(job.out).eval()
+    trained = log_probs(load_arm("bf16", base, adapter=adapter, device="cpu"))
+    assert mean_kl(trained, log_probs(plain)) < FAITHFUL
+    assert plain.lm_head.weight is not plain.model.embed_tokens.weight
+    assert json.loads((job.out / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_embeddings_that_were_trained_as_one_stay_tied(base: Path, tmp_path: Path) -> None:
+    lora = {"target_modules": [*LINEAR, "embed_tokens"], "ensure_weight_tying": True}
+    adapter = train_adapter(base, tmp_path / "adapter", **lora)
+    job = job_for(tmp_path / "out", base, adapter)
+    result = merge.run(job)
+    assert (result["by"], result["record"]) == ("peft", "exact")
+    plain = AutoModelForCausalLM.from_pretrained(job.out).eval()
+    trained = log_probs(load_arm("nf4", base, adapter=adapter, device="cpu"))
+    assert mean_kl(trained, log_probs(plain)) < FAITHFUL
+    assert plain.lm_head.weight is plain.model.embed_tokens.weight
+    assert json.loads((job.out / "config.json").read_text())["tie_word_embeddings"] is True
 
 
 def test_training_left_where_it_trained_on_bf16(base: Path, tmp_path: Path) -> None:

@@ -8,7 +8,11 @@ from typing import Any
 
 import pytest
 
+from recipes.checks.adapter import fit_problems
+from recipes.models.adapters import read_adapter
 from recipes.models.headers import read_headers
+from recipes.models.weights import read_file
+from recipes.problem import Problem
 from recipes.read.load import load
 from tests.recipes.checks.test_check import only, problems
 from tests.recipes.folders import llama_shapes, write_project, write_safetensors
@@ -75,9 +79,128 @@ def test_a_checkpoint_of_the_bare_model_and_a_tied_output_layer_fit(recipe: Path
     adapter = recipe.parent / "adapter" / "adapter_model.safetensors"
     head = {f"base_model.model.lm_head.lora_{part}.weight": size for part, size in (("A", [4, 128]), ("B", [300, 4]))}
     write_safetensors(adapter, {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": [4, 128]} | head)
-    assert only(recipe).where.endswith("safetensors: model.layers.0.self_attn.q_proj")  # its B is not there
+    where = only(recipe).where
+    assert where.endswith("safetensors: model.layers.0.self_attn.q_proj (a part of its LoRA is missing)")
     write_safetensors(adapter, head)
     assert problems(recipe) == []
+
+
+def rewrite(recipe: Path, *, base: str = "", adapter: str = "") -> None:
+    """Let the base's files and the adapter name the layers as other versions and classes do."""
+    for path, prefix, start in (
+        (recipe.parent / "base" / "model.safetensors", base, "model."),
+        (recipe.parent / "adapter" / "adapter_model.safetensors", adapter, "base_model.model.model."),
+    ):
+        if prefix:
+            shapes = {name: list(tensor.shape) for name, tensor in read_file(path).items()}
+            write_safetensors(path, {name.replace(start, prefix, 1): shape for name, shape in shapes.items()})
+
+
+@pytest.mark.parametrize("base", ["", "language_model.model.", "model.language_model."])
+@pytest.mark.parametrize(
+    "adapter", ["", "base_model.model.language_model.model.", "base_model.model.model.language_model."]
+)
+def test_names_of_other_versions_and_classes_are_known(recipe: Path, base: str, adapter: str):
+    rewrite(recipe, base=base, adapter=adapter)
+    assert fit(recipe) == []
+    write_adapter(recipe.parent / "adapter", layers=3)
+    rewrite(recipe, adapter=adapter)
+    (problem,) = fit(recipe)
+    assert problem.where.count("layers.2.") == 7
+
+
+def test_trained_rows_saved_weights_and_biases_are_checked(recipe: Path):
+    path = recipe.parent / "adapter" / "adapter_model.safetensors"
+    start = "base_model.model."
+    table = f"{start}model.embed_tokens"
+    write_adapter(
+        recipe.parent / "adapter", config={"trainable_token_indices": {"embed_tokens": [4, 7], "lm_head": [9]}}
+    )
+    good = {
+        f"{table}.token_adapter.trainable_tokens_delta": [2, 128],
+        f"{start}lm_head.token_adapter.trainable_tokens_delta": [1, 128],
+        f"{start}model.layers.0.self_attn.q_proj.lora_A.weight": [4, 128],
+        f"{start}model.layers.0.self_attn.q_proj.lora_B.weight": [128, 4],
+        f"{start}model.layers.0.self_attn.q_proj.lora_B.bias": [128],
+        f"{start}model.layers.0.self_attn.q_proj.lora_magnitude_vector": [128],
+        f"{start}model.norm.weight": [128],
+    }
+    write_safetensors(path, good)
+    assert fit(recipe) == []
+    bad = {
+        f"{table}.token_adapter.trainable_tokens_delta": [3, 128],
+        f"{start}model.layers.0.self_attn.q_proj.lora_magnitude_vector": [64],
+        f"{start}model.norm.weight": [64],
+        f"{start}model.layers.0.self_attn.q_proj.lora_C.weight": [64],
+    }
+    write_safetensors(path, good | bad)
+    (problem,) = fit(recipe)
+    assert "4 part(s)" in problem.what
+    for name in ("embed_tokens", "lora_magnitude_vector", "model.norm.weight", "q_proj.lora_C.weight"):
+        assert name in problem.where
+    write_safetensors(path, good)
+    config = recipe.parent / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text().replace("[4, 7]", "[4, 300]"))  # the base has 300 rows
+    assert "[4, 300]" in fit(recipe)[0].where
+
+
+def test_embeddings_may_have_a_lora(recipe: Path):
+    path = recipe.parent / "adapter" / "adapter_model.safetensors"
+    name = "base_model.model.model.embed_tokens.lora_embedding_"
+    write_safetensors(path, {f"{name}A": [4, 300], f"{name}B": [128, 4]})
+    assert fit(recipe) == []
+    write_safetensors(path, {f"{name}A": [4, 301], f"{name}B": [128, 4]})
+    assert "embed_tokens (adapter [301, 128], base [300, 128])" in fit(recipe)[0].where
+
+
+@pytest.mark.parametrize(
+    ("settings", "missing"),
+    [
+        ({"target_modules": ["q_proj", "up_proj"]}, ["0.self_attn.q_proj"]),
+        ({"target_modules": r".*\.(q_proj|up_proj)"}, ["0.self_attn.q_proj"]),
+        ({"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]}, []),
+        ({"target_modules": ["q_proj", "up_proj"], "layers_to_transform": 0, "layers_pattern": "layers"}, ["q_proj"]),
+        ({"target_modules": ["q_proj", "up_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]}, []),
+        ({"target_modules": ["q_proj", "up_proj"], "exclude_modules": r".*q_proj"}, []),
+        ({"target_modules": ["q_proj", "up_proj"], "modules_to_save": ["q_proj"]}, []),
+        ({"target_modules": "all-linear"}, []),
+    ],
+)
+def test_a_target_that_the_file_lacks(recipe: Path, settings: dict[str, Any], missing: list[str]):
+    folder = write_adapter(recipe.parent / "adapter", config=settings)
+    path = folder / "adapter_model.safetensors"
+    kept = {
+        name: list(tensor.shape)
+        for name, tensor in read_file(path).items()
+        if ("q_proj" in name or "up_proj" in name) and "layers.0.self_attn" not in name
+    }
+    write_safetensors(path, kept)
+    assert [problem.where.count("a target by") for problem in fit(recipe)] == [len(missing)] * bool(missing)
+    assert all(name in fit(recipe)[0].where for name in missing)
+
+
+def fit(recipe: Path) -> list[Problem]:
+    return fit_problems(recipe.parent / "adapter", read_headers(recipe.parent / "base"))
+
+
+@pytest.mark.parametrize(
+    ("quantization", "base_type", "says"),
+    [
+        ({"bnb_4bit_use_double_quant": True}, "nf4", "config.json"),
+        ({"bnb_4bit_use_double_quant": True, "llm_int8_skip_modules": ["lm_head", "model.vision_tower"]}, "nf4", ""),
+        ({}, "unknown", "without double quantization"),
+        ({"bnb_4bit_quant_type": "fp4"}, "unknown", "fp4"),
+        ({"bnb_4bit_use_double_quant": True, "llm_int8_skip_modules": ["model.layers.0.mlp"]}, "unknown", "0.mlp"),
+    ],
+)
+def test_what_a_config_beside_it_says_of_the_base_in_training(
+    tmp_path: Path, quantization: dict[str, Any], base_type: str, says: str
+):
+    folder = write_adapter(tmp_path / "adapter")
+    settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} | quantization
+    (folder / "config.json").write_text(json.dumps({"quantization_config": settings}))
+    adapter = read_adapter(folder)
+    assert adapter.base_type == base_type and says in adapter.evidence
 
 
 @pytest.mark.parametrize(
