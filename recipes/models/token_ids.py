@@ -46,7 +46,8 @@ def tokens_of(folder: Path) -> dict[str, int]:
         if is_mapping(entry) and isinstance(entry.get("id"), int):
             tokens[str(entry.get("content"))] = entry["id"]
     more = config.get("added_tokens_decoder")
-    for number, entry in more.items() if is_mapping(more) else []:
+    numbered: dict[str, Any] = more if is_mapping(more) else {}
+    for number, entry in numbered.items():
         if number.isdigit() and is_mapping(entry):
             tokens[str(entry.get("content"))] = int(number)
     return tokens

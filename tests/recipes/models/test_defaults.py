@@ -12,7 +12,7 @@ import pytest
 
 from recipes.models import defaults
 from recipes.models.defaults import complete, missing_keys
-from recipes.models.headers import read_headers
+from recipes.models.headers import Headers, read_headers
 from recipes.problem import Problem, RecipeError
 from tests.recipes.folders import write_base
 
@@ -51,6 +51,22 @@ def test_gemma_3_of_the_hub_gets_its_heads_windows_and_vocabulary(tmp_path: Path
     assert text["layer_types"] == (["sliding_attention"] * 5 + ["full_attention"]) * 5 + ["sliding_attention"] * 4
     assert text["hidden_size"] == 2560 and text["sliding_window"] == 1024
     assert len(list(cache.glob("*.json"))) == 1
+
+
+def test_gemma_4_of_the_hub_gets_its_global_heads_and_3n_its_shared_layers(tmp_path: Path, cache: Path):
+    """`global_head_dim` is no attribute of the class: it becomes what the full layers have in place of head_dim."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"head_dim": 16, "global_head_dim": 32, "sliding_window": 100, "model_type": "gemma4_text"}
+    sizes |= {"num_global_key_value_heads": 1, "attention_k_eq_v": True}
+    text = completed(tmp_path / "4", {"model_type": "gemma4", "text_config": sizes})
+    assert [text["per_layer_config"][str(number)]["head_dim"] for number in range(6)] == [16] * 5 + [32]
+    described = Headers(folder=tmp_path, config={}, text_config=text, tensors={}, linears=())
+    assert described.cache_numbers(1000) == 2 * (2 * 16 * 5 * 100 + 32 * 1000) and described.kv_features == 32
+    small = {"model_type": "gemma3n_text", "num_hidden_layers": 35, "hidden_size": 2048}
+    text = completed(tmp_path / "3n", {"model_type": "gemma3n", "text_config": small})
+    assert text["num_kv_shared_layers"] == 15 and text["sliding_window"] == 512
+    described = Headers(folder=tmp_path, config={}, text_config=text, tensors={}, linears=())
+    assert len(described.cache_layers) == 20 and described.cache_numbers(100) == 20 * 2 * 2 * 256 * 100
 
 
 def test_the_answer_is_remembered_in_the_process_and_on_disk(
