@@ -6,6 +6,7 @@ of a backend, no GPU.
 
 from __future__ import annotations
 
+import functools
 import shlex
 import tempfile
 from collections.abc import Callable, Sequence
@@ -198,9 +199,13 @@ def _planned(
     rows = sampled(loaded, headers)
     externals = {name: external_headers(folder) for name, folder in loaded.externals.items() if folder}
 
-    def steps(recipe: Recipe) -> list[StepNeeds]:
-        every = predict(recipe, headers, device="cuda", rows=rows, externals=externals)
+    @functools.cache
+    def predicted(recipe: str) -> list[StepNeeds]:  # many settings are tried, some of them twice
+        every = predict(Recipe.model_validate_json(recipe), headers, device="cuda", rows=rows, externals=externals)
         return [step for step in every if step.key in keys]
+
+    def steps(recipe: Recipe) -> list[StepNeeds]:
+        return predicted(recipe.model_dump_json())
 
     written = steps(loaded.recipe)
     by_stage = fit_all(
