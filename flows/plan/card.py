@@ -17,6 +17,7 @@ from typing import Any
 from flows.compose import Matrix, compose, reached
 from flows.pins import light_pins
 from flows.plan.fit import (
+    SPARE,
     STAGES,
     Fitting,
     Setting,
@@ -27,6 +28,7 @@ from flows.plan.fit import (
     fitting,
     gpu_fits,
     on_card,
+    with_spare,
 )
 from flows.plan.history import Seconds, seconds
 from flows.plan.machine import Memory
@@ -207,9 +209,9 @@ def _planned(
     def steps(recipe: Recipe) -> list[StepNeeds]:
         return predicted(recipe.model_dump_json())
 
-    written = steps(loaded.recipe)
+    written, room = steps(loaded.recipe), with_spare(memory)
     by_stage = fit_all(
-        loaded.recipe, memory=memory, steps=steps, allows=lambda smaller: enough_tokens(smaller, headers, rows)
+        loaded.recipe, memory=room, steps=steps, allows=lambda smaller: enough_tokens(smaller, headers, rows)
     )
     final = combined([fit.setting for fit in by_stage.values() if fit.setting is not None])
     least = {
@@ -218,12 +220,12 @@ def _planned(
         for step in steps((by_stage[stage].smallest if stage in by_stage else Setting({})).applied(loaded.recipe))
         if step.stage == stage
     }
-    fitted = {step.key: step for step in steps(final.applied(loaded.recipe)) if fits(step, memory)}
+    fitted = {step.key: step for step in steps(final.applied(loaded.recipe)) if fits(step, room)}
     worked = work(loaded.recipe, headers, rows)
     lines = tuple(
         CardStep(
             needs=step,
-            setting=_setting_of(step, by_stage.get(step.stage), memory, fits_then=step.key in fitted),
+            setting=_setting_of(step, by_stage.get(step.stage), room, fits_then=step.key in fitted),
             least=least[step.key],
             fitted=fitted.get(step.key),
             work=worked.get(step.key),
@@ -291,7 +293,8 @@ def text(plan: CardPlan) -> str:
     disk = sum(step.needs.disk_gib for step in plan.steps)
     notes = [
         f"{_machine(plan.memory)}; the steps leave {disk:.1f} GiB on disk. CUDA's own {CUDA_CONTEXT} GiB are counted.",
-        "Predicted from config, headers and the first rows; every row counts as long as the longest.",
+        "Predicted from config, headers and the first rows; every row counts as long as the longest. "
+        f"{100 * SPARE:.0f} % of the card are left free.",
     ]
     if any(not step.needs.confirmed for step in plan.steps):
         notes.append("~ no GPU has confirmed this estimate: a run warns of it and does not refuse (docs/gpu.md)")
@@ -332,7 +335,7 @@ def _figure(size: float) -> str:
 
 def _fit(step: CardStep, memory: Memory) -> str:
     if step.setting is None:
-        on_gpu = not gpu_fits(step.least, memory)
+        on_gpu = not gpu_fits(step.least, with_spare(memory))
         return f"NO: {largest_parts(step.least, on_gpu=on_gpu)}"
     if not step.setting.values:
         return "yes"
