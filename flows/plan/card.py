@@ -99,7 +99,8 @@ class CardPlan:
         memory: The machine.
         steps: In the order of the pipeline.
         setting: What makes all steps fit that can.
-        only: Arms whose steps all fit with it, where some steps never do; empty where all fit, and where none is left.
+        only: Arms whose steps all fit with it, where some steps never do; else the arms that were wanted. None is all,
+            and where some steps never fit, that no arm is left.
         warnings: What a run would refuse for the rows that are here.
     """
 
@@ -168,7 +169,8 @@ def plan_for(
         if local is not loaded and (problems := check(local, fetched=True)):
             raise RecipeError(problems)
         matrix = compose(_anywhere(local.recipe), pins, lambda step: None, only=only)
-        planned = _planned(local, read_headers(pins.base.path), memory, matrix=matrix, path=path, sets=sets)
+        headers = read_headers(pins.base.path)
+        planned = _planned(local, headers, memory, matrix=matrix, path=path, sets=sets, only=only)
     return planned if home is None else _timed(planned, home, base=str(loaded.base or loaded.recipe.model.base))
 
 
@@ -195,7 +197,14 @@ def _anywhere(recipe: Recipe) -> Recipe:
 
 
 def _planned(
-    loaded: Loaded, headers: Headers, memory: Memory, *, matrix: Matrix, path: Path, sets: Sequence[str]
+    loaded: Loaded,
+    headers: Headers,
+    memory: Memory,
+    *,
+    matrix: Matrix,
+    path: Path,
+    sets: Sequence[str],
+    only: Sequence[str],
 ) -> CardPlan:
     keys = {step.key for step in matrix.steps}
     rows = sampled(loaded, headers)
@@ -245,7 +254,7 @@ def _planned(
         memory=memory,
         steps=lines,
         setting=final,
-        only=tuple(whole) if lost else (),
+        only=tuple(whole if lost else only),
         warnings=tuple(filter(None, [calibration_problem(loaded.recipe, headers, rows)])),
     )
 
