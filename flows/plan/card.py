@@ -6,6 +6,7 @@ of a backend, no GPU.
 
 from __future__ import annotations
 
+import functools
 import shlex
 import tempfile
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 from flows.compose import Matrix, compose, reached
 from flows.pins import light_pins
 from flows.plan.fit import (
+    SPARE,
     STAGES,
     Fitting,
     Setting,
@@ -26,6 +28,7 @@ from flows.plan.fit import (
     fitting,
     gpu_fits,
     on_card,
+    with_spare,
 )
 from flows.plan.history import Seconds, seconds
 from flows.plan.machine import Memory
@@ -96,7 +99,8 @@ class CardPlan:
         memory: The machine.
         steps: In the order of the pipeline.
         setting: What makes all steps fit that can.
-        only: Arms whose steps all fit with it, where some steps never do; empty where all fit, and where none is left.
+        only: Arms whose steps all fit with it, where some steps never do; else the arms that were wanted. None is all,
+            and where some steps never fit, that no arm is left.
         warnings: What a run would refuse for the rows that are here.
     """
 
@@ -165,7 +169,8 @@ def plan_for(
         if local is not loaded and (problems := check(local, fetched=True)):
             raise RecipeError(problems)
         matrix = compose(_anywhere(local.recipe), pins, lambda step: None, only=only)
-        planned = _planned(local, read_headers(pins.base.path), memory, matrix=matrix, path=path, sets=sets)
+        headers = read_headers(pins.base.path)
+        planned = _planned(local, headers, memory, matrix=matrix, path=path, sets=sets, only=only)
     return planned if home is None else _timed(planned, home, base=str(loaded.base or loaded.recipe.model.base))
 
 
@@ -192,19 +197,30 @@ def _anywhere(recipe: Recipe) -> Recipe:
 
 
 def _planned(
-    loaded: Loaded, headers: Headers, memory: Memory, *, matrix: Matrix, path: Path, sets: Sequence[str]
+    loaded: Loaded,
+    headers: Headers,
+    memory: Memory,
+    *,
+    matrix: Matrix,
+    path: Path,
+    sets: Sequence[str],
+    only: Sequence[str],
 ) -> CardPlan:
     keys = {step.key for step in matrix.steps}
     rows = sampled(loaded, headers)
     externals = {name: external_headers(folder) for name, folder in loaded.externals.items() if folder}
 
-    def steps(recipe: Recipe) -> list[StepNeeds]:
-        every = predict(recipe, headers, device="cuda", rows=rows, externals=externals)
+    @functools.cache
+    def predicted(recipe: str) -> list[StepNeeds]:  # many settings are tried, some of them twice
+        every = predict(Recipe.model_validate_json(recipe), headers, device="cuda", rows=rows, externals=externals)
         return [step for step in every if step.key in keys]
 
-    written = steps(loaded.recipe)
+    def steps(recipe: Recipe) -> list[StepNeeds]:
+        return predicted(recipe.model_dump_json())
+
+    written, room = steps(loaded.recipe), with_spare(memory)
     by_stage = fit_all(
-        loaded.recipe, memory=memory, steps=steps, allows=lambda smaller: enough_tokens(smaller, headers, rows)
+        loaded.recipe, memory=room, steps=steps, allows=lambda smaller: enough_tokens(smaller, headers, rows)
     )
     final = combined([fit.setting for fit in by_stage.values() if fit.setting is not None])
     least = {
@@ -213,12 +229,12 @@ def _planned(
         for step in steps((by_stage[stage].smallest if stage in by_stage else Setting({})).applied(loaded.recipe))
         if step.stage == stage
     }
-    fitted = {step.key: step for step in steps(final.applied(loaded.recipe)) if fits(step, memory)}
+    fitted = {step.key: step for step in steps(final.applied(loaded.recipe)) if fits(step, room)}
     worked = work(loaded.recipe, headers, rows)
     lines = tuple(
         CardStep(
             needs=step,
-            setting=_setting_of(step, by_stage.get(step.stage), memory, fits_then=step.key in fitted),
+            setting=_setting_of(step, by_stage.get(step.stage), room, fits_then=step.key in fitted),
             least=least[step.key],
             fitted=fitted.get(step.key),
             work=worked.get(step.key),
@@ -238,7 +254,7 @@ def _planned(
         memory=memory,
         steps=lines,
         setting=final,
-        only=tuple(whole) if lost else (),
+        only=tuple(whole if lost else only),
         warnings=tuple(filter(None, [calibration_problem(loaded.recipe, headers, rows)])),
     )
 
@@ -286,7 +302,8 @@ def text(plan: CardPlan) -> str:
     disk = sum(step.needs.disk_gib for step in plan.steps)
     notes = [
         f"{_machine(plan.memory)}; the steps leave {disk:.1f} GiB on disk. CUDA's own {CUDA_CONTEXT} GiB are counted.",
-        "Predicted from config, headers and the first rows; every row counts as long as the longest.",
+        "Predicted from config, headers and the first rows; every row counts as long as the longest. "
+        f"{100 * SPARE:.0f} % of the card are left free.",
     ]
     if any(not step.needs.confirmed for step in plan.steps):
         notes.append("~ no GPU has confirmed this estimate: a run warns of it and does not refuse (docs/gpu.md)")
@@ -327,7 +344,7 @@ def _figure(size: float) -> str:
 
 def _fit(step: CardStep, memory: Memory) -> str:
     if step.setting is None:
-        on_gpu = not gpu_fits(step.least, memory)
+        on_gpu = not gpu_fits(step.least, with_spare(memory))
         return f"NO: {largest_parts(step.least, on_gpu=on_gpu)}"
     if not step.setting.values:
         return "yes"

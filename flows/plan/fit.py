@@ -14,6 +14,11 @@ from recipes.models.headers import Headers
 from recipes.problem import Problem
 from recipes.schema import LEAST_ROWS, MOST_ROWS, TOKENS_PER_INPUT, Recipe
 
+LEAST_TOKENS = 128  # no shorter rows are proposed: a prompt and its answer are seldom shorter
+SPARE = (
+    0.05  # of a card; measured peaks were up to 2 % above predicted ones (docs/gpu.md), and no allocator fills a card
+)
+
 
 class Setting(NamedTuple):
     """Fields to override and their values; none leaves the recipe as it is."""
@@ -45,6 +50,11 @@ class Fitting:
     setting: Setting | None
     never: tuple[str, ...]
     smallest: Setting
+
+
+def with_spare(machine: Memory) -> Memory:
+    """A machine that is planned for, less what of its card is better left free."""
+    return machine._replace(gpu_gib=None if machine.gpu_gib is None else (1 - SPARE) * machine.gpu_gib)
 
 
 def fits(step: StepNeeds, memory: Memory) -> bool:
@@ -152,7 +162,7 @@ def _train_settings(recipe: Recipe, gpus: int) -> Iterator[Setting]:
     ways += [
         {"train.gradient_checkpointing": True, "run.processes": count, "run.launcher": "fsdp-qlora"} for count in shards
     ]
-    for length in _halves(recipe.data.max_length, least=16):
+    for length in _halves(recipe.data.max_length, least=LEAST_TOKENS):
         shorter = {} if length == recipe.data.max_length else {"data.max_length": length}
         for way in ways:
             processes = way.get("run.processes", run.processes)
@@ -162,7 +172,7 @@ def _train_settings(recipe: Recipe, gpus: int) -> Iterator[Setting]:
 
 
 def _evaluate_settings(recipe: Recipe) -> Iterator[Setting]:
-    for length in _halves(recipe.data.max_length, least=16):
+    for length in _halves(recipe.data.max_length, least=LEAST_TOKENS):
         shorter = {} if length == recipe.data.max_length else {"data.max_length": length}
         for size in _halves(recipe.evaluate.batch_size, least=1):
             yield Setting({"evaluate.batch_size": size, **shorter})
@@ -170,7 +180,7 @@ def _evaluate_settings(recipe: Recipe) -> Iterator[Setting]:
 
 def _quantize_settings(recipe: Recipe) -> Iterator[Setting]:
     rows = sorted({*_halves(recipe.calibrate.rows, least=LEAST_ROWS), min(recipe.calibrate.rows, LEAST_ROWS)})
-    for length in _halves(recipe.calibrate.seq_len, least=32):
+    for length in _halves(recipe.calibrate.seq_len, least=LEAST_TOKENS):
         for count in reversed(rows):
             yield Setting({"calibrate.rows": count, "calibrate.seq_len": length})
 

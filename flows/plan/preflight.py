@@ -139,10 +139,11 @@ def largest_parts(step: StepNeeds, *, on_gpu: bool) -> str:
         for name, size in step.parts.items()
         if name not in FILES and (not elsewhere or name.endswith(ON_HOST) != on_gpu)
     }
+    counted |= {"process": 0.0} if on_gpu else {}  # CUDA's own, which is said elsewhere
     if elsewhere and not on_gpu:
         counted["libraries"] = step.needed_gib - sum(counted.values())
     largest = sorted(counted.items(), key=lambda part: -part[1])[:3]
-    return ", ".join(f"{name} {size:.1f} GiB" for name, size in largest)
+    return ", ".join(f"{name} {size:.1f} GiB" for name, size in largest if size >= 0.05) or "libraries"
 
 
 def _together(steps: Sequence[StepNeeds], *, memory: Memory, slots: int) -> list[Problem]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flows.plan.fit import Fitting, enough_tokens, fits, fitting, gpu_fits, on_card
+from flows.plan.fit import Fitting, enough_tokens, fits, fitting, gpu_fits, on_card, with_spare
 from flows.plan.machine import Memory
 from flows.plan.memory import StepNeeds, predict
 from flows.plan.preflight import largest_parts
@@ -93,7 +93,7 @@ def recipe_of(shape: Shape) -> Recipe:
 
 def cell(model: Model, keys: Sequence[str], gib: float) -> str:
     """`fits: 11.2`, `micro 4: 20.3`, or what is in the way; GiB of the card with these settings."""
-    memory = Memory(HOST, float(gib))
+    memory = with_spare(Memory(HOST, float(gib)))
 
     def steps(recipe: Recipe) -> list[StepNeeds]:
         return [step for step in model.steps(recipe) if step.key.startswith(keys)]
@@ -176,7 +176,8 @@ def example(name: str, model: Model, gib: float) -> str:
         host, disk = max(step.needed_gib for step in of_kind), max(step.disk_gib for step in of_kind)
         lines.append(f"#   {kind:<24}{f'{mark}{gpu:.1f}' if gpu else '-':>10}{host:>8.1f}{disk:>8.1f}")
     total = sum(step.disk_gib for step in steps)
-    verdict = "Every step fits" if all(fits(step, Memory(HOST, gib)) for step in steps) else "NOT every step fits"
+    card = with_spare(Memory(HOST, gib))
+    verdict = "Every step fits" if all(fits(step, card) for step in steps) else "NOT every step fits"
     lines += [
         "#",
         f"# {verdict}; the steps leave {total:.0f} GiB on disk. How long it takes is unknown: nobody has run it",
@@ -198,11 +199,11 @@ run on such cards has confirmed it**: training and evaluation were held against 
 ([docs/gpu.md](../gpu.md)); quantizers against their sources. Billions of parameters: {sizes}.
 
 Every row counts as 2,048 tokens, with batches of 16, calibration of 512 rows of up to 512 tokens; most rows are
-shorter, and then more fits. A card counts as wholly free; 0.6 GiB of it are CUDA's own. A cell has the GiB of the
-card, behind the setting that makes it fit: `micro` is run.micro_batch, `recompute` is train.gradient_checkpointing,
-`batch` is evaluate.batch_size, `rows of` is data.max_length, `calibrate` is calibrate.rows (`x` calibrate.seq_len).
-Settings that keep the result are tried first, shorter rows last. The last column is what the host needs beside, without
-files that it can drop. The mixture, 30B-A3B, is trained on its attention and quantized by llm-compressor
+shorter, and then more fits. 5 % of a card are left free, and 0.6 GiB are CUDA's own. A cell has the GiB of the card,
+behind the setting that makes it fit: `micro` is run.micro_batch, `recompute` is train.gradient_checkpointing, `batch`
+is evaluate.batch_size, `rows of` is data.max_length, `calibrate` is calibrate.rows (`x` calibrate.seq_len). Settings
+that keep the result are tried first, shorter rows last. The last column is what the host needs beside, without files
+that it can drop. The mixture, 30B-A3B, is trained on its attention and quantized by llm-compressor
 (`ct-gptq-w4-g128`); training keeps its experts in bf16.
 
 {sections}

@@ -91,6 +91,7 @@ def test_the_command_that_it_names_fits(project: Path):
     assert not first.never and first.setting.values
     last = text(first).splitlines()[-1]
     assert last.strip() == first.command and "FITS ONLY WITH OTHER SETTINGS" in text(first)
+    assert last.strip().startswith("quench evaluate ") and " --only base nf4-adapter rtn-w4-g128 --set " in last
     words = shlex.split(last)
     sets = [words[place + 1] for place, word in enumerate(words) if word == "--set"]
     assert "train.rank=32" in sets
