@@ -43,9 +43,9 @@ ADAM_BYTES = {"cpu": 4 + 4 + 8, "cuda": 4 + 4 + 2}  # per LoRA parameter: fp32, 
 # kernel writes the gradient over the bf16 logit; the rest is reserve.
 TRAIN_LOGIT_BYTES = {"cpu": 32, "cuda": 8}
 TILE = (4096, 32768)  # tokens and vocabulary that TRL's output layer works on at once
-# tasks/jobs/measuring/tiles.py: bf16 logits at once, whatever the vocabulary. Per logit a second copy in bf16: a soft cap
-# (Gemma 2 to 4), or part of the fp32 product from which a CPU without AVX-512 rounds. Then fp64 copies of some tokens
-# (teacher_forcing.py), five at a time. By arithmetic: no GPU has confirmed it.
+# tasks/jobs/measuring/tiles.py: bf16 logits at once, whatever the vocabulary. Per logit a second copy in bf16: a soft
+# cap (Gemma 2 to 4), or part of the fp32 product from which a CPU without AVX-512 rounds. Then fp64 copies of some
+# tokens (teacher_forcing.py), five at a time. By arithmetic: no GPU has confirmed it.
 EVAL_TILE = 128 << 20
 EVAL_LOGIT_BYTES = 4
 EVAL_PART = {"cpu": 8 << 20, "cuda": 64 << 20}

@@ -41,19 +41,19 @@ from tests.jobs.quantized import make
 
 VOCABULARY = 310
 TILE = 10  # tokens: each of three rows takes several, and their ends fall into others' tiles
-IDS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 3}
-TEXT = SHAPE | IDS | {"intermediate_size": 64, "hidden_size": 64, "head_dim": 16}
-VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-PICTURE = VISION | {"image_size": 28, "patch_size": 14}
-MAMBA = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16}
+IDS: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 3}
+TEXT: dict[str, Any] = SHAPE | IDS | {"intermediate_size": 64, "hidden_size": 64, "head_dim": 16}
+VISION: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+PICTURE: dict[str, Any] = VISION | {"image_size": 28, "patch_size": 14}
+MAMBA: dict[str, Any] = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16}
 
 
 class Bypassing(LlamaForCausalLM):
     """A model that runs its decoder by no call that could be seen."""
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, **more: Any) -> CausalLMOutputWithPast:  # type: ignore[override]
+    def forward(self, input_ids: Any, attention_mask: Any, **more: Any) -> CausalLMOutputWithPast:
         hidden = type(self.model).forward(self.model, input_ids, attention_mask=attention_mask, use_cache=False)
-        return CausalLMOutputWithPast(logits=self.lm_head(hidden.last_hidden_state))  # type: ignore[arg-type]
+        return CausalLMOutputWithPast(logits=self.lm_head(hidden.last_hidden_state))
 
 
 def written_here(config: Any) -> Callable[[], PreTrainedModel]:
@@ -73,12 +73,12 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
         OPTConfig(**TEXT, ffn_dim=64, word_embed_proj_dim=64, do_layer_norm_before=True)
     ),
     "vision": lambda: Gemma3ForConditionalGeneration(
-        Gemma3Config(text_config=TEXT, vision_config=PICTURE, image_token_id=VOCABULARY - 1)  # type: ignore[arg-type]
+        Gemma3Config(text_config=TEXT, vision_config=PICTURE, image_token_id=VOCABULARY - 1)
     ),
     "vision beside a whole language model": lambda: Llama4ForConditionalGeneration(
         Llama4Config(
-            text_config=TEXT | {"num_local_experts": 2, "intermediate_size_mlp": 64},  # type: ignore[arg-type]
-            vision_config=PICTURE | {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32},  # type: ignore[arg-type]
+            text_config=TEXT | {"num_local_experts": 2, "intermediate_size_mlp": 64},
+            vision_config=PICTURE | {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32},
             image_token_index=VOCABULARY - 1,
         )
     ),
