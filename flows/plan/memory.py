@@ -42,11 +42,11 @@ ADAM_BYTES = {"cpu": 4 + 4 + 8, "cuda": 4 + 4 + 2}  # per LoRA parameter: fp32, 
 # kernel writes the gradient over the bf16 logit; the rest is reserve.
 TRAIN_LOGIT_BYTES = {"cpu": 32, "cuda": 8}
 TILE = (4096, 32768)  # tokens and vocabulary that TRL's output layer works on at once
-# tasks/jobs/measuring/tiles.py: bf16 logits at once, whatever the vocabulary. Per logit: bf16, and on a CPU without
-# AVX-512 the fp32 product that is rounded to it; on CUDA the second copy that a soft cap (Gemma 2 to 4) makes. Then the
-# fp64 copies of tasks/jobs/measuring/teacher_forcing.py, five at a time. By arithmetic; no GPU has confirmed it.
+# tasks/jobs/measuring/tiles.py: bf16 logits at once, whatever the vocabulary. Per logit a second copy in bf16: a soft
+# cap (Gemma 2 to 4), or part of the fp32 product from which a CPU without AVX-512 rounds. Then fp64 copies of some
+# tokens (teacher_forcing.py), five at a time. By arithmetic: no GPU has confirmed it.
 EVAL_TILE = 128 << 20
-EVAL_LOGIT_BYTES = {"cpu": 6, "cuda": 4}
+EVAL_LOGIT_BYTES = 4
 EVAL_PART = {"cpu": 8 << 20, "cuda": 64 << 20}
 EVAL_COPIES = 5
 ACTIVATION_FACTOR = 1.6  # kept for the backward pass, over the bf16 inputs and outputs of the linear layers
@@ -189,7 +189,7 @@ class _Sizes:
         copies = EVAL_COPIES * min(8 * logits, EVAL_PART[self.device])
         product = {"output layer": 4.0 * headers.vocabulary * headers.hidden} if self.on_cpu else {}  # fp32, as above
         return {
-            "logits": EVAL_LOGIT_BYTES[self.device] * min(logits, EVAL_TILE // 2) + copies,
+            "logits": EVAL_LOGIT_BYTES * min(logits, EVAL_TILE // 2) + copies,
             **product,
             "activations": 2 * 4 * widest * batch * tokens,
             "kv cache": self.kv_cache(batch=batch, tokens=tokens),

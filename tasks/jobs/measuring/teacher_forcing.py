@@ -115,7 +115,8 @@ class Stretch(NamedTuple):
     @property
     def part(self) -> int:
         """Tokens whose logits are in fp32 or fp64 at once."""
-        return max(1, PART_BYTES.get(self.every.device.type, PART_BYTES["cuda"]) // (8 * self.every.shape[-1]))
+        device = "cpu" if self.every.device.type == "cpu" else "cuda"
+        return max(1, PART_BYTES[device] // (8 * self.every.shape[-1]))
 
     def losses(self) -> Tensor:
         """[m] -log p in nats, fp64."""
