@@ -91,7 +91,7 @@ def text_decoder(model: PreTrainedModel) -> str:
         for name, module in model.named_modules()
         if isinstance(module, PreTrainedModel) and any(part is embeddings for part in module.modules())
     ]
-    return max(holders, key=len)
+    return max(holders, key=len, default="")
 
 
 def text_linears(model: PreTrainedModel) -> frozenset[str]:

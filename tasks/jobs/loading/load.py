@@ -248,7 +248,8 @@ def _load(folder: Path, *, device: str, whole: bool = False, **extra: Any) -> Pr
     model, info = loaded
     if whole or getattr(model, "is_quantized", False):
         _refuse_missing(sorted(info["missing_keys"]), folder)
-    name_backbone(model)
+    if not settings["trust_remote_code"]:  # a class of its own may have no embeddings that it can name
+        name_backbone(model)
     if getattr(model, "is_loaded_in_4bit", False):
         for layer in linear4bit(model).values():
             layer.support_avx512bf16_for_cpu = False
