@@ -57,7 +57,7 @@ def run(job: Job) -> dict[str, Any]:
     config = _base_config(job.inputs["base"].path)
     trained_base = {"base_type": adapter.base_type, "base_type_by": adapter.evidence}
     skeleton = read_skeleton(job.inputs["base"].path, tensors)
-    if reason := beyond_stream(adapter) or _needs_whole_model(adapter, skeleton):
+    if reason := beyond_stream(adapter) or _needs_whole_model(job, adapter, skeleton):
         result = merge_by_peft(job, reason, config, records=Records(adapter.folder)) | {"by": "peft"}
     else:
         result = _stream(job, adapter, skeleton, tensors, config) | {"by": "stream"}
@@ -130,12 +130,13 @@ def _base_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _needs_whole_model(adapter: Adapter, skeleton: Skeleton) -> str:
+def _needs_whole_model(job: Job, adapter: Adapter, skeleton: Skeleton) -> str:
     """Why the stream cannot do it: the adapter or NF4 changes a parameter that is not one tensor of the checkpoint."""
     if not skeleton.converted:
         return ""
     present = skeleton.stored.keys() | skeleton.tied.keys() | set(skeleton.tied.values())
-    changed = {f"{module}.weight" for module in skeleton.four_bit} | read_changes(adapter, skeleton).by_parameter.keys()
+    four_bit = skeleton.four_bit if job.params["onto"] == "dequantized" else ()
+    changed = {f"{module}.weight" for module in four_bit} | read_changes(adapter, skeleton).by_parameter.keys()
     composed = sorted(changed - present)
     return f"transformers puts {composed[0]} together from other tensors of the checkpoint" if composed else ""
 

@@ -36,6 +36,7 @@ def attach(model: PreTrainedModel, folder: Path) -> PeftModel:
             its config names and the file lacks.
     """
     from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel, set_peft_model_state_dict
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
     if not (folder / WEIGHTS).exists():
         raise StageError.of(
@@ -64,7 +65,8 @@ def attach(model: PreTrainedModel, folder: Path) -> PeftModel:
         raise _strange(folder, [" ".join(str(error).split())]) from error
     if loaded.unexpected_keys:
         raise _strange(folder, sorted(loaded.unexpected_keys))
-    if missing := sorted(key for key in loaded.missing_keys if _is_adapters(key)):
+    own = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "")
+    if missing := sorted(key for key in loaded.missing_keys if own in key and _is_adapters(key)):
         raise _missing(folder, missing)
     return peft.eval()
 
@@ -119,7 +121,9 @@ def _takes_lora(module: nn.Module) -> bool:
 
 
 def _is_adapters(key: str) -> bool:
-    """A key of the model with the adapter that the adapter's file has to bring."""
+    """A key that the adapter's file has to bring; what is saved whole may be shared, and is looked up by PEFT."""
+    if ".token_adapter." in key or ".modules_to_save." in key:
+        return False
     return NAME in key.removeprefix(PREFIX).split(".") and not any(name in key for name in SHARED)
 
 
