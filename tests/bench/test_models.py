@@ -124,13 +124,17 @@ def test_the_page_counts_its_cells_and_keeps_tables_whole() -> None:
 # ---- forked processes
 
 
+def say() -> None:
+    os.write(1, b"said\n")
+
+
 def leave(code: int) -> Callable[[], None]:
     return lambda: os._exit(code)
 
 
 def test_a_process_that_ends_itself_or_takes_too_long_ends_nothing_else(tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
-    assert forked(lambda: os.write(1, b"said\n") and None, log=log) is None and log.read_text() == "said\n"
+    assert forked(say, log=log) is None and log.read_text() == "said\n"
     assert forked(leave(3), log=log) == "the process ended with exit code 3"
     assert forked(lambda: os.kill(os.getpid(), signal.SIGKILL), log=log) == "the process ended with SIGKILL"
     clock = time.monotonic()
