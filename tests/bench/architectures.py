@@ -17,9 +17,9 @@ import torch
 import transformers
 from transformers import GenerationConfig
 
+from tests.bench.models_page import SEED
 from tests.tiny import MARKED, _tokenizer
 
-SEED = 0
 IMAGE = ("<|image|>", "<|image_start|>", "<|image_end|>")  # ids 4, 5, 6 of a whole base
 SHAPE: dict[str, Any] = {
     "hidden_size": 128,
@@ -84,7 +84,7 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(title="Llama", config="LlamaConfig"),
     "llama4": Architecture(
-        title="Llama 4, whole",
+        title="Llama 4 (whole)",
         config="Llama4Config",
         values={
             **{
@@ -105,9 +105,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "qwen2": Architecture(title="Qwen2", config="Qwen2Config", values={"head_dim": None}),
     "qwen3": Architecture(title="Qwen3", config="Qwen3Config", values={"tie_word_embeddings": True}),
-    "qwen3.5": Architecture(title="Qwen3.5, text", config="Qwen3_5TextConfig", values=LINEAR_ATTENTION),
+    "qwen3.5": Architecture(title="Qwen3.5 (text)", config="Qwen3_5TextConfig", values=LINEAR_ATTENTION),
     "qwen3.5-whole": Architecture(
-        title="Qwen3.5, whole",
+        title="Qwen3.5 (whole)",
         config="Qwen3_5Config",
         values=LINEAR_ATTENTION,
         tower={
@@ -124,12 +124,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         values={**LINEAR_ATTENTION, **EXPERTS, "shared_expert_intermediate_size": 128},
     ),
     "qwen3.5-moe": Architecture(
-        title="Qwen3.5-MoE, text",
+        title="Qwen3.5-MoE (text)",
         config="Qwen3_5MoeTextConfig",
         values={**LINEAR_ATTENTION, **EXPERTS, "shared_expert_intermediate_size": 128},
     ),
     "qwen3-vl": Architecture(
-        title="Qwen3-VL, whole",
+        title="Qwen3-VL (whole)",
         config="Qwen3VLConfig",
         tower={
             **{"depth": 2, "hidden_size": 96, "intermediate_size": 144, "num_heads": 4, "patch_size": 14},
@@ -144,10 +144,10 @@ ARCHITECTURES: dict[str, Architecture] = {
         values={**WINDOWED, "query_pre_attn_scalar": 32},
     ),
     "gemma3": Architecture(
-        title="Gemma 3, text", config="Gemma3TextConfig", values={**WINDOWED, "query_pre_attn_scalar": 32}
+        title="Gemma 3 (text)", config="Gemma3TextConfig", values={**WINDOWED, "query_pre_attn_scalar": 32}
     ),
     "gemma3-whole": Architecture(
-        title="Gemma 3, whole",
+        title="Gemma 3 (whole)",
         config="Gemma3Config",
         values={**WINDOWED, "query_pre_attn_scalar": 32},
         tower=TOWER,
@@ -155,7 +155,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         processor={"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 56, "width": 56}},
     ),
     "gemma4": Architecture(
-        title="Gemma 4, text",
+        title="Gemma 4 (text)",
         config="Gemma4TextConfig",
         values={
             **{"num_hidden_layers": 4, "num_kv_shared_layers": 2, "sliding_window": 32, "global_head_dim": 64},
@@ -164,7 +164,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
     ),
     "gemma4-whole": Architecture(
-        title="Gemma 4, whole",
+        title="Gemma 4 (whole)",
         config="Gemma4Config",
         values={
             **{"num_hidden_layers": 4, "num_kv_shared_layers": 2, "sliding_window": 32, "global_head_dim": 64},
@@ -179,7 +179,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         processor={"image_processor_type": "Gemma4ImageProcessor", "patch_size": 14},
     ),
     "gemma4-moe": Architecture(
-        title="Gemma 4, mixture, text",
+        title="Gemma 4 (mixture, text)",
         config="Gemma4TextConfig",
         values={
             **WINDOWED,
@@ -189,9 +189,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
     ),
     "mistral": Architecture(title="Mistral", config="MistralConfig", values={"sliding_window": 32}),
-    "ministral3": Architecture(title="Ministral 3, text", config="Ministral3Config"),
+    "ministral3": Architecture(title="Ministral 3 (text)", config="Ministral3Config"),
     "mistral3-whole": Architecture(
-        title="Mistral 3, whole",
+        title="Mistral 3 (whole)",
         config="Mistral3Config",
         values={"model_type": "ministral3"},
         tower={**TOWER, "model_type": "pixtral", "head_dim": 24},
@@ -205,7 +205,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         values={"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], "head_dim": None},
     ),
     "smolvlm": Architecture(
-        title="SmolVLM, whole",
+        title="SmolVLM (whole)",
         config="SmolVLMConfig",
         values={"model_type": "llama"},
         tower={**TOWER, "image_size": 56},
@@ -229,7 +229,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
     ),
     "gpt-oss": Architecture(
-        title="gpt-oss, bf16",
+        title="gpt-oss (bf16)",
         config="GptOssConfig",
         values={**WINDOWED, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 128},
     ),

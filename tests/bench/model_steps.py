@@ -35,8 +35,8 @@ from tasks.runtime.process.environments import environment_problem, interpreter
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.launch import CHECKOUT, child_env
 from tasks.runtime.step import External, Step
-from tests.bench.architectures import SEED, write_architecture
-from tests.bench.models_page import SCHEMES
+from tests.bench.architectures import write_architecture
+from tests.bench.models_page import SCHEMES, SEED
 from tests.jobs.build import make_job
 
 ROWS = 64  # of which some 46 train, and 9 each are dev and test

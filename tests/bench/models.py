@@ -25,7 +25,7 @@ from typing import Any
 from tasks.runtime.process.environments import locked_versions
 from tasks.runtime.process.launch import CHECKOUT, child_env
 from tasks.runtime.step import hardware
-from tests.bench.models_page import page
+from tests.bench.models_page import SEED, page
 
 PAGE = CHECKOUT / "docs" / "models.md"
 WORK = CHECKOUT / ".quench" / "models"
@@ -153,11 +153,11 @@ def phase(error: BaseException) -> dict[str, str]:
     return {"phase": "evaluate"} if "_evaluated" in names else {}
 
 
-def take(folder: Path, name: str, title: str) -> Results:
-    """All steps of an architecture that have no result yet."""
+def take(folder: Path, name: str, *, title: str, place: int) -> Results:
+    """All steps of an architecture that have no result yet; `place` is its row on the page."""
     folder.mkdir(parents=True, exist_ok=True)
     started = {"date": date.today().isoformat(), "code": _code()}
-    write(folder, {**started, **read(folder), "name": name, "title": title, "running": None})
+    write(folder, {**started, **read(folder), "name": name, "title": title, "place": place, "running": None})
     for group in GROUPS:
         while pending := [step for step in group if step not in read(folder)["steps"]]:
             ended = forked(lambda steps=pending: run_group(folder, name, steps), log=folder / "log.txt")
@@ -193,13 +193,11 @@ def died(folder: Path, how: str) -> None:
     write(folder, results)
 
 
-def render(folders: Sequence[Path], out: Path) -> None:
+def render(work: Path, out: Path) -> None:
     """Write the page from what is known."""
-    results = [read(folder) for folder in folders if (folder / "result.json").exists()]
+    results = sorted((read(path.parent) for path in work.glob("*/result.json")), key=lambda result: result["place"])
     machine, locked = hardware(), locked_versions()
     dates = [result["date"] for result in results if "date" in result]
-    from tests.bench.architectures import SEED
-
     conditions = {
         "seed": str(SEED),
         "date": " to ".join(sorted({min(dates), max(dates)})) if dates else "no results",
@@ -220,34 +218,27 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=PAGE)
     args = parser.parse_args()
     os.environ.update(child_env(threads=1))
-    from tests.bench.architectures import ARCHITECTURES
-
-    names = list(args.only or ARCHITECTURES)
-    if unknown := sorted(set(names) - set(ARCHITECTURES)):
-        parser.error(f"no architecture is called {', '.join(unknown)}; there are {', '.join(ARCHITECTURES)}")
     if not args.render:
-        import tests.bench.model_steps  # noqa: F401  # torch, once for all
+        from tests.bench.architectures import ARCHITECTURES
 
+        names = list(args.only or ARCHITECTURES)
+        if unknown := sorted(set(names) - set(ARCHITECTURES)):
+            parser.error(f"no architecture is called {', '.join(unknown)}; there are {', '.join(ARCHITECTURES)}")
         _import_jobs()
         for name in names:
             folder = args.work / name
             if args.again:
                 shutil.rmtree(folder, ignore_errors=True)
-            results = take(folder, name, ARCHITECTURES[name].title)
+            results = take(folder, name, title=ARCHITECTURES[name].title, place=list(ARCHITECTURES).index(name))
             states = {step: outcome["state"] for step, outcome in results["steps"].items()}
             print(name, states, flush=True)
-    render([args.work / name for name in ARCHITECTURES], args.out)
+    render(args.work, args.out)
     print(f"wrote {args.out}")
 
 
 def _import_jobs() -> None:
     """What most children need, before the first is forked. GPTQModel starts threads when it is imported: not here."""
-    import tasks.jobs.calibrate
-    import tasks.jobs.evaluate
-    import tasks.jobs.merge
-    import tasks.jobs.prepare
-    import tasks.jobs.reference
-    import tasks.jobs.train  # noqa: F401
+    import tests.bench.model_steps  # noqa: F401
 
 
 if __name__ == "__main__":

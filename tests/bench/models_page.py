@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+SEED = 0
 SCHEMES = {"gptq": "gptq-w4-g32", "awq": "awq-w4-g32", "rtn": "rtn-w4-g32", "ct": "ct-gptq-w4-g32"}
 COLUMNS = {
     "prepare": "prepare",
@@ -43,11 +45,17 @@ NO_LAYERS = ("vision", "visual", "audio", "multi_modal", "shared_expert_gate", "
 
 
 class Open(NamedTuple):
-    """An open fault, or a difference between check and what happened."""
+    """An open fault, or a difference between check and what happened.
+
+    Attributes:
+        step: Of which it is.
+        what: What is wrong.
+        at: File and function, layer or folder.
+    """
 
     step: str
     what: str
-    why: str = ""
+    at: str = ""
 
 
 def cell(result: Result, column: str) -> Cell:
@@ -98,9 +106,10 @@ def open_faults(result: Result) -> list[Open]:
     found: list[Open] = []
     for name, step in result["steps"].items():
         if step["state"] == "failed":
-            found.append(Open(name, f"{step['type']}: {step['what']}", step.get("where", "")))
+            kind = "" if step["type"] == "the process ended" else f"{step['type']}: "
+            found.append(Open(name, f"{kind}{step['what']}", step.get("where", "")))
         elif step["state"] == "refused" and name not in COMPARED:
-            found.append(Open(name, f"refused, and check said nothing: {step['what']}", step.get("why", "")))
+            found.append(Open(name, f"refused, and check said nothing: {step['what']}", step.get("where", "")))
     return [*found, *(difference for name in COMPARED if (difference := differs(result, name)))]
 
 
@@ -110,11 +119,11 @@ def differs(result: Result, name: str) -> Open | None:
     if step is None or step["state"] in ("not reached", "failed") or "not_here" in step:
         return None
     if step["state"] == "refused" and not problems:
-        return Open(name, f"check passes it, the job refuses it: {step['what']}", step.get("why", ""))
+        return Open(name, f"check passes it, the job refuses it: {step['what']}", step.get("where", ""))
     if step["state"] == "refused" and any(word in problems[0]["what"] for word in NO_LAYERS):
         return Open(name, f"refused for what is no layer to quantize: {problems[0]['what']}")
     if step["state"] == "works" and problems:
-        return Open(name, f"check refuses what works: {problems[0]['what']}", problems[0].get("why", ""))
+        return Open(name, f"check refuses what works: {problems[0]['what']}")
     return None
 
 
@@ -142,27 +151,33 @@ def table(results: Sequence[Result]) -> str:
 
 
 def faults(results: Sequence[Result]) -> str:
-    """A line a fault."""
+    """A line a fault; the same one of several steps is told once."""
+    steps: dict[tuple[str, str, str], list[str]] = {}
+    for result in results:
+        for fault in open_faults(result):
+            what = re.sub(r"\b(ct-)?(gptq|awq|rtn)-w4-g32\b", "the scheme", fault.what)
+            steps.setdefault((result["title"], what, fault.at), []).append(COLUMNS.get(fault.step, fault.step))
     lines = [
-        f"* **{result['title']}, {COLUMNS.get(fault.step, fault.step)}**: {_inline(fault.what)}"
-        f"{f' *Why:* {_inline(fault.why)}' if fault.why else ''}"
-        for result in results
-        for fault in open_faults(result)
+        f"* **{title}, {', '.join(names)}**: {_inline(what)}{f' *At:* {_inline(at)}' if at else ''}"
+        for (title, what, at), names in steps.items()
     ]
     return "\n".join(lines) or "None."
 
 
 def refusals(results: Sequence[Result]) -> str:
-    """What check refuses and why: a line a reason, with the architectures."""
-    by_reason: dict[tuple[str, str], list[str]] = {}
+    """What check refuses and why: a line a reason, with the steps by architecture."""
+    by_reason: dict[str, dict[str, list[str]]] = {}
     for result in results:
         for name in COMPARED:
-            if result["steps"].get(name, {}).get("state") == "refused" and (problems := said(result, name)):
-                reason = (COLUMNS[name], f"{_inline(problems[0]['why'])} *Next:* {_inline(problems[0]['next'])}")
-                by_reason.setdefault(reason, []).append(result["title"])
-    return (
-        "\n".join(f"* **{step}** of {', '.join(names)}: {why}" for (step, why), names in by_reason.items()) or "None."
-    )
+            if cell(result, name).state == "refused":
+                problem = said(result, name)[0]
+                reason = f"{_inline(problem['why'])} *Next:* {_inline(problem['next'])}"
+                by_reason.setdefault(reason, {}).setdefault(result["title"], []).append(COLUMNS[name])
+    lines: list[str] = []
+    for reason, steps in by_reason.items():
+        who = "; ".join(f"{title}: {', '.join(names)}" for title, names in steps.items())
+        lines.append(f"* **{who}.** {reason}")
+    return "\n".join(lines) or "None."
 
 
 def _inline(text: str) -> str:

@@ -53,7 +53,7 @@ def test_what_works_has_its_figure_and_no_fault() -> None:
 def test_a_refusal_counts_only_where_check_says_it_too() -> None:
     both = result({"gptq": [GROUPS_OF_32]}, gptq=refused(GROUPS_OF_32))
     assert cell(both, "gptq").text == "refused" and verdict(both) == "as happened" and open_faults(both) == []
-    assert "GPTQ** of Tiny: A scale belongs to one whole group of inputs. *Next:* write gptq-w4." in refusals([both])
+    assert refusals([both]) == "* **Tiny: GPTQ.** A scale belongs to one whole group of inputs. *Next:* write gptq-w4."
 
     late = result(gptq=refused(GROUPS_OF_32))
     assert cell(late, "gptq").text == "FAULT, refused late" and verdict(late) == "FAULT: GPTQ"
@@ -77,6 +77,7 @@ def test_a_scheme_refused_for_a_tower_or_a_gate_is_a_fault(name: str) -> None:
     problem = GROUPS_OF_32 | {"what": f"The group size 32 of gptq-w4-g32 does not divide {name}."}
     towers = result({"gptq": [problem]}, gptq=refused(problem))
     assert cell(towers, "gptq").text == "FAULT, refused" and verdict(towers) == "FAULT: GPTQ"
+    assert refusals([towers]) == "None."
     [fault] = open_faults(towers)
     assert fault.what.startswith("refused for what is no layer to quantize")
 
@@ -90,13 +91,19 @@ def test_a_merge_that_is_refused_is_a_fault_whatever_check_says() -> None:
 def test_a_failure_has_a_name_and_a_place() -> None:
     broken = result(awq=failed())
     assert cell(broken, "awq").text == "FAULT, KeyError" and verdict(broken) == "as happened"
-    assert faults([broken]) == "* **Tiny, AWQ**: KeyError: no such layer *Why:* model.py:7 in forward"
+    assert faults([broken]) == "* **Tiny, AWQ**: KeyError: no such layer *At:* model.py:7 in forward"
 
 
 def test_an_arm_that_was_made_and_does_not_load_is_counted_under_evaluate() -> None:
     assert cell(result(rtn=failed(phase="evaluate")), "evaluate").text == "FAULT, 1 of 5 arms"
     nothing = result(merge=failed(), **{name: failed() for name in SCHEMES})
     assert cell(nothing, "evaluate").text == "not reached"
+
+
+def test_one_fault_of_several_schemes_is_told_once() -> None:
+    each = {step: failed(f"{slug} cannot pack it") for step, slug in SCHEMES.items() if step != "ct"}
+    said = "* **Tiny, GPTQ, AWQ, RTN**: KeyError: the scheme cannot pack it *At:* model.py:7 in forward"
+    assert faults([result(**each)]) == said
 
 
 def test_what_was_not_tried_says_so() -> None:
@@ -117,15 +124,19 @@ def test_the_page_counts_its_cells_and_keeps_tables_whole() -> None:
 # ---- forked processes
 
 
+def say() -> None:
+    os.write(1, b"said\n")
+
+
 def leave(code: int) -> Callable[[], None]:
     return lambda: os._exit(code)
 
 
 def test_a_process_that_ends_itself_or_takes_too_long_ends_nothing_else(tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
-    assert forked(lambda: os.write(1, b"said\n") and None, log=log) is None and log.read_text() == "said\n"
+    assert forked(say, log=log) is None and log.read_text() == "said\n"
     assert forked(leave(3), log=log) == "the process ended with exit code 3"
-    assert forked(lambda: os.kill(os.getpid(), signal.SIGSEGV), log=log) == "the process ended with SIGSEGV"
+    assert forked(lambda: os.kill(os.getpid(), signal.SIGKILL), log=log) == "the process ended with SIGKILL"
     clock = time.monotonic()
     assert forked(lambda: time.sleep(60), log=log, limit_s=0.3) == "it took more than 0 s"
     assert time.monotonic() - clock < 10
