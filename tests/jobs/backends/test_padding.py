@@ -38,7 +38,7 @@ def by_library(base: Path, out: Path, *, masked: bool) -> dict[str, Tensor]:
         for row in rows()
     ]
     with gptqmodel._scratch(None), contextlib.redirect_stdout(io.StringIO()):
-        loaded = GPTQModel.load(str(base), gptqmodel._config(params(SLUG) | {"damp": 0.05}), device="cpu")
+        loaded = GPTQModel.load(str(base), gptqmodel._config(params(SLUG) | {"damp": 0.05}, device="cpu"), device="cpu")
         loaded.quantize(samples, batch_size=len(samples))
         loaded.save(str(out))
     return load_file(out / "model.safetensors")
