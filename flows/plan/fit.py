@@ -108,11 +108,14 @@ def fitting(
     smaller = [setting for setting in every if not bound or allows(setting.applied(recipe))]
     if not smaller:
         return Fitting(setting=None, never=now, smallest=unchanged)
-    never = too_large(smaller[-1])  # the smallest of all
+    # The last one is the smallest, but for rows x length of a calibration set, where each side may count.
+    ends = smaller if stage == "quantize" else smaller[-1:]
+    smallest = min(ends, key=lambda setting: len(too_large(setting)))
+    never = too_large(smallest)
     if set(never) >= set(now):
-        return Fitting(setting=None, never=never, smallest=smaller[-1])
+        return Fitting(setting=None, never=never, smallest=smallest)
     largest = next(setting for setting in smaller if set(too_large(setting)) <= set(never))
-    return Fitting(setting=largest, never=never, smallest=smaller[-1])
+    return Fitting(setting=largest, never=never, smallest=smallest)
 
 
 def largest_fitting(

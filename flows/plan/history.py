@@ -62,7 +62,7 @@ def _of_base(run: Mapping[str, Any], base: str) -> bool:
 def _alike(predicted: Mapping[str, Any], memory: Memory) -> bool:
     """The run had a GPU with as much memory."""
     total = predicted.get("gpu_total_gib")
-    return bool(total and memory.gpu_gib) and abs(total / (memory.gpu_gib or 1.0) - 1) <= ALIKE
+    return total is not None and memory.gpu_gib is not None and abs(total / memory.gpu_gib - 1) <= ALIKE
 
 
 def _json(path: Path) -> dict[str, Any]:

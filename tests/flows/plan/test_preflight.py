@@ -384,7 +384,7 @@ def test_what_a_gpu_step_keeps_on_the_host_counts_there(recipe: Recipe, headers:
         parts={f"weights bf16{ON_HOST}": 15.0, "layer": 6.0},
     )
     assert fits(step, Memory(20.0, 8.0)) and not fits(step, Memory(16.0, 8.0)) and not fits(step, Memory(20.0, 6.5))
-    assert largest_parts(step, on_gpu=False) == "weights bf16 (host) 15.0 GiB"
+    assert largest_parts(step, on_gpu=False) == "weights bf16 (host) 15.0 GiB, libraries 2.0 GiB"
     assert largest_parts(step, on_gpu=True) == "layer 6.0 GiB"
 
 
