@@ -17,7 +17,7 @@ from recipes.data.rows import Rows, read_rows
 from recipes.models.headers import Headers, read_headers
 from recipes.problem import Problem, RecipeError
 from recipes.schema import LEAST_ROWS, MOST_ROWS, Calibrate
-from recipes.schemes.limits import limit_problems
+from recipes.schemes.limits import limit_problems, quantized_linears, size_bytes
 from recipes.schemes.scheme import Scheme
 from recipes.schemes.slugs import by_backend, parse_scheme
 from tasks import calibrate, quantize
@@ -169,13 +169,11 @@ def _check(options: QuantizeOptions, out: Path) -> QuantizeInputs:
 
 def _scheme_problems(scheme: Scheme, headers: Headers, out: Path) -> Iterator[Problem]:
     """What keeps this scheme from being made of this model, here."""
-    yield from scheme.check(headers.linears)
+    yield from scheme.check(quantized_linears(scheme, headers))
     yield from limit_problems(scheme, headers)
     if not_installed := environment_problem(quantize.ENVIRONMENTS.get(scheme.backend)):
         yield not_installed
-    rest = max(headers.weight_bytes - 2 * headers.linear_parameters, 0)  # embeddings, norms, head stay as they are
-    size = scheme.predicted_bytes(headers.linears) + rest
-    yield from check_disk(out, size, word="OUT", content="the quantized model")
+    yield from check_disk(out, size_bytes(scheme, headers), word="OUT", content="the quantized model")
 
 
 def _row_problems(options: QuantizeOptions, headers: Headers | None, rows: Rows | None) -> Iterator[Problem]:

@@ -19,6 +19,7 @@ from recipes.models.headers import Headers
 from recipes.models.linear import Linear
 from recipes.plain import is_mapping
 from recipes.schema import Recipe
+from recipes.schemes.limits import size_bytes
 from recipes.schemes.scheme import Scheme
 
 GIB = 1 << 30
@@ -126,12 +127,12 @@ class _Sizes:
 
     @property
     def bf16(self) -> float:
-        return 2 * self.headers.parameters
+        return 2 * self.headers.loaded_parameters
 
     @property
     def nf4(self) -> float:
         linear = self.headers.dense_linear_parameters  # a mixture's experts stay bf16
-        return NF4_BYTES * linear + 2 * (self.headers.parameters - linear)
+        return NF4_BYTES * linear + 2 * (self.headers.loaded_parameters - linear)
 
     @property
     def gathered(self) -> float:
@@ -165,8 +166,7 @@ class _Sizes:
 
     def quantized(self, scheme: Scheme) -> float:
         """A quantized model: the scheme's layers, everything else in bf16."""
-        rest = 2 * (self.headers.parameters - self.headers.linear_parameters)
-        return scheme.predicted_bytes(self.headers.linears) + rest
+        return size_bytes(scheme, self.headers)
 
     def kv_cache(self, *, batch: int, tokens: int) -> float:
         """bf16 keys and values; layers with a window keep no more than it."""

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 from recipes.models.headers import Headers, is_expert
 from recipes.models.linear import Linear
-from recipes.models.weights import Tensor
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # keys of a text_config
 ROUTED = ("num_experts_per_tok", "num_experts_per_token", "num_selected_experts", "top_k_experts", "moe_topk", "moe_k")
@@ -21,11 +20,6 @@ def routed_share(headers: Headers) -> float:
     return min(1.0, routed / count) if count and routed else 1.0
 
 
-def stacked_experts(headers: Headers) -> tuple[Tensor, ...]:
-    """Experts that are stored as one 3-D tensor a layer: [experts, inputs, outputs] or [experts, outputs, inputs]."""
-    return tuple(tensor for name, tensor in headers.tensors.items() if is_expert(name) and len(tensor.shape) == 3)
-
-
 def met_features(headers: Headers, layers: Iterable[Linear]) -> float:
     """Inputs and outputs of the linear layers that a token meets, summed; stacked experts left out."""
     share = routed_share(headers)
@@ -34,5 +28,5 @@ def met_features(headers: Headers, layers: Iterable[Linear]) -> float:
 
 def met_stacked_features(headers: Headers) -> float:
     """The same of experts that are stacked, over all decoder layers."""
-    sizes = [(tensor.shape[0], sum(tensor.shape[1:])) for tensor in stacked_experts(headers)]
+    sizes = [(tensor.shape[0], sum(tensor.shape[1:])) for tensor in headers.stacked_experts]
     return routed_share(headers) * sum(count * features for count, features in sizes)

@@ -36,6 +36,7 @@ from typing import NamedTuple
 
 from recipes.models.headers import Headers
 from recipes.models.linear import Linear
+from recipes.schemes.limits import size_bytes
 from recipes.schemes.scheme import Scheme
 
 # Resident GiB of a child on CPU before it has a model.
@@ -83,13 +84,12 @@ class Quantizer:
     @property
     def bf16(self) -> float:
         """The model in bf16."""
-        return 2 * self.headers.parameters
+        return 2 * self.headers.loaded_parameters
 
     @property
     def quantized(self) -> float:
         """The scheme's layers, everything else in bf16."""
-        rest = 2 * (self.headers.parameters - self.headers.linear_parameters)
-        return self.scheme.predicted_bytes(self.headers.linears) + rest
+        return size_bytes(self.scheme, self.headers)
 
     @property
     def layer(self) -> int:

@@ -58,33 +58,38 @@ class Headers:
         """The base brings a chat template."""
         return bool(self.template.texts)
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         """Stored parameters, towers too; tied ones count once."""
         return sum(tensor.numel for tensor in self.tensors.values())
+
+    @cached_property
+    def loaded_parameters(self) -> int:
+        """Stored parameters, less those that transformers does not load."""
+        return self.parameters - sum(tensor.numel for tensor in self.dropped)
 
     @property
     def tower_parameters(self) -> int:
         """Parameters outside the text decoder, its embeddings and its output layer."""
         return sum(tensor.numel for tensor in self.towers)
 
-    @property
+    @cached_property
     def linear_parameters(self) -> int:
         """Parameters of the linear layers that a scheme quantizes."""
         return _parameters(self.linears)
 
-    @property
+    @cached_property
     def expert_parameters(self) -> int:
         """Parameters of the experts of a mixture, stored one by one or as one weight: training leaves them bf16."""
         apart = _parameters(layer for layer in self.linears if is_expert(layer.name))
         return apart + sum(tensor.numel for tensor in self.stacked_experts)
 
-    @property
+    @cached_property
     def dense_linears(self) -> tuple[Linear, ...]:
         """The linear layers that are no experts: what training quantizes and adapts."""
         return tuple(layer for layer in self.linears if not is_expert(layer.name))
 
-    @property
+    @cached_property
     def dense_linear_parameters(self) -> int:
         """Parameters of the linear layers that are no experts."""
         return _parameters(self.dense_linears)
@@ -94,7 +99,7 @@ class Headers:
         """Parameters of the input embeddings and, where it is untied, the output layer."""
         return sum(tensor.numel for tensor in self.embeddings)
 
-    @property
+    @cached_property
     def embeddings(self) -> tuple[Tensor, ...]:
         """The input embeddings and, where it is untied, the output layer."""
         others = {tensor.name for tensor in (*self.towers, *self.dropped)}
@@ -111,7 +116,7 @@ class Headers:
         """Bytes of all tensors as stored."""
         return sum(tensor.n_bytes for tensor in self.tensors.values())
 
-    @property
+    @cached_property
     def tied(self) -> bool:
         """No output layer is stored: the input embeddings serve as it."""
         return not any(name.endswith(("lm_head.weight", "embed_out.weight")) for name in self.tensors)
@@ -146,7 +151,7 @@ class Headers:
         """Features of keys (or values) per token of the layer that has most: heads x head size."""
         return max((layer.keys for layer in self.cache_layers), default=0)
 
-    @property
+    @cached_property
     def cache_layers(self) -> tuple[CacheLayer, ...]:
         """The layers that keep keys and values, or a state, with their sizes."""
         return cache_layers(self.text_config, Attention(self.layers, self.hidden, self.heads))
@@ -155,7 +160,7 @@ class Headers:
         """Numbers (keys, values, states) that one sequence of so many tokens keeps, over all layers."""
         return sum(layer.numbers(tokens) for layer in self.cache_layers)
 
-    @property
+    @cached_property
     def decoder_layer(self) -> tuple[Linear, ...]:
         """The linear layers of one decoder layer, the one with most."""
         by_number: dict[str, list[Linear]] = {}

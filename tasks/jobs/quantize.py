@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from recipes.models.headers import Headers, read_headers
 from recipes.problem import RecipeError
-from recipes.schemes.limits import limit_problems
+from recipes.schemes.limits import limit_problems, quantized_linears
 from recipes.schemes.scheme import Scheme
 from tasks.jobs.backends import Quantized, Request
 from tasks.jobs.backends.awq_scales import scales_found_on
@@ -107,7 +107,7 @@ def _checked(model: Path, scheme: Scheme) -> Headers:
     """The model's headers; StageError where a layer's shape does not allow the scheme, or the backend the model."""
     try:
         headers = read_headers(model)
-        problems = [*scheme.check(headers.linears), *limit_problems(scheme, headers)]
+        problems = [*scheme.check(quantized_linears(scheme, headers)), *limit_problems(scheme, headers)]
     except RecipeError as error:
         raise StageError(error.problems[0]) from None
     if problems:
