@@ -23,7 +23,7 @@ from importlib.metadata import version
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.core_model_loading import dot_natural_key
 
 from recipes.models.linear import Linear
@@ -61,6 +61,8 @@ def quantize(request: Request) -> Quantized:
         oneshot(
             model=loaded,
             dataset=DataLoader(samples, batch_size=None),  # pyright: ignore[reportArgumentType]
+            # It asks for one and uses none here; a vision-language base's own would need torchvision.
+            processor=AutoTokenizer.from_pretrained(str(request.model), local_files_only=True),
             recipe=modifiers(
                 scheme,
                 targets(scheme, every),
