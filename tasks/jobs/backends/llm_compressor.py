@@ -7,7 +7,8 @@ shapes do not fit.
 
 A mixture's experts, which transformers holds as one 3-D weight, it takes apart into linear layers (`linearize_moe`):
 every expert sees every token of the calibration set (`moe_calibrate_all_experts`), and the file has them one by one,
-as `mlp.experts.0.gate_proj`. transformers 5.23 puts them together again when it loads the file.
+as `mlp.experts.0.gate_proj`. transformers 5.23 puts them together again when it loads the file, unless there are zero
+points (AWQ, -asym): then it raises.
 
 On CUDA the model is loaded on the host; flows/plan/quantizers.py says what goes to the GPU.
 """
