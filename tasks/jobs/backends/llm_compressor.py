@@ -7,7 +7,8 @@ shapes do not fit.
 
 A mixture's experts, which transformers holds as one 3-D weight, it takes apart into linear layers (`linearize_moe`):
 every expert sees every token of the calibration set (`moe_calibrate_all_experts`), and the file has them one by one,
-as `mlp.experts.0.gate_proj`. transformers 5.23 puts them together again when it loads the file.
+as `mlp.experts.0.gate_proj`. transformers 5.23 puts them together again when it loads the file, unless there are zero
+points (AWQ, -asym): then it raises.
 
 On CUDA the model is loaded on the host; flows/plan/quantizers.py says what goes to the GPU.
 """
@@ -23,7 +24,7 @@ from importlib.metadata import version
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.core_model_loading import dot_natural_key
 
 from recipes.models.linear import Linear
@@ -61,6 +62,8 @@ def quantize(request: Request) -> Quantized:
         oneshot(
             model=loaded,
             dataset=DataLoader(samples, batch_size=None),  # pyright: ignore[reportArgumentType]
+            # It asks for one and uses none here; a vision-language base's own would need torchvision.
+            processor=AutoTokenizer.from_pretrained(str(request.model), local_files_only=True),
             recipe=modifiers(
                 scheme,
                 targets(scheme, every),
