@@ -40,8 +40,9 @@ def class_of(config: PreTrainedConfig, *, where: str) -> Any:
     Raises:
         StageError: transformers has no class for it that makes text.
     """
-    whole = MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(config.model_type)
-    text = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    kind: Any = config.model_type  # the stub knows these tables by their own names alone
+    whole: str | None = MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(kind)
+    text: str | None = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
     named = (config.architectures or [whole])[0]
     if whole is not None and (named != text or whole == text):
         return AutoModelForMultimodalLM

@@ -68,7 +68,7 @@ def _gptq(packed: set[str]) -> Iterator[None]:
 
     names, usual = quantizer.get_block_name_with_pattern, quantizer.get_layers
 
-    def layers(module: Any, *args: Any, **settings: Any) -> dict[str, nn.Module]:
+    def layers(module: Any, *args: Any, **settings: Any) -> dict[str, Any]:
         if "prefix" not in settings:
             return usual(module, *args, **settings)
         linears = {name: part for name, part in module.named_modules() if isinstance(part, (nn.Linear, Conv1D))}

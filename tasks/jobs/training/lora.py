@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -40,10 +40,11 @@ def add_adapter(base: PreTrainedModel, params: dict[str, Any]) -> PeftModel:
 
 def note_mixture(model: PeftModel, job: Job) -> None:
     """Say what of a mixture of experts is trained, and that its load-balancing loss is not part of the objective."""
-    text_config = model.get_base_model().config.get_text_config()
+    base: Any = model.get_base_model()
+    text_config, lora = base.config.get_text_config(), cast("LoraConfig", model.peft_config["default"])
     if not hasattr(text_config, "router_aux_loss_coef"):
         return
-    parameters = sorted(model.peft_config["default"].target_parameters or ())
+    parameters = sorted(lora.target_parameters or ())
     experts = f"{', '.join(parameters)} have adapters, too" if parameters else "experts and routers stay as they are"
     job.events.note("mixture", f"{experts}; the load-balancing loss is left out: micro-batches would weigh in it")
 

@@ -53,9 +53,17 @@ def check_packing(
     """Refuse packing where it changes what a row is.
 
     Raises:
-        StageError: A packed row's hidden states are not those of the row alone.
+        StageError: A packed row's hidden states are not those of the row alone, or the model refuses packed rows.
     """
-    error = packing_error(model, rows, collate=collate)
+    try:
+        error = packing_error(model, rows, collate=collate)
+    except ValueError as refused:  # Qwen3.5's linear attention, where causal_conv1d is not installed
+        raise StageError.of(
+            what="the base does not take packed rows here",
+            where=type(model.get_base_model()).__name__,
+            why=str(refused),
+            next="set train.packing: false",
+        ) from refused
     if not error < LIMIT:
         raise StageError.of(
             what="packed rows give other hidden states than the same rows alone",

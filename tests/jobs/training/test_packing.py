@@ -16,6 +16,7 @@ from tasks.runtime.process.launch import CHECKOUT
 from tests.jobs.build import curve, make_job, notes
 from tests.jobs.test_prepare import PARAMS
 from tests.jobs.test_train import job_for
+from tests.jobs.whole_models import write_whole
 from tests.tiny import write_base
 
 COLLATE = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
@@ -59,6 +60,15 @@ def test_the_check_refuses_rows_that_see_each_other(tmp_path: Path):
     assert packing_error(adapted, rows(30, 50), collate=leaking) > 2 * LIMIT
     with pytest.raises(StageError, match="packed rows"):
         check_packing(adapted, rows(30, 50), collate=leaking)
+
+
+def test_layers_that_cannot_keep_rows_apart_are_refused(tmp_path: Path):
+    """Linear attention does so only by a kernel that is not among our packages."""
+    model = load_nf4(write_whole(tmp_path, "qwen3.5-whole"), device="cpu")
+    adapted = train.add_adapter(model, job_for(tmp_path / "out", tmp_path, tmp_path).params)
+    with pytest.raises(StageError, match="does not take packed rows") as refused:
+        check_packing(adapted, rows(30, 50), collate=COLLATE)
+    assert refused.value.problem.next == "set train.packing: false"
 
 
 def test_a_packed_training_has_the_curve_of_the_unpacked_one(base: Path, dataset: Path, tmp_path: Path):
