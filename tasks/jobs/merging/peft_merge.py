@@ -77,7 +77,7 @@ def tie_equal_embeddings(model: PreTrainedModel) -> bool:
         last.weight = first.weight
         return True
     model.all_tied_weights_keys = {}
-    for config in {model.config, model.config.get_text_config()}:
+    for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = False
     return False
 
