@@ -65,7 +65,7 @@ def attach(model: PreTrainedModel, folder: Path) -> PeftModel:
         raise _strange(folder, [" ".join(str(error).split())]) from error
     if strange := sorted(key for key in loaded.unexpected_keys if not _is_second(key, tensors)):
         raise _strange(folder, strange)  # beside resized embeddings PEFT saves what is trained whole a second time
-    own = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "")
+    own: str = dict[Any, str](PEFT_TYPE_TO_PREFIX_MAPPING).get(config.peft_type, "")
     if missing := sorted(key for key in loaded.missing_keys if own in key and _is_adapters(key)):
         raise _missing(folder, missing)
     return peft.eval()

@@ -70,7 +70,8 @@ def part_embeddings(model: PreTrainedModel) -> None:
 
 def tie_equal_embeddings(model: PreTrainedModel) -> bool:
     """Tie input embeddings and output layer of a merged model where they were tied and are equal; True if tied now."""
-    first, last = model.get_input_embeddings(), model.get_output_embeddings()
+    first: Any = model.get_input_embeddings()
+    last: Any = model.get_output_embeddings()
     if not model.all_tied_weights_keys or last is None:
         return False
     if torch.equal(first.weight.to(torch.bfloat16), last.weight.to(torch.bfloat16)):
@@ -86,7 +87,7 @@ def _base_layer(module: nn.Module | None) -> Any:
     """A module without what PEFT puts around it."""
     if module is None:
         return None
-    wrapped = getattr(module, "original_module", None) or module
+    wrapped: Any = getattr(module, "original_module", None) or module
     return wrapped.get_base_layer() if hasattr(wrapped, "get_base_layer") else wrapped
 
 
