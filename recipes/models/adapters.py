@@ -115,7 +115,8 @@ def is_target(config: Mapping[str, Any], module: str) -> bool:
 
 def lora_alpha(config: Mapping[str, Any], module: str) -> float:
     """Alpha of a module: PEFT's rule (get_pattern_key), the first pattern that its name ends with."""
-    for pattern, alpha in (config.get("alpha_pattern") or {}).items():
+    patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
+    for pattern, alpha in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return alpha
     return config["lora_alpha"]
@@ -263,6 +264,6 @@ def _other_four_bits(quantization: Mapping[str, Any]) -> str:
         return f"{kind}, not NF4"
     if not quantization.get("bnb_4bit_use_double_quant", False):
         return "without double quantization: its scales, and so its weights, are others (bnb_4bit_use_double_quant)"
-    skipped = quantization.get("llm_int8_skip_modules") or []
-    kept = sorted(name for name in skipped if str(name).rpartition(".")[2] not in OUTSIDE_LAYERS)
+    skipped: Iterable[str] = quantization.get("llm_int8_skip_modules") or ()
+    kept = sorted(name for name in skipped if name.rpartition(".")[2] not in OUTSIDE_LAYERS)
     return f"these were left in bf16 (llm_int8_skip_modules): {', '.join(kept)}" if kept else ""

@@ -63,9 +63,9 @@ def attach(model: PreTrainedModel, folder: Path) -> PeftModel:
         if not any(words in str(error) for words in MISFITS):
             raise
         raise _strange(folder, [" ".join(str(error).split())]) from error
-    if loaded.unexpected_keys:
-        raise _strange(folder, sorted(loaded.unexpected_keys))
-    own = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "")
+    if strange := sorted(key for key in loaded.unexpected_keys if not _is_second(key, tensors)):
+        raise _strange(folder, strange)  # beside resized embeddings PEFT saves what is trained whole a second time
+    own: str = dict[Any, str](PEFT_TYPE_TO_PREFIX_MAPPING).get(config.peft_type, "")
     if missing := sorted(key for key in loaded.missing_keys if own in key and _is_adapters(key)):
         raise _missing(folder, missing)
     return peft.eval()
@@ -100,14 +100,14 @@ def _aim(config: Any, model: PreTrainedModel, trained: Mapping[str, _Trained], f
     Raises:
         StageError: The file lacks layers that the config names.
     """
-    if not trained:
-        return  # other parts alone, or none: what is missing shows when they are loaded
     written = json_object(folder / CONFIG) or {}
     layers = {name for name, module in model.named_modules() if _takes_lora(module)}
+    if not trained or not trained.keys() <= layers:
+        return  # other parts alone, experts (PEFT makes those of other versions its own), or another base's
     if missing := untrained(written, trained.keys(), layers):
         raise _missing(folder, missing)
-    if not trained.keys() <= layers or trained.keys() == {name for name in layers if is_target(written, name)}:
-        return  # nothing to do, or experts: PEFT makes those of other versions its own
+    if trained.keys() == {name for name in layers if is_target(written, name)}:
+        return
     config.target_modules = set(trained)
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     config.rank_pattern = {name: rank for name, (_, rank) in trained.items() if rank != config.r}
@@ -118,6 +118,12 @@ def _aim(config: Any, model: PreTrainedModel, trained: Mapping[str, _Trained], f
 def _takes_lora(module: nn.Module) -> bool:
     """A linear layer, also a quantized one, or an embedding."""
     return isinstance(module, nn.Embedding | Conv1D) or hasattr(module, "in_features")
+
+
+def _is_second(key: str, tensors: Mapping[str, Tensor]) -> bool:
+    """What is trained whole, under a second name."""
+    first = key.replace(".modules_to_save.", ".")
+    return first != key and first in tensors
 
 
 def _is_adapters(key: str) -> bool:

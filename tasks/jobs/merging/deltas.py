@@ -187,7 +187,7 @@ def read_changes(adapter: Adapter, skeleton: Skeleton) -> AdapterChanges:
             continue
         change.embedding = change.embedding or tail.startswith("lora_embedding_")
         change.scale = _scale(adapter.config, written, rank=_rank(adapter, key))
-    misfits = [*_misfits(changes, skeleton), *_lacking(adapter.config, changes, skeleton)]
+    misfits = _misfits(changes, skeleton) or _lacking(adapter.config, changes, skeleton)
     if misfits:
         raise StageError.of(
             what=f"{len(misfits)} part(s) of the adapter fit nothing in this base",

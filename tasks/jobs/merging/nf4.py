@@ -121,7 +121,8 @@ def write_record(model: nn.Module, folder: Path) -> None:
 
 def sampled(layer: Linear4bit) -> Tensor:
     """A 4-bit layer's dequantized values at `sample_positions`, on the CPU."""
-    dequantized = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).flatten()
+    state: Any = layer.weight.quant_state  # pyright: ignore[reportAttributeAccessIssue]
+    dequantized = functional.dequantize_4bit(layer.weight.data, state).flatten()
     return dequantized[torch.tensor(sample_positions(dequantized.numel()), device=dequantized.device)].cpu()
 
 

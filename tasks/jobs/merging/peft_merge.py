@@ -11,8 +11,6 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from recipes.models.adapters import CONFIG
-from recipes.plain import json_object
 from tasks.jobs.loading.load import attach, linear4bit, load_bf16, load_nf4
 from tasks.jobs.merging.embeddings import new_config
 from tasks.jobs.merging.nf4_record import Records
@@ -54,8 +52,7 @@ def merge_by_peft(job: Job, why: str, config: Mapping[str, Any], *, records: Rec
         ) from error
     for name, parameter in merged.named_parameters():  # some kinds leave fp32 where the base had bf16
         parameter.data = parameter.data.to(dtypes.get(name, torch.bfloat16))
-    as_one = bool((json_object(adapter / CONFIG) or {}).get("ensure_weight_tying"))
-    tied = tie_equal_embeddings(merged, as_one=as_one)
+    tied = tie_equal_embeddings(merged)
     merged.save_pretrained(job.out, max_shard_size=SHARD)
     job.write_json("config.json", new_config(config, tied=tied))
     return {**comparison, "parameters": parameters}
@@ -71,21 +68,17 @@ def part_embeddings(model: PreTrainedModel) -> None:
         sides[1].weight = nn.Parameter(sides[1].weight.detach().clone(), requires_grad=False)
 
 
-def tie_equal_embeddings(model: PreTrainedModel, *, as_one: bool) -> bool:
-    """Tie input embeddings and output layer of a merged model where they were tied and are equal; True if tied now.
-
-    Args:
-        model: Merged, its two sides parted.
-        as_one: They were trained as one (ensure_weight_tying): what differs is in which order the delta was summed.
-    """
-    first, last = model.get_input_embeddings(), model.get_output_embeddings()
+def tie_equal_embeddings(model: PreTrainedModel) -> bool:
+    """Tie input embeddings and output layer of a merged model where they were tied and are equal; True if tied now."""
+    first: Any = model.get_input_embeddings()
+    last: Any = model.get_output_embeddings()
     if not model.all_tied_weights_keys or last is None:
         return False
-    if as_one or torch.equal(first.weight.to(torch.bfloat16), last.weight.to(torch.bfloat16)):
+    if torch.equal(first.weight.to(torch.bfloat16), last.weight.to(torch.bfloat16)):
         last.weight = first.weight
         return True
     model.all_tied_weights_keys = {}
-    for config in {model.config, model.config.get_text_config()}:
+    for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = False
     return False
 
@@ -94,7 +87,7 @@ def _base_layer(module: nn.Module | None) -> Any:
     """A module without what PEFT puts around it."""
     if module is None:
         return None
-    wrapped = getattr(module, "original_module", None) or module
+    wrapped: Any = getattr(module, "original_module", None) or module
     return wrapped.get_base_layer() if hasattr(wrapped, "get_base_layer") else wrapped
 
 

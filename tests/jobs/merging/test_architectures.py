@@ -20,6 +20,9 @@ from tests.jobs.test_merge import FAITHFUL
 
 FAST = ("llama", "gpt2", "phi3", "gpt-oss")
 ALL = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "gpt2", "qwen3-moe", "gpt-oss")
+# Of gpt-oss nearly equal experts are chosen otherwise by a rounding: measured 1.3e-4 to 2.8e-4 where the weights are
+# PEFT's to the bit; the untrained base is at 6e-2.
+BOUNDS = {"gpt-oss": 1e-3}
 NAMES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in ALL]
 
 
@@ -62,7 +65,7 @@ def test_the_stream_is_pefts_merge_and_the_trained_model(name: str, tmp_path: Pa
     untrained = mean_kl(trained, log_probs(load_arm("nf4", base, device="cpu")))
     cost = mean_kl(trained, log_probs(plain.eval()))
     # Measured: 7e-6 (GPT-2) to 1.9e-5 (Qwen3-MoE); the untrained base is at 3e-2 to 9e-2.
-    assert cost < FAITHFUL < untrained / 10, (cost, untrained)
+    assert cost < BOUNDS.get(name, FAITHFUL) < untrained / 10, (cost, untrained)
 
     stored = {key for path in base.glob("*.safetensors") for key in load_file(path)}
     assert {key for path in job.out.glob("*.safetensors") for key in load_file(path)} == stored

@@ -145,29 +145,18 @@ def test_what_the_stream_cannot_do_is_pefts_and_said(base: Path, tmp_path: Path)
 
 
 def test_pefts_merge_parts_tied_embeddings_where_one_side_was_trained(base: Path, tmp_path: Path) -> None:
-    """PEFT itself adds what was trained of the output layer to the input embeddings, too."""
-    lora = {"target_modules": ["q_proj", "lm_head"], "target_parameters": ["down_proj.weight"]}
-    adapter = train_adapter(base, tmp_path / "adapter", on="bf16", **lora)
-    job = job_for(tmp_path / "out", base, adapter, onto="original")
-    assert merge.run(job)["by"] == "peft"
-    plain = AutoModelForCausalLM.from_pretrained(job.out).eval()
-    trained = log_probs(load_arm("bf16", base, adapter=adapter, device="cpu"))
-    assert mean_kl(trained, log_probs(plain)) < FAITHFUL
-    assert plain.lm_head.weight is not plain.model.embed_tokens.weight
-    assert json.loads((job.out / "config.json").read_text())["tie_word_embeddings"] is False
-
-
-def test_embeddings_that_were_trained_as_one_stay_tied(base: Path, tmp_path: Path) -> None:
-    lora = {"target_modules": [*LINEAR, "embed_tokens"], "ensure_weight_tying": True}
-    adapter = train_adapter(base, tmp_path / "adapter", **lora)
+    """PEFT itself adds what was trained of the input embeddings to the output layer, too."""
+    adapter = train_adapter(base, tmp_path / "adapter", target_modules=[*LINEAR, "embed_tokens"], use_dora=True)
     job = job_for(tmp_path / "out", base, adapter)
     result = merge.run(job)
     assert (result["by"], result["record"]) == ("peft", "exact")
     plain = AutoModelForCausalLM.from_pretrained(job.out).eval()
+    table = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(plain.lm_head.weight, table) and not torch.equal(plain.model.embed_tokens.weight, table)
+    assert json.loads((job.out / "config.json").read_text())["tie_word_embeddings"] is False
     trained = log_probs(load_arm("nf4", base, adapter=adapter, device="cpu"))
-    assert mean_kl(trained, log_probs(plain)) < FAITHFUL
-    assert plain.lm_head.weight is plain.model.embed_tokens.weight
-    assert json.loads((job.out / "config.json").read_text())["tie_word_embeddings"] is True
+    untrained = mean_kl(trained, log_probs(load_arm("nf4", base, device="cpu")))
+    assert mean_kl(trained, log_probs(plain)) < untrained / 10  # PEFT's DoRA rounds the norms of rows to bf16
 
 
 def test_training_left_where_it_trained_on_bf16(base: Path, tmp_path: Path) -> None:
