@@ -97,15 +97,16 @@ class Bench:
 
     def loaded(self, *schemes: str, settings: Sequence[str] | None = None) -> Loaded:
         """Its recipe with these schemes, and the settings that check asked for."""
-        if settings is None:
-            settings = self.results["steps"].get("check", {}).get("settings", [])
-        return load(self.recipe_file, sets=[f"quantize.schemes=[{', '.join(schemes)}]", *settings])
+        known: Sequence[str] = self.results["steps"].get("check", {}).get("settings", [])
+        given = known if settings is None else settings
+        return load(self.recipe_file, sets=[f"quantize.schemes=[{', '.join(schemes)}]", *given])
 
     def do(self, step: Step, out: str, **inputs: Path) -> dict[str, Any]:
         """Run a step's job body here; that of another environment in a child of its Python."""
         place = self.folder / out
         shutil.rmtree(place, ignore_errors=True)
-        job = replace(make_job(step.stage, place, params=step.params, **inputs), entry=step.entry, slug=step.slug)
+        paths: dict[str, Any] = {**inputs}  # the other keywords of make_job have other types
+        job = replace(make_job(step.stage, place, params=step.params, **paths), entry=step.entry, slug=step.slug)
         if step.environment is None:
             module, _, function = step.entry.partition(":")
             return getattr(importlib.import_module(module), function)(job)

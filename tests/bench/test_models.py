@@ -96,12 +96,12 @@ def test_a_failure_has_a_name_and_a_place() -> None:
 
 def test_an_arm_that_was_made_and_does_not_load_is_counted_under_evaluate() -> None:
     assert cell(result(rtn=failed(phase="evaluate")), "evaluate").text == "FAULT, 1 of 5 arms"
-    nothing = result(merge=failed(), **{name: failed() for name in SCHEMES})
-    assert cell(nothing, "evaluate").text == "not reached"
+    every: dict[str, Any] = {name: failed() for name in ("merge", *SCHEMES)}
+    assert cell(result(**every), "evaluate").text == "not reached"
 
 
 def test_one_fault_of_several_schemes_is_told_once() -> None:
-    each = {step: failed(f"{slug} cannot pack it") for step, slug in SCHEMES.items() if step != "ct"}
+    each: dict[str, Any] = {step: failed(f"{slug} cannot pack it") for step, slug in SCHEMES.items() if step != "ct"}
     said = "* **Tiny, GPTQ, AWQ, RTN**: KeyError: the scheme cannot pack it *At:* model.py:7 in forward"
     assert faults([result(**each)]) == said
 
