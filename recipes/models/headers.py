@@ -7,7 +7,7 @@ transformers' classes, a child process is asked once (recipes/models/defaults.py
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
