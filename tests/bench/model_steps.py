@@ -20,22 +20,20 @@ import pyarrow.parquet as pq
 import torch
 import transformers
 import yaml
-from torch import Tensor, nn
 
 from recipes.checks.check import check
 from recipes.models.headers import read_headers
-from recipes.models.weights import read_tensors
 from recipes.problem import Problem, RecipeError
 from recipes.read.load import Loaded, load
 from recipes.schemes.slugs import parse_scheme
 from tasks import calibrate, evaluate, merge, prepare, quantize, reference, reload, train
-from tasks.jobs.loading.load import load_bf16
 from tasks.jobs.quantize import _checked
 from tasks.runtime.process.environments import environment_problem, interpreter
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.launch import CHECKOUT, child_env
 from tasks.runtime.step import External, Step
 from tests.bench.architectures import write_architecture
+from tests.bench.model_figures import bf16_share, cost, jittered, rounded
 from tests.bench.models_page import SCHEMES, SEED
 from tests.jobs.build import make_job
 
@@ -55,7 +53,6 @@ MERGE_BOUND, ROUNDINGS = 2e-4, 10.0
 # differ. A wrong name, order or a layer left out gives ten times it and more.
 ROUNDING = 2.0
 LEFT = 0.05  # share of the linear weights that may stay bf16 without a word
-TOWERS = ("vision", "visual", "audio", "multi_modal", "projector", "embed_")
 PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -239,7 +236,7 @@ def merged(bench: Bench) -> dict[str, Any]:
     bench.do(of_training, "reference-adapter", dataset=bench.folder / "dataset", base=bench.base, adapter=adapter)
     kl = _evaluated(bench, "merged", kind="bf16", model=bench.folder / "merge", reference="reference-adapter")
     untrained = _evaluated(bench, "base", kind="nf4", model=bench.base, reference="reference-adapter")
-    noise = _cost(bench, bench.folder / "merge", _jittered)
+    noise = cost(bench.folder / "dataset", bench.folder / "merge", jittered)
     bound = max(MERGE_BOUND, ROUNDINGS * noise)
     if kl > bound:
         raise Fault(f"the merged model's KL to base + adapter is {kl:.2g}; another rounding to bf16 costs {noise:.2g}")
@@ -254,7 +251,7 @@ def baseline(bench: Bench) -> dict[str, Any]:
     recipe = bench.loaded().recipe
     step = reference.external(recipe, dataset=_dataset(recipe), model=external("whole", bench.model))
     bench.do(step, "reference-model", dataset=bench.folder / "dataset", model=bench.model)
-    return {"quantized": bench.model.name, "rounding_kl": _cost(bench, bench.model, _rounded)}
+    return {"quantized": bench.model.name, "rounding_kl": cost(bench.folder / "dataset", bench.model, rounded)}
 
 
 def scheme(step_name: str) -> Callable[[Bench], dict[str, Any]]:
@@ -369,62 +366,6 @@ def _evaluated(bench: Bench, arm: str, *, kind: str, model: Path, reference: str
     if not 0 < means["nll"] < float("inf"):
         raise Fault(f"the loss of {arm} is {means['nll']}")
     return means["kl"]
-
-
-@torch.inference_mode()
-def _cost(bench: Bench, folder: Path, change: Callable[[Tensor], Tensor]) -> float:
-    """Mean KL in nats that a change of every matrix of the decoder layers (experts too, no routers) costs a model."""
-    rows = pq.read_table(bench.folder / "dataset" / "rows.parquet", columns=["input_ids"])["input_ids"].to_pylist()[:12]
-    model = load_bf16(folder, device="cpu")
-    torch.manual_seed(SEED)
-    before = [_log_probabilities(model, row) for row in rows]
-    changed = 0
-    for name, parameter in model.named_parameters():
-        if _is_linear(name, tuple(parameter.shape)) and parameter.shape[-1] % 32 == 0:
-            parameter.copy_(change(parameter))
-            changed += 1
-    if not changed:
-        raise Fault("no weight of a decoder layer was found")
-    after = [_log_probabilities(model, row) for row in rows]
-    kl = [(p.exp() * (p - q)).sum(-1).mean().item() for p, q in zip(before, after, strict=True)]
-    return sum(kl) / len(kl)
-
-
-def _log_probabilities(model: nn.Module, row: list[int]) -> Tensor:
-    """[tokens, vocabulary] in fp64."""
-    return model(input_ids=torch.tensor([row]), use_cache=False).logits[0].double().log_softmax(-1)
-
-
-def _jittered(weight: Tensor) -> Tensor:
-    """Each weight moved by up to half a step of bf16 (8 bits), and rounded to it again."""
-    return (weight.float() * (1 + (torch.rand(weight.shape) - 0.5) / 128)).to(weight.dtype)
-
-
-def _rounded(weight: Tensor) -> Tensor:
-    """[..., inputs], each 32 inputs on -7 .. 7 times their largest / 7: the plainest thing that a scheme can do."""
-    groups = weight.float().unflatten(-1, (-1, 32))
-    scale = groups.abs().amax(-1, keepdim=True).clamp_min(1e-8) / 7
-    return ((groups / scale).round() * scale).flatten(-2).to(weight.dtype)
-
-
-def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
-    """A weight of a decoder layer that a matrix product takes: no norm, router, convolution, tower."""
-    parts = name.split(".")
-    inside = any(part.isdigit() for part in parts) and not any(word in name for word in TOWERS)
-    plain = len(shape) == 2 or (len(shape) == 3 and min(shape[1:]) > 8)
-    return inside and plain and not any(part in ("gate", "router", "shared_expert_gate", "conv1d") for part in parts)
-
-
-def bf16_share(before: Path, after: Path) -> float:
-    """Share of the decoder's linear weights that stand in what a scheme wrote as they stood in its model."""
-    written = read_tensors(after)
-    sizes: Mapping[str, int] = {
-        name: tensor.numel for name, tensor in read_tensors(before).items() if _is_linear(name, tensor.shape)
-    }
-    left = sum(
-        size for name, size in sizes.items() if name in written and written[name].dtype in ("BF16", "F16", "F32")
-    )
-    return left / max(1, sum(sizes.values()))
 
 
 def refusal(error: RecipeError | StageError) -> dict[str, Any]:
