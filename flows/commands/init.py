@@ -23,6 +23,7 @@ from flows.plan.row_sizes import data_bytes, row_sizes, row_tokens, tokens_per_b
 from recipes.checks.check import load_and_read
 from recipes.checks.rows import few_rows, too_few, with_spare
 from recipes.checks.split import split_rows
+from recipes.checks.train import without_sdpa
 from recipes.data.rows import Row, Rows
 from recipes.data.schema import Data
 from recipes.models.headers import Headers, read_headers
@@ -302,6 +303,7 @@ def _chosen(detected: Detected) -> Recipe:
             "data": detected.section.model_dump(exclude_defaults=True)
             | {"format": detected.read.format, "max_length": length},
             "train": {"learning_rate": _learning_rate(headers), "batch_size": batch}
+            | ({"attention": "eager"} if headers and without_sdpa(headers) else {})
             | {"epochs": float(min(5, max(1, math.ceil(LEAST_STEPS * batch / train)))), "checkpoint_steps": 50},
             "calibrate": {"rows": _calibration_rows(detected), "seq_len": min(limit, max(512, length))}
             | ({"allow_unusual_size": few_rows(train)} if _calibration_rows(detected) < LEAST_ROWS else {}),

@@ -219,6 +219,8 @@ def _train(fitted: Fitted, detected: Detected) -> Iterator[str]:
     yield _line("batch_size", train.batch_size, "rows per optimizer step")
     yield _line("epochs", int(train.epochs), f"{steps} steps; about 100 are needed, 5 epochs at most")
     yield _line("checkpoint_steps", train.checkpoint_steps, "a killed training goes on from the last one")
+    if train.attention != "sdpa":
+        yield _line("attention", train.attention, "this architecture has no other")
     if train.gradient_checkpointing:
         yield _line("gradient_checkpointing", True, "to fit into memory")
 

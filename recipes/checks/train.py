@@ -17,11 +17,18 @@ from recipes.schemes.limits import left_in_bf16, size_bytes
 
 GIB = 1 << 30
 COMPOSITE_ROOTS = ("model.language_model", "model.text_model")  # of modules; names of the checkpoint may differ
+# `model_type`s whose classes of transformers 5.23 compute attention without sdpa: soft caps, sinks, or old code.
+WITHOUT_SDPA = (
+    *("bloom", "codegen", "cpmant", "deepseek_v4", "flint", "gemma2", "gpt_neo", "gpt_neox_japanese", "gpt_oss"),
+    *("gptj", "granite_swa", "granitemoe_swa", "hy_v4", "inkling2", "inkling2_text", "mimo_v2_flash", "mpt"),
+    *("vaultgemma", "xglm"),
+)
 UNQUANTIZED = 0.05  # share of the linear weights; as tasks.jobs.training.unquantized refuses after loading
 
 
 def train_problems(loaded: Loaded, headers: Headers) -> Iterator[Problem]:
     """Names that the base's text decoder does not have, and experts that stay bf16."""
+    yield from _attention(loaded.recipe, headers)
     yield from _targets(loaded.recipe, headers)
     yield from _patterns(loaded.recipe, headers)
     yield from _modules_to_save(loaded.recipe, headers)
@@ -58,6 +65,21 @@ def device_problems(recipe: Recipe, *, device: str, gpus: int | None = None) -> 
             where="run.processes",
             why="Each process of a training has a GPU of its own.",
             next=f"Set run.processes to {gpus} or less, or make more GPUs visible (CUDA_VISIBLE_DEVICES).",
+        )
+
+
+def without_sdpa(headers: Headers) -> bool:
+    """No sdpa for this architecture: `train.attention: eager` is what trains it."""
+    return headers.text_config.get("model_type") in WITHOUT_SDPA
+
+
+def _attention(recipe: Recipe, headers: Headers) -> Iterator[Problem]:
+    if recipe.train.attention == "sdpa" and without_sdpa(headers):
+        yield Problem(
+            what=f"train.attention sdpa does not run with {headers.text_config.get('model_type')} models.",
+            where="train.attention",
+            why="Their attention does what sdpa's kernels do not (soft caps, sinks), and transformers refuses it.",
+            next="Set train.attention: eager.",
         )
 
 

@@ -58,11 +58,45 @@ LIMITS = (
     Limit(
         ("gptqmodel",),
         ("gptq", "awq"),
-        ("phi3", "phi4mm"),
+        ("phi3", "phi4mm", "glm4"),
         "GPTQModel splits its fused gate_up_proj, and names of the file are no longer those of the model.",
         "Write an rtn- scheme, nf4 or int8.",
     ),
+    Limit(
+        ("gptqmodel",),
+        ("awq",),
+        ("starcoder2",),
+        "AWQ scales the activation of its FFN, which has no gate; transformers expects those scales (act.scales), and "
+        "GPTQModel does not write them.",
+        "Write a gptq- or an rtn- scheme.",
+    ),
+    Limit(
+        ("gptqmodel",),
+        ("gptq", "awq"),
+        ("gpt_oss", "llama4", "llama4_text"),
+        "GPTQModel takes its stacked experts apart, and the layers that it makes are not those of the model.",
+        "Write an rtn- scheme, nf4 or int8: they leave the experts in bf16 (quantize.accept_unquantized).",
+    ),
+    Limit(
+        ("gptqmodel",),
+        ("gptq", "awq"),
+        ("nemotron_h",),
+        "GPTQModel takes the inputs of the first decoder layer for those of attention; its first layer is a state "
+        "space ('NoneType' object is not subscriptable, in cache_inputs).",
+        "Write an rtn- scheme.",
+    ),
+    Limit(
+        ("llm-compressor",),
+        ("gptq", "awq"),
+        ("gemma4_text",),
+        "Its layers share keys and values by layer type, which llm-compressor's pipeline, layer by layer, does not "
+        "pass on (KeyError: 'sliding_attention').",
+        "Write a gptq- or an rtn- scheme.",
+    ),
 )
+# Mixtures with experts stored one by one of which llm-compressor's symmetric GPTQ loads in transformers 5.23.
+# Zero points do not load; GPTQModel's packed experts stay at random numbers there.
+PACKED_EXPERTS = ("qwen3_moe", "olmoe")
 
 
 class Archived(NamedTuple):
@@ -142,8 +176,7 @@ def unquantized_problem(scheme: Scheme, headers: Headers) -> Problem | None:
 
 def limit_problems(scheme: Scheme, headers: Headers) -> list[Problem]:
     """What the scheme's backend cannot do to this architecture; `where` is the slug."""
-    apart = scheme.form in ("gptq", "awq") and any(is_expert(layer.name) for layer in headers.linears)
-    if apart or (scheme.backend == "llm-compressor" and headers.expert_parameters):
+    if _packs_experts(scheme, headers) and not _experts_load(scheme, headers):
         held = 2 * headers.expert_parameters / GIB
         return [
             Problem(
@@ -151,7 +184,7 @@ def limit_problems(scheme: Scheme, headers: Headers) -> list[Problem]:
                 where=scheme.slug,
                 why="transformers 5 holds the experts of a layer as one weight and leaves packed ones out: they would "
                 "be random numbers in every evaluation, with a warning in a log.",
-                next=f"Write nf4 or int8: they leave the experts in bf16 ({held:.1f} GiB; "
+                next=f"{_packed_way(headers)}Write nf4 or int8: they leave the experts in bf16 ({held:.1f} GiB; "
                 "quantize.accept_unquantized: true).",
             )
         ]
@@ -168,6 +201,22 @@ def limit_problems(scheme: Scheme, headers: Headers) -> list[Problem]:
     ]
     archived = _archived_problem(scheme, str(headers.text_config.get("model_type")))
     return [*problems, archived] if archived else problems
+
+
+def _packs_experts(scheme: Scheme, headers: Headers) -> bool:
+    apart = scheme.form in ("gptq", "awq") and any(is_expert(layer.name) for layer in headers.linears)
+    return apart or (scheme.backend == "llm-compressor" and headers.expert_parameters > 0)
+
+
+def _experts_load(scheme: Scheme, headers: Headers) -> bool:
+    """Transformers reads the packed experts that this backend writes."""
+    plain = scheme.backend == "llm-compressor" and scheme.method == "gptq" and scheme.grid.symmetric
+    return plain and headers.text_config.get("model_type") in PACKED_EXPERTS and not headers.stacked_experts
+
+
+def _packed_way(headers: Headers) -> str:
+    loads = headers.text_config.get("model_type") in PACKED_EXPERTS and not headers.stacked_experts
+    return "Write ct-gptq-w4-g128, whose experts load. " if loads else ""
 
 
 def _archived_problem(scheme: Scheme, model_type: str) -> Problem | None:

@@ -7,6 +7,9 @@ from transformers import PreTrainedModel
 from tasks.jobs.loading.classes import has_towers, text_decoder, text_linears
 
 ALL = "all-linear"
+# PEFT 0.21 refuses these layers of these `model_type`s: the kernels of state spaces read their weights themselves.
+STATE_SPACES = ("falcon_h1", "nemotron_h", "falcon_mamba", "mamba", "mamba2")
+STATE_SPACE_LAYERS = ("out_proj", "conv1d")
 
 
 def adapter_targets(model: PreTrainedModel, targets: str | list[str]) -> str | list[str]:
@@ -20,6 +23,8 @@ def adapter_targets(model: PreTrainedModel, targets: str | list[str]) -> str | l
         model: The base.
         targets: `all-linear`, or ends of names.
     """
+    if model.config.model_type in STATE_SPACES and targets == ALL:
+        return sorted({name.rpartition(".")[2] for name in text_linears(model)} - {*STATE_SPACE_LAYERS})
     if not has_towers(model):
         return targets
     return sorted(name for name in text_linears(model) if targets == ALL or _ends_in(name, targets))

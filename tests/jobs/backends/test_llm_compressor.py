@@ -163,6 +163,6 @@ def test_architectures(slug: str, architecture: str, calibset: Path, tmp_path: P
 
 def test_a_mixture_of_experts_is_refused_with_the_reason(calibset: Path, tmp_path: Path) -> None:
     base = write_architecture(tmp_path / "base", "qwen3-moe")
-    params = parse_scheme("ct-gptq-w4-g32").params() | {"damp": 0.05, "seed": 0}
+    params = parse_scheme("ct-awq-w4-g32").params() | {"damp": 0.05, "seed": 0}
     answer = run(make_job("quantize", tmp_path / "out", params=params, model=base, calibset=calibset))
     assert not answer["ok"] and "experts" in answer["problem"]["what"] and "transformers 5" in answer["problem"]["why"]
