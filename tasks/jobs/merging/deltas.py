@@ -42,7 +42,6 @@ PARTS = {  # tails of names -> attribute of ParameterChange
 # Settings of PEFT that make an adapter more than what stands above; PEFT itself merges them.
 MORE = (
     "arrow_config",
-    "ensure_weight_tying",
     "kasa_config",
     "layer_replication",
     "megatron_config",

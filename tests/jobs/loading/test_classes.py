@@ -7,14 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2MoeConfig, T5Config
+from transformers import AutoModelForCausalLM, FalconH1Config, PreTrainedModel, Qwen2MoeConfig, T5Config
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from recipes.checks.train import WITHOUT_SDPA
 from recipes.schema import Train
 from tasks.jobs.loading.classes import class_of, empty_model, modules_to_skip, text_decoder, text_linears
 from tasks.jobs.loading.load import attach, linear4bit, load_bf16, load_int8, load_nf4
 from tasks.jobs.merging.skeleton import read_skeleton
 from tasks.jobs.training.lora import add_adapter, save_weights
+from tasks.jobs.training.targets import adapter_targets
 from tasks.jobs.training.unquantized import unquantized
 from tasks.runtime.process.errors import StageError
 from tests.jobs.whole_models import WHOLE, write_whole
@@ -136,3 +140,44 @@ def test_a_model_that_makes_no_text_is_refused():
     with pytest.raises(StageError, match="makes text") as refused:
         class_of(T5Config(), where="base")
     assert "t5" in refused.value.problem.what
+
+
+def test_the_list_of_architectures_without_sdpa_is_that_of_transformers() -> None:
+    """Of the text models that anybody would train; encoders and state spaces are refused for other reasons."""
+    names = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    classes = {
+        name: getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]) for name in WITHOUT_SDPA if name in names
+    }
+    assert len(classes) >= 15 and not any(cls._supports_sdpa for cls in classes.values())
+    for name in (
+        "llama",
+        "qwen2",
+        "qwen3",
+        "qwen3_moe",
+        "gemma",
+        "gemma3_text",
+        "gemma4_text",
+        "mistral",
+        "phi3",
+        "glm4",
+    ):
+        assert getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name])._supports_sdpa, name
+
+
+def test_layers_that_state_spaces_read_themselves_get_no_adapter() -> None:
+    config = FalconH1Config(
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=300,
+        mamba_d_ssm=128,
+        mamba_n_heads=4,
+        mamba_d_state=16,
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    targets = adapter_targets(model, "all-linear")
+    assert {"q_proj", "in_proj", "down_proj"} <= set(targets) and not {"out_proj", "conv1d"} & set(targets)
+    assert any(name.endswith("out_proj") for name in text_linears(model))

@@ -20,8 +20,8 @@ from tests.jobs.test_merge import FAITHFUL
 
 FAST = ("llama", "gpt2", "phi3", "gpt-oss")
 ALL = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "gpt2", "qwen3-moe", "gpt-oss")
-# Of gpt-oss nearly equal experts are chosen otherwise by a rounding: measured 1.3e-4 to 2.8e-4 where the weights are
-# PEFT's to the bit; the untrained base is at 6e-2.
+# gpt-oss: measured 1.3e-4 to 2.8e-4 where the weights are PEFT's within a bf16 step; perhaps a rounding chooses other
+# experts, which was not looked into. The untrained base is at 6e-2.
 BOUNDS = {"gpt-oss": 1e-3}
 NAMES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in ALL]
 

@@ -146,3 +146,12 @@ def test_devices(tmp_path: Path):
     assert [problem.where for problem in device_problems(recipe, device="cpu")] == ["run.launcher"]
     assert [problem.where for problem in device_problems(recipe, device="cuda", gpus=1)] == ["run.processes"]
     assert list(device_problems(recipe, device="cuda", gpus=2)) == []
+
+
+def test_an_architecture_without_sdpa_says_what_to_set(tmp_path: Path):
+    recipe = write_project(tmp_path)
+    path = tmp_path / "base" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "gemma2"}))
+    (problem,) = problems(recipe)
+    assert "gemma2" in problem.what and problem.next == "Set train.attention: eager."
+    assert problems(recipe, "train.attention=eager") == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -103,3 +104,35 @@ def test_a_dense_model_leaves_nothing(tmp_path: Path):
 def test_what_packs_experts_says_what_they_take(tmp_path: Path):
     (problem,) = limit_problems(parse_scheme("gptq-w4-g32"), write_mixture(tmp_path, stacked=False))
     assert f"({2 * EXPERTS / (1 << 30):.1f} GiB; quantize.accept_unquantized: true)" in problem.next
+
+
+@pytest.mark.parametrize(
+    ("slug", "loads"), [("ct-gptq-w4-g32", True), ("ct-awq-w4-g32", False), ("gptq-w4-g32", False)]
+)
+def test_single_experts_are_packed_only_where_transformers_reads_them(tmp_path: Path, slug: str, loads: bool):
+    headers = write_mixture(tmp_path, stacked=False)
+    known = replace(headers, text_config={**headers.text_config, "model_type": "qwen3_moe"})
+    assert limit_problems(parse_scheme("ct-gptq-w4-g32"), headers)  # a type that nobody has tried
+    problems = limit_problems(parse_scheme(slug), known)
+    assert (problems == []) == loads
+    if not loads:
+        assert "ct-gptq-w4-g128" in problems[0].next
+
+
+@pytest.mark.parametrize(
+    ("model_type", "slug"),
+    [
+        ("glm4", "gptq-w4-g32"),
+        ("starcoder2", "awq-w4-g32"),
+        ("gpt_oss", "gptq-w4-g32"),
+        ("llama4_text", "awq-w4-g32"),
+        ("nemotron_h", "gptq-w4-g32"),
+        ("gemma4_text", "ct-gptq-w4-g32"),
+    ],
+)
+def test_what_the_matrix_of_architectures_found(tmp_path: Path, model_type: str, slug: str):
+    headers = read_headers(write_base(tmp_path / "base"))
+    other = replace(headers, text_config={**headers.text_config, "model_type": model_type})
+    assert limit_problems(parse_scheme(slug), headers) == []
+    (problem,) = limit_problems(parse_scheme(slug), other)
+    assert slug in problem.what and limit_problems(parse_scheme("rtn-w4-g32"), other) == []
