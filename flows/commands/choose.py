@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.commands.terminal import DONE, FAILED, Output
-from flows.plan.memory import GIB
+from flows.plan.sizes import GIB
 from flows.report.text import FIT_RULE
 from flows.results.card_fit import (
     FREE_SHARE,

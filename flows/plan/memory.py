@@ -7,22 +7,20 @@ as long as the longest, so what is predicted is seldom reached; the report shows
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from flows.plan.mixtures import met_features, met_stacked_features
 from flows.plan.quantizers import RECORD, Quantizer
 from flows.plan.quantizers import needs as quantizer_needs
 from flows.plan.row_sizes import RowSizes
+from flows.plan.sizes import GIB, Sizes, weight_count
 from recipes.arms import Arm, arms, controls
 from recipes.models.headers import Headers
-from recipes.models.linear import Linear
 from recipes.plain import is_mapping
 from recipes.schema import Recipe
-from recipes.schemes.limits import size_bytes
 from recipes.schemes.scheme import Scheme
 
-GIB = 1 << 30
 # Resident GiB of a child on CPU before it has a model.
 PREPARE = 0.55  # transformers' tokenizer
 CALIBRATE = 0.28  # pyarrow, no torch
@@ -37,19 +35,11 @@ LOAD = {
 CUDA_HOST = 1.75  # with the CUDA libraries; 1.0 to 1.7 measured
 CUDA_IMPORT = 0.35  # on top in a step that uses no GPU on a machine with one: torch loads its libraries all the same
 CUDA_CONTEXT = 0.6  # GPU memory that no allocator counts
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # per weight: code, 8-bit absmax of 64, fp32 absmax of 256 of those
 ADAM_BYTES = {"cpu": 4 + 4 + 8, "cuda": 4 + 4 + 2}  # per LoRA parameter: fp32, gradient, two moments (8-bit on CUDA)
 # Per logit at the peak of the backward pass. CPU: bf16, and fp32 seven times, with log-softmax and gradient. CUDA: one
 # kernel writes the gradient over the bf16 logit; the rest is reserve.
 TRAIN_LOGIT_BYTES = {"cpu": 32, "cuda": 8}
 TILE = (4096, 32768)  # tokens and vocabulary that TRL's output layer works on at once
-# tasks/jobs/measuring/tiles.py: bf16 logits at once, whatever the vocabulary. Per logit a second copy in bf16: a soft
-# cap (Gemma 2 to 4), or part of the fp32 product from which a CPU without AVX-512 rounds. Then fp64 copies of some
-# tokens (teacher_forcing.py), five at a time. By arithmetic: no GPU has confirmed it.
-EVAL_TILE = 128 << 20
-EVAL_LOGIT_BYTES = 4
-EVAL_PART = {"cpu": 8 << 20, "cuda": 64 << 20}
-EVAL_COPIES = 5
 ACTIVATION_FACTOR = 1.6  # kept for the backward pass, over the bf16 inputs and outputs of the linear layers
 EAGER_BYTES = 2 + 4 + 2  # per score: bf16, softmax in fp32, bf16 again; by arithmetic, not measured
 ROW_BYTES = 700  # of a row that waits on disk, in prepare and calibrate: docs/results/rows.md
@@ -93,109 +83,6 @@ class StepNeeds:
         return self.key.split("/")[0]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Sizes:
-    """Bytes that the formulas share."""
-
-    recipe: Recipe
-    headers: Headers
-    device: str
-    rows: RowSizes | None
-
-    @property
-    def data_bytes(self) -> int:
-        return self.rows.data_bytes if self.rows else 0
-
-    @property
-    def row_count(self) -> int:
-        return self.rows.rows if self.rows else 0
-
-    @property
-    def length(self) -> int:
-        """Tokens of the longest row."""
-        limit = self.recipe.data.max_length
-        return min(limit, self.rows.longest) if self.rows else limit
-
-    @property
-    def on_cpu(self) -> bool:
-        return self.device == "cpu"
-
-    @property
-    def file(self) -> dict[str, float]:
-        """The bf16 weights as they are read."""
-        return {"file of weights": self.bf16} if self.on_cpu else {}
-
-    @property
-    def bf16(self) -> float:
-        return 2 * self.headers.loaded_parameters
-
-    @property
-    def nf4(self) -> float:
-        linear = self.headers.dense_linear_parameters  # a mixture's experts stay bf16
-        return NF4_BYTES * linear + 2 * (self.headers.loaded_parameters - linear)
-
-    @property
-    def gathered(self) -> float:
-        """What each FSDP rank holds whole: embeddings and output layer for a step, two decoder layers for a moment."""
-        layer = _weight_count(self.headers.decoder_layer)
-        return 2 * (self.headers.parameters - self.headers.linear_parameters) + 2 * NF4_BYTES * layer
-
-    @property
-    def lora_parameters(self) -> int:
-        """Of A and B, and of DoRA's magnitudes; at the largest rank where a pattern names others."""
-        train = self.recipe.train
-        rank = max(train.rank, *train.rank_pattern.values(), 0)
-        adapted = [layer for layer in self.headers.linears if train.adapts(layer.name)]
-        magnitudes = sum(layer.out_features for layer in adapted) if train.dora else 0
-        return rank * _features(adapted) + magnitudes
-
-    @property
-    def saved_parameters(self) -> int:
-        """Of the modules that are trained in full; a tied output layer is as large as the embeddings."""
-        headers, ends = self.headers, tuple(self.recipe.train.modules_to_save)
-        if not ends:
-            return 0
-        stored = sum(tensor.numel for name, tensor in headers.tensors.items() if name.rpartition(".")[0].endswith(ends))
-        return stored + (headers.embedding_parameters if headers.tied and "lm_head".endswith(ends) else 0)
-
-    @property
-    def mlp(self) -> int:
-        """Inputs and outputs of an FFN layer by config.json; four times as wide as the model where it says nothing."""
-        width = self.headers.text_config.get("intermediate_size")
-        return self.headers.hidden + (width if isinstance(width, int) else 4 * self.headers.hidden)
-
-    def quantized(self, scheme: Scheme) -> float:
-        """A quantized model: the scheme's layers, everything else in bf16."""
-        return size_bytes(scheme, self.headers)
-
-    def kv_cache(self, *, batch: int, tokens: int) -> float:
-        """bf16 keys and values; layers with a window keep no more than it."""
-        return 2 * self.headers.cache_numbers(tokens) * batch
-
-    def forward(self, *, batch: int, tokens: int, last_only: bool = False) -> dict[str, float]:
-        """What an evaluation forward holds beside the weights.
-
-        Logits are those of a tile; until that was so they were those of the whole batch (3 bytes each), and with that
-        the figures of docs/gpu.md were predicted (5.68 GiB) and measured (5.36) on an H200. No GPU has seen tiles yet.
-
-        Args:
-            batch: Rows.
-            tokens: Of each.
-            last_only: Logits of the last position alone, as decoding needs them.
-        """
-        headers = self.headers
-        widest = max((layer.in_features + layer.out_features for layer in headers.linears), default=self.mlp)
-        logits = batch * (1 if last_only else tokens) * headers.vocabulary
-        copies = EVAL_COPIES * min(8 * logits, EVAL_PART[self.device])
-        product = {"output layer": 4.0 * headers.vocabulary * headers.hidden} if self.on_cpu else {}  # fp32, as above
-        return {
-            "logits": EVAL_LOGIT_BYTES * min(logits, EVAL_TILE // 2) + copies,
-            **product,
-            "activations": 2 * 4 * widest * batch * tokens,
-            "kv cache": self.kv_cache(batch=batch, tokens=tokens),
-        }
-
-
 def predict(
     recipe: Recipe,
     headers: Headers,
@@ -214,7 +101,7 @@ def predict(
         externals: Headers of the external models by name; one that is not there is left out.
     """
     others = externals or {}
-    sizes = _Sizes(recipe=recipe, headers=headers, device=device, rows=rows)
+    sizes = Sizes(recipe=recipe, headers=headers, device=device, rows=rows)
     steps = [_prepare(sizes), _rehearse(sizes), _train(sizes)]
     steps += [_merge(sizes, onto) for onto in ("dequantized", "original")]
     steps += [_reference(sizes, others.get(recipe.evaluate.reference or "")), _calibrate(sizes)]
@@ -228,7 +115,7 @@ def predict(
 
 
 def _step(
-    sizes: _Sizes,
+    sizes: Sizes,
     key: str,
     parts: Mapping[str, float],
     *,
@@ -258,28 +145,28 @@ def _step(
     )
 
 
-def _rehearse(sizes: _Sizes) -> StepNeeds:
+def _rehearse(sizes: Sizes) -> StepNeeds:
     """Scorers and the rows of dev and test, no model; 0.48 GiB measured on the quickstart's."""
     parts = {"rows": ARROW_FACTOR * sizes.data_bytes}
     return _step(sizes, f"rehearse/{sizes.recipe.name}", parts, process=PREPARE, on_gpu=False)
 
 
-def _prepare(sizes: _Sizes) -> StepNeeds:
+def _prepare(sizes: Sizes) -> StepNeeds:
     parts, disk = {"rows": ROW_BYTES * sizes.row_count}, SCRATCH_FACTOR * sizes.data_bytes
     return _step(sizes, f"prepare/{sizes.recipe.name}", parts, process=PREPARE, disk=disk, on_gpu=False)
 
 
-def _calibrate(sizes: _Sizes) -> StepNeeds:
+def _calibrate(sizes: Sizes) -> StepNeeds:
     parts = {"rows": ARROW_FACTOR * sizes.data_bytes + ROW_BYTES * sizes.row_count}
     disk = sizes.data_bytes
     return _step(sizes, f"calibrate/{sizes.recipe.name}", parts, process=CALIBRATE, disk=disk, on_gpu=False)
 
 
-def _control(sizes: _Sizes, kind: str) -> StepNeeds:
+def _control(sizes: Sizes, kind: str) -> StepNeeds:
     return _step(sizes, f"calibrate/{sizes.recipe.name}-{kind}", {}, process=PREPARE, on_gpu=False)
 
 
-def _train(sizes: _Sizes) -> StepNeeds:
+def _train(sizes: Sizes) -> StepNeeds:
     train, headers = sizes.recipe.train, sizes.headers
     if train.adapter is not None:  # copied; its rank is not known here and counts as the default
         return _step(
@@ -313,16 +200,16 @@ def _train(sizes: _Sizes) -> StepNeeds:
     return replace(step, host_gib=host_gib, confirmed=step.confirmed and shares == 1)
 
 
-def _uncut(sizes: _Sizes, trained: int) -> float:
+def _uncut(sizes: Sizes, trained: int) -> float:
     """What each FSDP rank holds before the first step: transformers 5.23 loads a 4-bit base whole on every rank.
 
     Beside it the fp32 adapter, and the largest linear layer in bf16 while it is quantized.
     """
-    largest = max((_weight_count([layer]) for layer in sizes.headers.dense_linears), default=0)
+    largest = max((weight_count([layer]) for layer in sizes.headers.dense_linears), default=0)
     return sizes.nf4 + 4 * trained + 2 * largest
 
 
-def _attention(sizes: _Sizes) -> float:
+def _attention(sizes: Sizes) -> float:
     """What the attention kernel keeps beside its inputs: the mask of packed rows, and with eager all scores."""
     train, headers = sizes.recipe.train, sizes.headers
     rows, length = sizes.recipe.micro_batch, sizes.length
@@ -333,24 +220,14 @@ def _attention(sizes: _Sizes) -> float:
     return scores if train.packing and train.attention == "sdpa" else 0.0
 
 
-def _features(layers: Sequence[Linear]) -> int:
-    """Inputs and outputs of these layers, summed."""
-    return sum(layer.in_features + layer.out_features for layer in layers)
-
-
-def _weight_count(layers: Sequence[Linear]) -> int:
-    """Weights of these layers, summed."""
-    return sum(layer.in_features * layer.out_features for layer in layers)
-
-
-def _merge(sizes: _Sizes, onto: str) -> StepNeeds:
+def _merge(sizes: Sizes, onto: str) -> StepNeeds:
     """A stream: two linear layers at a time, whatever the model's size; what PEFT merges instead is not predicted."""
     largest = max(layer.in_features * layer.out_features for layer in sizes.headers.linears)
     parts = {"layers in work": 2 * (2 + 4) * largest}
     return _step(sizes, f"merge/{sizes.recipe.name}-{onto}", parts, process=MERGE, disk=sizes.bf16, on_gpu=False)
 
 
-def _reference_bytes(sizes: _Sizes) -> float:
+def _reference_bytes(sizes: Sizes) -> float:
     """bf16 logits over the completions of dev and test; the draw may give them a quarter more than their share."""
     limit = sizes.recipe.evaluate.reference_gib * GIB
     if sizes.rows is None:
@@ -360,7 +237,7 @@ def _reference_bytes(sizes: _Sizes) -> float:
     return min(limit, 2 * tokens * sizes.headers.vocabulary)
 
 
-def _reference(sizes: _Sizes, external: Headers | None) -> StepNeeds:
+def _reference(sizes: Sizes, external: Headers | None) -> StepNeeds:
     batch = sizes.recipe.evaluate.batch_size
     weights = {"weights": _stored(external)} if external else {"weights nf4": sizes.nf4, **sizes.file}
     model = replace(sizes, headers=external) if external else sizes
@@ -369,7 +246,7 @@ def _reference(sizes: _Sizes, external: Headers | None) -> StepNeeds:
     return _step(sizes, f"reference/{sizes.recipe.name}", parts, process=LOAD["nf4"], disk=disk)
 
 
-def _quantize(sizes: _Sizes, arm: Arm, scheme: Scheme) -> StepNeeds:
+def _quantize(sizes: Sizes, arm: Arm, scheme: Scheme) -> StepNeeds:
     calibrate = sizes.recipe.calibrate
     row_tokens = min(calibrate.seq_len, sizes.length)
     quantizer = Quantizer(
@@ -404,7 +281,7 @@ def _process(arm: Arm) -> float:
     return LOAD["bf16" if unpacked else arm.kind]
 
 
-def _weights(sizes: _Sizes, arm: Arm) -> dict[str, float]:
+def _weights(sizes: Sizes, arm: Arm) -> dict[str, float]:
     """An arm's weights as they are resident, and its adapter."""
     if arm.external:
         return {"weights": _stored(sizes.headers)}
@@ -422,7 +299,7 @@ def _weights(sizes: _Sizes, arm: Arm) -> dict[str, float]:
     return parts
 
 
-def _evaluate(sizes: _Sizes, arm: Arm) -> StepNeeds:
+def _evaluate(sizes: Sizes, arm: Arm) -> StepNeeds:
     evaluate, headers = sizes.recipe.evaluate, sizes.headers
     length = sizes.recipe.data.max_length if sizes.recipe.data.general else sizes.length
     parts = _weights(sizes, arm) | sizes.forward(batch=evaluate.batch_size, tokens=length)
@@ -434,7 +311,7 @@ def _evaluate(sizes: _Sizes, arm: Arm) -> StepNeeds:
     return _step(sizes, f"evaluate/{arm.slug}", parts, process=_process(arm), disk=sizes.data_bytes)
 
 
-def _measure(sizes: _Sizes, arm: Arm) -> StepNeeds:
+def _measure(sizes: Sizes, arm: Arm) -> StepNeeds:
     measure = sizes.recipe.measure
     tokens = measure.prompt_tokens + measure.new_tokens
     parts = _weights(sizes, arm) | sizes.forward(batch=measure.batch, tokens=tokens, last_only=True)

@@ -13,8 +13,9 @@ from flows.mlflow_uri import silent, tracking_uri
 from flows.plan.fit import calibration_problem, enough_tokens, fits, gpu_fits, largest_fitting, on_card
 from flows.plan.lookup import Planned
 from flows.plan.machine import Memory, available, total_gpu_gib
-from flows.plan.memory import FILES, GIB, ON_HOST, StepNeeds, predict
+from flows.plan.memory import FILES, ON_HOST, StepNeeds, predict
 from flows.plan.row_sizes import RowSizes, data_bytes, row_sizes, tokens_per_byte
+from flows.plan.sizes import GIB
 from flows.plan.work import Work, work
 from recipes.checks.external import external_headers
 from recipes.checks.train import device_problems

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from flows.plan.memory import CUDA_CONTEXT, GIB
+from flows.plan.memory import CUDA_CONTEXT
+from flows.plan.sizes import GIB
 from flows.results.cells import Cell
 from flows.results.read import Run, RunArm
 from recipes.models.headers import Headers, read_headers

@@ -10,9 +10,10 @@ from flows.pins import pin
 from flows.plan.fit import calibration_problem, fits
 from flows.plan.lookup import Planned, plan
 from flows.plan.machine import Memory, available
-from flows.plan.memory import CUDA_IMPORT, NF4_BYTES, ON_HOST, StepNeeds, predict
+from flows.plan.memory import CUDA_IMPORT, ON_HOST, StepNeeds, predict
 from flows.plan.preflight import disk_problem, judge, largest_parts, preflight
 from flows.plan.row_sizes import RowSizes, row_sizes
+from flows.plan.sizes import NF4_BYTES
 from recipes.data.rows import read_rows
 from recipes.models.headers import Headers, read_headers
 from recipes.problem import Problem, RecipeError
