@@ -56,7 +56,7 @@ def check_output(out: Path, *, word: str, inputs: Sequence[Path]) -> Iterator[Pr
             )
 
 
-def check_disk(out: Path, size: int, *, word: str, content: str) -> Iterator[Problem]:
+def check_disk(out: Path, size: float, *, word: str, content: str) -> Iterator[Problem]:
     """Whether the disk below `out` has room for so many bytes of `content`."""
     parent = next(folder for folder in out.parents if folder.exists())
     free = shutil.disk_usage(parent).free
