@@ -186,6 +186,7 @@ def _load_quantized(folder: Path, *, device: str, note: Note) -> PreTrainedModel
     if kernel is not None:  # of this config transformers takes the kernel alone; the rest is the checkpoint's
         config_class: Any = GPTQConfig if method == "gptq" else AwqConfig  # the stub knows no kernel by its word
         extra["quantization_config"] = config_class(bits=4, backend=kernel)
+    _refuse_pickles(folder)
     with awq_in_bf16(), packed_as_stored(folder, method):
         return _load(folder, device=device, **extra)
 
@@ -216,6 +217,16 @@ def _refuse_missing(names: list[str], folder: Path) -> None:
         )
 
 
+def _refuse_pickles(folder: Path) -> None:
+    if not any(folder.glob("*.safetensors")):
+        raise StageError.of(
+            what="no *.safetensors in the model folder",
+            where=str(folder),
+            why="weights are read from safetensors only; a pickle (*.bin, *.pt) can run code when it is opened",
+            next="convert it once where you trust it: model.save_pretrained(folder) writes safetensors",
+        )
+
+
 def _load(folder: Path, *, device: str, whole: bool = False, **extra: Any) -> PreTrainedModel:
     """from_pretrained with what holds for every arm; `extra` are more of its arguments.
 
@@ -228,13 +239,7 @@ def _load(folder: Path, *, device: str, whole: bool = False, **extra: Any) -> Pr
     Raises:
         StageError: No safetensors in the folder, no class that makes text, or weights that are missing there.
     """
-    if not any(folder.glob("*.safetensors")):
-        raise StageError.of(
-            what="no *.safetensors in the model folder",
-            where=str(folder),
-            why="weights are read from safetensors only; a pickle (*.bin, *.pt) can run code when it is opened",
-            next="convert it once where you trust it: model.save_pretrained(folder) writes safetensors",
-        )
+    _refuse_pickles(folder)
     gpu = int(os.environ.get("LOCAL_RANK", "0"))  # of the lease's, where several processes train together
     place = {"": gpu if device == "cuda" else device}
     settings = {"device_map": place, "dtype": torch.bfloat16, "trust_remote_code": False, **extra}

@@ -19,7 +19,9 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizer_awq import AwqQuantizer
 
 from recipes.models.weights import read_tensors
+from recipes.problem import RecipeError
 from tasks.jobs.loading.classes import text_decoder
+from tasks.runtime.process.errors import StageError
 
 PACKED = ".qweight"
 _FROM_LAYER = re.compile(r"\w+\.\d+\..+$")  # layers.0.mlp.down_proj: what stands before differs in files and models
@@ -32,8 +34,15 @@ def packed_as_stored(folder: Path, method: str) -> Iterator[None]:
     Args:
         folder: A quantized checkpoint.
         method: `gptq` or `awq`.
+
+    Raises:
+        StageError: Its index or a header is broken.
     """
-    packed = {_from_layer(name.removesuffix(PACKED)) for name in read_tensors(folder) if name.endswith(PACKED)}
+    try:
+        tensors = read_tensors(folder)
+    except RecipeError as error:
+        raise StageError(error.problems[0]) from error
+    packed = {_from_layer(name.removesuffix(PACKED)) for name in tensors if name.endswith(PACKED)}
     with _gptq(packed) if method == "gptq" else _awq(packed):
         yield
 
