@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from flows.plan import memory
+from flows.plan import sizes
 from tasks.jobs.loading.load import load_arm
 from tasks.jobs.measuring import teacher_forcing, tiles
 from tasks.jobs.measuring.teacher_forcing import forced, greedy_answers
@@ -187,7 +187,7 @@ def test_answers_take_logits_of_one_position(wrapped: bool, tmp_path: Path) -> N
 
 
 def test_the_plan_counts_what_the_job_holds() -> None:
-    assert (memory.EVAL_TILE, memory.EVAL_PART) == (tiles.TILE_BYTES, teacher_forcing.PART_BYTES)
+    assert (sizes.EVAL_TILE, sizes.EVAL_PART) == (tiles.TILE_BYTES, teacher_forcing.PART_BYTES)
 
 
 PEAK = """
