@@ -104,5 +104,5 @@ def dequantize_command(folder: Path, config: Mapping[str, Any], maker: str) -> s
     return (
         f"python -c \"import transformers as t; m = t.{cls}.from_pretrained('{folder}', dtype='bfloat16', "
         f"quantization_config=t.{maker}(dequantize=True)); m._weight_conversions = None; "
-        f"m.save_pretrained('{folder}-bf16')\""
+        f"m.bfloat16().save_pretrained('{folder}-bf16')\""
     )
