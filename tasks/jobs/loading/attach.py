@@ -47,7 +47,7 @@ def attach(model: PreTrainedModel, folder: Path) -> PeftModel:
         )
     names, stored = ModuleNames(model), load_file(folder / WEIGHTS)
     tensors = {names.key(key): tensor for key, tensor in stored.items()}
-    config: Any = PeftConfig.from_pretrained(str(folder))
+    config: Any = PeftConfig.from_pretrained(str(folder), local_files_only=True)
     config.inference_mode = True
     if config.peft_type == "LORA":
         _aim(config, model, _trained(stored, names), folder)
