@@ -25,6 +25,7 @@ from tasks.jobs.loading.environment import tame_gptqmodel
 from tasks.jobs.loading.kernels import kernel_of
 from tasks.jobs.loading.load import load_arm, load_bf16
 from tasks.runtime.process.errors import StageError
+from tests.bench import architectures
 from tests.jobs.architectures import write_architecture
 from tests.jobs.build import make_job, make_request
 from tests.jobs.quantized import (
@@ -166,12 +167,24 @@ def test_what_is_saved_is_what_was_made(base: Callable[[str], Path], calibset: P
     assert differing(loaded, base("llama"), tmp_path / "out", slug="nf4") == {}
 
 
+# Architectures of the bench of models, by the first `model_type` of a limit.
+OF_BENCH = {
+    "starcoder2": "starcoder2",
+    "gpt_oss": "gpt-oss",
+    "nemotron_h": "nemotron-h",
+    "gemma4_text": "gemma4",
+}
+
+
 @pytest.mark.parametrize("limit", LIMITS, ids=lambda one: f"{'-'.join(one.methods)}-{one.model_types[0]}")
 def test_a_cell_that_cannot_be_is_refused_before_it_starts(
     limit: Limit, base: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    model = base(limit.model_types[0])
+    name = limit.model_types[0]
+    model = architectures.write_architecture(tmp_path / "base", OF_BENCH[name]) if name in OF_BENCH else base(name)
     slugs = {"rtn": "rtn-w4-g32", "gptq": "gptq-w4-g32", "awq": "awq-w4-g32"}
+    if limit.backends == ("llm-compressor",):
+        slugs = {"gptq": "ct-gptq-w4-g32", "awq": "ct-awq-w4-g32"}
     for method in limit.methods:
         slug = slugs.get(method, method)
         (problem,) = limit_problems(parse_scheme(slug), read_headers(model))
