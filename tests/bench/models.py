@@ -43,7 +43,10 @@ Results = dict[str, Any]
 def read(folder: Path) -> Results:
     """What is known of an architecture."""
     path = folder / "result.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"steps": {}, "running": None}
+    if not path.exists():
+        return {"steps": {}, "running": None}
+    # Messages name files: on the page without the folder of this machine.
+    return json.loads(path.read_text(encoding="utf-8").replace(f"{path.resolve().parents[1]}/", ""))
 
 
 def write(folder: Path, results: Results) -> None:
