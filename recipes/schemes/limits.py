@@ -73,7 +73,7 @@ LIMITS = (
     Limit(
         ("gptqmodel",),
         ("gptq", "awq"),
-        ("gpt_oss", "llama4", "llama4_text"),
+        ("gpt_oss", "llama4", "llama4_text", "granitemoe"),
         "GPTQModel takes its stacked experts apart, and the layers that it makes are not those of the model.",
         "Write an rtn- scheme, nf4 or int8: they leave the experts in bf16 (quantize.accept_unquantized).",
     ),

@@ -126,6 +126,7 @@ def test_single_experts_are_packed_only_where_transformers_reads_them(tmp_path: 
         ("starcoder2", "awq-w4-g32"),
         ("gpt_oss", "gptq-w4-g32"),
         ("llama4_text", "awq-w4-g32"),
+        ("granitemoe", "gptq-w4-g32"),
         ("nemotron_h", "gptq-w4-g32"),
         ("gemma4_text", "ct-gptq-w4-g32"),
     ],
