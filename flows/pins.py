@@ -89,18 +89,65 @@ def row_pins(loaded: Loaded) -> RowPins:
     wanted = [replace(hub, kind="tokenizer") if hub.kind == "model" else hub for hub in ids.values()]
     source = _Outside(loaded, _snapshots(loaded, wanted), Digests(Path()))
 
-    def external(name: str, path: Path) -> External:
-        return External(name=name, path=path, digest="", source="")
-
     folders = [source.at(data.field(number), part.path) for number, part in enumerate(data.parts)]
     for number, part in enumerate(data.parts):
         source.files(folders[number], field=data.field(number), part=part)
     template = loaded.recipe.model.chat_template
     return RowPins(
-        data=tuple(external(source_name(number), snapshot.folder) for number, snapshot in enumerate(folders)),
-        tokenizer=external("tokenizer", source.at("model.base", loaded.recipe.model.base).folder),
-        template=external("template", loaded.resolve(template)) if template not in (None, "chatml") else None,
+        data=tuple(_undigested(source_name(number), snapshot.folder) for number, snapshot in enumerate(folders)),
+        tokenizer=_undigested("tokenizer", source.at("model.base", loaded.recipe.model.base).folder),
+        template=_undigested("template", loaded.resolve(template)) if template not in (None, "chatml") else None,
     )
+
+
+def light_pins(loaded: Loaded, folder: Path) -> Pins:
+    """What a recipe reads from outside, without digests and without a weight: enough to plan, not to run.
+
+    Args:
+        loaded: The recipe.
+        folder: An empty folder. Models on a hub are laid out in it, as far as their headers go.
+
+    Raises:
+        RecipeError: Hub ids cannot be fetched.
+    """
+    ids, recipe = fetchable(loaded), loaded.recipe
+    fetched = _snapshots(loaded, [hub for hub in ids if hub.kind != "model"])
+    for number, hub in enumerate(hub for hub in ids if hub.kind == "model"):
+        try:
+            fetched[hub.field] = headers_only(hub, folder / str(number))
+        except RecipeError as error:
+            raise RecipeError(loaded.placed(problem) for problem in error.problems) from None
+    source = _Outside(loaded, fetched, Digests(folder))
+
+    def external(name: str, field: str, path: str) -> External:
+        return _undigested(name, source.at(field, path).folder)
+
+    def optional(name: str, path: str | None) -> External | None:
+        return external(name, name, path) if path else None
+
+    base = external("base", "model.base", recipe.model.base)
+    return Pins(
+        base=base,
+        tokenizer=base,
+        data=tuple(
+            external(source_name(number), recipe.data.field(number), part.path)
+            for number, part in enumerate(recipe.data.parts)
+        ),
+        general=optional("general", recipe.data.general),
+        template=None,
+        scorers={},
+        adapter=external("adapter", "train.adapter", recipe.train.adapter) if recipe.train.adapter else None,
+        calibration_text=optional("calibration_text", recipe.calibrate.general),
+        externals={
+            name: external(name, f"evaluate.external.{name}", model.path)
+            for name, model in recipe.evaluate.externals.items()
+        },
+    )
+
+
+def _undigested(name: str, path: Path) -> External:
+    """Something from outside of which nothing is made."""
+    return External(name=name, path=path, digest="", source="")
 
 
 class _Outside(NamedTuple):
@@ -206,48 +253,3 @@ def scorer_content(scorer: Scorer, path: Path, number: int, *, digests: Digests)
         patterns = ("*.sql",) if isinstance(scorer, SqlExecutionSpec) else TASK_FILES
         return external_folder(name, path, patterns=patterns, digests=digests)
     return external_file(name, path, digests=digests)
-
-
-def light_pins(loaded: Loaded, folder: Path) -> Pins:
-    """What a recipe reads from outside, without digests and without a weight: enough to plan, not to run.
-
-    Args:
-        loaded: The recipe.
-        folder: An empty folder. Models on a hub are laid out in it, as far as their headers go.
-
-    Raises:
-        RecipeError: Hub ids cannot be fetched.
-    """
-    ids, recipe = fetchable(loaded), loaded.recipe
-    fetched = _snapshots(loaded, [hub for hub in ids if hub.kind != "model"])
-    for number, hub in enumerate(hub for hub in ids if hub.kind == "model"):
-        try:
-            fetched[hub.field] = headers_only(hub, folder / str(number))
-        except RecipeError as error:
-            raise RecipeError(loaded.placed(problem) for problem in error.problems) from None
-    source = _Outside(loaded, fetched, Digests(folder))
-
-    def external(name: str, field: str, path: str) -> External:
-        return External(name=name, path=source.at(field, path).folder, digest="", source="")
-
-    def optional(name: str, path: str | None) -> External | None:
-        return external(name, name, path) if path else None
-
-    base = external("base", "model.base", recipe.model.base)
-    return Pins(
-        base=base,
-        tokenizer=base,
-        data=tuple(
-            external(source_name(number), recipe.data.field(number), part.path)
-            for number, part in enumerate(recipe.data.parts)
-        ),
-        general=optional("general", recipe.data.general),
-        template=None,
-        scorers={},
-        adapter=external("adapter", "train.adapter", recipe.train.adapter) if recipe.train.adapter else None,
-        calibration_text=optional("calibration_text", recipe.calibrate.general),
-        externals={
-            name: external(name, f"evaluate.external.{name}", model.path)
-            for name, model in recipe.evaluate.externals.items()
-        },
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -24,3 +25,11 @@ def json_object(path: Path) -> dict[str, Any] | None:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError):
         return None
     return value if is_mapping(value) else None
+
+
+def number_of(config: Mapping[str, Any], *names: str) -> int | None:
+    """The first of these keys that holds a whole number above zero."""
+    values = (config.get(name) for name in names)
+    return next(
+        (value for value in values if isinstance(value, int) and not isinstance(value, bool) and value > 0), None
+    )

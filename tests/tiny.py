@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -32,7 +32,25 @@ PLAIN = (
     "{{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' -}}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
 )
+SIZES: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.04,
+}
 TEMPLATES: dict[str, str | None] = {"marked": MARKED, "plain": PLAIN, "none": None}
+
+
+def draw_biases(model: PreTrainedModel) -> None:
+    """They start as zeros, and a lost one would not show."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.02)
 
 
 def write_base(
@@ -144,14 +162,7 @@ def _tokenizer(*, bos: bool, special: tuple[str, ...] = ()) -> PreTrainedTokeniz
 def _model(architecture: str, vocab_size: int, *, tied: bool) -> PreTrainedModel:
     shape = {
         "vocab_size": vocab_size,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.04,
+        **SIZES,
         "tie_word_embeddings": tied,
         "pad_token_id": 0,
         "eos_token_id": 2,

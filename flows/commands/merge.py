@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 from flows.commands.folders import check_disk, check_output, find_input
 from flows.commands.terminal import Output, say
 from recipes.models.adapters import RECORD, read_adapter
-from recipes.models.headers import no_tokenizer, read_headers
-from recipes.models.weights import read_tensors
+from recipes.models.headers import read_headers
 from recipes.problem import Problem, RecipeError
 from tasks import merge
 from tasks.runtime.hub.ids import ADAPTER_FILES, MODEL_FILES, Snapshot
@@ -104,7 +103,7 @@ def _check(sources: Sources, out: Path, *, onto: str | None, accept_other_base: 
     if accept_other_base and ("dequantized" not in choices or not (sources.adapter.folder / RECORD).exists()):
         problems.append(_nothing_to_accept(sources.adapter.folder))
     try:
-        size = 2 * _parameters(sources.base.folder) * len(choices)
+        size = 2 * read_headers(sources.base.folder, needs_tokenizer=False).parameters * len(choices)
         problems += check_disk(out, size, word="OUT", content="the merged model")
     except RecipeError as error:
         problems += error.problems
@@ -113,21 +112,6 @@ def _check(sources: Sources, out: Path, *, onto: str | None, accept_other_base: 
     if onto is None:
         say(f"base in training: {base_type} ({evidence}); merging onto {' and '.join(choices)}")
     return choices
-
-
-def _parameters(base: Path) -> int:
-    """Stored parameters of a base, which needs no tokenizer here.
-
-    Raises:
-        RecipeError: It is no base, or is broken.
-    """
-    try:
-        return read_headers(base).parameters
-    except RecipeError as error:
-        problems = [problem for problem in error.problems if problem != no_tokenizer(base)]
-        if problems:
-            raise RecipeError(problems) from None
-    return sum(tensor.numel for tensor in read_tensors(base).values())
 
 
 def _nothing_to_accept(adapter: Path) -> Problem:

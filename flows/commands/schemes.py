@@ -91,7 +91,7 @@ def _listed(scheme: Scheme) -> Listed:
         backend=scheme.backend,
         others=next((family.others for name, family in FAMILIES.items() if scheme.slug.startswith(f"{name}-w")), ()),
         bits=scheme.bits,
-        bits_a_weight=round(8 * scheme.predicted_bytes([LAYER]) / (LAYER.in_features * LAYER.out_features), 3),
+        bits_a_weight=round(8 * scheme.predicted_bytes([LAYER]) / LAYER.weights, 3),
         group_size=scheme.group_size,
         zero_points=not scheme.grid.symmetric,
         calibration=scheme.needs_calibration,

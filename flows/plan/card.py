@@ -17,7 +17,7 @@ from typing import Any
 from flows.compose import Matrix, compose, reached
 from flows.pins import light_pins
 from flows.plan.fit import (
-    SPARE,
+    LEFT_FREE,
     STAGES,
     Fitting,
     Setting,
@@ -27,8 +27,8 @@ from flows.plan.fit import (
     fits,
     fitting,
     gpu_fits,
+    leaving_free,
     on_card,
-    with_spare,
 )
 from flows.plan.history import Seconds, seconds
 from flows.plan.machine import Memory
@@ -218,7 +218,7 @@ def _planned(
     def steps(recipe: Recipe) -> list[StepNeeds]:
         return predicted(recipe.model_dump_json())
 
-    written, room = steps(loaded.recipe), with_spare(memory)
+    written, room = steps(loaded.recipe), leaving_free(memory)
     by_stage = fit_all(
         loaded.recipe, memory=room, steps=steps, allows=lambda smaller: enough_tokens(smaller, headers, rows)
     )
@@ -303,7 +303,7 @@ def text(plan: CardPlan) -> str:
     notes = [
         f"{_machine(plan.memory)}; the steps leave {disk:.1f} GiB on disk. CUDA's own {CUDA_CONTEXT} GiB are counted.",
         "Predicted from config, headers and the first rows; every row counts as long as the longest. "
-        f"{100 * SPARE:.0f} % of the card are left free.",
+        f"{100 * LEFT_FREE:.0f} % of the card are left free.",
     ]
     if any(not step.needs.confirmed for step in plan.steps):
         notes.append("~ no GPU has confirmed this estimate: a run warns of it and does not refuse (docs/gpu.md)")
@@ -344,7 +344,7 @@ def _figure(size: float) -> str:
 
 def _fit(step: CardStep, memory: Memory) -> str:
     if step.setting is None:
-        on_gpu = not gpu_fits(step.least, with_spare(memory))
+        on_gpu = not gpu_fits(step.least, leaving_free(memory))
         return f"NO: {largest_parts(step.least, on_gpu=on_gpu)}"
     if not step.setting.values:
         return "yes"

@@ -15,9 +15,8 @@ from recipes.problem import Problem
 from recipes.schema import LEAST_ROWS, MOST_ROWS, TOKENS_PER_INPUT, Recipe
 
 LEAST_TOKENS = 128  # no shorter rows are proposed: a prompt and its answer are seldom shorter
-SPARE = (
-    0.05  # of a card; measured peaks were up to 2 % above predicted ones (docs/gpu.md), and no allocator fills a card
-)
+# of a card; measured peaks were up to 2 % above predicted ones (docs/gpu.md), and no allocator fills a card
+LEFT_FREE = 0.05
 
 
 class Setting(NamedTuple):
@@ -52,9 +51,9 @@ class Fitting:
     smallest: Setting
 
 
-def with_spare(machine: Memory) -> Memory:
+def leaving_free(machine: Memory) -> Memory:
     """A machine that is planned for, less what of its card is better left free."""
-    return machine._replace(gpu_gib=None if machine.gpu_gib is None else (1 - SPARE) * machine.gpu_gib)
+    return machine._replace(gpu_gib=None if machine.gpu_gib is None else (1 - LEFT_FREE) * machine.gpu_gib)
 
 
 def fits(step: StepNeeds, memory: Memory) -> bool:
@@ -116,19 +115,6 @@ def fitting(
         return Fitting(setting=None, never=never, smallest=smallest)
     largest = next(setting for setting in smaller if set(too_large(setting)) <= set(never))
     return Fitting(setting=largest, never=never, smallest=smallest)
-
-
-def largest_fitting(
-    stage: str,
-    recipe: Recipe,
-    *,
-    memory: Memory,
-    steps: Callable[[Recipe], list[StepNeeds]],
-    allows: Callable[[Recipe], bool] = lambda _: True,
-) -> Setting | None:
-    """The setting that makes every step of a stage fit; None where none does. See `fitting`."""
-    found = fitting(stage, recipe, memory=memory, steps=steps, allows=allows)
-    return None if found.never else found.setting
 
 
 # ---- settings, from the largest to the smallest

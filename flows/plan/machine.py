@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil
-
+from flows.plan.sizes import GIB
 from recipes.problem import Problem
 from tasks.runtime.gpus import visible_gpus
-
-GIB = 1 << 30
-CGROUPS = "sys/fs/cgroup"
+from tasks.runtime.host_memory import free_host_bytes
 
 
 class Memory(NamedTuple):
@@ -51,45 +46,11 @@ def available(root: Path = Path("/")) -> Memory:
     Args:
         root: Where proc/ and sys/ of the control groups lie.
     """
-    free = min([psutil.virtual_memory().available, *_left_in_groups(root)])
     shown = visible_gpus()
     gpu_gib = min((one.gpu.free_bytes / GIB for one in shown if one.gpu.free_bytes is not None), default=None)
-    return Memory(host_gib=free / GIB, gpu_gib=gpu_gib, gpus=max(1, len(shown)))
+    return Memory(host_gib=free_host_bytes(root) / GIB, gpu_gib=gpu_gib, gpus=max(1, len(shown)))
 
 
 def total_gpu_gib() -> float | None:
     """Memory of the smallest visible GPU, free or not; None where the driver does not say."""
     return min((one.gpu.total_bytes / GIB for one in visible_gpus() if one.gpu.total_bytes is not None), default=None)
-
-
-def _left_in_groups(root: Path) -> Iterator[int]:
-    """Bytes that are left in this process's control group and in each one around it that has a limit.
-
-    The kernel drops the page cache of files that were not read lately (inactive_file) before a group is out of memory,
-    so it counts as free. In a container the path in proc/self/cgroup may be the host's; then only the top, which is the
-    container's own group, is there.
-    """
-    listing = root / "proc/self/cgroup"
-    for line in listing.read_text().splitlines() if listing.exists() else []:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            names = "memory.max", "memory.current", "inactive_file"
-            top = root / CGROUPS
-        elif "memory" in controllers.split(","):  # version 1
-            names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
-            top = root / CGROUPS / "memory"
-        else:
-            continue
-        own = top / path.lstrip("/")
-        for group in (own, *own.parents):
-            if group.is_relative_to(top) and (left := _left(group, *names)) is not None:
-                yield left
-
-
-def _left(group: Path, limit_name: str, used_name: str, cache_name: str) -> int | None:
-    """Bytes that one group has left; None without a limit, which version 2 writes as `max`."""
-    limit, used, stat = group / limit_name, group / used_name, group / "memory.stat"
-    if not (limit.exists() and used.exists() and (most := limit.read_text().strip()).isdigit()):
-        return None
-    cached = re.search(rf"^{cache_name} (\d+)$", stat.read_text(), flags=re.MULTILINE) if stat.exists() else None
-    return max(0, int(most) - max(0, int(used.read_text()) - (int(cached[1]) if cached else 0)))

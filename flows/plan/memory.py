@@ -14,7 +14,7 @@ from flows.plan.mixtures import met_features, met_stacked_features
 from flows.plan.quantizers import RECORD, Quantizer
 from flows.plan.quantizers import needs as quantizer_needs
 from flows.plan.row_sizes import RowSizes
-from flows.plan.sizes import GIB, Sizes, weight_count
+from flows.plan.sizes import GIB, Sizes
 from recipes.arms import Arm, arms, controls
 from recipes.models.headers import Headers
 from recipes.plain import is_mapping
@@ -205,7 +205,7 @@ def _uncut(sizes: Sizes, trained: int) -> float:
 
     Beside it the fp32 adapter, and the largest linear layer in bf16 while it is quantized.
     """
-    largest = max((weight_count([layer]) for layer in sizes.headers.dense_linears), default=0)
+    largest = max((layer.weights for layer in sizes.headers.dense_linears), default=0)
     return sizes.nf4 + 4 * trained + 2 * largest
 
 
@@ -222,7 +222,7 @@ def _attention(sizes: Sizes) -> float:
 
 def _merge(sizes: Sizes, onto: str) -> StepNeeds:
     """A stream: two linear layers at a time, whatever the model's size; what PEFT merges instead is not predicted."""
-    largest = max(layer.in_features * layer.out_features for layer in sizes.headers.linears)
+    largest = max(layer.weights for layer in sizes.headers.linears)
     parts = {"layers in work": 2 * (2 + 4) * largest}
     return _step(sizes, f"merge/{sizes.recipe.name}-{onto}", parts, process=MERGE, disk=sizes.bf16, on_gpu=False)
 

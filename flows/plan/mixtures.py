@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from recipes.models.headers import Headers, is_expert
+from recipes.models.decoder import EXPERT_COUNTS, is_expert
+from recipes.models.headers import Headers
 from recipes.models.linear import Linear
+from recipes.plain import number_of
 
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # keys of a text_config
-ROUTED = ("num_experts_per_tok", "num_experts_per_token", "num_selected_experts", "top_k_experts", "moe_topk", "moe_k")
+# Keys of a text_config.
+ROUTED = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "num_selected_experts",
+    "top_k_experts",
+    "moe_topk",
+    "moe_k",
+)
 
 
 def routed_share(headers: Headers) -> float:
     """Share of a mixture's experts that a token is routed to; all of them where config.json does not say."""
-    count, routed = (
-        next((value for name in names if isinstance(value := headers.text_config.get(name), int) and value), None)
-        for names in (EXPERTS, ROUTED)
-    )
+    count, routed = (number_of(headers.text_config, *names) for names in (EXPERT_COUNTS, ROUTED))
     return min(1.0, routed / count) if count and routed else 1.0
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flows.mlflow_uri import silent, tracking_uri
-from flows.plan.fit import calibration_problem, enough_tokens, fits, gpu_fits, largest_fitting, on_card
+from flows.plan.fit import calibration_problem, enough_tokens, fits, fitting, gpu_fits, on_card
 from flows.plan.lookup import Planned
 from flows.plan.machine import Memory, available, total_gpu_gib
 from flows.plan.memory import FILES, ON_HOST, StepNeeds, predict
@@ -118,7 +118,8 @@ def _too_large(
     steps: Callable[[Recipe], list[StepNeeds]],
     allows: Callable[[Recipe], bool],
 ) -> Problem:
-    setting = largest_fitting(step.stage, recipe, memory=memory, steps=steps, allows=allows)
+    fit = fitting(step.stage, recipe, memory=memory, steps=steps, allows=allows)
+    setting = None if fit.never else fit.setting
     on_gpu = not gpu_fits(step, memory)
     needs, free = (on_card(step), memory.gpu_gib or 0.0) if on_gpu else (step.needed_gib, memory.host_gib)
     verb, advice = ("needs", "") if step.confirmed else ("may need", " No GPU has confirmed this estimate.")

@@ -30,12 +30,11 @@ Not counted on the GPU: the record of block errors, which loads what was made th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from recipes.models.headers import Headers
-from recipes.models.linear import Linear
+from recipes.models.linear import Linear, weight_count
 from recipes.schemes.limits import size_bytes
 from recipes.schemes.scheme import Scheme
 
@@ -94,12 +93,12 @@ class Quantizer:
     @property
     def layer(self) -> int:
         """Weights of the decoder layer with most."""
-        return _weights(self.headers.decoder_layer)
+        return weight_count(self.headers.decoder_layer)
 
     @property
     def largest(self) -> int:
         """Weights of the largest linear layer."""
-        return max(_weights([layer]) for layer in self.headers.decoder_layer)
+        return max(layer.weights for layer in self.headers.decoder_layer)
 
     @property
     def widest(self) -> int:
@@ -247,10 +246,6 @@ def _llm_compressor(quantizer: Quantizer) -> tuple[dict[str, float], dict[str, f
         return gpu, host | {"activations": 5 * quantizer.stream}
     gpu |= {"weight in work": 8.0 * quantizer.largest, "outputs of a block": 2 * quantizer.stream}
     return gpu, host | {"activations": 2 * quantizer.stream + 2 * quantizer.tokens * quantizer.distinct_inputs}
-
-
-def _weights(layers: Sequence[Linear]) -> int:
-    return sum(layer.in_features * layer.out_features for layer in layers)
 
 
 def _input(layer: Linear) -> tuple[str, int]:

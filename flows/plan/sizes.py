@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from flows.plan.row_sizes import RowSizes
 from recipes.models.headers import Headers
-from recipes.models.linear import Linear
+from recipes.models.linear import Linear, weight_count
 from recipes.schema import Recipe
 from recipes.schemes.limits import size_bytes
 from recipes.schemes.scheme import Scheme
@@ -86,12 +86,8 @@ class Sizes:
 
     @property
     def saved_parameters(self) -> int:
-        """Of the modules that are trained in full; a tied output layer is as large as the embeddings."""
-        headers, ends = self.headers, tuple(self.recipe.train.modules_to_save)
-        if not ends:
-            return 0
-        stored = sum(tensor.numel for name, tensor in headers.tensors.items() if name.rpartition(".")[0].endswith(ends))
-        return stored + (headers.embedding_parameters if headers.tied and "lm_head".endswith(ends) else 0)
+        """Of the modules that are trained in full."""
+        return saved_parameters(self.recipe, self.headers)
 
     @property
     def mlp(self) -> int:
@@ -136,6 +132,10 @@ def features(layers: Sequence[Linear]) -> int:
     return sum(layer.in_features + layer.out_features for layer in layers)
 
 
-def weight_count(layers: Sequence[Linear]) -> int:
-    """Weights of these layers, summed."""
-    return sum(layer.in_features * layer.out_features for layer in layers)
+def saved_parameters(recipe: Recipe, headers: Headers) -> int:
+    """Of the modules that are trained in full; a tied output layer is as large as the embeddings."""
+    ends = tuple(recipe.train.modules_to_save)
+    if not ends:
+        return 0
+    stored = sum(tensor.numel for name, tensor in headers.tensors.items() if name.rpartition(".")[0].endswith(ends))
+    return stored + (headers.embedding_parameters if headers.tied and "lm_head".endswith(ends) else 0)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from flows.plan.mixtures import routed_share
 from flows.plan.row_sizes import RowSizes
+from flows.plan.sizes import GIB, saved_parameters
 from recipes.arms import Arm, arms
 from recipes.models.headers import Headers
 from recipes.schema import Recipe
@@ -76,13 +77,8 @@ def _train(recipe: Recipe, headers: Headers, rows: RowSizes) -> Work:
     in_epoch = rows.rows * max(0.0, 1 - data.dev - data.test)
     count = train.max_steps * train.batch_size if train.max_steps else train.epochs * in_epoch
     tokens = count * _mean_tokens(recipe, rows)
-    saved = sum(
-        tensor.numel
-        for name, tensor in headers.tensors.items()
-        if train.modules_to_save and name.rpartition(".")[0].endswith(tuple(train.modules_to_save))
-    )
     passes = 6 if train.gradient_checkpointing else 4
-    return Work(tokens, (passes * active_parameters(headers) + 2 * saved) * tokens)
+    return Work(tokens, (passes * active_parameters(headers) + 2 * saved_parameters(recipe, headers)) * tokens)
 
 
 def _held_out(recipe: Recipe, rows: RowSizes) -> float:
@@ -94,7 +90,7 @@ def _reference(recipe: Recipe, headers: Headers, rows: RowSizes) -> Work:
     """One forward pass, 2 N a token, over the rows whose bf16 logits fit evaluate.reference_gib."""
     count = _held_out(recipe, rows)
     stored = 2 * count * rows.completion_tokens * headers.vocabulary
-    share = min(1.0, recipe.evaluate.reference_gib * (1 << 30) / stored) if stored else 1.0
+    share = min(1.0, recipe.evaluate.reference_gib * GIB / stored) if stored else 1.0
     tokens = share * count * _mean_tokens(recipe, rows)
     return Work(tokens, 2 * active_parameters(headers) * tokens)
 

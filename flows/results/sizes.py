@@ -42,9 +42,8 @@ def nf4_weight_bytes(headers: Headers) -> int:
     """
     quantized = 0
     for layer in headers.dense_linears:
-        weights = layer.in_features * layer.out_features
-        blocks = math.ceil(weights / NF4_BLOCK)
-        quantized += math.ceil(weights / 2) + blocks + 4 * math.ceil(blocks / NF4_NESTED)
+        blocks = math.ceil(layer.weights / NF4_BLOCK)
+        quantized += math.ceil(layer.weights / 2) + blocks + 4 * math.ceil(blocks / NF4_NESTED)
     return quantized + 2 * (headers.parameters - headers.dense_linear_parameters)
 
 

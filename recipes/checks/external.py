@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from recipes.models.defaults import complete
-from recipes.models.headers import Headers, has_tokenizer, no_config, no_tokenizer
+from recipes.models.headers import Headers
 from recipes.models.installed import is_known
+from recipes.models.refusals import has_tokenizer, no_config, no_tokenizer
 from recipes.models.weights import read_tensors
 from recipes.plain import is_list, is_mapping, json_object
 from recipes.problem import Problem, RecipeError

@@ -13,9 +13,8 @@ from recipes.models.headers import Headers, read_headers
 from recipes.problem import Problem, RecipeError
 from recipes.read.load import Loaded
 from recipes.schema import Recipe
-from recipes.schemes.limits import left_in_bf16, size_bytes
+from recipes.schemes.limits import GIB, UNQUANTIZED, left_in_bf16, size_bytes
 
-GIB = 1 << 30
 COMPOSITE_ROOTS = ("model.language_model", "model.text_model")  # of modules; names of the checkpoint may differ
 # `model_type`s whose classes of transformers 5.23 compute attention without sdpa: soft caps, sinks, or old code.
 WITHOUT_SDPA = (
@@ -23,7 +22,6 @@ WITHOUT_SDPA = (
     *("gptj", "granite_swa", "granitemoe_swa", "hy_v4", "inkling2", "inkling2_text", "mimo_v2_flash", "mpt"),
     *("vaultgemma", "xglm"),
 )
-UNQUANTIZED = 0.05  # share of the linear weights; as tasks.jobs.training.unquantized refuses after loading
 
 
 def train_problems(loaded: Loaded, headers: Headers) -> Iterator[Problem]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from recipes.models.decoder import is_expert
 from recipes.models.weights import Tensor, read_file
 from recipes.plain import is_mapping, json_object
 from recipes.problem import Problem, RecipeError
@@ -146,10 +147,7 @@ def untrained(config: Mapping[str, Any], adapted: Collection[str], modules: Iter
     return sorted(
         module
         for module in modules
-        if module not in adapted
-        and _stack(module) in stacks
-        and ".experts." not in module
-        and is_target(config, module)
+        if module not in adapted and _stack(module) in stacks and not is_expert(module) and is_target(config, module)
     )
 
 

@@ -108,6 +108,11 @@ def is_expert(name: str) -> bool:
     return _EXPERT.search(name) is not None
 
 
+def is_router(module: str) -> bool:
+    """The module of this name chooses experts, or weighs the shared one: it stays as it is."""
+    return _ROUTER.search(module) is not None
+
+
 def layer_number(name: str) -> tuple[str, int] | None:
     """("model.layers.", 3) of `model.layers.3.mlp.experts.0.w1.weight`; None outside numbered layers."""
     parts = name.split(".")
@@ -170,7 +175,7 @@ def _linears(tensors: Iterable[Tensor], *, transposed: bool) -> Iterator[Linear]
     """2-D weights, in the order of the checkpoint."""
     for tensor in tensors:
         module = tensor.name.removesuffix(".weight")
-        if len(tensor.shape) != 2 or module == tensor.name or _ROUTER.search(module) or _NORM.search(module):
+        if len(tensor.shape) != 2 or module == tensor.name or is_router(module) or _NORM.search(module):
             continue
         rows, columns = tensor.shape
         yield Linear(module, *((rows, columns) if transposed else (columns, rows)))

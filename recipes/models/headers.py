@@ -6,7 +6,7 @@ transformers' classes, a child process is asked once (recipes/models/defaults.py
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,15 +14,15 @@ from typing import Any
 
 from recipes.models.chat_template import FolderTemplate, read_template
 from recipes.models.decoder import find_decoder, is_expert, layer_number, sizes_of
-from recipes.models.defaults import SPELLINGS, complete, text_part
+from recipes.models.defaults import SPELLINGS, complete
 from recipes.models.kv_cache import Attention, CacheLayer, cache_layers
-from recipes.models.linear import Linear
+from recipes.models.linear import Linear, weight_count
 from recipes.models.refusals import config_problems, encoder_decoder, has_tokenizer, no_config, no_tokenizer
 from recipes.models.weights import Tensor, read_tensors
-from recipes.plain import json_object
+from recipes.plain import json_object, number_of
 from recipes.problem import Problem, RecipeError
 
-__all__ = ["Headers", "Tensor", "has_tokenizer", "is_expert", "no_config", "no_tokenizer", "read_headers", "text_part"]
+__all__ = ["Headers", "Tensor", "read_headers"]
 
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "embeddings", "tok_embeddings")
 
@@ -77,12 +77,12 @@ class Headers:
     @cached_property
     def linear_parameters(self) -> int:
         """Parameters of the linear layers that a scheme quantizes."""
-        return _parameters(self.linears)
+        return weight_count(self.linears)
 
     @cached_property
     def expert_parameters(self) -> int:
         """Parameters of the experts of a mixture, stored one by one or as one weight: training leaves them bf16."""
-        apart = _parameters(layer for layer in self.linears if is_expert(layer.name))
+        apart = weight_count(layer for layer in self.linears if is_expert(layer.name))
         return apart + sum(tensor.numel for tensor in self.stacked_experts)
 
     @cached_property
@@ -93,7 +93,7 @@ class Headers:
     @cached_property
     def dense_linear_parameters(self) -> int:
         """Parameters of the linear layers that are no experts."""
-        return _parameters(self.dense_linears)
+        return weight_count(self.dense_linears)
 
     @property
     def embedding_parameters(self) -> int:
@@ -140,7 +140,7 @@ class Headers:
     @property
     def max_positions(self) -> int | None:
         """Longest context the base was made for, in tokens; None where config.json names none."""
-        return _number(self.text_config, "max_position_embeddings", "n_positions", "n_ctx")
+        return number_of(self.text_config, "max_position_embeddings", "n_positions", "n_ctx")
 
     @property
     def heads(self) -> int:
@@ -168,7 +168,7 @@ class Headers:
         for layer in self.linears:
             number = next(part for part in layer.name.split(".") if part.isdigit())
             by_number.setdefault(number, []).append(layer)
-        return tuple(max(by_number.values(), key=_parameters))
+        return tuple(max(by_number.values(), key=weight_count))
 
     @property
     def largest_in_features(self) -> int:
@@ -181,7 +181,7 @@ class Headers:
         Raises:
             RecipeError: It is not there: nothing is counted with a guess.
         """
-        value = _number(self.text_config, name, *SPELLINGS[name])
+        value = number_of(self.text_config, name, *SPELLINGS[name])
         if value is None:
             raise Problem(
                 what=f"config.json does not say {name}.",
@@ -192,8 +192,12 @@ class Headers:
         return value
 
 
-def read_headers(folder: Path) -> Headers:
+def read_headers(folder: Path, *, needs_tokenizer: bool = True) -> Headers:
     """Read a base model's folder.
+
+    Args:
+        folder: The model folder.
+        needs_tokenizer: Refuse a folder without one; merging weights needs none.
 
     Raises:
         RecipeError: With every problem: no config.json, no safetensors or broken ones, no tokenizer, an adapter, an
@@ -207,7 +211,7 @@ def read_headers(folder: Path) -> Headers:
         tensors = read_tensors(folder)
     except RecipeError as error:
         problems += error.problems
-    if not has_tokenizer(folder):
+    if needs_tokenizer and not has_tokenizer(folder):
         problems.append(no_tokenizer(folder))
     if problems or config is None:  # a quantized or truncated checkpoint has other layers: one cause, one problem
         raise RecipeError(problems)
@@ -244,15 +248,5 @@ def _key_features(tensors: Mapping[str, Tensor]) -> int | None:
     return outputs.pop() if len(outputs) == 1 else None
 
 
-def _parameters(layers: Iterable[Linear]) -> int:
-    return sum(layer.in_features * layer.out_features for layer in layers)
-
-
 def _module(name: str) -> str:
     return name.removesuffix(".weight")
-
-
-def _number(config: Mapping[str, Any], *names: str) -> int | None:
-    """The first of these that is a whole number above zero."""
-    values = (config.get(name) for name in names)
-    return next((value for value in values if isinstance(value, int) and value > 0), None)

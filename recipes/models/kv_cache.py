@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from recipes.plain import is_list, is_mapping
+from recipes.plain import is_list, is_mapping, number_of
 
 OLD_KINDS = {"attention": "full_attention", "mamba": "linear_attention"}
 WITHOUT_CACHE = ("moe", "mlp")
@@ -80,18 +80,18 @@ def layer_kinds(config: Mapping[str, Any], layers: int) -> list[str]:
     named = config.get("layer_types") or config.get("layers_block_type")
     if is_list(named):
         return [OLD_KINDS.get(str(kind), str(kind)) for kind in named]
-    if _number(config, "sliding_window") and config.get("use_sliding_window") is not False:
+    if number_of(config, "sliding_window") and config.get("use_sliding_window") is not False:
         return ["sliding_attention"] * layers  # Mistral 0.1; Qwen2 switches it off
-    return ["chunked_attention" if _number(config, "attention_chunk_size") else "full_attention"] * layers
+    return ["chunked_attention" if number_of(config, "attention_chunk_size") else "full_attention"] * layers
 
 
 def key_value_heads(config: Mapping[str, Any], heads: int) -> int:
     """Key-value heads; as many as attention heads where nothing is said."""
-    if named := _number(config, "num_key_value_heads"):
+    if named := number_of(config, "num_key_value_heads"):
         return named
     if config.get("multi_query") and not config.get("new_decoder_architecture"):  # Falcon, GPT-BigCode
         return 1
-    return _number(config, "num_kv_heads") or heads
+    return number_of(config, "num_kv_heads") or heads
 
 
 def _layer(config: Mapping[str, Any], kind: str, sizes: Attention) -> CacheLayer:
@@ -101,42 +101,34 @@ def _layer(config: Mapping[str, Any], kind: str, sizes: Attention) -> CacheLayer
     if kind in STATE_ONLY and state is not None:
         return CacheLayer(kind, heads, 0, 0, None, state)
     # A state of unknown size is counted as if the layer had full attention: no less than what it takes.
-    window = _number(config, WINDOWS[kind]) if kind in WINDOWS else None
+    window = number_of(config, WINDOWS[kind]) if kind in WINDOWS else None
     return CacheLayer(kind, heads, keys, values, window, state or 0)
 
 
 def _features(config: Mapping[str, Any], heads: int, sizes: Attention) -> tuple[int, int]:
     """Features of keys and of values, over all heads."""
-    if _number(config, "kv_lora_rank"):  # transformers keeps the keys and values that it makes of the latent
-        rope, nope = _number(config, "qk_rope_head_dim"), _number(config, "qk_nope_head_dim")
-        value = _number(config, "v_head_dim")
+    if number_of(config, "kv_lora_rank"):  # transformers keeps the keys and values that it makes of the latent
+        rope, nope = number_of(config, "qk_rope_head_dim"), number_of(config, "qk_nope_head_dim")
+        value = number_of(config, "v_head_dim")
         if rope and nope and value:
             return sizes.heads * (rope + nope), sizes.heads * value
-    size = _number(config, "head_dim") or sizes.hidden // sizes.heads
+    size = number_of(config, "head_dim") or sizes.hidden // sizes.heads
     return heads * size, heads * size
 
 
 def _state(config: Mapping[str, Any], sizes: Attention) -> int | None:
     """Numbers of a layer's recurrent state and of its convolution; None where the config does not tell."""
-    if heads := _number(config, "linear_num_value_heads"):  # gated delta net: Qwen3-Next, Qwen3.5
-        key, value = _number(config, "linear_key_head_dim") or 0, _number(config, "linear_value_head_dim") or 0
-        wide = 2 * (_number(config, "linear_num_key_heads") or 0) * key + heads * value
-        return heads * key * value + wide * (_number(config, "linear_conv_kernel_dim") or 4)
-    if length := _number(config, "conv_L_cache"):  # LFM2
+    if heads := number_of(config, "linear_num_value_heads"):  # gated delta net: Qwen3-Next, Qwen3.5
+        key, value = number_of(config, "linear_key_head_dim") or 0, number_of(config, "linear_value_head_dim") or 0
+        wide = 2 * (number_of(config, "linear_num_key_heads") or 0) * key + heads * value
+        return heads * key * value + wide * (number_of(config, "linear_conv_kernel_dim") or 4)
+    if length := number_of(config, "conv_L_cache"):  # LFM2
         return sizes.hidden * length
-    state = _number(config, "mamba_d_state", "ssm_state_size", "state_size")
-    heads = _number(config, "mamba_n_heads", "mamba_num_heads", "num_heads")
-    size = _number(config, "mamba_d_head", "mamba_head_dim")
+    state = number_of(config, "mamba_d_state", "ssm_state_size", "state_size")
+    heads = number_of(config, "mamba_n_heads", "mamba_num_heads", "num_heads")
+    size = number_of(config, "mamba_d_head", "mamba_head_dim")
     if state and heads and size:  # Mamba 2
-        return heads * size * (state + (_number(config, "mamba_d_conv", "conv_kernel") or 4))
-    if state and (expand := _number(config, "mamba_expand", "expand")):  # Mamba 1
-        return expand * sizes.hidden * (state + (_number(config, "mamba_d_conv", "conv_kernel") or 4))
+        return heads * size * (state + (number_of(config, "mamba_d_conv", "conv_kernel") or 4))
+    if state and (expand := number_of(config, "mamba_expand", "expand")):  # Mamba 1
+        return expand * sizes.hidden * (state + (number_of(config, "mamba_d_conv", "conv_kernel") or 4))
     return None
-
-
-def _number(config: Mapping[str, Any], *names: str) -> int | None:
-    """The first of these that is a number above zero."""
-    values = (config.get(name) for name in names)
-    return next(
-        (value for value in values if isinstance(value, int) and not isinstance(value, bool) and value > 0), None
-    )

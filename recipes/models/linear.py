@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 
@@ -14,6 +15,16 @@ class Linear(NamedTuple):
     out_features: int
 
     @property
+    def weights(self) -> int:
+        """How many weights it has."""
+        return self.in_features * self.out_features
+
+    @property
     def family(self) -> str:
         """The name with layer numbers as `*`: one for all layers of a kind."""
         return re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", self.name)
+
+
+def weight_count(layers: Iterable[Linear]) -> int:
+    """Weights of these layers, summed."""
+    return sum(layer.weights for layer in layers)

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from recipes.models.headers import Headers, is_expert
-from recipes.models.linear import Linear
+from recipes.models.decoder import is_expert
+from recipes.models.headers import Headers
+from recipes.models.linear import Linear, weight_count
 from recipes.problem import Problem
 from recipes.schemes.scheme import Backend, Method, Scheme
 
@@ -153,7 +154,7 @@ def left_in_bf16(scheme: Scheme, headers: Headers) -> int:
 def size_bytes(scheme: Scheme, headers: Headers) -> float:
     """Bytes of the weights that the scheme makes of a model: its layers, and everything else in bf16."""
     linears = quantized_linears(scheme, headers)
-    rest = headers.parameters - sum(layer.in_features * layer.out_features for layer in linears)
+    rest = headers.parameters - weight_count(linears)
     return scheme.predicted_bytes(linears) + 2 * rest
 
 

@@ -259,7 +259,7 @@ class Scheme:
         total = 0
         for layer in shapes:
             grid = self.grid_of(layer.name)
-            size = layer.in_features * layer.out_features
+            size = layer.weights
             if grid is None:
                 total += 2 * size
             elif self.form == "bitsandbytes":  # nf4: an 8-bit absmax per 64 weights; int8: an fp32 scale per output
@@ -271,7 +271,7 @@ class Scheme:
     def _grid_bytes(self, layer: Linear, grid: Grid) -> int:
         groups = 1 if grid.group_size == PER_CHANNEL else -(-layer.in_features // grid.group_size)
         points = 0 if self.form == "compressed-tensors" and grid.symmetric else grid.bits
-        total = layer.in_features * layer.out_features * grid.bits // 8
+        total = layer.weights * grid.bits // 8
         total += groups * layer.out_features * (16 + points) // 8
         return total + (4 * layer.in_features if self.form == "gptq" else 0)
 

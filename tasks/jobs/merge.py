@@ -13,7 +13,7 @@ import torch
 
 from recipes.models import headers
 from recipes.models.adapters import WEIGHTS, Adapter, read_adapter
-from recipes.models.headers import has_tokenizer
+from recipes.models.refusals import has_tokenizer
 from recipes.models.weights import read_tensors
 from recipes.problem import RecipeError
 from tasks.jobs.loading.load import setup

@@ -18,18 +18,11 @@ import transformers
 from transformers import GenerationConfig
 
 from tests.bench.models_page import SEED
-from tests.tiny import MARKED, _tokenizer
+from tests.tiny import MARKED, SIZES, _tokenizer, draw_biases
 
 IMAGE = ("<|image|>", "<|image_start|>", "<|image_end|>")  # ids 4, 5, 6 of a whole base
 SHAPE: dict[str, Any] = {
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.04,
+    **SIZES,
     "pad_token_id": 0,
     "bos_token_id": None,
     "eos_token_id": 2,
@@ -302,10 +295,7 @@ def write_architecture(folder: Path, name: str) -> Path:
     torch.manual_seed(SEED)
     auto = transformers.AutoModelForImageTextToText if architecture.whole else transformers.AutoModelForCausalLM
     model = auto.from_config(config, dtype=torch.bfloat16)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if key.endswith("bias"):  # they start as zeros, and a lost bias would not show
-                parameter.normal_(std=0.02)
+    draw_biases(model)
     model.generation_config = GenerationConfig(eos_token_id=[2, 0], pad_token_id=0)
     model.save_pretrained(folder)
     if architecture.processor is not None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flows.plan.fit import Fitting, enough_tokens, fits, fitting, gpu_fits, on_card, with_spare
+from flows.plan.fit import Fitting, enough_tokens, fits, fitting, gpu_fits, leaving_free, on_card
 from flows.plan.machine import Memory
 from flows.plan.memory import StepNeeds, predict
 from flows.plan.preflight import largest_parts
@@ -93,7 +93,7 @@ def recipe_of(shape: Shape) -> Recipe:
 
 def cell(model: Model, keys: Sequence[str], gib: float) -> str:
     """`fits: 11.2`, `micro 4: 20.3`, or what is in the way; GiB of the card with these settings."""
-    memory = with_spare(Memory(HOST, float(gib)))
+    memory = leaving_free(Memory(HOST, float(gib)))
 
     def steps(recipe: Recipe) -> list[StepNeeds]:
         return [step for step in model.steps(recipe) if step.key.startswith(keys)]
@@ -176,7 +176,7 @@ def example(name: str, model: Model, gib: float) -> str:
         host, disk = max(step.needed_gib for step in of_kind), max(step.disk_gib for step in of_kind)
         lines.append(f"#   {kind:<24}{f'{mark}{gpu:.1f}' if gpu else '-':>10}{host:>8.1f}{disk:>8.1f}")
     total = sum(step.disk_gib for step in steps)
-    card = with_spare(Memory(HOST, gib))
+    card = leaving_free(Memory(HOST, gib))
     verdict = "Every step fits" if all(fits(step, card) for step in steps) else "NOT every step fits"
     lines += [
         "#",

@@ -113,7 +113,7 @@ def test_what_was_not_tried_says_so() -> None:
 
 
 def test_the_page_counts_its_cells_and_keeps_tables_whole() -> None:
-    results = [result(), result(settings=("train.accept_unquantized=true",), awq=failed("a | b <c> *d* /work/x/y.py"))]
+    results = [result(), result(settings=("train.accept_unquantized=true",), awq=failed("a | b <c> *d* /data/x/y.py"))]
     text = page(results, CONDITIONS)
     assert "17 works, 1 FAULT (2 x 9 cells)" in text
     assert "as happened (`train.accept_unquantized=true`)" in text

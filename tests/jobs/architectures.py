@@ -30,18 +30,9 @@ from transformers import (
 from tasks.jobs.loading.load import load_bf16, load_nf4
 from tasks.jobs.merging.nf4 import write_record
 from tests.jobs.whole_models import WHOLE, write_whole
-from tests.tiny import TEMPLATES, _tokenizer
+from tests.tiny import SIZES, TEMPLATES, _tokenizer, draw_biases
 
-SHAPE: dict[str, Any] = {
-    "hidden_size": 128,
-    "intermediate_size": 192,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.04,
-}
+SHAPE: dict[str, Any] = SIZES | {"intermediate_size": 192, "max_position_embeddings": 128}
 CONFIGS: dict[str, Callable[..., PreTrainedConfig]] = {
     "llama": LlamaConfig,
     "qwen2": Qwen2Config,  # biases of q, k, v
@@ -78,10 +69,7 @@ def write_architecture(folder: Path, name: str, *, shard: str = "5GB", tied: boo
     ties = {} if tied is None else {"tie_word_embeddings": tied}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[name](**shape, **EXTRA.get(name, {}), **ids, **ties))
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if key.endswith("bias"):  # they start as zeros
-                parameter.normal_(std=0.02)
+    draw_biases(model)
     model.generation_config = GenerationConfig(eos_token_id=[2, 0], pad_token_id=0)
     model.to(torch.bfloat16).save_pretrained(folder, max_shard_size=shard)
     return folder

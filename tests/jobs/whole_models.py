@@ -16,18 +16,12 @@ from transformers import (
 )
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
-from tests.tiny import TEMPLATES, _tokenizer
+from tests.tiny import SIZES, TEMPLATES, _tokenizer, draw_biases
 
 TEXT: dict[str, Any] = {
+    **SIZES,
     "vocab_size": 300,
-    "hidden_size": 128,
     "intermediate_size": 192,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.04,
     "pad_token_id": 0,
     "eos_token_id": 2,
     "bos_token_id": 3,
@@ -183,10 +177,7 @@ def write_whole(folder: Path, name: str, *, template: str = "plain") -> Path:
     _write_processor(folder, name, tokenizer)
     torch.manual_seed(0)
     model = getattr(transformers, whole.architecture)(whole.config())
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if key.endswith("bias"):  # they start as zeros
-                parameter.normal_(std=0.02)
+    draw_biases(model)
     model.generation_config = GenerationConfig(eos_token_id=[2, 0], pad_token_id=0)
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from compressed_tensors.utils import patch_attr
-from torch import nn
 
 from recipes.schemes.scheme import PER_CHANNEL
 from tasks.jobs.backends import (
@@ -37,7 +36,7 @@ from tasks.jobs.backends import (
     unpadded,
 )
 from tasks.jobs.backends.awq_inputs import inputs_kept_once
-from tasks.jobs.backends.names import linear_modules
+from tasks.jobs.backends.names import linear_layers, linear_modules
 from tasks.jobs.loading.environment import tame_gptqmodel
 from tasks.runtime.process.events import Events
 
@@ -70,11 +69,7 @@ def quantize(request: Request) -> Quantized:
         loaded: Any = GPTQModel.load(str(model), _config(params, device=device), device=device, trust_remote_code=False)
         modules = linear_modules(loaded.model, names, backend="GPTQModel")
         prefix = loaded.extract_layers_node()[0]
-        inside = {
-            name
-            for name, module in loaded.model.named_modules()
-            if isinstance(module, nn.Linear) and name.startswith(f"{prefix}.")
-        }
+        inside = {name for name in linear_layers(loaded.model) if name.startswith(f"{prefix}.")}
         total = loaded.model.config.get_text_config().num_hidden_layers
 
         def layer_done(*, layer_idx: int, submodule_finalized: bool) -> None:

@@ -22,7 +22,6 @@ from dataclasses import replace
 from importlib.metadata import version
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.core_model_loading import dot_natural_key
@@ -31,7 +30,7 @@ from recipes.models.linear import Linear
 from recipes.schemes.scheme import FUSED, Grid, Scheme
 from tasks.jobs.backends import Quantized, Request, linear_names
 from tasks.jobs.backends.llm_compressor_watch import Watch
-from tasks.jobs.backends.names import linear_modules
+from tasks.jobs.backends.names import linear_layers, linear_modules
 from tasks.jobs.loading.load import load_bf16
 from tasks.jobs.loading.names import modules_of
 
@@ -56,7 +55,7 @@ def quantize(request: Request) -> Quantized:
     every = list(dict.fromkeys([*(stored.get(name, name) for name in names), *experts]))
     modules |= {name: name for name in experts if name not in stored.values() and scheme.grid_of(name)}
     watch = Watch(request.events, layers=loaded.config.get_text_config().num_hidden_layers, device=request.device)
-    ignored = sorted(_linear(loaded) - set(every))  # lm_head, routers, towers
+    ignored = sorted(linear_layers(loaded) - set(every))  # lm_head, routers, towers
     samples = [{"input_ids": torch.tensor([list(row)])} for row in request.rows]
     with watched(watch):
         oneshot(
@@ -87,13 +86,9 @@ def take_apart(model: PreTrainedModel) -> list[str]:
     """Make linear layers of a mixture's experts, in place; returns their names."""
     from llmcompressor.modeling.moe.linearize import linearize_moe  # pyright: ignore[reportMissingImports]
 
-    before = _linear(model)
+    before = linear_layers(model)
     linearize_moe(model)
-    return sorted(_linear(model) - before, key=dot_natural_key)
-
-
-def _linear(model: nn.Module) -> set[str]:
-    return {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return sorted(linear_layers(model) - before, key=dot_natural_key)
 
 
 def targets(scheme: Scheme, names: Sequence[str]) -> dict[Grid, list[str]]:

@@ -23,7 +23,7 @@ def linear_modules(model: PreTrainedModel, names: Sequence[str], *, backend: str
         StageError: One of them is not one linear module there: fused with others, or transposed.
     """
     modules = modules_of(model, names)
-    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear = linear_layers(model)
     if missing := [name for name in names if modules.get(name) not in linear]:
         raise StageError.of(
             what=f"{len(missing)} linear layers of the checkpoint are not linear layers in the loaded model",
@@ -33,3 +33,8 @@ def linear_modules(model: PreTrainedModel, names: Sequence[str], *, backend: str
             "rule with keep: true (ct- schemes)",
         )
     return {name: modules[name] for name in names}
+
+
+def linear_layers(model: nn.Module) -> set[str]:
+    """Module names of the linear layers that a backend can take; transposed ones (Conv1D) are none."""
+    return {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}

@@ -8,7 +8,6 @@ others (Mistral3, SmolVLM, Qwen3-VL, Voxtral), and takes a few whole (Gemma 3 an
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,11 @@ from transformers.models.auto.modeling_auto import (
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from recipes.models.decoder import is_router
 from tasks.runtime.process.errors import StageError
 
 BACKBONE = "text_backbone"
 _OWN_LAYERS = re.compile(r"^\w+\.\d+\.")  # of a decoder: layers.0.mlp, h.0.attn; not encoder.layers.0
-_ROUTER = re.compile(r"\.(gate|router|shared_expert_gate)(\.|$)")  # what chooses experts stays as it is
 
 
 def class_of(config: PreTrainedConfig, *, where: str) -> Any:
@@ -102,21 +101,21 @@ def text_linears(model: PreTrainedModel) -> frozenset[str]:
     """
     stem = text_decoder(model)
     prefix = f"{stem}." if stem else ""
-    inside = {name.removeprefix(prefix): name for name in _linears(model) if name.startswith(prefix)}
+    inside = {name.removeprefix(prefix): name for name in linears(model) if name.startswith(prefix)}
     own = {name for rest, name in inside.items() if _OWN_LAYERS.match(rest)}
-    return frozenset(name for name in own if not _ROUTER.search(name))
+    return frozenset(name for name in own if not is_router(name))
 
 
 def outside_linears(model: PreTrainedModel) -> frozenset[str]:
     """Full names of the other linear layers: towers, projectors, routers; not the output layer."""
     head = model.get_output_embeddings()
     head_name = next((name for name, module in model.named_modules() if module is head), None)
-    return frozenset(_linears(model)) - text_linears(model) - {head_name}
+    return frozenset(linears(model)) - text_linears(model) - {head_name}
 
 
 def has_towers(model: PreTrainedModel) -> bool:
     """Linear layers lie outside the text decoder's layers: `all-linear` would take them for the decoder's."""
-    return any(not _ROUTER.search(name) for name in outside_linears(model))
+    return any(not is_router(name) for name in outside_linears(model))
 
 
 def modules_to_skip(model: PreTrainedModel) -> list[str] | None:
@@ -133,10 +132,10 @@ def modules_to_skip(model: PreTrainedModel) -> list[str] | None:
         return None
     wanted = text_linears(model)
     parents = {parent for name in wanted for parent in _parents(name)}
-    rest = set(_linears(model)) - wanted
+    rest = set(linears(model)) - wanted
     names = {next(part for part in [*_parents(name), name] if part not in parents) for name in rest}
     for skip in (sorted(names), sorted(rest)):  # transformers takes them for regular expressions and ends of names
-        if {name for name in _linears(model) if should_convert_module(name, skip)} == wanted:
+        if {name for name in linears(model) if should_convert_module(name, skip)} == wanted:
             return skip
     return sorted(rest)
 
@@ -152,7 +151,8 @@ def name_backbone(model: PreTrainedModel) -> None:
         model.base_model_prefix = BACKBONE
 
 
-def _linears(model: nn.Module) -> Iterable[str]:
+def linears(model: nn.Module) -> list[str]:
+    """Full names of all linear layers, those that store their weight [in, out] (Conv1D) among them."""
     return [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
 
 

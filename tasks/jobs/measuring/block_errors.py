@@ -21,7 +21,6 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +29,7 @@ from tasks.jobs.backends import relative_error
 from tasks.jobs.loading.kernels import kernel_of
 from tasks.jobs.loading.load import load_arm, load_bf16
 from tasks.jobs.merging.streams import Reader
+from tasks.runtime.host_memory import free_host_bytes
 from tasks.runtime.process.errors import StageError
 
 GIB = 1 << 30
@@ -188,7 +188,7 @@ def _from_the_host(headers: Headers, *, device: str) -> nn.Module:
             no safetensors.
     """
     needed = 2 * headers.parameters
-    free = psutil.virtual_memory().available
+    free = free_host_bytes()
     if device != "cpu" and needed > free:
         raise StageError.of(
             what="the bf16 model does not fit the host beside what is there",

@@ -15,8 +15,9 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 
 from recipes.models import headers
+from recipes.models.decoder import is_expert
 from tasks.jobs.loading.adapter_names import ModuleNames
-from tasks.jobs.loading.classes import empty_model, modules_to_skip
+from tasks.jobs.loading.classes import empty_model, linears, modules_to_skip
 from tasks.jobs.loading.load import linear4bit
 from tasks.jobs.loading.names import stored_parameters
 
@@ -67,7 +68,7 @@ def read_skeleton(folder: Path, tensors: Mapping[str, headers.Tensor]) -> Skelet
     stored, parts = stored_parameters(model, tensors)
     shapes = {name: tuple(parameter.shape) for name, parameter in meta.items()}
     dtypes = _dtypes(model, shapes)
-    experts = [name for name in parts if ".experts." in name and name.endswith(".weight") and name not in meta]
+    experts = [name for name in parts if is_expert(name) and name.endswith(".weight") and name not in meta]
     matrices = [name for name in experts if len(tensors[name].shape) == 2]
     for name in matrices:
         shapes[name], stored[name], dtypes[name] = tensors[name].shape, name, dtypes[parts[name]]
@@ -80,7 +81,7 @@ def read_skeleton(folder: Path, tensors: Mapping[str, headers.Tensor]) -> Skelet
         tied=dict(model.all_tied_weights_keys),
         transposed=frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D)),
         embeddings=(_name(model, model.get_input_embeddings()), _name(model, model.get_output_embeddings())),
-        linears=frozenset(name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)),
+        linears=frozenset(linears(model)),
         one_by_one=frozenset(name.removesuffix(".weight") for name in matrices),
         names=ModuleNames(model, also=[name.removesuffix(".weight") for name in matrices]),
         four_bit=_four_bit(model),  # last: it replaces modules
