@@ -158,7 +158,8 @@ class EngineServer:
                 return time.monotonic() - self._started
             if time.monotonic() - self._started > limit_s:
                 raise self.trouble(
-                    f"the engine did not answer within {limit_s:g} s", "a large model, or kernels that are compiled first"
+                    f"the engine did not answer within {limit_s:g} s",
+                    "a large model, or kernels that are compiled first",
                 )
             time.sleep(POLL_S)
 
