@@ -55,14 +55,8 @@ def run(job: Job) -> dict[str, Any]:
     assert job.execution.server_python is not None
     port = free_port()
     command, context = _command(job, served, rows)
-    argv = engine_argv(
-        command,
-        folder,
-        python=Path(job.execution.server_python),
-        port=port,
-        device=job.execution.device,
-        more=_more(job),
-    )
+    device, python = job.execution.device, Path(job.execution.server_python)
+    argv = engine_argv(command, folder, python=python, port=port, device=device, more=_more(job))
     with EngineServer(argv, port=port, env=_environment(job, folder, context)) as server:
         start_s = server.wait_until_healthy(START_LIMIT_S)
         job.events.note("serving", f"{job.params['engine']['name']} answered after {start_s:.0f} s")
