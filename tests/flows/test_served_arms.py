@@ -33,7 +33,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An environment `vllm` that was installed from today's lock, on a CPU with AVX-512."""
     monkeypatch.setattr(environments, "CHECKOUT", tmp_path)
     monkeypatch.setattr(environments, "INSTALLED", tmp_path / "envs")
-    monkeypatch.setattr(serve, "has_avx512", lambda: True)
+    monkeypatch.setattr(serve, "cpu_flags", lambda: frozenset({"avx2", "avx512f"}))
     (tmp_path / "envs" / "vllm").mkdir(parents=True)
     (tmp_path / "envs" / "vllm" / ".installed").write_text(environments.lock_digest("vllm"))
     return tmp_path
@@ -66,7 +66,7 @@ def composed(home: Path, *sets: str, merge: str = "dequantized") -> Composed:
 
 def test_what_may_become_the_candidate_is_served_and_the_floor(home: Path) -> None:
     matrix = composed(home)
-    assert matrix.served >= {*SCHEMES, "merged-dequantized", "gptq-w4-g128.kv-fp8"}
+    assert matrix.served == {*SCHEMES, "merged-dequantized", "gptq-w4-g128.kv-fp8"}
     assert "vLLM does not read the 3-bit weights" in (matrix.why("gptq-w3-g128") or "")
     assert "export" in (matrix.why("gptq-w4-g128.on-base") or "") and "export" in (matrix.why("nf4-adapter") or "")
     assert "nothing to ship" in (matrix.why("base") or "")
@@ -112,7 +112,7 @@ def test_without_its_environment_nothing_is_served_and_the_run_is_whole(home: Pa
 
 
 def test_a_cpu_without_avx512_serves_bf16_alone(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve, "has_avx512", lambda: False)
+    monkeypatch.setattr(serve, "cpu_flags", lambda: frozenset({"avx2"}))
     matrix = composed(home)
     assert matrix.served == {"merged-dequantized"}
     assert "AVX-512" in (matrix.why("awq-w4-g128") or "") and "AVX-512" in (matrix.why("gptq-w4-g128.kv-fp8") or "")
