@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recipes.models.headers import read_headers
+from recipes.problem import RecipeError
 from tasks.jobs.measuring.grading import grade, open_graders
 from tasks.jobs.measuring.scores import SCORES, score_line
 from tasks.jobs.measuring.teacher_forcing import TokenRow, greedy_config, read_rows
@@ -122,11 +123,18 @@ def _more(job: Job) -> list[str]:
 
 
 def _environment(job: Job, folder: Path, context: int) -> dict[str, str]:
-    """Of the engine; on a CPU with a KV cache that holds one sequence of the whole context, 1 GiB or more."""
+    """Of the engine; on a CPU with a KV cache that holds one sequence of the whole context, 1 GiB or more.
+
+    Raises:
+        StageError: The model's folder cannot be read.
+    """
     env = engine_env()
     if job.execution.device == "cpu":
-        needed = 2 * read_headers(folder, needs_tokenizer=False).cache_numbers(context)
-        env["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, math.ceil(needed / GIB)))
+        try:
+            headers = read_headers(folder, needs_tokenizer=False)
+        except RecipeError as error:
+            raise StageError(error.problems[0]) from error
+        env["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, math.ceil(2 * headers.cache_numbers(context) / GIB)))
     return env
 
 

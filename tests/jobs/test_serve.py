@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Iterator
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +22,7 @@ from tasks.jobs import evaluate, prepare, serve
 from tasks.jobs.serve_file import write_serve_file
 from tasks.runtime.process.environments import environment_problem, interpreter
 from tasks.runtime.process.errors import StageError
+from tasks.runtime.process.launch import child_env
 from tests.jobs.build import make_job, write_jsonl
 from tests.jobs.test_evaluate import PARAMS as EVALUATE
 from tests.jobs.test_prepare import PARAMS as PREPARE
@@ -127,12 +132,60 @@ def test_other_weights_are_seen(world: World, tmp_path: Path, nothing_left: None
 @pytest.mark.slow
 def test_an_engine_that_dies_at_its_start_says_why(world: World, tmp_path: Path, nothing_left: None) -> None:
     broken = shutil.copytree(world.model, tmp_path / "broken")
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 64}))
+    with pytest.raises(StageError) as refused:
+        served(world, tmp_path / "out", model=broken)
+    problem = refused.value.problem
+    print(problem)
+    assert problem.what == "the engine ended while it started"
+    assert "AssertionError" in problem.why or "size" in problem.why
+    assert "serve.engine: none" in problem.next
+
+
+def test_a_broken_file_is_named_before_a_start(world: World, tmp_path: Path) -> None:
+    broken = shutil.copytree(world.model, tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(StageError) as refused:
         served(world, tmp_path / "out", model=broken)
-    print(refused.value.problem)
-    assert refused.value.problem.what == "the engine ended while it started"
-    assert "safetensors" in refused.value.problem.why.lower() or "header" in refused.value.problem.why.lower()
+    assert refused.value.problem.what == "A weight file is truncated or broken."
+
+
+@needs_engine
+@pytest.mark.slow
+def test_a_killed_job_leaves_no_engine(world: World, tmp_path: Path) -> None:
+    inputs = {"model": world.model, "dataset": world.dataset, "scores": world.scores}
+    job = make_job("serve", tmp_path / "out", params=PARAMS, **inputs)
+    job = replace(job, slug="killed", execution=replace(job.execution, server_python=str(interpreter("vllm"))))
+    job.dump(tmp_path / "job.json")
+    words = [sys.executable, "-P", "-m", "tasks.runtime.process.child", "run", str(tmp_path / "job.json")]
+    log = (tmp_path / "log.txt").open("wb")
+    child = subprocess.Popen(words, env=child_env(), stdout=log, stderr=log, start_new_session=True)
+    wait_for(lambda: len(engines("killed")) > 2)
+    child.kill()
+    child.wait()
+    wait_for(lambda: not engines("killed"), limit_s=20)
+
+
+def engines(slug: str) -> list[list[str]]:
+    """Command lines of the processes in the session of a server that was started under this name."""
+    named = [process for process in psutil.process_iter(["cmdline"]) if slug in (process.info["cmdline"] or [])]
+    groups = {os.getpgid(process.pid) for process in named if process.is_running()}
+    return [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"]) if _group(process) in groups]
+
+
+def _group(process: psutil.Process) -> int | None:
+    try:
+        return os.getpgid(process.pid)
+    except ProcessLookupError:
+        return None
+
+
+def wait_for(holds: Callable[[], bool], limit_s: float = 300) -> None:
+    deadline = time.monotonic() + limit_s
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def test_a_context_that_is_too_short_is_refused_before_a_start(world: World, tmp_path: Path) -> None:
