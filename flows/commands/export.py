@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ from flows.commands.folders import check_disk, check_output
 from flows.commands.terminal import FAILED, Output, refusal, say
 from flows.report.build import render
 from flows.report.model_card import card, provenance_of
-from flows.results.artifacts import Part, parts_of, serve_record
+from flows.results.artifacts import Part, model_headers, parts_of, serve_record
 from flows.results.read import Run, RunArm, RunStep, read_run
 from flows.run.folder import find_run
+from recipes.plain import json_object
 from recipes.problem import Problem, RecipeError
 from recipes.schema import recipe_of_run
+from recipes.schemes import on_disk
 from recipes.schemes.serve_file import write
 from tasks import reload
 from tasks.runtime.fingerprint import file_digest
@@ -46,6 +48,8 @@ class Exported:
         n_bytes: Their size.
         reloaded: What the child that loaded it said: prompt_tokens, largest_difference, kernel; None where DEST held
             this export already.
+        on_disk: Of a quantized arm, what the copied files hold: packed share, bits a weight, codes; None for others,
+            and where DEST held this export already.
     """
 
     folder: Path
@@ -53,6 +57,7 @@ class Exported:
     files: int
     n_bytes: int
     reloaded: dict[str, Any] | None
+    on_disk: dict[str, Any] | None = None
 
 
 def export(run_folder: Path, slug: str, dest: Path, *, home: Path, again: bool = False) -> Exported:
@@ -68,7 +73,8 @@ def export(run_folder: Path, slug: str, dest: Path, *, home: Path, again: bool =
         again: DEST may hold this very export, which is then left as it is: a push that failed goes on from there.
 
     Raises:
-        RecipeError: No such arm, it failed, its files are damaged or gone, DEST is not empty, the disk is too small.
+        RecipeError: No such arm, it failed, its files are damaged or gone, or hold other than its scheme promises; DEST
+            is not empty, the disk is too small.
         StepFailed: The copy does not load, or answers otherwise; nothing is left at DEST.
     """
     dest = dest.absolute()
@@ -87,6 +93,7 @@ def export(run_folder: Path, slug: str, dest: Path, *, home: Path, again: bool =
     try:
         for part in parts:
             _copy(part, draft / part.under, run)
+        counted = _counted(run, arm, draft / parts[0].under)
         served = serve_record(run, arm, parts)
         write(draft, served)
         (draft / "recipe.yaml").write_text(_recipe(run), encoding="utf-8")
@@ -101,7 +108,7 @@ def export(run_folder: Path, slug: str, dest: Path, *, home: Path, again: bool =
         with contextlib.suppress(OSError):  # the log of a copy that did not load stays
             work.rmdir()
     shutil.rmtree(work, ignore_errors=True)
-    return _exported(dest, slug, reloaded)
+    return replace(_exported(dest, slug, reloaded), on_disk=counted)
 
 
 def _exported(dest: Path, slug: str, reloaded: dict[str, Any] | None) -> Exported:
@@ -227,6 +234,23 @@ def _changed(part: Part, how: str) -> Problem:
     )
 
 
+def _counted(run: Run, arm: RunArm, folder: Path) -> dict[str, Any] | None:
+    """What the copied files of a quantized arm hold, read from them; None for an arm that is not quantized.
+
+    The artifact may be older than the step's own check, and what leaves the store is what others serve.
+    """
+    if arm.quantizer is None:
+        return None
+    stored = on_disk.read(folder, arm.quantizer, model_headers(run, arm))
+    record = json_object(folder / "quantize.json") or {}
+    if problem := stored.problem(claimed={layer["name"] for layer in record.get("layers", ())}):
+        raise problem.error()
+    used = stored.codes_used()
+    for note in stored.notes(used):
+        say(f"note: {note}")
+    return stored.record(used)
+
+
 def _reload(arm: RunArm, parts: list[Part], draft: Path, *, work: Path, home: Path) -> dict[str, Any]:
     inputs = {part.name: _external(part.name, part.source) for part in parts}
     inputs["copy"] = _external("copy", draft)
@@ -274,11 +298,17 @@ def command(args: argparse.Namespace) -> Output:
     exported = export(find_run(home, run[0] if run else None), arm, Path(dest), home=home, again=args.push is not None)
     answer: dict[str, Any] = {"ok": True, "arm": exported.arm, "folder": str(exported.folder), "files": exported.files}
     answer |= {"bytes": exported.n_bytes, "reloaded": exported.reloaded, "pushed": None}
+    answer["on_disk"] = exported.on_disk
     loaded = "was there already"
     if result := exported.reloaded:
         difference = f"{result['largest_difference']:.1g}"
         loaded = f"loaded in plain transformers ({result['kernel']}), logits differ by {difference}"
     lines = [f"{exported.folder}: {exported.files} files, {exported.n_bytes / 1e6:.1f} MB; {loaded}"]
+    if stored := exported.on_disk:
+        lines.append(
+            f"{stored['packed_share']:.1%} of the linear weights are packed, in {stored['bits_a_weight']:.2f} bits "
+            f"each ({stored['promised_bits_a_weight']:.2f} promised)"
+        )
     if args.push:
         from tasks.runtime.hub import push
 

@@ -84,10 +84,11 @@ def command(args: argparse.Namespace) -> Output:
         manifest = quantize_into(options, Display())
     except StepFailed as error:
         raise _in_options(error) from error
-    result = manifest["result"]
+    result, stored = manifest["result"], manifest["result"]["on_disk"]
     return Output(
         json={"ok": True, "quantized": {"folder": str(args.out), **manifest}},
-        text=f"{args.out}: {result['layers']} layers, {result['weight_bytes'] / 1e6:.1f} MB of weights by "
+        text=f"{args.out}: {result['layers']} layers, {result['weight_bytes'] / 1e6:.1f} MB of weights "
+        f"({stored['packed_share']:.0%} of the linear weights packed, {stored['bits_a_weight']:.2f} bits each) by "
         f"{result['backend']}, {manifest['seconds']:.0f} s, peak {manifest['peak_rss_gib']:.2f} GiB",
     )
 

@@ -18,6 +18,7 @@ from safetensors import safe_open
 
 from recipes.models.headers import Headers, read_headers
 from recipes.problem import RecipeError
+from recipes.schemes import on_disk
 from recipes.schemes.limits import limit_problems, quantized_linears
 from recipes.schemes.scheme import Scheme
 from tasks.jobs.backends import Quantized, Request
@@ -49,11 +50,15 @@ def run(job: Job) -> dict[str, Any]:
     Metrics:
         loss by layer, in the order of the layers; error of attention and FFN by decoder layer.
 
+    The result's `on_disk` says what the files hold: the share of the linear weights that is packed, bits a weight and
+    codes used, read back from them. It stands in no file, so that no model has to be made again for it.
+
     Where those errors cannot be measured (memory, a model that does not load), quantize.json and the result have
     `no_errors`, the reason, and the model stands.
 
     Raises:
-        StageError: The scheme does not fit a layer; inf or NaN in what was written.
+        StageError: The scheme does not fit a layer; in what was written there are inf or NaN, or layers that are not
+            packed, or not on the scheme's grid.
     """
     setup(job)
     scheme = Scheme.of(job.params, slug=job.slug)
@@ -64,6 +69,7 @@ def run(job: Job) -> dict[str, Any]:
     quantize_s = time.perf_counter() - clock
     clock = time.perf_counter()
     _complete_folder(job, scheme)
+    counted = _counted(job, scheme, headers, quantized)
     measured, blocks, missing = _errors(job, scheme, headers, rows=rows, quantized=quantized)
     tokens = sum(map(len, rows))
     kernel = measured and measured.kernel
@@ -86,6 +92,7 @@ def run(job: Job) -> dict[str, Any]:
         "packer": quantized.packer,
         "kernel": kernel,
         "layers": len(quantized.layers),
+        "on_disk": counted,
         "weight_bytes": sum(path.stat().st_size for path in job.out.glob("*.safetensors")),
         "sequences": len(rows),
         "tokens": tokens,
@@ -141,6 +148,20 @@ def _complete_folder(job: Job, scheme: Scheme) -> None:
     _spell_rope(job)
     _refuse_nan(job.out)
     write_serve_file(job.out, name=job.slug, model=model, scheme=scheme)
+
+
+def _counted(job: Job, scheme: Scheme, headers: Headers, quantized: Quantized) -> dict[str, Any]:
+    """What the written files hold, whatever the backend says; StageError where that is another model."""
+    try:
+        stored = on_disk.read(job.out, scheme, headers)
+    except RecipeError as error:
+        raise StageError(error.problems[0]) from error
+    if problem := stored.problem(claimed={layer.name for layer in quantized.layers}):
+        raise StageError(problem)
+    used = stored.codes_used()
+    for note in stored.notes(used):
+        job.events.note("on disk", note)
+    return stored.record(used)
 
 
 class _Errors(NamedTuple):
