@@ -17,10 +17,10 @@ export OLD_PYTHON
 # Without its banner: Material for MkDocs is maintained until 5 May 2027; its successor, Zensical, reads the same file.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
-ENVIRONMENTS := llmcompressor autoawq autogptq
+ENVIRONMENTS := llmcompressor autoawq autogptq vllm
 
-.PHONY: help install env-llmcompressor env-autoawq env-autogptq quickstart check audit test test-all test-gpu bench models folklore \
-        overheads kills cluster docs site site-serve lock lock-envs clean
+.PHONY: help install env-llmcompressor env-autoawq env-autogptq env-vllm quickstart check audit test test-all test-gpu bench models \
+        folklore overheads kills cluster docs site site-serve lock lock-envs clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -43,6 +43,17 @@ env-autogptq: .envs/autogptq/.installed  ## .envs/autogptq: AutoGPTQ, archived
 	@echo "installing from infra/locks/$*.txt"
 	@$(BIN)/uv pip install -q --compile-bytecode --python .envs/$*/bin/python -r infra/locks/$*.txt
 	@sha256sum infra/locks/$*.txt | cut -c -64 > $@
+
+# Two locks: one for NVIDIA GPUs, one for CPUs. The latter leaves out what is built for CUDA alone, and asks for torch's
+# build for CPUs: of a folder of wheels, or of torch's own index.
+env-vllm: .envs/vllm/.installed  ## .envs/vllm: the server that `quench serve` starts
+.envs/vllm/.installed: infra/locks/vllm.txt infra/locks/vllm-cuda.txt infra/locks/vllm.excludes | install
+	@$(BIN)/python -m venv --clear --without-pip .envs/vllm
+	@if nvidia-smi -L >/dev/null 2>&1; then lock=infra/locks/vllm-cuda.txt; else lock=infra/locks/vllm.txt; \
+	  flags="--excludes infra/locks/vllm.excludes $(if $(UV_FIND_LINKS),,--torch-backend cpu)"; fi; \
+	echo "installing from $$lock"; \
+	$(BIN)/uv pip install -q --python .envs/vllm/bin/python -r $$lock $$flags && \
+	sha256sum $$lock | cut -c -64 > $@
 
 quickstart: install  ## the main job, offline, on the embedded defaults
 	@$(BIN)/quench run recipes/quickstart/recipe.yaml
@@ -122,8 +133,11 @@ lock: install    ## resolve pyproject.toml again
 
 lock-envs: install  ## resolve infra/locks/*.in again
 	@for name in $(ENVIRONMENTS); do \
-	  $(BIN)/uv pip compile -q infra/locks/$$name.in --no-annotate --no-header \
-	  | sed 's/+cpu$$//' > infra/locks/$$name.new && mv infra/locks/$$name.new infra/locks/$$name.txt || exit 1; done
+	  test $$name != vllm || flags="--excludes infra/locks/vllm.excludes"; \
+	  $(BIN)/uv pip compile -q infra/locks/$$name.in $$flags --no-annotate --no-header -o infra/locks/$$name.new >/dev/null \
+	  && sed 's/+cpu$$//' infra/locks/$$name.new > infra/locks/$$name.txt && rm infra/locks/$$name.new || exit 1; done
+	@env -u UV_FIND_LINKS $(BIN)/uv pip compile -q infra/locks/vllm-cuda.in --no-annotate --no-header \
+	  -o infra/locks/vllm-cuda.new >/dev/null && mv infra/locks/vllm-cuda.new infra/locks/vllm-cuda.txt
 
 clean:           ## remove what was installed; .quench/ stays
 	rm -rf .venv .envs site .ruff_cache .pytest_cache *.egg-info

@@ -10,18 +10,19 @@ from recipes.arms import EXTERNAL, TRAINED, Arm, Calibration, arms, controls
 from recipes.models.adapters import read_adapter
 from recipes.models.headers import read_headers
 from recipes.schema import Recipe
+from recipes.schemes.ranks import ServedModel
 from recipes.schemes.scheme import Scheme
-from tasks import calibrate, choose, evaluate, measure, merge, prepare, quantize, reference, rehearse, train
+from tasks import calibrate, choose, evaluate, measure, merge, prepare, quantize, reference, rehearse, serve, train
 from tasks.runtime.process.leases import cpu_slots
 from tasks.runtime.step import External, Limits, Step, present, resolve_device
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArmSteps:
-    """An arm and the steps that make it, score it and time it.
+    """An arm and the steps that make it, score it, time it and serve it.
 
     `model` is None for the untouched base and for an external model; `evaluate` for an arm that cannot be; `measure`
-    also where only the KV cache differs, which no kernel of ours stores smaller.
+    also where only the KV cache differs, which no kernel of ours stores smaller; `serve` where `unserved` says why.
     """
 
     arm: Arm
@@ -29,11 +30,13 @@ class ArmSteps:
     adapter: Step | None
     evaluate: Step | None
     measure: Step | None
+    serve: Step | None
+    unserved: str | None
 
     @property
     def steps(self) -> dict[str, Step | None]:
         """What it is for -> the step."""
-        return {name: step for name, step in vars(self).items() if name != "arm"}
+        return {name: step for name, step in vars(self).items() if name not in ("arm", "unserved")}
 
     @property
     def keys(self) -> dict[str, str | None]:
@@ -93,6 +96,7 @@ def compose(recipe: Recipe, pins: Pins, do: Callable[[Step], object], *, only: S
         if arm.of is not None:
             pipeline.score(arm, pipeline.models[arm.of])
     pipeline.measure(own_files)
+    pipeline.serve(possible)
     rows = [pipeline.steps_of(arm) for arm in wanted]
     steps = reached(pipeline.steps, rows) if only else tuple(pipeline.steps)
     for step in steps:
@@ -109,6 +113,8 @@ class _Pipeline:
         calibsets: Calibration -> its step.
         scores: Slug of an arm -> its evaluate step.
         speeds: Slug of an arm -> its measure step.
+        served: Slug of an arm -> its serve step.
+        unserved: Slug of an arm -> why it has none.
     """
 
     def __init__(self, recipe: Recipe, pins: Pins, *, reference_slug: str | None) -> None:
@@ -118,6 +124,8 @@ class _Pipeline:
         self.models: dict[str, Step | None] = {}
         self.scores: dict[str, Step] = {}
         self.speeds: dict[str, Step] = {}
+        self.served: dict[str, Step] = {}
+        self.unserved: dict[str, str] = {}
         self.dataset = self._add(
             prepare.step(recipe, data=pins.data, tokenizer=pins.tokenizer, general=pins.general, template=pins.template)
         )
@@ -130,7 +138,8 @@ class _Pipeline:
             for onto in ("dequantized", "original")
         }
         self._reference = self._add(self._reference_step(reference_slug)) if reference_slug else None
-        widest = read_headers(pins.base.path).largest_in_features
+        self._headers = read_headers(pins.base.path)
+        widest = self._headers.largest_in_features
         domain = self._add(calibrate.step(recipe, dataset=self.dataset, largest_in_features=widest))
         self.calibsets: dict[Calibration, Step] = {"domain": domain}
 
@@ -192,6 +201,18 @@ class _Pipeline:
                 )
             )
 
+    def serve(self, every: Sequence[Arm]) -> None:
+        """Serve what the engine of the recipe reads on this machine."""
+        if self.recipe.serve.engine == "none":
+            return
+        device, model = limits(self.recipe).device, ServedModel.of(self._headers)
+        for arm in every:
+            if reason := serve.unserved(self.recipe, arm, model=model, device=device):
+                self.unserved[arm.slug] = reason
+                continue
+            inputs = {**self._loaded(arm), "scores": self.scores[arm.slug], **self.pins.scorers}
+            self.served[arm.slug] = self._add(serve.step(self.recipe, arm, device=device, inputs=inputs))
+
     def _loaded(self, arm: Arm) -> dict[str, Step | External]:
         """What an arm is loaded from, and its rows."""
         model = self.pins.externals[arm.slug] if arm.external else self.models[arm.slug] or self.pins.base
@@ -205,6 +226,8 @@ class _Pipeline:
             adapter=self.adapter if arm.adapter and arm.unavailable is None else None,
             evaluate=self.scores.get(arm.slug),
             measure=self.speeds.get(arm.slug),
+            serve=self.served.get(arm.slug),
+            unserved=self.unserved.get(arm.slug),
         )
 
 

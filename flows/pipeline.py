@@ -352,7 +352,7 @@ def _plan_markdown(validated: Validated) -> str:
     return "\n".join(["| | step | why |", "| --- | --- | --- |", *rows])
 
 
-SCORING = ("rehearse", "reference", "choose", "evaluate", "measure")
+SCORING = ("rehearse", "reference", "choose", "evaluate", "measure", "serve")
 
 
 @flow(  # pyright: ignore[reportCallIssue]
@@ -362,7 +362,7 @@ SCORING = ("rehearse", "reference", "choose", "evaluate", "measure")
     persist_result=False,
 )
 def evaluate_only(recipe: str, sets: list[str] | None = None, only: list[str] | None = None) -> str:
-    """Evaluate again what an earlier run made: new scorers, longer answers, speed; no training, no quantizing.
+    """Evaluate again what an earlier run made: scorers, longer answers, speed, an engine. Trains and quantizes nothing.
 
     Args:
         recipe: Path of the recipe file, absolute or seen from the folder where the command is typed.

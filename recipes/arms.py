@@ -101,11 +101,29 @@ def arms(recipe: Recipe, *, adapter: Mapping[str, Any] | None = None) -> tuple[A
     by_slug = {arm.slug: arm for arm in plain}
     if problems := [*_no_arms(recipe.evaluate.kv_cache, plain), *_taken(recipe.evaluate.external, by_slug)]:
         raise RecipeError(problems)
-    return (
+    named = () if recipe.serve.arms == "default" else recipe.serve.arms
+    every = (
         *plain,
         *(arm for slug in recipe.evaluate.kv_cache for arm in _kv_caches(by_slug[slug])),
         *(Arm(slug=name, kind="external", external=True) for name in recipe.evaluate.external),
     )
+    if problems := list(_not_servable(named, every)):
+        raise RecipeError(problems)
+    return every
+
+
+def _not_servable(named: Sequence[str], every: Sequence[Arm]) -> Iterator[Problem]:
+    """Entries of serve.arms that name no arm with files of its own."""
+    able = [arm.slug for arm in every if arm.merge_base is not None and arm.of is None]
+    for index, slug in enumerate(named):
+        if slug not in able:
+            known = slug in {arm.slug for arm in every}
+            yield Problem(
+                what=f"{slug} cannot be served as it is." if known else f"The matrix has no arm {slug}.",
+                where=f"serve.arms.{index}",
+                why="A server starts on the files of one arm: a merged model, quantized or not.",
+                next=f"Write some of {', '.join(able)}, or `default`.",
+            )
 
 
 def _taken(names: Iterable[str], slugs: Collection[str]) -> Iterator[Problem]:

@@ -296,11 +296,17 @@ class Promote(Section):
 
 
 class Serve(Section):
-    """Where the result is to be served. Decides no bytes of any artifact: nothing is made again when it changes."""
+    """Where the result is to be served. Decides no bytes of any model: only `serve` steps are made again for it."""
 
     engine: Literal["vllm", "transformers", "exllamav2", "none"] = "none"
     """What serves the result. A scheme that it cannot read gets a warning from `quench check` and a mark in the report,
-    and is never promoted. `none`: nothing is known about it."""
+    and is never promoted. With `vllm` and its environment (`make env-vllm`) the arms are also served: the rows of test
+    are asked of a real server, and what it answers is compared with the arm's own figures. `none`: nothing is known
+    about it."""
+    arms: Literal["default"] | list[str] = "default"
+    """Arms that are served. `default`: every scheme that may become the candidate, and the merged model that it is made
+    from. A list: these alone; a candidate that is not among them is not promoted. merged-dequantized is always served:
+    no quantization lies between the two engines there, so that its difference is the floor for all others."""
     tensor_parallel: Annotated[int, Field(ge=1)] = 1
     """GPUs that each layer is split over (vLLM's --tensor-parallel-size)."""
     max_model_len: Annotated[int, Field(ge=16)] | None = None

@@ -20,6 +20,7 @@ from recipes.models.headers import Headers
 from recipes.plain import is_mapping
 from recipes.schema import Recipe
 from recipes.schemes.scheme import Scheme
+from tasks.serve import unserved
 
 # Resident GiB of a child on CPU before it has a model.
 PREPARE = 0.55  # transformers' tokenizer
@@ -32,6 +33,7 @@ LOAD = {
     "quantized": 0.66,
     "external": 0.66,
 }  # reference, evaluate, measure, by the arm's kind
+SERVER = 3.0  # the job, and three processes of vLLM
 CUDA_HOST = 1.75  # with the CUDA libraries; 1.0 to 1.7 measured
 CUDA_IMPORT = 0.35  # on top in a step that uses no GPU on a machine with one: torch loads its libraries all the same
 CUDA_CONTEXT = 0.6  # GPU memory that no allocator counts
@@ -111,6 +113,10 @@ def predict(
     steps += [_quantize(sizes, arm, arm.scheme) for arm in every if arm.scheme and arm.of is None]
     steps += [_evaluate(sizes_of[arm], arm) for arm in every]
     steps += [_measure(sizes_of[arm], arm) for arm in every if arm.of is None and recipe.measure.enabled]
+    if recipe.serve.engine != "none":
+        steps += [
+            _serve(sizes, arm) for arm in every if not unserved(recipe, arm, linears=headers.linears, device=device)
+        ]
     return steps
 
 
@@ -318,3 +324,13 @@ def _measure(sizes: Sizes, arm: Arm) -> StepNeeds:
     if arm.kind == "nf4" and sizes.on_cpu:
         parts["earlier loads"] = 2 * sizes.bf16  # it is loaded six times
     return _step(sizes, f"measure/{arm.slug}", parts, process=_process(arm))
+
+
+def _serve(sizes: Sizes, arm: Arm) -> StepNeeds:
+    """The engine's server, and the job that asks it. On a GPU vLLM takes nine tenths of the card, whatever it needs."""
+    serve = sizes.recipe.serve
+    length = serve.max_model_len or sizes.headers.max_positions or sizes.length
+    weights = sizes.quantized(arm.scheme) if arm.scheme else sizes.bf16
+    cache = sizes.kv_cache(batch=1, tokens=length)
+    parts = {"weights": weights / serve.tensor_parallel, "kv cache": cache / serve.tensor_parallel}
+    return _step(sizes, f"serve/{arm.slug}", parts, process=SERVER)

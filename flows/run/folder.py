@@ -109,7 +109,8 @@ class RunRecord:
         self._write()
 
     def _arm(self, row: ArmSteps) -> dict[str, Any]:
-        return asdict(RunArm.of_recipe(row.arm, row.keys, refused=self._refused(row.arm.scheme)))
+        refused = self._refused(row.arm.scheme)
+        return asdict(RunArm.of_recipe(row.arm, row.keys, refused=refused, unserved=row.unserved))
 
     def _refused(self, scheme: Scheme | None) -> str | None:
         """Why serve.engine does not serve what this scheme makes (None: bf16); None where it does, or nobody asks."""

@@ -20,6 +20,7 @@ from tasks.jobs.loading.load import load_arm, setup
 from tasks.jobs.measuring.grading import Prompting, grade, open_graders, refuse_references, run_harnesses
 from tasks.jobs.measuring.kv_cache import KVCache, calibrated
 from tasks.jobs.measuring.own_tokenizer import OwnReading, own_reading
+from tasks.jobs.measuring.scores import SCORES, score_line
 from tasks.jobs.measuring.teacher_forcing import (
     Kept,
     Stretch,
@@ -36,10 +37,6 @@ from tasks.jobs.measuring.tiles import WHOLE, Model, computes_in_tiles, read_in_
 from tasks.jobs.text.tokenizer import load_tokenizer
 from tasks.runtime.process.job import Job
 
-SCORES = pa.schema(
-    [(name, pa.string()) for name in ("row", "group", "split", "domain", "metric")]
-    + [("sum", pa.float64()), ("n", pa.int64())]
-)
 TOKENS = pa.schema([(name, pa.string()) for name in ("row", "group", "split")] + [("kl", pa.float32())])
 ANSWERS = pa.schema(
     [(name, pa.string()) for name in ("row", "split", "domain", "prompt", "reference", "answer")]
@@ -87,7 +84,7 @@ def run(job: Job) -> dict[str, Any]:
         scores += _general_scores(arm, general)
     answers = _answers(arm, prompted, own=own)
     graded = grade(prompted, [line["answer"] for line in answers], graders.answers)
-    scores += [_score(row, metric, value, 1) for metric, values in graded.scores.items() for row, value in values]
+    scores += [score_line(row, metric, value, 1) for metric, values in graded.scores.items() for row, value in values]
     answers = [line | verdicts for line, verdicts in zip(answers, graded.verdicts, strict=True)]
     prompting = Prompting(own.tokenizer, own.ends) if own else Prompting.of(dataset / "tokenizer")
     documents, problems = run_harnesses(arm.model, graders.harnesses, job, prompting=prompting, caches=arm.caches)
@@ -192,18 +189,6 @@ class _Progress:
         self._events.progress(self._done, self._total, unit="batch", note=note)
 
 
-def _score(row: TokenRow, metric: str, value: float, n: int) -> dict[str, Any]:
-    return {
-        "row": row.row,
-        "group": row.group,
-        "split": row.split,
-        "domain": row.domain,
-        "metric": metric,
-        "sum": value,
-        "n": n,
-    }
-
-
 class _Scored(NamedTuple):
     """Lines of scores.parquet and of kl.parquet; and why a metric has none."""
 
@@ -237,7 +222,7 @@ def _own_scores(arm: _LoadedArm, own: OwnReading, rows: list[TokenRow]) -> _Scor
     for row, losses in arm.forced(own.rows, "completions", keep=_Losses.of):
         nll[row.row] += _sums(losses)[1]
     sizes = {row.row: completion_bytes(row, arm.tokenizer) for row in rows}
-    scores = [_score(row, "bits", nll[row.row] / math.log(2), sizes[row.row]) for row in rows if sizes[row.row]]
+    scores = [score_line(row, "bits", nll[row.row] / math.log(2), sizes[row.row]) for row in rows if sizes[row.row]]
     return _Scored(scores, [], dict.fromkeys(("nll", "nll_all", "nll_general", "kl", "agree"), own.why))
 
 
@@ -256,8 +241,8 @@ def _forced_scores(arm: _LoadedArm, rows: list[TokenRow]) -> _Scored:
         if compared[0] is None:
             continue
         kl = torch.cat([stretch.kl for stretch in compared])
-        scored.scores.append(_score(row, "kl", kl.sum().item(), row.n))
-        scored.scores.append(_score(row, "agree", sum(stretch.agree for stretch in compared), row.n))
+        scored.scores.append(score_line(row, "kl", kl.sum().item(), row.n))
+        scored.scores.append(score_line(row, "agree", sum(stretch.agree for stretch in compared), row.n))
         place = {"row": row.row, "group": row.group, "split": row.split}
         scored.tokens.extend({**place, "kl": value} for value in kl.tolist())
     if reference and reference.too_narrow:
@@ -269,8 +254,8 @@ def _loss_scores(row: TokenRow, losses: Sequence[_Losses], tokenizer: Any) -> li
     """nll, nll_all and bits of a row; no bits for completions without any text."""
     every, nll = _sums(losses)
     n_bytes = completion_bytes(row, tokenizer)
-    scores = [_score(row, "nll", nll, row.n), _score(row, "nll_all", every, len(row.ids) - 1)]
-    return [*scores, _score(row, "bits", nll / math.log(2), n_bytes)] if n_bytes else scores
+    scores = [score_line(row, "nll", nll, row.n), score_line(row, "nll_all", every, len(row.ids) - 1)]
+    return [*scores, score_line(row, "bits", nll / math.log(2), n_bytes)] if n_bytes else scores
 
 
 def divergence(reference: Tensor, logits: Tensor) -> Tensor:
@@ -329,7 +314,7 @@ class _Reference:
 
 def _general_scores(arm: _LoadedArm, rows: list[TokenRow]) -> list[dict[str, Any]]:
     return [
-        _score(row, "nll_general", _sums(losses)[0], row.n)
+        score_line(row, "nll_general", _sums(losses)[0], row.n)
         for row, losses in arm.forced(rows, "general text", keep=_Losses.of, caches=arm.caches)
     ]
 

@@ -64,6 +64,7 @@ class Step:
         gpus: GPUs wanted where the device is cuda; of each process, where `distributed`.
         distributed: May be made by several processes together (`run.processes`).
         environment: Python environment of the child (`make env-NAME`); None for the main one.
+        server: Environment from which the child starts an engine's server; None where it starts none.
     """
 
     stage: str
@@ -79,6 +80,7 @@ class Step:
     gpus: int = 0
     distributed: bool = False
     environment: str | None = None
+    server: str | None = None
 
     @property
     def key(self) -> str:
@@ -204,7 +206,7 @@ def _find_or_make(step: Step, inputs: Mapping[str, Artifact], context: Context) 
     store, stop = context.store, context.launcher.stop
     if artifact := local_artifact(step, inputs, store):
         return Outcome(artifact=artifact, hit=True)
-    if problem := environment_problem(step.environment):
+    if problem := environment_problem(step.environment) or environment_problem(step.server):
         raise StepFailed(step.key, problem, log="none: no child was started", returncode=1)
     say = functools.partial(context.on_line, step)
     with store.lock(step.stage, step.fingerprint, stop=stop, say=say):
@@ -256,6 +258,7 @@ def _make(step: Step, inputs: Mapping[str, Artifact], context: Context, lease: L
         "finished_at": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "hardware": hardware(),
         "environment": described(step.environment),
+        **({"server": described(step.server)} if step.server else {}),
         "execution": {
             "device": execution.device,
             "threads": execution.threads,
@@ -275,6 +278,7 @@ def _execution(step: Step, limits: Limits, lease: Lease) -> Execution:
         processes=processes,
         launcher=limits.launcher,
         log_level=limits.log_level,
+        server_python=str(interpreter(step.server)) if step.server else None,
     )
 
 

@@ -1,7 +1,8 @@
 """Python environments: the main one, and one for each backend whose packages cannot live beside ours.
 
 Each has its lock, infra/locks/NAME.txt; `make env-NAME` installs it into .envs/NAME, beside a copy of the lock's
-sha256, so that an environment of another lock is refused.
+sha256, so that an environment of another lock is refused. One may have a second lock for machines with an NVIDIA GPU,
+NAME-cuda.txt: the sha256 tells which of the two was installed, and that is the one that counts.
 """
 
 from __future__ import annotations
@@ -66,12 +67,12 @@ def environment_problem(name: str | None) -> Problem | None:
     """Why nothing can start in an environment on this machine; None where it can."""
     if name is None:
         return None
-    stamp = INSTALLED / name / ".installed"
-    if stamp.exists() and stamp.read_text(encoding="utf-8").strip() == lock_digest(name):
+    stamp = _stamp(name)
+    if stamp == lock_digest(name):
         return None
     return Problem(
-        what=f"The environment {name} is {'of another lock' if stamp.exists() else 'not installed'}.",
-        where=str(stamp.parent.relative_to(CHECKOUT)),
+        what=f"The environment {name} is {'of another lock' if stamp else 'not installed'}.",
+        where=str((INSTALLED / name).relative_to(CHECKOUT)),
         why="Its packages ask for other versions than ours, so they have a Python environment of their own.",
         next=f"Run: make env-{name}",
     )
@@ -90,7 +91,17 @@ def described(name: str | None) -> dict[str, object]:
 
 
 def _lock(name: str | None) -> Path:
-    return LOCKS / f"{name or MAIN}.txt"
+    """The lock that an environment was installed from; NAME.txt where it was installed from none of today's."""
+    plain, cuda = LOCKS / f"{name or MAIN}.txt", LOCKS / f"{name}-cuda.txt"
+    if name is None or not cuda.exists() or _stamp(name) != hashlib.sha256(cuda.read_bytes()).hexdigest():
+        return plain
+    return cuda
+
+
+def _stamp(name: str) -> str:
+    """sha256 of the lock that an environment was installed from; empty where it is not installed."""
+    stamp = INSTALLED / name / ".installed"
+    return stamp.read_text(encoding="utf-8").strip() if stamp.exists() else ""
 
 
 @functools.cache

