@@ -111,7 +111,7 @@ READS = (
         kernel=MARLIN,
         gpu=75,
     ),
-    Reads("vllm", "awq", (4,), "yes", VLLM, "auto_awq.py; vllm#45295", kernel="Marlin", gpu=75),
+    Reads("vllm", "awq", (4,), "yes", VLLM, "auto_awq.py; vllm#45295", kernel=MARLIN, gpu=75),
     Reads("vllm", "compressed-tensors", (4, 8), "no", VLLM, "compressed_tensors_wNa16.py", kernel=MARLIN, gpu=75),
     Reads("vllm", "compressed-tensors", (4,), "yes", VLLM, "compressed_tensors_wNa16.py", kernel=MARLIN, gpu=75),
     Reads(
@@ -132,7 +132,7 @@ READS = (
         "yes",
         VLLM,
         "compressed_tensors_wNa16.py, humming.py; llm-compressor#3102",
-        experts="groups",
+        experts="no",
         kernel="Humming; Machete on Hopper",
         gpu=75,
     ),

@@ -142,6 +142,8 @@ def test_experts():
         assert refusals(parse_scheme(slug), experts, engine="vllm") == []
     (problem,) = refusals(parse_scheme("ct-gptq-w3"), experts, engine="vllm")  # Humming's experts have groups
     assert "ct-gptq-w3 in experts" in problem.what and "groups" in problem.why and "-g" in problem.next
+    (problem,) = refusals(parse_scheme("ct-gptq-w8-g128-asym"), experts, engine="vllm")
+    assert "experts" in problem.what and "Write ct-gptq-w8-g128:" in problem.next
     (problem,) = refusals(parse_scheme("int8"), experts, engine="vllm")
     assert "int8 in experts" in problem.what and "vllm-bnb-plugin" in problem.why
     assert refusals(parse_scheme("ct-gptq-w3"), LLAMA, engine="vllm") == []
