@@ -6,26 +6,30 @@ merged-dequantized, where no quantization is between the two. Three checks decid
 interval that holds over all served arms lies wholly beyond the limit) and a part that acquits; between them, undecided.
 
 * loss: the mean difference, nats a token. It differs beyond 0.0005 (a fortieth of the gate's default margin for the
-  loss), widened by the farther end of the floor's interval. It passes where its own interval stays within 0.002, a tenth
-  of that margin: what is not excluded then is too small for any decision of the gate. Rounding has a mean near zero, so
-  it passes. So does a fault that helps some rows as much as it hurts others: hence the next.
-* rows: the mean absolute difference of a row, nats a token, against the floor's. Here neither noise nor a fault cancels.
+  loss) and what the floor's loss is off. It passes where the difference is less and its own interval stays within 0.002,
+  a tenth of that margin: what is not excluded then is too small for any decision of the gate. Rounding has a mean near
+  zero, so it passes. So does a fault that helps some rows as much as it hurts others: hence the next.
+* rows: the mean absolute difference of a row, nats a token, against the floor's. Here neither noise nor fault cancels.
   It differs where it is shown to be more than 1.5 times the floor's and 0.0001 nats. Why 1.5: a quantized kernel rounds
   what the floor's rounds, and may round its dequantized weights once more; two independent errors of one size are 1.41
   of one. Why 0.0001, a fifth of the band: else a floor of exactly zero would forbid any rounding. Squares would see a
   normal error a little sooner, but one wild row in a thousand decides them.
-* answers: the share of greedy answers that are not the arm's own text, against the floor's. A decoding kernel is not the
-  kernel of the loss, and only answers see it. With twice the noise an answer has two chances to change where the
+* answers: the share of greedy answers that are not the arm's own text, against the floor's. A decoding kernel is not
+  the kernel of the loss, and only answers see it. With twice the noise an answer has two chances to change where the
   floor's had one: of a share p that is p (1 - p) more, or 2 points where that is less (the gate's default margin of a
-  task). It differs where more is shown. It passes where 10 points more are excluded (or p (1 - p), where that is more): a
-  broken decoder changes more than that, and where no answer changed 36 rows exclude it.
+  task). It differs where more is shown. It passes where 10 points more are excluded (or p (1 - p), where that is more):
+  a broken decoder changes more than that, and where no answer changed 36 rows exclude it.
 
-The last two have no standard but the floor. Where it was not served, or itself differs (then it is no floor, and excuses
-nothing), the loss alone decides, against the plain band. So it does for the floor itself. Few rows leave loss or answers
-undecided, and undecided is not "as measured".
+The last two have no standard but the floor. Where it was not served, or itself differs (then it is no floor, and
+excuses nothing), the loss alone decides, against the plain band. So it does for the floor itself. Few rows leave loss
+or answers undecided, and undecided is not "as measured".
 
-What it can see, on a model of six layers with 350 rows, where two engines were imitated by rounding to bf16 after every
-layer or after the linear ones alone: FIGURES
+What it cannot see is what rounding hides. On a model of 6 layers of 256, untrained enough for a loss of 4.3, with two
+engines imitated in fp32 by rounding to bf16 behind every module or behind linear layers alone (350 rows): the floor's
+rows are off by 0.0021 nats, those of a right gptq-w4-g128 by 0.0020. One zero point (128 weights) off by one step leaves
+0.0020 to 0.0023: nothing tells it from rounding. Off by eight steps, in eight places: 0.0023 to 0.0054, of which five
+differ, two are undecided and one passes. The zero points of one group of all outputs off by one: 0.008 and 0.015, both
+differ.
 """
 
 from __future__ import annotations
@@ -155,11 +159,11 @@ def judge_served(arms: Mapping[str, ServedScores], floor: str, draws: Draw) -> J
     made = dict(zip(able, differences(list(able.values()), draws), strict=True))
     own = made.get((floor, "loss"))
     no_floor = _no_floor(floor, plan.get((floor, "loss")), own)
-    reach = max(abs(end) for end in own.ci95) if own is not None and no_floor is None else 0.0
+    moved = abs(own.estimate) if own is not None and no_floor is None else 0.0
     checks: dict[str, list[ServedCheck]] = {slug: [] for slug in arms}
     for (slug, name), pair in plan.items():
         if name == "loss" or no_floor is None:
-            checks[slug].append(_check(name, pair, made.get((slug, name)), reach=0.0 if slug == floor else reach))
+            checks[slug].append(_check(name, pair, made.get((slug, name)), moved=0.0 if slug == floor else moved))
     return Judged(checks, floor if no_floor is None else None, no_floor)
 
 
@@ -197,8 +201,8 @@ def _no_floor(floor: str, pair: Paired | str | None, own: Difference | None) -> 
     return None
 
 
-def _check(name: Name, pair: Paired | str, difference: Difference | None, *, reach: float) -> ServedCheck:
-    """A check with its outcome; `reach` is the farther end of the floor's interval."""
+def _check(name: Name, pair: Paired | str, difference: Difference | None, *, moved: float) -> ServedCheck:
+    """A check with its outcome; `moved` is how far the floor's loss is off."""
     if isinstance(pair, str) or difference is None:
         return ServedCheck(name=name, outcome="undecided", reason=str(pair))
     value, other = pair.a.sums.value, pair.b.sums.value
@@ -213,9 +217,9 @@ def _check(name: Name, pair: Paired | str, difference: Difference | None, *, rea
     )
     own, together = difference.ci95, difference.ci95_adjusted
     if name == "loss":
-        limit, excluded = BAND + reach, EXCLUDED
+        limit = BAND + moved
         differs = together.low > limit or together.high < -limit
-        passes = -excluded < own.low and own.high < excluded
+        passes = abs(difference.estimate) <= limit and -EXCLUDED < own.low and own.high < EXCLUDED
         return replace(check, limit=limit, outcome=_word(differs, passes))
     if name == "rows":
         floor = max(other - ALLOWED, 0.0) / NOISE
