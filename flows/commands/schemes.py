@@ -12,7 +12,8 @@ from recipes.checks.serving import scheme_entries
 from recipes.models.linear import Linear
 from recipes.problem import Problem
 from recipes.schema import Recipe
-from recipes.schemes.engines import NAMES, loaders, rows_of
+from recipes.schemes.engines import loaders
+from recipes.schemes.reads import NAMES, rows_of
 from recipes.schemes.scheme import PER_CHANNEL, Backend, Scheme
 from recipes.schemes.slugs import FAMILIES, known_schemes
 from tasks.quantize import ENVIRONMENTS
@@ -36,7 +37,7 @@ class Listed:
         calibration: Reads the calibration set.
         form: File format.
         outputs_by: Outputs of a layer have to be a multiple of this.
-        loaders: Engines that read it -> from which version on, and what has to be installed beside them.
+        loaders: Engines that read it -> the version that was read or tried, and what has to be installed beside them.
         makeable: This machine can make it.
         command: What has to be typed first; empty where it can.
     """
@@ -105,7 +106,7 @@ def _listed(scheme: Scheme) -> Listed:
 
 def _terms(scheme: Scheme, engine: str) -> str:
     row = next(row for name in NAMES if name == engine for row in rows_of(scheme, name))
-    return f"{row.since}{f', with {row.needs}' if row.needs else ''}"
+    return f"{row.version}{f', with {row.needs}' if row.needs else ''}"
 
 
 def text(schemes: Sequence[Listed]) -> str:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from flows.gate.checks import Scores, check_text, judge, planned_checks
 from flows.results.paired import Draw
-from flows.results.read import Run, RunArm, read_dev
+from flows.results.read import Run, RunArm
+from flows.results.rows import read_dev
 from flows.results.sizes import size_bytes
 from recipes.schema import Gate
 

@@ -19,11 +19,11 @@ from typing import Any, Literal
 import numpy as np
 
 from flows.results.paired import Difference, Draw, Paired, differences, paired
-from flows.results.read import RowScores
+from flows.results.rows import RowScores
 from flows.results.stats import Z_POWER, Interval, Link, Studentized, Z
 from recipes.schema import Gate
 
-Outcome = Literal["pass", "worse", "undecided", "none"]
+Outcome = Literal["pass", "worse", "undecided", "none", "not served as measured"]
 Unit = Literal["share", "nats", "bits"]  # a share of the answers, nats per token, bits per byte
 Scores = Mapping[str, RowScores]  # metric of scores.parquet -> rows
 DOMAIN_ROWS = 200  # a slice with fewer is shown and gates nothing

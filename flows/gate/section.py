@@ -11,9 +11,11 @@ from typing import Any
 
 from flows.gate.candidate import candidate, margins_of
 from flows.gate.checks import BASE, PlannedCheck, better_than_base, judge, outcome_of, planned_checks, restricted
+from flows.gate.served import NOT_AS_MEASURED, of_engine, together
 from flows.results.cells import ArmEvidence
 from flows.results.paired import Draw
-from flows.results.read import Run, RunArm, read_scores
+from flows.results.read import Run, RunArm
+from flows.results.rows import read_scores
 from recipes.arms import CHAMPION
 from recipes.schema import Gate
 
@@ -22,25 +24,30 @@ OUTCOMES = {
     "pass": "passes the gate",
     "worse": "does not pass the gate: it is worse",
     "undecided": "does not pass the gate: this much data cannot tell",
+    NOT_AS_MEASURED: "does not pass the gate: what the engine serves is not what was measured",
 }
 
 
-def gate_of(run: Run, evidence: Mapping[str, ArmEvidence], draws: Draw) -> dict[str, Any]:
-    """Everything about promotion that report.json says."""
+def gate_of(
+    run: Run, evidence: Mapping[str, ArmEvidence], draws: Draw, *, served: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Everything about promotion that report.json says; `served` is what it says of the engine."""
     margins, chosen, champion = margins_of(run), candidate(run, draws), _champion(run)
     arm = chosen.arm
     same = champion is not None and arm is not None and _digest(run, arm) == champion["digest"]
     planned = _planned(arm, evidence, margins, None if same else champion, run) if arm else ()
     checks = judge(list(planned), draws)
+    engine = of_engine(arm, run, served) if arm else None
     compared = any(check.against == CHAMPION for check in checks)
     section = {
         "candidate": arm.slug if arm else None,
         "reason": chosen.reason,
         "left_out": dict(chosen.left_out),
-        "outcome": outcome_of(checks) if arm else "none",
+        "outcome": together(outcome_of(checks), engine) if arm else "none",
         "margins": margins.model_dump(),
         "tests": [check.as_dict() for check in checks if check.domain is None],
         "domains": [check.as_dict() for check in checks if check.domain is not None],
+        **({"served": engine} if engine else {}),
         "champion": champion and _shown(champion, compared=compared, same=same),
     }
     return {**section, "text": list(sentences(section))}
@@ -88,8 +95,13 @@ def sentences(section: Mapping[str, Any]) -> Iterator[str]:
     not_passed = [check for check in gating if check["outcome"] != "pass"]
     passed = f"{len(gating) - len(not_passed)} of {len(gating)} checks on test are within their margins"
     yield f"{section['candidate']} {OUTCOMES[section['outcome']]} ({passed})."
+    engine = [section["served"]["text"]] if "served" in section else []
+    if section["outcome"] == NOT_AS_MEASURED:
+        yield from engine
     for check in sorted(not_passed, key=lambda check: check["outcome"] != "worse"):
         yield f"{check['text'][:1].upper()}{check['text'][1:]}."
+    if section["outcome"] != NOT_AS_MEASURED:
+        yield from engine
     yield f"It is the candidate: {section['reason']}."
     yield _champion_text(section["champion"])
 

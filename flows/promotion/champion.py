@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 from flows.compose import limits
 from flows.pins import scorer_content
 from flows.promotion.journal import Promotion
-from flows.results.read import Run, RunArm, RunStep, read_scores
+from flows.results.read import Run, RunArm, RunStep
+from flows.results.rows import read_scores
 from recipes.arms import CHAMPION
 from recipes.data.rows import normalised
 from recipes.problem import Problem

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from flows.gate.section import gate_of
 from flows.report.answers import Answer, Findings, answers
@@ -21,6 +21,8 @@ from flows.report.document import (
     Differences,
     Document,
     Reading,
+    Served,
+    ServedJson,
     Shipping,
     SpeedJson,
     SplitSize,
@@ -49,6 +51,7 @@ from flows.results.metrics import METRICS, further
 from flows.results.power import power
 from flows.results.read import Run, read_run
 from flows.results.samples import samples_of
+from flows.results.served import served_of
 from flows.results.stats import QUANTILE_RESAMPLES, RESAMPLES, SEED
 from flows.results.waterfall import waterfall
 
@@ -132,13 +135,15 @@ def evaluate(run: Run) -> Document:
         adapter=_adapter_origin(run),
         reference=run.reference,
     )
+    served = served_of(run, evidence, draws)
     return {
         **_about(run),
         **_words(answers(findings)),
         **_matrix(run, evidence, findings, unranked, draws),
         **_differences(evidence, comparisons, left_out, draws),
         **_reading(run, evidence),
-        **_shipping(run, evidence, cells, draws),
+        **_served(served),
+        **_shipping(run, evidence, cells, draws, served=served),
         **making_of(run),
     }
 
@@ -216,11 +221,20 @@ def _reading(run: Run, evidence: Mapping[str, ArmEvidence]) -> Reading:
     }
 
 
+def _served(served: dict[str, Any] | None) -> Served:
+    return {"served": cast("ServedJson", served)} if served is not None else {}
+
+
 def _shipping(
-    run: Run, evidence: Mapping[str, ArmEvidence], cells: Mapping[str, Mapping[str, Cell]], draws: Draws
+    run: Run,
+    evidence: Mapping[str, ArmEvidence],
+    cells: Mapping[str, Mapping[str, Cell]],
+    draws: Draws,
+    *,
+    served: dict[str, Any] | None,
 ) -> Shipping:
     return {
-        "gate": gate_of(run, evidence, draws),
+        "gate": gate_of(run, evidence, draws, served=served),
         "fit": fit_of(run, cells),
         "samples": samples_of(run),
         "loading": loading_of(run),

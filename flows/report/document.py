@@ -134,6 +134,50 @@ class Reading(TypedDict):
     layers: dict[str, Any]
 
 
+class Served(TypedDict):
+    """What a real engine gave; only where the run served an arm, or says why it did not."""
+
+    served: NotRequired[ServedJson]
+
+
+class ServedJson(TypedDict):
+    """Served arms beside what was measured, the floor, and what was not served; docs/report-json.md has the fields."""
+
+    limits: dict[str, float]
+    floor: FloorJson
+    arms: dict[str, ServedArmJson]
+    not_served: dict[str, str]
+    text: list[str]
+
+
+class FloorJson(TypedDict):
+    """The arm that the others are judged beside, or why there is none."""
+
+    arm: str | None
+    reason: str | None
+
+
+class ServedArmJson(TypedDict):
+    """One arm in the engine."""
+
+    step: str
+    verdict: str
+    checks: list[dict[str, Any]]
+    metrics: dict[str, Any]
+    own: dict[str, float | None]
+    differences: dict[str, dict[str, Any]]
+    engine: str
+    version: str
+    device: str
+    kernel: str | None
+    start_s: float | None
+    resident_gib: float | None
+    kv_cache_dtype: str | None
+    command: list[str]
+    loads: list[dict[str, Any]]
+    rank: int | None
+
+
 class Shipping(TypedDict):
     """What can be promoted, what fits where, what the arms answer, and how they are loaded."""
 
@@ -194,5 +238,5 @@ class Making(TypedDict):
     notes: list[dict[str, str]]
 
 
-class Document(About, Words, ArmSection, Differences, Reading, Shipping, Making):
+class Document(About, Words, ArmSection, Differences, Reading, Served, Shipping, Making):
     """All of report.json."""

@@ -16,7 +16,9 @@ from flows.report.plots.domains import domains_plot
 from flows.report.plots.fronts import against_size
 from flows.report.plots.layers import errors_plot, weights_plot
 from flows.report.plots.style import LIGHT, as_picture, family_of, look
+from flows.report.plots.throughput import throughput_plot
 from flows.report.plots.waterfall import waterfall_plot
+from flows.report.served import apart, below, engines, equal_text, floor_text, mark_of, ordered, seconds
 from flows.report.text import (
     SPEEDS,
     columns,
@@ -30,12 +32,14 @@ from flows.report.text import (
     ran_where,
 )
 from flows.results.layers import unmeasured, worst
-from flows.results.metrics import METRICS, difference_text, interval_text, significant, size, value_text
+from flows.results.metrics import METRICS, SERVED, difference_text, interval_text, significant, size, value_text
 from flows.results.power import sentence as power_sentence
 from flows.results.samples import marked
+from flows.results.served import MARKS
+from flows.results.throughput import RATES
 
 TEMPLATES = Path(__file__).parent / "templates"
-GATE_MARKS = {"pass": "✓", "worse": "▼", "undecided": "?", "none": "–"}
+GATE_MARKS = {"pass": "✓", "worse": "▼", "undecided": "?", "none": "–", "not served as measured": "▼"}
 OPEN_UP_TO = 8  # comparisons of a family that is shown unfolded
 
 
@@ -50,6 +54,7 @@ def page(report: Mapping[str, Any], svgs: Mapping[str, str]) -> str:
         keep_trailing_newline=True,
     )
     drawn = {name: Markup(svg) for name, svg in svgs.items()}
+    in_engine = report.get("served")
     controls = [slug for slug, arm in report["arms"].items() if arm["role"] == "control"]
     return environment.get_template("report.html.j2").render(
         r=report,
@@ -80,6 +85,19 @@ def page(report: Mapping[str, Any], svgs: Mapping[str, str]) -> str:
         marked=marked,
         score_mark=score_mark,
         ran_on=ran_on,
+        served=in_engine,
+        served_mark=lambda slug: mark_of(slug, report),
+        served_engines=engines(in_engine) if in_engine else "",
+        served_by_place=ordered(in_engine) if in_engine else {},
+        served_floor=floor_text(in_engine) if in_engine else None,
+        served_below=list(below(in_engine)) if in_engine else [],
+        served_metrics=SERVED,
+        served_marks=MARKS,
+        apart=apart,
+        equal_text=equal_text,
+        rates=RATES,
+        seconds=seconds,
+        throughput_plot=drawn.get("throughput"),
         data_line=data_line(report),
         hardware_line=hardware_line(report["hardware"]),
         where=ran_where(report),
@@ -108,6 +126,7 @@ def figures(report: Mapping[str, Any]) -> dict[str, str]:
         "domains": domains_plot(report),
         "layer-errors": errors_plot(layers),
         "layer-weights": weights_plot(layers),
+        "throughput": throughput_plot(report.get("served")),
     }
     return {name: svg for name, svg in drawn.items() if svg}
 

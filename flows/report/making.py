@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flows.report.document import Failure, Making, Source, StepJson, StepMemory
-from flows.results.read import Run, RunStep, notes
+from flows.results.read import Run, RunArm, RunStep, notes
 
 STAGES = (
     "prepare",
@@ -19,6 +19,7 @@ STAGES = (
     "quantize",
     "evaluate",
     "measure",
+    "serve",
 )
 
 
@@ -99,7 +100,7 @@ def _unscored(step: RunStep, run: Run) -> list[Failure]:
             "problem": dict(problem),
             "why": f"{step.key}, {metric}: {step.problems[metric]}",
             "log": None,
-            "arms": [arm.slug for arm in run.arms if step.key == arm.evaluate],
+            "arms": [arm.slug for arm in run.arms if step.key in _behind(arm)],
         }
         for metric, problem in problems.items()
     ]
@@ -112,5 +113,12 @@ def _failure(step: RunStep, run: Run) -> Failure:
         "problem": dict(step.problem) if step.problem else None,
         "why": step.trouble,
         "log": step.log,
-        "arms": [arm.slug for arm in run.arms if step.key in (arm.model, arm.adapter, arm.evaluate, arm.measure)],
+        "arms": [
+            arm.slug for arm in run.arms if step.key in (arm.model, arm.adapter, arm.evaluate, arm.measure, arm.serve)
+        ],
     }
+
+
+def _behind(arm: RunArm) -> tuple[str | None, ...]:
+    """Keys of the steps that an arm's figures rest on."""
+    return arm.model, arm.adapter, arm.evaluate, arm.measure, arm.serve

@@ -12,6 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.report.plots.waterfall import signed
+from flows.report.served import HEAD as SERVED_HEAD
+from flows.report.served import SPEED_HEAD, below, engines, floor_text, mark_of, speed_rows
+from flows.report.served import rows_of as served_rows
 from flows.results.metrics import METRICS, TASK, difference_text, interval_text, significant, value_text
 from flows.results.power import sentence as power_sentence
 
@@ -44,16 +47,17 @@ def arm_rows(report: Mapping[str, Any]) -> list[dict[str, str]]:
     """One row per arm, every figure with its interval."""
     return [
         {
-            "arm": name_of(slug, arm),
+            "arm": name_of(slug, report),
             **{METRICS[name].label: _cell(name, arm["metrics"][name]) for name in columns(report)},
         }
         for slug, arm in report["arms"].items()
     ]
 
 
-def name_of(slug: str, arm: Mapping[str, Any]) -> str:
-    """The slug, marked where the engine that the recipe names does not read the arm."""
-    return f"{slug} (not served)" if arm["refused"] else slug
+def name_of(slug: str, report: Mapping[str, Any]) -> str:
+    """The slug, with what the engine that the recipe names makes of it."""
+    mark = mark_of(slug, report)
+    return f"{slug} ({mark})" if mark else slug
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -91,7 +95,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     lines += ["", "## Can it be promoted?", "", *(f"- {line}" for line in report["gate"]["text"])]
     if loss := waterfall_sentence(report["waterfall"]):
         lines += ["", "## Where does the loss go?", "", f"- {loss}"]
-    lines += ["", *fit_section(report["fit"]), *_comparisons(report), *_speed(report), *_machine(report)]
+    lines += ["", *fit_section(report["fit"]), *_comparisons(report), *_served(report), *_speed(report)]
+    lines += _machine(report)
     return no_tags("\n".join(lines)) + "\n"
 
 
@@ -112,7 +117,7 @@ def overview(report: Mapping[str, Any]) -> list[str]:
     lines += _table(
         head,
         [
-            [name_of(slug, arm), *(_cell(name, arm["metrics"][name]) for name in columns(report))]
+            [name_of(slug, report), *(_cell(name, arm["metrics"][name]) for name in columns(report))]
             for slug, arm in arms.items()
         ],
     )
@@ -193,6 +198,22 @@ def left_out(report: Mapping[str, Any]) -> dict[str, list[str]]:
 
 def _difference(comparison: Mapping[str, Any]) -> str:
     return difference_text(comparison["metric"], comparison["difference"], comparison["ci95_adjusted"])
+
+
+def _served(report: Mapping[str, Any]) -> Iterator[str]:
+    """The section of the engine; nothing where the run has none."""
+    served = report.get("served")
+    if not served:
+        return
+    yield from ["## Served", ""]
+    if told := floor_text(served):
+        yield from [f"{engines(served)}, the rows of test. {told}", ""]
+        yield from [*_table(SERVED_HEAD, served_rows(served)), ""]
+    if rows := speed_rows(served):
+        yield from [f"Ranked by tokens decoded a second on {hardware_line(report['hardware'])}.", ""]
+        yield from [*_table(SPEED_HEAD, rows), ""]
+    for line in below(served):
+        yield from [line, ""]
 
 
 def _speed(report: Mapping[str, Any]) -> Iterator[str]:
@@ -282,7 +303,7 @@ def _print_arms(report: Mapping[str, Any], console: Console) -> None:
     }
     table = Table(title=f"{report['name']}: {data_line(report)}", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("arm", no_wrap=True)
-    names = {slug: name_of(slug, arm) for slug, arm in report["arms"].items()}
+    names = {slug: name_of(slug, report) for slug in report["arms"]}
     room = console.width - max(map(len, names.values()), default=0) - 6  # margins of the table and of the first column
     shown: list[str] = []
     for name, column in cells.items():
@@ -310,6 +331,9 @@ def _trouble(report: Mapping[str, Any]) -> Iterator[str]:
             yield f"not served: {slug}: {arm['refused']}"
     for slug, why in report["not_ranked"].items():
         yield f"not ranked: {slug}: {why}"
+    for line in (report.get("served") or {"text": []})["text"]:
+        if ": served as measured" not in line:
+            yield line
 
 
 def _asides(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -361,7 +385,7 @@ def gate_sentence(gate: Mapping[str, Any] | None) -> str | None:
     """The gate's first sentence; where the candidate does not pass, also the check that weighs most against it."""
     if not gate:
         return None
-    return " ".join(gate["text"][: 2 if gate["outcome"] in ("worse", "undecided") else 1])
+    return " ".join(gate["text"][: 1 if gate["outcome"] in ("pass", "none") else 2])
 
 
 def waterfall_sentence(waterfall: Mapping[str, Any] | None) -> str | None:

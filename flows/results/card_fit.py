@@ -18,9 +18,10 @@ from flows.results.cells import Cell
 from flows.results.read import Run, RunArm
 from recipes.models.headers import Headers, read_headers
 from recipes.models.kv_cache import WINDOWS, WITHOUT_CACHE, CacheLayer, layer_kinds
-from recipes.models.linear import Linear
 from recipes.problem import RecipeError
-from recipes.schemes.engines import Engine, refusals
+from recipes.schemes.engines import refusals
+from recipes.schemes.ranks import ServedModel
+from recipes.schemes.reads import Engine
 
 Store = Literal["bf16", "fp8", "int8"]  # how keys and values are kept
 BYTES: dict[Store, float] = {"bf16": 2.0, "fp8": 1.0, "int8": 1.0}
@@ -123,6 +124,7 @@ def fits(
         Refused: The cache cannot be computed from config.json.
     """
     cache, allowance = cache_of(headers), allowance_bytes(headers, work)
+    model = ServedModel.of(headers)
     every: list[Fit] = []
     for arm in run.arms:
         if arm.is_control or arm.unavailable or (arm.model is None and arm.adapter is None):
@@ -138,7 +140,7 @@ def fits(
                 needed=None if size is None else size + keys + allowance,
                 task=own["task"],
                 kl_mean=own["kl_mean"],
-                refused=_refused(arm, own, headers.linears, engine),
+                refused=_refused(arm, own, model, engine),
             )
         )
     return every
@@ -156,19 +158,19 @@ def allowance_bytes(headers: Headers, work: Workload) -> float:
     return CUDA_CONTEXT * GIB + 2 * 2 * widest * tokens + LOGIT_BYTES * headers.vocabulary * work.batch
 
 
-def _refused(arm: RunArm, own: Mapping[str, float | None], linears: Sequence[Linear], engine: str | None) -> str | None:
-    served = replace(arm if engine is None else _on(arm, linears, engine), kv=None)
+def _refused(arm: RunArm, own: Mapping[str, float | None], model: ServedModel, engine: str | None) -> str | None:
+    served = replace(arm if engine is None else _on(arm, model, engine), kv=None)
     if served.unfit:
         return served.unfit
     missing = [name for name in ("size_bytes", "kl_mean") if own[name] is None]
     return f"it has no {missing[0]}" if missing else None
 
 
-def _on(arm: RunArm, linears: Sequence[Linear], engine: str) -> RunArm:
+def _on(arm: RunArm, model: ServedModel, engine: str) -> RunArm:
     """The arm as another engine sees it."""
     if engine == "none" or arm.quantizer is None:
         return replace(arm, refused=None)
-    problems = refusals(arm.quantizer, linears, _engine(engine))
+    problems = refusals(arm.quantizer, model, engine=_engine(engine))
     return replace(arm, refused=problems[0].what if problems else None)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from flows.results.metrics import HEADLINE, METRICS, PER_DOMAIN, SPEED, TASK, Metric, further
-from flows.results.read import REFERENCE, RowScores, Run, RunArm, TokenKL, read_kl, read_scores
+from flows.results.read import REFERENCE, Run, RunArm
+from flows.results.rows import RowScores, TokenKL, read_kl, read_scores
 from flows.results.sizes import size_bytes
 from flows.results.stats import (
     QUANTILE_RESAMPLES,
@@ -245,7 +246,7 @@ def _speed(arm: ArmEvidence, run: Run) -> dict[str, Cell]:
     if reason:
         return {name: Cell(value=None, reason=reason) for name in SPEED}
     measured = speed_record(loaded, run)
-    cells = {name: _timed(measured.get(name), name) for name in SPEED}
+    cells = {name: timed_cell(measured.get(name), name) for name in SPEED}
     if arm.arm.kv is None:
         return cells
     simulated = Cell(value=None, reason=SIMULATED)
@@ -269,9 +270,10 @@ def speed_record(arm: RunArm, run: Run) -> dict[str, Any]:
     return json.loads((step.files / "speed.json").read_text(encoding="utf-8"))
 
 
-def _timed(timed: list[float] | float | None, name: str) -> Cell:
+def timed_cell(timed: list[float] | float | None, name: str, *, file: str = "speed.json") -> Cell:
+    """Geometric mean of repeats with its interval; of a number that was counted the number."""
     if timed is None:
-        return Cell(value=None, reason=f"speed.json has no {name}")
+        return Cell(value=None, reason=f"{file} has no {name}")
     if isinstance(timed, int | float):  # counted, not sampled: the interval is the value
         return Cell(value=timed, ci95=Interval(timed, timed), n=1)
     if len(timed) < 2 or min(timed) <= 0:

@@ -13,7 +13,8 @@ from typing import Any, Literal, NamedTuple
 
 from flows.results.metrics import METRICS, TASK
 from flows.results.paired import ONE_GROUP, Draw, Obstacle, Paired, differences, paired
-from flows.results.read import REFERENCE, RowScores, RunArm, SchemeParts
+from flows.results.read import REFERENCE, RunArm, SchemeParts
+from flows.results.rows import RowScores
 from flows.results.stats import Interval
 
 Verdict = Literal["better", "worse", "no difference shown"]

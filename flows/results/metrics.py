@@ -191,10 +191,42 @@ METRICS = Known(
         ),
     )
 )
+SERVED = {
+    one.name: one
+    for one in (
+        Metric(
+            name="served_loss",
+            label="served loss",
+            better="lower",
+            source="served_nll",
+            split="test",
+            interval="studentized",
+            meaning="mean loss over completion tokens of test in the engine, nats a token",
+        ),
+        Metric(
+            name="served_task",
+            label="served task",
+            better="higher",
+            source="served_task",
+            split="test",
+            interval="wilson",
+            meaning="share of the engine's test answers that the recipe's scorer accepts, decoded greedily",
+        ),
+        Metric(
+            name="served_answers_equal",
+            label="answers equal",
+            better="higher",
+            source="served_equal",
+            split="test",
+            interval="wilson",
+            meaning="share of test answers that are, letter by letter, those of the arm's own evaluation",
+        ),
+    )
+}  # what a real engine gave: only of runs that served something
 HEADLINE = ("task", "ppl_test", "kl_mean", "size_bytes")  # an arm without one of these is not ranked
 SPEED = ("resident_bytes", "load_s", "prefill_tokens_per_s", "decode_tokens_per_s")
 PER_DOMAIN = ("task", "ppl_test", "ppl_all", "bits_per_byte", "kl_mean", "top1_agreement")
-_SHARES = ("task", "top1_agreement")
+_SHARES = ("task", "top1_agreement", "served_task", "served_answers_equal")
 _MINUS = "−"
 
 
@@ -214,6 +246,9 @@ def _unit(metric: str) -> str:
     return {
         "task": " %",
         "top1_agreement": " %",
+        "served_task": " %",
+        "served_answers_equal": " %",
+        "served_loss": " nats",
         "kl_mean": " nats",
         "kl_p99": " nats",
         "load_s": " s",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
-from flows.results.read import RowScores
+from flows.results.rows import RowScores
 from flows.results.stats import Counts, Estimand, Interval, Link, Studentized, difference_intervals, studentized
 
 Draw = Callable[[tuple[str, ...]], Counts]  # the resamples of some groups; equal groups get equal draws

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from flows.results.cells import ArmEvidence
 from flows.results.comparisons import merged_schemes
 from flows.results.paired import ONE_GROUP, Obstacle, Paired, paired
-from flows.results.read import RowScores
+from flows.results.rows import RowScores
 from flows.results.stats import Z_POWER, Estimand, Z, standard_error
 
 LOSS = 0.03  # of the task score: 3 points

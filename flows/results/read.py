@@ -1,4 +1,4 @@
-"""What a run left behind: steps.json, manifests and the files of its artifacts, read once and typed.
+"""What a run left behind: steps.json and the manifests of its artifacts, read once and typed.
 
 The report is a function of this and of nothing else.
 """
@@ -8,16 +8,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from numpy.typing import NDArray
-
-from flows.results.stats import Floats, Sums
 from recipes.arms import TRAINED, Arm
 from recipes.schemes.scheme import Scheme
 
@@ -108,6 +101,8 @@ class RunArm:
         external: A model that this pipeline did not make.
         unavailable: Why this arm could not be, known before the run; it has no steps then.
         refused: Why the recipe's serve.engine does not read it; None where it does, or the recipe names none.
+        serve: Key of the step that served it with that engine; None where there is none.
+        unserved: Why there is none, where the recipe names an engine.
     """
 
     slug: str
@@ -127,12 +122,16 @@ class RunArm:
     evaluate: str | None
     measure: str | None
     refused: str | None = None
+    serve: str | None = None
+    unserved: str | None = None
 
     @classmethod
-    def of_recipe(cls, arm: Arm, keys: Mapping[str, str | None], *, refused: str | None) -> RunArm:
-        """An arm that a recipe wants, with the keys of the steps that make, score and time it."""
+    def of_recipe(
+        cls, arm: Arm, keys: Mapping[str, str | None], *, refused: str | None, unserved: str | None = None
+    ) -> RunArm:
+        """An arm that a recipe wants, with the keys of the steps that make, score, time and serve it."""
         quantized = {"scheme": arm.scheme and arm.scheme.slug, "quantization": arm.scheme and arm.scheme.params()}
-        return cls(**{**vars(arm), **quantized, **keys, "refused": refused})
+        return cls(**{**vars(arm), **quantized, **keys, "refused": refused, "unserved": unserved})
 
     @property
     def role(self) -> Role:
@@ -271,131 +270,6 @@ def _folder(origin: Mapping[str, str] | None) -> Path | None:
 
 def _json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-@dataclass(frozen=True, eq=False)
-class RowScores:
-    """One metric of one arm on one split, one row per row, sorted by row.
-
-    Attributes:
-        rows: [rows] names; a name that appears twice makes the arms incomparable.
-        group: [rows] name of each row's group.
-        domain: [rows].
-        total: [rows] sum of scores.
-        count: [rows] tokens (1 for task).
-    """
-
-    rows: NDArray[np.str_]
-    group: NDArray[np.str_]
-    domain: NDArray[np.str_]
-    total: Floats
-    count: Floats
-
-    @cached_property
-    def groups(self) -> tuple[str, ...]:
-        """Names of the groups, sorted."""
-        return tuple(str(name) for name in np.unique(self.group))
-
-    @cached_property
-    def sums(self) -> Sums:
-        """Summed within groups, in the order of `groups`."""
-        index = np.searchsorted(np.asarray(self.groups), self.group)
-        size = len(self.groups)
-        total, count = (np.bincount(index, weights, size).astype(np.float64) for weights in (self.total, self.count))
-        return Sums(total, count)
-
-    @property
-    def finite(self) -> bool:
-        """No NaN and no infinity anywhere."""
-        return bool(np.isfinite(self.total).all())
-
-    @property
-    def binary(self) -> bool:
-        """Every row scores 0 or 1."""
-        return bool(np.isin(self.total, (0.0, 1.0)).all())
-
-    @property
-    def n(self) -> int:
-        """Tokens, or rows where each counts once."""
-        return int(self.count.sum())
-
-    def same_rows(self, other: RowScores) -> bool:
-        """Same rows, groups and tokens: what a paired comparison needs."""
-        return (
-            np.array_equal(self.rows, other.rows)
-            and np.array_equal(self.group, other.group)
-            and np.array_equal(self.count, other.count)
-        )
-
-    def of_domain(self, domain: str) -> RowScores:
-        """Only the rows of a domain."""
-        return self.where(self.domain == domain)
-
-    def where(self, keep: NDArray[np.bool_]) -> RowScores:
-        """Only some rows. keep: [rows]."""
-        return RowScores(self.rows[keep], self.group[keep], self.domain[keep], self.total[keep], self.count[keep])
-
-    def zeros(self) -> RowScores:
-        """The same rows with a score of zero: the reference's KL to itself."""
-        return RowScores(self.rows, self.group, self.domain, np.zeros_like(self.total), self.count)
-
-
-_SPLIT = {"nll_general": "general"}  # every other metric is published on test
-
-
-def read_scores(files: Path) -> dict[str, RowScores]:
-    """Metric -> rows of scores.parquet; dev is for what chooses, so no figure of the report comes from it."""
-    return _by_metric(pq.read_table(files / "scores.parquet").sort_by("row"))
-
-
-def read_dev(files: Path) -> dict[str, RowScores]:
-    """Metric -> rows of dev, for what chooses; rows of test are left out while reading."""
-    return _by_metric(pq.read_table(files / "scores.parquet", filters=[("split", "==", "dev")]).sort_by("row"), "dev")
-
-
-def _by_metric(table: pa.Table, wanted: str = "test") -> dict[str, RowScores]:
-    row, group, domain, metric, split = (_names(table, name) for name in ("row", "group", "domain", "metric", "split"))
-    total, count = _numbers(table, "sum"), _numbers(table, "n")
-    scores: dict[str, RowScores] = {}
-    for name in np.unique(metric):
-        keep = (metric == name) & (split == _SPLIT.get(str(name), wanted))
-        if keep.any():
-            scores[str(name)] = RowScores(row[keep], group[keep], domain[keep], total[keep], count[keep])
-    return scores
-
-
-def _names(table: pa.Table, column: str) -> NDArray[np.str_]:
-    return np.asarray(table[column].to_pylist(), dtype=np.str_)
-
-
-def _numbers(table: pa.Table, column: str) -> Floats:
-    return np.asarray(table[column].to_numpy(), dtype=np.float64)
-
-
-@dataclass(frozen=True, eq=False)
-class TokenKL:
-    """KL of every completion token of test.
-
-    Attributes:
-        kl: [tokens] nats.
-        group: [tokens] index into the sorted groups.
-    """
-
-    kl: Floats
-    group: NDArray[np.int64]
-    groups: tuple[str, ...]
-
-
-def read_kl(files: Path) -> TokenKL | None:
-    """kl.parquet, test only; None where it has no such row."""
-    path = files / "kl.parquet"
-    if not path.exists():
-        return None
-    table = pq.read_table(path, columns=["group", "kl"], filters=[("split", "==", "test")])
-    if not table.num_rows:
-        return None
-    groups, index = np.unique(_names(table, "group"), return_inverse=True)
-    return TokenKL(_numbers(table, "kl"), index.astype(np.int64), tuple(str(name) for name in groups))
 
 
 class Note(NamedTuple):

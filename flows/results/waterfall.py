@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from flows.results.cells import ArmEvidence
 from flows.results.comparisons import REFERENCE, verdict
 from flows.results.paired import ONE_GROUP, Draw, Paired, differences
-from flows.results.read import RowScores, RunArm
+from flows.results.read import RunArm
+from flows.results.rows import RowScores
 
 BASES = ("base", "base-nf4")
 

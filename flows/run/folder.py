@@ -17,10 +17,10 @@ from flows.pins import Pins
 from flows.results.read import RunArm, StepRecord
 from recipes.checks.python import named_python
 from recipes.models.headers import read_headers
-from recipes.models.linear import Linear
 from recipes.problem import Problem
 from recipes.read.load import Loaded
 from recipes.schemes.engines import refusals
+from recipes.schemes.ranks import ServedModel
 from recipes.schemes.scheme import Scheme
 from tasks.runtime.process.environments import versions
 from tasks.runtime.step import External, Step, hardware
@@ -52,7 +52,7 @@ class RunRecord:
         self._clock = time.monotonic()
         self._steps: dict[str, StepRecord] = {}
         self._serve = loaded.recipe.serve
-        self._linears: tuple[Linear, ...] = ()
+        self._model = ServedModel(linears=())
         self._python = list(named_python(loaded))
         self._raw: dict[str, Any] = {
             "schema": 1,
@@ -72,7 +72,7 @@ class RunRecord:
 
     def pinned(self, pins: Pins, *, only: Sequence[str] = ()) -> None:
         """Note where base, data and external models came from, and which arms are wanted (none named: all)."""
-        self._linears = read_headers(pins.base.path).linears
+        self._model = ServedModel.of(read_headers(pins.base.path))
         for source in filter(None, (pins.base, *pins.data, pins.adapter)):
             self._raw[source.name] = _origin(source)
         self._raw["code"] = self._code(pins)
@@ -109,14 +109,15 @@ class RunRecord:
         self._write()
 
     def _arm(self, row: ArmSteps) -> dict[str, Any]:
-        return asdict(RunArm.of_recipe(row.arm, row.keys, refused=self._refused(row.arm.scheme)))
+        refused = self._refused(row.arm.scheme)
+        return asdict(RunArm.of_recipe(row.arm, row.keys, refused=refused, unserved=row.unserved))
 
     def _refused(self, scheme: Scheme | None) -> str | None:
-        """Why serve.engine does not read what this scheme makes; None where it does, or nobody asks."""
+        """Why serve.engine does not serve what this scheme makes (None: bf16); None where it does, or nobody asks."""
         engine = self._serve.engine
-        if scheme is None or engine == "none":
+        if engine == "none":
             return None
-        problems = refusals(scheme, self._linears, engine, self._serve.tensor_parallel)
+        problems = refusals(scheme, self._model, engine=engine, tensor_parallel=self._serve.tensor_parallel)
         return problems[0].what if problems else None
 
     def finish(self, status: str) -> None:

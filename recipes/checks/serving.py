@@ -16,12 +16,13 @@ from recipes.problem import Problem, RecipeError
 from recipes.read.load import Loaded
 from recipes.schema import Recipe
 from recipes.schemes.engines import cautions, refusals
+from recipes.schemes.ranks import ServedModel
 from recipes.schemes.schema import SchemeSpec
 from recipes.schemes.scheme import Scheme
 
 
 def warnings(loaded: Loaded) -> list[Problem]:
-    """Every arm that cannot be, every scheme that the engine refuses, or serves in some versions only.
+    """Every arm that cannot be, ranks that the model cannot be split over, every scheme that the engine refuses.
 
     What `check` refuses is left out here; nothing is known about the engine where the base is not local.
     """
@@ -48,7 +49,11 @@ def schemes(recipe: Recipe) -> Iterator[tuple[str, Scheme]]:
 def _unserved(loaded: Loaded, headers: Headers) -> Iterator[Problem]:
     serve = loaded.recipe.serve
     assert serve.engine != "none"
+    model, ranks = ServedModel.of(headers), serve.tensor_parallel
+    unsplit = refusals(None, model, engine=serve.engine, tensor_parallel=ranks)
+    yield from unsplit
     for field, scheme in schemes(loaded.recipe):
         for find in (refusals, cautions):
-            for problem in find(scheme, headers.linears, serve.engine, serve.tensor_parallel):
+            # What no scheme can mend is said once, at serve.tensor_parallel.
+            for problem in find(scheme, model, engine=serve.engine, tensor_parallel=1 if unsplit else ranks):
                 yield replace(problem, where=field)

@@ -100,6 +100,11 @@ class Scheme:
         return self.grid.group_size
 
     @property
+    def grids(self) -> tuple[Grid, ...]:
+        """Its own grid, then those of its rules, each once."""
+        return tuple(dict.fromkeys((self.grid, *(rule.grid for rule in self.rules if rule.grid))))
+
+    @property
     def needs_calibration(self) -> bool:
         """False for what looks at no data: rounding to nearest, nf4, int8."""
         return self.method in ("gptq", "awq") or self.kv_scales
@@ -315,7 +320,7 @@ def collapsed(layers: Iterable[Linear], *, outputs: bool = False) -> str:
     )
 
 
-def listed(numbers: Iterable[int]) -> str:
+def listed(numbers: Iterable[int], word: str = "and") -> str:
     """`2, 3 and 4`."""
     words = [str(number) for number in numbers]
-    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
+    return f" {word} ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]

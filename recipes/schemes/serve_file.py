@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 from recipes.models.headers import Headers
 from recipes.plain import is_mapping
 from recipes.problem import Problem
-from recipes.schemes.engines import NAMES, cautions, loaders, parallel_sizes, refusals, rows_of
+from recipes.schemes.engines import cautions, loaders, parallel_sizes, refusals
+from recipes.schemes.ranks import ServedModel
+from recipes.schemes.reads import NAMES, needs_of
 from recipes.schemes.scheme import Scheme, listed
 
 SCHEMA = 1
@@ -120,7 +122,7 @@ def _loaders(scheme: Scheme | None, adapter: ServedAdapter | None) -> dict[str, 
     """Who reads it, and what has to be installed beside the engine."""
     by_engine = dict(BF16_NEEDS)
     if scheme is not None:
-        by_engine = {engine: ", ".join(row.needs for row in rows_of(scheme, engine)) for engine in loaders(scheme)}
+        by_engine = {engine: ", ".join(needs_of(scheme, engine)) for engine in loaders(scheme)}
     if adapter is None:
         return by_engine
     needs = ", ".join(filter(None, (by_engine["transformers"], "peft", "bitsandbytes" if adapter.nf4 else "")))
@@ -131,9 +133,10 @@ def _vllm(
     headers: Headers, name: str, scheme: Scheme | None, *, ranks: int, length: int | None, adapter: ServedAdapter | None
 ) -> dict[str, Any]:
     """The command, or why there is none."""
-    sizes = parallel_sizes(scheme, headers.linears, "vllm")
-    refused = refusals(scheme, headers.linears, "vllm", ranks) if scheme else []
-    careful = cautions(scheme, headers.linears, "vllm", ranks) if scheme else []
+    model = ServedModel.of(headers)
+    sizes = parallel_sizes(scheme, model, engine="vllm")
+    refused = refusals(scheme, model, engine="vllm", tensor_parallel=ranks)
+    careful = cautions(scheme, model, engine="vllm", tensor_parallel=ranks) if scheme else []
     if adapter and (problem := adapter.refusal(name)):
         refused.append(problem)
     command = ["vllm", "serve", "$PWD/base" if adapter else "$PWD"]
@@ -185,7 +188,7 @@ def _vllm_lines(served: Mapping[str, Any]) -> Iterator[str]:
     if served["max_model_len"]:
         yield f"* --max-model-len {served['max_model_len']}: prompt and answer; less leaves memory for more requests."
     sizes = listed(vllm["tensor_parallel_sizes"])
-    yield f"* --tensor-parallel-size: of 1, 2, 4 and 8 GPUs {sizes} can share it, by shapes and groups."
+    yield f"* --tensor-parallel-size: of 1, 2, 4 and 8 GPUs {sizes} can share it, by heads, shapes and groups."
     if served["chat_template"]:
         yield "* No --chat-template: the template stands beside the tokenizer, and vLLM reads it there."
     else:

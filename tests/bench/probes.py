@@ -12,7 +12,8 @@ from flows.results.cells import ArmEvidence, Draws, gather
 from flows.results.comparisons import REFERENCE
 from flows.results.layers import layers_of, part_of
 from flows.results.metrics import METRICS, difference_text, significant
-from flows.results.read import RowScores, Run
+from flows.results.read import Run
+from flows.results.rows import RowScores
 from flows.results.stats import Estimand, Interval, Sums, difference_intervals, studentized
 
 DEQUANTIZED = "dequantized"

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flows.results.cells import ArmEvidence
-from flows.results.read import RowScores, RunArm
+from flows.results.read import RunArm
+from flows.results.rows import RowScores
 
 
 def arm(slug: str, **changes: Any) -> RunArm:

@@ -56,6 +56,17 @@ SHAPES: dict[str, Shape] = {
 }
 
 
+@dataclass(frozen=True)
+class Serving:
+    """What an engine makes of an arm: noise of a row and bias in nats a token, share of other answers, its speed."""
+
+    noise: float = 0.002
+    bias: float = 0.0
+    changed: float = 0.01
+    speed: float = 1.0
+    lost: int = 0
+
+
 @dataclass
 class SyntheticRun:
     """Writes one run below `home`; change `broken`, `shapes` or the rows before `write`.
@@ -63,6 +74,8 @@ class SyntheticRun:
     Attributes:
         broken: Step key -> problem of a step that failed; what needs it is skipped.
         refused: Arm -> why the engine does not read it.
+        serving: Arm -> what the engine makes of it; the others have no serve step.
+        unserved: Arm -> why it has no serve step.
         drop_rows: Arms that are scored on one test row less.
         nan_rows: Arms with NaN in one loss.
         prompts: Rows have prompts; plain texts have none, so no task score.
@@ -85,6 +98,8 @@ class SyntheticRun:
     part: slice = field(default_factory=lambda: slice(None))
     broken: dict[str, dict[str, str]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    serving: dict[str, Serving] = field(default_factory=dict)
+    unserved: dict[str, str] = field(default_factory=dict)
     drop_rows: frozenset[str] = frozenset()
     nan_rows: frozenset[str] = frozenset()
     steps: list[dict[str, Any]] = field(default_factory=list)
@@ -152,6 +167,7 @@ class SyntheticRun:
         model, of = None, slug.partition(".kv-")[0] if shape.kv else None
         if shape.unavailable:
             return self._record(slug, shape, model=None, evaluate=None, measure=None)
+        serve = f"serve/{slug}" if slug in self.serving else None
         if of is not None:
             model = f"quantize/{of}" if shape.scheme else None
         elif shape.scheme:
@@ -166,12 +182,20 @@ class SyntheticRun:
             self._scores(files, slug, shape, np.random.default_rng([self.seed, index]))
         if self.measured and of is None and (files := self._step(measure, {}, seconds=8.0, needs=model)):
             dump(files / "speed.json", speed(shape, np.random.default_rng([self.seed, index, 1])))
-        return self._record(
-            slug, shape, model=model, evaluate=evaluate, measure=measure if self.measured and of is None else None
-        )
+        if serve and (files := self._step(serve, {}, seconds=95.0, needs=model)):
+            self._served(files, slug, np.random.default_rng([self.seed, index, 3]))
+        measure = measure if self.measured and of is None else None
+        return self._record(slug, shape, model=model, evaluate=evaluate, measure=measure, serve=serve)
 
     def _record(
-        self, slug: str, shape: Shape, *, model: str | None, evaluate: str | None, measure: str | None
+        self,
+        slug: str,
+        shape: Shape,
+        *,
+        model: str | None,
+        evaluate: str | None,
+        measure: str | None,
+        serve: str | None = None,
     ) -> dict[str, Any]:
         """An arm of steps.json."""
         on_top = shape.on_base or slug.startswith("nf4-adapter")
@@ -193,6 +217,8 @@ class SyntheticRun:
             "adapter": "train/quickstart" if on_top and not shape.unavailable else None,
             "evaluate": evaluate,
             "measure": measure,
+            **({"serve": serve} if serve else {}),
+            **({"unserved": self.unserved[slug]} if slug in self.unserved else {}),
         }
 
     def _step(
@@ -300,6 +326,28 @@ class SyntheticRun:
         }
         pq.write_table(pa.table(tokens), files / "kl.parquet")
 
+    def _served(self, files: Path, slug: str, rng: np.random.Generator) -> None:
+        """scores.parquet and served.json of a serve step: the arm's own scores of test, and noise."""
+        how = self.serving[slug]
+        (own,) = self.home.glob(f"store/evaluate/{slug}-{'?' * 12}/files/scores.parquet")
+        table = pq.read_table(own, filters=[("split", "==", "test")]).to_pydict()
+        lines = [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
+        kept = {str(name) for name in self.rows[: len(self.rows) - how.lost]}
+        served: list[dict[str, Any]] = []
+        for line in (line for line in lines if line["row"] in kept):
+            if line["metric"] == "nll":
+                more = line["n"] * (how.bias + how.noise * float(rng.normal()))
+                served.append({**line, "metric": "served_nll", "sum": line["sum"] + more})
+            if line["metric"] == "task":
+                equal = float(rng.random() >= how.changed)
+                score = line["sum"] if equal else float(rng.random() < 0.5)
+                served += [
+                    {**line, "metric": "served_task", "sum": score},
+                    {**line, "metric": "served_equal", "sum": equal},
+                ]
+        pq.write_table(pa.Table.from_pylist(served), files / "scores.parquet")
+        dump(files / "served.json", served_json(slug, how, rng))
+
     def _answers(self, slug: str, right: np.ndarray, rows: list[int]) -> list[dict[str, Any]]:
         """answers.parquet: dev and test rows, one table of patients."""
         return [
@@ -363,6 +411,36 @@ def speed(shape: Shape, rng: np.random.Generator) -> dict[str, Any]:
         "threads": 2,
         "batch": 1,
         "context": 128,
+    }
+
+
+def served_json(slug: str, how: Serving, rng: np.random.Generator) -> dict[str, Any]:
+    """served.json of an arm: three loads, three repeats each."""
+
+    def rates(at: float) -> list[float]:
+        return [float(one) for one in at * how.speed * rng.lognormal(0, 0.03, 3)]
+
+    return {
+        "engine": "vllm",
+        "version": "0.32.0",
+        "device": "cpu",
+        "command": ["python", "-m", "vllm.entrypoints.openai.api_server", "--model", slug],
+        "kernel": "CPUWNA16LinearKernel" if "-w" in slug else None,
+        "start_s": 31.4,
+        "resident_gib": 2.31,
+        "kv_cache_dtype": "auto",
+        "loads": [
+            {
+                "requests": requests,
+                "prompt_tokens": 128,
+                "new_tokens": 32,
+                "prefill_tokens_per_s": rates(9_000 * requests**0.2),
+                "decode_tokens_per_s": rates(130 * requests**0.9),
+                "ttft_s": [float(one) for one in 0.02 * requests * rng.lognormal(0, 0.3, 3 * requests)],
+                "seconds": rates(1.2),
+            }
+            for requests in (1, 8, 32)
+        ],
     }
 
 

@@ -12,7 +12,8 @@ import pytest
 from flows.gate.checks import DOMAIN_ROWS, PlannedCheck, better_than_base, judge, planned_checks, restricted
 from flows.gate.section import gate_of
 from flows.results.cells import ArmEvidence, Draws, gather
-from flows.results.read import RowScores, Run, read_run
+from flows.results.read import Run, read_run
+from flows.results.rows import RowScores
 from recipes.schema import Gate
 from tests.flows.synthetic_run import SHAPES, SyntheticRun
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flows.results.power import LOSS, Needed, needed, power, sentence
-from flows.results.read import RowScores
+from flows.results.rows import RowScores
 from flows.results.stats import Estimand, Sums, difference_intervals, draw, studentized
 from tests.flows.paths import arm, evidence
 

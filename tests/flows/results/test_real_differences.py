@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from flows.results.cells import Draws
 from flows.results.comparisons import Comparison, compare
-from flows.results.read import RowScores, read_scores
+from flows.results.rows import RowScores, read_scores
 from tasks.jobs import evaluate
 from tasks.runtime.process.job import Input, Job
 from tests.conftest import World

@@ -13,7 +13,8 @@ from flows.report.text import markdown, waterfall_sentence
 from flows.results.cells import Draws
 from flows.results.comparisons import verdict
 from flows.results.power import sentence
-from flows.results.read import RowScores, read_run
+from flows.results.read import read_run
+from flows.results.rows import RowScores
 from flows.results.stats import Interval
 from flows.results.waterfall import waterfall
 from tests.flows.paths import arm, evidence

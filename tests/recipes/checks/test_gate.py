@@ -10,7 +10,7 @@ import pytest
 
 from flows.gate.checks import PlannedCheck, judge
 from flows.results.cells import Draws
-from flows.results.read import RowScores
+from flows.results.rows import RowScores
 from recipes.checks.check import check, load_and_read
 from recipes.checks.gate import CHANGED, enough_rows, half_width
 from recipes.read.load import load
