@@ -171,6 +171,13 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _port(text: str) -> int:
+    """A TCP port."""
+    if not text.isdecimal() or not 0 < int(text) < 65_536:
+        raise argparse.ArgumentTypeError(f"{text} is no port: 1 to 65535")
+    return int(text)
+
+
 def _add_allow_python(parser: Any) -> None:
     text = "file, folder or package with Python that the recipe names and that may run; may be repeated"
     parser.add_argument(FLAG, action="append", default=[], metavar="WHAT", help=text)
@@ -216,6 +223,15 @@ def _add_run_commands(commands: Any) -> None:
     export = _add(commands, "export", "commands.export", text, runs_steps=True)
     export.add_argument("words", nargs="+", metavar="[RUN] ARM DEST", help="run (default: the latest), arm, folder")
     export.add_argument("--push", metavar="ORG/NAME", help="then push it to a hub; a new repository is private")
+    text = "Start an engine's server on an arm, and print its URL when it answers; Ctrl-C ends it."
+    serve = _add(commands, "serve", "commands.serve", text, runs_steps=True)
+    text = "run (default: the latest) and arm; or the champion of a registered model: NAME@champion"
+    serve.add_argument("words", nargs="+", metavar="[RUN] ARM", help=text)
+    serve.add_argument("--port", type=_port, default=8000, metavar="N", help="default: 8000")
+    text = "address to listen at; any other than loopback prints what that exposes; default: 127.0.0.1"
+    serve.add_argument("--host", default="127.0.0.1", help=text)
+    text = "tokens of prompt and answer; default: serve.max_model_len of the recipe, or the model's context"
+    serve.add_argument("--max-model-len", type=_count, metavar="N", help=text)
 
 
 def _add_services(commands: Any) -> None:

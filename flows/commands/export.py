@@ -7,18 +7,18 @@ import contextlib
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from flows.commands.arms import named_arm, unmade
 from flows.commands.folders import check_disk, check_output
 from flows.commands.terminal import FAILED, Output, refusal, say
 from flows.report.build import render
 from flows.report.model_card import card, provenance_of
 from flows.results.artifacts import Part, model_headers, parts_of, serve_record
-from flows.results.read import Run, RunArm, RunStep, read_run
+from flows.results.read import Run, RunArm, read_run
 from flows.run.folder import find_run
 from recipes.plain import json_object
 from recipes.problem import Problem, RecipeError
@@ -131,17 +131,8 @@ def _is_there(dest: Path, parts: list[Part]) -> bool:
 
 
 def _find(run: Run, slug: str) -> RunArm:
-    arms = {arm.slug: arm for arm in run.arms}
-    arm = arms.get(slug)
-    if arm is None:
-        near = get_close_matches(slug, arms, n=1)
-        raise Problem(
-            what=f"The run has no arm {slug}.",
-            where=str(run.folder),
-            why=f"It has {', '.join(arms) or 'none'}.",
-            next=f"Did you mean {near[0]}?" if near else "Name one of these.",
-        ).error()
-    if problem := _nothing_to_export(run, arm):
+    arm = named_arm(run, slug)
+    if problem := unmade(run, arm) or _nothing_to_export(run, arm):
         raise problem.error()
     return arm
 
@@ -149,8 +140,6 @@ def _find(run: Run, slug: str) -> RunArm:
 def _nothing_to_export(run: Run, arm: RunArm) -> Problem | None:
     """Why an arm of the run has no files that could be copied."""
     slug, where = arm.slug, str(run.folder)
-    if arm.unavailable:
-        return Problem(what=f"{slug} cannot be made.", where=where, why=f"{arm.unavailable}.", next="Name another arm.")
     if arm.of is not None:
         return Problem(
             what=f"{slug} has no files of its own.",
@@ -166,20 +155,7 @@ def _nothing_to_export(run: Run, arm: RunArm) -> Problem | None:
             why="Nothing was made of it, so there is nothing to export.",
             next="Copy it from where it came from, or name another arm.",
         )
-    for step in _behind(run, arm):
-        if step is None or not step.ok:
-            why = step.trouble if step else "the run ended before it was made"
-            return Problem(
-                what=f"{slug} was not made.",
-                where=where,
-                why=f"{why}.",
-                next="Fix that, and run its recipe again: quench run.",
-            )
     return None
-
-
-def _behind(run: Run, arm: RunArm) -> list[RunStep | None]:
-    return [run.step(key) for key in (arm.model, arm.adapter) if key is not None]
 
 
 def _names(part: Part) -> list[str]:

@@ -156,14 +156,14 @@ def evaluated(present: Promotion, run: Run, candidate: RunArm, home: Path) -> Ch
     )
 
 
-def stale(store: Store, version: Promotion) -> Problem | None:
-    """The artifact of a promotion is not in the store as it was promoted; every byte is read."""
+def stale(store: Store, version: Promotion, *, digests: bool = True) -> Problem | None:
+    """The artifact of a promotion is not in the store as it was promoted; every byte is read where `digests`."""
     folder = store.home / version.path
     if not (folder / "manifest.json").is_file():
         why = "It was removed."
     elif (manifest := read_json(folder / "manifest.json"))["digest"] != version.digest:
         why = f"Another artifact is there: {manifest['digest'][:12]} instead of {version.digest[:12]}."
-    elif damage := store.damage(folder, manifest, digests=True):
+    elif damage := store.damage(folder, manifest, digests=digests):
         why = f"{damage[0].upper()}{damage[1:]}."
     else:
         return None
