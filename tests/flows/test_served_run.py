@@ -1,0 +1,44 @@
+"""A run whose arms are served by the real engine: everything else is a hit, and the report has its word."""
+
+import json
+
+import pytest
+
+from tasks.runtime.process.environments import environment_problem, lock_digest
+from tasks.serve import cpu_flags
+from tests.conftest import World
+
+ENGINE = ("--set", "serve.engine=vllm")
+problem = environment_problem("vllm")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(problem is not None, reason=str(problem and problem.next))
+def test_the_engine_serves_what_was_measured(world: World):
+    arms = ["merged-dequantized", *(["gptq-w4-g128"] if "avx512f" in cpu_flags() else [])]
+    change = (*ENGINE, "--set", "serve.arms=[gptq-w4-g128]")
+    made = {key for key, hit in world.plan(*change).items() if not hit}
+    assert made == {f"serve/{slug}" for slug in arms}
+    world.quench("run", str(world.recipe), *change)
+    served = world.report()["served"]
+    assert set(served["arms"]) == set(arms)
+    for slug in arms:
+        arm = served["arms"][slug]
+        apart = arm["differences"]["served_loss"]
+        print(slug, arm["verdict"], apart, arm["metrics"]["served_answers_equal"]["value"])
+        assert not arm["verdict"].startswith("differs"), arm["checks"]
+        # A fortieth of the gate's margin for the loss, or what so few rows can tell.
+        assert abs(apart["difference"]) < max(0.0005, apart["ci95"][1] - apart["ci95"][0])
+        assert [load["requests"] for load in arm["loads"]] == [1, 8, 32]
+    assert "merged-original" in served["not_served"]
+    manifest = json.loads((world.home / str(world.steps()[f"serve/{arms[0]}"]["path"]) / "manifest.json").read_text())
+    assert manifest["server"]["lock"] == lock_digest("vllm")
+    assert all(world.plan(*change).values())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(problem is None, reason="the environment vllm is installed")
+def test_without_the_engine_the_run_is_whole_and_says_so(world: World):
+    world.quench("run", str(world.recipe), *ENGINE)
+    served = world.report()["served"]
+    assert not served["arms"] and "make env-vllm" in served["not_served"]["merged-dequantized"]
