@@ -22,6 +22,7 @@ from tasks.jobs import evaluate, prepare, serve
 from tasks.jobs.serve_file import write_serve_file
 from tasks.runtime.process.environments import environment_problem, interpreter
 from tasks.runtime.process.errors import StageError
+from tasks.runtime.process.job import Job
 from tasks.runtime.process.launch import child_env
 from tests.jobs.build import make_job, write_jsonl
 from tests.jobs.test_evaluate import PARAMS as EVALUATE
@@ -62,9 +63,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def served(world: World, out: Path, *, model: Path | None = None, **changed: Any) -> dict[str, Any]:
-    inputs = {"model": model or world.model, "dataset": world.dataset, "scores": world.scores}
-    job = make_job("serve", out, params=PARAMS | changed, **inputs)
-    return serve.run(replace(job, execution=replace(job.execution, server_python=str(interpreter("vllm")))))
+    return serve.run(serve_job(world, out, model=model, **changed))
+
+
+def serve_job(world: World, out: Path, *, model: Path | None = None, **changed: Any) -> Job:
+    params = PARAMS | changed
+    model = model or world.model
+    job = make_job("serve", out, params=params, model=model, dataset=world.dataset, scores=world.scores)
+    return replace(job, execution=replace(job.execution, server_python=str(interpreter("vllm"))))
 
 
 def total(folder: Path, metric: str) -> dict[str, float]:
@@ -154,9 +160,7 @@ def test_a_broken_file_is_named_before_a_start(world: World, tmp_path: Path) -> 
 @needs_engine
 @pytest.mark.slow
 def test_a_killed_job_leaves_no_engine(world: World, tmp_path: Path) -> None:
-    inputs = {"model": world.model, "dataset": world.dataset, "scores": world.scores}
-    job = make_job("serve", tmp_path / "out", params=PARAMS, **inputs)
-    job = replace(job, slug="killed", execution=replace(job.execution, server_python=str(interpreter("vllm"))))
+    job = replace(serve_job(world, tmp_path / "out"), slug="killed")
     job.dump(tmp_path / "job.json")
     words = [sys.executable, "-P", "-m", "tasks.runtime.process.child", "run", str(tmp_path / "job.json")]
     log = (tmp_path / "log.txt").open("wb")
