@@ -16,7 +16,9 @@ from torch import Tensor
 
 from recipes.models.headers import read_headers
 from tasks.jobs.backends import LayerRecord, Quantized, Request, note_skipped, relative_error
+from tasks.jobs.loading.classes import empty_model
 from tasks.jobs.loading.load import load_int8, load_nf4
+from tasks.jobs.loading.names import modules_of
 from tasks.jobs.merging.streams import Reader
 
 
@@ -26,11 +28,13 @@ def quantize(request: Request) -> Quantized:
     loaded = (load_nf4 if params["method"] == "nf4" else load_int8)(request.model, device=request.device)
     loaded.save_pretrained(request.out)
     headers = read_headers(request.model)
-    modules = {name: module for name, module in loaded.named_modules() if isinstance(module, Linear4bit | Linear8bitLt)}
+    packed = {name: module for name, module in loaded.named_modules() if isinstance(module, Linear4bit | Linear8bitLt)}
+    names = modules_of(empty_model(request.model), [layer.name for layer in headers.linears])
+    modules = {name: packed[module] for name, module in names.items() if module in packed}
     records: list[LayerRecord] = []
     with Reader() as reader:
         reader.open(headers.tensors.values())
-        for name in [layer.name for layer in headers.linears if layer.name in modules]:
+        for name in [layer.name for layer in headers.linears if layer.name in modules]:  # in the checkpoint's order
             original = reader.whole(headers.tensors[f"{name}.weight"])
             error = relative_error(original, dequantized(modules[name]).cpu())
             records.append(LayerRecord(name=name, weight_error=error))
@@ -38,7 +42,7 @@ def quantize(request: Request) -> Quantized:
     note_skipped((layer.name for layer in headers.linears), modules, events=events)
     if params["method"] == "int8":
         events.note("int8", "bitsandbytes casts the inputs of its int8 layers from bf16 to fp16 at run time")
-    kind = type(next(iter(modules.values()))).__name__
+    kind = type(next(iter(packed.values()))).__name__
     return Quantized(backend=f"bitsandbytes:{version('bitsandbytes')}", packer=kind, layers=records)
 
 
