@@ -33,8 +33,8 @@ ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK"
 GRACE_S = 10.0
 POLL_S = 0.2
 KEPT_LINES = 400  # of the engine's log, for an error
-SHOWN_LINES = 12
-TELLING = re.compile(r"error|exception|raise|not supported|cannot|refus|out of memory", re.IGNORECASE)
+SHOWN_LINES = 6
+EXCEPTION = re.compile(r"[\w.]*(Error|Exception)(:|$)")
 PREFIX = re.compile(r"^\([^)]*pid=\d+\)\s*|\b(ERROR|WARNING|INFO) \d\d-\d\d [\d:]+ \[[^]]*\]\s*")
 
 
@@ -199,7 +199,16 @@ class EngineServer:
 
 
 def last_telling(lines: Sequence[str] | deque[str]) -> list[str]:
-    """The last lines that name an error, else the last lines; without time and place, none twice."""
-    plain = list(dict.fromkeys(text for line in lines if (text := PREFIX.sub("", line).strip())))
-    telling = [line for line in plain if TELLING.search(line) and not line.startswith(("File ", "^"))]
-    return (telling or plain)[-SHOWN_LINES:]
+    """The last errors that the lines name, else the last lines; without time and place, none twice.
+
+    An exception without a message stands behind the line of code that raised it. That a worker failed is left out where
+    it is said why.
+    """
+    plain = [text for line in lines if (text := PREFIX.sub("", line).strip()) and not text.startswith(("File ", "^"))]
+    errors = [
+        f"{plain[place - 1]}: {line}" if place and ":" not in line else line
+        for place, line in enumerate(plain)
+        if EXCEPTION.match(line)
+    ]
+    causes = [error for error in errors if "root cause" not in error]
+    return list(dict.fromkeys(causes or errors or plain))[-SHOWN_LINES:]
