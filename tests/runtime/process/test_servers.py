@@ -34,9 +34,8 @@ resource_tracker: There appear to be 1 leaked semaphore objects"""
 
 
 def alive(word: str) -> list[int]:
-    return [
-        process.pid for process in psutil.process_iter(["cmdline"]) if word in " ".join(process.info["cmdline"] or [])
-    ]
+    every = psutil.process_iter(["cmdline"])
+    return [process.pid for process in every if word in " ".join(process.info["cmdline"] or [])]
 
 
 def started(code: str, port: int) -> EngineServer:
@@ -44,9 +43,8 @@ def started(code: str, port: int) -> EngineServer:
 
 
 def test_the_words_are_those_of_the_command_in_another_folder() -> None:
-    argv = engine_argv(
-        COMMAND, Path("/data/my model"), python=Path("/env/python"), port=8001, more=["--kv-cache-dtype", "fp8"]
-    )
+    fp8 = ["--kv-cache-dtype", "fp8"]
+    argv = engine_argv(COMMAND, Path("/data/my model"), python=Path("/env/python"), port=8001, more=fp8)
     assert argv[0] == "/env/python" and argv[argv.index("--model") + 1] == "/data/my model"
     assert "arm=/data/my model/adapter" in argv and argv[-2:] == fp8
     assert argv[argv.index("--port") + 1] == "8001" and argv[argv.index("--host") + 1] == "127.0.0.1"
