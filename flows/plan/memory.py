@@ -114,9 +114,8 @@ def predict(
     steps += [_evaluate(sizes_of[arm], arm) for arm in every]
     steps += [_measure(sizes_of[arm], arm) for arm in every if arm.of is None and recipe.measure.enabled]
     if recipe.serve.engine != "none":
-        steps += [
-            _serve(sizes, arm) for arm in every if not unserved(recipe, arm, linears=headers.linears, device=device)
-        ]
+        model = ServedModel.of(headers)
+        steps += [_serve(sizes, arm) for arm in every if not unserved(recipe, arm, model=model, device=device)]
     return steps
 
 
