@@ -28,10 +28,12 @@ from prefect.states import Cancelled
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.compose import compose, limits
+from flows.gate.served import excused
 from flows.mlflow_uri import silent
 from flows.plan.lookup import Planned, known_inputs
 from flows.plan.validate import Validated, validate
 from flows.report.build import render
+from flows.results.read import read_run
 from flows.run.credentials import settle
 from flows.run.folder import RunRecord, new_id
 from flows.run.prefect_pages import PrefectPages
@@ -137,8 +139,8 @@ class Session:
         self.display.ended(step.key, f"{status:<5} {step.key:<36} {took}", style="dim" if made.hit else None)
         self.tracker.step(vars(record))
 
-    def collect(self) -> bool:
-        """Wait for every task; record what never ran. True where all steps have their artifact and all their scores."""
+    def collect(self) -> None:
+        """Wait for every task; record what never ran."""
         self.wait()
         for key, future in self.futures.items():
             record = self.record.records.get(key)
@@ -146,8 +148,16 @@ class Session:
                 self.record.add(self.steps[key], "skipped", problem=self.skipped(key))
             elif record is None or (record.status in ("hit", "made") and not future.state.is_completed()):
                 future.result()  # not a step's failure but ours: let it be seen
-        complete = all(record.status in ("hit", "made") for record in self.record.records.values())
-        return complete and not self.unscored
+
+    def complete(self) -> bool:
+        """All steps have their artifact and all their scores; but for arms that the engine does not serve.
+
+        What no engine serves fails the run only where it is the candidate: the other arms were for comparison.
+        """
+        lost = {key for key, record in self.record.records.items() if record.status not in ("hit", "made")}
+        if any(self.steps[key].stage == "serve" for key in lost):
+            lost -= excused(read_run(self.record.folder, self.store.home))
+        return not lost and not self.unscored
 
     def end(self) -> None:
         """Close the run in MLflow; where MLflow was away and is back, write the run anew; say what is missing."""
@@ -323,9 +333,9 @@ def _work(session: Session, validated: Validated, *, only: Sequence[str]) -> Non
     session.pages.plan(_plan_markdown(validated))
     matrix = compose(validated.recipe, validated.pins, session.do, only=only)
     record.composed(matrix)
-    complete = session.collect()
+    session.collect()
     record.composed(matrix)
-    record.finish("completed" if complete else "failed")
+    record.finish("completed" if session.complete() else "failed")
     report = render(record.folder, session.store.home)
     session.pages.report(report)
     record.publish()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,9 @@ from flows.results.metrics import METRICS, TASK, Metric, difference_text, value_
 from flows.results.paired import Paired, differences, paired
 from flows.results.read import Run, read_run
 from flows.results.rows import RowScores
+from flows.results.served import served_of
 from flows.results.stats import Interval
+from flows.results.throughput import DECODE, at_most
 from flows.run.folder import find_run
 from recipes.problem import Problem
 from recipes.scorers import input_name
@@ -43,6 +45,13 @@ class Shared(NamedTuple):
     both: int
     only_before: int
     only_after: int
+
+
+class ServedTwice(NamedTuple):
+    """What an engine made of an arm in two runs, in words: verdict, engine, speed; or why it was not served."""
+
+    before: str
+    after: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +87,7 @@ class Compared:
         rows: Split -> rows in both and in one of them, of the first arm that both have.
         same_files: Arms whose model and adapter are the same bytes in both runs.
         left_out: Comparisons that could not be made; a is after, b before.
+        served: Arm -> what an engine made of it before and after, where one of the runs served it.
     """
 
     before: str
@@ -88,6 +98,7 @@ class Compared:
     same_files: Sequence[str]
     only_before: Sequence[str]
     only_after: Sequence[str]
+    served: Mapping[str, ServedTwice] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -98,6 +109,7 @@ class Compared:
             "comparisons": [change.as_dict() for change in self.changes],
             "left_out": [{"arm": pair.a, "metric": pair.metric, "reason": pair.reason} for pair in self.left_out],
             **{name: list(getattr(self, name)) for name in ("same_files", "only_before", "only_after")},
+            **({"served": {slug: twice._asdict() for slug, twice in self.served.items()}} if self.served else {}),
         }
 
 
@@ -151,7 +163,25 @@ def compare_runs(before: Path, after: Path, home: Path) -> Compared:
         same_files=[slug for slug in shared if _files(runs[0], slug) == _files(runs[1], slug)],
         only_before=[slug for slug in old if slug not in new],
         only_after=[slug for slug in new if slug not in old],
+        served=_served(shared, *(served_of(run, arms, Draws()) for run, arms in zip(runs, (old, new), strict=True))),
     )
+
+
+def _served(
+    shared: Sequence[str], before: Mapping[str, Any] | None, after: Mapping[str, Any] | None
+) -> dict[str, ServedTwice]:
+    """Arms of both runs that one of them served."""
+    served = {slug for section in (before, after) if section for slug in section["arms"]}
+    return {slug: ServedTwice(_as_served(slug, before), _as_served(slug, after)) for slug in shared if slug in served}
+
+
+def _as_served(slug: str, section: Mapping[str, Any] | None) -> str:
+    arm = section["arms"].get(slug) if section else None
+    if arm is None:
+        return f"not served: {section['not_served'].get(slug, 'no step') if section else 'the run served nothing'}"
+    load = at_most(arm["loads"])
+    rate = f", {value_text(DECODE, load[DECODE]['value'])} tok/s at {load['requests']} requests" if load else ""
+    return f"{arm['verdict']} ({arm['engine']} {arm['version']} on {arm['device']}{rate})"
 
 
 def _of_interest(old: ArmEvidence, new: ArmEvidence) -> Iterator[Metric]:
@@ -304,3 +334,5 @@ def _remarks(compared: Compared) -> Iterator[str]:
     ):
         if which:
             yield f"{heading}: {', '.join(which)}."
+    for slug, twice in compared.served.items():
+        yield f"Served: {slug}: before {twice.before}; after {twice.after}."

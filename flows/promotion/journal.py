@@ -33,7 +33,7 @@ class Promotion:
         model: Name in the registry.
         version: Counted per model, from 1.
         event: `blocked` leaves the champion as it is.
-        outcome: The gate's: pass, worse, undecided; of a rollback `none`.
+        outcome: The gate's: pass, worse, undecided, not served as measured; of a rollback `none`.
         run: Run that made the artifact.
         arm: Its arm there.
         kind: How it is loaded: bf16 or quantized.
@@ -43,6 +43,7 @@ class Promotion:
         dataset: sha256 of the dataset; None where it is not known.
         champion: Version that was champion until then; None for the first.
         checks: The gate's checks as report.json has them.
+        served: What the engine made of it, in a sentence; None where the run served nothing.
     """
 
     at: str
@@ -59,6 +60,7 @@ class Promotion:
     dataset: str | None
     champion: int | None
     checks: list[dict[str, Any]] = field(default_factory=list)
+    served: str | None = None
 
 
 def now() -> str:

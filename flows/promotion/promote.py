@@ -79,6 +79,7 @@ def promote(run_folder: Path, home: Path, *, say: Say) -> Decision:
             event="promoted" if gate["outcome"] == "pass" else "blocked",
             outcome=gate["outcome"],
             checks=[*gate["tests"], *gate["domains"]],
+            served=gate["served"]["text"] if "served" in gate else None,
         )
         _keep(promotion, run, arm, report, home)
         journal.append(promotion)
@@ -102,7 +103,9 @@ def roll_back(home: Path, model: str, version: int, *, say: Say) -> Decision:
         say(f"reading every byte of {wanted.path}")
         if problem := stale(Store(home), wanted):
             raise problem.error()
-        promotion = replace(wanted, at=now(), event="rolled back", outcome="none", champion=_number(present), checks=[])
+        promotion = replace(
+            wanted, at=now(), event="rolled back", outcome="none", champion=_number(present), checks=[], served=None
+        )
         journal.append(promotion)
         return Decision("rolled back", promotion, {}, sync(home, model, journal.lines()))
 

@@ -8,10 +8,13 @@ from typing import Any
 
 import yaml
 
+from flows.report.served import seconds
 from flows.report.text import data_line, hardware_line, no_tags
 from flows.results.artifacts import parts_of, serve_record
 from flows.results.metrics import METRICS, interval_text, value_text
 from flows.results.read import Run, RunArm, RunStep, notes
+from flows.results.served import arm_text
+from flows.results.throughput import DECODE
 from recipes.schemes.scheme import PER_CHANNEL
 from recipes.schemes.serve_file import python_lines, shell
 
@@ -47,7 +50,7 @@ def card(origin: Provenance, report: Mapping[str, Any], served: Mapping[str, Any
     lines += [f"# {report['name']}: {origin.arm.slug}", "", _what(origin), ""]
     lines += ["## Figures", "", *_figures(origin, report), ""]
     lines += ["## How it was made", "", *_made(origin, report), ""]
-    lines += ["## Serving", "", *_serving(served), ""]
+    lines += ["## Serving", "", *_serving(served), *_as_served(origin.arm.slug, report), ""]
     if remarks := [f"* {note.about}: {note.text}" for note in notes(origin.steps)]:
         lines += ["## What the tools did beside the plan", "", *remarks, ""]
     lines += ["Licence and terms of use are those of the base model and of the data.", ""]
@@ -185,6 +188,20 @@ def _serving(served: Mapping[str, Any]) -> Iterator[str]:
     else:
         yield from (f"{problem['what']} {problem['why']}" for problem in vllm["refused"])
     yield from ["", *python_lines(served)]
+
+
+def _as_served(slug: str, report: Mapping[str, Any]) -> Iterator[str]:
+    """What a real engine made of these files, where the run served them."""
+    told = report.get("served")
+    arm = told["arms"].get(slug) if told else None
+    if arm is None:
+        return
+    yield ""
+    yield f"Served by {arm['engine']} {arm['version']} on {hardware_line(report['hardware'])}: {arm_text(slug, arm)}"
+    yield ""
+    for load in arm["loads"]:
+        rate, first = value_text(DECODE, load[DECODE]["value"]), seconds(load["ttft_s"]["median"])
+        yield f"* {load['requests']} at once: {rate} tokens decoded a second, first token after {first} s (median)"
 
 
 def card_of(run: Run, arm: RunArm, report: Mapping[str, Any]) -> str:

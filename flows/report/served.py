@@ -124,3 +124,25 @@ def _start(arm: Mapping[str, Any]) -> str:
     held = "" if arm["resident_gib"] is None else f", {arm['resident_gib']:.2f} GiB"
     kernel = f", {arm['kernel']}" if arm["kernel"] else ""
     return f"{arm['start_s']:.0f} s{held}{kernel}"
+
+
+def served_figures(slug: str, report: Mapping[str, Any]) -> dict[str, float]:
+    """Name -> number of all that an engine gave for an arm, the ends of intervals as NAME.low and NAME.high.
+
+    Rates and times to the first token end with the number of requests: `served_decode_tokens_per_s.32`. Empty where the
+    arm was not served.
+    """
+    arm = (report.get("served") or {"arms": {}})["arms"].get(slug)
+    if arm is None:
+        return {}
+    cells = dict(arm["metrics"])
+    figures: dict[str, float | None] = {"served_start_s": arm["start_s"], "served_resident_gib": arm["resident_gib"]}
+    for load in arm["loads"]:
+        cells |= {f"served_{name}.{load['requests']}": load[name] for name in RATES}
+        figures |= {f"served_ttft_s.{name}.{load['requests']}": load["ttft_s"][name] for name in ("median", "p95")}
+    for name, cell in cells.items():
+        ends = cell["ci95"] or (None, None)
+        figures |= {name: cell["value"], f"{name}.low": ends[0], f"{name}.high": ends[1]}
+    for name, told in arm["differences"].items():
+        figures[f"{name}_minus_own"] = told["difference"]
+    return {name: value for name, value in figures.items() if value is not None}

@@ -6,7 +6,7 @@ merged-dequantized, where no quantization is between the two. Three checks decid
 interval that holds over all served arms lies wholly beyond the limit) and a part that acquits; between them, undecided.
 
 * loss: the mean difference, nats a token. It differs beyond 0.0005 (a fortieth of the gate's default margin for the
-  loss) and what the floor's loss is off. It passes where the difference is less and its own interval stays within 0.002,
+  loss) and what the floor's loss is off. It passes where it is less and its own interval stays within 0.002,
   a tenth of that margin: what is not excluded then is too small for any decision of the gate. Rounding has a mean near
   zero, so it passes. So does a fault that helps some rows as much as it hurts others: hence the next.
 * rows: the mean absolute difference of a row, nats a token, against the floor's. Here neither noise nor fault cancels.
@@ -24,12 +24,11 @@ The last two have no standard but the floor. Where it was not served, or itself 
 excuses nothing), the loss alone decides, against the plain band. So it does for the floor itself. Few rows leave loss
 or answers undecided, and undecided is not "as measured".
 
-What it cannot see is what rounding hides. On a model of 6 layers of 256, untrained enough for a loss of 4.3, with two
-engines imitated in fp32 by rounding to bf16 behind every module or behind linear layers alone (350 rows): the floor's
-rows are off by 0.0021 nats, those of a right gptq-w4-g128 by 0.0020. One zero point (128 weights) off by one step leaves
-0.0020 to 0.0023: nothing tells it from rounding. Off by eight steps, in eight places: 0.0023 to 0.0054, of which five
-differ, two are undecided and one passes. The zero points of one group of all outputs off by one: 0.008 and 0.015, both
-differ.
+What it cannot see is what rounding hides. On a model of 6 layers of 256, with a loss of 4.3, and two engines imitated
+in fp32 by rounding to bf16 behind every module or behind linear layers alone (350 rows): the floor's rows are off by
+0.0021 nats, those of a right gptq-w4-g128 by 0.0020. One zero point (128 weights) off by one step leaves 0.0020 to
+0.0023: nothing tells it from rounding. Off by eight steps, in eight places: 0.0023 to 0.0054, of which five differ, two
+are undecided and one passes. All zero points of one group of inputs off by one: 0.008 and 0.015, and both differ.
 """
 
 from __future__ import annotations
@@ -219,7 +218,7 @@ def _check(name: Name, pair: Paired | str, difference: Difference | None, *, mov
     if name == "loss":
         limit = BAND + moved
         differs = together.low > limit or together.high < -limit
-        passes = abs(difference.estimate) <= limit and -EXCLUDED < own.low and own.high < EXCLUDED
+        passes = abs(difference.estimate) <= limit and own.low > -EXCLUDED and own.high < EXCLUDED
         return replace(check, limit=limit, outcome=_word(differs, passes))
     if name == "rows":
         floor = max(other - ALLOWED, 0.0) / NOISE

@@ -29,6 +29,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.file_utils import local_file_uri_to_path
 
 from flows.mlflow_uri import no_answer, tracking_uri
+from flows.report.served import served_figures
 from flows.report.text import no_tags, overview
 from flows.tracking.files import link_tree, parted
 from recipes.secrets import hide
@@ -48,6 +49,7 @@ STAGES = ("prepare", "train", "merge", "reference", "calibrate", "quantize")
 P = ParamSpec("P")
 SPLITS = {"train": "training", "dev": "validation", "test": "test"}  # split -> MLflow's word for its use
 LOCAL_UI = "http://127.0.0.1:5000"  # where `quench up` and `mlflow ui` listen unless the port is taken
+SERVED_HEADLINE = ("served_loss", "served_answers_equal")
 HEADLINE = ("task", "ppl_test", "ppl_general", "kl_mean", "top1_agreement", "size_bytes")
 
 
@@ -208,7 +210,7 @@ class Tracker:
         The parent gets the tables of arms and comparisons and the page's figures, too.
         """
         for slug, arm in report["arms"].items():
-            self._arm(slug, arm)
+            self._arm(slug, arm, served=served_figures(slug, report))
         if choice := report["choice"]:
             self._params(self.parent, {"merge.chosen": choice["candidate"]})
             self._numbers(self.parent, {"choose": {name: choice.get(name) for name in ("loss", "difference")}})
@@ -226,20 +228,22 @@ class Tracker:
         note = "\n".join([f"[Compare the arms]({link})", "", no_tags("\n".join(overview(report)))])
         self._client.set_tag(self.parent, "mlflow.note.content", note[:NOTE_CHARS])
 
-    def _arm(self, slug: str, arm: Mapping[str, Any]) -> None:
-        """The nested run of one arm, and its headline metrics on the parent."""
+    def _arm(self, slug: str, arm: Mapping[str, Any], *, served: Mapping[str, float]) -> None:
+        """The nested run of one arm with what an engine made of it, and its headline metrics on the parent."""
         run = self._nested_run(f"arm/{slug}", kind="arm")
         metrics = {name: cell["value"] for name, cell in arm["metrics"].items()}
         self._numbers(run, metrics)
         intervals = {name: cell["ci95"] for name, cell in arm["metrics"].items() if cell["ci95"]}
         for name, (low, high) in intervals.items():
             self._numbers(run, {f"{name}.low": low, f"{name}.high": high})
+        self._numbers(run, served)
         self._params(run, {"arm": slug, **{name: arm[name] for name in ("role", "merge_base", "ranked")}})
         self._tag(run, {"quench.status": arm["status"]})
         if "test" in self._data:
             self._client.log_inputs(run, [self._data["test"]])
         self._client.set_terminated(run, "FAILED" if arm["status"] == "failed" else "FINISHED")
         self._numbers(self.parent, {f"{name}/{slug}": metrics.get(name) for name in HEADLINE})
+        self._numbers(self.parent, {f"{name}/{slug}": served[name] for name in SERVED_HEADLINE if name in served})
 
     def _pages(self) -> str:
         """Address of MLflow's pages: of the server that is written to, else of this home's `quench up`."""
@@ -360,6 +364,11 @@ def _arm_columns(report: Mapping[str, Any]) -> dict[str, list[Any]]:
             ends = [cell["ci95"] and cell["ci95"][place] for cell in cells]
             if any(value is not None for value in ends):
                 columns[f"{metric}.{end}"] = ends
+    if "served" in report:
+        columns["served"] = [(report["served"]["arms"].get(slug) or {"verdict": None})["verdict"] for slug in arms]
+        figures = [served_figures(slug, report) for slug in arms]
+        for name in dict.fromkeys(name for figure in figures for name in figure):
+            columns[name] = [figure.get(name) for figure in figures]
     return columns
 
 
