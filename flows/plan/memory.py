@@ -19,6 +19,7 @@ from recipes.arms import Arm, arms, controls
 from recipes.models.headers import Headers
 from recipes.plain import is_mapping
 from recipes.schema import Recipe
+from recipes.schemes.ranks import ServedModel
 from recipes.schemes.scheme import Scheme
 from tasks.serve import unserved
 
