@@ -7,10 +7,10 @@ from typing import Any
 
 from flows.results.metrics import difference_text, interval_text, significant, value_text
 from flows.results.served import MARKS, fastest, not_served_text
-from flows.results.throughput import DECODE, RATES
+from flows.results.throughput import OUTPUT, RATES
 
 HEAD = ("arm", "verdict", "served loss", "served − own", "served task %", "answers equal")
-SPEED_HEAD = ("arm", "place", "requests", "prefill tok/s ↑", "decode tok/s ↑", "first token s ↓", "p95 s ↓")
+SPEED_HEAD = ("arm", "place", "requests", "prefill tok/s ↑", "output tok/s ↑", "first token s ↓", "p95 s ↓")
 
 
 def mark_of(slug: str, report: Mapping[str, Any]) -> str:
@@ -66,7 +66,7 @@ def ordered(served: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
     def place(slug: str) -> tuple[float, float]:
         arm = timed[slug]
-        return arm["rank"] or len(timed) + 1, -(arm["loads"][-1][DECODE]["value"] or 0.0)
+        return arm["rank"] or len(timed) + 1, -(arm["loads"][-1][OUTPUT]["value"] or 0.0)
 
     return {slug: timed[slug] for slug in sorted(timed, key=place)}
 
@@ -129,7 +129,7 @@ def _start(arm: Mapping[str, Any]) -> str:
 def served_figures(slug: str, report: Mapping[str, Any]) -> dict[str, float]:
     """Name -> number of all that an engine gave for an arm, the ends of intervals as NAME.low and NAME.high.
 
-    Rates and times to the first token end with the number of requests: `served_decode_tokens_per_s.32`. Empty where the
+    Rates and times to the first token end with the number of requests: `served_output_tokens_per_s.32`. Empty where the
     arm was not served.
     """
     arm = (report.get("served") or {"arms": {}})["arms"].get(slug)

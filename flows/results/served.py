@@ -27,7 +27,7 @@ from flows.results.served_checks import (
     judge_served,
     verdict_of,
 )
-from flows.results.throughput import DECODE, at_most, loads_of, ranks
+from flows.results.throughput import OUTPUT, at_most, loads_of, ranks
 
 FLOOR = "merged-dequantized"  # bf16 in both engines: no quantization is between them
 SERVED_BY = {str(metric.source): name for name, metric in SERVED.items()}  # metric of scores.parquet -> its figure
@@ -194,7 +194,7 @@ def fastest(arms: Mapping[str, Any]) -> str | None:
         return None
     load = at_most(arms[first[0]]["loads"])
     assert load is not None  # a rank rests on it
-    rates = [value_text(DECODE, line[DECODE]["value"]) for slug in first if (line := at_most(arms[slug]["loads"]))]
+    rates = [value_text(OUTPUT, line[OUTPUT]["value"]) for slug in first if (line := at_most(arms[slug]["loads"]))]
     shared = "the same within their intervals: " if len(first) > 1 else ""
     named = ", ".join(f"{slug} ({rate} tokens/s)" for slug, rate in zip(first, rates, strict=True))
     return f"Fastest at {load['requests']} requests: {shared}{named}."

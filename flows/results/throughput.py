@@ -9,8 +9,8 @@ import numpy as np
 
 from flows.results.cells import timed_cell
 
-DECODE = "decode_tokens_per_s"
-RATES = ("prefill_tokens_per_s", DECODE)
+OUTPUT = "output_tokens_per_s"
+RATES = ("prefill_tokens_per_s", OUTPUT)
 TAIL = 0.95  # of the requests
 
 
@@ -41,7 +41,7 @@ def at_most(loads: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
 
 
 def ranks(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
-    """Place of each arm by tokens decoded a second at the most requests that all of them were timed at.
+    """Place of each arm by tokens of answers a second at the most requests that all of them were timed at.
 
     An arm is behind another where its interval is wholly below the other's; so two may share a place.
 
@@ -50,12 +50,12 @@ def ranks(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
     """
     common = set[int]()
     for place, arm in enumerate(arms.values()):
-        timed = {load["requests"] for load in arm["loads"] if load[DECODE]["ci95"]}
+        timed = {load["requests"] for load in arm["loads"] if load[OUTPUT]["ci95"]}
         common = timed if place == 0 else common & timed
     if not common:
         return {}
     cells = {
-        slug: next(load[DECODE] for load in arm["loads"] if load["requests"] == max(common))
+        slug: next(load[OUTPUT] for load in arm["loads"] if load["requests"] == max(common))
         for slug, arm in arms.items()
     }
     return {

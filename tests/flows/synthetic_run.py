@@ -435,7 +435,7 @@ def served_json(slug: str, how: Serving, rng: np.random.Generator) -> dict[str, 
                 "prompt_tokens": 128,
                 "new_tokens": 32,
                 "prefill_tokens_per_s": rates(9_000 * requests**0.2),
-                "decode_tokens_per_s": rates(130 * requests**0.9),
+                "output_tokens_per_s": rates(130 * requests**0.9),
                 "ttft_s": [float(one) for one in 0.02 * requests * rng.lognormal(0, 0.3, 3 * requests)],
                 "seconds": rates(1.2),
             }

@@ -13,14 +13,14 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullForma
 
 from flows.report.plots.style import INK, PAPER, STYLE, WIDTH_IN, as_svg, look, plain_axes
 from flows.results.metrics import significant
-from flows.results.throughput import DECODE
+from flows.results.throughput import OUTPUT
 
 LABEL_PT = 12.0  # between two names that would cover each other
 HEIGHT_IN = 3.4
 
 
 def throughput_plot(served: Mapping[str, Any] | None) -> str:
-    """SVG: tokens decoded a second, all requests together, with intervals; both axes logarithmic.
+    """SVG: tokens of answers a second, all requests together, with intervals; both axes logarithmic.
 
     Nothing where no arm was timed.
     """
@@ -37,7 +37,7 @@ def throughput_plot(served: Mapping[str, Any] | None) -> str:
             _draw(axes, slug, points)
         loads = sorted({point["requests"] for points in lines.values() for point in points})
         axes.set_xlim(loads[0] / 1.3, loads[-1] * 1.3)
-        plain_axes(axes, x="requests at once", y="decoded tokens a second, all requests")
+        plain_axes(axes, x="requests at once", y="output tokens a second, all requests")
         axes.xaxis.set_major_locator(FixedLocator(loads))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
@@ -51,7 +51,7 @@ def throughput_plot(served: Mapping[str, Any] | None) -> str:
 
 def _points(arm: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The arm's loads that were timed well enough, by requests."""
-    return [{"requests": load["requests"], **load[DECODE]} for load in arm["loads"] if load[DECODE]["value"]]
+    return [{"requests": load["requests"], **load[OUTPUT]} for load in arm["loads"] if load[OUTPUT]["value"]]
 
 
 def _draw(axes: Axes, slug: str, points: list[dict[str, Any]]) -> None:
