@@ -227,6 +227,8 @@ def _add_run_commands(commands: Any) -> None:
     serve = _add(commands, "serve", "commands.serve", text, runs_steps=True)
     text = "run (default: the latest) and arm; or the champion of a registered model: NAME@champion"
     serve.add_argument("words", nargs="+", metavar="[RUN] ARM", help=text)
+    text = "transformers reads more schemes on a CPU, and is slow; default: vllm"
+    serve.add_argument("--engine", choices=("vllm", "transformers"), default="vllm", help=text)
     serve.add_argument("--port", type=_port, default=8000, metavar="N", help="default: 8000")
     text = "address to listen at; any other than loopback prints what that exposes; default: 127.0.0.1"
     serve.add_argument("--host", default="127.0.0.1", help=text)

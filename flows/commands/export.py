@@ -17,7 +17,7 @@ from flows.commands.folders import check_disk, check_output
 from flows.commands.terminal import FAILED, Output, refusal, say
 from flows.report.build import render
 from flows.report.model_card import card, provenance_of
-from flows.results.artifacts import Part, model_headers, parts_of, serve_record
+from flows.results.artifacts import Part, bf16_headers, parts_of, serve_record
 from flows.results.read import Run, RunArm, read_run
 from flows.run.folder import find_run
 from recipes.plain import json_object
@@ -217,7 +217,7 @@ def _counted(run: Run, arm: RunArm, folder: Path) -> dict[str, Any] | None:
     """
     if arm.quantizer is None:
         return None
-    stored = on_disk.read(folder, arm.quantizer, model_headers(run, arm))
+    stored = on_disk.read(folder, arm.quantizer, bf16_headers(run, arm))
     record = json_object(folder / "quantize.json") or {}
     if problem := stored.problem(claimed={layer["name"] for layer in record.get("layers", ())}):
         raise problem.error()

@@ -64,7 +64,7 @@ def _of_step(name: str, step: RunStep, under: str) -> Part:
 def serve_record(run: Run, arm: RunArm, parts: list[Part]) -> dict[str, Any]:
     """serve.json for the recipe's serve: section."""
     serve = run.recipe.get("serve") or {}
-    headers = model_headers(run, arm)
+    headers = bf16_headers(run, arm)
     if arm.adapter and (tokenizer := parts[1].source / "tokenizer").is_dir():
         headers = replace(headers, template=read_template(tokenizer))
     return describe(
@@ -77,7 +77,7 @@ def serve_record(run: Run, arm: RunArm, parts: list[Part]) -> dict[str, Any]:
     )
 
 
-def model_headers(run: Run, arm: RunArm) -> Headers:
+def bf16_headers(run: Run, arm: RunArm) -> Headers:
     """Of the arm's model in bf16: what was quantized, or itself."""
     model = run.step(arm.model)
     if model is None or model.manifest is None or model.files is None:
