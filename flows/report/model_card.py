@@ -14,7 +14,7 @@ from flows.results.artifacts import parts_of, serve_record
 from flows.results.metrics import METRICS, interval_text, value_text
 from flows.results.read import Run, RunArm, RunStep, notes
 from flows.results.served import arm_text
-from flows.results.throughput import DECODE
+from flows.results.throughput import OUTPUT
 from recipes.schemes.scheme import PER_CHANNEL
 from recipes.schemes.serve_file import python_lines, shell
 
@@ -200,7 +200,7 @@ def _as_served(slug: str, report: Mapping[str, Any]) -> Iterator[str]:
     yield f"Served by {arm['engine']} {arm['version']} on {hardware_line(report['hardware'])}: {arm_text(slug, arm)}"
     yield ""
     for load in arm["loads"]:
-        rate, first = value_text(DECODE, load[DECODE]["value"]), seconds(load["ttft_s"]["median"])
+        rate, first = value_text(OUTPUT, load[OUTPUT]["value"]), seconds(load["ttft_s"]["median"])
         yield f"* {load['requests']} at once: {rate} tokens decoded a second, first token after {first} s (median)"
 
 
