@@ -27,7 +27,7 @@ from flows.results.read import Run, read_run
 from flows.results.rows import RowScores
 from flows.results.served import served_of
 from flows.results.stats import Interval
-from flows.results.throughput import DECODE, at_most
+from flows.results.throughput import OUTPUT, at_most
 from flows.run.folder import find_run
 from recipes.problem import Problem
 from recipes.scorers import input_name
@@ -180,7 +180,7 @@ def _as_served(slug: str, section: Mapping[str, Any] | None) -> str:
     if arm is None:
         return f"not served: {section['not_served'].get(slug, 'no step') if section else 'the run served nothing'}"
     load = at_most(arm["loads"])
-    rate = f", {value_text(DECODE, load[DECODE]['value'])} tok/s at {load['requests']} requests" if load else ""
+    rate = f", {value_text(OUTPUT, load[OUTPUT]['value'])} tok/s at {load['requests']} requests" if load else ""
     return f"{arm['verdict']} ({arm['engine']} {arm['version']} on {arm['device']}{rate})"
 
 

@@ -201,7 +201,7 @@ def _as_served(slug: str, report: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     for load in arm["loads"]:
         rate, first = value_text(OUTPUT, load[OUTPUT]["value"]), seconds(load["ttft_s"]["median"])
-        yield f"* {load['requests']} at once: {rate} tokens decoded a second, first token after {first} s (median)"
+        yield f"* {load['requests']} at once: {rate} output tokens a second, first token after {first} s (median)"
 
 
 def card_of(run: Run, arm: RunArm, report: Mapping[str, Any]) -> str:
