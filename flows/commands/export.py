@@ -93,7 +93,7 @@ def export(run_folder: Path, slug: str, dest: Path, *, home: Path, again: bool =
     try:
         for part in parts:
             _copy(part, draft / part.under, run)
-        counted = _counted(run, arm, draft / parts[0].under)
+        counted = _counted(run, arm, draft / parts[0].under, source=parts[0].source)
         served = serve_record(run, arm, parts)
         write(draft, served)
         (draft / "recipe.yaml").write_text(_recipe(run), encoding="utf-8")
@@ -210,7 +210,7 @@ def _changed(part: Part, how: str) -> Problem:
     )
 
 
-def _counted(run: Run, arm: RunArm, folder: Path) -> dict[str, Any] | None:
+def _counted(run: Run, arm: RunArm, folder: Path, *, source: Path) -> dict[str, Any] | None:
     """What the copied files of a quantized arm hold, read from them; None for an arm that is not quantized.
 
     The artifact may be older than the step's own check, and what leaves the store is what others serve.
@@ -220,7 +220,7 @@ def _counted(run: Run, arm: RunArm, folder: Path) -> dict[str, Any] | None:
     stored = on_disk.read(folder, arm.quantizer, bf16_headers(run, arm))
     record = json_object(folder / "quantize.json") or {}
     if problem := stored.problem(claimed={layer["name"] for layer in record.get("layers", ())}):
-        raise problem.error()
+        raise replace(problem, where=str(source)).error()  # the copy is removed
     used = stored.codes_used()
     for note in stored.notes(used):
         say(f"note: {note}")

@@ -6,8 +6,6 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from recipes.models.adapters import PREFIX, plain_name, split_key
 
@@ -28,6 +26,10 @@ class ModuleNames:
     """
 
     def __init__(self, model: PreTrainedModel, *, also: Iterable[str] = ()) -> None:
+        # Of transformers 5: the environment autogptq has 4, imports this room, and loads no adapter.
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+
         self.known = frozenset(name for name, _ in model.named_modules() if name) | frozenset(also)
         rules = get_model_conversion_mapping(model)
         self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
@@ -39,6 +41,8 @@ class ModuleNames:
         """The module's name in this model; as it is where there is no such module."""
         if module in self.known:
             return module
+        from transformers.core_model_loading import rename_source_key
+
         renamed, _ = rename_source_key(f"{module}.weight", self._renamings, [], self._prefix, self._weights)
         renamed = renamed.removesuffix(".weight")
         return renamed if renamed in self.known else self._plain.get(plain_name(module), module)

@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from recipes.models.decoder import is_router
 from tasks.runtime.process.errors import StageError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+# What transformers 5 alone has is imported where it is used: the environment autogptq has 4.44, and imports this module.
 BACKBONE = "text_backbone"
 _OWN_LAYERS = re.compile(r"^\w+\.\d+\.")  # of a decoder: layers.0.mlp, h.0.attn; not encoder.layers.0
 
@@ -39,6 +38,12 @@ def class_of(config: PreTrainedConfig, *, where: str) -> Any:
     Raises:
         StageError: transformers has no class for it that makes text.
     """
+    from transformers import AutoModelForMultimodalLM
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    )
+
     kind: Any = config.model_type  # the stub knows these tables by their own names alone
     whole: str | None = MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(kind)
     text: str | None = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
@@ -128,6 +133,8 @@ def modules_to_skip(model: PreTrainedModel) -> list[str] | None:
         Module names as short as they can be (`model.vision_tower`), with the output layer. None where transformers'
         own choice is the same, so that the configuration of an ordinary text model stays the usual one.
     """
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
     if not outside_linears(model):
         return None
     wanted = text_linears(model)
