@@ -20,7 +20,7 @@ MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 ENVIRONMENTS := llmcompressor autoawq autogptq vllm
 
 .PHONY: help install env-llmcompressor env-autoawq env-autogptq env-vllm quickstart check audit test test-all test-gpu bench models \
-        folklore overheads kills cluster docs site site-serve lock lock-envs clean
+        served folklore overheads kills cluster docs site site-serve lock lock-envs clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -107,6 +107,10 @@ folklore: install env-llmcompressor  ## what the field repeats, three seeds: doc
 
 models: install env-llmcompressor  ## a tiny model of each architecture through every step: docs/models.md, resumes
 	$(BIN)/python -m tests.bench.models
+
+served: install env-vllm env-llmcompressor  ## the table of engines against the installed vLLM: docs/results/served.md, resumes
+	$(BIN)/python -m tests.bench.engines
+	$(BIN)/python -m tests.bench.served
 
 kills: install   ## 30 runs, each with a SIGKILL at a random moment: docs/results/operations.md, resumes
 	$(BIN)/python -m tests.bench.kills
