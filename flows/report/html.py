@@ -18,7 +18,7 @@ from flows.report.plots.layers import errors_plot, weights_plot
 from flows.report.plots.style import LIGHT, as_picture, family_of, look
 from flows.report.plots.throughput import throughput_plot
 from flows.report.plots.waterfall import waterfall_plot
-from flows.report.served import apart, below, engines, equal_text, floor_text, mark_of, ordered, seconds
+from flows.report.served import apart_lines, below, engines, equal_text, floor_text, mark_of, ordered, seconds
 from flows.report.text import (
     SPEEDS,
     columns,
@@ -93,7 +93,7 @@ def page(report: Mapping[str, Any], svgs: Mapping[str, str]) -> str:
         served_below=list(below(in_engine)) if in_engine else [],
         served_metrics=SERVED,
         served_marks=MARKS,
-        apart=apart,
+        apart=apart_lines,
         equal_text=equal_text,
         rates=RATES,
         seconds=seconds,

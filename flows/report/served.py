@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from flows.results.metrics import difference_text, interval_text, significant, value_text
 from flows.results.served import MARKS, fastest, not_served_text
@@ -80,6 +80,19 @@ def apart(arm: Mapping[str, Any], metric: str) -> str:
     """Served - own with its interval; a dash where they could not be compared."""
     told = arm["differences"][metric]
     return "–" if told["difference"] is None else difference_text(metric, told["difference"], told["ci95"])
+
+
+class Apart(NamedTuple):
+    """A difference and its interval, in words, for two lines of a cell; without a unit."""
+
+    estimate: str
+    interval: str
+
+
+def apart_lines(arm: Mapping[str, Any], metric: str) -> Apart:
+    """Served - own, the interval apart."""
+    estimate, bracket, rest = apart(arm, metric).partition(" [")
+    return Apart(estimate, bracket.strip() + rest.partition("]")[0] + "]" if bracket else "")
 
 
 def equal_text(arm: Mapping[str, Any]) -> str:
