@@ -50,11 +50,11 @@ def _no_engine(recipe: Recipe, *, device: str) -> str | None:
     if engine not in ENVIRONMENTS:
         return f"Quench starts no server of {engine}"
     if problem := environment_problem(ENVIRONMENTS[engine]):
-        return f"not served here: {problem.what[0].lower()}{problem.what[1:].rstrip('.')}. {problem.next}"
+        return f"{problem.what} {problem.next}"
     if device == "cuda" and (gpus := len(visible_gpus())) < ranks:
-        return f"not served here: serve.tensor_parallel is {ranks}, and this machine has {gpus} GPU(s)"
+        return f"serve.tensor_parallel is {ranks}, and this machine has {gpus} GPU(s)"
     if device == "cpu" and ranks > 1:
-        return f"not served here: serve.tensor_parallel is {ranks}, and this machine has no GPU"
+        return f"serve.tensor_parallel is {ranks}, and this machine has no GPU"
     return None
 
 
@@ -87,8 +87,10 @@ def _not_on_this_cpu(arm: Arm, model: ServedModel) -> str | None:
     flags = cpu_flags()
     avx512 = "avx512f" in flags
     if problems := cpu_refusals(arm.scheme, model, avx512=avx512, amx="amx_tile" in flags):
-        return f"not served here: {problems[0].what}"
-    return None if avx512 or not arm.kv else "not served here: vLLM's fp8 KV cache on a CPU needs AVX-512"
+        return f"{problems[0].what} {problems[0].why}"
+    return (
+        None if avx512 or not arm.kv else "vLLM reads an fp8 KV cache on a CPU by AVX-512 alone, which this one lacks"
+    )
 
 
 @functools.cache

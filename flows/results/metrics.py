@@ -254,6 +254,7 @@ def _unit(metric: str) -> str:
         "load_s": " s",
         "prefill_tokens_per_s": " tok/s",
         "decode_tokens_per_s": " tok/s",
+        "output_tokens_per_s": " tok/s",
     }.get(_base(metric), "")
 
 
