@@ -89,7 +89,7 @@ def _not_on_this_cpu(arm: Arm, model: ServedModel) -> str | None:
     if problems := cpu_refusals(arm.scheme, model, avx512=avx512, amx="amx_tile" in flags):
         return f"{problems[0].what} {problems[0].why}"
     return (
-        None if avx512 or not arm.kv else "vLLM reads an fp8 KV cache on a CPU by AVX-512 alone, which this one lacks"
+        None if avx512 or not arm.kv else "vLLM reads an fp8 KV cache on a CPU by AVX-512 alone"
     )
 
 
