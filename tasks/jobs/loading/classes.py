@@ -23,7 +23,7 @@ from tasks.runtime.process.errors import StageError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-# What transformers 5 alone has is imported where it is used: the environment autogptq has 4.44, and imports this module.
+# What transformers 5 alone has is imported where it is used: the environment autogptq has 4.44, and imports this.
 BACKBONE = "text_backbone"
 _OWN_LAYERS = re.compile(r"^\w+\.\d+\.")  # of a decoder: layers.0.mlp, h.0.attn; not encoder.layers.0
 
