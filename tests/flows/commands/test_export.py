@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from flows.commands.export import _names, export
 from flows.results.artifacts import Part
@@ -74,6 +75,9 @@ def test_it_is_a_real_copy_and_was_loaded(done: Done):
     own = {path.name for path in files} - set(copied)
     assert own == {"README.md", "recipe.yaml", "serve.json", "serve.md"}
     assert [path.name for path in done.folder.parent.iterdir()] == ["out"]
+    stored = done.said["on_disk"]
+    assert stored == read_json(done.artifact / "manifest.json")["result"]["on_disk"]
+    assert stored["packed_share"] == 1 and stored["bits_a_weight"] == stored["promised_bits_a_weight"]
 
 
 def test_a_push_may_begin_where_the_copy_is_there(done: Done, tmp_path: Path):
@@ -159,6 +163,23 @@ def test_an_artifact_that_was_changed_is_not_exported(world: World, tmp_path: Pa
     assert "another sha256" in refused(world, ARM, tmp_path / "out")
     weights.unlink()
     assert "model.safetensors" in refused(world, ARM, tmp_path / "out")
+
+
+def test_an_artifact_that_holds_bf16_is_not_exported(world: World, tmp_path: Path):
+    """As an older Quench, which did not look, may have stored it: the manifest agrees with the files."""
+    (folder,) = (world.home / "store" / "quantize").glob(f"{ARM}-*")
+    weights, layer = folder / "files" / "model.safetensors", "model.layers.1.mlp.up_proj"
+    manifest = read_json(folder / "manifest.json")
+    merged = load_file(world.home / manifest["inputs"]["model"]["path"] / "model.safetensors")
+    tensors = {name: one for name, one in load_file(weights).items() if not name.startswith(f"{layer}.")}
+    tensors[f"{layer}.weight"] = merged[f"{layer}.weight"]
+    weights.unlink()  # links to the shared store
+    (folder / "manifest.json").unlink()
+    save_file(tensors, weights, metadata={"format": "pt"})
+    manifest["files"]["model.safetensors"] |= {"sha256": file_digest(weights), "size": weights.stat().st_size}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    said = refused(world, ARM, tmp_path / "out")
+    assert f"stored as BF16 where {ARM} promises codes: {layer}" in said and str(folder) in said
 
 
 @pytest.mark.slow  # loads two arms twice

@@ -77,6 +77,7 @@ def test_conversations_and_schemes_without_rows(scheme: str, base: Path, tmp_pat
     rows = ["--calibration", chats(tmp_path / "rows.jsonl", 150), "--rows", 130] if scheme.startswith("awq") else []
     said = quench(base, tmp_path / "out", "--scheme", scheme, *rows, folder=tmp_path, check=0)
     assert ("130 rows of 150" in said) == bool(rows)
+    assert "100% of the linear weights packed" in said
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert set(manifest["inputs"]) == ({"model", "calibset"} if rows else {"model"})
     AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="bfloat16")
