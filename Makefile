@@ -17,10 +17,10 @@ export OLD_PYTHON
 # Without its banner: Material for MkDocs is maintained until 5 May 2027; its successor, Zensical, reads the same file.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
-ENVIRONMENTS := llmcompressor autoawq autogptq vllm
+ENVIRONMENTS := llmcompressor autoawq autogptq vllm onnx
 
-.PHONY: help install env-llmcompressor env-autoawq env-autogptq env-vllm quickstart check audit test test-all test-gpu bench models \
-        served folklore overheads kills cluster docs site site-serve lock lock-envs clean
+.PHONY: help install env-llmcompressor env-autoawq env-autogptq env-vllm env-onnx quickstart check audit test test-all test-gpu bench \
+        models served folklore overheads kills cluster docs site site-serve lock lock-envs clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -38,10 +38,12 @@ install: .venv/.installed  ## .venv from the lock
 env-llmcompressor: .envs/llmcompressor/.installed  ## .envs/llmcompressor: writes the ct- schemes (compressed-tensors)
 env-autoawq: .envs/autoawq/.installed  ## .envs/autoawq: AutoAWQ, archived
 env-autogptq: .envs/autogptq/.installed  ## .envs/autogptq: AutoGPTQ, archived
+env-onnx: .envs/onnx/.installed  ## .envs/onnx: ONNX Runtime GenAI, serves 4-bit files on CPUs without AVX-512
+FLAGS_onnx := $(if $(UV_FIND_LINKS),,--torch-backend cpu)
 .envs/%/.installed: infra/locks/%.txt | install
 	@test -x .envs/$*/bin/python || $(BIN)/python -m venv --without-pip .envs/$*
 	@echo "installing from infra/locks/$*.txt"
-	@$(BIN)/uv pip install -q --compile-bytecode --python .envs/$*/bin/python -r infra/locks/$*.txt
+	@$(BIN)/uv pip install -q --compile-bytecode --python .envs/$*/bin/python -r infra/locks/$*.txt $(FLAGS_$*)
 	@sha256sum infra/locks/$*.txt | cut -c -64 > $@
 
 # Two locks: one for NVIDIA GPUs, one for CPUs. The latter leaves out what is built for CUDA alone, and asks for torch's

