@@ -90,14 +90,12 @@ def _is_wanted(recipe: Recipe, arm: Arm) -> bool:
 
 
 def _not_on_this_cpu(arm: Arm, model: ServedModel) -> str | None:
-    """VLLM's CPU build multiplies 4-bit weights, and reads an fp8 KV cache, by AVX-512 alone."""
+    """The CPU build of vLLM multiplies 4-bit weights, and reads an fp8 KV cache, by AVX-512 alone."""
     flags = cpu_flags()
     avx512 = "avx512f" in flags
     if problems := cpu_refusals(arm.scheme, model, avx512=avx512, amx="amx_tile" in flags):
         return f"{problems[0].what} {problems[0].why}"
-    return (
-        None if avx512 or not arm.kv else "vLLM reads an fp8 KV cache on a CPU by AVX-512 alone"
-    )
+    return None if avx512 or not arm.kv else "vLLM reads an fp8 KV cache on a CPU by AVX-512 alone"
 
 
 @functools.cache
