@@ -13,6 +13,7 @@ from recipes.arms import Arm
 from recipes.schema import Recipe
 from recipes.schemes.engines import cpu_refusals, refusals
 from recipes.schemes.ranks import ServedModel
+from recipes.schemes.serve_file import onnx_command
 from tasks.arm import scorer_packages
 from tasks.runtime.gpus import visible_gpus
 from tasks.runtime.process.environments import environment_problem, locked_versions
@@ -127,6 +128,7 @@ def step(
                 "version": next(versions[name] for name in ENGINES[engine] if name in versions),
             },
             "packages": versions,
+            **({"convert": onnx_command(quantized=arm.scheme is not None)} if engine == "onnxruntime-genai" else {}),
             "kv_cache_dtype": arm.kv or "auto",
             **recipe.serve.model_dump(include={"tensor_parallel", "max_model_len"}),
             "scorers": [scorer.params() for scorer in recipe.evaluate.scorers if scorer.kind != "lm-eval"],

@@ -164,10 +164,15 @@ def _onnx(headers: Headers, name: str, scheme: Scheme | None, *, adapter: Served
         why = "Nobody tried its builder on an adapter." if adapter else "It would leave the towers out."
         what = f"ONNX Runtime GenAI does not serve {name}."
         refused.append(Problem(what=what, where=name, why=why, next="Serve it with vLLM."))
+    convert = None if refused else onnx_command(quantized=scheme is not None)
+    return {"convert": convert, "refused": [problem.as_dict() for problem in refused]}
+
+
+def onnx_command(*, quantized: bool) -> list[str]:
+    """The words by which its builder converts a folder, $PWD, into $OUT: the file's own codes, activations in fp32."""
     command = ["python", "-m", "onnxruntime_genai.models.builder", "-i", "$PWD", "-o", "$OUT", "-e", "cpu"]
-    command += ["-p", "int4" if scheme else "fp32", "--extra_options", "hf_token=false"]
-    command += ["accuracy_level=1", f"nodes_to_exclude={','.join(ONNX_UNTOUCHED)}"] if scheme else []
-    return {"convert": None if refused else command, "refused": [problem.as_dict() for problem in refused]}
+    command += ["-p", "int4" if quantized else "fp32", "--extra_options", "hf_token=false"]
+    return command + (["accuracy_level=1", f"nodes_to_exclude={','.join(ONNX_UNTOUCHED)}"] if quantized else [])
 
 
 def readable(served: Mapping[str, Any]) -> str:

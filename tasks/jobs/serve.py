@@ -92,41 +92,28 @@ def _onnx_server(job: Job, served: dict[str, Any], rows: Sequence[TokenRow], *, 
     """Our server around ONNX Runtime GenAI, which converts the files first; see onnx_genai.py.
 
     Raises:
-        StageError: The engine does not serve these files; rows of test do not fit its context.
+        StageError: Rows of test do not fit its context.
     """
-    command, (context, room) = _words(served, "onnxruntime-genai", "convert"), _context(job, served, rows)
+    context, room = _context(job, served, rows)
     words = [str(job.execution.server_python), "-P", onnx_genai.__file__, "--model", str(job.inputs["model"].path)]
-    words += ["--convert", json.dumps(command), "--scratch", str(job.out), "--served-model-name", job.slug]
+    words += [
+        "--convert",
+        json.dumps(job.params["convert"]),
+        "--scratch",
+        str(job.out),
+        "--served-model-name",
+        job.slug,
+    ]
     words += ["--max-model-len", str(context)] if context else []
     return [*words, "--port", str(port)], room
 
 
 def _vllm_server(job: Job, served: dict[str, Any], rows: Sequence[TokenRow], *, port: int) -> tuple[list[str], int]:
-    """VLLM's own server."""
+    """The server of vLLM itself."""
     command, context = _command(job, served, rows)
     folder, python = job.inputs["model"].path, Path(str(job.execution.server_python))
     device = job.execution.device
     return engine_argv(command, folder, python=python, port=port, device=device, more=_more(job)), context
-
-
-def _words(served: dict[str, Any], engine: str, name: str) -> list[str]:
-    """A command of serve.json.
-
-    Raises:
-        StageError: There is none, and why.
-    """
-    section = served.get(engine)
-    if section is None:
-        raise StageError.of(
-            what=f"serve.json says nothing of {engine}",
-            where="serve.json",
-            why="these files were made by a version of Quench that did not know this engine",
-            next="serve them with vLLM, or remove the artifact from the store: it is made again",
-        )
-    if section[name] is None:
-        refused = section["refused"][0]
-        raise StageError.of(**{part: refused[part] for part in ("what", "where", "why", "next")})
-    return section[name]
 
 
 def _command(job: Job, served: dict[str, Any], rows: Sequence[TokenRow]) -> tuple[list[str], int]:
@@ -135,7 +122,11 @@ def _command(job: Job, served: dict[str, Any], rows: Sequence[TokenRow]) -> tupl
     Raises:
         StageError: The engine does not serve these files; rows of test do not fit its context.
     """
-    command, (context, room) = _words(served, "vllm", "command"), _context(job, served, rows)
+    command = served["vllm"]["command"]
+    if command is None:
+        refused = served["vllm"]["refused"][0]
+        raise StageError.of(**{part: refused[part] for part in ("what", "where", "why", "next")})
+    context, room = _context(job, served, rows)
     ranks = {"--max-model-len": context, "--tensor-parallel-size": job.params["tensor_parallel"]}
     words = list(command)
     for option, value in ranks.items():
