@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recipes.models.headers import read_headers
+from recipes.models.headers import external_headers
 from recipes.problem import RecipeError
 from tasks.jobs.measuring.grading import grade, open_graders
 from tasks.jobs.measuring.scores import SCORES, score_line
@@ -168,9 +168,9 @@ def _environment(job: Job, folder: Path, context: int) -> dict[str, str]:
         StageError: The model's folder cannot be read.
     """
     env = engine_env()
-    if job.execution.device == "cpu":
+    if job.execution.device == "cpu" and job.params["engine"]["name"] == "vllm":
         try:
-            headers = read_headers(folder, needs_tokenizer=False)
+            headers = external_headers(folder)
         except RecipeError as error:
             raise StageError(error.problems[0]) from error
         env["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, math.ceil(2 * headers.cache_numbers(context) / GIB)))
