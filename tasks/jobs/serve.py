@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recipes.models.headers import external_headers
+from recipes.checks.external import external_headers
 from recipes.problem import RecipeError
 from tasks.jobs.measuring.grading import grade, open_graders
 from tasks.jobs.measuring.scores import SCORES, score_line
