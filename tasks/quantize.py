@@ -56,7 +56,7 @@ def alone(
         stage="quantize",
         slug=slug,
         entry="tasks.jobs.quantize:run",
-        version=4,
+        version=5,
         params={**scheme.params(), **gptq, "seed": seed},
         inputs=inputs,
         tools=TOOLS[scheme.backend],

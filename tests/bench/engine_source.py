@@ -302,7 +302,7 @@ class Source:
         """Values of --quantization without plugins."""
         for node in self.tree(f"{QUANTIZATION}/__init__.py").body:
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "QuantizationMethods":
-                return tuple(part.value for part in ast.walk(node.value) if isinstance(part, ast.Constant))
+                return tuple(ast.literal_eval(part) for part in ast.walk(node.value) if isinstance(part, ast.Constant))
         raise KeyError("QuantizationMethods")
 
     def padded(self, outputs: int, inputs: int) -> bool:

@@ -67,7 +67,7 @@ CALIBRATION_ROWS = 128
 START_LIMIT_S = 1800.0  # as the stage serve
 WORDS = 400  # characters of the engine's words that are kept
 CAUSE = re.compile(r"^((\w+\.)*\w*(Error|Exception): |Value error, )")
-FOLLOWS = ("Engine core initialization failed", "validation error for", "EngineDeadError", "EngineCore encountered")
+FOLLOWS = ("initialization failed", "validation error for", "EngineDeadError", "EngineCore encountered")
 
 
 class Trial(NamedTuple):
@@ -229,8 +229,11 @@ def _made(slug: str, inputs: Inputs, work: Path) -> Path:
             (files / name).unlink(missing_ok=True)
     else:
         scheme = parse_scheme(slug)
-        needed = {"model": inputs.model} | ({"calibset": inputs.calibset} if scheme.needs_calibration else {})
-        job = make_job("quantize", files, params=alone(slug, scheme, inputs={}).params, **needed)
+        params = alone(slug, scheme, inputs={}).params
+        if scheme.needs_calibration:
+            job = make_job("quantize", files, params=params, model=inputs.model, calibset=inputs.calibset)
+        else:
+            job = make_job("quantize", files, params=params, model=inputs.model)
         done(_on(job, inputs), work / "quantize", environment=ENVIRONMENTS.get(scheme.backend))
     write(files, describe(read_headers(inputs.model), name=slug, scheme=None))
     return files
@@ -240,7 +243,7 @@ def telling(lines: Iterable[str]) -> str:
     """The last cause that an engine names in its log, else its last line."""
     plain = [text for line in lines if (text := PREFIX.sub("", line).strip())]
     causes = [line for line in plain if CAUSE.search(line) and not any(word in line for word in FOLLOWS)]
-    return (causes or plain or ["nothing"])[-1][:WORDS]
+    return (causes or plain or ["nothing"])[-1].partition(" [type=")[0][:WORDS]  # pydantic quotes its input
 
 
 def version() -> str:

@@ -45,15 +45,8 @@ def test_the_page_counts_them_and_escapes_what_the_engine_says():
 
 def test_of_a_log_the_last_cause_is_kept():
     core = "(EngineCore pid=12) ERROR 11-30 04:30:00 [core.py:1] "
-    lines = [
-        f"{core}ValueError: Marlin does not",
-        f"{core}raise error",
-        "RuntimeError: Engine core initialization failed.",
-    ]
-    assert telling(lines) == "ValueError: Marlin does not"
-    assert (
-        telling(["1 validation error for VllmConfig", "  Value error, bits=2 [type=x]"])
-        == "Value error, bits=2 [type=x]"
-    )
+    said = [f"{core}ValueError: Marlin does not", f"{core}raise error"]
+    assert telling([*said, "RuntimeError: Engine core initialization failed."]) == "ValueError: Marlin does not"
+    assert telling(["1 validation error for VllmConfig", "  Value error, bits=2 [type=x]"]) == "Value error, bits=2"
     assert telling(["one", 'INFO: "POST /v1/completions" 500']) == 'INFO: "POST /v1/completions" 500'
     assert telling([]) == "nothing"
