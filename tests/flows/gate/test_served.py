@@ -1,4 +1,4 @@
-"""What the engine says of the candidate: served as measured, or not promoted; it alone fails a run by its serve step."""
+"""What the engine says of the candidate: served as measured, or not promoted. Its serve step alone fails a run."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from flows.report.build import Report, print_report, render
 from flows.report.html import figures, page
+from flows.report.model_card import as_served
 from flows.report.served import mark_of, served_figures
 from flows.report.text import markdown
 from flows.results.cells import Draws, gather
@@ -133,9 +134,9 @@ def test_the_plot_names_every_arm_that_was_timed(report: dict[str, Any]) -> None
 
 
 def test_the_card_says_how_it_was_served(made: Report) -> None:
-    told = "\n".join(_as_served("gptq-w4-g128", made.json))
+    told = "\n".join(as_served("gptq-w4-g128", made.json))
     assert "Served by vllm 0.32.0 on AMD EPYC 9R14" in told and "gptq-w4-g128: served as measured; loss " in told
-    assert "* 32 at once: " in told and list(_as_served("base", made.json)) == []
+    assert "* 32 at once: " in told and list(as_served("base", made.json)) == []
 
 
 def test_mlflow_gets_one_set_of_names(report: dict[str, Any]) -> None:
