@@ -50,7 +50,7 @@ def card(origin: Provenance, report: Mapping[str, Any], served: Mapping[str, Any
     lines += [f"# {report['name']}: {origin.arm.slug}", "", _what(origin), ""]
     lines += ["## Figures", "", *_figures(origin, report), ""]
     lines += ["## How it was made", "", *_made(origin, report), ""]
-    lines += ["## Serving", "", *_serving(served), *_as_served(origin.arm.slug, report), ""]
+    lines += ["## Serving", "", *_serving(served), *as_served(origin.arm.slug, report), ""]
     if remarks := [f"* {note.about}: {note.text}" for note in notes(origin.steps)]:
         lines += ["## What the tools did beside the plan", "", *remarks, ""]
     lines += ["Licence and terms of use are those of the base model and of the data.", ""]
@@ -190,7 +190,7 @@ def _serving(served: Mapping[str, Any]) -> Iterator[str]:
     yield from ["", *python_lines(served)]
 
 
-def _as_served(slug: str, report: Mapping[str, Any]) -> Iterator[str]:
+def as_served(slug: str, report: Mapping[str, Any]) -> Iterator[str]:
     """What a real engine made of these files, where the run served them."""
     told = report.get("served")
     arm = told["arms"].get(slug) if told else None

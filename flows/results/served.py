@@ -9,9 +9,9 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from flows.results.cells import ArmEvidence, Cell, rows_cell
+from flows.results.cells import ArmEvidence, Cell, Draws, rows_cell
 from flows.results.metrics import SERVED, Metric, difference_text, significant, value_text
-from flows.results.paired import Difference, Draw, Paired, differences
+from flows.results.paired import Difference, Paired, differences
 from flows.results.read import Run, RunArm, RunStep
 from flows.results.rows import RowScores, read_scores
 from flows.results.served_checks import (
@@ -42,7 +42,7 @@ LIMITS = {
 MARKS = {"served as measured": "✓", "differs by more than the floor": "▼", "undecided": "?", "not served": "–"}
 
 
-def served_of(run: Run, evidence: Mapping[str, ArmEvidence], draws: Draw) -> dict[str, Any] | None:
+def served_of(run: Run, evidence: Mapping[str, ArmEvidence], draws: Draws) -> dict[str, Any] | None:
     """What report.json holds under `served`; None where the run neither served an arm nor says why it did not."""
     if not any(arm.serve or arm.unserved for arm in run.arms):
         return None
@@ -86,11 +86,11 @@ def _engine(step: RunStep) -> dict[str, Any]:
     return {**{name: record.get(name) for name in named}, "loads": loads_of(record)}
 
 
-def _cells(scores: ServedScores, draws: Draw) -> dict[str, Any]:
+def _cells(scores: ServedScores, draws: Draws) -> dict[str, Any]:
     return {name: _cell(metric, scores.served.get(str(metric.source)), draws) for name, metric in SERVED.items()}
 
 
-def _cell(metric: Metric, rows: RowScores | None, draws: Draw) -> dict[str, Any]:
+def _cell(metric: Metric, rows: RowScores | None, draws: Draws) -> dict[str, Any]:
     """One figure of the engine over test."""
     if rows is None:
         return Cell(value=None, split="test", reason="no row of test has a prompt to answer").as_dict()
@@ -103,7 +103,7 @@ def _own(scores: ServedScores, metric: str) -> float | None:
     return pair.b.sums.value if isinstance(pair, Paired) else None
 
 
-def _differences(scores: Mapping[str, ServedScores], draws: Draw) -> dict[str, dict[str, Any]]:
+def _differences(scores: Mapping[str, ServedScores], draws: Draws) -> dict[str, dict[str, Any]]:
     """Arm -> served - own with its paired interval, for loss (nats a token) and task (a share); or the reason."""
     pairs = {(slug, metric): one.pair(metric) for slug, one in scores.items() for metric in PAIRS}
     able = {place: pair for place, pair in pairs.items() if isinstance(pair, Paired)}

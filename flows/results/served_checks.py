@@ -149,7 +149,7 @@ def judge_served(arms: Mapping[str, ServedScores], floor: str, draws: Draw) -> J
         floor: Slug of the floor.
         draws: The resamples of some groups; equal groups get equal draws.
     """
-    plan = {
+    plan: dict[tuple[str, Name], Paired | str] = {
         (slug, name): pair
         for slug, scores in arms.items()
         for name, pair in _pairs(scores, arms.get(floor) if slug != floor else None).items()

@@ -1,4 +1,4 @@
-"""What the engine says of the candidate: served as measured, or not promoted; it alone fails a run by `serve`."""
+"""What the engine says of the candidate: served as measured, or not promoted. Its serve step alone fails a run."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_without_the_environment_nothing_changes(tmp_path: Path) -> None:
 
 
 def test_only_the_candidates_serve_step_fails_the_run(tmp_path: Path) -> None:
-    every = dict.fromkeys((FLOOR, ARM, OTHER), Serving())
+    every = {slug: Serving() for slug in (FLOOR, ARM, OTHER)}
     broken = {f"serve/{slug}": BROKEN for slug in every}
     folder = SyntheticRun(tmp_path, shapes=SHAPED, test=1200, serving=every, broken=broken).write()
     assert excused(read_run(folder, tmp_path)) == {f"serve/{FLOOR}", f"serve/{OTHER}"}

@@ -29,10 +29,10 @@ AS_MEASURED, DIFFERS, UNDECIDED = "served as measured", "differs by more than th
 TOKENS = 25.0
 
 
-def rows(total: np.ndarray, count: float | np.ndarray = 1.0, *, first: int = 0) -> RowScores:
+def rows(total: np.ndarray, count: float = 1.0, *, first: int = 0) -> RowScores:
     """Scores of rows that are groups of their own."""
     names = np.asarray([f"{first + index:05d}" for index in range(len(total))])
-    counts = np.full(len(total), count) if isinstance(count, float) else count
+    counts = np.full(len(total), count)
     return RowScores(names, names, np.full(len(total), ""), np.asarray(total, dtype=float), counts)
 
 
@@ -50,10 +50,10 @@ class Engines:
 
     def arm(self, off: np.ndarray, *, changed: float | np.ndarray | None = 0.01) -> ServedScores:
         """An arm whose rows are `off` by so many nats, and some of its answers changed."""
-        served = {"served_nll": rows(self.loss + off, TOKENS)}
+        served = {"served_nll": rows(np.asarray(self.loss + off), TOKENS)}
         if changed is not None:
             flips = self.rng.random(self.n) < changed if isinstance(changed, float) else changed
-            served["served_equal"] = rows(1.0 - flips)
+            served["served_equal"] = rows(np.where(flips, 0.0, 1.0))
         return ServedScores(served, {"nll": rows(self.loss, TOKENS)})
 
     def judged(self, arm: ServedScores, floor: ServedScores | None) -> tuple[str, dict[str, str], Judged]:
