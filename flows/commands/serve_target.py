@@ -173,7 +173,9 @@ def _damaged(run: Run, arm: RunArm) -> Problem | None:
     if step is None or step.files is None or step.manifest is None:
         return None
     damage = Store(run.home).damage(step.files.parent, step.manifest)
-    return damage and Problem(
+    if damage is None:
+        return None
+    return Problem(
         what=f"The files of {arm.slug} are damaged: {damage}.",
         where=str(step.files),
         why="They are not what was evaluated.",
