@@ -67,9 +67,9 @@ def _what(conditions: Mapping[str, Any]) -> Iterator[str]:
         "too: one scheme for each format, bits, zero points, activation order, and groups or none. `loss` is of the "
         "same rows, in transformers and as the engine says through `prompt_logprobs`; they agree where they are at "
         f"most {LIMIT:g} of it apart ({LIMIT:g} nats a token where it is below 1; that "
-        "the limit grows with the loss was decided after bf16 of the untrained base had been 0.0012 apart). Tokens a second are those of all "
-        f"answers, prompts included, with 8 requests at once of {conditions['prompt_tokens']} tokens and "
-        f"{conditions['new_tokens']} new ones: medians of {conditions['repeats']}.",
+        "the limit grows with the loss was decided after bf16 of the untrained base had been 0.0012 apart). Tokens a "
+        f"second are those of all answers, prompts included, with 8 requests at once of {conditions['prompt_tokens']} "
+        f"tokens and {conditions['new_tokens']} new ones: medians of {conditions['repeats']}.",
         width=WIDTH,
     )
     if conditions["device"] != "cpu":
