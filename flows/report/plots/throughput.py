@@ -76,9 +76,9 @@ def _name(axes: Axes, lines: Mapping[str, list[dict[str, Any]]]) -> None:
     """Names at the right, beside the lines' ends, moved apart where they would cover each other."""
     last = {slug: points[-1] for slug, points in lines.items()}
     ends = {slug: axes.transData.transform((end["requests"], end["value"])) for slug, end in last.items()}
-    height, left = -float("inf"), float(axes.bbox.x1) + 10
-    for slug in sorted(ends, key=lambda slug: float(ends[slug][1])):
-        height = max(float(ends[slug][1]), height + LABEL_PT)
+    height, left = float(axes.bbox.y1) + LABEL_PT, float(axes.bbox.x1) + 10
+    for slug in sorted(ends, key=lambda slug: -float(ends[slug][1])):
+        height = min(float(ends[slug][1]), height - LABEL_PT)
         colour, marker, filled = look(slug)
         axes.plot(
             left,

@@ -224,6 +224,7 @@ def test_the_section_sticks_out_nowhere(browser: Browser, made: Report, width: i
     for name in shown.locator(f"{drawn}text").all():  # every name lies within the picture
         box = name.bounding_box()
         assert box is not None and box["x"] + box["width"] <= frame["x"] + frame["width"] + 1, name.text_content()
+        assert box["y"] >= frame["y"] - 1 and box["y"] + box["height"] <= frame["y"] + frame["height"] + 1
     if width == 1280:  # the table of verdicts needs no scrolling on a desktop
         assert shown.evaluate("(t => t.scrollWidth <= t.clientWidth)(document.querySelector('#served ~ .scroll'))")
     shown.close()
