@@ -177,7 +177,7 @@ def _environment(job: Job, folder: Path, context: int) -> dict[str, str]:
         StageError: The model's folder cannot be read.
     """
     env = engine_env()
-    if job.execution.device == "cpu":
+    if job.execution.device == "cpu" and job.params["engine"]["name"] == "vllm":
         try:
             headers = read_headers(folder, needs_tokenizer=False)
         except RecipeError as error:
