@@ -117,14 +117,19 @@ def text(schemes: Sequence[Listed]) -> str:
     return "\n".join([*lines, "", *_notes()])
 
 
+SHORT = {"exllamav2": "exl2", "onnxruntime-genai": "onnx"}  # the table has 120 columns
+
+
 def _cells(row: Listed) -> tuple[str, ...]:
     group = "row" if row.group_size == PER_CHANNEL else str(row.group_size)
-    return (row.slug, row.backend, f"{row.bits_a_weight:.3f}", group, ", ".join(row.loaders), row.command or "yes")
+    readers = " ".join(SHORT.get(engine, engine) for engine in row.loaders)
+    return (row.slug, row.backend, f"{row.bits_a_weight:.3f}", group, readers, row.command or "yes")
 
 
 def _notes() -> Iterator[str]:
     yield "bits: per weight of a 4096 x 4096 layer, with scales and zero points. group: inputs per scale (row: all)."
     yield "read by: engines that load the files; docs/schemes.md says from which version, with what, and who says so."
+    yield "exl2: ExLlamaV2. onnx: ONNX Runtime GenAI, on CPUs."
     yield "here: whether this machine can make it, or what to type first."
     others: dict[Backend, str] = {backend: name for name, family in FAMILIES.items() for backend in family.others}
     for backend, family in others.items():

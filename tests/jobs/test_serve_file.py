@@ -26,7 +26,7 @@ TOKENS = torch.randint(4, 300, (2, 32), generator=torch.Generator().manual_seed(
 
 def loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Names that the Python of serve.md defines, run in the folder as it says."""
-    (code,) = re.findall(r"```python\n(.*?)```", (folder / "serve.md").read_text(), flags=re.DOTALL)
+    code, *_ = re.findall(r"```python\n(.*?)```", (folder / "serve.md").read_text(), flags=re.DOTALL)
     monkeypatch.chdir(folder)
     names: dict[str, Any] = {}
     exec(code, names)
@@ -54,7 +54,7 @@ def test_of_a_quantized_model(base: Path, tmp_path: Path, monkeypatch: pytest.Mo
         "512",
         "1",
     ]
-    assert served["loaders"].keys() == {"transformers", "vllm", "exllamav2", "auto-gptq"}
+    assert served["loaders"].keys() == {"transformers", "vllm", "exllamav2", "auto-gptq", "onnxruntime-genai"}
     text = (out / "serve.md").read_text()
     assert "No --chat-template" in text and "ExLlamaV2" in text and str(tmp_path) not in text
     assert same(loaded(out, monkeypatch)["model"], load_arm("quantized", out, device="cpu"))
@@ -110,6 +110,19 @@ def test_arguments_and_the_day_of_a_template_are_in_the_command(base: Path, tmp_
     plain = describe(read_headers(base), name="base", scheme=None)
     assert "--default-chat-template-kwargs" not in flags(plain)
     assert "apply_chat_template" not in readable(plain)
+
+
+def test_the_builder_of_onnxruntime_leaves_what_is_not_quantized_as_it_is(base: Path):
+    headers = read_headers(base)
+    served = describe(headers, name="gptq-w4-g32", scheme=parse_scheme("gptq-w4-g32"))
+    words = served["onnxruntime-genai"]["convert"]
+    assert words[words.index("-p") + 1] == "int4" and "accuracy_level=1" in words
+    assert "nodes_to_exclude=/lm_head/MatMul,/model/embed_tokens/Gather" in words
+    assert '-i "$PWD" -o "$OUT"' in readable(served)
+    merged = describe(headers, name="merged", scheme=None)["onnxruntime-genai"]["convert"]
+    assert merged[merged.index("-p") + 1] == "fp32"
+    refused = describe(headers, name="nf4", scheme=parse_scheme("nf4"))
+    assert refused["onnxruntime-genai"]["convert"] is None and "ONNX" not in readable(refused)
 
 
 def test_a_base_without_a_template_is_told_so(tmp_path: Path):

@@ -67,7 +67,7 @@ def test_every_scheme_is_read_by_transformers_and_no_form_is_without_a_source():
     assert len(known_schemes()) > 40
     assert [scheme.slug for scheme in known_schemes() if "transformers" not in loaders(scheme)] == []
     assert all(row.source and row.version for row in READS)
-    assert loaders(parse_scheme("awq-w4-g128")) == ("transformers", "vllm", "autoawq")
+    assert loaders(parse_scheme("awq-w4-g128")) == ("transformers", "vllm", "autoawq", "onnxruntime-genai")
     assert loaders(parse_scheme("gptq-w3-g128")) == ("transformers", "auto-gptq")
 
 
@@ -103,7 +103,8 @@ def test_activation_order_is_refused_with_groups_and_changes_nothing_per_channel
     (problem,) = refusals(parse_scheme("gptq-w4-g128-actorder"), LLAMA, engine="vllm")
     assert "activation order" in problem.what and "Write gptq-w4-g128:" in problem.next
     assert "0.32.0" in problem.why and "gptq_utils.py" in problem.why
-    assert loaders(parse_scheme("gptq-w4-g128-actorder")) == ("transformers", "exllamav2", "auto-gptq")
+    readers = ("transformers", "exllamav2", "auto-gptq", "onnxruntime-genai")
+    assert loaders(parse_scheme("gptq-w4-g128-actorder")) == readers
     assert refusals(parse_scheme("gptq-w4-actorder"), LLAMA, engine="vllm") == []
 
 
@@ -272,3 +273,17 @@ def test_a_context_longer_than_the_base(tmp_path: Path):
     with pytest.raises(RecipeError, match="512 or less"):
         load_and_check(recipe)
     load_and_check(recipe, sets=["serve.max_model_len=512"])
+
+
+def test_onnxruntime_wants_groups_that_are_powers_of_two():
+    assert refusals(parse_scheme("gptq-w4-g128"), LLAMA, engine="onnxruntime-genai") == []
+    (problem,) = refusals(parse_scheme("gptq-w4"), LLAMA, engine="onnxruntime-genai")
+    assert "11008 inputs" in problem.what and "matmul_nbits.cc" in problem.why and "Write gptq-w4-g" in problem.next
+    assert "o_proj" not in problem.what  # 4,096 inputs are a power of two
+    cut = of(Linear("model.layers.0.mlp.down_proj", 160, 96))
+    assert refusals(parse_scheme("gptq-w4-g64"), cut, engine="onnxruntime-genai")
+    assert refusals(parse_scheme("gptq-w4-g32"), cut, engine="onnxruntime-genai") == []
+    (problem,) = refusals(parse_scheme("gptq-w4-g128"), LLAMA, engine="onnxruntime-genai", tensor_parallel=2)
+    assert "2 ranks" in problem.what
+    assert refusals(parse_scheme("ct-gptq-w4-g128"), LLAMA, engine="onnxruntime-genai")
+    assert refusals(parse_scheme("gptq-w3-g128"), LLAMA, engine="onnxruntime-genai")
