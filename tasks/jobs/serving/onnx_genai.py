@@ -258,8 +258,8 @@ class Server(ThreadingHTTPServer):
         Raises:
             Refused: No token ids, too long, or another decoding than greedy.
         """
-        prompts = body.get("prompt") or [[]]
-        prompts = prompts if isinstance(prompts[0], list) else [prompts]
+        given: Any = body.get("prompt") or [[]]
+        prompts: list[Any] = given if isinstance(given[0], list) else [given]
         if any(not prompt or not all(isinstance(token, int) for token in prompt) for prompt in prompts):
             raise Refused("this server reads token ids alone")
         other = sorted(name for name, value in GREEDY.items() if body.get(name, value) != value)

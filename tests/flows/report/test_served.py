@@ -143,8 +143,8 @@ def test_mlflow_gets_one_set_of_names(report: dict[str, Any]) -> None:
     names = {slug: set(served_figures(slug, report)) for slug in report["served"]["arms"]}
     assert len({frozenset(one) for one in names.values()}) == 1
     figures_ = served_figures("awq-w4-g128", report)
-    cell = report["served"]["arms"]["awq-w4-g128"]["loads"][2]["decode_tokens_per_s"]
-    assert figures_["served_decode_tokens_per_s.32"] == cell["value"]
+    cell = report["served"]["arms"]["awq-w4-g128"]["loads"][2]["output_tokens_per_s"]
+    assert figures_["served_output_tokens_per_s.32"] == cell["value"]
     assert {"served_loss", "served_loss.low", "served_loss_minus_own", "served_ttft_s.p95.8"} <= set(figures_)
     assert served_figures("base", report) == {}
 

@@ -16,7 +16,7 @@ def load(requests: int, decode: list[float], ttft: list[float] | None = None) ->
         "prompt_tokens": 128,
         "new_tokens": 32,
         "prefill_tokens_per_s": [9000.0, 9100.0, 9050.0],
-        "decode_tokens_per_s": decode,
+        "output_tokens_per_s": decode,
         "ttft_s": ttft or [0.1],
     }
 
@@ -42,7 +42,7 @@ def test_the_place_is_that_at_the_most_requests_that_all_were_timed_at() -> None
         "b": arm(r1=[20.0, 20.1], r8=[90.0, 90.1], r32=[900.0]),
     }
     assert ranks(arms) == {"a": 1, "b": 2}
-    assert arms["b"]["loads"][2]["decode_tokens_per_s"]["reason"].startswith("timed 1 times")
+    assert arms["b"]["loads"][2]["output_tokens_per_s"]["reason"].startswith("timed 1 times")
     assert ranks({"a": arm(r32=[5.0]), "b": arm(r32=[6.0])}) == {} and ranks({}) == {}
 
 
@@ -51,6 +51,6 @@ def test_the_tail_is_a_request_that_was_there() -> None:
     assert found["ttft_s"] == {"median": 50.5, "p95": 95.0, "n": 100}
     (few,) = loads_of({"loads": [load(1, [1.0, 1.0], [0.3, 0.1, 0.2])]})
     assert few["ttft_s"] == {"median": 0.2, "p95": 0.3, "n": 3}
-    assert few["decode_tokens_per_s"]["value"] == pytest.approx(1.0)
+    assert few["output_tokens_per_s"]["value"] == pytest.approx(1.0)
     (none,) = loads_of({"loads": [{**load(1, [1.0, 1.0]), "ttft_s": []}]})
     assert none["ttft_s"] == {"median": None, "p95": None, "n": 0}
