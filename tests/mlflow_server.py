@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from flows.run.server import answers, free_port, wait_for
+from flows.run.server import wait_for
 from tasks.runtime.process.launch import Launcher, child_env
+from tasks.runtime.process.ports import free_port
+from tasks.runtime.process.servers import answers
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psycopg2
 
-from flows.run.server import free_port
+from tasks.runtime.process.ports import free_port
 
 START_S = 60
 

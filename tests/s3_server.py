@@ -17,8 +17,9 @@ from typing import Any
 import boto3
 import httpx
 
-from flows.run.server import free_port, wait_for
+from flows.run.server import wait_for
 from tasks.runtime.process.launch import Launcher, child_env
+from tasks.runtime.process.ports import free_port
 
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
 

@@ -13,8 +13,8 @@ from typing import ClassVar
 
 import pytest
 
-from flows.run.server import free_port
 from tasks.runtime.process.launch import CHECKOUT
+from tasks.runtime.process.ports import free_port
 
 pytestmark = pytest.mark.slow  # pip-audit comes from the package index, as all that is installed
 LOCK = "attrs==26.1.0\npackaging==25.0\n"

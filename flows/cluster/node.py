@@ -18,13 +18,13 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from flows.run.prefect_pages import PrefectPages
-from flows.run.server import answers
 from recipes.problem import Problem, RecipeError
 from tasks.runtime.process.child import verify_checkout
 from tasks.runtime.process.environments import environment_problem, installed, locked_versions
 from tasks.runtime.process.errors import StepFailed
 from tasks.runtime.process.launch import CHECKOUT, Launcher
 from tasks.runtime.process.leases import GrantedLease
+from tasks.runtime.process.servers import answers
 from tasks.runtime.step import Context, External, Limits, Step, run_step
 from tasks.runtime.store.local import MANIFEST, Artifact, Store, StoreTrouble
 from tasks.runtime.store.open import open_store

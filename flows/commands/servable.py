@@ -18,12 +18,11 @@ from flows.results.read import Run, RunArm
 from recipes.checks.external import external_headers
 from recipes.models.chat_template import read_template
 from recipes.problem import Problem, RecipeError
-from recipes.schemes.engines import cpu_refusals
 from recipes.schemes.ranks import ServedModel
 from recipes.schemes.serve_file import describe
 from tasks.runtime.gpus import visible_gpus
 from tasks.runtime.process.environments import environment_problem, locked_versions
-from tasks.serve import cpu_flags
+from tasks.serve import cpu_flags, cpu_problems
 
 Engine = Literal["vllm", "transformers"]
 NAMES: dict[Engine, str] = {"vllm": "vLLM", "transformers": "transformers serve"}
@@ -179,8 +178,7 @@ def _on_cpu(run: Run, arm: RunArm, machine: Machine) -> Iterator[_Reason]:
     elsewhere = f"or serve {arm.slug} on a machine with an NVIDIA GPU"
     slower = "" if arm.kv else f"or, slowly, quench serve {arm.slug} --engine transformers; "
     headers = external_headers(folder_of(run, arm)) if arm.external else bf16_headers(run, arm)
-    amx = "amx_tile" in machine.flags
-    for problem in cpu_refusals(arm.quantizer, ServedModel.of(headers), avx512=machine.avx512, amx=amx):
+    for problem in cpu_problems(arm.quantizer, ServedModel.of(headers), machine.flags):
         yield _Reason(problem.what, problem.why, f"{slower}{elsewhere}")
     if arm.external and not machine.avx512 and "quantization_config" in headers.config:
         why = "Its config.json says that it is quantized; vLLM serves models in bf16 on a CPU without AVX-512."

@@ -30,7 +30,8 @@ from recipes.problem import Problem, RecipeError
 from tasks.runtime.process.environments import interpreter
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.launch import child_env
-from tasks.runtime.process.servers import EngineServer, engine_argv, free_port, last_telling
+from tasks.runtime.process.ports import free_port
+from tasks.runtime.process.servers import EngineServer, engine_argv, last_telling
 from tasks.runtime.store.local import find_home
 
 START_LIMIT_S = 3600.0  # large weights on a network disk; who does not want to wait has Ctrl-C

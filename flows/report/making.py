@@ -113,9 +113,7 @@ def _failure(step: RunStep, run: Run) -> Failure:
         "problem": dict(step.problem) if step.problem else None,
         "why": step.trouble,
         "log": step.log,
-        "arms": [
-            arm.slug for arm in run.arms if step.key in (arm.model, arm.adapter, arm.evaluate, arm.measure, arm.serve)
-        ],
+        "arms": [arm.slug for arm in run.arms if step.key in _behind(arm)],
     }
 
 

@@ -210,7 +210,7 @@ def _served(report: Mapping[str, Any]) -> Iterator[str]:
         yield from [f"{engines(served)}, the rows of test. {told}", ""]
         yield from [*_table(SERVED_HEAD, served_rows(served)), ""]
     if rows := speed_rows(served):
-        yield from [f"Ranked by tokens decoded a second on {hardware_line(report['hardware'])}.", ""]
+        yield from [f"Ranked by output tokens a second on {hardware_line(report['hardware'])}.", ""]
         yield from [*_table(SPEED_HEAD, rows), ""]
     for line in below(served):
         yield from [line, ""]

@@ -28,8 +28,8 @@ from flows.results.served_checks import (
     verdict_of,
 )
 from flows.results.throughput import OUTPUT, at_most, loads_of, ranks
+from recipes.arms import FLOOR
 
-FLOOR = "merged-dequantized"  # bf16 in both engines: no quantization is between them
 SERVED_BY = {str(metric.source): name for name, metric in SERVED.items()}  # metric of scores.parquet -> its figure
 LIMITS = {
     "loss": BAND,
@@ -55,9 +55,7 @@ def served_of(run: Run, evidence: Mapping[str, ArmEvidence], draws: Draws) -> di
             "step": step.key,
             "verdict": verdict_of(judged.checks[slug]),
             "checks": [{**check.as_dict(), "text": check_text(check)} for check in judged.checks[slug]],
-            "metrics": {
-                name: _cell(one, scores[slug].served.get(str(one.source)), draws) for name, one in SERVED.items()
-            },
+            "metrics": _cells(scores[slug], draws),
             "own": {SERVED_BY[metric]: _own(scores[slug], metric) for metric in PAIRS},
             "differences": apart[slug],
             **_engine(step),

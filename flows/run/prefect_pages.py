@@ -24,7 +24,7 @@ from prefect.settings import PREFECT_API_URL
 
 from flows.report.build import Report
 from flows.report.plots.style import title_of
-from flows.run.server import answers
+from tasks.runtime.process.servers import answers
 
 PROGRESS_S = 2.0
 ANSWER_S = 10.0  # a refused connection answers at once, a busy server does not

@@ -6,37 +6,20 @@ Never Prefect's ephemeral mode: such a server can outlive a flow that is ended b
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from recipes.problem import Problem
 from tasks.runtime.process.launch import Child, Launcher, child_env
+from tasks.runtime.process.ports import free_port
+from tasks.runtime.process.servers import answers
 from tasks.runtime.store.local import read_json
 
 SERVER_SECRETS = ("PREFECT_", "PG")  # its own settings, and PostgreSQL's PGPASSWORD
 START_S = 120  # 10 to 15 s on a new database on two cores; much more only when something is wrong
-
-
-def answers(api: str, *, timeout_s: float = 2.0) -> bool:
-    """True where a Prefect API answers its health check."""
-    try:
-        with urllib.request.urlopen(f"{api}/health", timeout=timeout_s) as answer:
-            return answer.status == 200
-    except (urllib.error.URLError, OSError):
-        return False
-
-
-def free_port() -> int:
-    """A TCP port on loopback that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def prefect_settings(home: Path) -> dict[str, str]:

@@ -21,10 +21,11 @@ from typing import NoReturn
 
 import psutil
 
-from flows.run.server import answers, links, prefect_settings, start_prefect, wait_for
+from flows.run.server import links, prefect_settings, start_prefect, wait_for
 from flows.service.postgres import Stores, stores
 from recipes.problem import Problem
 from tasks.runtime.process.launch import CHECKOUT, Child, Launcher, child_env
+from tasks.runtime.process.servers import answers
 from tasks.runtime.store.home import open_home
 from tasks.runtime.store.local import find_home, locked_now, read_json, write_json
 

@@ -20,7 +20,8 @@ from tasks.jobs.loading.load import load_arm, setup
 from tasks.jobs.measuring.grading import Prompting, grade, open_graders, refuse_references, run_harnesses
 from tasks.jobs.measuring.kv_cache import KVCache, calibrated
 from tasks.jobs.measuring.own_tokenizer import OwnReading, own_reading
-from tasks.jobs.measuring.scores import SCORES, score_line
+from tasks.jobs.measuring.progress import Progress
+from tasks.jobs.measuring.scores import SCORES, means, score_line
 from tasks.jobs.measuring.teacher_forcing import (
     Kept,
     Stretch,
@@ -127,7 +128,7 @@ class _LoadedArm(NamedTuple):
     model: Model
     tokenizer: Any
     caches: KVCache | None
-    progress: _Progress
+    progress: Progress
 
     def forced(
         self, rows: list[TokenRow], note: str, *, keep: Callable[[Stretch], Kept], caches: KVCache | None = None
@@ -157,7 +158,8 @@ def _load(job: Job, *, passes: Sequence[Sequence[TokenRow]]) -> _LoadedArm:
     if not computes_in_tiles(model):
         job.events.note("logits", WHOLE)
     tokenizer = load_tokenizer(job.inputs["dataset"].path / "tokenizer")
-    return _LoadedArm(job, model, tokenizer, _kv_cache(model, job), _Progress(job, passes))
+    total = sum(-(-len(rows) // job.params["batch_size"]) for rows in passes)
+    return _LoadedArm(job, model, tokenizer, _kv_cache(model, job), Progress(job.events, total, unit="batch"))
 
 
 def _kv_cache(model: Model, job: Job) -> KVCache | None:
@@ -177,16 +179,6 @@ def _record_kv_cache(arm: _LoadedArm) -> dict[str, Any]:
     (arm.job.out / "kv_cache.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     arm.job.events.note("kv cache", arm.caches.note)
     return {"kv_cache": {"kind": record["kind"], "label": record["label"], "layers": len(record["layers"])}}
-
-
-class _Progress:
-    def __init__(self, job: Job, passes: Sequence[Sequence[TokenRow]]) -> None:
-        self._events, self._done = job.events, 0
-        self._total = sum(-(-len(rows) // job.params["batch_size"]) for rows in passes)
-
-    def step(self, note: str) -> None:
-        self._done += 1
-        self._events.progress(self._done, self._total, unit="batch", note=note)
 
 
 class _Scored(NamedTuple):
@@ -346,13 +338,8 @@ def _answers(arm: _LoadedArm, rows: list[TokenRow], *, own: OwnReading | None) -
 
 
 def _means(scores: list[dict[str, Any]], job: Job) -> dict[str, float]:
-    """Mean of each metric by split, as `metric/split`; also written as metric events."""
-    sums: dict[str, list[float]] = {}
-    for score in scores:
-        total_and_n = sums.setdefault(f"{score['metric']}/{score['split']}", [0.0, 0.0])
-        total_and_n[0] += score["sum"]
-        total_and_n[1] += score["n"]
-    means = {name: total / n for name, (total, n) in sums.items() if n}
-    for name, value in means.items():
+    """Mean of each metric by split; also written as metric events."""
+    by_name = means(scores)
+    for name, value in by_name.items():
         job.events.metric(name, value)
-    return means
+    return by_name

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ import pyarrow.parquet as pq
 
 from recipes.checks.external import external_headers
 from recipes.problem import RecipeError
+from recipes.schemes.limits import GIB
 from tasks.jobs.measuring.grading import grade, open_graders
-from tasks.jobs.measuring.scores import SCORES, score_line
+from tasks.jobs.measuring.progress import Progress
+from tasks.jobs.measuring.scores import SCORES, means, score_line
 from tasks.jobs.measuring.teacher_forcing import TokenRow, greedy_config, read_rows
 from tasks.jobs.serving import onnx_genai
 from tasks.jobs.serving.client import AT_ONCE, Client
@@ -23,7 +27,8 @@ from tasks.jobs.serving.speed import REQUESTS, loads, resident_gib
 from tasks.jobs.text.tokenizer import load_tokenizer
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
-from tasks.runtime.process.servers import EngineServer, engine_argv, engine_env, free_port
+from tasks.runtime.process.ports import free_port
+from tasks.runtime.process.servers import EngineServer, engine_argv
 
 ANSWERS = pa.schema(
     [(name, pa.string()) for name in ("row", "prompt", "reference", "own", "served")]
@@ -31,7 +36,7 @@ ANSWERS = pa.schema(
 )
 START_LIMIT_S = 1800  # kernels that are compiled at the first start: Marlin took 163 s on an H200
 KERNEL = re.compile(r"Using (\w+Kernel|MatMulNBits)\b")  # what multiplies quantized weights, in the engine's words
-GIB = 1 << 30
+MEANS = {"served_nll": "served_loss", "served_task": "served_task", "served_equal": "served_answers_equal"}
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -61,12 +66,12 @@ def run(job: Job) -> dict[str, Any]:
     device = job.execution.device
     with EngineServer(argv, port=port, env=_environment(job, folder, context)) as server:
         start_s = server.wait_until_healthy(START_LIMIT_S)
+        kernel = next((match[1] for line in server.lines if (match := KERNEL.search(line))), None)  # before it scrolls
         job.events.note("serving", f"{job.params['engine']['name']} answered after {start_s:.0f} s")
         client = Client(server.url, job.slug, trouble=server.trouble)
         scores, answers = _asked(job, client, rows, context=context)
         speeds = _speeds(job, client) if job.params["speed"] else []
         resident = resident_gib(server.group) if device == "cpu" else None  # a card's share is reserved
-        kernel = next((found[1] for line in server.lines if (found := KERNEL.search(line))), None)
     pq.write_table(pa.Table.from_pylist(scores, schema=SCORES), job.out / "scores.parquet")
     pq.write_table(pa.Table.from_pylist(answers, schema=ANSWERS), job.out / "answers.parquet")
     engine = job.params["engine"]
@@ -167,7 +172,7 @@ def _environment(job: Job, folder: Path, context: int) -> dict[str, str]:
     Raises:
         StageError: The model's folder cannot be read.
     """
-    env = engine_env()
+    env = dict(os.environ)
     if job.execution.device == "cpu" and job.params["engine"]["name"] == "vllm":
         try:
             headers = external_headers(folder)
@@ -183,9 +188,10 @@ def _asked(
     """Lines of scores.parquet and of answers.parquet."""
     dataset = job.inputs["dataset"].path
     prompted = [row for row in rows if row.prompt_ids]
-    progress = _Progress(job, -(-len(rows) // AT_ONCE) + -(-len(prompted) // AT_ONCE))
+    progress = Progress(job.events, -(-len(rows) // AT_ONCE) + -(-len(prompted) // AT_ONCE), unit="request")
     scores = [
-        score_line(row, "served_nll", loss, row.n) for row, loss in client.losses(rows, progress.of("completions"))
+        score_line(row, "served_nll", loss, row.n)
+        for row, loss in client.losses(rows, partial(progress.step, "completions"))
     ]
     tokenizer = load_tokenizer(dataset / "tokenizer")
     longest = job.params["max_new_tokens"]
@@ -193,7 +199,11 @@ def _asked(
     texts = {
         row.row: tokenizer.decode(tokens, skip_special_tokens=True)
         for row, tokens in client.answers(
-            prompted, config.eos_token_id, max_tokens=longest, context=context, on_batch=progress.of("answers")
+            prompted,
+            config.eos_token_id,
+            max_tokens=longest,
+            context=context,
+            on_batch=partial(progress.step, "answers"),
         )
     }
     graded = grade(prompted, [texts[row.row] for row in prompted], open_graders(job).answers)
@@ -224,35 +234,14 @@ def _own_answers(scores: Path) -> dict[str, str]:
 
 def _speeds(job: Job, client: Client) -> list[dict[str, Any]]:
     speed = job.params["speed"]
-    progress = _Progress(job, len(REQUESTS) * (speed["repeats"] + 1))
-    return loads(client, job.inputs["dataset"].path, **speed, on_repeat=progress.of("speed"))
-
-
-class _Progress:
-    def __init__(self, job: Job, total: int) -> None:
-        self._events, self._total, self._done = job.events, total, 0
-
-    def of(self, note: str) -> Any:
-        """What is called after each request."""
-
-        def step() -> None:
-            self._done += 1
-            self._events.progress(self._done, self._total, unit="request", note=note)
-
-        return step
-
-
-MEANS = {"served_nll": "served_loss", "served_task": "served_task", "served_equal": "served_answers_equal"}
+    progress = Progress(job.events, len(REQUESTS) * (speed["repeats"] + 1), unit="request")
+    return loads(client, job.inputs["dataset"].path, **speed, on_repeat=partial(progress.step, "speed"))
 
 
 def _means(scores: Sequence[dict[str, Any]]) -> dict[str, float]:
     """The means of the manifest."""
-    means: dict[str, float] = {}
-    for metric, name in MEANS.items():
-        lines = [line for line in scores if line["metric"] == metric]
-        if n := sum(line["n"] for line in lines):
-            means[name] = sum(line["sum"] for line in lines) / n
-    return means
+    by_name = means(scores)
+    return {name: by_name[f"{metric}/test"] for metric, name in MEANS.items() if f"{metric}/test" in by_name}
 
 
 def _shown(argv: Sequence[str], folder: Path) -> list[str]:

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 
 from recipes.models.headers import read_headers
-from recipes.schemes.engines import cpu_refusals, refusals
+from recipes.schemes.engines import refusals
 from recipes.schemes.ranks import ServedModel
 from recipes.schemes.scheme import PER_CHANNEL, Scheme
 from recipes.schemes.serve_file import describe, write
@@ -38,9 +38,10 @@ from tasks.runtime.process.environments import environment_problem, interpreter,
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
 from tasks.runtime.process.launch import CHECKOUT, child_env
-from tasks.runtime.process.servers import PREFIX, EngineServer, engine_argv, free_port
+from tasks.runtime.process.ports import free_port
+from tasks.runtime.process.servers import PREFIX, EngineServer, engine_argv
 from tasks.runtime.step import hardware
-from tasks.serve import cpu_flags
+from tasks.serve import cpu_flags, cpu_problems
 from tests.bench.quantizers import BASE, DATA, calibrated
 from tests.bench.served_page import BF16, page
 from tests.jobs.build import make_job
@@ -108,8 +109,7 @@ def told(scheme: Scheme, model: ServedModel, device: str) -> str | None:
     """Why the table refuses a scheme on this machine."""
     problems = refusals(scheme, model, engine="vllm")
     if device == "cpu" and not problems:
-        flags = cpu_flags()
-        problems = cpu_refusals(scheme, model, avx512="avx512f" in flags, amx="amx_tile" in flags)
+        problems = cpu_problems(scheme, model, cpu_flags())
     return f"{problems[0].what} {problems[0].why}" if problems else None
 
 

@@ -20,9 +20,10 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from flows.run.server import OwnServer, free_port, prefect_settings, wait_for
+from flows.run.server import OwnServer, prefect_settings, wait_for
 from tasks.runtime.process.environments import locked_versions
 from tasks.runtime.process.launch import CHECKOUT, Launcher
+from tasks.runtime.process.ports import free_port
 from tasks.runtime.step import hardware
 
 PAGE = CHECKOUT / "docs" / "results" / "servers.md"

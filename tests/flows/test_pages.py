@@ -11,8 +11,8 @@ import pytest
 from mlflow.tracking import MlflowClient
 from playwright.sync_api import Error, Page, expect
 
-from flows.run.server import free_port
 from tasks.runtime.process.launch import Launcher, child_env
+from tasks.runtime.process.ports import free_port
 from tests.chromium import chromium
 from tests.conftest import World
 from tests.flows.test_run import ARMS

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.run.server import free_port
 from tasks.runtime.process.launch import CHECKOUT
+from tasks.runtime.process.ports import free_port
 from tests.conftest import QUICKSTART, World, write_small_recipe
 from tests.flows.listening import Listening
 from tests.flows.service.test_up import Project

@@ -11,8 +11,8 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from flows.commands.store import collect, unreached
-from flows.run.server import free_port
 from tasks.runtime.fingerprint import file_digest
+from tasks.runtime.process.ports import free_port
 from tasks.runtime.store.open import open_store
 from tests.conftest import World
 from tests.flows.commands.test_store import commit

@@ -19,8 +19,8 @@ from mlflow.tracking import MlflowClient
 
 from flows.mlflow_uri import silent
 from flows.run.folder import run_files
-from flows.run.server import free_port
 from tasks.runtime.process.disk import LEAST_BYTES
+from tasks.runtime.process.ports import free_port
 from tests.conftest import World
 from tests.flows.service.test_up import NO_SPEED, START_S, Project, project  # noqa: F401  the fixture
 from tests.flows.test_resume import asked, processes_of, start, wait_child, wait_gone

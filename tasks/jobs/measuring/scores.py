@@ -1,7 +1,8 @@
-"""Lines of scores.parquet: one per row and metric."""
+"""Lines of scores.parquet, one per row and metric, and their means."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -25,3 +26,13 @@ def score_line(row: TokenRow, metric: str, value: float, n: int) -> dict[str, An
         "sum": value,
         "n": n,
     }
+
+
+def means(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Mean of each metric by split, as `metric/split`."""
+    sums: dict[str, list[float]] = {}
+    for line in lines:
+        total_and_n = sums.setdefault(f"{line['metric']}/{line['split']}", [0.0, 0.0])
+        total_and_n[0] += line["sum"]
+        total_and_n[1] += line["n"]
+    return {name: total / n for name, (total, n) in sums.items() if n}

@@ -10,10 +10,10 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 
+from recipes.schemes.limits import GIB
 from tasks.jobs.serving.client import Client, Timed
 
 REQUESTS = (1, 8, 32)  # at once: one user, a few, a busy card
-GIB = 1 << 30
 
 
 def loads(
@@ -32,7 +32,7 @@ def loads(
     benchmark counts them. From first to last token would not do: a busy server sends several tokens at once.
     ttft_s: seconds from sending to the first token, of every request.
     """
-    prompts = _prompts(dataset, prompt_tokens)
+    prompts = _prompts(dataset, prompt_tokens, count=sum(REQUESTS) * (repeats + 1))
     lines: list[dict[str, Any]] = []
     for requests in REQUESTS:
         rounds: list[list[Timed]] = []
@@ -59,12 +59,20 @@ def loads(
     return lines
 
 
-def _prompts(dataset: Path, length: int) -> Iterator[list[int]]:
-    """Stretches of the rows' tokens, one after the other: no two are equal, so that no cached prefix helps."""
+def _prompts(dataset: Path, length: int, *, count: int) -> Iterator[list[int]]:
+    """Stretches of the rows' tokens, one after the other: no two are equal, so that no cached prefix helps.
+
+    Args:
+        dataset: The dataset.
+        length: Tokens of a stretch.
+        count: How many are asked for: no more rows are read than they take.
+    """
     ids: list[int] = []
     with pq.ParquetFile(dataset / "rows.parquet") as file:
         for rows in file.iter_batches(columns=["input_ids"]):
-            ids += rows["input_ids"].flatten().to_pylist()
+            ids += rows["input_ids"].flatten()[: count * length - len(ids)].to_pylist()
+            if len(ids) == count * length:
+                break
     start, shift = 0, 0
     ids *= -(-length // len(ids)) + 1
     while True:

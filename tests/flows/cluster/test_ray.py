@@ -17,9 +17,10 @@ from typing import Any
 
 import pytest
 
-from flows.run.server import answers, free_port
 from recipes.problem import RecipeError
 from tasks.runtime.process.launch import CHECKOUT
+from tasks.runtime.process.ports import free_port
+from tasks.runtime.process.servers import answers
 from tests.conftest import QUICKSTART, World
 from tests.flows.test_resume import processes_of
 from tests.flows.test_run import fingerprints

@@ -24,7 +24,7 @@ from flows.promotion.journal import Journal, Promotion
 from recipes.problem import RecipeError
 from tasks.runtime.process.environments import environment_problem, lock_digest
 from tasks.runtime.process.launch import CHECKOUT
-from tasks.runtime.process.servers import free_port
+from tasks.runtime.process.ports import free_port
 from tasks.runtime.store.local import read_json, write_json
 from tests.flows.synthetic_run import BASE, SHAPES, SyntheticRun
 

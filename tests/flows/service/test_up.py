@@ -16,10 +16,10 @@ from pathlib import Path
 import psycopg2
 import pytest
 
-from flows.run.server import free_port
 from flows.service.postgres import stores
 from flows.service.up import UpOptions, exposed, taken_port, up
 from recipes.problem import RecipeError
+from tasks.runtime.process.ports import free_port
 from tests.conftest import UNUSUAL, World
 from tests.flows.test_resume import GONE_S, processes_of, wait_gone
 from tests.hub import read_folder

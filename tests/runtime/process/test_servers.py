@@ -11,7 +11,8 @@ import psutil
 import pytest
 
 from tasks.runtime.process.errors import StageError
-from tasks.runtime.process.servers import EngineServer, engine_argv, engine_env, free_port, last_telling
+from tasks.runtime.process.ports import free_port
+from tasks.runtime.process.servers import EngineServer, engine_argv, engine_env, last_telling
 
 COMMAND = ["vllm", "serve", "$PWD", "--served-model-name", "arm", "--lora-modules", "arm=$PWD/adapter"]
 SERVER = """

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from flows.run.server import free_port
 from recipes.problem import Problem
 from tasks.runtime.process.errors import StepFailed
 from tasks.runtime.process.launch import Launcher
 from tasks.runtime.process.leases import Leases
+from tasks.runtime.process.ports import free_port
 from tasks.runtime.step import Context, run_step
 from tasks.runtime.store.bucket import Bucket
 from tasks.runtime.store.local import Store, StoreTrouble
