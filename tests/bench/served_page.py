@@ -10,8 +10,8 @@ from typing import Any
 BF16 = "bf16"
 WIDTH = 118
 # Nats a token, of a fine-tuned model. Tried by hand on the quickstart's: the two engines were 0.00001 to 0.00008 apart;
-# what 4 bits cost there was 0.0017 to 0.0054. A base that was not fine-tuned has a larger loss and may miss it by bf16's
-# rounding alone; the page says what it missed by, and its model.
+# what 4 bits cost there was 0.0017 to 0.0054. A base that was not fine-tuned has a larger loss and may miss it by the
+# rounding of bf16 alone; the page says by how much, and of which model.
 LIMIT = 0.0005
 
 
@@ -60,9 +60,9 @@ def _what(conditions: Mapping[str, Any]) -> Iterator[str]:
         f"machine, and loaded by vLLM {conditions['vllm']}. What the table says is refused was given to the engine, "
         "too: one scheme for each format, bits, zero points, activation order, and groups or none. `loss` is of the "
         "same rows, in transformers and as the engine says through `prompt_logprobs`; they agree where they are at "
-        f"most {LIMIT:g} nats a token apart. A base that was not fine-tuned has a large loss, and bf16's rounding alone "
-        "may then be more. Tokens a "
-        f"second are those of all answers, prompts included, with 8 requests at once of {conditions['prompt_tokens']} "
+        f"most {LIMIT:g} nats a token apart. A base that was not fine-tuned has a large loss, and bf16's rounding "
+        "alone may then be more. Tokens a second are those of all answers, prompts included, with 8 requests at once "
+        f"of {conditions['prompt_tokens']} "
         f"tokens and {conditions['new_tokens']} new ones: medians of {conditions['repeats']}.",
         width=WIDTH,
     )
