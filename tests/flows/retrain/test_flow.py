@@ -30,7 +30,9 @@ from tests.flows.service.test_up import Project
 from tests.flows.test_resume import wait_gone
 from tests.tiny import write_base
 
-EVERY_S = 60  # each tick starts an engine, which imports for 20 s and more on a busy core: 30 left none for the training
+EVERY_S = (
+    60  # each tick starts an engine, which imports for 20 s and more on a busy core: 30 left none for the training
+)
 LONG_S = 900  # a pipeline of fourteen children takes two minutes on an idle core
 SKIPPED_S = 15  # it ends "in seconds": two on an idle core, most of them Prefect's; the rest is for a busy machine
 COLOURS = ("blue", "green", "red")
