@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from flows.commands.terminal import BAD_INPUT, FAILED, INTERRUPTED, refusal, say
+from flows.commands.terminal import BAD_INPUT, FAILED, INTERRUPTED, Output, refusal, say
 from flows.run.credentials import take_out_password
 from recipes.checks.python import FLAG, allow
 from recipes.problem import Problem, RecipeError
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, _interrupt)
     try:
         output = getattr(importlib.import_module(args.module), args.function)(args)
-        output.print(as_json=args.json)
+        _print(output, as_json=args.json)
         return output.code
     except RecipeError as error:
         _refuse(error.problems, as_json=args.json)
@@ -48,6 +48,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("stopped; what had finished is kept: the same command resumes")
         return INTERRUPTED
+
+
+def _print(output: Output, *, as_json: bool) -> None:
+    """Print; whoever reads it may stop before its end, as `head` does. The command was done by then."""
+    try:
+        output.print(as_json=as_json)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:

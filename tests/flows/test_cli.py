@@ -98,6 +98,16 @@ def test_schemes_lists_what_recipes_may_name(tmp_path: Path):
     assert {"awq-w4-g128", "gptq-w3-g128", "rtn-w4-g32"} <= slugs
 
 
+def test_a_reader_that_stops_early_is_no_error(tmp_path: Path):
+    reader, writer = os.pipe()
+    os.close(reader)  # nobody reads: the first flush meets a broken pipe
+    environment = {**os.environ, "QUENCH_HOME": str(tmp_path / "home"), "PYTHONPATH": str(CHECKOUT)}
+    words = [sys.executable, "-m", "flows.cli", "schemes", "--json"]
+    done = subprocess.run(words, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def commands(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
     """Every command, those of `store` and `track` among them."""
     groups = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
