@@ -219,6 +219,10 @@ def _add_run_commands(commands: Any) -> None:
     compare = _add(commands, "compare", "commands.compare", "Compare two runs on the test rows that both scored.")
     compare.add_argument("before", help="run id or its beginning, or latest")
     compare.add_argument("after", help="run id or its beginning, or latest")
+    text = "Say which differences between published scores their n can bear. (Packages: `make audit`.)"
+    audit = _add(commands, "audit", "commands.audit", text)
+    text = "CSV with the columns name, metric, n, score, base score; also lost score, recovery, difference, sd"
+    audit.add_argument("table", type=Path, metavar="TABLE.csv", help=text)
     text = "Copy an arm out of the store, with everything that is needed to serve it."
     export = _add(commands, "export", "commands.export", text, runs_steps=True)
     export.add_argument("words", nargs="+", metavar="[RUN] ARM DEST", help="run (default: the latest), arm, folder")

@@ -1,0 +1,387 @@
+"""Tables of published claims as `quench audit` reads them: what people write, and what is refused, by line.
+
+Numbers are taken as they are written: 1,319 or 1319 questions; 0.669, 66.9 or 66.9 % right, decided by the whole
+column, since 0.9 alone may be either. A column that mixes both is refused: a guess could be off by a factor of 100.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import NamedTuple
+
+from flows.results.audit import Claim, Figure
+from recipes.problem import Problem, RecipeError, shown
+
+NAMES = {
+    "name": ("name", "model", "method", "claim", "run", "arm"),
+    "metric": ("metric", "task", "benchmark", "dataset"),
+    "n": ("n", "questions", "samples", "examples", "rows", "items", "documents", "count"),
+    "score": ("score", "accuracy", "acc", "value", "result"),
+    "base score": ("base score", "base", "baseline", "baseline score", "reference", "reference score"),
+    "lost score": ("lost score", "lost", "score after the loss"),
+    "difference": ("difference", "gain", "delta"),
+    "recovery": ("recovery", "recovered"),
+    "sd": ("sd", "std", "stdev", "standard deviation"),
+    "base sd": ("base sd", "base std", "base standard deviation"),
+}
+SHARES = ("score", "base score", "lost score")  # columns that are one unit throughout
+WANTED = "name, metric, n, score, base score; where they are known also lost score, recovery, difference, sd"
+NOT_SHARES = re.compile(r"\b(loss|nll|cross entropy|kl|bits|bpb|perplexity|ppl)\b")
+PERPLEXITY = re.compile(r"\b(perplexity|ppl)\b")
+SPACES = str.maketrans({mark: " " for mark in "\u00a0\u2007\u2009\u202f"})
+THOUSANDS = re.compile(r"\d{1,3}([,' _]\d{3})+")
+MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"\xef\xbb\xbf": "utf-8-sig"}
+
+
+class Table(NamedTuple):
+    """The claims of a file, and its columns that nothing reads."""
+
+    claims: list[Claim]
+    not_read: list[str]
+
+
+class Number(NamedTuple):
+    """A cell: its number, one unit of its last digit, and whether it says per cent (or points)."""
+
+    value: Decimal
+    step: Decimal
+    percent: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A row of the file: cells by the name of what they are; empty ones are left out."""
+
+    number: int
+    cells: Mapping[str, str]
+
+
+def read_table(path: Path) -> Table:
+    """The claims of a file.
+
+    Raises:
+        RecipeError: It cannot be read, lacks columns, or rows say what no score can be; every row at once.
+    """
+    lines, header, columns = _lines(path, _text(path))
+    wrong: list[Problem] = []
+    shares = [line for line in lines if "sd" not in line.cells and not _is_mean(line)]
+    units = _units(path, shares, wrong)
+    claims = [claim for line in lines if (claim := _claim(path, line, units, wrong))]
+    if wrong:
+        raise RecipeError(sorted(wrong, key=lambda problem: _line_of(problem.where)))
+    return Table(claims, [name for name, column in zip(header, columns, strict=True) if not column and name.strip()])
+
+
+def _line_of(where: str) -> int:
+    number = re.search(r":(\d+)", where)
+    return int(number[1]) if number else 0
+
+
+# ---- the file
+
+
+def _text(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise _problem(path, "The table cannot be read.", why, "Name a CSV file.").error() from None
+    encoding = next((name for mark, name in MARKS.items() if data.startswith(mark)), "utf-8")
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise _problem(
+            path,
+            "The table is no UTF-8 text.",
+            f"A byte there (0x{data[error.start]:02x}) is none; another encoding would have to be guessed.",
+            "Save it as CSV UTF-8.",
+            line=line,
+        ).error() from None
+    if not text.strip():
+        why, advice = "There is no claim in it.", f"Give it the columns {WANTED}."
+        raise _problem(path, "The table is empty.", why, advice).error()
+    return text
+
+
+def _lines(path: Path, text: str) -> tuple[list[Line], list[str], list[str | None]]:
+    """Rows with the header's names and what each column is; None for a column that nothing reads."""
+    first = next(line for line in text.splitlines() if line.strip())
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t|", key=first.count), strict=True)
+    header: list[str] | None = None
+    columns: list[str | None] = []
+    lines: list[Line] = []
+    wrong: list[Problem] = []
+    try:
+        for cells in reader:
+            if not any(cell.strip(" -:") for cell in cells):  # blank, or the line below a Markdown table's header
+                continue
+            if header is None:
+                header, columns = cells, _columns(path, cells, reader.line_num)
+            elif len(cells) != len(header):
+                wrong.append(_cell_count(path, reader.line_num, cells, header))
+            else:
+                read = {column: cell.strip() for column, cell in zip(columns, cells, strict=True) if column}
+                lines.append(Line(number=reader.line_num, cells={name: cell for name, cell in read.items() if cell}))
+    except csv.Error as error:
+        why, advice = f"It is no CSV from there on: {error}.", "Close the quotes of that line."
+        wrong.append(_problem(path, "The table cannot be read to its end.", why, advice, line=reader.line_num))
+    if not wrong and not lines:
+        wrong.append(_problem(path, "The table has no rows.", "There is a header alone.", "Add a row for each claim."))
+    if wrong:
+        raise RecipeError(wrong)
+    return lines, header or [], columns
+
+
+def _cell_count(path: Path, line: int, cells: Sequence[str], header: Sequence[str]) -> Problem:
+    why = f"It has {len(cells)} cells, the header has {len(header)}."
+    advice = 'Put quotes around a cell with a comma in it ("1,319"), and write a cell for every column.'
+    return _problem(path, "A row does not fit the header.", why, advice, line=line)
+
+
+def _columns(path: Path, header: Sequence[str], line: int) -> list[str | None]:
+    """What each column is.
+
+    Raises:
+        RecipeError: Two of them could be the same, or what is needed is not there.
+    """
+    plain = [" ".join(re.sub(r"[_\-.%]+", " ", name.lower()).split()) for name in header]
+    columns: list[str | None] = [None] * len(header)
+    for wanted, names in NAMES.items():
+        places = [place for name in names for place, given in enumerate(plain) if given == name]
+        exact = [place for place in places if plain[place] == wanted]
+        if len(exact) > 1 or (not exact and len(places) > 1):
+            both = " and ".join(f"`{header[place].strip()}`" for place in sorted(places))
+            why, advice = f"{both} could each be it.", f"Name one of them `{wanted}`, and the other otherwise."
+            raise _problem(path, f"Two columns could be the {wanted}.", why, advice, line=line).error()
+        if places:
+            columns[(exact or places)[0]] = wanted
+    lacking = [name for name in ("n", "score", "base score") if name not in columns]
+    if "difference" in columns:
+        lacking = [name for name in lacking if name == "n"]
+    if lacking:
+        read = ", ".join(f"`{name.strip()}`" for name in header)
+        raise _problem(
+            path,
+            f"The table has no column {' and no column '.join(lacking)}.",
+            f"Its header says {read}.",
+            f"Wanted are {WANTED}.",
+            line=line,
+        ).error()
+    return columns
+
+
+def _problem(path: Path, what: str, why: str, advice: str, *, line: int | None = None, column: str = "") -> Problem:
+    where = shown(path) + (f":{line}" if line else "") + (f" {column}" if column else "")
+    return Problem(what=what, where=where, why=why, next=advice)
+
+
+# ---- units
+
+
+def _units(path: Path, lines: Sequence[Line], wrong: list[Problem]) -> dict[str, bool]:
+    """Column -> whether it is in per cent. What a column mixes goes to `wrong`."""
+    units: dict[str, bool] = {}
+    signs: set[str] = set()
+    for column in SHARES:
+        numbers = {line.number: number for line in lines if (number := _number(line.cells.get(column, "")))}
+        signed = {number for number, cell in numbers.items() if cell.percent}
+        units[column] = bool(signed) or any(cell.value > 1 for cell in numbers.values())
+        if signed and len(signed) < len(numbers):
+            odd, said = _fewer(numbers, signed), "a % sign"
+            wrong += [_mixed(path, line, column, said if line in signed else "no % sign", said) for line in odd]
+        elif not signed and units[column]:
+            small = {number for number, cell in numbers.items() if 0 < cell.value <= 1}
+            odd = _fewer(numbers, small) if small else []
+            wrong += [_mixed(path, line, column, _size(numbers[line]), "per cent above 1") for line in odd]
+        if numbers:
+            signs.add("sign" if signed else "percent" if units[column] else "share")
+    if signs >= {"percent", "share"} and not wrong:
+        said = {column: "per cent" if units[column] else "shares from 0 to 1" for column in SHARES}
+        wrong.append(
+            _problem(
+                path,
+                "Score and base score are in different units.",
+                f"By their sizes, `score` is {said['score']} and `base score` {said['base score']}.",
+                "Write both as shares (0.669) or both in per cent (66.9 %).",
+            )
+        )
+    return units
+
+
+def _fewer(numbers: Mapping[int, Number], some: set[int]) -> list[int]:
+    """Lines of those that are in the minority."""
+    rest = set(numbers) - some
+    return sorted(some if len(some) <= len(rest) else rest)
+
+
+def _size(number: Number) -> str:
+    return f"{number.value}"
+
+
+def _mixed(path: Path, line: int, column: str, has: str, other: str) -> Problem:
+    return _problem(
+        path,
+        "A column mixes shares and per cent.",
+        f"This row has {has}; the column also has rows that are otherwise ({other}).",
+        "Write all of the column as shares from 0 to 1, or all with a % sign.",
+        line=line,
+        column=column,
+    )
+
+
+def _number(text: str) -> Number | None:
+    """A number with its unit; None where the cell is no number. What stands behind ± is left out."""
+    text = text.translate(SPACES).split("±")[0].split("+/-")[0].strip().replace("−", "-")
+    plain = re.sub(r"\s*(%|points?|pp|percent|per cent)$", "", text)
+    percent = plain != text
+    if re.fullmatch(r"[+-]?\d+,\d+", plain):
+        plain = plain.replace(",", ".")  # a decimal comma: no score has thousands
+    try:
+        value = Decimal(plain)
+    except InvalidOperation:
+        return None
+    if not value.is_finite():
+        return None
+    exponent = value.as_tuple().exponent
+    return Number(value, Decimal(1).scaleb(min(int(exponent), 0)), percent)
+
+
+# ---- a row
+
+
+def _claim(path: Path, line: Line, units: Mapping[str, bool], wrong: list[Problem]) -> Claim | None:
+    """The claim of a row; None where something is wrong with it, which goes to `wrong`."""
+    before = len(wrong)
+    n = _questions(path, line, wrong)
+    mean = "sd" in line.cells or _is_mean(line)
+    if mean and (refused := _refused_mean(path, line)):
+        wrong.append(refused)
+    figures = {column: _figure(path, line, column, units, wrong, mean=mean) for column in SHARES}
+    gain = _signed(path, line, "difference", wrong)
+    both = figures["score"] and figures["base score"]
+    if not both and (gain is None or mean) and len(wrong) == before:
+        lacking = [column for column in ("score", "base score") if figures[column] is None]
+        advice = "Write the score that is claimed and the score it is compared with, or leave the row out."
+        what = f"A row has no {' and no '.join(lacking)}."
+        wrong.append(_problem(path, what, "A difference needs both.", advice, line=line.number))
+    recovery = _signed(path, line, "recovery", wrong)
+    deviations = [_deviation(path, line, column, wrong) for column in ("sd", "base sd")]
+    if n is None or len(wrong) > before:
+        return None
+    return Claim(
+        line=line.number,
+        name=line.cells.get("name", f"line {line.number}"),
+        metric=line.cells.get("metric", "score"),
+        n=n,
+        score=figures["score"],
+        base=figures["base score"],
+        lost=figures["lost score"] if both else None,
+        gain=None if both else gain,
+        recovery=float(recovery.value) if recovery else None,
+        sd=deviations[0],
+        base_sd=deviations[1],
+    )
+
+
+def _questions(path: Path, line: Line, wrong: list[Problem]) -> int | None:
+    """Column n: 1319, 1,319 or 1 319."""
+    text = line.cells.get("n", "").translate(SPACES)
+    plain = re.sub(r"[,' _]", "", text) if THOUSANDS.fullmatch(text) else text
+    if plain.isascii() and plain.isdecimal() and int(plain) > 0:
+        return int(plain)
+    why = f"It says {text}." if text else "It says nothing."
+    advice = "Write how many questions were asked, as a whole number: 1319 or 1,319."
+    wrong.append(_problem(path, "n is no number of questions.", why, advice, line=line.number, column="n"))
+    return None
+
+
+def _figure(
+    path: Path, line: Line, column: str, units: Mapping[str, bool], wrong: list[Problem], *, mean: bool
+) -> Figure | None:
+    """A score as a share; of a mean the number itself."""
+    text = line.cells.get(column)
+    if text is None:
+        return None
+    number = _number(text)
+    if number is None:
+        why, advice = f"It says {text}.", "Write 0.669, 66.9 or 66.9 %."
+        wrong.append(_problem(path, "A score is no number.", why, advice, line=line.number, column=column))
+        return None
+    if mean:
+        return Figure(number.value, number.step, text)
+    scale = 100 if units[column] else 1
+    value = number.value / scale
+    if not 0 <= value <= 1:
+        why = f"It says {text}; a share is from 0 to 1, or from 0 to 100 %."
+        advice = "Correct it. If it is a mean of another kind, give its standard deviation by question as `sd`."
+        wrong.append(_problem(path, "A score is no share of questions.", why, advice, line=line.number, column=column))
+        return None
+    return Figure(value, number.step / scale, text)
+
+
+def _signed(path: Path, line: Line, column: str, wrong: list[Problem]) -> Figure | None:
+    """A difference or a recovery, which may be negative: in per cent (or points) by its sign, else a share."""
+    text = line.cells.get(column)
+    if text is None:
+        return None
+    number = _number(text)
+    if number is None or (not number.percent and abs(number.value) >= 1 and number.value != 1):
+        why = f"It says {text}: without a % sign that is no share."
+        what, advice = f"The {column} cannot be read.", f"Write it with a sign: {text.strip('%')} %."
+        wrong.append(_problem(path, what, why, advice, line=line.number, column=column))
+        return None
+    scale = 100 if number.percent else 1
+    return Figure(number.value / scale, number.step / scale, text)
+
+
+def _deviation(path: Path, line: Line, column: str, wrong: list[Problem]) -> float | None:
+    text = line.cells.get(column)
+    if text is None:
+        return None
+    number = _number(text)
+    if number and not number.percent and number.value > 0:
+        return float(number.value)
+    why, advice = f"It says {text}.", "Write the standard deviation of the score over questions, in its own unit."
+    wrong.append(_problem(path, "It is no standard deviation.", why, advice, line=line.number, column=column))
+    return None
+
+
+def _is_mean(line: Line) -> bool:
+    """Whether the metric's name says that it is no share of questions."""
+    return bool(NOT_SHARES.search(_metric(line)))
+
+
+def _metric(line: Line) -> str:
+    return re.sub(r"[_\-./]+", " ", line.cells.get("metric", "").lower())
+
+
+def _refused_mean(path: Path, line: Line) -> Problem | None:
+    """Why a mean says nothing by itself."""
+    metric = line.cells.get("metric", "")
+    if PERPLEXITY.search(_metric(line)):
+        return _problem(
+            path,
+            f"{metric} is no mean that has an interval of its own.",
+            "It is the exponential of a mean loss.",
+            "Write the losses (their logarithms) with `loss` as the metric, n documents, and the standard deviation "
+            "of a document's loss as `sd`.",
+            line=line.number,
+            column="metric",
+        )
+    if "sd" in line.cells:
+        return None
+    return _problem(
+        path,
+        f"{metric} is no share of questions, and how much it varies is not given.",
+        "Of a share n alone says how far chance goes; of any other mean the spread of its rows has to be known.",
+        "Add a column `sd`: the standard deviation of the score over rows (and `base sd`, where it is another one).",
+        line=line.number,
+        column="metric",
+    )
