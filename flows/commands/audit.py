@@ -25,7 +25,7 @@ from flows.results.unpaired import Counted, Figure, Verdict, least_shown, togeth
 SHARE, MEAN = "task", "mean"  # how flows.results.metrics writes numbers of either kind
 OUTCOMES = {
     "shown": "shown whatever the pairing",
-    "depends": "shown only where the pairing is close",
+    "depends": "shown for some pairings only",
     "cannot": "cannot be shown",
 }
 
@@ -81,7 +81,7 @@ def sentences(one: Audited) -> Iterator[str]:
     yield f"{_difference(one)}: {verdict_text(one.verdict, one)}."
     yield from _beside(one)
     if one.rounding is not None:
-        yield f"Rounding decides: of the counts that these figures can mean, some would be {_short(one.rounding, one)}."
+        yield f"The digits are too few: with more of them it might be {verdict_text(one.rounding, one)}."
     for figure, counts in ((one.claim.score, one.count), (one.claim.base, one.base_count)):
         if figure is not None and counts is not None:
             yield from _not_whole(figure, counts, one.claim.n)
@@ -94,7 +94,7 @@ def sentences(one: Audited) -> Iterator[str]:
 def _difference(one: Audited) -> str:
     if one.questions is None:
         return difference_text(MEAN, one.difference, list(one.narrowest)).split(" [")[0]
-    points = f"{100 * one.difference:+.1f}".replace("-", "−")
+    points = difference_text(SHARE, one.difference, list(one.widest)).split(" [")[0]
     return f"{points} points, {_count(one.questions)} of {one.claim.n:,} questions"
 
 
@@ -117,10 +117,6 @@ def _beside(one: Audited) -> Iterator[str]:
         yield f"Models that answer independently of each other would agree on about {one.unrelated:,.0f}."
     if one.verdict.agree is not None and one.unrelated is None:
         yield "The two scores are not given, so any number of questions may differ."
-
-
-def _short(verdict: Verdict, one: Audited) -> str:
-    return verdict_text(verdict, one).replace("cannot be shown", "impossible to show")
 
 
 def _not_whole(figure: Figure, counts: Counted, n: int) -> Iterator[str]:
@@ -149,8 +145,9 @@ def _recovery(recovery: Recovery, n: int) -> Iterator[str]:
 def _is_shown(verdict: Verdict, n: int) -> str:
     if verdict.outcome == "cannot":
         return "cannot be shown"
-    agree = f"if the two agree on at least {verdict.agree:,} of {n:,}"
-    return f"is shown {agree if verdict.agree is not None else 'whatever the pairing'}"
+    if verdict.agree is None:
+        return f"is {OUTCOMES['shown']}"
+    return f"is shown only if the two agree on at least {verdict.agree:,} of {n:,}"
 
 
 def summary(found: Sequence[Audited]) -> str:
@@ -161,8 +158,8 @@ def summary(found: Sequence[Audited]) -> str:
         return f"1 row: {told}."
     chance = f"{(1 - LEVEL) * len(found):.2g}"
     return (
-        f"{len(found)} rows: {told}. Were no difference real, some {chance} of {len(found)} would still be called shown "
-        "by chance; the last column holds for all rows together (Bonferroni)."
+        f"{len(found)} rows: {told}. Were no difference real, some {chance} of {len(found)} would still be called "
+        "shown by chance; the last column holds for all rows together (Bonferroni)."
     )
 
 

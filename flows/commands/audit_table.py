@@ -194,12 +194,14 @@ def _units(path: Path, lines: Sequence[Line], wrong: list[Problem]) -> dict[str,
         signed = {number for number, cell in numbers.items() if cell.percent}
         units[column] = bool(signed) or any(cell.value > 1 for cell in numbers.values())
         if signed and len(signed) < len(numbers):
-            odd, said = _fewer(numbers, signed), "a % sign"
-            wrong += [_mixed(path, line, column, said if line in signed else "no % sign", said) for line in odd]
+            for line in _fewer(numbers, signed):
+                has, others = ("a % sign", "have none") if line in signed else ("no % sign", "have one")
+                wrong.append(_mixed(path, line, column, has, others))
         elif not signed and units[column]:
             small = {number for number, cell in numbers.items() if 0 < cell.value <= 1}
-            odd = _fewer(numbers, small) if small else []
-            wrong += [_mixed(path, line, column, _size(numbers[line]), "per cent above 1") for line in odd]
+            for line in _fewer(numbers, small) if small else []:
+                others = "are above 1, as per cent are" if line in small else "are from 0 to 1"
+                wrong.append(_mixed(path, line, column, str(numbers[line].value), others))
         if numbers:
             signs.add("sign" if signed else "percent" if units[column] else "share")
     if signs >= {"percent", "share"} and not wrong:
@@ -221,15 +223,11 @@ def _fewer(numbers: Mapping[int, Number], some: set[int]) -> list[int]:
     return sorted(some if len(some) <= len(rest) else rest)
 
 
-def _size(number: Number) -> str:
-    return f"{number.value}"
-
-
-def _mixed(path: Path, line: int, column: str, has: str, other: str) -> Problem:
+def _mixed(path: Path, line: int, column: str, has: str, others: str) -> Problem:
     return _problem(
         path,
         "A column mixes shares and per cent.",
-        f"This row has {has}; the column also has rows that are otherwise ({other}).",
+        f"This row has {has}; others {others}.",
         "Write all of the column as shares from 0 to 1, or all with a % sign.",
         line=line,
         column=column,
@@ -265,6 +263,9 @@ def _claim(path: Path, line: Line, units: Mapping[str, bool], wrong: list[Proble
         wrong.append(refused)
     figures = {column: _figure(path, line, column, units, wrong, mean=mean) for column in SHARES}
     gain = _signed(path, line, "difference", wrong)
+    if not mean:  # a spreadsheet drops zeros at the end: 60 beside 66.9 is 60.0
+        finest = min((figure.step for figure in figures.values() if figure), default=None)
+        figures = {column: figure and figure._replace(step=finest) for column, figure in figures.items()}
     both = figures["score"] and figures["base score"]
     if not both and (gain is None or mean) and len(wrong) == before:
         lacking = [column for column in ("score", "base score") if figures[column] is None]
