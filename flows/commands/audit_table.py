@@ -202,7 +202,7 @@ def _units(path: Path, lines: Sequence[Line], wrong: list[Problem]) -> dict[str,
             for line in _fewer(numbers, small) if small else []:
                 others = "are above 1, as per cent are" if line in small else "are from 0 to 1"
                 wrong.append(_mixed(path, line, column, str(numbers[line].value), others))
-        if numbers:
+        if any(cell.value for cell in numbers.values()):  # zeros alone are of any unit
             signs.add("sign" if signed else "percent" if units[column] else "share")
     if signs >= {"percent", "share"} and not wrong:
         said = {column: "per cent" if units[column] else "shares from 0 to 1" for column in SHARES}

@@ -74,7 +74,8 @@ def counted(figure: Figure, n: int) -> Counted:
         low, high = math.ceil(value * n), math.ceil((value + 2 * half) * n) - 1
         near = min(max(near, low), high) if low <= high else near
     whole = low <= high
-    near, low, high = (min(max(count, -n), n) for count in ((near, low, high) if whole else (near, near, near)))
+    least, most = (0, n) if value >= 0 else (-n, 0)
+    near, low, high = (min(max(count, least), most) for count in ((near, low, high) if whole else (near, near, near)))
     return Counted(low, near, high, whole)
 
 
