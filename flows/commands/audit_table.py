@@ -32,7 +32,9 @@ NAMES = {
 }
 SHARES = ("score", "base score", "lost score")  # columns that are one unit throughout
 WANTED = "name, metric, n, score, base score; where they are known also lost score, recovery, difference, sd"
-NOT_SHARES = re.compile(r"\b(loss|nll|cross entropy|kl|bits|bpb|perplexity|ppl)\b")
+NOT_SHARES = re.compile(
+    r"\b(loss|nll|cross entropy|kl|bits|bpb|perplexity|ppl|mt ?bench|elo|bleu|chrf|wer|cer|mse|mae|rmse|tokens)\b"
+)
 PERPLEXITY = re.compile(r"\b(perplexity|ppl)\b")
 SPACES = str.maketrans({mark: " " for mark in "\u00a0\u2007\u2009\u202f"})
 THOUSANDS = re.compile(r"\d{1,3}([,' _]\d{3})+")
@@ -127,8 +129,7 @@ def _lines(path: Path, text: str) -> tuple[list[Line], list[str], list[str | Non
             elif len(cells) != len(header):
                 wrong.append(_cell_count(path, reader.line_num, cells, header))
             else:
-                read = {column: cell.strip() for column, cell in zip(columns, cells, strict=True) if column}
-                lines.append(Line(number=reader.line_num, cells={name: cell for name, cell in read.items() if cell}))
+                lines.append(Line(number=reader.line_num, cells=_read(header, columns, cells)))
     except csv.Error as error:
         why, advice = f"It is no CSV from there on: {error}.", "Close the quotes of that line."
         wrong.append(_problem(path, "The table cannot be read to its end.", why, advice, line=reader.line_num))
@@ -137,6 +138,17 @@ def _lines(path: Path, text: str) -> tuple[list[Line], list[str], list[str | Non
     if wrong:
         raise RecipeError(wrong)
     return lines, header or [], columns
+
+
+def _read(header: Sequence[str], columns: Sequence[str | None], cells: Sequence[str]) -> dict[str, str]:
+    """Cells by what they are, without empty ones; a % sign in the header stands behind every number below it."""
+    read: dict[str, str] = {}
+    for name, column, cell in zip(header, columns, cells, strict=True):
+        text = cell.strip()
+        if column and text:
+            behind = " %" if "%" in name and column in (*SHARES, "difference", "recovery") and "%" not in text else ""
+            read[column] = text + behind
+    return read
 
 
 def _cell_count(path: Path, line: int, cells: Sequence[str], header: Sequence[str]) -> Problem:
@@ -151,7 +163,7 @@ def _columns(path: Path, header: Sequence[str], line: int) -> list[str | None]:
     Raises:
         RecipeError: Two of them could be the same, or what is needed is not there.
     """
-    plain = [" ".join(re.sub(r"[_\-.%]+", " ", name.lower()).split()) for name in header]
+    plain = [" ".join(re.sub(r"\(.*?\)|[_\-.%,]+", " ", name.lower()).split()) for name in header]
     columns: list[str | None] = [None] * len(header)
     for wanted, names in NAMES.items():
         places = [place for name in names for place, given in enumerate(plain) if given == name]

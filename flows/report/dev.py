@@ -48,8 +48,8 @@ def lead(dev: Mapping[str, Any]) -> str:
     size = f"{dev['rows']:,} rows in {dev['groups']:,} groups, {dev['tokens']:,} tokens of dev"
     return (
         f"{size}. Look at them as often as you like: they choose checkpoint, merge and candidate, and tuning belongs "
-        "here. Whether the candidate is promoted is decided on test, by none of these figures. Difference = arm − merged "
-        f"model, paired; its intervals hold together over all {dev['family_size']}, and the word is about the arm."
+        "here. Whether the candidate is promoted is decided on test, by none of these figures. Difference = arm − "
+        f"merged model, paired; intervals hold together over all {dev['family_size']}, and the word is about the arm."
     )
 
 

@@ -139,6 +139,9 @@ def test_means_need_their_spread(tmp_path: Path) -> None:
     assert one(tmp_path, "a,loss,300,2.10,2.10,0.4", head)["verdict"]["outcome"] == "cannot"
     (problem,) = refused(tmp_path, f"{HEAD}a,val_loss,300,2.1,2.2\n")
     assert "`sd`" in problem.next and problem.where.endswith(":2 metric")
+    for metric in ("MT-Bench", "BLEU", "eval_loss", "arena Elo"):
+        (problem,) = refused(tmp_path, f"{HEAD}a,{metric},80,8.1,8.3\n")
+        assert metric in problem.what and "`sd`" in problem.next
     (problem,) = refused(tmp_path, f"{head}a,wikitext ppl,300,6.24,6.89,1\n")
     assert "loss" in problem.next
 
@@ -155,6 +158,7 @@ def test_means_need_their_spread(tmp_path: Path) -> None:
         "name;metric;n;score;base_score\nA;GPQA;198;66,7;60,1\n",
         "name\tmetric\tn\tacc\tbase\nA\tGPQA\t198\t0.667\t0.601\n",
         "| model | task | n | score | base |\n|---|---|---:|---|---|\n| A | GPQA | 198 | 66.7 ± 3.4 | 60.1 ± 3.5 |\n",
+        "name,metric,n,Score (%),Base score (%)\nA,GPQA,198,66.7,60.1\n",
         "score,base score,n,metric,name,note\n0.667,.601,198,GPQA,A,\n",
     ],
 )
@@ -172,6 +176,10 @@ def test_a_table_of_a_spreadsheet_in_utf_16(tmp_path: Path) -> None:
 @pytest.mark.parametrize("n", ["1319", '"1,319"', "1 319", "1'319", "1\u202f319"])
 def test_n_as_it_is_written(tmp_path: Path, n: str) -> None:
     assert one(tmp_path, f"a,x,{n},0.5,0.4")["n"] == 1319
+
+
+def test_a_small_score_below_a_per_cent_sign_is_per_cent(tmp_path: Path) -> None:
+    assert one(tmp_path, "a,x,1000,0.9,0.5", "name,metric,n,score (%),base %\n")["score"] == pytest.approx(0.009)
 
 
 def test_columns_that_nothing_reads_are_named(tmp_path: Path) -> None:
