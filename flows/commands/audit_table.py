@@ -6,39 +6,23 @@ column, since 0.9 alone may be either. A column that mixes both is refused: a gu
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import NamedTuple
 
-from flows.results.audit import Claim, Figure
-from recipes.problem import Problem, RecipeError, shown
+from flows.commands.audit_file import SHARES, Line, lines_of, problem_at, text_of
+from flows.results.audit import Claim
+from flows.results.unpaired import Figure
+from recipes.problem import Problem, RecipeError
 
-NAMES = {
-    "name": ("name", "model", "method", "claim", "run", "arm"),
-    "metric": ("metric", "task", "benchmark", "dataset"),
-    "n": ("n", "questions", "samples", "examples", "rows", "items", "documents", "count"),
-    "score": ("score", "accuracy", "acc", "value", "result"),
-    "base score": ("base score", "base", "baseline", "baseline score", "reference", "reference score"),
-    "lost score": ("lost score", "lost", "score after the loss"),
-    "difference": ("difference", "gain", "delta"),
-    "recovery": ("recovery", "recovered"),
-    "sd": ("sd", "std", "stdev", "standard deviation"),
-    "base sd": ("base sd", "base std", "base standard deviation"),
-}
-SHARES = ("score", "base score", "lost score")  # columns that are one unit throughout
-WANTED = "name, metric, n, score, base score; where they are known also lost score, recovery, difference, sd"
 NOT_SHARES = re.compile(
     r"\b(loss|nll|cross entropy|kl|bits|bpb|perplexity|ppl|mt ?bench|elo|bleu|chrf|wer|cer|mse|mae|rmse|tokens)\b"
 )
 PERPLEXITY = re.compile(r"\b(perplexity|ppl)\b")
 SPACES = str.maketrans({mark: " " for mark in "\u00a0\u2007\u2009\u202f"})
 THOUSANDS = re.compile(r"\d{1,3}([,' _]\d{3})+")
-MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"\xef\xbb\xbf": "utf-8-sig"}
 
 
 class Table(NamedTuple):
@@ -56,21 +40,13 @@ class Number(NamedTuple):
     percent: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class Line:
-    """A row of the file: cells by the name of what they are; empty ones are left out."""
-
-    number: int
-    cells: Mapping[str, str]
-
-
 def read_table(path: Path) -> Table:
     """The claims of a file.
 
     Raises:
         RecipeError: It cannot be read, lacks columns, or rows say what no score can be; every row at once.
     """
-    lines, header, columns = _lines(path, _text(path))
+    lines, header, columns = lines_of(path, text_of(path))
     wrong: list[Problem] = []
     shares = [line for line in lines if "sd" not in line.cells and not _is_mean(line)]
     units = _units(path, shares, wrong)
@@ -83,115 +59,6 @@ def read_table(path: Path) -> Table:
 def _line_of(where: str) -> int:
     number = re.search(r":(\d+)", where)
     return int(number[1]) if number else 0
-
-
-# ---- the file
-
-
-def _text(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        why = error.strerror or str(error)
-        raise _problem(path, "The table cannot be read.", why, "Name a CSV file.").error() from None
-    encoding = next((name for mark, name in MARKS.items() if data.startswith(mark)), "utf-8")
-    try:
-        text = data.decode(encoding)
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise _problem(
-            path,
-            "The table is no UTF-8 text.",
-            f"A byte there (0x{data[error.start]:02x}) is none; another encoding would have to be guessed.",
-            "Save it as CSV UTF-8.",
-            line=line,
-        ).error() from None
-    if not text.strip():
-        why, advice = "There is no claim in it.", f"Give it the columns {WANTED}."
-        raise _problem(path, "The table is empty.", why, advice).error()
-    return text
-
-
-def _lines(path: Path, text: str) -> tuple[list[Line], list[str], list[str | None]]:
-    """Rows with the header's names and what each column is; None for a column that nothing reads."""
-    first = next(line for line in text.splitlines() if line.strip())
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t|", key=first.count), strict=True)
-    header: list[str] | None = None
-    columns: list[str | None] = []
-    lines: list[Line] = []
-    wrong: list[Problem] = []
-    try:
-        for cells in reader:
-            if not any(cell.strip(" -:") for cell in cells):  # blank, or the line below a Markdown table's header
-                continue
-            if header is None:
-                header, columns = cells, _columns(path, cells, reader.line_num)
-            elif len(cells) != len(header):
-                wrong.append(_cell_count(path, reader.line_num, cells, header))
-            else:
-                lines.append(Line(number=reader.line_num, cells=_read(header, columns, cells)))
-    except csv.Error as error:
-        why, advice = f"It is no CSV from there on: {error}.", "Close the quotes of that line."
-        wrong.append(_problem(path, "The table cannot be read to its end.", why, advice, line=reader.line_num))
-    if not wrong and not lines:
-        wrong.append(_problem(path, "The table has no rows.", "There is a header alone.", "Add a row for each claim."))
-    if wrong:
-        raise RecipeError(wrong)
-    return lines, header or [], columns
-
-
-def _read(header: Sequence[str], columns: Sequence[str | None], cells: Sequence[str]) -> dict[str, str]:
-    """Cells by what they are, without empty ones; a % sign in the header stands behind every number below it."""
-    read: dict[str, str] = {}
-    for name, column, cell in zip(header, columns, cells, strict=True):
-        text = cell.strip()
-        if column and text:
-            behind = " %" if "%" in name and column in (*SHARES, "difference", "recovery") and "%" not in text else ""
-            read[column] = text + behind
-    return read
-
-
-def _cell_count(path: Path, line: int, cells: Sequence[str], header: Sequence[str]) -> Problem:
-    why = f"It has {len(cells)} cells, the header has {len(header)}."
-    advice = 'Put quotes around a cell with a comma in it ("1,319"), and write a cell for every column.'
-    return _problem(path, "A row does not fit the header.", why, advice, line=line)
-
-
-def _columns(path: Path, header: Sequence[str], line: int) -> list[str | None]:
-    """What each column is.
-
-    Raises:
-        RecipeError: Two of them could be the same, or what is needed is not there.
-    """
-    plain = [" ".join(re.sub(r"\(.*?\)|[_\-.%,]+", " ", name.lower()).split()) for name in header]
-    columns: list[str | None] = [None] * len(header)
-    for wanted, names in NAMES.items():
-        places = [place for name in names for place, given in enumerate(plain) if given == name]
-        exact = [place for place in places if plain[place] == wanted]
-        if len(exact) > 1 or (not exact and len(places) > 1):
-            both = " and ".join(f"`{header[place].strip()}`" for place in sorted(places))
-            why, advice = f"{both} could each be it.", f"Name one of them `{wanted}`, and the other otherwise."
-            raise _problem(path, f"Two columns could be the {wanted}.", why, advice, line=line).error()
-        if places:
-            columns[(exact or places)[0]] = wanted
-    lacking = [name for name in ("n", "score", "base score") if name not in columns]
-    if "difference" in columns:
-        lacking = [name for name in lacking if name == "n"]
-    if lacking:
-        read = ", ".join(f"`{name.strip()}`" for name in header)
-        raise _problem(
-            path,
-            f"The table has no column {' and no column '.join(lacking)}.",
-            f"Its header says {read}.",
-            f"Wanted are {WANTED}.",
-            line=line,
-        ).error()
-    return columns
-
-
-def _problem(path: Path, what: str, why: str, advice: str, *, line: int | None = None, column: str = "") -> Problem:
-    where = shown(path) + (f":{line}" if line else "") + (f" {column}" if column else "")
-    return Problem(what=what, where=where, why=why, next=advice)
 
 
 # ---- units
@@ -219,7 +86,7 @@ def _units(path: Path, lines: Sequence[Line], wrong: list[Problem]) -> dict[str,
     if signs >= {"percent", "share"} and not wrong:
         said = {column: "per cent" if units[column] else "shares from 0 to 1" for column in SHARES}
         wrong.append(
-            _problem(
+            problem_at(
                 path,
                 "Score and base score are in different units.",
                 f"By their sizes, `score` is {said['score']} and `base score` {said['base score']}.",
@@ -236,7 +103,7 @@ def _fewer(numbers: Mapping[int, Number], some: set[int]) -> list[int]:
 
 
 def _mixed(path: Path, line: int, column: str, has: str, others: str) -> Problem:
-    return _problem(
+    return problem_at(
         path,
         "A column mixes shares and per cent.",
         f"This row has {has}; others {others}.",
@@ -283,7 +150,7 @@ def _claim(path: Path, line: Line, units: Mapping[str, bool], wrong: list[Proble
         lacking = [column for column in ("score", "base score") if figures[column] is None]
         advice = "Write the score that is claimed and the score it is compared with, or leave the row out."
         what = f"A row has no {' and no '.join(lacking)}."
-        wrong.append(_problem(path, what, "A difference needs both.", advice, line=line.number))
+        wrong.append(problem_at(path, what, "A difference needs both.", advice, line=line.number))
     recovery = _signed(path, line, "recovery", wrong)
     deviations = [_deviation(path, line, column, wrong) for column in ("sd", "base sd")]
     if n is None or len(wrong) > before:
@@ -311,7 +178,7 @@ def _questions(path: Path, line: Line, wrong: list[Problem]) -> int | None:
         return int(plain)
     why = f"It says {text}." if text else "It says nothing."
     advice = "Write how many questions were asked, as a whole number: 1319 or 1,319."
-    wrong.append(_problem(path, "n is no number of questions.", why, advice, line=line.number, column="n"))
+    wrong.append(problem_at(path, "n is no number of questions.", why, advice, line=line.number, column="n"))
     return None
 
 
@@ -325,7 +192,7 @@ def _figure(
     number = _number(text)
     if number is None:
         why, advice = f"It says {text}.", "Write 0.669, 66.9 or 66.9 %."
-        wrong.append(_problem(path, "A score is no number.", why, advice, line=line.number, column=column))
+        wrong.append(problem_at(path, "A score is no number.", why, advice, line=line.number, column=column))
         return None
     if mean:
         return Figure(number.value, number.step, text)
@@ -334,7 +201,9 @@ def _figure(
     if not 0 <= value <= 1:
         why = f"It says {text}; a share is from 0 to 1, or from 0 to 100 %."
         advice = "Correct it. If it is a mean of another kind, give its standard deviation by question as `sd`."
-        wrong.append(_problem(path, "A score is no share of questions.", why, advice, line=line.number, column=column))
+        wrong.append(
+            problem_at(path, "A score is no share of questions.", why, advice, line=line.number, column=column)
+        )
         return None
     return Figure(value, number.step / scale, text)
 
@@ -348,7 +217,7 @@ def _signed(path: Path, line: Line, column: str, wrong: list[Problem]) -> Figure
     if number is None or (not number.percent and abs(number.value) >= 1 and number.value != 1):
         why = f"It says {text}: without a % sign that is no share."
         what, advice = f"The {column} cannot be read.", f"Write it with a sign: {text.strip('%')} %."
-        wrong.append(_problem(path, what, why, advice, line=line.number, column=column))
+        wrong.append(problem_at(path, what, why, advice, line=line.number, column=column))
         return None
     scale = 100 if number.percent else 1
     return Figure(number.value / scale, number.step / scale, text)
@@ -362,7 +231,7 @@ def _deviation(path: Path, line: Line, column: str, wrong: list[Problem]) -> flo
     if number and not number.percent and number.value > 0:
         return float(number.value)
     why, advice = f"It says {text}.", "Write the standard deviation of the score over questions, in its own unit."
-    wrong.append(_problem(path, "It is no standard deviation.", why, advice, line=line.number, column=column))
+    wrong.append(problem_at(path, "It is no standard deviation.", why, advice, line=line.number, column=column))
     return None
 
 
@@ -379,7 +248,7 @@ def _refused_mean(path: Path, line: Line) -> Problem | None:
     """Why a mean says nothing by itself."""
     metric = line.cells.get("metric", "")
     if PERPLEXITY.search(_metric(line)):
-        return _problem(
+        return problem_at(
             path,
             f"{metric} is no mean that has an interval of its own.",
             "It is the exponential of a mean loss.",
@@ -390,7 +259,7 @@ def _refused_mean(path: Path, line: Line) -> Problem | None:
         )
     if "sd" in line.cells:
         return None
-    return _problem(
+    return problem_at(
         path,
         f"{metric} is no share of questions, and how much it varies is not given.",
         "Of a share n alone says how far chance goes; of any other mean the spread of its rows has to be known.",
