@@ -122,7 +122,7 @@ def _beside(one: Audited) -> Iterator[str]:
 def _not_whole(figure: Figure, counts: Counted, n: int) -> Iterator[str]:
     if not counts.whole:
         yield (
-            f"{figure.text} of {n:,} is no whole number of questions ({_count(counts.count)} is the nearest, and is "
+            f"{figure.text} of {n:,} is no whole number of questions ({_count(counts.nearest)} is the nearest, and is "
             "used here): an average over tasks, partial credit, or another n."
         )
 

@@ -116,7 +116,7 @@ def _one(claim: Claim, z: float) -> Audited:
 def _shares(claim: Claim, z: float) -> Audited:
     assert claim.score and claim.base
     n, score, base = claim.n, counted(claim.score, claim.n), counted(claim.base, claim.n)
-    d, (fewest, most) = score.count - base.count, discordant(score.count, base.count, n)
+    d, (fewest, most) = score.nearest - base.nearest, discordant(score.nearest, base.nearest, n)
     near, far = (_at(score, base, n, apart=apart) for apart in (False, True))
     verdict, other = (judged(end.d, n, end.most) for end in (near, far))
     return Audited(
@@ -127,13 +127,13 @@ def _shares(claim: Claim, z: float) -> Audited:
         widest=paired_interval(d, most, n),
         verdict=verdict,
         together=judged(near.d, n, near.most, z),
-        score_ci95=wilson(score.count, n),
-        base_ci95=wilson(base.count, n),
+        score_ci95=wilson(score.nearest, n),
+        base_ci95=wilson(base.nearest, n),
         count=score,
         base_count=base,
-        unrelated=n - (score.count * (n - base.count) + base.count * (n - score.count)) / n,
+        unrelated=n - (score.nearest * (n - base.nearest) + base.nearest * (n - score.nearest)) / n,
         rounding=other if other.outcome != verdict.outcome else None,
-        recovery=_recovery(claim, score.count, base.count),
+        recovery=_recovery(claim, score.nearest, base.nearest),
     )
 
 
@@ -144,7 +144,7 @@ class _Ends(NamedTuple):
 
 def _at(score: Counted, base: Counted, n: int, *, apart: bool) -> _Ends:
     """The difference where rounding brings the two as near to each other, or as far apart, as it can."""
-    up = score.count >= base.count
+    up = score.nearest >= base.nearest
     x, y = (score.high, base.low) if up == apart else (score.low, base.high)
     if (x >= y) != up:
         x = y  # they may be equal
@@ -155,7 +155,7 @@ def _gain(claim: Claim, z: float) -> Audited:
     """Only a difference is published: any number of questions may differ."""
     assert claim.gain
     n, gain = claim.n, counted(claim.gain, claim.n)
-    d = gain.count
+    d = gain.nearest
     most = _most(d, n)
     return Audited(
         claim=claim,
@@ -206,7 +206,7 @@ def _means(claim: Claim, sd: float, z: float) -> Audited:
 def _recovery(claim: Claim, score: int, base: int) -> Recovery | None:
     """Of a claim with both scores; None where no recovery is claimed."""
     if claim.lost is not None:
-        return _came_back(claim, score, base, counted(claim.lost, claim.n).count)
+        return _came_back(claim, score, base, counted(claim.lost, claim.n).nearest)
     if claim.recovery is None:
         return None
     if base and abs(claim.recovery - score / base) < 0.0015:  # both are rounded to a tenth of a per cent

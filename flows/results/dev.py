@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from flows.results.cells import ArmEvidence, Cell, rows_cell
+from flows.results.cells import ArmEvidence, Cell, Draws, rows_cell
 from flows.results.comparisons import merged_schemes
 from flows.results.metrics import METRICS, TASK, Metric
-from flows.results.paired import ONE_GROUP, Difference, Draw, Obstacle, Paired, differences, paired
+from flows.results.paired import ONE_GROUP, Difference, Obstacle, Paired, differences, paired
 from flows.results.read import Run, RunArm
 from flows.results.rows import RowScores, read_dev
 
@@ -44,7 +44,7 @@ class _Compared(NamedTuple):
     metric: Metric
 
 
-def dev_of(run: Run, evidence: Mapping[str, ArmEvidence], draws: Draw) -> dict[str, Any] | None:
+def dev_of(run: Run, evidence: Mapping[str, ArmEvidence], draws: Draws) -> dict[str, Any] | None:
     """`dev` of report.json; None where no arm has scores of dev."""
     scores = {slug: _scores(arm, run) for slug, arm in evidence.items()}
     metrics = _metrics(scores)
@@ -100,7 +100,7 @@ def _metrics(scores: Mapping[str, Scores]) -> list[Metric]:
     return [*(replace(METRICS[name], split=SPLIT) for name in tasks), *([LOSS] if LOSS.source in sources else [])]
 
 
-def _cell(metric: Metric, arm: ArmEvidence, scores: Scores, draws: Draw) -> Cell:
+def _cell(metric: Metric, arm: ArmEvidence, scores: Scores, draws: Draws) -> Cell:
     source = metric.source or ""
     if source in scores:
         return rows_cell(metric, scores[source], None, draws)

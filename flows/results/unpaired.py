@@ -43,11 +43,11 @@ class Counted(NamedTuple):
     """How many of n questions a share means: the nearest whole number, and all that round to what was written.
 
     Attributes:
-        whole: Some whole number does; else low, count and high are the nearest one.
+        whole: Some whole number does; else all three are the nearest one.
     """
 
     low: int
-    count: int
+    nearest: int
     high: int
     whole: bool
 

@@ -30,10 +30,10 @@ def section(path: Path = CLAIMS) -> str:
 
 `quench audit tests/bench/claims-with-n.csv`; nothing was run. The figures are those of the sources, n is the size of
 the test set that they name, and averages over its subjects are taken for averages over its questions. (For the first
-line n is ours: of GPQA's three sets only diamond's 198 questions make +1.0 points a whole number of them.) Nobody
-published which questions each model got right, and the interval of a difference depends on that. The narrowest holds if
-the worse one is right nowhere that the better one is wrong, the widest if they share as few right answers as the scores
-allow. [How](../report.md#published-scores).
+line n is ours: of GPQA's three sets only with diamond's 198 questions does a whole number of them round to 1.0 points.)
+Nobody published which questions each model got right, and the interval of a difference depends on that. The narrowest
+holds if the worse one is right nowhere that the better one is wrong, the widest if they share as few right answers as the
+scores allow. [How](../report.md#published-scores).
 
 {rows}
 

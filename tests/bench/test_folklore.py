@@ -11,7 +11,6 @@ import pytest
 from flows.commands.audit_table import read_table
 from flows.results.audit import audited
 from flows.results.read import read_run
-from flows.results.unpaired import counted
 from recipes.arms import arms
 from recipes.read.load import load
 from tests.bench.claims import CLAIMS, kv_cache, overhead
@@ -132,5 +131,6 @@ def test_the_recovery_of_66_9_per_cent_is_two_of_three_questions() -> None:
     claim = audited(read_table(PUBLISHED).claims)[0]
     assert claim.recovery is not None and claim.claim.gain is not None and claim.claim.n == 198
     assert (claim.recovery.returned, claim.recovery.lost, claim.verdict.outcome) == (2, 3, "cannot")
-    whole = {n: counted(claim.claim.gain, n).whole for n in (198, 448, 546)}  # GPQA's diamond, main and extended
-    assert whole == {198: True, 448: False, 546: False}
+    sizes = {"diamond": 198, "main": 448, "extended": 546}
+    one_point = {name: [k for k in range(n) if round(100 * k / n, 1) == 1.0] for name, n in sizes.items()}
+    assert one_point == {"diamond": [2], "main": [], "extended": []}  # so the page takes n from diamond
