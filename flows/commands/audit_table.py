@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,8 @@ NOT_SHARES = re.compile(
 )
 PERPLEXITY = re.compile(r"\b(perplexity|ppl)\b")
 SPACES = str.maketrans({mark: " " for mark in "\u00a0\u2007\u2009\u202f"})
+NUMBER = re.compile(r"[+-]?(\d{1,9}(\.\d{0,20})?|\.\d{1,20})", re.ASCII)  # 1e-999999999 would fill the memory
+LONGEST_N = 12  # digits: a trillion questions
 THOUSANDS = re.compile(r"\d{1,3}([,' _]\d{3})+")
 
 
@@ -120,14 +122,10 @@ def _number(text: str) -> Number | None:
     percent = plain != text
     if re.fullmatch(r"[+-]?\d+,\d+", plain):
         plain = plain.replace(",", ".")  # a decimal comma: no score has thousands
-    try:
-        value = Decimal(plain)
-    except InvalidOperation:
+    if not NUMBER.fullmatch(plain):
         return None
-    if not value.is_finite():
-        return None
-    exponent = value.as_tuple().exponent
-    return Number(value, Decimal(1).scaleb(min(int(exponent), 0)), percent)
+    value = Decimal(plain)
+    return Number(value, Decimal(1).scaleb(int(value.as_tuple().exponent)), percent)
 
 
 # ---- a row
@@ -174,7 +172,7 @@ def _questions(path: Path, line: Line, wrong: list[Problem]) -> int | None:
     """Column n: 1319, 1,319 or 1 319."""
     text = line.cells.get("n", "").translate(SPACES)
     plain = re.sub(r"[,' _]", "", text) if THOUSANDS.fullmatch(text) else text
-    if plain.isascii() and plain.isdecimal() and int(plain) > 0:
+    if plain.isascii() and plain.isdecimal() and len(plain) <= LONGEST_N and int(plain) > 0:
         return int(plain)
     why = f"It says {text}." if text else "It says nothing."
     advice = "Write how many questions were asked, as a whole number: 1319 or 1,319."
@@ -220,7 +218,12 @@ def _signed(path: Path, line: Line, column: str, wrong: list[Problem]) -> Figure
         wrong.append(problem_at(path, what, why, advice, line=line.number, column=column))
         return None
     scale = 100 if number.percent else 1
-    return Figure(number.value / scale, number.step / scale, text)
+    value = number.value / scale
+    if column == "difference" and abs(value) > 1:
+        why, advice = f"It says {text}; scores differ by 100 points at most.", "Correct it."
+        wrong.append(problem_at(path, "No scores differ so much.", why, advice, line=line.number, column=column))
+        return None
+    return Figure(value, number.step / scale, text)
 
 
 def _deviation(path: Path, line: Line, column: str, wrong: list[Problem]) -> float | None:

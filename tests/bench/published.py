@@ -32,8 +32,8 @@ def section(path: Path = CLAIMS) -> str:
 the test set that they name, and averages over its subjects are taken for averages over its questions. (For the first
 line n is ours: of GPQA's three sets only with diamond's 198 questions does a whole number of them round to 1.0 points.)
 Nobody published which questions each model got right, and the interval of a difference depends on that. The narrowest
-holds if the worse one is right nowhere that the better one is wrong, the widest if they share as few right answers as the
-scores allow. [How](../report.md#published-scores).
+holds if the worse one is right nowhere that the better one is wrong, the widest if they share as few right answers as
+the scores allow. [How](../report.md#published-scores).
 
 {rows}
 

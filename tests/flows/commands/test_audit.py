@@ -216,6 +216,10 @@ def test_columns_that_nothing_reads_are_named(tmp_path: Path) -> None:
         (f"{HEAD}a,x,10,0.9,40\n", "table.csv", "shares from 0 to 1"),
         (f'{HEAD}a,x,10,0.9,"40\n', "table.csv:2", "no CSV"),
         ("name,n,difference\na,198,1.5\n", "table.csv:2 difference", "1.5 %"),
+        ("name,n,difference\na,198,150 %\n", "table.csv:2 difference", "150 %"),
+        (f"{HEAD}a,x,10,1e-999999999,0.4\n", "table.csv:2 score", "no number"),
+        (f"{HEAD}a,x,{'9' * 5000},0.5,0.4\n", "table.csv:2 n", "whole number"),
+        (f"{HEAD}a,x,10,0.5,0.4\0\n", "table.csv:2 base score", "no number"),
         ("n,score,base,sd\n10,2.0,2.1,-1\n", "table.csv:2 sd", "-1"),
     ],
 )
