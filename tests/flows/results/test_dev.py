@@ -16,6 +16,7 @@ from flows.report.build import evaluate
 from flows.report.dev import HEADING, lead
 from flows.report.html import page
 from flows.report.text import markdown
+from flows.results.metrics import value_text
 from flows.results.read import read_run
 from tests.flows.synthetic_run import SHAPES, SyntheticRun
 
@@ -152,11 +153,12 @@ def test_the_section_stands_alone_and_says_what_it_is_for(report: dict[str, Any]
     # The gate names the candidate on dev (flows/gate/candidate.py): the words must not contradict that.
     assert "they choose checkpoint, merge and candidate" in lead(report["dev"])
     assert "decided on test" in lead(report["dev"])
-    loss = report["dev"]["arms"]["base"]["metrics"]["loss"]["value"]
+    cell = report["dev"]["arms"]["base"]["metrics"]["loss"]
+    loss = value_text("loss", cell["value"], cell["ci95"])
     for text, heads in ((markdown(report), r"\n## "), (page(report, {}), r"<h2")):
         sections = [part for part in re.split(heads, text) if HEADING in part]
         (section,) = sections
-        assert f"{loss:.1f}"[:3] in section and "for tuning" not in text.replace(section, "")
+        assert loss in section and "for tuning" not in text.replace(section, "")
         for slug in FEW:
             assert slug in section
         # No table has both: the section names no metric of test, and dev's loss is in no other section.
