@@ -225,9 +225,15 @@ def _add_run_commands(commands: Any) -> None:
     choose.add_argument("--context", type=int, required=True, metavar="TOKENS", help="prompt and answer together")
     choose.add_argument("--batch", type=int, default=1, help="sequences at once; default: 1")
     choose.add_argument("--engine", choices=("vllm", "transformers", "exllamav2"), help="default: the recipe's")
-    compare = _add(commands, "compare", "commands.compare", "Compare two runs on the test rows that both scored.")
+    compare = _add(commands, "compare", "commands.compare", "Compare two runs on the rows that both scored.")
     compare.add_argument("before", help="run id or its beginning, or latest")
     compare.add_argument("after", help="run id or its beginning, or latest")
+    text = "test is what is published and gates; dev is for tuning; default: test"
+    compare.add_argument("--split", choices=("test", "dev"), default="test", help=text)
+    text = "Say which differences between published scores their n can bear. (Packages: `make audit`.)"
+    audit = _add(commands, "audit", "commands.audit", text)
+    text = "CSV with the columns name, metric, n, score, base score; also lost score, recovery, difference, sd"
+    audit.add_argument("table", type=Path, metavar="TABLE.csv", help=text)
     text = "Copy an arm out of the store, with everything that is needed to serve it."
     export = _add(commands, "export", "commands.export", text, runs_steps=True)
     export.add_argument("words", nargs="+", metavar="[RUN] ARM DEST", help="run (default: the latest), arm, folder")

@@ -1,16 +1,17 @@
-"""`quench compare BEFORE AFTER`: two runs, arm by arm, on the test rows that both scored.
+"""`quench compare BEFORE AFTER [--split dev]`: two runs, arm by arm, on the rows of a split that both scored.
 
 Rows are named by their content, so equal names are equal rows. Rows of both runs are compared in pairs; rows of only
-one run are left out and counted. What cannot be compared is listed with the reason.
+one run are left out and counted. What cannot be compared is listed with the reason. Test is what is published; dev is
+for tuning, and what an engine served has no part there, since it is asked the rows of test.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from rich import box
@@ -24,7 +25,7 @@ from flows.results.comparisons import LeftOut, verdict
 from flows.results.metrics import METRICS, TASK, Metric, difference_text, value_text
 from flows.results.paired import Paired, differences, paired
 from flows.results.read import Run, read_run
-from flows.results.rows import RowScores
+from flows.results.rows import RowScores, read_dev
 from flows.results.served import served_of
 from flows.results.stats import Interval
 from flows.results.throughput import OUTPUT, at_most
@@ -33,8 +34,12 @@ from recipes.problem import Problem
 from recipes.scorers import input_name
 from tasks.runtime.store.local import find_home
 
+Split = Literal["test", "dev"]
 COMPARED = ("task", "ppl_test", "ppl_all", "bits_per_byte", "kl_mean", "ppl_general")
+ON_DEV = {"ppl_test": "ppl_dev"}  # names of metrics that say which split they are of
+ALIKE = {own: name for name, own in ON_DEV.items()}
 FAMILY = "runs"
+TUNING = "Dev is for tuning: nothing here decides a promotion."
 WIDE, INTERVAL_CHARS = 105, 24  # columns of a terminal with room for all; `[−0.000012, +0.000034]` on a line of its own
 STYLES = {"better": "green", "worse": "red"}
 
@@ -84,6 +89,7 @@ class Compared:
     """Two runs.
 
     Attributes:
+        split: Whose rows are compared; with test those of the general hold-out are, too.
         rows: Split -> rows in both and in one of them, of the first arm that both have.
         same_files: Arms whose model and adapter are the same bytes in both runs.
         left_out: Comparisons that could not be made; a is after, b before.
@@ -92,6 +98,7 @@ class Compared:
 
     before: str
     after: str
+    split: Split = "test"
     rows: Mapping[str, Shared]
     changes: Sequence[Change]
     left_out: Sequence[LeftOut]
@@ -105,6 +112,7 @@ class Compared:
         return {
             "before": self.before,
             "after": self.after,
+            "split": self.split,
             "rows": {split: shared._asdict() for split, shared in self.rows.items()},
             "comparisons": [change.as_dict() for change in self.changes],
             "left_out": [{"arm": pair.a, "metric": pair.metric, "reason": pair.reason} for pair in self.left_out],
@@ -120,12 +128,12 @@ def command(args: argparse.Namespace) -> Output:
         RecipeError: No such runs, or as of compare_runs.
     """
     home = find_home()
-    compared = compare_runs(find_run(home, args.before), find_run(home, args.after), home)
+    compared = compare_runs(find_run(home, args.before), find_run(home, args.after), home, split=args.split)
     return Output(json=compared.as_dict(), text=lambda console: print_compared(compared, console))
 
 
-def compare_runs(before: Path, after: Path, home: Path) -> Compared:
-    """Compare two runs' folders.
+def compare_runs(before: Path, after: Path, home: Path, *, split: Split = "test") -> Compared:
+    """Compare two runs' folders on the rows of a split.
 
     Raises:
         RecipeError: They are one run, share no arm, or nothing of what they share can be compared.
@@ -135,17 +143,18 @@ def compare_runs(before: Path, after: Path, home: Path) -> Compared:
             what="Both are one run.", where=str(before), why="There is nothing to compare.", next="Name another run."
         ).error()
     runs = read_run(before, home), read_run(after, home)
-    old, new = (gather(run) for run in runs)
+    old, new = (_evidence(run, split) for run in runs)
     shared = [slug for slug in new if slug in old]
     pairs: dict[tuple[str, str], Paired] = {}
     left_out: list[LeftOut] = []
     for slug in shared:
         for metric in _of_interest(old[slug], new[slug]):
-            pair = _pair(metric, old[slug], new[slug], runs)
+            pair = _pair(metric, old[slug], new[slug], runs, split=split)
+            name = ON_DEV.get(metric.name, metric.name) if split == "dev" else metric.name
             if isinstance(pair, str):
-                left_out.append(LeftOut(a=slug, b=slug, metric=metric.name, family=FAMILY, reason=pair))
+                left_out.append(LeftOut(a=slug, b=slug, metric=name, family=FAMILY, reason=pair))
             else:
-                pairs[slug, metric.name] = pair
+                pairs[slug, name] = pair
     if not pairs:
         why = "; ".join(dict.fromkeys(pair.reason for pair in left_out)) or "They have no arm in common."
         raise Problem(
@@ -157,14 +166,30 @@ def compare_runs(before: Path, after: Path, home: Path) -> Compared:
     return Compared(
         before=before.name,
         after=after.name,
-        rows=_rows(old, new, shared),
+        split=split,
+        rows=_rows(old, new, shared, split),
         changes=_changes(pairs),
         left_out=left_out,
         same_files=[slug for slug in shared if _files(runs[0], slug) == _files(runs[1], slug)],
         only_before=[slug for slug in old if slug not in new],
         only_after=[slug for slug in new if slug not in old],
-        served=_served(shared, *(served_of(run, arms, Draws()) for run, arms in zip(runs, (old, new), strict=True))),
+        served=_served(shared, *(served_of(run, arms, Draws()) for run, arms in zip(runs, (old, new), strict=True)))
+        if split == "test"
+        else {},
     )
+
+
+def _evidence(run: Run, split: Split) -> dict[str, ArmEvidence]:
+    """Every arm with its scores of a split."""
+    evidence = gather(run)
+    if split == "test":
+        return evidence
+    steps = {slug: run.step(arm.arm.evaluate) for slug, arm in evidence.items() if arm.failure is None}
+    files = {slug: step.files for slug, step in steps.items() if step}
+    return {
+        slug: replace(arm, scores=read_dev(folder) if (folder := files.get(slug)) else {}, kl=None)
+        for slug, arm in evidence.items()
+    }
 
 
 def _served(
@@ -194,7 +219,9 @@ def _of_interest(old: ArmEvidence, new: ArmEvidence) -> Iterator[Metric]:
             yield metric
 
 
-def _pair(metric: Metric, old: ArmEvidence, new: ArmEvidence, runs: tuple[Run, Run]) -> Paired | str:
+def _pair(
+    metric: Metric, old: ArmEvidence, new: ArmEvidence, runs: tuple[Run, Run], *, split: Split = "test"
+) -> Paired | str:
     """Both arms' scores on shared rows, or why they cannot be compared."""
     before, after = (arm.scores.get(metric.source or "") for arm in (old, new))
     if before is None or after is None:
@@ -204,9 +231,9 @@ def _pair(metric: Metric, old: ArmEvidence, new: ArmEvidence, runs: tuple[Run, R
     both = np.intersect1d(before.rows, after.rows)
     a, b = (rows.where(np.isin(rows.rows, both)) for rows in (after, before))
     if len(both) == 0:
-        return "the two test sets share no row"
+        return f"the two {split} sets share no row"
     if len(a.rows) != len(both) or len(b.rows) != len(both):
-        return "rows that stand in a test set twice"
+        return f"rows that stand in a {split} set twice"
     if not np.array_equal(a.count, b.count):
         return "the shared rows have other tokens: another tokenizer, template or max_length"
     if not np.array_equal(a.group, b.group):
@@ -252,9 +279,11 @@ def _files(run: Run, slug: str) -> list[Any]:
     return [elsewhere or base, *(step.manifest["digest"] if step and step.manifest else object() for step in steps)]
 
 
-def _rows(old: Mapping[str, ArmEvidence], new: Mapping[str, ArmEvidence], shared: Sequence[str]) -> dict[str, Shared]:
+def _rows(
+    old: Mapping[str, ArmEvidence], new: Mapping[str, ArmEvidence], shared: Sequence[str], compared: Split
+) -> dict[str, Shared]:
     rows: dict[str, Shared] = {}
-    for split, source in (("test", "nll"), ("general", "nll_general")):
+    for split, source in ((compared, "nll"), ("general", "nll_general")):
         for slug in shared:
             before, after = (arms[slug].scores.get(source) for arms in (old, new))
             if before is not None and after is not None:
@@ -271,22 +300,26 @@ def _changes(pairs: Mapping[tuple[str, str], Paired]) -> list[Change]:
         Change(
             arm=arm,
             metric=metric,
-            before=_shown(metric, pair.b),
-            after=_shown(metric, pair.a),
+            before=_shown(pair, pair.b),
+            after=_shown(pair, pair.a),
             difference=difference.estimate,
             ci95=difference.ci95,
             ci95_adjusted=difference.ci95_adjusted,
             family_size=len(pairs),
-            verdict=verdict(metric, difference.ci95_adjusted),
+            verdict=verdict(ALIKE.get(metric, metric), difference.ci95_adjusted),
             rows=len(pair.a.rows),
         )
         for ((arm, metric), pair), difference in zip(pairs.items(), found, strict=True)
     ]
 
 
-def _shown(metric: str, rows: RowScores) -> float:
+def _shown(pair: Paired, rows: RowScores) -> float:
     value = rows.sums.value
-    return float(np.exp(value)) if METRICS[metric].link == "exp" else value
+    return float(np.exp(value)) if pair.link == "exp" else value
+
+
+def _label(metric: str) -> str:
+    return METRICS[ALIKE.get(metric, metric)].label
 
 
 def print_compared(compared: Compared, console: Console) -> None:
@@ -311,12 +344,14 @@ def print_compared(compared: Compared, console: Console) -> None:
         word.stylize(STYLES.get(change.verdict, "dim"))
         difference = difference_text(change.metric, change.difference, ci95)
         name = change.arm if change.arm != last else ""
-        table.add_row(name, METRICS[change.metric].label, *shown, difference, word)
+        table.add_row(name, _label(change.metric), *shown, difference, word)
         last = change.arm
     console.print(table)
     if not values:
         console.print(Text("no room for before, after: a wider terminal or --json has them", style="dim"))
     console.print(Text(f"Intervals hold together over all {len(compared.changes)} comparisons.", style="dim"))
+    if compared.split == "dev":
+        console.print(Text(TUNING, style="dim"))
     for line in _remarks(compared):
         console.print(Text(line, style="dim"))
 
@@ -324,7 +359,7 @@ def print_compared(compared: Compared, console: Console) -> None:
 def _remarks(compared: Compared) -> Iterator[str]:
     reasons: dict[str, list[str]] = {}
     for pair in compared.left_out:
-        reasons.setdefault(pair.reason, []).append(f"{pair.a} ({METRICS[pair.metric].label})")
+        reasons.setdefault(pair.reason, []).append(f"{pair.a} ({_label(pair.metric)})")
     for reason, which in reasons.items():
         yield f"Not compared, {reason}: {', '.join(which)}."
     for heading, which in (

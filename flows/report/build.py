@@ -45,6 +45,7 @@ from flows.results.cells import (
     speed_record,
 )
 from flows.results.comparisons import FAMILIES, REFERENCE, Comparison, LeftOut, compare
+from flows.results.dev import dev_of
 from flows.results.layers import layers_of
 from flows.results.loading import loading_of
 from flows.results.metrics import METRICS, further
@@ -144,6 +145,7 @@ def evaluate(run: Run) -> Document:
         **_reading(run, evidence),
         **_served(served),
         **_shipping(run, evidence, cells, draws, served=served),
+        "dev": dev_of(run, evidence, draws),
         **making_of(run),
     }
 

@@ -187,6 +187,12 @@ class Shipping(TypedDict):
     loading: dict[str, Any]
 
 
+class Dev(TypedDict):
+    """Figures of dev, for tuning; None where no arm has scores of it."""
+
+    dev: dict[str, Any] | None
+
+
 class StepMemory(TypedDict):
     """Memory of a step as it was predicted and measured; None where nothing was."""
 
@@ -238,5 +244,5 @@ class Making(TypedDict):
     notes: list[dict[str, str]]
 
 
-class Document(About, Words, ArmSection, Differences, Reading, Served, Shipping, Making):
+class Document(About, Words, ArmSection, Differences, Reading, Served, Shipping, Dev, Making):
     """All of report.json."""

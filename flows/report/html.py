@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from flows.gate.checks import Check, difference_of, label, margin_text
+from flows.report import dev
 from flows.report.plots.domains import domains_plot
 from flows.report.plots.fronts import against_size
 from flows.report.plots.layers import errors_plot, weights_plot
@@ -98,6 +99,7 @@ def page(report: Mapping[str, Any], svgs: Mapping[str, str]) -> str:
         rates=RATES,
         seconds=seconds,
         throughput_plot=drawn.get("throughput"),
+        dev=dev,
         data_line=data_line(report),
         hardware_line=hardware_line(report["hardware"]),
         where=ran_where(report),

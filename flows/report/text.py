@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from flows.report.dev import dev_section
 from flows.report.plots.waterfall import signed
 from flows.report.served import HEAD as SERVED_HEAD
 from flows.report.served import SPEED_HEAD, below, engines, floor_text, mark_of, speed_rows
@@ -96,7 +97,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     if loss := waterfall_sentence(report["waterfall"]):
         lines += ["", "## Where does the loss go?", "", f"- {loss}"]
     lines += ["", *fit_section(report["fit"]), *_comparisons(report), *_served(report), *_speed(report)]
-    lines += _machine(report)
+    lines += [*dev_section(report.get("dev"), _table), *_machine(report)]
     return no_tags("\n".join(lines)) + "\n"
 
 

@@ -85,12 +85,12 @@ _SPLIT = {"nll_general": "general"}  # every other metric is published on test
 
 
 def read_scores(files: Path) -> dict[str, RowScores]:
-    """Metric -> rows of scores.parquet; dev is for what chooses, so no figure of the report comes from it."""
+    """Metric -> rows of scores.parquet of the split that is published; dev is for what chooses (read_dev)."""
     return _by_metric(pq.read_table(files / "scores.parquet").sort_by("row"))
 
 
 def read_dev(files: Path) -> dict[str, RowScores]:
-    """Metric -> rows of dev, for what chooses; rows of test are left out while reading."""
+    """Metric -> rows of dev, for what chooses and for tuning; rows of test are left out while reading."""
     return _by_metric(pq.read_table(files / "scores.parquet", filters=[("split", "==", "dev")]).sort_by("row"), "dev")
 
 

@@ -1,10 +1,11 @@
 """What the field repeats, held against the quickstart: runs it with several seeds, writes docs/results/folklore.md.
 
-    python -m tests.bench.folklore [--home FOLDER] [--seed N ...] [--render] [--recipe FILE] [--out FILE]
+    python -m tests.bench.folklore [--home FOLDER] [--seed N ...] [--render | --claims] [--recipe FILE] [--out FILE]
 
 A seed that has finished in the home is not run again, and one that was interrupted goes on. `--render` runs nothing:
-the page is written from the finished runs alone. Ten to fifteen minutes a seed on two quiet cores; `make
-env-llmcompressor` before, or the claim about mixed groups says what is missing.
+the page is written from the finished runs alone. `--claims` writes its last section again, which needs no run:
+published figures that carry their n (tests/bench/claims-with-n.csv). Ten to fifteen minutes a seed on two quiet cores;
+`make env-llmcompressor` before, or the claim about mixed groups says what is missing.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from tests.bench.claims import CLAIMS, GRADIENTS, Claim
 from tests.bench.gradient_flow import FORMATS, ROWS, Flow, flows_of, told
 from tests.bench.gradient_flow import verdict as flow_verdict
 from tests.bench.probes import DEQUANTIZED, Better, Evidence, Missing, Probe, Seen, verdict
+from tests.bench.published import HEADING, section
 
 RESULTS = CHECKOUT / "docs" / "results" / "folklore.md"
 RECIPE = CHECKOUT / "tests" / "bench" / "folklore.yaml"
@@ -157,7 +159,13 @@ task on one tiny model prove nothing about 7 B; they say what would have to be m
 
 {machine["cpu"]}, {machine["cores"]} cores, {machine["memory_gib"]} GiB;
 {", ".join(f"{name} {version}" for name, version in raw["versions"].items())}.
-"""
+
+{section()}"""
+
+
+def with_claims(text: str) -> str:
+    """A page with its last section written again."""
+    return f"{text.partition(HEADING)[0].rstrip()}\n\n{section()}"
 
 
 def main() -> None:
@@ -168,8 +176,13 @@ def main() -> None:
     parser.add_argument("--original", type=Path, default=ORIGINAL, help="the same with merge.base: original")
     parser.add_argument("--seed", type=int, action="append", help="default: 0, 1, 2")
     parser.add_argument("--render", action="store_true", help="run nothing")
+    parser.add_argument("--claims", action="store_true", help="run nothing, write the section of published figures")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
+    if args.claims:
+        args.out.write_text(with_claims(args.out.read_text(encoding="utf-8")), encoding="utf-8")
+        print(f"wrote the published figures of {args.out}")
+        return
     home, seeds = (args.home or find_home()).resolve(), args.seed or list(SEEDS)
     recipes = {DEQUANTIZED: args.recipe, "original": args.original}
     if not args.render:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import csv
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from flows.commands.audit_table import read_table
+from flows.results.audit import audited
 from flows.results.read import read_run
 from recipes.arms import arms
 from recipes.read.load import load
 from tests.bench.claims import CLAIMS, kv_cache, overhead
-from tests.bench.folklore import ORIGINAL, RECIPE, asked, page
+from tests.bench.folklore import ORIGINAL, RECIPE, RESULTS, asked, page, with_claims
 from tests.bench.gradient_flow import Flow
 from tests.bench.gradient_flow import verdict as flow_verdict
 from tests.bench.probes import Adds, Better, Equal, Evidence, Missing, Probe, Rise, Variance, verdict
+from tests.bench.published import CLAIMS as PUBLISHED
+from tests.bench.published import HEADING, section
 from tests.flows.synthetic_run import SHAPES, SyntheticRun
 
 RECIPES = {"dequantized": RECIPE, "original": ORIGINAL}
@@ -64,7 +69,8 @@ def test_variances_are_read_from_the_record(evidence: Evidence) -> None:
 def test_every_claim_has_a_row_and_what_is_missing_is_said(evidence: Evidence) -> None:
     assert len(CLAIMS) == 16
     text = page({"dequantized": {0: evidence.run}}, [])
-    rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith(("| claim", "| ---"))]
+    measured = text.partition(HEADING)[0].splitlines()
+    rows = [line for line in measured if line.startswith("| ") and not line.startswith(("| claim", "| ---"))]
     assert len(rows) == len(CLAIMS) and all(row.count(" | ") == 4 for row in rows)
     assert "*not measured* (awq-w4-g32: no such arm)" in text
     told = asked(Better("nf4", "rtn-w4-g128"), {"dequantized": {0: evidence}})
@@ -103,3 +109,28 @@ def test_a_lost_gradient_is_not_called_a_gradient() -> None:
         "error, in gptq-w4-g128 (A)"
     )
     assert flow_verdict([stopped, nf4]) == "not measured"
+
+
+def test_the_published_figures_of_the_page_are_those_of_the_csv(evidence: Evidence) -> None:
+    text = RESULTS.read_text(encoding="utf-8")
+    assert text.endswith(section()) and text.count(HEADING) == 1, "python -m tests.bench.folklore --claims"
+    assert with_claims(text) == text
+    assert page({"dequantized": {0: evidence.run}}, []).endswith(section())
+
+
+def test_every_published_claim_has_its_source_and_a_line() -> None:
+    claims = audited(read_table(PUBLISHED).claims)
+    with PUBLISHED.open(encoding="utf-8", newline="") as opened:
+        sources = [line["source"] for line in csv.DictReader(opened)]
+    assert len(claims) == len(sources) >= 10 and all(source.startswith("https://") for source in sources)
+    assert section().count("\n| ") == len(claims) + 2
+    assert {one.verdict.outcome for one in claims} == {"shown", "depends", "cannot"}  # all three were put to the test
+
+
+def test_the_recovery_of_66_9_per_cent_is_two_of_three_questions() -> None:
+    claim = audited(read_table(PUBLISHED).claims)[0]
+    assert claim.recovery is not None and claim.claim.gain is not None and claim.claim.n == 198
+    assert (claim.recovery.returned, claim.recovery.lost, claim.verdict.outcome) == (2, 3, "cannot")
+    sizes = {"diamond": 198, "main": 448, "extended": 546}
+    one_point = {name: [k for k in range(n) if round(100 * k / n, 1) == 1.0] for name, n in sizes.items()}
+    assert one_point == {"diamond": [2], "main": [], "extended": []}  # so the page takes n from diamond

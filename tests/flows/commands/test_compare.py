@@ -201,3 +201,53 @@ def test_the_command_prints_json_or_refuses(
     assert all(one["ci95_adjusted"][0] <= one["difference"] for one in said["comparisons"])
     assert main(["compare", before.name, before.name]) == 2
     assert main(["compare", before.name, "nothing"]) == 2
+
+
+# ---- dev
+
+
+def test_dev_is_compared_alone(tmp_path: Path) -> None:
+    hurt = {**FEW, "gptq-w4-g128": replace(FEW["gptq-w4-g128"], kl=0.03, loss=0.04, task=0.78)}
+    folders = write(tmp_path), later(tmp_path, shapes=hurt)
+    on_test = compare_runs(*folders, tmp_path)
+    for path in tmp_path.glob("store/evaluate/*/files/scores.parquet"):
+        table = pd.read_parquet(path)
+        table.loc[table.split != "dev", "sum"] = np.nan  # what test says plays no part
+        table.to_parquet(path)
+    found = compare_runs(*folders, tmp_path, split="dev")
+    assert (found.split, found.rows, found.served) == ("dev", {"dev": Shared(300, 0, 0)}, {})
+    names = {one.metric for one in found.changes}
+    assert names == {"task", "ppl_dev", "ppl_all", "bits_per_byte", "kl_mean"}  # general rows are no dev rows
+    assert (on_test.split, {one.metric for one in on_test.changes} - names) == ("test", {"ppl_test", "ppl_general"})
+    words = {(one.arm, one.metric): one.verdict for one in found.changes}
+    assert {words["gptq-w4-g128", metric] for metric in ("task", "ppl_dev", "kl_mean")} == {"worse"}
+    one, other = change(found, "gptq-w4-g128", "ppl_dev"), change(on_test, "gptq-w4-g128", "ppl_test")
+    assert one.after == pytest.approx(other.after) and one.difference == pytest.approx(other.difference)
+
+
+def test_dev_rows_of_one_run_only_are_left_out_and_other_sets_refused(tmp_path: Path) -> None:
+    before = write(tmp_path, test=380, part=slice(0, 300), general=0)
+    after = later(tmp_path, test=380, part=slice(80, 380), general=0)
+    assert compare_runs(before, after, tmp_path, split="dev").rows == {"dev": Shared(220, 80, 80)}
+    other = write(
+        tmp_path, test=600, part=slice(400, 600), general=0, run_id="20261126-120000-quickstart-ef56", salt="other"
+    )
+    with pytest.raises(RecipeError, match="the two dev sets share no row"):
+        compare_runs(before, other, tmp_path, split="dev")
+
+
+def test_the_command_says_which_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("QUENCH_HOME", str(tmp_path))
+    names = [folder.name for folder in (write(tmp_path), later(tmp_path))]
+    for words, split in (([], "test"), (["--split", "dev"], "dev")):
+        assert main(["compare", *names, *words, "--json"]) == 0
+        said = json.loads(capsys.readouterr().out)
+        assert said["split"] == split and split in said["rows"]
+        assert main(["compare", *names, *words]) == 0
+        text = " ".join(capsys.readouterr().out.split())
+        assert f"{split}: 300 rows in both are compared" in text
+        assert ("Dev is for tuning" in text) == (split == "dev")
+    with pytest.raises(SystemExit):
+        main(["compare", *names, "--split", "train"])

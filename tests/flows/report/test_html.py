@@ -203,6 +203,7 @@ def test_sections_stand_in_order_and_only_with_their_keys(
         "How to load and serve it",
         "What fits",
         "Speed on this machine",
+        "On dev: for tuning; nothing here was promoted by",
         "Time and memory",
         "Decisions and fallbacks",
         "Provenance",
