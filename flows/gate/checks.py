@@ -32,6 +32,7 @@ Scores = Mapping[str, RowScores]  # metric of scores.parquet -> rows
 DOMAIN_ROWS = 200  # a slice with fewer is shown and gates nothing
 MOST_ROWS = 10_000_000  # a larger n_needed only says: never
 BASE = "base"
+BEST = "the best version"  # of the chain before the candidate
 INTERVALS = ("ci95", "ci95_adjusted", "ci_level", "ci_level_adjusted")
 LABELS = {"general_loss": "general loss", "bits_per_byte": "bits a byte"}
 
@@ -43,7 +44,7 @@ class PlannedCheck:
     Attributes:
         metric: `task`, `task.NAME`, `loss`, `general_loss` or `bits_per_byte`.
         source: Metric of scores.parquet.
-        against: Arm, or `champion`.
+        against: Arm, `champion`, or `the best version` of the chain.
         margin: What may be lost, in shares (task), nats or bits; 0 where the candidate has to be better.
         a: The candidate's rows; None where it has none.
         b: The other's.
@@ -116,6 +117,11 @@ class Check:
     domain: str | None = None
     gates: bool = True
     reason: str | None = None
+
+    @property
+    def is_share(self) -> bool:
+        """Of the answers: higher is better."""
+        return self.unit == "share"
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""

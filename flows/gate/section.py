@@ -1,6 +1,7 @@
 """The report's `gate`: candidate, every check on test, outcome, and all of it in words.
 
-Pure: a champion takes part where `quench promote` has evaluated it on this run's rows and left promotion.json behind.
+Pure: champion and best version take part where `quench promote` has evaluated them on this run's rows and left
+promotion.json behind.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from typing import Any
 from flows.gate.candidate import candidate, margins_of
 from flows.gate.checks import (
     BASE,
+    BEST,
     Check,
     Outcome,
     PlannedCheck,
+    Scores,
     better_than_base,
     judge,
     outcome_of,
@@ -49,7 +52,7 @@ def gate_of(
     champion, looks = record.get("champion"), record.get("looks") and Looks.of(record["looks"])
     arm = chosen.arm
     same = champion is not None and arm is not None and _digest(run, arm) == champion["digest"]
-    planned = _planned(arm, evidence, margins, None if same else champion, run) if arm else ()
+    planned = _planned(arm, evidence, margins, {} if same else record, run) if arm else ()
     checks = judge(list(planned), draws, level=looks.level if looks else LEVEL)
     engine = of_engine(arm, run, served) if arm else None
     compared = any(check.against == CHAMPION for check in checks)
@@ -62,27 +65,36 @@ def gate_of(
         "tests": [check.as_dict() for check in checks if check.domain is None],
         "domains": [check.as_dict() for check in checks if check.domain is not None],
         **({"served": engine} if engine else {}),
-        "champion": champion and _shown(champion, compared=compared, same=same),
+        "champion": champion and {**_shown(champion), "same": same, "compared": compared},
+        "best": _shown(record["best"]) if record.get("best") else None,
         "looks": looks and looks.as_dict(),
+        "chain": record.get("chain"),
     }
     return {**section, "text": list(sentences(section))}
 
 
 def _planned(
-    arm: RunArm, evidence: Mapping[str, ArmEvidence], margins: Gate, champion: Mapping[str, Any] | None, run: Run
+    arm: RunArm, evidence: Mapping[str, ArmEvidence], margins: Gate, record: Mapping[str, Any], run: Run
 ) -> Iterator[PlannedCheck]:
-    """The candidate against what it was made from, the base, and what it would replace."""
+    """The candidate against what it was made from, the base, what it would replace, and the best before that."""
     own = evidence[arm.slug].scores
     if arm.scheme is not None:  # a merged model is not compared with itself
         merged = f"merged-{arm.merge_base}"
         yield from planned_checks(own, evidence[merged].scores if merged in evidence else {}, merged, margins)
     if margins.better_than_base:
         yield better_than_base(own, evidence[BASE].scores if BASE in evidence else {})
-    if champion is not None:
-        files = run.home / champion["evaluate"] / "files"
-        removed = frozenset(champion["removed"])
-        theirs = read_scores(files) if files.is_dir() else {}  # without its scores nothing is decided
-        yield from planned_checks(restricted(own, removed), restricted(theirs, removed), CHAMPION, margins)
+    if champion := record.get("champion"):
+        yield from planned_checks(*_both(own, champion, run), CHAMPION, margins)
+    if best := record.get("best"):  # one margin for the whole chain; slices and general text stay the champion's
+        every = planned_checks(*_both(own, best, run), BEST, margins)
+        yield from (check for check in every if check.domain is None and check.metric != "general_loss")
+
+
+def _both(own: Scores, other: Mapping[str, Any], run: Run) -> tuple[Scores, Scores]:
+    """Scores of the candidate and of another version on the rows that the other one was not trained on."""
+    files, removed = run.home / other["evaluate"] / "files", frozenset(other["removed"])
+    theirs = read_scores(files) if files.is_dir() else {}  # without its scores nothing is decided
+    return restricted(own, removed), restricted(theirs, removed)
 
 
 def _outcome(checks: Sequence[Check], looks: Looks | None, engine: Mapping[str, Any] | None) -> Outcome:
@@ -101,9 +113,9 @@ def _digest(run: Run, arm: RunArm) -> str | None:
     return step.manifest["digest"] if step and step.manifest else None
 
 
-def _shown(champion: Mapping[str, Any], *, compared: bool, same: bool) -> dict[str, Any]:
-    named = {name: champion[name] for name in ("model", "version", "run", "arm", "digest", "evaluate", "rows", "note")}
-    return {**named, "removed": len(champion["removed"]), "same": same, "compared": compared}
+def _shown(version: Mapping[str, Any]) -> dict[str, Any]:
+    named = {name: version[name] for name in ("model", "version", "run", "arm", "digest", "evaluate", "rows", "note")}
+    return {**named, "removed": len(version["removed"])}
 
 
 def sentences(section: Mapping[str, Any]) -> Iterator[str]:
@@ -131,6 +143,7 @@ def sentences(section: Mapping[str, Any]) -> Iterator[str]:
     if looks and not spent_out:
         yield looks["text"]
     yield _champion_text(section["champion"])
+    yield from chain_sentences(section)
     if looks is None and section["champion"] is None and "margins" in section:
         yield _first_look(section["margins"]["looks"])
 
@@ -152,11 +165,43 @@ def _champion_text(champion: Mapping[str, Any] | None) -> str:
         return (
             "No champion was compared with: `quench promote` evaluates the present one, if there is one, and decides."
         )
-    named = f"the champion, version {champion['version']} ({champion['arm']} of run {champion['run']})"
+    named = f"the champion, {_named(champion)}"
     if champion["same"]:
         return f"It is {named}: nothing to promote."
-    note = f" {champion['note']}" if champion["note"] else ""
+    return f"Compared with {named} {_on_rows(champion)}"
+
+
+def _named(version: Mapping[str, Any]) -> str:
+    return f"version {version['version']} ({version['arm']} of run {version['run']})"
+
+
+def _on_rows(version: Mapping[str, Any]) -> str:
+    note = f" {version['note']}" if version["note"] else ""
     return (
-        f"Compared with {named} on {champion['rows'] - champion['removed']:,} of {champion['rows']:,} rows of test; "
-        f"{champion['removed']:,} that it was trained on are left out.{note}"
+        f"on {version['rows'] - version['removed']:,} of {version['rows']:,} rows of test; "
+        f"{version['removed']:,} that it was trained on are left out.{note}"
     )
+
+
+def chain_sentences(section: Mapping[str, Any]) -> Iterator[str]:
+    """What the candidate follows: the best version so far, and what could not be compared with."""
+    chain = section.get("chain")
+    if chain is None:
+        return
+    if best := section.get("best"):
+        yield f"Compared with the best version so far, {_named(best)}, too, {_on_rows(best)}"
+        yield "What was lost since then counts against the same margins."
+    elif chain["versions"] and chain["best"] == chain["champion"]:
+        count = len(chain["versions"])
+        yield (
+            f"The champion is the best of the {count} versions so far."
+            if count > 1
+            else "It is the only version so far."
+        )
+    elif chain["elsewhere"] and not chain["left_out"]:
+        yield "This test shares no row with any that a promoted version was judged on: a new chain begins."
+    if chain["left_out"]:
+        named = (f"version {line['version']}: {line['reason']}" for line in chain["left_out"])
+        yield f"Left out of the chain: {len(chain['left_out'])} ({'; '.join(named)})."
+    if chain["unread"]:
+        yield f"Left out: {chain['unread']} lines of promotions.jsonl that lack a field, of another version of Quench."

@@ -77,12 +77,12 @@ def _keys(dataset: Path, split: str) -> dict[str, tuple[str, str]]:
     for batch in pq.read_table(dataset / "rows.parquet", columns=columns, filters=only).to_batches():
         for sample, messages in zip(*(column.to_pylist() for column in batch.columns), strict=True):
             turns = hashlib.sha256(normalised(json.loads(messages)).encode()).hexdigest()[:16]
-            keys[sample] = (_row(sample), turns)
+            keys[sample] = (row_name(sample), turns)
     return keys
 
 
-def _row(name: str) -> str:
-    """A sample of one turn is named HASH.TURN; the row is its hash."""
+def row_name(name: str) -> str:
+    """Name of a sample's row. A sample of one turn is named HASH.TURN; the row is its hash."""
     return name.partition(".")[0]
 
 
@@ -153,7 +153,7 @@ def evaluated(present: Promotion, run: Run, candidate: RunArm, home: Path) -> Ch
     return ChampionScores(
         evaluate=str(artifact.folder.relative_to(home)),
         rows=len(rows),
-        removed=[name for name in rows if not trained.isdisjoint(keys.get(name, (_row(name),)))],
+        removed=[name for name in rows if not trained.isdisjoint(keys.get(name, (row_name(name),)))],
         note=" ".join(notes) or None,
     )
 

@@ -48,6 +48,7 @@ class Promotion:
         test: Names the rows of test that it was judged on (flows/promotion/evidence.py); None after a rollback, and
             in lines of an older Quench.
         look: Which candidate it was on these rows; None as above.
+        scoring: Digest of the scorers that it was judged by; None in lines of an older Quench.
     """
 
     at: str
@@ -67,6 +68,7 @@ class Promotion:
     served: str | None = None
     test: str | None = None
     look: int | None = None
+    scoring: str | None = None
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Promotion | None:
@@ -128,6 +130,11 @@ class Journal:
         """Lines about this model that lack a field: of an older layout. They are left out of `lines`."""
         return sum(line is None for line in self._read())
 
+    def highest(self) -> int:
+        """The highest number that a version of this model has, also in a line that lacks a field."""
+        known = (record.get("version") for record in records(self.path) if record.get("model") == self.model)
+        return max((number for number in known if isinstance(number, int)), default=0)
+
     def _read(self) -> list[Promotion | None]:
         return [Promotion.of(record) for record in records(self.path) if record.get("model") == self.model]
 
@@ -164,7 +171,7 @@ def versions(lines: Sequence[Promotion]) -> dict[int, Promotion]:
     return decisive
 
 
-def version_of(lines: Sequence[Promotion], digest: str) -> int:
-    """The version of an artifact: the one that it has, or the next."""
+def version_of(lines: Sequence[Promotion], digest: str, *, highest: int = 0) -> int:
+    """The version of an artifact: the one that it has, or the next after `highest` and all of these."""
     known = {line.digest: line.version for line in lines}
-    return known.get(digest) or max(known.values(), default=0) + 1
+    return known.get(digest) or max([highest, *known.values()]) + 1

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from flows.gate.candidate import candidate, margins_of
 from flows.gate.looks import looks_of
 from flows.gate.section import PROMOTION
+from flows.promotion.chain import Chain, chain_of
 from flows.promotion.champion import TRAIN_ROWS, ChampionScores, evaluated, stale, trained_on
 from flows.promotion.evidence import SCORES, judged, keep_rows, keep_scores, record_folder, test_rows
 from flows.promotion.journal import MOVES, Journal, Promotion, champion, locked, now, version_of, versions
@@ -21,9 +22,10 @@ from flows.report.build import Report, render
 from flows.report.model_card import card_of
 from flows.results.cells import Draws
 from flows.results.read import Run, RunArm, read_run
-from recipes.problem import Problem
+from recipes.problem import Problem, RecipeError
 from recipes.schema import recipe_of_run
-from tasks.runtime.fingerprint import file_digest
+from tasks.runtime.fingerprint import file_digest, fingerprint
+from tasks.runtime.process.errors import StepFailed
 from tasks.runtime.store.local import Store, read_json, write_json
 
 Say = Callable[[str], None]
@@ -60,16 +62,13 @@ def promote(run_folder: Path, home: Path, *, say: Say) -> Decision:
             return Decision("none", None, _reported(run, {"champion": None}).json["gate"], [])
         journal = Journal(home, model_name(run_folder))
         lines = journal.lines()
-        if unread := journal.unread():
-            say(f"{unread} lines of {journal.path} about {journal.model} are of another layout: left out")
         present = champion(lines)
-        drafted = _drafted(run, arm, lines, present)
-        scored = _scored(run, arm)
-        rows = test_rows(scored)
+        drafted = _drafted(run, arm, journal, present)
+        rows = test_rows(_scored(run, arm))
         looks = looks_of(drafted.digest, rows, judged(home, lines), limit=margins_of(run).looks)
         record: dict[str, Any] = {"champion": None, "looks": looks.as_dict()}
         if present is not None and present.digest == drafted.digest:
-            record["champion"] = _champion(present, ChampionScores(evaluate="", rows=0, removed=[], note=None))
+            record["champion"] = _compared(present, ChampionScores(evaluate="", rows=0, removed=[], note=None))
             return Decision("nothing", None, _reported(run, record).json["gate"], sync(home, journal.model, lines))
         say(f"reading every byte of {drafted.path}")
         if problem := stale(Store(home), drafted):
@@ -78,7 +77,11 @@ def promote(run_folder: Path, home: Path, *, say: Say) -> Decision:
             say(
                 f"evaluating the champion, version {present.version} ({present.arm} of run {present.run}), on this test"
             )
-            record["champion"] = _champion(present, evaluated(present, run, arm, home))
+            record["champion"] = _compared(present, evaluated(present, run, arm, home))
+        files = _scored(run, arm)
+        chain = chain_of(home, lines, digest=drafted.digest, files=files, scoring=drafted.scoring)
+        chain, record["best"] = _best(replace(chain, unread=journal.unread()), present, run, arm, say=say)
+        record["chain"] = chain.as_dict(_number(present))
         report = _reported(run, record)
         gate = report.json["gate"]
         promotion = replace(
@@ -93,6 +96,25 @@ def promote(run_folder: Path, home: Path, *, say: Say) -> Decision:
         _keep(promotion, run, arm, report, home)
         journal.append(promotion)
         return Decision(promotion.event, promotion, gate, sync(home, journal.model, journal.lines()))
+
+
+def _best(
+    chain: Chain, present: Promotion | None, run: Run, arm: RunArm, *, say: Say
+) -> tuple[Chain, dict[str, Any] | None]:
+    """The best version of the chain on this test, and the chain without those that could not be evaluated.
+
+    None where it is the champion, which is compared with anyway, or where there is no version to compare with.
+    """
+    while (best := chain.best) is not None and best.line.version != _number(present):
+        line = best.line
+        say(f"evaluating the best version so far, version {line.version} ({line.arm} of run {line.run}), on this test")
+        try:
+            return chain, _compared(line, evaluated(line, run, arm, run.home))
+        except (RecipeError, StepFailed) as error:
+            why = str(error).splitlines()[0]
+            say(f"version {line.version} is left out: {why}")
+            chain = chain.without(line.version, f"it could not be evaluated: {why.rstrip('.')}")
+    return chain, None
 
 
 def roll_back(home: Path, model: str, version: int, *, say: Say) -> Decision:
@@ -165,14 +187,14 @@ def _number(present: Promotion | None) -> int | None:
     return present.version if present else None
 
 
-def _drafted(run: Run, arm: RunArm, lines: list[Promotion], present: Promotion | None) -> Promotion:
+def _drafted(run: Run, arm: RunArm, journal: Journal, present: Promotion | None) -> Promotion:
     """The decision without its outcome."""
     step = run.step(arm.model)
     assert step is not None and step.manifest is not None and step.path is not None  # a candidate was made
     return Promotion(
         at=now(),
         model=model_name(run.folder),
-        version=version_of(lines, step.manifest["digest"]),
+        version=version_of(journal.lines(), step.manifest["digest"], highest=journal.highest()),
         event="blocked",
         outcome="none",
         run=run.raw["id"],
@@ -183,6 +205,7 @@ def _drafted(run: Run, arm: RunArm, lines: list[Promotion], present: Promotion |
         recipe=file_digest(run.folder / "recipe.resolved.json"),
         dataset=trained_on(run.home, Path(step.path))["dataset"],
         champion=_number(present),
+        scoring=fingerprint({"scorers": (run.recipe.get("evaluate") or {}).get("scorers")}),
     )
 
 
@@ -202,9 +225,9 @@ def _made_again(problem: Problem, arm: RunArm) -> Problem:
     )
 
 
-def _champion(present: Promotion, scores: ChampionScores) -> dict[str, Any]:
-    """What promotion.json says about the champion that was compared with."""
-    return {name: getattr(present, name) for name in ("model", "version", "run", "arm", "digest")} | asdict(scores)
+def _compared(version: Promotion, scores: ChampionScores) -> dict[str, Any]:
+    """What promotion.json says about a version that was compared with: the champion, or the best before it."""
+    return {name: getattr(version, name) for name in ("model", "version", "run", "arm", "digest")} | asdict(scores)
 
 
 def _reported(run: Run, record: dict[str, Any]) -> Report:
