@@ -204,4 +204,6 @@ def chain_sentences(section: Mapping[str, Any]) -> Iterator[str]:
         named = (f"version {line['version']}: {line['reason']}" for line in chain["left_out"])
         yield f"Left out of the chain: {len(chain['left_out'])} ({'; '.join(named)})."
     if chain["unread"]:
-        yield f"Left out: {chain['unread']} lines of promotions.jsonl that lack a field, of another version of Quench."
+        lines = "1 line" if chain["unread"] == 1 else f"{chain['unread']} lines"
+        verb = "lacks" if chain["unread"] == 1 else "lack"
+        yield f"Left out: {lines} of promotions.jsonl that {verb} a field, as of another version of Quench."

@@ -21,7 +21,7 @@ import numpy as np
 
 from flows.gate.looks import HALF
 from flows.promotion.champion import row_name, stale, training_of
-from flows.promotion.evidence import rows_judged_on, scores_folder
+from flows.promotion.evidence import rows_judged_on, scores_folder, test_rows
 from flows.promotion.journal import Promotion
 from flows.results.rows import RowScores, read_dev, read_scores
 from flows.results.stats import Estimand, Sums, Z, standard_error
@@ -102,9 +102,8 @@ def chain_of(home: Path, lines: Sequence[Promotion], *, digest: str, files: Path
         files: Of its evaluation.
         scoring: Its scorers, as lines of promotions.jsonl have them.
     """
-    own = read_scores(files)
+    own, rows = read_scores(files), frozenset(test_rows(files))
     metric = next((name for name in METRICS if name in own), METRICS[-1])
-    rows = frozenset(str(name) for scores in own.values() for name in scores.rows if name)
     promoted = {line.version: line for line in lines if line.event == "promoted" and line.digest != digest}
     known = {version: rows_judged_on(home, line) for version, line in promoted.items()}
     left_out = {version: "no record of its rows of test is left" for version, seen in known.items() if seen is None}

@@ -75,4 +75,4 @@ def differences(family: Sequence[Paired], draws: Draw, *, level: float = LEVEL) 
         return list(map(Difference, ordered, plain, together, plain, together))
     able = [boot.at_level(level) for boot in ordered]
     own = [difference_intervals([boot], level=level)[0] for boot in able]
-    return list(map(Difference, able, plain, together, own, difference_intervals(able, level=level)))
+    return list(map(Difference, ordered, plain, together, own, difference_intervals(able, level=level)))

@@ -343,7 +343,7 @@ def _decline(years: int) -> Iterator[str]:
         for rule in rules:
             found = decline(years, rows, flips, rule, step=step)
             blocked = percent(found.within) if step == 0.01 else "–"
-            what = (f"{100 * step:g} points", f"{rows:,}", percent(flips), rule)
+            what = ("1 point" if step == 0.01 else f"{100 * step:g} points", f"{rows:,}", percent(flips), rule)
             lines.append((*what, blocked, f"{found.lost:.2f}", f"{found.most:.2f}"))
     yield from table(("a week", "rows", "flip rate", "compared with", "blocked", "lost", "most"), lines)
 

@@ -122,3 +122,11 @@ def test_both_outcomes_need_more_at_a_higher_level() -> None:
     assert [judge([check], Draws(), level=level)[0].outcome for level in levels] == ["worse", "undecided"]
     text = judge([check], Draws(), level=levels[1])[0].as_dict()["text"]
     assert "points at 99.9 %, may lose 2 points: undecided" in text
+
+
+def test_slices_stay_at_95_percent() -> None:
+    right = np.ones(300)
+    whole = question(right, right, margin=0.05)
+    checks = judge([whole, replace(whole, domain="join")], Draws(), level=Looks(number=2, limit=52).level)
+    assert [round(check.level, 3) for check in checks] == [0.999, 0.95]
+    assert checks[1].ci_level == checks[1].ci95 == checks[0].ci95 != checks[0].ci_level
