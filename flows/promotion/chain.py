@@ -113,7 +113,7 @@ def chain_of(home: Path, lines: Sequence[Promotion], *, digest: str, files: Path
     for version, line in promoted.items():
         if version not in connected:
             continue
-        link = _unfit(home, line, rows, scoring) or _link(home, line, metric)
+        link = _compared(home, line, rows, scoring=scoring, metric=metric)
         if version in gone:
             left_out[version] = "it was rolled back"
         elif isinstance(link, str):
@@ -183,6 +183,14 @@ def _unfit(home: Path, line: Promotion, rows: frozenset[str], scoring: str | Non
     if own > HALF * len(rows):
         return f"it was trained on {own:,} of these {len(rows):,} rows"
     return None
+
+
+def _compared(home: Path, line: Promotion, rows: frozenset[str], *, scoring: str | None, metric: str) -> Link | str:
+    """The link of a version, or why it is left out."""
+    try:
+        return _unfit(home, line, rows, scoring) or _link(home, line, metric)
+    except (OSError, ValueError, KeyError) as error:  # JSON and parquet that something has cut short or changed
+        return f"its record cannot be read ({type(error).__name__}: {str(error).splitlines()[0][:80]})"
 
 
 def _link(home: Path, line: Promotion, metric: str) -> Link | str:

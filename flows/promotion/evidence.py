@@ -6,6 +6,7 @@ was the best, have to be known without them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -71,11 +72,14 @@ def judged(home: Path, lines: Iterable[Promotion]) -> list[Judged]:
 
 
 def rows_judged_on(home: Path, line: Promotion) -> frozenset[str] | None:
-    """Rows of test behind a verdict: as they were kept, else from its run; None where neither is left."""
-    if line.test and (path := _rows_file(home, line.model, line.test)).is_file():
-        return frozenset(read_json(path)["rows"])
-    files = _evaluation(home, line)
-    return frozenset(test_rows(files)) if files else None
+    """Rows of test behind a verdict: as they were kept, else from its run; None where neither can be read any more."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        if line.test and (path := _rows_file(home, line.model, line.test)).is_file():
+            return frozenset(read_json(path)["rows"])
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        files = _evaluation(home, line)
+        return frozenset(test_rows(files)) if files else None
+    return None
 
 
 # ---- scores

@@ -35,8 +35,8 @@ def told(decision: Decision) -> str:
 
 
 def test_a_point_a_week_is_blocked_before_the_margin_is_lost(tmp_path: Path) -> None:
-    """3,000 rows show each week's point; compared with the champion alone, every week would pass."""
-    weeks = Weeks(tmp_path)
+    """5,000 rows show each week's point; compared with the champion alone, every week would pass."""
+    weeks = Weeks(tmp_path, test=5000)
     decisions = [decide(weeks, week, 0.90 - 0.01 * week) for week in range(1, 7)]
     events = [decision.event for decision in decisions]
     assert events[:2] == ["promoted", "promoted"] and set(events[2:]) == {"blocked"}, [told(one) for one in decisions]
@@ -63,7 +63,7 @@ def test_a_point_a_week_is_blocked_before_the_margin_is_lost(tmp_path: Path) -> 
 def test_after_the_last_look_nothing_is_decided_until_rows_are_new(tmp_path: Path) -> None:
     weeks = Weeks(tmp_path, test=1200, gate={"domain_task": 0.3, "looks": 2})
     half = slice(0, 500)
-    assert [decide(weeks, week, 0.9, part=half).event for week in (1, 2)] == ["promoted", "blocked"]
+    assert [decide(weeks, week, 0.9, part=half).event for week in (1, 2)] == ["promoted", "promoted"]
     third = decide(weeks, 3, 0.9, part=half)
     assert (third.event, third.gate["outcome"]) == ("blocked", "undecided")
     assert third.gate["text"][1].startswith(
@@ -81,7 +81,7 @@ def first_two(home: Path) -> Weeks:
 
 
 def gone(weeks: Weeks) -> str:
-    shutil.rmtree(weeks.made[1])
+    shutil.rmtree(weeks.made[1].path.parent)
     return "its files are not what was promoted (It was removed)"
 
 
@@ -92,6 +92,12 @@ def without_scores(weeks: Weeks) -> str:
     raw["steps"] = [step for step in raw["steps"] if step["stage"] != "evaluate"]
     steps.write_text(json.dumps(raw))
     return "no record of its scores is left"
+
+
+def damaged_scores(weeks: Weeks) -> str:
+    path = weeks.home / "promotions" / MODEL / "1" / SCORES
+    path.write_bytes(path.read_bytes()[:100])
+    return "its record cannot be read (ArrowInvalid"
 
 
 def trained_on_most(weeks: Weeks) -> str:
@@ -118,7 +124,7 @@ def other_scorers(weeks: Weeks) -> str:
     return "it was scored by other scorers than this run"
 
 
-@pytest.mark.parametrize("harm", [gone, without_scores, trained_on_most, rolled_back, other_scorers])
+@pytest.mark.parametrize("harm", [gone, without_scores, damaged_scores, trained_on_most, rolled_back, other_scorers])
 def test_versions_that_cannot_be_compared_with_are_left_out_and_said(
     tmp_path: Path, harm: Callable[[Weeks], str]
 ) -> None:
@@ -127,8 +133,8 @@ def test_versions_that_cannot_be_compared_with_are_left_out_and_said(
     decision = decide(weeks, 3, 0.895)
     left_out = {line["version"]: line["reason"] for line in decision.gate["chain"]["left_out"]}
     (version,) = left_out
-    assert left_out == {version: why} and version == (2 if harm is rolled_back else 1)
-    assert f"Left out of the chain: 1 (version {version}: {why})." in told(decision)
+    assert left_out[version].startswith(why) and version == (2 if harm is rolled_back else 1)
+    assert f"Left out of the chain: 1 (version {version}: {why}" in told(decision)
     assert decision.gate["chain"]["versions"] and decision.gate["best"] is None
 
 

@@ -6,14 +6,13 @@ a version on a later week's rows are in the store already, where the champion's 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -36,13 +35,15 @@ class Weeks:
         home: QUENCH_HOME.
         test: Rows that test is drawn from.
         gate: The recipe's, where it differs from the default. Slices are wide open: they are not what is planted.
-        made: Week -> folder of the candidate's model, relative to the home.
+        made: Week -> the candidate's model, as an input of an evaluation.
+        shares: Week -> the share of the rows that it gets right.
     """
 
     home: Path
     test: int = 3000
     gate: dict[str, Any] = field(default_factory=lambda: {"domain_task": 0.3})
-    made: dict[int, Path] = field(default_factory=dict)
+    made: dict[int, External] = field(default_factory=dict)
+    shares: dict[int, float] = field(default_factory=dict)
 
     def run(self, week: int, share: float, *, part: slice = slice(None)) -> Path:
         """A week's run; its candidate gets that share of the rows right, the same rows every week but for the loss."""
@@ -54,7 +55,7 @@ class Weeks:
             self.home,
             shapes=shapes,
             test=self.test,
-            general=40,
+            general=400,
             run_id=f"202611{week:02d}-120000-{mark}",
             salt=mark,
             remade=mark,
@@ -70,8 +71,8 @@ class Weeks:
         dataset = self._dataset(written)
         model = self._of(folder, f"quantize/{ARM}")
         real(model)
-        self.made[week] = model
-        self._evaluations(folder, recipe_of_run(recipe), dataset, week)
+        self.made[week], self.shares[week] = source("model", model), share
+        self._evaluations(written, recipe_of_run(recipe), source("dataset", dataset), week)
         return folder
 
     def _of(self, folder: Path, key: str) -> Path:
@@ -89,26 +90,18 @@ class Weeks:
         tokens(folder / "files" / "tokenizer")
         return folder
 
-    def _evaluations(self, folder: Path, recipe: Recipe, dataset: Path, week: int) -> None:
+    def _evaluations(self, written: SyntheticRun, recipe: Recipe, data: External, week: int) -> None:
         """The candidate's own, and on the same rows those of every earlier version."""
-        data = source("dataset", dataset)
-        own = self._of(folder, f"evaluate/{ARM}")
-        step = evaluate.step(recipe, ARM, kind="quantized", inputs=self._inputs(data, self.made[week]))
-        complete(own, step, self.home)
-        names = set(pq.read_table(own / "files" / "scores.parquet")["row"].to_pylist())
-        for earlier in (number for number in self.made if number != week):
-            model = self.made[earlier]
-            (run,) = self.home.glob(f"runs/*-week-{earlier}")
-            scores = pq.read_table(self._of(run, f"evaluate/{ARM}") / "files" / "scores.parquet").to_pylist()
-            step = evaluate.step(recipe, CHAMPION, kind="quantized", inputs=self._inputs(data, model))
-            place = self.home / "store" / "evaluate" / f"{CHAMPION}-{step.fingerprint[:12]}"
-            shutil.copytree(own, place)
-            kept = pa.Table.from_pylist([line for line in scores if line["row"] in names])
-            pq.write_table(kept, place / "files" / "scores.parquet")
+        own = self._of(self.home / "runs" / written.run_id, f"evaluate/{ARM}")
+        for number, model in self.made.items():
+            place, slug = own, ARM if number == week else CHAMPION
+            step = evaluate.step(recipe, slug, kind="quantized", inputs={"dataset": data, "model": model})
+            if number != week:
+                place = self.home / "store" / "evaluate" / f"{CHAMPION}-{step.fingerprint[:12]}"
+                shutil.copytree(own, place)
+                shape = replace(written.shapes[ARM], task=self.shares[number])
+                written._scores(place / "files", ARM, shape, np.random.default_rng([0, ARMS.index(ARM)]))
             complete(place, step, self.home)
-
-    def _inputs(self, data: External, model: Path) -> dict[str, External]:
-        return {"dataset": data, "model": source("model", model)}
 
 
 def source(name: str, folder: Path) -> External:
@@ -159,8 +152,3 @@ def sealed(folder: Path, manifest: dict[str, Any]) -> None:
         manifest["files"][name] = {"sha256": file_digest(path), "size": path.stat().st_size}
     manifest["digest"] = fingerprint({"files": {name: one["sha256"] for name, one in manifest["files"].items()}})
     (folder / "manifest.json").write_text(json.dumps(manifest))
-
-
-def names_of(part: Sequence[int]) -> list[str]:
-    """Rows of a synthetic run by their numbers."""
-    return [hashlib.sha256(f"row {number}".encode()).hexdigest()[:16] for number in part]
