@@ -13,7 +13,7 @@ so a small decline is not taken for the new best by noise. docs/results/gate.md 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ from flows.results.stats import Estimand, Sums, Z, standard_error
 from tasks.runtime.store.local import Store
 
 BEYOND = 1.0  # standard errors on dev
-FEWEST_ROWS = 2  # with fewer in common nothing is compared
+FEWEST_GROUPS = 2  # of rows; with fewer in common nothing can be said about the spread
 METRICS = ("task", "bits")  # what ranks versions, the first that the candidate has; bits a byte hold for any tokenizer
 
 
@@ -70,13 +70,7 @@ class Chain:
     def without(self, version: int, why: str) -> Chain:
         """The same, one version less."""
         kept = tuple(link for link in self.links if link.line.version != version)
-        return Chain(
-            metric=self.metric,
-            links=kept,
-            left_out={**self.left_out, version: why},
-            elsewhere=self.elsewhere,
-            unread=self.unread,
-        )
+        return replace(self, links=kept, left_out={**self.left_out, version: why})
 
     def as_dict(self, champion: int | None) -> dict[str, Any]:
         """As promotion.json has it; differences are to the best, on the rows of test that both were judged on."""
@@ -138,14 +132,14 @@ def ahead(later: Sums, best: Sums, *, higher: bool) -> bool:
 
 
 def in_common(a: RowScores, b: RowScores) -> tuple[RowScores, RowScores] | None:
-    """Both on the rows, groups and counts that they share; None where too few are left."""
+    """Both on the rows and counts that they share, in the groups of the second; None where too few are left."""
     pair = tuple(one.where(np.isin(one.rows, other.rows)) for one, other in ((a, b), (b, a)))
     if len(pair[0].rows) != len(pair[1].rows):  # a name that one of them has twice
         return None
-    same = (pair[0].rows == pair[1].rows) & (pair[0].count == pair[1].count) & (pair[0].group == pair[1].group)
+    same = (pair[0].rows == pair[1].rows) & (pair[0].count == pair[1].count)
     same &= np.isfinite(pair[0].total) & np.isfinite(pair[1].total)
-    kept = (pair[0].where(same), pair[1].where(same))
-    return kept if len(kept[0].groups) >= FEWEST_ROWS else None
+    kept = (replace(pair[0], group=pair[1].group).where(same), pair[1].where(same))
+    return kept if len(kept[0].groups) >= FEWEST_GROUPS else None
 
 
 def _connected(tests: Mapping[int, frozenset[str]], rows: frozenset[str]) -> Iterator[int]:
