@@ -20,7 +20,7 @@ MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 ENVIRONMENTS := llmcompressor autoawq autogptq vllm onnx
 
 .PHONY: help install env-llmcompressor env-autoawq env-autogptq env-vllm env-onnx quickstart check audit test test-all test-gpu bench \
-        models served folklore overheads kills cluster docs site site-serve lock lock-envs clean
+        models served folklore gate-years overheads kills cluster docs site site-serve lock lock-envs clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -106,6 +106,9 @@ bench: quickstart env-autoawq env-autogptq  # whose models and readers the last 
 
 folklore: install env-llmcompressor  ## what the field repeats, three seeds: docs/results/folklore.md, resumes
 	$(BIN)/python -m tests.bench.folklore
+
+gate-years: install  ## 1,000 years of 52 retrains through the gate's rule, simulated: docs/results/gate.md, minutes
+	$(BIN)/python -m tests.bench.gate_years
 
 models: install env-llmcompressor  ## a tiny model of each architecture through every step: docs/models.md, resumes
 	$(BIN)/python -m tests.bench.models

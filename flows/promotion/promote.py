@@ -10,18 +10,22 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import ValidationError
 
-from flows.gate.candidate import candidate
+from flows.gate.candidate import candidate, margins_of
+from flows.gate.looks import looks_of
 from flows.gate.section import PROMOTION
-from flows.promotion.champion import TRAIN_ROWS, ChampionScores, evaluated, record_folder, stale, trained_on
+from flows.promotion.chain import Chain, chain_of
+from flows.promotion.champion import TRAIN_ROWS, ChampionScores, evaluated, stale, trained_on
+from flows.promotion.evidence import SCORES, judged, keep_rows, keep_scores, record_folder, test_rows
 from flows.promotion.journal import MOVES, Journal, Promotion, champion, locked, now, version_of, versions
 from flows.promotion.registry import sync
 from flows.report.build import Report, render
 from flows.report.model_card import card_of
 from flows.results.cells import Draws
 from flows.results.read import Run, RunArm, read_run
-from recipes.problem import Problem
+from recipes.problem import Problem, RecipeError
 from recipes.schema import recipe_of_run
-from tasks.runtime.fingerprint import file_digest
+from tasks.runtime.fingerprint import file_digest, fingerprint
+from tasks.runtime.process.errors import StepFailed
 from tasks.runtime.store.local import Store, read_json, write_json
 
 Say = Callable[[str], None]
@@ -55,24 +59,30 @@ def promote(run_folder: Path, home: Path, *, say: Say) -> Decision:
         run = read_run(run_folder, home)
         arm = candidate(run, Draws()).arm
         if arm is None:
-            return Decision("none", None, _reported(run, None).json["gate"], [])
+            return Decision("none", None, _reported(run, {"champion": None}).json["gate"], [])
         journal = Journal(home, model_name(run_folder))
         lines = journal.lines()
         present = champion(lines)
-        drafted = _drafted(run, arm, lines, present)
+        drafted = _drafted(run, arm, journal, present)
+        rows = test_rows(_scored(run, arm))
+        looks = looks_of(drafted.digest, rows, judged(home, lines), limit=margins_of(run).looks)
+        record: dict[str, Any] = {"champion": None, "looks": looks.as_dict()}
         if present is not None and present.digest == drafted.digest:
-            itself = _champion(present, ChampionScores(evaluate="", rows=0, removed=[], note=None))
-            return Decision("nothing", None, _reported(run, itself).json["gate"], sync(home, journal.model, lines))
+            record["champion"] = _compared(present, ChampionScores(evaluate="", rows=0, removed=[], note=None))
+            return Decision("nothing", None, _reported(run, record).json["gate"], sync(home, journal.model, lines))
         say(f"reading every byte of {drafted.path}")
         if problem := stale(Store(home), drafted):
             raise _made_again(problem, arm).error()
-        compared_with = None
         if present is not None:
             say(
                 f"evaluating the champion, version {present.version} ({present.arm} of run {present.run}), on this test"
             )
-            compared_with = _champion(present, evaluated(present, run, arm, home))
-        report = _reported(run, compared_with)
+            record["champion"] = _compared(present, evaluated(present, run, arm, home))
+        files = _scored(run, arm)
+        chain = chain_of(home, lines, digest=drafted.digest, files=files, scoring=drafted.scoring)
+        chain, record["best"] = _best(replace(chain, unread=journal.unread()), present, run, arm, say=say)
+        record["chain"] = chain.as_dict(_number(present))
+        report = _reported(run, record)
         gate = report.json["gate"]
         promotion = replace(
             drafted,
@@ -80,10 +90,31 @@ def promote(run_folder: Path, home: Path, *, say: Say) -> Decision:
             outcome=gate["outcome"],
             checks=[*gate["tests"], *gate["domains"]],
             served=gate["served"]["text"] if "served" in gate else None,
+            test=keep_rows(home, drafted.model, rows),
+            look=looks.number,
         )
         _keep(promotion, run, arm, report, home)
         journal.append(promotion)
         return Decision(promotion.event, promotion, gate, sync(home, journal.model, journal.lines()))
+
+
+def _best(
+    chain: Chain, present: Promotion | None, run: Run, arm: RunArm, *, say: Say
+) -> tuple[Chain, dict[str, Any] | None]:
+    """The best version of the chain on this test, and the chain without those that could not be evaluated.
+
+    None where it is the champion, which is compared with anyway, or where there is no version to compare with.
+    """
+    while (best := chain.best) is not None and best.line.version != _number(present):
+        line = best.line
+        say(f"evaluating the best version so far, version {line.version} ({line.arm} of run {line.run}), on this test")
+        try:
+            return chain, _compared(line, evaluated(line, run, arm, run.home))
+        except (RecipeError, StepFailed) as error:
+            why = str(error).splitlines()[0]
+            say(f"version {line.version} is left out: {why}")
+            chain = chain.without(line.version, f"it could not be evaluated: {why.rstrip('.')}")
+    return chain, None
 
 
 def roll_back(home: Path, model: str, version: int, *, say: Say) -> Decision:
@@ -104,7 +135,15 @@ def roll_back(home: Path, model: str, version: int, *, say: Say) -> Decision:
         if problem := stale(Store(home), wanted):
             raise problem.error()
         promotion = replace(
-            wanted, at=now(), event="rolled back", outcome="none", champion=_number(present), checks=[], served=None
+            wanted,
+            at=now(),
+            event="rolled back",
+            outcome="none",
+            champion=_number(present),
+            checks=[],
+            served=None,
+            test=None,
+            look=None,
         )
         journal.append(promotion)
         return Decision("rolled back", promotion, {}, sync(home, model, journal.lines()))
@@ -148,14 +187,14 @@ def _number(present: Promotion | None) -> int | None:
     return present.version if present else None
 
 
-def _drafted(run: Run, arm: RunArm, lines: list[Promotion], present: Promotion | None) -> Promotion:
+def _drafted(run: Run, arm: RunArm, journal: Journal, present: Promotion | None) -> Promotion:
     """The decision without its outcome."""
     step = run.step(arm.model)
     assert step is not None and step.manifest is not None and step.path is not None  # a candidate was made
     return Promotion(
         at=now(),
         model=model_name(run.folder),
-        version=version_of(lines, step.manifest["digest"]),
+        version=version_of(journal.lines(), step.manifest["digest"], highest=journal.highest()),
         event="blocked",
         outcome="none",
         run=run.raw["id"],
@@ -166,7 +205,15 @@ def _drafted(run: Run, arm: RunArm, lines: list[Promotion], present: Promotion |
         recipe=file_digest(run.folder / "recipe.resolved.json"),
         dataset=trained_on(run.home, Path(step.path))["dataset"],
         champion=_number(present),
+        scoring=fingerprint({"scorers": (run.recipe.get("evaluate") or {}).get("scorers")}),
     )
+
+
+def _scored(run: Run, arm: RunArm) -> Path:
+    """Files of the candidate's evaluation."""
+    step = run.step(arm.evaluate)
+    assert step is not None and step.files is not None  # a candidate was evaluated
+    return step.files
 
 
 def _made_again(problem: Problem, arm: RunArm) -> Problem:
@@ -178,22 +225,24 @@ def _made_again(problem: Problem, arm: RunArm) -> Problem:
     )
 
 
-def _champion(present: Promotion, scores: ChampionScores) -> dict[str, Any]:
-    """What promotion.json says about the champion that was compared with."""
-    return {name: getattr(present, name) for name in ("model", "version", "run", "arm", "digest")} | asdict(scores)
+def _compared(version: Promotion, scores: ChampionScores) -> dict[str, Any]:
+    """What promotion.json says about a version that was compared with: the champion, or the best before it."""
+    return {name: getattr(version, name) for name in ("model", "version", "run", "arm", "digest")} | asdict(scores)
 
 
-def _reported(run: Run, compared_with: dict[str, Any] | None) -> Report:
-    write_json(run.folder / PROMOTION, {"champion": compared_with})
+def _reported(run: Run, record: dict[str, Any]) -> Report:
+    write_json(run.folder / PROMOTION, record)
     return render(run.folder, run.home)
 
 
 def _keep(promotion: Promotion, run: Run, arm: RunArm, report: Report, home: Path) -> None:
-    """Write train rows and card of a version, which outlive its data set and its run."""
+    """Write train rows, scores and card of a version, which outlive its data set and its run."""
     folder = record_folder(home, promotion)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / TRAIN_ROWS).write_text(json.dumps(trained_on(home, Path(promotion.path))) + "\n", encoding="utf-8")
     (folder / CARD).write_text(card_of(run, arm, report.json), encoding="utf-8")
+    if promotion.event == "promoted" or not (folder / SCORES).exists():
+        keep_scores(home, promotion, _scored(run, arm))
 
 
 def sentences(decision: Decision) -> Iterator[str]:

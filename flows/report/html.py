@@ -13,6 +13,8 @@ from markupsafe import Markup, escape
 
 from flows.gate.checks import Check, difference_of, label, margin_text
 from flows.report import dev
+from flows.report.chain import chain_lines, left_away, margin_of
+from flows.report.plots.chain import chain_plot
 from flows.report.plots.domains import domains_plot
 from flows.report.plots.fronts import against_size
 from flows.report.plots.layers import errors_plot, weights_plot
@@ -105,6 +107,10 @@ def page(report: Mapping[str, Any], svgs: Mapping[str, str]) -> str:
         where=ran_where(report),
         kl_plot=drawn.get("kl-against-size"),
         task_plot=drawn.get("task-against-size"),
+        chain=chain_lines(report.get("gate")),
+        chain_more=left_away(report.get("gate")),
+        chain_margin=margin_of(report["gate"]) if chain_lines(report.get("gate")) else None,
+        chain_plot=drawn.get("chain"),
         waterfall_plot=drawn.get("waterfall"),
         domains_plot=drawn.get("domains"),
         errors_plot=drawn.get("layer-errors"),
@@ -124,6 +130,7 @@ def figures(report: Mapping[str, Any]) -> dict[str, str]:
     drawn = {
         "kl-against-size": against_size(report["arms"], "kl_mean"),
         "task-against-size": against_size(report["arms"], "task"),
+        "chain": chain_plot(report.get("gate")),
         "waterfall": waterfall_plot(report.get("waterfall")),
         "domains": domains_plot(report),
         "layer-errors": errors_plot(layers),

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from flows.report.chain import HEAD as CHAIN_HEAD
+from flows.report.chain import chain_lines, left_away
 from flows.report.dev import dev_section
 from flows.report.plots.waterfall import signed
 from flows.report.served import HEAD as SERVED_HEAD
@@ -94,6 +96,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     for answer in report["answers"]:
         lines += ["", f"## {answer['question']}", "", *(f"- {sentence}" for sentence in answer["text"])]
     lines += ["", "## Can it be promoted?", "", *(f"- {line}" for line in report["gate"]["text"])]
+    lines += _chain(report["gate"])
     if loss := waterfall_sentence(report["waterfall"]):
         lines += ["", "## Where does the loss go?", "", f"- {loss}"]
     lines += ["", *fit_section(report["fit"]), *_comparisons(report), *_served(report), *_speed(report)]
@@ -162,6 +165,17 @@ def _failures(report: Mapping[str, Any]) -> list[str]:
             remedy = f" Next: {failure['problem']['next'].rstrip('.')}." if failure["problem"] else ""
             lines.append(f"- **{failure['status']}** {failure['why']}.{remedy}{log}")
     return ["## What failed", "", *lines, ""] if lines else []
+
+
+def _chain(gate: Mapping[str, Any]) -> Iterator[str]:
+    """The versions before the candidate, and it, as far from the best one."""
+    lines = chain_lines(gate)
+    if len(lines) > 1:
+        yield ""
+        yield from _table(list(CHAIN_HEAD), [[line.name, line.at or "–", line.arm, line.text] for line in lines])
+        if more := left_away(gate):
+            yield ""
+            yield f"{more} earlier versions are not shown."
 
 
 def _comparisons(report: Mapping[str, Any]) -> Iterator[str]:

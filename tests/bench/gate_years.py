@@ -1,0 +1,396 @@
+"""`python -m tests.bench.gate_years`: years of weekly retrains through the gate's rule; writes docs/results/gate.md.
+
+Every week a candidate is judged on the same rows of test. Models are columns of right and wrong answers: each takes the
+same truth about the rows and turns some of the answers by chance, so that two of them differ on a stated share of the
+rows, the flip rate. What decides is the gate's own: the level of each look (flows/gate/looks.py), which version is the
+best (flows/promotion/chain.py), margins and outcomes as in flows/gate/checks.py. Only the interval is computed from the
+two counts of discordant rows instead of from tables; tests/bench/test_gate_years.py holds it to the gate's decisions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flows.gate.checks import Outcome
+from flows.gate.looks import Looks
+from flows.promotion.chain import ahead
+from flows.results.stats import LEVEL, RESAMPLES, SEED, Sums, critical_of, draw
+from recipes.schema import Gate
+from tasks.runtime.process.environments import locked_versions
+from tasks.runtime.process.launch import CHECKOUT
+
+MARGIN, LIMIT = Gate().task, Gate().looks
+WEEKS, YEARS = 52, 1000
+SHARE = 0.8  # of the answers that a model gets right
+DEV = 2 / 3  # rows of dev for each of test, as data.dev and data.test are by default
+Bools = NDArray[np.bool_]
+Rule = Literal["champion at 95 %", "champion", "best on test", "best on dev"]
+
+
+# ---- the gate's interval from counts
+
+
+@cache
+def drawn(rows: int) -> NDArray[np.uint16]:
+    """[rows + 1, resamples] how many of the first 0, 1, 2 ... rows were drawn: the gate's own resamples."""
+    counts = np.zeros((rows + 1, RESAMPLES), dtype=np.uint16)
+    np.cumsum(draw(rows).T, axis=0, dtype=np.uint16, out=counts[1:])
+    return counts
+
+
+@cache
+def outcome(worse: int, better: int, rows: int, level: float, margin: float = MARGIN) -> Outcome:
+    """The gate's word on a task where so many of the rows are worse and better, each row a group.
+
+    The symmetric studentized bootstrap of flows/results/stats.py in closed form: among rows that score -1, 1 and 0 only
+    the numbers of each that were drawn count. Its critical value has the normal quantile as a floor above 95 %, so an
+    interval that is too wide with the floor alone needs no bootstrap.
+    """
+    lost = (worse - better) / rows
+    se = float(np.sqrt((worse + better - rows * lost**2) / (rows - 1) / rows))
+    least = 1 - ((1 - level) / 2) ** (1 / rows)
+    half = max(least, critical_of(level) * se) if level > LEVEL else least
+    if lost + half < margin or lost - half > margin:
+        half = max(half, critical(worse, better, rows, level) * se)
+    return "pass" if lost + half < margin else "worse" if lost - half > margin else "undecided"
+
+
+def critical(worse: int, better: int, rows: int, level: float) -> float:
+    """The level's quantile of |t*|."""
+    if worse + better == 0:
+        return 0.0
+    first, turned = (drawn(rows)[number].astype(np.float64) for number in (worse, worse + better))
+    lost = 2 * first - turned
+    mean, drawn_mean = (worse - better) / rows, lost / rows
+    spread = float(np.sqrt((worse + better - rows * mean**2) / (rows - 1) / rows))
+    squares = np.maximum(turned - rows * drawn_mean**2, 0.0)
+    resampled = np.sqrt(squares / (rows - 1) / rows)
+    residuals = np.asarray([1 - mean, -1 - mean, -mean])
+    weights = np.asarray([worse, better, rows - worse - better])
+    active = float((weights @ residuals**2) ** 2 / (weights @ residuals**4))
+    smallest = spread / np.sqrt(2 * rows)
+    se = np.where(resampled <= 1e-6 * spread, spread / np.sqrt(2 * active), np.maximum(resampled, smallest))
+    size = np.sort(np.abs(drawn_mean - mean) / se)
+    return float(size[int(np.ceil(level * len(size) - 1e-9)) - 1])
+
+
+# ---- models and years
+
+
+class Model(NamedTuple):
+    """A version: its true share of right answers, and its answers to the rows of test and dev."""
+
+    share: float
+    test: Bools
+    dev: Bools
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a year: whether a model answers them right before chance turns some of its answers."""
+
+    test: Bools
+    dev: Bools
+
+    @classmethod
+    def new(cls, rng: np.random.Generator, rows: int) -> Rows:
+        """So many rows of test, and dev beside them."""
+        return cls(rng.random(rows) < SHARE, rng.random(int(DEV * rows)) < SHARE)
+
+    def model(self, rng: np.random.Generator, share: float, flips: float) -> Model:
+        """A model with that true share; two such with equal shares differ on `flips` of the rows."""
+        turned = max(flips / 2, abs(share - SHARE))
+        lost, won = ((turned - share + SHARE) / 2 / SHARE, (turned + share - SHARE) / 2 / (1 - SHARE))
+
+        def answers(right: Bools) -> Bools:
+            chance = rng.random(len(right))
+            return np.where(right, chance >= lost, chance < won)
+
+        return Model(share, answers(self.test), answers(self.dev))
+
+
+def compared(a: Model, b: Model, level: float, margin: float = MARGIN) -> Outcome:
+    """Candidate a against b."""
+    worse, better = int((b.test & ~a.test).sum()), int((a.test & ~b.test).sum())
+    return outcome(worse, better, len(a.test), level, margin)
+
+
+def level_of(look: int, rule: Rule) -> float:
+    """Level of a look."""
+    return LEVEL if rule == "champion at 95 %" else Looks(number=look, limit=LIMIT).level
+
+
+def better(later: Model, best: Model, rule: Rule) -> bool:
+    """Whether a version takes the place of the best."""
+    side = 0 if rule == "best on test" else 1
+    a, b = ((one.test, one.dev)[side] for one in (later, best))
+    if rule == "best on test":
+        return bool(a.sum() > b.sum())
+    ones = np.ones(len(a))
+    return ahead(Sums(a.astype(np.float64), ones), Sums(b.astype(np.float64), ones), higher=True)
+
+
+@dataclass
+class Year:
+    """What became of a year's candidates."""
+
+    outcomes: list[Outcome] = field(default_factory=list)
+    shipped: list[float] = field(default_factory=list)  # true share of the champion after each week
+
+    @property
+    def blocked_at(self) -> int:
+        """First week that was not promoted, from 1; 99 where there is none."""
+        return next((week for week, word in enumerate(self.outcomes, 1) if word != "pass"), 99)
+
+
+def year(rng: np.random.Generator, rows: Rows, shares: Sequence[float], flips: float, rule: Rule) -> Year:
+    """A champion of the share SHARE, and a candidate of a given share each week."""
+    first = champion = best = rows.model(rng, SHARE, flips)
+    told = Year()
+    for look, share in enumerate(shares, 1):
+        candidate, level = rows.model(rng, share, flips), level_of(look, rule)
+        others = [champion] if rule.startswith("champion") or best is champion else [champion, best]
+        words = {compared(candidate, other, level) for other in others}
+        word: Outcome = "worse" if "worse" in words else "pass" if words == {"pass"} else "undecided"
+        if word == "pass":
+            champion = candidate
+            best = candidate if better(candidate, best, rule) else best
+        told.outcomes.append(word)
+        told.shipped.append(champion.share)
+    assert first.share == SHARE
+    return told
+
+
+def independent(
+    rng: np.random.Generator, rows: Rows, flips: float, *, share: float, margin: float, spend: bool
+) -> list[Outcome]:
+    """Each week's candidate against a model of its own, as a quantized one against the merged one: one check alone."""
+    words: list[Outcome] = []
+    for look in range(1, WEEKS + 1):
+        level = level_of(look, "champion" if spend else "champion at 95 %")
+        other = rows.model(rng, SHARE, flips)
+        words.append(compared(rows.model(rng, share, flips), other, level, margin))
+    return words
+
+
+# ---- the four questions
+
+
+def every_year(years: int, rows: int, told: Callable[[np.random.Generator, Rows], Year]) -> list[Year]:
+    """As many years, each with rows and luck of its own."""
+    rngs = (np.random.default_rng([SEED, rows, number]) for number in range(years))
+    return [told(rng, Rows.new(rng, rows)) for rng in rngs]
+
+
+def at_the_edge(years: int, rows: int, flips: float, *, spend: bool) -> float:
+    """Share of years in which one of 52 candidates that are truly at the margin's edge is promoted."""
+    rngs = (np.random.default_rng([SEED, rows, number]) for number in range(years))
+    passed = [
+        "pass" in independent(rng, Rows.new(rng, rows), flips, share=SHARE - MARGIN, margin=MARGIN, spend=spend)
+        for rng in rngs
+    ]
+    return float(np.mean(passed))
+
+
+def called_worse(years: int, rows: int, flips: float, *, spend: bool) -> float:
+    """Share of years in which one of 52 candidates is called worse than its equal, where nothing may be lost."""
+    rngs = (np.random.default_rng([SEED, rows, number]) for number in range(years))
+    told = [
+        "worse" in independent(rng, Rows.new(rng, rows), flips, share=SHARE, margin=0.0, spend=spend) for rng in rngs
+    ]
+    return float(np.mean(told))
+
+
+class Decline(NamedTuple):
+    """Years in which each candidate is a step worse than the one before.
+
+    Attributes:
+        within: Share of years that block one within three weeks.
+        lost: True loss of what ships after the year: mean and most, in points.
+    """
+
+    within: float
+    lost: float
+    most: float
+
+
+def decline(years: int, rows: int, flips: float, rule: Rule, *, step: float = 0.01) -> Decline:
+    """A true loss of `step` a week."""
+    shares = [SHARE - step * week for week in range(1, WEEKS + 1)]
+    told = every_year(years, rows, lambda rng, own: year(rng, own, shares, flips, rule))
+    lost = [100 * (SHARE - one.shipped[-1]) for one in told]
+    return Decline(float(np.mean([one.blocked_at <= 3 for one in told])), float(np.mean(lost)), max(lost))
+
+
+class Equal(NamedTuple):
+    """Years of candidates that are all truly equal.
+
+    Attributes:
+        worse: Share of years in which one is called worse.
+        first: Share of the first candidates that are promoted.
+        later: Of the others.
+        a_year: Promotions a year.
+    """
+
+    worse: float
+    first: float
+    later: float
+    a_year: float
+
+
+def equal(years: int, rows: int, flips: float, rule: Rule) -> Equal:
+    """Every candidate is truly as good as the champion."""
+    told = every_year(years, rows, lambda rng, own: year(rng, own, [SHARE] * WEEKS, flips, rule))
+    passed = np.asarray([[word == "pass" for word in one.outcomes] for one in told])
+    worse = float(np.mean(["worse" in one.outcomes for one in told]))
+    return Equal(worse, float(passed[:, 0].mean()), float(passed[:, 1:].mean()), float(passed.sum(axis=1).mean()))
+
+
+class Improved(NamedTuple):
+    """Share of better candidates that are promoted, as the first look and as a later one."""
+
+    first: float
+    later: float
+
+
+def improved(years: int, rows: int, flips: float, *, gain: float = 0.03) -> Improved:
+    """A candidate that is truly better than the champion by `gain`."""
+    words = {1: [], 2: []}
+    for number in range(years):
+        rng = np.random.default_rng([SEED, rows, number])
+        own = Rows.new(rng, rows)
+        champion, candidate = own.model(rng, SHARE, flips), own.model(rng, SHARE + gain, flips)
+        for look, found in words.items():
+            found.append(compared(candidate, champion, level_of(look, "best on dev")) == "pass")
+    return Improved(float(np.mean(words[1])), float(np.mean(words[2])))
+
+
+# ---- the page
+
+
+def percent(share: float) -> str:
+    """`4.3 %`."""
+    return f"{100 * share:.1f} %"
+
+
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Markdown."""
+    yield f"| {' | '.join(head)} |"
+    yield f"|{' ---: |' * len(head)}"
+    yield from (f"| {' | '.join(line)} |" for line in lines)
+
+
+HEAD = """# The gate over a year
+
+<!-- Written by `make gate-years`; edit tests/bench/gate_years.py instead. -->
+
+{years:,} simulated years of {weeks} retrains each, one candidate a week on the same rows of test. Margin {margin:g}
+points, `gate.looks: {limit}`, seed {seed}. What decides is the gate's own code: the level of each look, which version
+is the best, margins and outcomes; the intervals are those of the same {resamples:,} resamples. numpy {numpy}.
+
+Nothing here was measured on a real model. A model gets {share:g} % of the rows right; two equal models differ on a
+stated share of the rows, the flip rate. 5 % is what `quench check` assumes; 2 % stands for models that are nearly the
+same, 10 % and more for a training with other rows or another seed. They are assumptions: no year of retrains was there
+to measure.
+"""
+
+
+def page(years: int) -> Iterator[str]:
+    """docs/results/gate.md, line by line."""
+    versions = locked_versions()
+    facts = {"years": years, "weeks": WEEKS, "margin": 100 * MARGIN, "limit": LIMIT, "seed": SEED, "share": 100 * SHARE}
+    yield HEAD.format(**facts, resamples=RESAMPLES, numpy=versions.get("numpy", np.__version__))
+    yield from _edge(years)
+    yield from _decline(years)
+    yield from _equal(years)
+    yield from _improved(years)
+
+
+def _edge(years: int) -> Iterator[str]:
+    yield "## Candidates at the margin's edge\n"
+    yield (
+        f"Each candidate is truly {100 * MARGIN:g} points worse than what it is compared with, and has one check to\n"
+        "get through. Share of years in which at least one of 52 is promoted (goal: at most 5 %):\n"
+    )
+    cells = [(700, 0.02), (700, 0.05), (700, 0.10), (2000, 0.05)]
+    yield from table(
+        ("rows", "flip rate", "every week at 95 %", "the gate"),
+        [
+            (f"{rows:,}", percent(flips), *(percent(at_the_edge(years, rows, flips, spend=s)) for s in (False, True)))
+            for rows, flips in cells
+        ],
+    )
+
+
+def _decline(years: int) -> Iterator[str]:
+    yield "\n## A decline\n"
+    yield (
+        "Each week's candidate is truly a step worse than the one before. Blocked: one of the first three weeks'\n"
+        "candidates was (goal: always). Lost: how much worse than the first champion the version is that ships after\n"
+        "52 weeks, in points, mean and most. `champion at 95 %`: the rule that knows no looks and no chain.\n"
+    )
+    lines: list[tuple[str, ...]] = []
+    rules: tuple[Rule, ...] = ("champion at 95 %", "champion", "best on test", "best on dev")
+    for rows, flips, step in ((700, 0.05, 0.01), (5000, 0.05, 0.01), (5000, 0.02, 0.01), (5000, 0.02, 0.0025)):
+        for rule in rules:
+            found = decline(years, rows, flips, rule, step=step)
+            blocked = percent(found.within) if step == 0.01 else "–"
+            what = ("1 point" if step == 0.01 else f"{100 * step:g} points", f"{rows:,}", percent(flips), rule)
+            lines.append((*what, blocked, f"{found.lost:.2f}", f"{found.most:.2f}"))
+    yield from table(("a week", "rows", "flip rate", "compared with", "blocked", "lost", "most"), lines)
+
+
+def _equal(years: int) -> Iterator[str]:
+    yield "\n## Equal models\n"
+    yield (
+        "Every candidate is truly as good as the champion. Worse: years in which one is called worse (goal: at most\n"
+        "5 %). Then how many are promoted. `best on test` would take the version with the highest score on test for\n"
+        "the best: the luckiest one, which its equals do not reach. So the gate takes the best on dev.\n"
+    )
+    lines: list[tuple[str, ...]] = []
+    for rows, flips in ((700, 0.02), (700, 0.05), (2000, 0.02), (2000, 0.05), (5000, 0.05), (5000, 0.10)):
+        for rule in ("champion", "best on test", "best on dev"):
+            found = equal(years, rows, flips, rule)
+            shares = (percent(found.worse), percent(found.first), percent(found.later), f"{found.a_year:.1f}")
+            lines.append((f"{rows:,}", percent(flips), rule, *shares))
+    yield from table(("rows", "flip rate", "compared with", "worse", "promoted, first", "later", "a year"), lines)
+    yield "\nWhere a candidate has to be better than its equal (margin 0, as against the base), years with a `worse`:\n"
+    yield from table(
+        ("rows", "flip rate", "every week at 95 %", "the gate"),
+        [
+            (f"{rows:,}", percent(flips), *(percent(called_worse(years, rows, flips, spend=s)) for s in (False, True)))
+            for rows, flips in ((700, 0.05), (2000, 0.05))
+        ],
+    )
+
+
+def _improved(years: int) -> Iterator[str]:
+    yield "\n## An improvement\n"
+    yield "The candidate is truly 3 points better than the champion, on 700 rows. Promoted (goal: at least 80 %):\n"
+    yield from table(
+        ("flip rate", "as the first look", "as a later look"),
+        [(percent(f), *map(percent, improved(years, 700, f))) for f in (0.05, 0.08, 0.10, 0.12, 0.15)],
+    )
+
+
+def main() -> None:
+    """Simulate and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--years", type=int, default=YEARS)
+    args = parser.parse_args()
+    start = time.monotonic()
+    text = "\n".join(page(args.years)) + "\n"
+    (CHECKOUT / "docs" / "results" / "gate.md").write_text(text, encoding="utf-8")
+    print(text, f"{time.monotonic() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
