@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipes.checks.gate import SplitSize, gate_warnings
+from recipes.checks.documents import document_warnings
+from recipes.checks.gate import SideSize, gate_warnings, general_warning
+from recipes.checks.power import Scored
 from recipes.checks.reading import RowsRead, SourceRead, read_rows
 from recipes.checks.split import SideRows, Sides
 from recipes.data.files import FolderChoice
@@ -22,11 +24,20 @@ from recipes.schema import FEWEST_ROWS, LEAST_ROWS, MOST_ROWS, TOKENS_PER_INPUT
 
 
 class RowCheck(NamedTuple):
-    """Problems of the rows, their summary (JSON-able), and warnings of what they are too few for."""
+    """What reading every row showed.
+
+    Attributes:
+        problems: What is wrong with them.
+        summary: JSON-able.
+        warnings: What they, and the documents of lm-eval tasks, are too few for.
+        sizes: What the figures of each split will rest on, but for rows that turn out too long; empty where the rows
+            were not read.
+    """
 
     problems: list[Problem]
     summary: dict[str, Any]
     warnings: tuple[Problem, ...] = ()
+    sizes: Mapping[Side, SideSize] = {}
 
 
 def check_data(loaded: Loaded) -> RowCheck:
@@ -37,7 +48,7 @@ def check_data(loaded: Loaded) -> RowCheck:
     remote = [source.path for source, path in zip(loaded.recipe.data.parts, loaded.data, strict=True) if path is None]
     not_read = {"data": f"{', '.join(remote)} is not local: its rows are read when it is pinned"} if remote else {}
     if not loaded.origins:
-        return RowCheck([], not_read)
+        return RowCheck([], not_read, tuple(map(loaded.placed, document_warnings(loaded))))
     read = read_rows(loaded, list(loaded.origins.values()))
     problems = [problem for source in read.sources for problem in source.later_problems()]
     problems += [*_torn(loaded, read.sides), *_general_rows(loaded), *read.checks.problems()]
@@ -45,11 +56,17 @@ def check_data(loaded: Loaded) -> RowCheck:
         # the sides are known only then
         problems += [*_leaks(loaded, read), *_empty_sides(loaded, read.sides), *_calibration(loaded, read.sides)]
     summary = _summary(loaded, read) | {"format": _formats(read.sources)} | not_read
-    sizes: dict[Side, SplitSize] = {
-        side: SplitSize(rows.chats, len(rows.groups)) for side, rows in read.sides.rows.items()
-    }
-    warnings = () if not_read else gate_warnings(loaded.recipe, sizes)
-    return RowCheck([*map(loaded.placed, problems)], summary, tuple(map(loaded.placed, warnings)))
+    sizes = {} if not_read else {side: _size(rows) for side, rows in read.sides.rows.items()}
+    warnings = [
+        *(gate_warnings(loaded.recipe, sizes) if sizes else ()),
+        *_few_texts(loaded),
+        *document_warnings(loaded),
+    ]
+    return RowCheck([*map(loaded.placed, problems)], summary, tuple(map(loaded.placed, warnings)), sizes)
+
+
+def _size(rows: SideRows) -> SideSize:
+    return SideSize(task=rows.by_task, tokens=rows.by_tokens, domains=rows.by_domain)
 
 
 def _formats(sources: Sequence[SourceRead]) -> str:
@@ -116,6 +133,16 @@ def _general_rows(loaded: Loaded) -> Iterator[Problem]:
                 why="ppl_general would be measured on what a control was calibrated on.",
                 next="Remove them from one of the two files.",
             )
+
+
+def _few_texts(loaded: Loaded) -> Iterator[Problem]:
+    """A general hold-out of so few texts that its check stays undecided."""
+    path, most = general_files(loaded).get("data.general"), loaded.recipe.data.max_length
+    if path is None or not path.exists() or general_problems(path, max_rows=1):
+        return
+    texts = {text_name(row.text): len(row.text.encode()) for row in plain_texts(path) if row.text is not None}
+    problem = general_warning(Scored.of(min(size, most) for size in texts.values()))
+    yield from filter(None, [problem])
 
 
 def _texts(path: Path) -> set[str]:
