@@ -93,11 +93,17 @@ def markdown(report: Mapping[str, Any]) -> str:
     for answer in report["answers"]:
         lines += ["", f"## {answer['question']}", "", *(f"- {sentence}" for sentence in answer["text"])]
     lines += ["", "## Can it be promoted?", "", *(f"- {line}" for line in report["gate"]["text"])]
+    lines += [f"- {line}" for line in registered_lines(report)]
     if loss := waterfall_sentence(report["waterfall"]):
         lines += ["", "## Where does the loss go?", "", f"- {loss}"]
     lines += ["", *fit_section(report["fit"]), *_comparisons(report), *_served(report), *_speed(report)]
     lines += _machine(report)
     return no_tags("\n".join(lines)) + "\n"
+
+
+def registered_lines(report: Mapping[str, Any]) -> list[str]:
+    """What was registered before the run and what was found; nothing of a run that is older than that."""
+    return list((report.get("registered") or {"text": []})["text"])
 
 
 def no_tags(text: str) -> str:

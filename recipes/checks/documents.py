@@ -55,7 +55,7 @@ def _in_files(task: Mapping[str, Any], folder: Path, include: Path | None) -> in
     files: Any = named.get("data_files") if is_mapping(named) else None
     if task.get("dataset_path") not in LOCAL or files is None:
         return None
-    split = task.get("test_split") or task.get("validation_split")
+    split = str(task.get("test_split") or task.get("validation_split"))
     if not is_mapping(files):
         files = {"train": files}  # as `datasets` calls what has no name
     chosen = files.get(split)

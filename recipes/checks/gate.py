@@ -148,7 +148,9 @@ def _domains(recipe: Recipe, domains: Mapping[str, Scored]) -> Iterator[Problem]
 def general_warning(scored: Scored) -> Problem | None:
     """So few texts in the general hold-out that its check stays undecided."""
     words = scored.too_few_groups
-    return words and Problem(
+    if words is None:
+        return None
+    return Problem(
         what=f"Nothing can be promoted: data.general has {words}.",
         where="data.general",
         why="Each text is one group. So few say nothing of other texts: the gate's check of the general loss would be "
@@ -183,16 +185,15 @@ def document_problem(metric: str, documents: int, margin: float, *, where: str) 
 
 
 def more_rows(recipe: Recipe, scored: Scored, margin: float, rate: Rate, *, split: Side) -> str:
-    """`Give data of which about 990 rows fall on test (6,600 in all: data.test is 0.15)`."""
+    """`Give data of which about 990 rows fall on test (6,600 in all, while data.test is 0.15)`."""
     share = recipe.data.test if split == "test" else recipe.data.dev
     enough = enough_rows(margin, rate.variance, each=scored.rows / scored.effective)
     if enough is None:
         return f"Give more rows (ten million on {split} would not do)"
     groups = "" if scored.effective > scored.rows - 0.5 else ", in groups like these"
-    every = _rounded(enough / share)
     return (
-        f"Give data of which about {enough:,} rows fall on {split}{groups} ({every:,} in all, while data.{split} is "
-        f"{share:g})"
+        f"Give data of which about {enough:,} rows fall on {split}{groups} ({_rounded(enough / share):,} in all, while "
+        f"data.{split} is {share:g})"
     )
 
 

@@ -134,6 +134,15 @@ def chance_to_pass(scored: Scored, variance: float, margin: float, level: float 
     return _NORMAL.cdf((margin - half_width(scored, variance, level)) / error)
 
 
+def later_level(looks: int) -> float:
+    """Of the interval that decides for all candidates but the first on the same rows (flows/gate/looks.py).
+
+    Args:
+        looks: `gate.looks`, how many candidates they may judge.
+    """
+    return 1 - (1 - LEVEL) / (looks - 1) if looks > 1 else LEVEL
+
+
 def margin_that_does(scored: Scored, variance: float) -> float:
     """The margin within which a candidate that is truly equal passes 4 times in 5.
 

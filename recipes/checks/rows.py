@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from recipes.checks.documents import document_warnings
 from recipes.checks.gate import SideSize, gate_warnings, general_warning
-from recipes.checks.power import Scored
+from recipes.checks.power import GUESS, Rate, Scored
 from recipes.checks.reading import RowsRead, SourceRead, read_rows
 from recipes.checks.split import SideRows, Sides
 from recipes.data.files import FolderChoice
@@ -48,7 +48,7 @@ def check_data(loaded: Loaded) -> RowCheck:
     remote = [source.path for source, path in zip(loaded.recipe.data.parts, loaded.data, strict=True) if path is None]
     not_read = {"data": f"{', '.join(remote)} is not local: its rows are read when it is pinned"} if remote else {}
     if not loaded.origins:
-        return RowCheck([], not_read, tuple(map(loaded.placed, document_warnings(loaded))))
+        return RowCheck([], not_read, size_warnings(loaded, {}))
     read = read_rows(loaded, list(loaded.origins.values()))
     problems = [problem for source in read.sources for problem in source.later_problems()]
     problems += [*_torn(loaded, read.sides), *_general_rows(loaded), *read.checks.problems()]
@@ -56,13 +56,20 @@ def check_data(loaded: Loaded) -> RowCheck:
         # the sides are known only then
         problems += [*_leaks(loaded, read), *_empty_sides(loaded, read.sides), *_calibration(loaded, read.sides)]
     summary = _summary(loaded, read) | {"format": _formats(read.sources)} | not_read
-    sizes = {} if not_read else {side: _size(rows) for side, rows in read.sides.rows.items()}
-    warnings = [
-        *(gate_warnings(loaded.recipe, sizes) if sizes else ()),
-        *_few_texts(loaded),
-        *document_warnings(loaded),
-    ]
-    return RowCheck([*map(loaded.placed, problems)], summary, tuple(map(loaded.placed, warnings)), sizes)
+    sizes: dict[Side, SideSize] = {} if not_read else {side: _size(rows) for side, rows in read.sides.rows.items()}
+    return RowCheck([*map(loaded.placed, problems)], summary, size_warnings(loaded, sizes), sizes)
+
+
+def size_warnings(loaded: Loaded, sizes: Mapping[Side, SideSize], *, rate: Rate = GUESS) -> tuple[Problem, ...]:
+    """What keeps a candidate from passing the gate that is no worse at all: too little to tell by.
+
+    Args:
+        loaded: The recipe.
+        sizes: Of the splits; empty where the rows were not read.
+        rate: How many answers change between a quantized model and the merged one.
+    """
+    warnings = [*gate_warnings(loaded.recipe, sizes, rate=rate)] if sizes else []
+    return tuple(map(loaded.placed, [*warnings, *_few_texts(loaded), *document_warnings(loaded)]))
 
 
 def _size(rows: SideRows) -> SideSize:
