@@ -100,10 +100,9 @@ def test_runs_that_do_not_tell_are_passed_over(tmp_path: Path, recipe: Recipe) -
     edit(named / "recipe.resolved.json", name="another")
     edit(scored / "recipe.resolved.json", evaluate={"scorers": [{"kind": "exact-match"}]})
     report = json.loads((older / "report.json").read_text())
-    plain = [
-        {key: value for key, value in one.items() if key not in ("changed", "variance")} for one in report["power"]
-    ]
-    edit(older / "report.json", power=plain)
+    edit(older / "report.json", power=[{**one, "variance": None} for one in report["power"]])
+    bare = [{key: value for key, value in one.items() if key not in ("changed", "variance")} for one in report["power"]]
+    edit(oldest / "report.json", power=bare)
     edit(few / "report.json", power=[one | {"rows": 99} for one in report["power"]])
     report["arms"]["merged-dequantized"]["metrics"]["task"]["value"] = 0.0
     edit(wrong / "report.json", arms=report["arms"])

@@ -63,7 +63,7 @@ def test_it_says_when_scores_were_known_and_whose_registration_it_is(tmp_path: P
     assert report.json["registered"] is not None
     first, *more = report.json["registered"]["text"]
     assert first.startswith(
-        "Registered when gptq-w4-g128 had been scored already, by run 20260101-quickstart-aaaa of the same recipe and data:"
+        "Registered when gptq-w4-g128 had been scored already, by run 20260101-quickstart-aaaa of the same recipe"
     )
     assert "lm-eval tasks of task.sky: 90 documents." in more
 
