@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from recipes.checks.gate import SideSize, document_problem, more_rows, percent, points
+from recipes.checks.gate import HARDLY, SideSize, document_problem, more_rows, percent, points
 from recipes.checks.power import (
     GUESS,
     POWER,
@@ -128,7 +128,9 @@ def foreseen(recipe: Recipe, sizes: Mapping[Side, SideSize], *, before: Earlier 
     known = reason is None
     told: dict[str, Any] = {
         "metric": "task",
-        **scored._asdict(),
+        "rows": scored.rows,
+        "groups": scored.groups,
+        "effective": scored.effective,
         "changed": rate.changed,
         "variance": rate.variance,
         "guess": before is None,
@@ -153,11 +155,11 @@ def _sentences(recipe: Recipe, scored: Scored, rate: Rate, told: Mapping[str, An
         "" if later is None else f" as the first candidate that these rows judge, and {percent(later)} as a later one"
     )
     yield (
-        f"Test has {scored.text}: it can show a loss of {points(told['smallest_loss'])} of task score (4 times in 5), "
-        f"{rate.text}. A candidate that is truly equal then passes gate.task ({100 * recipe.gate.task:g} points) "
-        f"{percent(chance)} of the time{again}."
+        f"Test has {scored.text}: it shows a loss of {points(told['smallest_loss'])} of task score or more 4 times in "
+        f"5, {rate.text}. A candidate that is truly equal to its merged model then passes gate.task "
+        f"({100 * recipe.gate.task:g} points) {percent(chance)} of the time{again}."
     )
-    if chance < POWER:
+    if HARDLY <= chance < POWER:  # below, a warning says it
         yield f"{more_rows(recipe, scored, recipe.gate.task, rate, split='test')}: then it passes 4 times in 5."
 
 

@@ -62,23 +62,25 @@ def gate_warnings(recipe: Recipe, sizes: Mapping[Side, SideSize], *, rate: Rate 
 
 def _few_groups(recipe: Recipe, split: Side, size: SideSize) -> Problem | None:
     """No interval can be made of so few groups: every check would be undecided."""
-    few = [scored.too_few_groups for scored in (size.task, size.tokens) if scored.rows]
-    words = next(filter(None, few), None)
-    if words is None:
+    few = {unit: scored for unit, scored in (("rows", size.task), ("tokens", size.tokens)) if scored.too_few_groups}
+    unit, scored = next(((unit, scored) for unit, scored in few.items() if scored.rows), ("", None))
+    if scored is None:
         return None
     share = recipe.data.test if split == "test" else recipe.data.dev
-    column = recipe.data.group_column
+    column, margin = recipe.data.group_column, recipe.gate.task
     kept = f"equal `{column}`" if column else "the same first question"
+    held = f"; the largest holds {100 * scored.largest / scored.rows:.0f} % of the {unit}" if scored.is_lopsided else ""
     ends = "every check of the gate would be undecided" if split == "test" else "no scheme could be named for promotion"
-    other = "" if split == "test" else ", or name the arm yourself: promote.prefer"
+    more = f"; {enough_rows(margin, 0.0):,} for a margin of {100 * margin:g} points" if size.task.rows else ""
+    finer = "Or name a finer data.group, or draw" if column else "Or draw"
+    other = "" if split == "test" else "; or name the arm yourself: promote.prefer"
     return Problem(
-        what=f"Nothing can be promoted: {split} has {words}.",
+        what=f"Nothing can be promoted: {split} has {scored.too_few_groups}.",
         where=f"data.{split}",
-        why=f"Rows with {kept} are one group, and stand or fall together. So few groups say nothing of other rows: "
-        f"{ends}.",
-        next=f"Give rows of more groups, of which {FEWEST_GROUPS} or more of like size fall on {split} "
-        f"(data.{split} is {share:g}), or {'a finer data.group, ' if column else ''}another data.salt, which draws "
-        f"again{other}.",
+        why=f"Rows with {kept} are one group, and stand or fall together{held}. So few groups say nothing of other "
+        f"rows: {ends}.",
+        next=f"Give rows of more groups of like size, so that {FEWEST_GROUPS} or more fall on {split} (data.{split} is "
+        f"{share:g}{more}). {finer} again by another data.salt{other}.",
     )
 
 

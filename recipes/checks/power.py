@@ -31,23 +31,32 @@ class Scored(NamedTuple):
         rows: How many.
         groups: In how many groups.
         effective: As how many groups of equal size those count: (sum n)^2 / sum n^2.
+        largest: Rows of the largest group.
     """
 
     rows: int
     groups: int
     effective: float
+    largest: int = 1
 
     @classmethod
     def of(cls, sizes: Iterable[int]) -> Scored:
         """From the number of rows (or tokens) of each group."""
         counts = [size for size in sizes if size]
         total = sum(counts)
-        return cls(total, len(counts), total**2 / sum(count**2 for count in counts) if counts else 0.0)
+        if not counts:
+            return cls(0, 0, 0.0, 0)
+        return cls(total, len(counts), total**2 / sum(count**2 for count in counts), max(counts))
 
     @classmethod
     def apart(cls, rows: int) -> Scored:
         """Each row is a group of its own."""
         return cls(rows, rows, float(rows))
+
+    @property
+    def is_lopsided(self) -> bool:
+        """Groups are not of one size."""
+        return self.effective < self.groups - 0.05
 
     @property
     def too_few_groups(self) -> str | None:
@@ -56,7 +65,7 @@ class Scored(NamedTuple):
             return "too few groups: one, so nothing can be said about the spread"
         if self.effective >= FEWEST_GROUPS:
             return None
-        lopsided = f", which count as {self.effective:.1f} of equal size" if self.effective < self.groups - 0.05 else ""
+        lopsided = f", which count as {self.effective:.1f} of equal size" if self.is_lopsided else ""
         return f"too few groups: {self.groups}{lopsided}; {FEWEST_GROUPS} are needed"
 
     @property

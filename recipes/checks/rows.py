@@ -182,13 +182,20 @@ def general_problems(path: Path, *, max_rows: int | None = None) -> list[Problem
 
 def _empty_sides(loaded: Loaded, sides: Sides) -> Iterator[Problem]:
     data = loaded.recipe.data
+    few = sides.groups < len(sides.rows)
+    kept = f"equal `{data.group_column}`" if data.group_column else "the same first question"
     for name in ("dev", "test"):
         if not sides.rows[name]:
             yield Problem(
                 what=f"{name} would have no rows.",
                 where=f"data.{name}",
-                why=f"Groups fall on a side by their hash; shares are dev {data.dev:g} and test {data.test:g}.",
-                next=f"Give more rows or finer groups, raise data.{name}, or draw again by another data.salt.",
+                why=f"Rows with {kept} are one group, which falls on one side as a whole, and there are "
+                f"{sides.groups} in all for three sides."
+                if few
+                else f"Groups fall on a side by their hash; shares are dev {data.dev:g} and test {data.test:g}.",
+                next="Give rows of more groups" + (", or name a finer data.group." if data.group_column else ".")
+                if few
+                else f"Give more rows or finer groups, raise data.{name}, or draw again by another data.salt.",
             )
 
 

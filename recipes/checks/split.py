@@ -62,12 +62,14 @@ class Sides:
         duplicates: Rows that equal an earlier one.
         not_drawn: Train rows that the weight of their source leaves out.
         torn: Equal rows of two groups, by line.
+        groups: How many groups there are on all sides; counting ends at the number of sides.
     """
 
     rows: dict[Side, SideRows]
     duplicates: int
     not_drawn: int
     torn: Wrong
+    groups: int
 
 
 class Split:
@@ -132,11 +134,22 @@ class Split:
             duplicates=self._duplicates,
             not_drawn=self._not_drawn,
             torn=self._torn,
+            groups=_count(self._groups, most=len(SIDES)),
         )
 
     def _note_torn(self, first: tuple[str, str] | None, row: Row, group: str) -> None:
         if first is not None and first[1] != group:
             self._torn.add(f"{first[0]} ({first[1]}) and {row.where} ({group})")
+
+
+def _count(groups: Iterable[int], *, most: int) -> int:
+    """Different ones, up to `most`."""
+    seen: set[int] = set()
+    for group in groups:
+        seen.add(group)
+        if len(seen) == most:
+            break
+    return len(seen)
 
 
 def split_rows(rows: Iterable[Row], data: Data) -> Sides:

@@ -57,7 +57,7 @@ def test_without_an_earlier_run_it_is_a_guess(recipe: Recipe) -> None:
     told = foreseen(recipe, sizes(714, each=2), before=None)
     assert (told["rows"], told["groups"], told["changed"], told["guess"]) == (714, 357, GUESSED, True)
     first, more = told["text"]
-    assert "Test has 714 rows in 357 groups: it can show a loss of 2.9 points" in first
+    assert "Test has 714 rows in 357 groups: it shows a loss of 2.9 points" in first
     assert (
         "where 5 % of the answers change (a guess)" in first and "passes gate.task (2 points) 66 % of the time" in first
     )

@@ -42,7 +42,7 @@ def test_both_stand_beside_the_verdict(tmp_path: Path) -> None:
         name: value for name, value in before.items() if name != "text"
     }
     first, *_, last = told_again["text"]
-    assert first.startswith("Registered before anything was spent: test has 410 rows in 410 groups: it can show")
+    assert first.startswith("Registered before anything was spent: test has 410 rows in 410 groups: it shows")
     found, gate = told_again["found"], report.json["gate"]
     line = next(one for one in report.json["power"] if one["arm"] == gate["candidate"])
     check = next(one for one in gate["tests"] if (one["metric"], one["against"]) == ("task", "merged-dequantized"))

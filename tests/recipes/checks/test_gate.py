@@ -94,6 +94,8 @@ def test_groups_below_five_of_equal_size_get_no_verdict(tmp_path: Path) -> None:
         f"{(held + 399) ** 2 / (held - 1 + 400**2):.1f} of equal size; 5 are needed."
     )
     assert "Rows with equal `set` are one group" in warned.why and "data.group" in warned.next
+    assert f"the largest holds {40000 / (held + 399):.0f} % of the rows" in warned.why
+    assert "183 for a margin of 2 points" in warned.next
 
 
 def test_a_domain_that_gates_with_too_few_groups_is_warned_of(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def test_the_constants_are_those_of_the_gate() -> None:
 
 
 def test_groups_count_as_so_many_of_equal_size() -> None:
-    assert Scored.of([3] * 20) == (60, 20, 20.0)
+    assert Scored.of([3] * 20) == (60, 20, 20.0, 3)
     assert Scored.of([19, *[1] * 19]).effective == pytest.approx(38**2 / (19**2 + 19))
     assert (
         Scored.of([19, *[1] * 19]).too_few_groups
