@@ -8,7 +8,7 @@ from flows.commands.schemes import not_here
 from flows.commands.terminal import Output
 from flows.plan.registered import Earlier, earlier, foreseen
 from recipes.checks.check import load_and_read
-from recipes.checks.rows import size_warnings
+from recipes.checks.rows import warnings_at
 from recipes.checks.serving import warnings
 from recipes.checks.train import unquantized_warnings
 from recipes.problem import RecipeError
@@ -27,7 +27,7 @@ def command(args: argparse.Namespace) -> Output:
     absent = no_gpu(loaded.where("run.device")) if loaded.recipe.run.device == "cuda" else None
     warned = [*warnings(loaded), *unquantized_warnings(loaded), *not_here(loaded.recipe)]
     before = _earlier(loaded.recipe) if rows.sizes else None
-    few = size_warnings(loaded, rows.sizes, rate=before.rate) if before else rows.warnings
+    few = warnings_at(loaded, rows, before.rate) if before else rows.warnings
     warned += [*filter(None, [absent]), *few]
     told = foreseen(loaded.recipe, rows.sizes, before=before) if rows.sizes else None
     lines = [f"{args.recipe}: no problem found", *(f"  {name}: {value}" for name, value in rows.summary.items())]

@@ -16,7 +16,7 @@ from flows.plan.preflight import preflight
 from flows.plan.registered import earlier, register
 from recipes.arms import EXTERNAL, arms
 from recipes.checks.check import check, check_data, load_and_read
-from recipes.checks.rows import size_warnings
+from recipes.checks.rows import warnings_at
 from recipes.checks.serving import warnings
 from recipes.problem import Problem, RecipeError
 from recipes.read.load import Loaded
@@ -80,7 +80,7 @@ def validate(path: Path, *, sets: Sequence[str], home: Path, only: Sequence[str]
     predicted = preflight(local, planned, home=home, base=pins.base.path, limits=limits(loaded.recipe))
     doubts = [Problem(**doubt) for doubt in predicted["warnings"]]
     before = earlier(home, loaded.recipe)
-    few = size_warnings(local, rows.sizes, rate=before.rate) if before else rows.warnings
+    few = warnings_at(local, rows, before.rate) if before else rows.warnings
     doubts += [*warnings(local), *(() if only else few), *other_packages()]
     registered = register(
         loaded.recipe,

@@ -101,11 +101,6 @@ def markdown(report: Mapping[str, Any]) -> str:
     return no_tags("\n".join(lines)) + "\n"
 
 
-def registered_lines(report: Mapping[str, Any]) -> list[str]:
-    """What was registered before the run and what was found; nothing of a run that is older than that."""
-    return list((report.get("registered") or {"text": []})["text"])
-
-
 def no_tags(text: str) -> str:
     """Markdown in which nothing of what data, models and exceptions say is taken for HTML."""
     return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)
@@ -350,6 +345,11 @@ def _asides(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "Are there enough test rows?", told
     if told := "; ".join(fit_sentences(report.get("fit"))):
         yield "What fits?", f"{told}."
+
+
+def registered_lines(report: Mapping[str, Any]) -> list[str]:
+    """What was registered before the run and what was found; nothing of a run that is older than that."""
+    return list((report.get("registered") or {"text": []})["text"])
 
 
 def _rich_cell(metric: str, cell: Mapping[str, Any]) -> Text:

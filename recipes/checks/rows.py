@@ -72,6 +72,12 @@ def size_warnings(loaded: Loaded, sizes: Mapping[Side, SideSize], *, rate: Rate 
     return tuple(map(loaded.placed, [*warnings, *_few_texts(loaded), *document_warnings(loaded)]))
 
 
+def warnings_at(loaded: Loaded, rows: RowCheck, rate: Rate) -> tuple[Problem, ...]:
+    """The warnings of rows that were checked, now that an earlier run tells how many answers change."""
+    guessed = size_warnings(loaded, rows.sizes)
+    return (*(one for one in rows.warnings if one not in guessed), *size_warnings(loaded, rows.sizes, rate=rate))
+
+
 def _size(rows: SideRows) -> SideSize:
     return SideSize(task=rows.by_task, tokens=rows.by_tokens, domains=rows.by_domain)
 

@@ -13,8 +13,10 @@ from flows.results.cells import Draws
 from flows.results.rows import RowScores
 from recipes.checks.check import check, check_data, load_and_read
 from recipes.checks.gate import document_problem
-from recipes.checks.power import GUESSED, Scored, enough_rows, half_width
+from recipes.checks.power import GUESSED, Rate, Scored, enough_rows, half_width
+from recipes.checks.rows import warnings_at
 from recipes.data.rows import side
+from recipes.problem import Problem
 from recipes.read.load import load
 from tests.conftest import QUICKSTART
 
@@ -120,6 +122,18 @@ def test_few_general_texts_are_warned_of(tmp_path: Path) -> None:
         assert [one.what for one in load_and_read(path, sets=sets).rows.warnings] == (
             [f"Nothing can be promoted: data.general has {words}."] if words else []
         )
+
+
+def test_an_earlier_run_takes_the_place_of_the_guess(tmp_path: Path) -> None:
+    """Fewer answers change than was guessed: the gate can pass. What else was warned of stays."""
+    loaded = load(project(tmp_path, 900), sets=[PREFER])
+    rows = check_data(loaded)
+    another = Problem(what="Another warning.", where="here", why="so", next="that")
+    rows = rows._replace(warnings=(another, *rows.warnings))
+    assert len(rows.warnings) == 2
+    assert warnings_at(loaded, rows, Rate(0.02, 0.02, "as in run r")) == (another,)
+    kept, hardly = warnings_at(loaded, rows, Rate(0.1, 0.1, "as in run r"))
+    assert kept == another and hardly.why.startswith("Where 10 % of the answers change (as in run r)")
 
 
 def test_plain_texts_have_no_task_score_to_be_too_few_for(tmp_path: Path) -> None:
