@@ -12,6 +12,7 @@ import datetime as dt
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,6 +35,7 @@ from tasks.runtime.fingerprint import fingerprint
 
 REGISTERED = "registered.json"
 FEWEST_ROWS = 100  # of an earlier run: below it a share of 5 % is known to 4 points, which is no better than the guess
+MOST_READ = 20  # reports: a megabyte each, and what is older says little of the next run
 NOT_READ = "the rows of test are not known yet"
 NO_PROMPT = "no row of test has a prompt, so there is no task score; how far losses vary is known afterwards"
 
@@ -68,10 +70,7 @@ class Earlier:
 def earlier(home: Path, recipe: Recipe) -> Earlier | None:
     """The last run of this model name in this home that tells; None where none does."""
     own = recipe.model_dump(mode="json")
-    for report in sorted((home / "runs").glob("*/report.json"), reverse=True):
-        then = _json(report.parent / "recipe.resolved.json")
-        if report.parent.is_symlink() or _name(then) != _name(own) or _scorer(then) != _scorer(own):
-            continue
+    for report in islice(_reports(home, own), MOST_READ):
         if line := _line(_json(report)):
             least = 1 / line["rows"]
             return Earlier(
@@ -83,6 +82,14 @@ def earlier(home: Path, recipe: Recipe) -> Earlier | None:
                 variance=max(line["variance"], least),
             )
     return None
+
+
+def _reports(home: Path, own: Mapping[str, Any]) -> Iterator[Path]:
+    """Reports about the same model name with the same scorer, the last run first."""
+    for report in sorted((home / "runs").glob("*/report.json"), reverse=True):
+        then = _json(report.parent / "recipe.resolved.json")
+        if not report.parent.is_symlink() and (_name(then), _scorer(then)) == (_name(own), _scorer(own)):
+            yield report
 
 
 def _line(report: Mapping[str, Any]) -> Mapping[str, Any] | None:
