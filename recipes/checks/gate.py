@@ -71,7 +71,7 @@ def _few_groups(recipe: Recipe, split: Side, size: SideSize) -> Problem | None:
     kept = f"equal `{column}`" if column else "the same first question"
     held = f"; the largest holds {100 * scored.largest / scored.rows:.0f} % of the {unit}" if scored.is_lopsided else ""
     ends = "every check of the gate would be undecided" if split == "test" else "no scheme could be named for promotion"
-    more = f"; {enough_rows(margin, 0.0):,} for a margin of {100 * margin:g} points" if size.task.rows else ""
+    more = f"; {_groups_that_do(margin)} for a margin of {100 * margin:g} points" if size.task.rows else ""
     finer = "Or name a finer data.group, or draw" if column else "Or draw"
     other = "" if split == "test" else "; or name the arm yourself: promote.prefer"
     return Problem(
@@ -173,14 +173,13 @@ def document_problem(metric: str, documents: int, margin: float, *, where: str) 
     scored = Scored.apart(documents)
     if documents >= FEWEST_GROUPS and least(scored) < margin:
         return None
-    enough = enough_rows(margin, 0.0)
     words = scored.too_few_groups
     why = f"It has {words}." if words else _even(least(scored), margin)
     return Problem(
         what=f"The gate cannot pass: {metric} has {documents:,} document{'' if documents == 1 else 's'}.",
         where=where,
         why=f"{why} `quench promote` would say undecided.",
-        next=f"Let it ask {enough:,} documents or more (a higher `limit`, or further tasks in one entry)"
+        next=f"Let it ask {_groups_that_do(margin)} documents or more (a higher `limit`, or further tasks in one entry)"
         + ("" if words else _or_margin(least(scored)))
         + ", or leave the entry out.",
     )
@@ -197,6 +196,12 @@ def more_rows(recipe: Recipe, scored: Scored, margin: float, rate: Rate, *, spli
         f"Give data of which about {enough:,} rows fall on {split}{groups} ({_rounded(enough / share):,} in all, while "
         f"data.{split} is {share:g})"
     )
+
+
+def _groups_that_do(margin: float) -> str:
+    """Groups, or documents, with which a candidate passes that gives the very same answers."""
+    enough = enough_rows(margin, 0.0)
+    return "more than ten million" if enough is None else f"{enough:,}"
 
 
 def _even(room: float, margin: float, *, field: str = "the margin") -> str:

@@ -126,7 +126,7 @@ class Split:
             own.domains[domain] += 1
             if own is rows["train"]:
                 continue
-            own.tokens[group] += self._bounds[number]
+            own.tokens[group] += min(self._bounds[number], self._data.max_length)  # longer ones are left out or cut
             if self._is_chat[number]:
                 own.chats.setdefault(domain, Counter())[group] += 1
         return Sides(

@@ -100,6 +100,16 @@ def test_groups_below_five_of_equal_size_get_no_verdict(tmp_path: Path) -> None:
     assert "183 for a margin of 2 points" in warned.next
 
 
+def test_a_row_that_is_too_long_makes_no_split_lopsided(tmp_path: Path) -> None:
+    """It is left out or cut: one row of a megabyte is not most of the tokens of test."""
+    path = project(tmp_path, 1400)
+    lines = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    longest = next(line for line in lines if on_test(line["set"]))
+    longest["messages"][1]["content"] = "long " * 200_000
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert load_and_read(path, sets=[PREFER]).rows.warnings == ()
+
+
 def test_a_domain_that_gates_with_too_few_groups_is_warned_of(tmp_path: Path) -> None:
     """250 rows of a domain in one conversation: its check is undecided whatever the model does."""
     names = [f"talk {i}" for i in range(3000)]
@@ -205,6 +215,8 @@ def test_one_document_more_than_too_few_can_pass() -> None:
     assert enough == enough_rows(0.02, 0.0) == 183
     problem = document_problem("task.x", enough - 1, 0.02, where="here")
     assert problem is not None and "reaches 2.0 points to each side" in problem.why
+    none = document_problem("task.x", 500, 1e-9, where="here")
+    assert none is not None and "ask more than ten million documents" in none.next
     few = document_problem("task.x", 3, 0.9, where="here")
     assert few is not None and "too few groups: 3; 5 are needed" in few.why
 
