@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -31,6 +31,7 @@ from flows.compose import compose, limits
 from flows.gate.served import excused
 from flows.mlflow_uri import silent
 from flows.plan.lookup import Planned, known_inputs
+from flows.plan.registered import counted, document_problems, registered_tag
 from flows.plan.validate import Validated, validate
 from flows.report.build import render
 from flows.results.read import read_run
@@ -61,6 +62,7 @@ class Session:
 
     def __init__(self, validated: Validated, launcher: Launcher, record: RunRecord, tracker: Tracker) -> None:
         self.record = record
+        self.validated = validated
         self.display = Display()
         self.tracker = tracker
         self.store = store = open_store(record.home, stop=launcher.stop, say=self.display.line)
@@ -138,6 +140,23 @@ class Session:
         took += f"  on {node['host']} ({node['address']})" if node else ""
         self.display.ended(step.key, f"{status:<5} {step.key:<36} {took}", style="dim" if made.hit else None)
         self.tracker.step(vars(record))
+        if step.stage == "rehearse" and (documents := made.artifact.manifest["result"].get("documents")):
+            self.count_documents(documents)
+
+    def count_documents(self, documents: Mapping[str, Mapping[str, int]]) -> None:
+        """Register how many documents lm-eval tasks have, and say where they are too few for the gate.
+
+        Args:
+            documents: By metric and task, as rehearse counted them.
+        """
+        told = counted(self.validated.registered, documents)
+        self.record.register(told)
+        said = {warning.what for warning in self.validated.warnings}
+        for problem in document_problems(self.validated.recipe, told):
+            if problem.what not in said:
+                self.display.line(f"warning: {problem}", style="yellow")
+                if TaskRunContext.get() or FlowRunContext.get():
+                    get_run_logger().warning("%s", problem)
 
     def collect(self) -> None:
         """Wait for every task; record what never ran."""
@@ -325,11 +344,17 @@ def _work(session: Session, validated: Validated, *, only: Sequence[str]) -> Non
     record.pinned(validated.pins, only=only)
     write_json(record.folder / "preflight.json", validated.preflight)
     (record.folder / "plan.txt").write_text("\n".join(str(line) for line in validated.plan) + "\n", encoding="utf-8")
-    source = {"mlflow.source.name": str(validated.loaded.path)}
+    source = {"mlflow.source.name": str(validated.loaded.path), **registered_tag(validated.registered)}
     session.tracker.start(validated.recipe.model_dump(mode="json"), tags=source)
     log = get_run_logger()
     hits = sum(step.hit for step in validated.plan)
     log.info("run %s: %d of %d steps are in the store", record.id, hits, len(validated.plan))
+    record.register(validated.registered)
+    for sentence in () if only else validated.registered["text"]:
+        session.display.line(f"registered: {sentence}")
+        log.info("registered: %s", sentence)
+    for warning in validated.warnings:
+        log.warning("%s", warning)
     session.pages.plan(_plan_markdown(validated))
     matrix = compose(validated.recipe, validated.pins, session.do, only=only)
     record.composed(matrix)

@@ -129,13 +129,14 @@ def init(
         else:
             out.write_text(before, encoding="utf-8")
         raise
-    remarks = notes(fitted, detected) | _of_gate(warnings) | _enable_prefect(out.parent)
+    remarks = notes(fitted, detected) | _of_gate(warnings, out) | _enable_prefect(out.parent)
     return InitResult(path=out, notes=remarks, next=f"quench run {shown(out)}")
 
 
-def _of_gate(warnings: Sequence[Problem]) -> dict[str, str]:
+def _of_gate(warnings: Sequence[Problem], out: Path) -> dict[str, str]:
     """What so few rows cannot show."""
-    return {"gate": " ".join(warning.what for warning in warnings)} if warnings else {}
+    told = [warning.what for warning in warnings]
+    return {"gate": " ".join([*told, f"What would do: quench check --data {shown(out)}"])} if told else {}
 
 
 def _enable_prefect(folder: Path) -> dict[str, str]:

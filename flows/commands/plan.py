@@ -25,10 +25,8 @@ def command(args: argparse.Namespace) -> Output:
     outside = (pins.base, *pins.data, *pins.externals.values())
     commits = [f"pin   {pinned.name:<34} {pinned.source}" for pinned in outside if "@" in pinned.source]
     hits = sum(step.hit for step in steps)
-    return Output(
-        json=[vars(step) for step in steps],
-        text="\n".join([*commits, *map(str, steps), f"{hits} of {len(steps)} steps are in the store"]),
-    )
+    told = [f"{hits} of {len(steps)} steps are in the store"] + ([] if args.only else validated.registered["text"])
+    return Output(json=[vars(step) for step in steps], text="\n".join([*commits, *map(str, steps), *told]))
 
 
 def _elsewhere(args: argparse.Namespace, machine: Memory) -> Output:

@@ -13,8 +13,10 @@ from flows.compose import limits
 from flows.pins import Pins, fetchable, pin
 from flows.plan.lookup import Planned, plan
 from flows.plan.preflight import preflight
+from flows.plan.registered import earlier, register
 from recipes.arms import EXTERNAL, arms
 from recipes.checks.check import check, check_data, load_and_read
+from recipes.checks.rows import warnings_at
 from recipes.checks.serving import warnings
 from recipes.problem import Problem, RecipeError
 from recipes.read.load import Loaded
@@ -32,6 +34,7 @@ class Validated:
     Attributes:
         warnings: What may not fit a GPU by an estimate that none has confirmed, what serve.engine would refuse, a test
             set that is too small for the gate, packages off the lock.
+        registered: What it can tell, before anything is spent; see flows/plan/registered.py.
     """
 
     loaded: Loaded
@@ -39,6 +42,7 @@ class Validated:
     plan: list[Planned]
     preflight: dict[str, Any]
     warnings: list[Problem]
+    registered: dict[str, Any]
 
     @property
     def recipe(self) -> Recipe:
@@ -75,8 +79,26 @@ def validate(path: Path, *, sets: Sequence[str], home: Path, only: Sequence[str]
     planned = plan(loaded.recipe, pins, store, only=only)
     predicted = preflight(local, planned, home=home, base=pins.base.path, limits=limits(loaded.recipe))
     doubts = [Problem(**doubt) for doubt in predicted["warnings"]]
-    doubts += [*warnings(local), *(() if only else rows.warnings), *other_packages()]
-    return Validated(loaded=loaded, pins=pins, plan=planned, preflight=predicted, warnings=doubts)
+    before = earlier(home, loaded.recipe)
+    few = warnings_at(local, rows, before.rate) if before else rows.warnings
+    doubts += [*warnings(local), *(() if only else few), *other_packages()]
+    registered = register(
+        loaded.recipe,
+        rows.sizes,
+        home=home,
+        inputs=[source.digest for source in (pins.base, *pins.data, pins.adapter) if source],
+        scored=scored_before(planned, loaded.recipe),
+        before=before,
+    )
+    return Validated(
+        loaded=loaded, pins=pins, plan=planned, preflight=predicted, warnings=doubts, registered=registered
+    )
+
+
+def scored_before(planned: Sequence[Planned], recipe: Recipe) -> list[str]:
+    """Arms that may be promoted, or that a candidate is compared with, and whose scores are in the store already."""
+    trained = {f"evaluate/{arm.slug}": arm.slug for arm in arms(recipe) if arm.is_trained}
+    return [trained[line.key] for line in planned if line.hit and line.key in trained]
 
 
 def other_packages() -> list[Problem]:

@@ -30,6 +30,7 @@ from flows.report.document import (
 )
 from flows.report.html import figures, page, pictures
 from flows.report.making import making_of, source_of
+from flows.report.registered import registered_of
 from flows.report.text import arm_rows, markdown, print_report
 from flows.results.card_fit import fit_of
 from flows.results.cells import (
@@ -235,8 +236,10 @@ def _shipping(
     *,
     served: dict[str, Any] | None,
 ) -> Shipping:
+    gate = gate_of(run, evidence, draws, served=served)
     return {
-        "gate": gate_of(run, evidence, draws, served=served),
+        "gate": gate,
+        "registered": registered_of(run.folder, gate=gate, power=power(evidence)),
         "fit": fit_of(run, cells),
         "samples": samples_of(run),
         "loading": loading_of(run),

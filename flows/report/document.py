@@ -182,6 +182,7 @@ class Shipping(TypedDict):
     """What can be promoted, what fits where, what the arms answer, and how they are loaded."""
 
     gate: dict[str, Any]
+    registered: dict[str, Any] | None
     fit: dict[str, Any]
     samples: dict[str, Any] | None
     loading: dict[str, Any]

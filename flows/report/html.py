@@ -33,6 +33,7 @@ from flows.report.text import (
     left_out,
     ran_on,
     ran_where,
+    registered_lines,
 )
 from flows.results.layers import unmeasured, worst
 from flows.results.metrics import METRICS, SERVED, difference_text, interval_text, significant, size, value_text
@@ -71,6 +72,7 @@ def page(report: Mapping[str, Any], svgs: Mapping[str, str]) -> str:
         gate=report.get("gate"),
         gate_marks=GATE_MARKS,
         power=power_sentence(report["power"]),
+        registered=registered_lines(report),
         fit=report.get("fit"),
         controls=controls,
         shipped=[slug for slug in report["arms"] if slug not in controls],

@@ -96,6 +96,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     for answer in report["answers"]:
         lines += ["", f"## {answer['question']}", "", *(f"- {sentence}" for sentence in answer["text"])]
     lines += ["", "## Can it be promoted?", "", *(f"- {line}" for line in report["gate"]["text"])]
+    lines += [f"- {line}" for line in registered_lines(report)]
     lines += _chain(report["gate"])
     if loss := waterfall_sentence(report["waterfall"]):
         lines += ["", "## Where does the loss go?", "", f"- {loss}"]
@@ -359,6 +360,11 @@ def _asides(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "Are there enough test rows?", told
     if told := "; ".join(fit_sentences(report.get("fit"))):
         yield "What fits?", f"{told}."
+
+
+def registered_lines(report: Mapping[str, Any]) -> list[str]:
+    """What was registered before the run and what was found; nothing of a run that is older than that."""
+    return list((report.get("registered") or {"text": []})["text"])
 
 
 def _rich_cell(metric: str, cell: Mapping[str, Any]) -> Text:

@@ -46,6 +46,24 @@ def needed(a: RowScores, b: RowScores, *, loss: float = LOSS) -> Needed:
     return Needed(rows=math.ceil(wanted * rows / groups), groups=wanted)
 
 
+class Changed(NamedTuple):
+    """How far two arms' scores differ: what the next run's registration starts from (flows/plan/registered.py).
+
+    Attributes:
+        share: Of the rows, those with another score.
+        variance: Of one row's difference, by the spread between groups: as the share where rows change one by one.
+    """
+
+    share: float
+    variance: float
+
+
+def changed(a: RowScores, b: RowScores) -> Changed:
+    """Of two arms on the same rows."""
+    variance = standard_error(Estimand(a.sums, b.sums)) ** 2 * float(a.count.sum())
+    return Changed(share=float((a.total != b.total).mean()), variance=variance)
+
+
 def power(evidence: Mapping[str, ArmEvidence]) -> list[dict[str, Any]]:
     """`power` of report.json: every scheme against the merged model that it was made from."""
     return [
@@ -59,6 +77,7 @@ def _plan(evidence: Mapping[str, ArmEvidence], a: str, b: str) -> dict[str, Any]
     first, second = scored
     pair = paired(first, second)
     need = needed(pair.a, pair.b) if isinstance(pair, Paired) else None
+    change = changed(pair.a, pair.b) if isinstance(pair, Paired) else None
     return {
         "metric": "task",
         "loss": LOSS,
@@ -69,6 +88,8 @@ def _plan(evidence: Mapping[str, ArmEvidence], a: str, b: str) -> dict[str, Any]
         "groups_needed": need and need.groups,
         "rows": len(first.rows) if first else 0,
         "groups": len(first.groups) if first else 0,
+        "changed": change and change.share,
+        "variance": change and change.variance,
         "reason": None if isinstance(pair, Paired) else _reason(pair, a, b, scored),
     }
 

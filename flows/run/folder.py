@@ -1,4 +1,4 @@
-"""A run's folder: runs/<id>/{recipe.yaml, recipe.resolved.json, plan.txt, preflight.json, steps.json, report.*}."""
+"""A run's folder: runs/<id>/ with its recipe, plan, preflight.json, registered.json, steps.json and report.*."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 
 from flows.compose import ArmSteps, Matrix
 from flows.pins import Pins
+from flows.plan.registered import REGISTERED
 from flows.results.read import RunArm, StepRecord
 from recipes.checks.python import named_python
 from recipes.models.headers import read_headers
@@ -79,6 +80,10 @@ class RunRecord:
         self._raw["external"] = {name: _origin(model) for name, model in pins.externals.items()}
         self._raw["only"] = list(only)
         self._write()
+
+    def register(self, told: Mapping[str, Any]) -> None:
+        """Write what the run can tell, before it is known what it tells; see flows/plan/registered.py."""
+        write_json(self.folder / REGISTERED, dict(told))
 
     def _code(self, pins: Pins) -> list[dict[str, str | None]]:
         """Code that the recipe named and that somebody allowed, with the digest of what was read."""

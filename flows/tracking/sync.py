@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from flows.plan.registered import read_registered, registered_tag
 from flows.report.build import render
 from flows.run.folder import is_under_way, run_files
 from flows.tracking.tracker import Tracker
@@ -46,7 +47,8 @@ def sync_run(home: Path, folder: Path) -> Tracker | None:
         tracker.close()
         return None
     tracker.forget()
-    tracker.start(read_json(folder / "recipe.resolved.json"), tags={"mlflow.source.name": raw["recipe"]})
+    tags = {"mlflow.source.name": raw["recipe"], **registered_tag(read_registered(folder))}
+    tracker.start(read_json(folder / "recipe.resolved.json"), tags=tags)
     for record in raw["steps"]:
         tracker.step(record)
     if raw["status"] in REPORTED:

@@ -76,14 +76,26 @@ def _mentions(name: str) -> re.Pattern[bytes]:
     return re.compile(rb"^(?:(?:task|group|tag)\s*:.*|\s*-\s*[\"']?)" + whole, re.MULTILINE)
 
 
-def _defined(path: Path) -> set[str]:
-    """Names of the task, the group and the tags of one file; empty where it is no mapping."""
+def task_of(path: Path) -> dict[str, Any]:
+    """What a task's YAML file says, with what its `include:` adds; empty where it is no mapping."""
+    task = _mapping(path)
+    base = task.get("include")
+    if not isinstance(base, str) or not (path.parent / base).is_file() or (path.parent / base) == path:
+        return task
+    return {**_mapping(path.parent / base), **task}
+
+
+def _mapping(path: Path) -> dict[str, Any]:
     try:
         task: Any = yaml.load(path.read_bytes(), Loader=_Loader)
     except yaml.YAMLError:
-        return set()
-    if not is_mapping(task):
-        return set()
+        return {}
+    return dict(task) if is_mapping(task) else {}
+
+
+def _defined(path: Path) -> set[str]:
+    """Names of the task, the group and the tags of one file; empty where it is no mapping."""
+    task = _mapping(path)
     tags = task.get("tag")
     names = [task.get("task"), task.get("group"), *(tags if is_list(tags) else [tags])]
     return {name for name in names if isinstance(name, str)}

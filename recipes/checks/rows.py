@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipes.checks.gate import SplitSize, gate_warnings
+from recipes.checks.documents import document_warnings
+from recipes.checks.gate import SideSize, gate_warnings, general_warning
+from recipes.checks.power import GUESS, Rate, Scored
 from recipes.checks.reading import RowsRead, SourceRead, read_rows
 from recipes.checks.split import SideRows, Sides
 from recipes.data.files import FolderChoice
@@ -22,11 +24,20 @@ from recipes.schema import FEWEST_ROWS, LEAST_ROWS, MOST_ROWS, TOKENS_PER_INPUT
 
 
 class RowCheck(NamedTuple):
-    """Problems of the rows, their summary (JSON-able), and warnings of what they are too few for."""
+    """What reading every row showed.
+
+    Attributes:
+        problems: What is wrong with them.
+        summary: JSON-able.
+        warnings: What they, and the documents of lm-eval tasks, are too few for.
+        sizes: What the figures of each split will rest on, but for rows that turn out too long; empty where the rows
+            were not read.
+    """
 
     problems: list[Problem]
     summary: dict[str, Any]
     warnings: tuple[Problem, ...] = ()
+    sizes: Mapping[Side, SideSize] = {}
 
 
 def check_data(loaded: Loaded) -> RowCheck:
@@ -37,7 +48,7 @@ def check_data(loaded: Loaded) -> RowCheck:
     remote = [source.path for source, path in zip(loaded.recipe.data.parts, loaded.data, strict=True) if path is None]
     not_read = {"data": f"{', '.join(remote)} is not local: its rows are read when it is pinned"} if remote else {}
     if not loaded.origins:
-        return RowCheck([], not_read)
+        return RowCheck([], not_read, size_warnings(loaded, {}))
     read = read_rows(loaded, list(loaded.origins.values()))
     problems = [problem for source in read.sources for problem in source.later_problems()]
     problems += [*_torn(loaded, read.sides), *_general_rows(loaded), *read.checks.problems()]
@@ -45,11 +56,30 @@ def check_data(loaded: Loaded) -> RowCheck:
         # the sides are known only then
         problems += [*_leaks(loaded, read), *_empty_sides(loaded, read.sides), *_calibration(loaded, read.sides)]
     summary = _summary(loaded, read) | {"format": _formats(read.sources)} | not_read
-    sizes: dict[Side, SplitSize] = {
-        side: SplitSize(rows.chats, len(rows.groups)) for side, rows in read.sides.rows.items()
-    }
-    warnings = () if not_read else gate_warnings(loaded.recipe, sizes)
-    return RowCheck([*map(loaded.placed, problems)], summary, tuple(map(loaded.placed, warnings)))
+    sizes: dict[Side, SideSize] = {} if not_read else {side: _size(rows) for side, rows in read.sides.rows.items()}
+    return RowCheck([*map(loaded.placed, problems)], summary, size_warnings(loaded, sizes), sizes)
+
+
+def size_warnings(loaded: Loaded, sizes: Mapping[Side, SideSize], *, rate: Rate = GUESS) -> tuple[Problem, ...]:
+    """What keeps a candidate from passing the gate that is no worse at all: too little to tell by.
+
+    Args:
+        loaded: The recipe.
+        sizes: Of the splits; empty where the rows were not read.
+        rate: How many answers change between a quantized model and the merged one.
+    """
+    warnings = [*gate_warnings(loaded.recipe, sizes, rate=rate)] if sizes else []
+    return tuple(map(loaded.placed, [*warnings, *_few_texts(loaded), *document_warnings(loaded)]))
+
+
+def warnings_at(loaded: Loaded, rows: RowCheck, rate: Rate) -> tuple[Problem, ...]:
+    """The warnings of rows that were checked, now that an earlier run tells how many answers change."""
+    guessed = size_warnings(loaded, rows.sizes)
+    return (*(one for one in rows.warnings if one not in guessed), *size_warnings(loaded, rows.sizes, rate=rate))
+
+
+def _size(rows: SideRows) -> SideSize:
+    return SideSize(task=rows.by_task, tokens=rows.by_tokens, domains=rows.by_domain)
 
 
 def _formats(sources: Sequence[SourceRead]) -> str:
@@ -118,6 +148,16 @@ def _general_rows(loaded: Loaded) -> Iterator[Problem]:
             )
 
 
+def _few_texts(loaded: Loaded) -> Iterator[Problem]:
+    """A general hold-out of so few texts that its check stays undecided."""
+    path, most = general_files(loaded).get("data.general"), loaded.recipe.data.max_length
+    if path is None or not path.exists() or general_problems(path, max_rows=1):
+        return
+    texts = {text_name(row.text): len(row.text.encode()) for row in plain_texts(path) if row.text is not None}
+    problem = general_warning(Scored.of(min(size, most) for size in texts.values()))
+    yield from filter(None, [problem])
+
+
 def _texts(path: Path) -> set[str]:
     """Names of the texts of a file."""
     return {text_name(row.text) for row in plain_texts(path) if row.text is not None}
@@ -148,13 +188,20 @@ def general_problems(path: Path, *, max_rows: int | None = None) -> list[Problem
 
 def _empty_sides(loaded: Loaded, sides: Sides) -> Iterator[Problem]:
     data = loaded.recipe.data
+    few = sides.groups < len(sides.rows)
+    kept = f"equal `{data.group_column}`" if data.group_column else "the same first question"
     for name in ("dev", "test"):
         if not sides.rows[name]:
             yield Problem(
                 what=f"{name} would have no rows.",
                 where=f"data.{name}",
-                why=f"Groups fall on a side by their hash; shares are dev {data.dev:g} and test {data.test:g}.",
-                next=f"Give more rows or finer groups, raise data.{name}, or draw again by another data.salt.",
+                why=f"Rows with {kept} are one group, which falls on one side as a whole, and there are "
+                f"{sides.groups} in all for three sides."
+                if few
+                else f"Groups fall on a side by their hash; shares are dev {data.dev:g} and test {data.test:g}.",
+                next="Give rows of more groups" + (", or name a finer data.group." if data.group_column else ".")
+                if few
+                else f"Give more rows or finer groups, raise data.{name}, or draw again by another data.salt.",
             )
 
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from recipes.checks.power import Scored
 from recipes.data.rows import SIDES, Row, Side, drawn, side
 from recipes.data.schema import Data
 from recipes.data.turns import Message
@@ -19,19 +20,37 @@ class SideRows:
     """What is known of the rows of a side; `len()` says how many there are.
 
     Attributes:
-        chats: Rows that are no plain text.
-        groups: Of these.
+        chats: By domain and group, how many rows are no plain text; nothing of train, which nothing is scored on.
+        tokens: By group, at most so many tokens; nothing of train.
         domains: How many rows each domain has.
         bounds: At most so many tokens, of each row.
     """
 
-    chats: int = 0
-    groups: set[int] = field(default_factory=set[int])
+    chats: dict[str, Counter[int]] = field(default_factory=dict[str, Counter[int]])
+    tokens: Counter[int] = field(default_factory=Counter[int])
     domains: Counter[str] = field(default_factory=Counter[str])
     bounds: array[int] = field(default_factory=lambda: array("q"))
 
     def __len__(self) -> int:
         return len(self.bounds)
+
+    @property
+    def by_task(self) -> Scored:
+        """Rows that have a task score: those with a prompt."""
+        groups: Counter[int] = Counter()
+        for counts in self.chats.values():
+            groups.update(counts)
+        return Scored.of(groups.values())
+
+    @property
+    def by_tokens(self) -> Scored:
+        """What a loss is the mean of: tokens, which are bounded here; so its groups are about right."""
+        return Scored.of(self.tokens.values())
+
+    @property
+    def by_domain(self) -> dict[str, Scored]:
+        """Of the rows with a prompt, by domain."""
+        return {domain: Scored.of(counts.values()) for domain, counts in self.chats.items()}
 
 
 @dataclass(kw_only=True)
@@ -43,12 +62,14 @@ class Sides:
         duplicates: Rows that equal an earlier one.
         not_drawn: Train rows that the weight of their source leaves out.
         torn: Equal rows of two groups, by line.
+        groups: How many groups there are on all sides; counting ends at the number of sides.
     """
 
     rows: dict[Side, SideRows]
     duplicates: int
     not_drawn: int
     torn: Wrong
+    groups: int
 
 
 class Split:
@@ -100,21 +121,35 @@ class Split:
             if removed is not None and removed[number]:
                 continue
             own = rows[SIDES[place]]
+            domain, group = domains[self._own_domain[number]], self._groups[number]
             own.bounds.append(self._bounds[number])
-            own.domains[domains[self._own_domain[number]]] += 1
+            own.domains[domain] += 1
+            if own is rows["train"]:
+                continue
+            own.tokens[group] += min(self._bounds[number], self._data.max_length)  # longer ones are left out or cut
             if self._is_chat[number]:
-                own.chats += 1
-                own.groups.add(self._groups[number])
+                own.chats.setdefault(domain, Counter())[group] += 1
         return Sides(
             rows=rows,
             duplicates=self._duplicates,
             not_drawn=self._not_drawn,
             torn=self._torn,
+            groups=_count(self._groups, most=len(SIDES)),
         )
 
     def _note_torn(self, first: tuple[str, str] | None, row: Row, group: str) -> None:
         if first is not None and first[1] != group:
             self._torn.add(f"{first[0]} ({first[1]}) and {row.where} ({group})")
+
+
+def _count(groups: Iterable[int], *, most: int) -> int:
+    """Different ones, up to `most`."""
+    seen: set[int] = set()
+    for group in groups:
+        seen.add(group)
+        if len(seen) == most:
+            break
+    return len(seen)
 
 
 def split_rows(rows: Iterable[Row], data: Data) -> Sides:

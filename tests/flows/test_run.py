@@ -78,6 +78,7 @@ def test_run_folder_is_complete(small: World):
         "recipe.resolved.json",
         "plan.txt",
         "preflight.json",
+        "registered.json",
         "steps.json",
         "report.json",
         "report.md",
@@ -87,13 +88,26 @@ def test_run_folder_is_complete(small: World):
     assert raw["status"] == "completed" and all(one["status"] == "made" for one in raw["steps"])
 
 
+def test_what_test_can_tell_was_registered_before_the_first_step(small: World):
+    folder = small.home / "runs" / "latest"
+    told, report = json.loads((folder / "registered.json").read_text()), small.report()
+    assert told["rows"] == report["data"]["test"]["rows"] and told["groups"] == report["data"]["test"]["groups"]
+    assert (folder / "registered.json").stat().st_mtime_ns < (folder / "steps.json").stat().st_mtime_ns
+    assert told["guess"] and told["kept_from"] is None and told["scored_before"] == []
+    assert report["registered"]["smallest_loss"] == told["smallest_loss"]
+    assert told["text"][0] in small.quench("plan", str(small.recipe)).stdout
+
+
 def test_second_run_is_all_hits_and_touches_nothing(world: World):
+    first = json.loads((world.home / "runs" / "latest" / "registered.json").read_text())
     before = fingerprints(world.home)
     planned = world.plan()
     assert planned and all(planned.values())
     world.quench("run", str(world.recipe))
     assert {one["status"] for one in world.steps().values()} == {"hit"}
     assert fingerprints(world.home) == before
+    again = json.loads((world.home / "runs" / "latest" / "registered.json").read_text())
+    assert again["kept_from"] and again == first | {"kept_from": again["kept_from"]}
 
 
 def test_another_group_size_makes_that_scheme_only(world: World):

@@ -196,7 +196,7 @@ def test_few_rows_get_a_recipe_with_a_note(tmp_path: Path, rows: int):
     assert 32 <= train < 128 and calibrate.rows == train * 9 // 10
     assert calibrate.allow_unusual_size == f"train has {train} rows"
     assert "# a reason; more rows would calibrate better" in loaded.text
-    assert "The gate can hardly pass: test has" in made.notes["gate"]
+    assert "The gate cannot pass: test has" in made.notes["gate"] and "quench check --data" in made.notes["gate"]
     written = made.path.read_text()
     made.path.write_text(written.replace("allow_unusual_size", "# allow_unusual_size"))
     with pytest.raises(RecipeError, match="it has to be 128 to 512"):

@@ -162,7 +162,7 @@ def test_fewer_rows_than_calibration_needs(tmp_path: Path):
     assert "calibrate.rows" in problem.where
     few = [f"calibrate.rows={train * 9 // 10}", f"calibrate.allow_unusual_size=train has {train} rows"]
     checked = check_data(load(recipe, sets=few))
-    assert checked.problems == [] and checked.warnings[0].what.startswith("The gate can hardly pass")
+    assert checked.problems == [] and checked.warnings[0].what.startswith("The gate cannot pass")
 
 
 def test_fewer_than_32_rows_of_train_are_refused_whatever_is_allowed(tmp_path: Path):
@@ -226,7 +226,14 @@ def test_an_empty_side_is_refused(tmp_path: Path, name: str):
     recipe = write_project(tmp_path)
     write_rows(tmp_path / "rows.jsonl", (chat(number, thread="one") for number in range(400)))
     empty = problems(recipe, "data.group=thread")
-    assert any(f"{name} would have no rows" in problem.what for problem in empty)
+    (problem,) = (problem for problem in empty if problem.what == f"{name} would have no rows.")
+    assert "there are 1 in all for three sides" in problem.why and "finer data.group" in problem.next
+    write_rows(tmp_path / "rows.jsonl", (chat(number, thread="two" if number else "one") for number in range(400)))
+    assert any("there are 2 in all" in problem.why for problem in problems(recipe, "data.group=thread"))
+    sets = (f"data.{name}=0.001", "data.salt=3")
+    write_rows(tmp_path / "rows.jsonl", map(chat, range(200)))
+    (problem,) = (problem for problem in problems(recipe, *sets) if problem.what == f"{name} would have no rows.")
+    assert f"raise data.{name}" in problem.next
 
 
 def test_every_general_row_and_database(tmp_path: Path):
