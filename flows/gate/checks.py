@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from flows.results.paired import Difference, Draw, Paired, differences, paired
+from flows.results.paired import Difference, Draw, Paired, differences, few_groups, paired
 from flows.results.rows import RowScores
 from flows.results.stats import Z_POWER, Interval, Link, Studentized, Z
 from recipes.schema import Gate
@@ -80,7 +80,8 @@ class PlannedCheck:
             "missing": f"{'candidate' if self.a is None else self.against} has no such scores",
             "other rows": "the two were not scored on the same rows and tokens",
             "not finite": "scores that are not finite",
-            "one group": "fewer than two groups of rows",
+            "one group": str(few_groups(self.a)),
+            "few groups": str(few_groups(self.a)),
         }[pair]
 
 

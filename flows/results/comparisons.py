@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from flows.results.metrics import METRICS, TASK
-from flows.results.paired import ONE_GROUP, Draw, Obstacle, Paired, differences, paired
+from flows.results.paired import Draw, Obstacle, Paired, differences, few_groups, paired
 from flows.results.read import REFERENCE, RunArm, SchemeParts
 from flows.results.rows import RowScores
 from flows.results.stats import Interval
@@ -275,7 +275,7 @@ def _reason(
         return f"{' and '.join(slug for slug, rows in named if rows and not rows.finite)}: scores that are not finite"
     if obstacle == "other rows":
         return "the two arms were not scored on the same rows and tokens"
-    return ONE_GROUP
+    return str(few_groups(a))
 
 
 def _compared(family: str, able: Sequence[tuple[Pair, Paired]], draws: Draw) -> list[Comparison]:
