@@ -262,8 +262,9 @@ class Measure(Section):
 class Gate(Section):
     """What a candidate may lose on test and still be promoted. Decides no bytes: nothing is made again when it changes.
 
-    Compared with the merged bf16 model that it was made from, and with the present champion. A test is passed where
-    its whole 95 % interval lies within the margin.
+    Compared with the merged bf16 model that it was made from, with the present champion, and with the best version
+    before it. A test is passed where its whole interval lies within the margin: at 95 % where these rows judge their
+    first candidate, see `looks`.
     """
 
     task: Annotated[float, Field(gt=0, lt=1)] = 0.02
@@ -282,6 +283,11 @@ class Gate(Section):
     better_than_base: bool = True
     """The candidate also has to be better than the untouched base at the task (at the loss, where rows have no prompt):
     the interval of the difference leaves out zero."""
+    looks: Annotated[int, Field(ge=1)] = 52
+    """Candidates of one model name that the same rows of test may judge: a year of weekly retrains. Whoever tries again
+    and again passes in the end by luck. So the first is decided at 95 % and the others at a level (99.9 % for 52) that
+    leaves a candidate that is too bad 5 % in all to pass once. What comes after them is undecided: new rows of test are
+    needed (`data.salt`, or rows that came since)."""
 
 
 class Promote(Section):

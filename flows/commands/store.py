@@ -1,7 +1,7 @@
 """`quench store ls`, `verify` and `gc`.
 
 gc removes what no run, no promotion and no step under way reaches. A run is a folder below runs/: remove it, and its
-artifacts become free. Reached is what a run's steps.json, the champion's scores in its promotion.json, or
+artifacts become free. Reached is what a run's steps.json, the scores of other versions in its promotion.json, or
 promotions.jsonl name, and everything that those were made from.
 """
 
@@ -162,13 +162,14 @@ def _of_runs(home: Path) -> Iterator[str]:
     for path in (home / "runs").glob("*/steps.json"):
         yield from (step["path"] for step in read_json(path)["steps"] if step["path"])
     for path in (home / "runs").glob(f"*/{PROMOTION}"):  # without these scores the run's report would change
-        champion = read_json(path)["champion"]
-        if champion and champion["evaluate"]:
-            yield champion["evaluate"]
+        record = read_json(path)
+        yield from (
+            other["evaluate"] for name in ("champion", "best") if (other := record.get(name)) and other["evaluate"]
+        )
 
 
 def _of_promotions(home: Path) -> Iterator[str]:
-    yield from (record["path"] for record in records(home / JOURNAL))
+    yield from (record["path"] for record in records(home / JOURNAL) if "path" in record)
 
 
 def _artifact(path: Path, home: Path) -> Path | None:

@@ -1,11 +1,13 @@
 """The gate: is the candidate, on test, no worse than what it was made from and what it would replace?
 
 Each check is a difference (candidate - other) with a paired bootstrap interval and a margin from the recipe's `gate:`.
+The interval's level is 95 % for the first candidate that a set of test rows judges, and higher for later ones
+(flows/gate/looks.py).
 
-* pass: the whole 95 % interval lies within the margin. A candidate passes where every check does, so each
-  is made at its own 95 %: a model that is too bad in one respect has to get through that check, and does so in 2.5 %
-  at most, however many others there are (intersection-union, Berger 1982, Technometrics 24:295).
-* worse: the interval that holds together over all checks lies wholly beyond the margin.
+* pass: the whole interval lies within the margin. A candidate passes where every check does, so each is made at that
+  level by itself: a model that is too bad in one respect has to get through that check, and does so in 2.5 % at most,
+  however many others there are (intersection-union, Berger 1982, Technometrics 24:295).
+* worse: the interval that holds together over all checks, at the same level, lies wholly beyond the margin.
 * undecided: anything else, also a check that cannot be made. It blocks like worse.
 """
 
@@ -18,9 +20,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from flows.gate.looks import level_text
 from flows.results.paired import Difference, Draw, Paired, differences, few_groups, paired
 from flows.results.rows import RowScores
-from flows.results.stats import Z_POWER, Interval, Link, Studentized, Z
+from flows.results.stats import LEVEL, Z_POWER, Interval, Link, Studentized, critical_of
 from recipes.schema import Gate
 
 Outcome = Literal["pass", "worse", "undecided", "none", "not served as measured"]
@@ -29,6 +32,7 @@ Scores = Mapping[str, RowScores]  # metric of scores.parquet -> rows
 DOMAIN_ROWS = 200  # a slice with fewer is shown and gates nothing
 MOST_ROWS = 10_000_000  # a larger n_needed only says: never
 BASE = "base"
+INTERVALS = ("ci95", "ci95_adjusted", "ci_level", "ci_level_adjusted")
 LABELS = {"general_loss": "general loss", "bits_per_byte": "bits a byte"}
 
 
@@ -91,6 +95,7 @@ class Check:
 
     Attributes:
         difference: Candidate - other; None where it could not be made, and `reason` says why.
+        level: Of the intervals that decide, `ci_level` (pass) and `ci_level_adjusted` (worse).
         n: Rows behind it.
         n_needed: Rows that would decide it 4 times in 5, if the difference stays as it is; None where it is decided,
             or no number of rows up to ten million would.
@@ -104,6 +109,9 @@ class Check:
     difference: float | None = None
     ci95: Interval | None = None
     ci95_adjusted: Interval | None = None
+    level: float = LEVEL
+    ci_level: Interval | None = None
+    ci_level_adjusted: Interval | None = None
     n: int = 0
     n_needed: int | None = None
     domain: str | None = None
@@ -112,7 +120,7 @@ class Check:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
-        intervals = {name: getattr(self, name) and list(getattr(self, name)) for name in ("ci95", "ci95_adjusted")}
+        intervals = {name: ends and list(ends) for name in INTERVALS for ends in [getattr(self, name)]}
         return {**vars(self), **intervals, "text": check_text(self)}
 
     @classmethod
@@ -165,15 +173,21 @@ def _with_slices(whole: PlannedCheck, margin: float) -> Iterator[PlannedCheck]:
         yield replace(whole, a=a, b=b, margin=margin, domain=name, gates=gates)
 
 
-def judge(checks: Sequence[PlannedCheck], draws: Draw) -> list[Check]:
-    """All checks, in their order. Those that gate are one family; the others, which are only shown, another."""
+def judge(checks: Sequence[PlannedCheck], draws: Draw, *, level: float = LEVEL) -> list[Check]:
+    """All checks, in their order. Those that gate are one family; the others, which are only shown, another.
+
+    Args:
+        checks: As planned.
+        draws: The resamples of some groups.
+        level: Of the intervals that decide.
+    """
     judged: dict[int, Check] = {}
     for gates in (True, False):
         family = {place: check for place, check in enumerate(checks) if check.gates is gates}
         pairs = {place: check.rows for place, check in family.items()}
         able = {place: pair for place, pair in pairs.items() if isinstance(pair, Paired)}
-        found = dict(zip(able, differences(list(able.values()), draws), strict=True))
-        judged |= {place: _check(check, found.get(place)) for place, check in family.items()}
+        found = dict(zip(able, differences(list(able.values()), draws, level=level), strict=True))
+        judged |= {place: _check(check, found.get(place), level) for place, check in family.items()}
     return [judged[place] for place in range(len(checks))]
 
 
@@ -185,7 +199,7 @@ def outcome_of(checks: Sequence[Check]) -> Outcome:
     return "pass" if outcomes == {"pass"} else "undecided"
 
 
-def _check(planned: PlannedCheck, difference: Difference | None) -> Check:
+def _check(planned: PlannedCheck, difference: Difference | None, level: float) -> Check:
     """The check with its outcome; without a difference it could not be made, and says why."""
     n = 0 if planned.a is None else len(planned.a.rows)
     check = Check(
@@ -194,6 +208,7 @@ def _check(planned: PlannedCheck, difference: Difference | None) -> Check:
         margin=planned.margin,
         unit=planned.unit,
         outcome="undecided",
+        level=level,
         n=n,
         domain=planned.domain,
         gates=planned.gates,
@@ -202,9 +217,9 @@ def _check(planned: PlannedCheck, difference: Difference | None) -> Check:
         return replace(check, reason=str(planned.rows))
     sign = -1.0 if planned.is_task else 1.0  # what is lost, not what is gained
     outcome: Outcome = "undecided"
-    if _signed(difference.ci95, sign).high < planned.margin:
+    if _signed(difference.ci_level, sign).high < planned.margin:
         outcome = "pass"
-    elif _signed(difference.ci95_adjusted, sign).low > planned.margin:
+    elif _signed(difference.ci_level_adjusted, sign).low > planned.margin:
         outcome = "worse"
     room = abs(sign * difference.estimate - planned.margin)
     return replace(
@@ -213,7 +228,9 @@ def _check(planned: PlannedCheck, difference: Difference | None) -> Check:
         difference=difference.estimate,
         ci95=difference.ci95,
         ci95_adjusted=difference.ci95_adjusted,
-        n_needed=_needed(room, difference.boot, n) if outcome == "undecided" else None,
+        ci_level=difference.ci_level,
+        ci_level_adjusted=difference.ci_level_adjusted,
+        n_needed=_needed(room, difference.boot, n, critical_of(level)) if outcome == "undecided" else None,
     )
 
 
@@ -222,11 +239,13 @@ def _signed(interval: Interval, sign: float) -> Interval:
     return Interval(low, high)
 
 
-def _needed(room: float, boot: Studentized, n: int) -> int | None:
+def _needed(room: float, boot: Studentized, n: int, critical: float) -> int | None:
     """Rows at which the distance from estimate to margin is as wide as an interval that decides 4 times in 5."""
     if room <= 0:
         return None
-    rows = n * max(((Z + Z_POWER) * boot.se / room) ** 2, boot.least / room)  # least falls by 1 / n, se by its root
+    rows = n * max(
+        ((critical + Z_POWER) * boot.se / room) ** 2, boot.least / room
+    )  # least falls by 1 / n, se by its root
     return math.ceil(max(rows, n + 1)) if rows <= MOST_ROWS else None
 
 
@@ -255,16 +274,17 @@ def label(metric: str) -> str:
 
 
 def difference_of(check: Check) -> str:
-    """`-0.4 [-1.3, +0.5] points` or `+0.0013 [+0.0002, +0.0024] nats`; the reason where it could not be made."""
+    """`-0.4 [-1.3, +0.5] points`, `+0.001 [-0.002, +0.004] nats at 99.9 %`; the reason where it could not be made."""
     if check.difference is None or check.ci95 is None:
         return str(check.reason)
     scale, unit = (100.0, "points") if check.unit == "share" else (1.0, check.unit)
-    shown = [scale * value for value in (check.difference, *check.ci95)]
+    shown = [scale * value for value in (check.difference, *(check.ci_level or check.ci95))]
     half = (shown[2] - shown[1]) / 2
     places = min(6, max(1, 1 - math.floor(math.log10(half)))) if half > 0 else 4
     signed = [f"{value:+.{places}f}" for value in shown]
     plain = [text.replace("+", "").replace("-", "") if not float(text) else text.replace("-", "−") for text in signed]
-    return f"{plain[0]} [{plain[1]}, {plain[2]}] {unit}"
+    at = f" at {level_text(check.level)}" if check.level != LEVEL else ""
+    return f"{plain[0]} [{plain[1]}, {plain[2]}] {unit}{at}"
 
 
 def margin_text(check: Check) -> str:

@@ -6,16 +6,28 @@ Pure: a champion takes part where `quench promote` has evaluated it on this run'
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from flows.gate.candidate import candidate, margins_of
-from flows.gate.checks import BASE, PlannedCheck, better_than_base, judge, outcome_of, planned_checks, restricted
+from flows.gate.checks import (
+    BASE,
+    Check,
+    Outcome,
+    PlannedCheck,
+    better_than_base,
+    judge,
+    outcome_of,
+    planned_checks,
+    restricted,
+)
+from flows.gate.looks import Looks, level_text, ordinal
 from flows.gate.served import NOT_AS_MEASURED, of_engine, together
 from flows.results.cells import ArmEvidence
 from flows.results.paired import Draw
 from flows.results.read import Run, RunArm
 from flows.results.rows import read_scores
+from flows.results.stats import LEVEL
 from recipes.arms import CHAMPION
 from recipes.schema import Gate
 
@@ -26,29 +38,32 @@ OUTCOMES = {
     "undecided": "does not pass the gate: this much data cannot tell",
     NOT_AS_MEASURED: "does not pass the gate: what the engine serves is not what was measured",
 }
+SPENT_OUT = "does not pass the gate: these rows of test have judged as many candidates as they may"
 
 
 def gate_of(
     run: Run, evidence: Mapping[str, ArmEvidence], draws: Draw, *, served: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """Everything about promotion that report.json says; `served` is what it says of the engine."""
-    margins, chosen, champion = margins_of(run), candidate(run, draws), _champion(run)
+    margins, chosen, record = margins_of(run), candidate(run, draws), _record(run)
+    champion, looks = record.get("champion"), record.get("looks") and Looks.of(record["looks"])
     arm = chosen.arm
     same = champion is not None and arm is not None and _digest(run, arm) == champion["digest"]
     planned = _planned(arm, evidence, margins, None if same else champion, run) if arm else ()
-    checks = judge(list(planned), draws)
+    checks = judge(list(planned), draws, level=looks.level if looks else LEVEL)
     engine = of_engine(arm, run, served) if arm else None
     compared = any(check.against == CHAMPION for check in checks)
     section = {
         "candidate": arm.slug if arm else None,
         "reason": chosen.reason,
         "left_out": dict(chosen.left_out),
-        "outcome": together(outcome_of(checks), engine) if arm else "none",
+        "outcome": _outcome(checks, looks, engine) if arm else "none",
         "margins": margins.model_dump(),
         "tests": [check.as_dict() for check in checks if check.domain is None],
         "domains": [check.as_dict() for check in checks if check.domain is not None],
         **({"served": engine} if engine else {}),
         "champion": champion and _shown(champion, compared=compared, same=same),
+        "looks": looks and looks.as_dict(),
     }
     return {**section, "text": list(sentences(section))}
 
@@ -70,9 +85,15 @@ def _planned(
         yield from planned_checks(restricted(own, removed), restricted(theirs, removed), CHAMPION, margins)
 
 
-def _champion(run: Run) -> dict[str, Any] | None:
+def _outcome(checks: Sequence[Check], looks: Looks | None, engine: Mapping[str, Any] | None) -> Outcome:
+    """Of checks and engine; where these rows have judged as many as they may, nothing is decided, not even worse."""
+    return "undecided" if looks and looks.spent_out else together(outcome_of(checks), engine)
+
+
+def _record(run: Run) -> dict[str, Any]:
+    """promotion.json; empty where nothing was decided. One of an older Quench has no looks: as it was decided then."""
     path = run.folder / PROMOTION
-    return json.loads(path.read_text(encoding="utf-8"))["champion"] if path.exists() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _digest(run: Run, arm: RunArm) -> str | None:
@@ -94,7 +115,11 @@ def sentences(section: Mapping[str, Any]) -> Iterator[str]:
     gating = [check for check in (*section["tests"], *section["domains"]) if check["gates"]]
     not_passed = [check for check in gating if check["outcome"] != "pass"]
     passed = f"{len(gating) - len(not_passed)} of {len(gating)} checks on test are within their margins"
-    yield f"{section['candidate']} {OUTCOMES[section['outcome']]} ({passed})."
+    looks = section.get("looks")
+    spent_out = bool(looks) and looks["number"] > looks["limit"]
+    yield f"{section['candidate']} {SPENT_OUT if spent_out else OUTCOMES[section['outcome']]} ({passed})."
+    if spent_out:
+        yield looks["text"]
     engine = [section["served"]["text"]] if "served" in section else []
     if section["outcome"] == NOT_AS_MEASURED:
         yield from engine
@@ -103,7 +128,23 @@ def sentences(section: Mapping[str, Any]) -> Iterator[str]:
     if section["outcome"] != NOT_AS_MEASURED:
         yield from engine
     yield f"It is the candidate: {section['reason']}."
+    if looks and not spent_out:
+        yield looks["text"]
     yield _champion_text(section["champion"])
+    if looks is None and section["champion"] is None and "margins" in section:
+        yield _first_look(section["margins"]["looks"])
+
+
+def _first_look(limit: int) -> str:
+    later = (
+        f", further ones up to the {ordinal(limit)} at {level_text(Looks(number=2, limit=limit).level)}"
+        if limit > 1
+        else ""
+    )
+    return (
+        f"These figures are those of a first candidate on these rows, decided at {level_text(LEVEL)}; `quench promote` "
+        f"counts the candidates{later}."
+    )
 
 
 def _champion_text(champion: Mapping[str, Any] | None) -> str:

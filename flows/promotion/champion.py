@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from flows.compose import limits
 from flows.pins import scorer_content
+from flows.promotion.evidence import record_folder
 from flows.promotion.journal import Promotion
 from flows.results.read import Run, RunArm, RunStep
 from flows.results.rows import read_scores
@@ -35,11 +36,6 @@ TOKEN_FILES = (
     *("tokenizer.json", "tokenizer.model"),
     *("chat_template.jinja", "chat_template.json", "chat_template_args.json"),
 )
-
-
-def record_folder(home: Path, version: Promotion) -> Path:
-    """What is kept of a version beside promotions.jsonl: its train rows and its card."""
-    return home / "promotions" / version.model / str(version.version)
 
 
 # ---- what it was trained on
@@ -66,6 +62,12 @@ def trained_on(home: Path, model: Path) -> dict[str, Any]:
         return {"dataset": None, "rows": [], "note": "Its data set is not in the store: no row could be left out."}
     rows = {key for keys in _keys(dataset / "files", "train").values() for key in keys}
     return {"dataset": behind[dataset]["digest"], "rows": sorted(rows), "note": note}
+
+
+def training_of(version: Promotion, home: Path) -> dict[str, Any]:
+    """`trained_on` of a version as it was kept; of one that is older than this record, as the store still has it."""
+    kept = record_folder(home, version) / TRAIN_ROWS
+    return read_json(kept) if kept.is_file() else trained_on(home, Path(version.path))
 
 
 def _keys(dataset: Path, split: str) -> dict[str, tuple[str, str]]:
@@ -143,7 +145,7 @@ def evaluated(present: Promotion, run: Run, candidate: RunArm, home: Path) -> Ch
         artifact = run_step(step, {name: source.artifact for name, source in inputs.items()}, context).artifact
     assert artifact.folder is not None
     rows = [str(name) for name in read_scores(scored.files)["nll"].rows]
-    training = read_json(record_folder(home, present) / TRAIN_ROWS)
+    training = training_of(present, home)
     trained, keys = set(training["rows"]), _keys(inputs["dataset"].path, "test")
     notes = [training["note"]] if training["note"] else []
     if "nll" not in read_scores(artifact.path):

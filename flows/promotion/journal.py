@@ -12,11 +12,12 @@ import contextlib
 import datetime as dt
 import json
 import os
-from collections.abc import Generator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from recipes.problem import Problem
 from tasks.runtime.store.local import flocked
 
 Event = Literal["promoted", "blocked", "rolled back"]
@@ -44,6 +45,9 @@ class Promotion:
         champion: Version that was champion until then; None for the first.
         checks: The gate's checks as report.json has them.
         served: What the engine made of it, in a sentence; None where the run served nothing.
+        test: Names the rows of test that it was judged on (flows/promotion/evidence.py); None after a rollback, and
+            in lines of an older Quench.
+        look: Which candidate it was on these rows; None as above.
     """
 
     at: str
@@ -61,6 +65,15 @@ class Promotion:
     champion: int | None
     checks: list[dict[str, Any]] = field(default_factory=list)
     served: str | None = None
+    test: str | None = None
+    look: int | None = None
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Promotion | None:
+        """From a line of promotions.jsonl; None where it lacks a field. Fields of a newer Quench are not read."""
+        known = {field.name: record[field.name] for field in fields(cls) if field.name in record}
+        needed = {field.name for field in fields(cls) if field.default is MISSING and field.default_factory is MISSING}
+        return cls(**known) if needed <= known.keys() else None
 
 
 def now() -> str:
@@ -77,11 +90,27 @@ def locked(home: Path) -> Generator[None]:
 
 
 def records(path: Path) -> list[dict[str, Any]]:
-    """Every line of promotions.jsonl, about any model, oldest first; a half-written last line is skipped."""
+    """Every line of promotions.jsonl, about any model, oldest first; a half-written last line is skipped.
+
+    Raises:
+        RecipeError: Another line is no JSON object. What it decided is not known, so nobody goes on without it.
+    """
     if not path.exists():
         return []
     whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
-    return [json.loads(line) for line in whole.splitlines()]
+    return [_record(line, path, number) for number, line in enumerate(whole.split("\n"), 1) if line]
+
+
+def _record(line: str, path: Path, number: int) -> dict[str, Any]:
+    with contextlib.suppress(json.JSONDecodeError):
+        if isinstance(record := json.loads(line), dict):
+            return record
+    raise Problem(
+        what="The record of promotions is damaged.",
+        where=f"{path}, line {number}",
+        why="It is no JSON object. Quench writes whole lines, so something else has changed the file.",
+        next="Put the line back from a backup, or remove it if nothing of it is needed.",
+    ).error()
 
 
 class Journal:
@@ -92,8 +121,15 @@ class Journal:
         self.model = model
 
     def lines(self) -> list[Promotion]:
-        """Every decision about this model, oldest first."""
-        return [Promotion(**record) for record in records(self.path) if record["model"] == self.model]
+        """Every decision about this model that can be read, oldest first."""
+        return [line for line in self._read() if line is not None]
+
+    def unread(self) -> int:
+        """Lines about this model that lack a field: of an older layout. They are left out of `lines`."""
+        return sum(line is None for line in self._read())
+
+    def _read(self) -> list[Promotion | None]:
+        return [Promotion.of(record) for record in records(self.path) if record.get("model") == self.model]
 
     def append(self, promotion: Promotion) -> None:
         """Write a decision so that it is on disk when this returns. Only under `locked`."""

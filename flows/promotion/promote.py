@@ -10,9 +10,11 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import ValidationError
 
-from flows.gate.candidate import candidate
+from flows.gate.candidate import candidate, margins_of
+from flows.gate.looks import looks_of
 from flows.gate.section import PROMOTION
-from flows.promotion.champion import TRAIN_ROWS, ChampionScores, evaluated, record_folder, stale, trained_on
+from flows.promotion.champion import TRAIN_ROWS, ChampionScores, evaluated, stale, trained_on
+from flows.promotion.evidence import SCORES, judged, keep_rows, keep_scores, record_folder, test_rows
 from flows.promotion.journal import MOVES, Journal, Promotion, champion, locked, now, version_of, versions
 from flows.promotion.registry import sync
 from flows.report.build import Report, render
@@ -55,24 +57,29 @@ def promote(run_folder: Path, home: Path, *, say: Say) -> Decision:
         run = read_run(run_folder, home)
         arm = candidate(run, Draws()).arm
         if arm is None:
-            return Decision("none", None, _reported(run, None).json["gate"], [])
+            return Decision("none", None, _reported(run, {"champion": None}).json["gate"], [])
         journal = Journal(home, model_name(run_folder))
         lines = journal.lines()
+        if unread := journal.unread():
+            say(f"{unread} lines of {journal.path} about {journal.model} are of another layout: left out")
         present = champion(lines)
         drafted = _drafted(run, arm, lines, present)
+        scored = _scored(run, arm)
+        rows = test_rows(scored)
+        looks = looks_of(drafted.digest, rows, judged(home, lines), limit=margins_of(run).looks)
+        record: dict[str, Any] = {"champion": None, "looks": looks.as_dict()}
         if present is not None and present.digest == drafted.digest:
-            itself = _champion(present, ChampionScores(evaluate="", rows=0, removed=[], note=None))
-            return Decision("nothing", None, _reported(run, itself).json["gate"], sync(home, journal.model, lines))
+            record["champion"] = _champion(present, ChampionScores(evaluate="", rows=0, removed=[], note=None))
+            return Decision("nothing", None, _reported(run, record).json["gate"], sync(home, journal.model, lines))
         say(f"reading every byte of {drafted.path}")
         if problem := stale(Store(home), drafted):
             raise _made_again(problem, arm).error()
-        compared_with = None
         if present is not None:
             say(
                 f"evaluating the champion, version {present.version} ({present.arm} of run {present.run}), on this test"
             )
-            compared_with = _champion(present, evaluated(present, run, arm, home))
-        report = _reported(run, compared_with)
+            record["champion"] = _champion(present, evaluated(present, run, arm, home))
+        report = _reported(run, record)
         gate = report.json["gate"]
         promotion = replace(
             drafted,
@@ -80,6 +87,8 @@ def promote(run_folder: Path, home: Path, *, say: Say) -> Decision:
             outcome=gate["outcome"],
             checks=[*gate["tests"], *gate["domains"]],
             served=gate["served"]["text"] if "served" in gate else None,
+            test=keep_rows(home, drafted.model, rows),
+            look=looks.number,
         )
         _keep(promotion, run, arm, report, home)
         journal.append(promotion)
@@ -104,7 +113,15 @@ def roll_back(home: Path, model: str, version: int, *, say: Say) -> Decision:
         if problem := stale(Store(home), wanted):
             raise problem.error()
         promotion = replace(
-            wanted, at=now(), event="rolled back", outcome="none", champion=_number(present), checks=[], served=None
+            wanted,
+            at=now(),
+            event="rolled back",
+            outcome="none",
+            champion=_number(present),
+            checks=[],
+            served=None,
+            test=None,
+            look=None,
         )
         journal.append(promotion)
         return Decision("rolled back", promotion, {}, sync(home, model, journal.lines()))
@@ -169,6 +186,13 @@ def _drafted(run: Run, arm: RunArm, lines: list[Promotion], present: Promotion |
     )
 
 
+def _scored(run: Run, arm: RunArm) -> Path:
+    """Files of the candidate's evaluation."""
+    step = run.step(arm.evaluate)
+    assert step is not None and step.files is not None  # a candidate was evaluated
+    return step.files
+
+
 def _made_again(problem: Problem, arm: RunArm) -> Problem:
     return Problem(
         what=f"{arm.slug} is damaged.",
@@ -183,17 +207,19 @@ def _champion(present: Promotion, scores: ChampionScores) -> dict[str, Any]:
     return {name: getattr(present, name) for name in ("model", "version", "run", "arm", "digest")} | asdict(scores)
 
 
-def _reported(run: Run, compared_with: dict[str, Any] | None) -> Report:
-    write_json(run.folder / PROMOTION, {"champion": compared_with})
+def _reported(run: Run, record: dict[str, Any]) -> Report:
+    write_json(run.folder / PROMOTION, record)
     return render(run.folder, run.home)
 
 
 def _keep(promotion: Promotion, run: Run, arm: RunArm, report: Report, home: Path) -> None:
-    """Write train rows and card of a version, which outlive its data set and its run."""
+    """Write train rows, scores and card of a version, which outlive its data set and its run."""
     folder = record_folder(home, promotion)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / TRAIN_ROWS).write_text(json.dumps(trained_on(home, Path(promotion.path))) + "\n", encoding="utf-8")
     (folder / CARD).write_text(card_of(run, arm, report.json), encoding="utf-8")
+    if promotion.event == "promoted" or not (folder / SCORES).exists():
+        keep_scores(home, promotion, _scored(run, arm))
 
 
 def sentences(decision: Decision) -> Iterator[str]:

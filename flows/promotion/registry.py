@@ -18,7 +18,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.file_utils import local_file_uri_to_path
 from sqlalchemy.exc import SQLAlchemyError
 
-from flows.promotion.champion import record_folder
+from flows.promotion.evidence import record_folder
 from flows.promotion.journal import Promotion, challenger, champion, versions
 from flows.tracking.files import link_tree
 from flows.tracking.tracker import tracking_uri
