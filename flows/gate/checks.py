@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from flows.gate.looks import level_text
+from flows.results.flips import flips_json, flips_text
 from flows.results.paired import Difference, Draw, Paired, differences, few_groups, paired
 from flows.results.rows import RowScores
 from flows.results.stats import LEVEL, Z_POWER, Interval, Link, Studentized, critical_of
@@ -99,6 +100,7 @@ class Check:
         n: Rows behind it.
         n_needed: Rows that would decide it 4 times in 5, if the difference stays as it is; None where it is decided,
             or no number of rows up to ten million would.
+        flips: Of a task: answers lost and gained, and McNemar's p; None of other metrics, and where nobody counted.
     """
 
     metric: str
@@ -117,6 +119,7 @@ class Check:
     domain: str | None = None
     gates: bool = True
     reason: str | None = None
+    flips: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -221,6 +224,7 @@ def _check(planned: PlannedCheck, difference: Difference | None, level: float) -
         outcome = "pass"
     elif _signed(difference.ci_level_adjusted, sign).low > planned.margin:
         outcome = "worse"
+    pair = planned.rows
     room = abs(sign * difference.estimate - planned.margin)
     return replace(
         check,
@@ -231,6 +235,7 @@ def _check(planned: PlannedCheck, difference: Difference | None, level: float) -
         ci_level=difference.ci_level,
         ci_level_adjusted=difference.ci_level_adjusted,
         n_needed=_needed(room, difference.boot, n, critical_of(level)) if outcome == "undecided" else None,
+        flips=flips_json(pair) if planned.is_task and isinstance(pair, Paired) else None,
     )
 
 
@@ -259,7 +264,8 @@ def check_text(check: Check) -> str:
     if check.difference is None or check.ci95 is None:
         return f"{name}: undecided, {check.reason}"
     limit = f"may lose {margin_text(check)}" if check.margin else "has to be better"
-    text = f"{name}: {difference_of(check)}, {limit}: {check.outcome}"
+    flipped = flips_text(check.flips)
+    text = f"{name}: {difference_of(check)}{f' ({flipped})' if flipped else ''}, {limit}: {check.outcome}"
     if not check.gates:
         return f"{text} (shown only: {check.n:,} rows, {DOMAIN_ROWS} gate)"
     if check.outcome != "undecided":

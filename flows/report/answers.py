@@ -8,6 +8,7 @@ from typing import Any
 
 from flows.results.cells import Cell
 from flows.results.comparisons import FAMILIES, REFERENCE, Comparison
+from flows.results.flips import swapped_flips
 from flows.results.metrics import decimals, difference_text, interval_text, significant, size, value_text
 from flows.results.read import RunArm
 
@@ -106,6 +107,7 @@ def swapped(comparison: Comparison) -> Comparison:
         "ci95": type(comparison.ci95)(-comparison.ci95.high, -comparison.ci95.low),
         "ci95_adjusted": type(comparison.ci95)(-comparison.ci95_adjusted.high, -comparison.ci95_adjusted.low),
         "verdict": flip,
+        "flips": swapped_flips(comparison.flips),
     }
     return Comparison(**more)
 

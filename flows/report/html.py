@@ -23,6 +23,7 @@ from flows.report.text import (
     SPEEDS,
     columns,
     data_line,
+    flips_note,
     further_tasks,
     gate_sentence,
     hardware_line,
@@ -31,6 +32,7 @@ from flows.report.text import (
     ran_on,
     ran_where,
 )
+from flows.results.flips import flips_text
 from flows.results.layers import unmeasured, worst
 from flows.results.metrics import METRICS, SERVED, difference_text, interval_text, significant, size, value_text
 from flows.results.power import sentence as power_sentence
@@ -78,6 +80,8 @@ def page(report: Mapping[str, Any], svgs: Mapping[str, str]) -> str:
         value=value_text,
         interval=interval_text,
         difference=difference_text,
+        flipped=flips_text,
+        flips_note=flips_note(report),
         checks=checks(report.get("gate")),
         bytes=byte_text,
         significant=significant,
@@ -154,6 +158,7 @@ class CheckLine(NamedTuple):
     name: str
     margin: str
     difference: str
+    flips: str
 
 
 def checks(gate: Mapping[str, Any] | None) -> list[CheckLine]:
@@ -165,6 +170,7 @@ def checks(gate: Mapping[str, Any] | None) -> list[CheckLine]:
             label(check.metric) + (f" in {check.domain}" if check.domain else ""),
             margin_text(check) if check.margin else "better than it",
             difference_of(check),
+            flips_text(check.flips),
         )
         for check in every
     ]
