@@ -12,6 +12,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from flows.gate.checks import Check, difference_of, label, margin_text
+from flows.report.kept import lead as kept_lead
+from flows.report.kept import reasons as kept_reasons
+from flows.report.kept import rows as kept_rows
 from flows.report.plots.domains import domains_plot
 from flows.report.plots.fronts import against_size
 from flows.report.plots.layers import errors_plot, weights_plot
@@ -71,6 +74,7 @@ def page(report: Mapping[str, Any], svgs: Mapping[str, str]) -> str:
         gate_marks=GATE_MARKS,
         power=power_sentence(report["power"]),
         fit=report.get("fit"),
+        kept=_kept(report.get("kept")),
         controls=controls,
         shipped=[slug for slug in report["arms"] if slug not in controls],
         failed=[one for one in report["failures"] if one["status"] != "skipped"],
@@ -143,6 +147,11 @@ def pictures(svgs: Mapping[str, str]) -> dict[str, str]:
 def drawn_layers(report: Mapping[str, Any]) -> dict[str, Any]:
     """`layers` of the schemes on the merged model; variants of them would cover each other."""
     return {slug: layers for slug, layers in report["layers"].items() if report["arms"][slug]["role"] == "scheme"}
+
+
+def _kept(kept: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The section of the gain that is kept: its sentence, its rows, and why some have no share."""
+    return {"lead": kept_lead(kept), "rows": kept_rows(kept), "reasons": kept_reasons(kept)} if kept else None
 
 
 def verdict(report: Mapping[str, Any]) -> list[str]:

@@ -11,6 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from flows.report.kept import HEAD as KEPT_HEAD
+from flows.report.kept import reasons as kept_reasons
+from flows.report.kept import rows as kept_rows
+from flows.report.kept import section_lines as kept_lines
 from flows.report.plots.waterfall import signed
 from flows.report.served import HEAD as SERVED_HEAD
 from flows.report.served import SPEED_HEAD, below, engines, floor_text, mark_of, speed_rows
@@ -96,9 +100,18 @@ def markdown(report: Mapping[str, Any]) -> str:
     lines += ["", "## Can it be promoted?", "", *(f"- {line}" for line in report["gate"]["text"])]
     if loss := waterfall_sentence(report["waterfall"]):
         lines += ["", "## Where does the loss go?", "", f"- {loss}"]
+    lines += _kept(report)
     lines += ["", *fit_section(report["fit"]), *_comparisons(report), *_served(report), *_speed(report)]
     lines += _machine(report)
     return no_tags("\n".join(lines)) + "\n"
+
+
+def _kept(report: Mapping[str, Any]) -> Iterator[str]:
+    """What arms keep of the gain; nothing where the run cannot say."""
+    kept = report.get("kept")
+    yield from kept_lines(kept)
+    if kept and (rows := kept_rows(kept)):
+        yield from ["", *_table(KEPT_HEAD, rows), *(f"\n{line}" for line in kept_reasons(kept))]
 
 
 def no_tags(text: str) -> str:

@@ -63,6 +63,9 @@ def paired(a: RowScores | None, b: RowScores | None, link: Link = "mean") -> Pai
     return "few groups" if a.sums.effective < FEWEST_GROUPS else Paired(a, b, link)
 
 
+TOO_FEW_GROUPS = "too few groups"
+
+
 def too_few_groups(groups: int, effective: float) -> str:
     """Why so few groups have no interval: `too few groups: 20, which count as 3.8 of equal size; 5 are needed`.
 
@@ -71,9 +74,9 @@ def too_few_groups(groups: int, effective: float) -> str:
         effective: How many of equal size they count as.
     """
     if groups < 2:
-        return f"too few groups: {groups}, so nothing can be said about the spread"
+        return f"{TOO_FEW_GROUPS}: {groups}, so nothing can be said about the spread"
     lopsided = f", which count as {effective:.1f} of equal size" if effective < groups - 0.05 else ""
-    return f"too few groups: {groups}{lopsided}; {FEWEST_GROUPS} are needed"
+    return f"{TOO_FEW_GROUPS}: {groups}{lopsided}; {FEWEST_GROUPS} are needed"
 
 
 def few_groups(rows: RowScores | None) -> str | None:

@@ -126,6 +126,11 @@ class Estimand:
         """[groups] what a group adds to a - b beyond its share."""
         return self.a.residual - self.b.residual if self.b else self.a.residual
 
+    @property
+    def value(self) -> float:
+        """Mean of a - mean of b, or the mean of a."""
+        return self.a.value - (self.b.value if self.b else 0.0)
+
 
 @dataclass(frozen=True, eq=False)
 class Studentized:
@@ -229,7 +234,7 @@ def standard_error(estimand: Estimand) -> float:
 def _studentize(estimand: Estimand, sums: Floats, groups: int) -> Studentized:
     a, b, residual = estimand.a, estimand.b, estimand.residual
     drawn, n, squares, products, counts = sums.T
-    at = a.value - (b.value if b else 0.0)
+    at = estimand.value
     moved = drawn / n
     variance = squares - 2 * moved * products + moved**2 * counts
     correction = (groups - 1) / groups
