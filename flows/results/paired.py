@@ -64,6 +64,7 @@ def paired(a: RowScores | None, b: RowScores | None, link: Link = "mean") -> Pai
 
 
 TOO_FEW_GROUPS = "too few groups"
+ONE_GROUP = f"{TOO_FEW_GROUPS}: one, so nothing can be said about the spread"
 
 
 def too_few_groups(groups: int, effective: float) -> str:
@@ -74,7 +75,7 @@ def too_few_groups(groups: int, effective: float) -> str:
         effective: How many of equal size they count as.
     """
     if groups < 2:
-        return f"{TOO_FEW_GROUPS}: {groups}, so nothing can be said about the spread"
+        return ONE_GROUP if groups else f"{TOO_FEW_GROUPS}: none"
     lopsided = f", which count as {effective:.1f} of equal size" if effective < groups - 0.05 else ""
     return f"{TOO_FEW_GROUPS}: {groups}{lopsided}; {FEWEST_GROUPS} are needed"
 

@@ -34,7 +34,7 @@ LOPSIDED = [190, *[10] * 19]  # 20 groups, one of them with half of all rows
 @pytest.mark.parametrize(
     ("sizes", "words"),
     [
-        ([40], "too few groups: 1, so nothing can be said about the spread"),
+        ([40], "too few groups: one, so nothing can be said about the spread"),
         ([40, 40], "too few groups: 2; 5 are needed"),
         ([30, 30, 30], "too few groups: 3; 5 are needed"),
         ([100, 10, 10, 10, 10], "too few groups: 5, which count as 1.9 of equal size; 5 are needed"),
