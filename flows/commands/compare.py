@@ -22,8 +22,9 @@ from rich.text import Text
 from flows.commands.terminal import Output
 from flows.results.cells import ArmEvidence, Draws, gather
 from flows.results.comparisons import LeftOut, verdict
-from flows.results.metrics import METRICS, TASK, Metric, difference_text, value_text
-from flows.results.paired import Paired, differences, paired
+from flows.results.flips import flips_json, flips_text
+from flows.results.metrics import METRICS, TASK, Metric, difference_text, is_task, value_text
+from flows.results.paired import Paired, differences, few_groups, paired
 from flows.results.read import Run, read_run
 from flows.results.rows import RowScores, read_dev
 from flows.results.served import served_of
@@ -66,6 +67,7 @@ class Change:
     Attributes:
         before: On the shared rows, like `after`; perplexities are exponentials of means.
         rows: Shared rows behind it.
+        flips: Of a task: answers of these that turned from right to wrong (lost) or from wrong to right (gained).
     """
 
     arm: str
@@ -78,6 +80,7 @@ class Change:
     family_size: int
     verdict: str
     rows: int
+    flips: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -241,7 +244,7 @@ def _pair(
     pair = paired(a, b, metric.link)
     if isinstance(pair, Paired):
         return pair
-    return "scores that are not finite" if pair == "not finite" else "one group of shared rows only"
+    return "scores that are not finite" if pair == "not finite" else f"of the shared rows {few_groups(a)}"
 
 
 def _unlike(metric: Metric, before: Run, after: Run, *, arm: str | None) -> str | None:
@@ -308,6 +311,7 @@ def _changes(pairs: Mapping[tuple[str, str], Paired]) -> list[Change]:
             family_size=len(pairs),
             verdict=verdict(ALIKE.get(metric, metric), difference.ci95_adjusted),
             rows=len(pair.a.rows),
+            flips=flips_json(pair) if is_task(metric) else None,
         )
         for ((arm, metric), pair), difference in zip(pairs.items(), found, strict=True)
     ]
@@ -357,6 +361,10 @@ def print_compared(compared: Compared, console: Console) -> None:
 
 
 def _remarks(compared: Compared) -> Iterator[str]:
+    counted = ((change, flips_text(change.flips)) for change in compared.changes)
+    if lines := [f"{change.arm} ({METRICS[change.metric].label}): {text}" for change, text in counted if text]:
+        yield f"Flipped answers: {'; '.join(lines)}."
+        yield "p is McNemar's exact test, two-sided, and takes every row for itself; the interval is what decides."
     reasons: dict[str, list[str]] = {}
     for pair in compared.left_out:
         reasons.setdefault(pair.reason, []).append(f"{pair.a} ({_label(pair.metric)})")

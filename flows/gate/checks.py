@@ -22,7 +22,8 @@ from typing import Any, Literal
 import numpy as np
 
 from flows.gate.looks import level_text
-from flows.results.paired import Difference, Draw, Paired, differences, paired
+from flows.results.flips import flips_json, flips_text
+from flows.results.paired import Difference, Draw, Paired, differences, few_groups, paired
 from flows.results.rows import RowScores
 from flows.results.stats import LEVEL, Z_POWER, Interval, Link, Studentized, critical_of
 from recipes.schema import Gate
@@ -86,7 +87,8 @@ class PlannedCheck:
             "missing": f"{'candidate' if self.a is None else self.against} has no such scores",
             "other rows": "the two were not scored on the same rows and tokens",
             "not finite": "scores that are not finite",
-            "one group": "fewer than two groups of rows",
+            "one group": str(few_groups(self.a)),
+            "few groups": str(few_groups(self.a)),
         }[pair]
 
 
@@ -100,6 +102,7 @@ class Check:
         n: Rows behind it.
         n_needed: Rows that would decide it 4 times in 5, if the difference stays as it is; None where it is decided,
             or no number of rows up to ten million would.
+        flips: Of a task: answers lost and gained, and McNemar's p; None of other metrics, and where nobody counted.
     """
 
     metric: str
@@ -118,6 +121,7 @@ class Check:
     domain: str | None = None
     gates: bool = True
     reason: str | None = None
+    flips: dict[str, Any] | None = None
 
     @property
     def is_share(self) -> bool:
@@ -229,6 +233,7 @@ def _check(planned: PlannedCheck, difference: Difference | None, level: float) -
         outcome = "pass"
     elif _signed(together, sign).low > planned.margin:
         outcome = "worse"
+    pair = planned.rows
     room = abs(sign * difference.estimate - planned.margin)
     return replace(
         check,
@@ -240,6 +245,7 @@ def _check(planned: PlannedCheck, difference: Difference | None, level: float) -
         ci_level=own,
         ci_level_adjusted=together,
         n_needed=_needed(room, difference.boot.at_level(level), n, level) if outcome == "undecided" else None,
+        flips=flips_json(pair) if planned.is_task and isinstance(pair, Paired) else None,
     )
 
 
@@ -267,7 +273,8 @@ def check_text(check: Check) -> str:
     if check.difference is None or check.ci95 is None:
         return f"{name}: undecided, {check.reason}"
     limit = f"may lose {margin_text(check)}" if check.margin else "has to be better"
-    text = f"{name}: {difference_of(check)}, {limit}: {check.outcome}"
+    flipped = flips_text(check.flips)
+    text = f"{name}: {difference_of(check)}{f' ({flipped})' if flipped else ''}, {limit}: {check.outcome}"
     if not check.gates:
         return f"{text} (shown only: {check.n:,} rows, {DOMAIN_ROWS} gate)"
     if check.outcome != "undecided":

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from flows.results.cells import Cell
-from flows.results.comparisons import FAMILIES, REFERENCE, Comparison
+from flows.results.comparisons import FAMILIES, REFERENCE, Comparison, LeftOut
+from flows.results.flips import swapped_flips
 from flows.results.metrics import decimals, difference_text, interval_text, significant, size, value_text
+from flows.results.paired import TOO_FEW_GROUPS
 from flows.results.read import RunArm
 
 UNKNOWN = "No difference that this much data can show"
@@ -58,6 +60,7 @@ class Findings:
     cells: Mapping[str, Mapping[str, Cell]]
     ranked: frozenset[str]
     comparisons: Sequence[Comparison]
+    left_out: Sequence[LeftOut] = ()
     choice: Mapping[str, Any] | None = None
     error_over_delta: Mapping[str, Any] | None = None
     adapter: Mapping[str, Any] | None = None
@@ -78,6 +81,11 @@ class Findings:
             if comparison.metric == metric and {comparison.a, comparison.b} == {a, b}:
                 return comparison if comparison.a == a else swapped(comparison)
         return None
+
+    def lacking(self, otherwise: str, *metrics: str) -> str:
+        """Why a question has no answer: too few groups, where that kept arms from being compared on these metrics."""
+        reasons = (one.reason for one in self.left_out if one.metric in metrics)
+        return next((reason for reason in reasons if reason.startswith(TOO_FEW_GROUPS)), otherwise)
 
     def pairs(self, a: str, b: str, *metrics: str) -> list[Comparison]:
         """The comparisons of a with b on these metrics, where there are any."""
@@ -106,6 +114,7 @@ def swapped(comparison: Comparison) -> Comparison:
         "ci95": type(comparison.ci95)(-comparison.ci95.high, -comparison.ci95.low),
         "ci95_adjusted": type(comparison.ci95)(-comparison.ci95_adjusted.high, -comparison.ci95_adjusted.low),
         "verdict": flip,
+        "flips": swapped_flips(comparison.flips),
     }
     return Comparison(**more)
 
@@ -141,7 +150,7 @@ def _cannot(question: str, why: str) -> Answer:
 def _fine_tuning(facts: Findings, question: str) -> Answer:
     main = facts.pair(REFERENCE, "base", "task") or facts.pair(REFERENCE, "base", "ppl_test")
     if main is None:
-        return _cannot(question, "base or nf4-adapter has no scores")
+        return _cannot(question, facts.lacking("base or nf4-adapter has no scores", "task", "ppl_test"))
     metric, noun = main.metric, _NOUN[main.metric]
     if main.verdict == "no difference shown":
         short = f"{UNKNOWN}: fine-tuning moved the {noun} by {_difference(main)}."
@@ -171,6 +180,10 @@ def _merge(facts: Findings, question: str) -> Answer:
         if slug in facts.ranked:
             figures = "; ".join([f"KL {facts.shown(slug, 'kl_mean')} to {facts.reference_text}", *parts])
             text.append(f"{slug}: {figures}.")
+    few = facts.lacking("", "kl_mean")
+    if between is None and few:
+        told = _cannot(question, few)
+        return Answer(question=question, short=told.short, text=(*told.text, *text), known=False)
     if between is None:
         return (
             _cannot(question, "one of the merged models has no scores")
@@ -249,6 +262,9 @@ def _scheme(facts: Findings, question: str) -> Answer:
     schemes = _schemes(facts)
     if not schemes:
         return _cannot(question, "no scheme on the merged model has all its figures")
+    few = facts.lacking("", "kl_mean")
+    if few and not any(comparison.metric == "kl_mean" for comparison in facts.comparisons):
+        return _cannot(question, few)
     beaten = {slug: by for slug in schemes if (by := _beaten(slug, schemes, facts))}
     front = [slug for slug in schemes if slug not in beaten]
     best = front[0]
@@ -291,7 +307,7 @@ def _smaller(slug: str, best: str, facts: Findings) -> str:
 def _merge_first(facts: Findings, question: str) -> Answer:
     pairs = [(slug, f"{slug}.on-base") for slug in _schemes(facts) if facts.pair(slug, f"{slug}.on-base", "kl_mean")]
     if not pairs:
-        return _cannot(question, "no scheme was scored both ways")
+        return _cannot(question, facts.lacking("no scheme was scored both ways", "kl_mean"))
     text: list[str] = []
     words: dict[str, list[str]] = {}
     for merged, on_base in pairs:
@@ -311,7 +327,7 @@ def _calibration(facts: Findings, question: str) -> Answer:
     """Every scheme against its controls, KL for the short answer."""
     pairs = _pairs(facts, "calibration")
     if not pairs:
-        return _cannot(question, "no scheme was scored beside its controls")
+        return _cannot(question, facts.lacking("no scheme was scored beside its controls", "kl_mean"))
     text = [f"{a} against {b}: {'; '.join(map(_sentence, family))}." for (a, b), family in pairs.items()]
     words: dict[str, list[str]] = {}
     for (a, b), family in pairs.items():
@@ -327,7 +343,10 @@ def _external(facts: Findings, question: str) -> Answer:
     """Every external model against ours; task score and bits a byte for the short answer."""
     pairs = _pairs(facts, "external")
     if not pairs:
-        return _cannot(question, "no external model was scored on the same rows as one of ours")
+        return _cannot(
+            question,
+            facts.lacking("no external model was scored on the same rows as one of ours", "task", "bits_per_byte"),
+        )
     text: list[str] = []
     short: list[str] = []
     for (a, b), family in pairs.items():

@@ -47,6 +47,7 @@ from flows.results.cells import (
 )
 from flows.results.comparisons import FAMILIES, REFERENCE, Comparison, LeftOut, compare
 from flows.results.dev import dev_of
+from flows.results.kept import kept
 from flows.results.layers import layers_of
 from flows.results.loading import loading_of
 from flows.results.metrics import METRICS, further
@@ -54,7 +55,7 @@ from flows.results.power import power
 from flows.results.read import Run, read_run
 from flows.results.samples import samples_of
 from flows.results.served import served_of
-from flows.results.stats import QUANTILE_RESAMPLES, RESAMPLES, SEED
+from flows.results.stats import FEWEST_GROUPS, QUANTILE_RESAMPLES, RESAMPLES, SEED
 from flows.results.waterfall import waterfall
 
 SCHEMA_VERSION = 1
@@ -65,6 +66,10 @@ METHOD = {
     "(max-|t| of the bootstrap, each comparison on its own scale); the verdict follows from ci95_adjusted alone",
     "means": "ppl, bits_per_byte and kl_mean: equal-tailed studentized bootstrap (perplexity: of the loss, then the "
     "exponential)",
+    "few groups": "groups count as (sum n)^2 / sum n^2 of equal size; critical values are at least Student's t with "
+    f"one degree less, standard errors the jackknife's; below {FEWEST_GROUPS} there is no interval and no verdict",
+    "flips": "McNemar's exact test, two-sided, rows for themselves; the interval decides",
+    "kept": "Fieller's interval of two paired differences; none where the gain itself is not shown",
     "proportions": "task, task.NAME and top1_agreement: Wilson's interval with the effective sample size between "
     "groups; scores that are not all 0 or 1: as means",
     "quantiles": f"kl_p99: percentile bootstrap over groups, {QUANTILE_RESAMPLES:,} resamples",
@@ -132,6 +137,7 @@ def evaluate(run: Run) -> Document:
         cells=cells,
         ranked=frozenset(cells) - frozenset(unranked),
         comparisons=comparisons,
+        left_out=left_out,
         choice=run.choice,
         error_over_delta=_result(run, "merged-dequantized", "model").get("error_over_delta"),
         adapter=_adapter_origin(run),
@@ -143,6 +149,7 @@ def evaluate(run: Run) -> Document:
         **_words(answers(findings)),
         **_matrix(run, evidence, findings, unranked, draws),
         **_differences(evidence, comparisons, left_out, draws),
+        "kept": kept(evidence, draws),
         **_reading(run, evidence),
         **_served(served),
         **_shipping(run, evidence, cells, draws, served=served),

@@ -94,6 +94,12 @@ class Differences(TypedDict):
     power: list[dict[str, Any]]
 
 
+class Gains(TypedDict):
+    """What arms keep of the gain of fine-tuning; None where the run has no base, no nf4-adapter or no such arm."""
+
+    kept: dict[str, Any] | None
+
+
 class SplitSize(TypedDict):
     """What the figures of a split rest on."""
 
@@ -245,5 +251,5 @@ class Making(TypedDict):
     notes: list[dict[str, str]]
 
 
-class Document(About, Words, ArmSection, Differences, Reading, Served, Shipping, Dev, Making):
+class Document(About, Words, ArmSection, Differences, Gains, Reading, Served, Shipping, Dev, Making):
     """All of report.json."""

@@ -14,6 +14,9 @@ from markupsafe import Markup, escape
 from flows.gate.checks import Check, difference_of, label, margin_text
 from flows.report import dev
 from flows.report.chain import chain_lines, left_away, margin_of
+from flows.report.kept import lead as kept_lead
+from flows.report.kept import reasons as kept_reasons
+from flows.report.kept import rows as kept_rows
 from flows.report.plots.chain import chain_plot
 from flows.report.plots.domains import domains_plot
 from flows.report.plots.fronts import against_size
@@ -26,6 +29,7 @@ from flows.report.text import (
     SPEEDS,
     columns,
     data_line,
+    flips_note,
     further_tasks,
     gate_sentence,
     hardware_line,
@@ -35,6 +39,7 @@ from flows.report.text import (
     ran_where,
     registered_lines,
 )
+from flows.results.flips import flips_text
 from flows.results.layers import unmeasured, worst
 from flows.results.metrics import METRICS, SERVED, difference_text, interval_text, significant, size, value_text
 from flows.results.power import sentence as power_sentence
@@ -74,6 +79,7 @@ def page(report: Mapping[str, Any], svgs: Mapping[str, str]) -> str:
         power=power_sentence(report["power"]),
         registered=registered_lines(report),
         fit=report.get("fit"),
+        kept=_kept(report.get("kept")),
         controls=controls,
         shipped=[slug for slug in report["arms"] if slug not in controls],
         failed=[one for one in report["failures"] if one["status"] != "skipped"],
@@ -83,6 +89,8 @@ def page(report: Mapping[str, Any], svgs: Mapping[str, str]) -> str:
         value=value_text,
         interval=interval_text,
         difference=difference_text,
+        flipped=flips_text,
+        flips_note=flips_note(report),
         checks=checks(report.get("gate")),
         bytes=byte_text,
         significant=significant,
@@ -152,6 +160,11 @@ def drawn_layers(report: Mapping[str, Any]) -> dict[str, Any]:
     return {slug: layers for slug, layers in report["layers"].items() if report["arms"][slug]["role"] == "scheme"}
 
 
+def _kept(kept: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The section of the gain that is kept: its sentence, its rows, and why some have no share."""
+    return {"lead": kept_lead(kept), "rows": kept_rows(kept), "reasons": kept_reasons(kept)} if kept else None
+
+
 def verdict(report: Mapping[str, Any]) -> list[str]:
     """The page's first three sentences: the gate's, where it judged, comes first and the last one gives way."""
     sentence = gate_sentence(report.get("gate"))
@@ -165,6 +178,7 @@ class CheckLine(NamedTuple):
     name: str
     margin: str
     difference: str
+    flips: str
 
 
 def checks(gate: Mapping[str, Any] | None) -> list[CheckLine]:
@@ -176,6 +190,7 @@ def checks(gate: Mapping[str, Any] | None) -> list[CheckLine]:
             label(check.metric) + (f" in {check.domain}" if check.domain else ""),
             margin_text(check) if check.margin else "better than it",
             difference_of(check),
+            flips_text(check.flips),
         )
         for check in every
     ]

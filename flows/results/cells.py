@@ -10,15 +10,18 @@ from typing import Any
 import numpy as np
 
 from flows.results.metrics import HEADLINE, METRICS, PER_DOMAIN, SPEED, TASK, Metric, further
+from flows.results.paired import few_groups, too_few_groups
 from flows.results.read import REFERENCE, Run, RunArm
 from flows.results.rows import RowScores, TokenKL, read_kl, read_scores
 from flows.results.sizes import size_bytes
 from flows.results.stats import (
+    FEWEST_GROUPS,
     QUANTILE_RESAMPLES,
     Counts,
     Estimand,
     Interval,
     draw,
+    effective_groups,
     mean_interval,
     proportion_interval,
     quantile_interval,
@@ -192,19 +195,20 @@ def rows_cell(metric: Metric, rows: RowScores, kl: TokenKL | None, draws: Draws)
         return Cell(value=None, split=metric.split, reason=f"{broken} of {len(rows.rows)} rows have no finite score")
     if metric.interval == "percentile":
         return _tail_cell(metric, kl, draws)
-    value, interval, reason = rows.sums.value, None, None
-    if len(rows.groups) < 2:
-        reason = "one group of rows only: nothing can be said about the spread"
-    elif metric.interval == "wilson" and (metric.source == "agree" or rows.binary):
-        interval = proportion_interval(rows.sums)
-    else:
-        low, high = mean_interval(studentized([Estimand(rows.sums)], draws(rows.groups))[0])
-        most = 1.0 if metric.interval == "wilson" else np.inf
-        interval = Interval(max(low, 0.0), min(high, most))  # losses and KL are not negative, scores end at 1
+    value, reason = rows.sums.value, few_groups(rows)
+    interval = None if reason else _interval(metric, rows, draws)
     if metric.name.startswith("ppl"):
         value = float(np.exp(value))
         interval = interval and Interval(*(float(np.exp(end)) for end in interval))
     return Cell(value=value, ci95=interval, n=rows.n, split=metric.split, reason=reason)
+
+
+def _interval(metric: Metric, rows: RowScores, draws: Draws) -> Interval:
+    """Of a mean or a share; losses and KL are not negative, scores end at 1."""
+    if metric.interval == "wilson" and (metric.source == "agree" or rows.binary):
+        return proportion_interval(rows.sums)
+    low, high = mean_interval(studentized([Estimand(rows.sums)], draws(rows.groups))[0])
+    return Interval(max(low, 0.0), min(high, 1.0 if metric.interval == "wilson" else np.inf))
 
 
 def _tail_cell(metric: Metric, kl: TokenKL | None, draws: Draws) -> Cell:
@@ -213,8 +217,9 @@ def _tail_cell(metric: Metric, kl: TokenKL | None, draws: Draws) -> Cell:
     if not np.isfinite(kl.kl).all():
         return Cell(value=None, split=metric.split, reason="tokens without a finite KL")
     value, n = upper_quantile(kl.kl), len(kl.kl)
-    if len(kl.groups) < 2:
-        return Cell(value=value, n=n, split=metric.split, reason="one group of rows only")
+    effective = effective_groups(np.bincount(kl.group).astype(np.float64))
+    if effective < FEWEST_GROUPS:
+        return Cell(value=value, n=n, split=metric.split, reason=too_few_groups(len(kl.groups), effective))
     low, high = quantile_interval(kl.kl, kl.group, draws(kl.groups)[:QUANTILE_RESAMPLES])
     return Cell(value=value, ci95=Interval(min(low, value), max(high, value)), n=n, split=metric.split)
 

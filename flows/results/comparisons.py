@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from flows.results.metrics import METRICS, TASK
-from flows.results.paired import ONE_GROUP, Draw, Obstacle, Paired, differences, paired
+from flows.results.flips import flips_json
+from flows.results.metrics import METRICS, TASK, is_task
+from flows.results.paired import Draw, Obstacle, Paired, differences, few_groups, paired
 from flows.results.read import REFERENCE, RunArm, SchemeParts
 from flows.results.rows import RowScores
 from flows.results.stats import Interval
@@ -178,7 +179,11 @@ FAMILIES: tuple[Family, ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """a against b on one metric: difference = a - b, plain and simultaneous interval, and the word for it."""
+    """a against b on one metric: difference = a - b, plain and simultaneous interval, and the word for it.
+
+    Attributes:
+        flips: Of a task: answers that only b (lost) or only a (gained) has right, see flows/results/flips.py.
+    """
 
     a: str
     b: str
@@ -189,6 +194,7 @@ class Comparison:
     family: str
     family_size: int
     verdict: Verdict
+    flips: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -275,7 +281,7 @@ def _reason(
         return f"{' and '.join(slug for slug, rows in named if rows and not rows.finite)}: scores that are not finite"
     if obstacle == "other rows":
         return "the two arms were not scored on the same rows and tokens"
-    return ONE_GROUP
+    return str(few_groups(a))
 
 
 def _compared(family: str, able: Sequence[tuple[Pair, Paired]], draws: Draw) -> list[Comparison]:
@@ -290,6 +296,7 @@ def _compared(family: str, able: Sequence[tuple[Pair, Paired]], draws: Draw) -> 
             family=family,
             family_size=len(able),
             verdict=verdict(pair.metric, difference.ci95_adjusted),
+            flips=flips_json(rows) if is_task(pair.metric) else None,
         )
-        for (pair, _), difference in zip(able, found, strict=True)
+        for (pair, rows), difference in zip(able, found, strict=True)
     ]

@@ -236,6 +236,11 @@ def further(recipe: Mapping[str, Any]) -> list[Metric]:
     return [METRICS[f"{TASK}{scorer.get('name') or scorer['kind']}"] for scorer in scorers[1:]]
 
 
+def is_task(metric: str) -> bool:
+    """The score of a scorer, the first or a further one."""
+    return metric == "task" or metric.startswith(TASK)
+
+
 def _base(metric: str) -> str:
     """The metric without its domain; all task scores are written alike."""
     return "task" if metric.startswith(TASK) else metric.split("@")[0]

@@ -6,11 +6,20 @@ from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 from flows.results.rows import RowScores
-from flows.results.stats import LEVEL, Counts, Estimand, Interval, Link, Studentized, difference_intervals, studentized
+from flows.results.stats import (
+    FEWEST_GROUPS,
+    LEVEL,
+    Counts,
+    Estimand,
+    Interval,
+    Link,
+    Studentized,
+    difference_intervals,
+    studentized,
+)
 
 Draw = Callable[[tuple[str, ...]], Counts]  # the resamples of some groups; equal groups get equal draws
-Obstacle = Literal["missing", "other rows", "not finite", "one group"]
-ONE_GROUP = "one group of rows only: nothing can be said about the spread"
+Obstacle = Literal["missing", "other rows", "not finite", "one group", "few groups"]
 
 
 class Paired(NamedTuple):
@@ -49,7 +58,33 @@ def paired(a: RowScores | None, b: RowScores | None, link: Link = "mean") -> Pai
         return "other rows"
     if not (a.finite and b.finite):
         return "not finite"
-    return "one group" if len(a.groups) < 2 else Paired(a, b, link)
+    if len(a.groups) < 2:
+        return "one group"
+    return "few groups" if a.sums.effective < FEWEST_GROUPS else Paired(a, b, link)
+
+
+TOO_FEW_GROUPS = "too few groups"
+ONE_GROUP = f"{TOO_FEW_GROUPS}: one, so nothing can be said about the spread"
+
+
+def too_few_groups(groups: int, effective: float) -> str:
+    """Why so few groups have no interval: `too few groups: 20, which count as 3.8 of equal size; 5 are needed`.
+
+    Args:
+        groups: How many there are.
+        effective: How many of equal size they count as.
+    """
+    if groups < 2:
+        return ONE_GROUP if groups else f"{TOO_FEW_GROUPS}: none"
+    lopsided = f", which count as {effective:.1f} of equal size" if effective < groups - 0.05 else ""
+    return f"{TOO_FEW_GROUPS}: {groups}{lopsided}; {FEWEST_GROUPS} are needed"
+
+
+def few_groups(rows: RowScores | None) -> str | None:
+    """Why these rows have no interval; None where they may have one."""
+    if rows is None or (len(rows.groups) >= 2 and rows.sums.effective >= FEWEST_GROUPS):
+        return None
+    return too_few_groups(len(rows.groups), rows.sums.effective)
 
 
 def differences(family: Sequence[Paired], draws: Draw, *, level: float = LEVEL) -> list[Difference]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from flows.results.cells import ArmEvidence
 from flows.results.comparisons import merged_schemes
-from flows.results.paired import ONE_GROUP, Obstacle, Paired, paired
+from flows.results.paired import Obstacle, Paired, few_groups, paired
 from flows.results.rows import RowScores
 from flows.results.stats import Z_POWER, Estimand, Z, standard_error
 
@@ -101,7 +101,8 @@ def _reason(obstacle: Obstacle, a: str, b: str, scored: Sequence[RowScores | Non
         "missing": f"{' and '.join(missing)}: no task scores",
         "other rows": "the two arms were not scored on the same rows",
         "not finite": "scores that are not finite",
-        "one group": ONE_GROUP,
+        "one group": str(few_groups(scored[0])),
+        "few groups": str(few_groups(scored[0])),
     }[obstacle]
 
 

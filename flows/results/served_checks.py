@@ -39,7 +39,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from flows.results.paired import ONE_GROUP, Difference, Draw, Paired, differences, paired
+from flows.results.paired import Difference, Draw, Paired, differences, few_groups, paired
 from flows.results.rows import RowScores
 from flows.results.stats import Interval, Link
 
@@ -58,7 +58,6 @@ OBSTACLES = {
     "missing": "it and the floor do not both have such scores",
     "other rows": "it and the floor have no common rows with the same tokens",
     "not finite": "scores that are not finite",
-    "one group": ONE_GROUP,
 }
 
 
@@ -81,7 +80,8 @@ class ServedScores(NamedTuple):
             "missing": f"no {metric} rows" if a is None else f"its own evaluation has no {PAIRS[metric]} rows",
             "other rows": "the engine and the evaluation have no common rows with the same tokens",
             "not finite": f"{broken} rows have no finite score",
-            "one group": ONE_GROUP,
+            "one group": str(few_groups(a)),
+            "few groups": str(few_groups(a)),
         }[pair]
 
     @property
@@ -185,7 +185,7 @@ def _against(
         a, floor = shared(a, floor)
         floor = replace(floor, total=times * floor.total + more * floor.count)
     pair = paired(a, floor, link)
-    return pair if isinstance(pair, Paired) else OBSTACLES[pair]
+    return pair if isinstance(pair, Paired) else OBSTACLES.get(pair) or str(few_groups(a))
 
 
 def _no_floor(floor: str, pair: Paired | str | None, own: Difference | None) -> str | None:

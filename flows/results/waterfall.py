@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from flows.results.cells import ArmEvidence
 from flows.results.comparisons import REFERENCE, verdict
-from flows.results.paired import ONE_GROUP, Draw, Paired, differences
+from flows.results.paired import Draw, Paired, differences, few_groups
 from flows.results.read import RunArm
 from flows.results.rows import RowScores
 
@@ -78,7 +78,7 @@ def _obstacle(arm: ArmEvidence, reference: RowScores) -> str | None:
         return f"its losses are of other rows or tokens than {REFERENCE}'s"
     if not rows.finite:
         return "losses that are not finite"
-    return ONE_GROUP if len(rows.groups) < 2 else None
+    return few_groups(rows)
 
 
 def _chains(arms: Sequence[RunArm]) -> Iterator[tuple[str, list[Bar]]]:

@@ -194,6 +194,7 @@ def test_sections_stand_in_order_and_only_with_their_keys(
         "Quality against size",
         "The gate",
         "Where the loss goes",
+        "How much of the gain is kept?",
         "By domain",
         "Which layers suffer",
         "Answers",
