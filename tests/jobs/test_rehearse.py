@@ -43,7 +43,8 @@ def prepared(
 def rehearsed(folder: Path, dataset: Path, *scorers: dict[str, Any], **params: Any) -> dict[str, str]:
     """The notes of a rehearsal with these scorers, exact match by default."""
     every = Evaluate.model_validate({"scorers": list(scorers) or [{"kind": "exact-match"}]}).scorers
-    params = {"scorers": [one.params() for one in every], "max_near_duplicates": 0.01, "group": None} | params
+    given = {"max_new_tokens": 96, "max_near_duplicates": 0.01, "group": None} | params
+    params = {"scorers": [one.params() for one in every]} | given
     files = {"scorer-0": folder / "own.py"} if scorers else {}
     job = make_job("rehearse", folder / "rehearsed", params=params, dataset=dataset, **files)
     rehearse.run(job)

@@ -178,13 +178,16 @@ def test_a_rehearsal_finds_it_before_training(world: Path, tasks: Path, tmp_path
         every = Evaluate.model_validate({"scorers": scorers}).scorers
         inputs = {"dataset": world / "dataset", "scorer-1": tasks}
         params = {"scorers": [scorer.params() for scorer in every], "max_near_duplicates": 1.0, "group": None}
+        params["max_new_tokens"] = PARAMS["max_new_tokens"]
         return rehearse.run(make_job("rehearse", tmp_path / "out", params=params, **inputs))
 
     rows = held_out(world)
     test = sum(row["split"] == "test" for row in rows)
     sky = {"kind": "lm-eval", "name": "sky", "tasks": ["sky-answers", "sky-choices"], "limit": 3}
     result = rehearsed([{"kind": "exact-match"}, sky])
-    assert result == {"references": len(rows), "documents": {"task.sky": {"sky-answers": 3, "sky-choices": 3}}}
+    longest = max(row["input_ids"].index(2, len(row["prompt_ids"])) + 1 - len(row["prompt_ids"]) for row in rows)
+    documents = {"task.sky": {"sky-answers": 3, "sky-choices": 3}}
+    assert result == {"references": len(rows), "longest_tokens": longest, "documents": documents}
     assert rehearsed([{"kind": "exact-match"}, sky | {"limit": 999}])["documents"]["task.sky"]["sky-answers"] == test
     with pytest.raises(StageError, match="the scorer number rejects the reference answers"):
         rehearsed([{"kind": "number"}])
