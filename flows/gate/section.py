@@ -12,6 +12,7 @@ from typing import Any
 from flows.gate.candidate import candidate, margins_of
 from flows.gate.checks import BASE, PlannedCheck, better_than_base, judge, outcome_of, planned_checks, restricted
 from flows.gate.served import NOT_AS_MEASURED, of_engine, together
+from flows.gate.truncated import truncated_of
 from flows.results.cells import ArmEvidence
 from flows.results.paired import Draw
 from flows.results.read import Run, RunArm
@@ -38,6 +39,7 @@ def gate_of(
     planned = _planned(arm, evidence, margins, None if same else champion, run) if arm else ()
     checks = judge(list(planned), draws)
     engine = of_engine(arm, run, served) if arm else None
+    cut = truncated_of(evidence[arm.slug].scores) if arm else None
     compared = any(check.against == CHAMPION for check in checks)
     section = {
         "candidate": arm.slug if arm else None,
@@ -48,6 +50,7 @@ def gate_of(
         "tests": [check.as_dict() for check in checks if check.domain is None],
         "domains": [check.as_dict() for check in checks if check.domain is not None],
         **({"served": engine} if engine else {}),
+        **({"truncated": cut} if cut else {}),
         "champion": champion and _shown(champion, compared=compared, same=same),
     }
     return {**section, "text": list(sentences(section))}
@@ -102,6 +105,8 @@ def sentences(section: Mapping[str, Any]) -> Iterator[str]:
         yield f"{check['text'][:1].upper()}{check['text'][1:]}."
     if section["outcome"] != NOT_AS_MEASURED:
         yield from engine
+    if "truncated" in section:
+        yield section["truncated"]["text"]
     yield f"It is the candidate: {section['reason']}."
     yield _champion_text(section["champion"])
 

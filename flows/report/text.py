@@ -15,10 +15,10 @@ from flows.report.plots.waterfall import signed
 from flows.report.served import HEAD as SERVED_HEAD
 from flows.report.served import SPEED_HEAD, below, engines, floor_text, mark_of, speed_rows
 from flows.report.served import rows_of as served_rows
-from flows.results.metrics import METRICS, TASK, difference_text, interval_text, significant, value_text
+from flows.results.metrics import METRICS, TASK, absent_text, difference_text, interval_text, significant, value_text
 from flows.results.power import sentence as power_sentence
 
-COLUMNS = ("size_bytes", "task", "kl_mean", "ppl_test", "top1_agreement", "ppl_general")
+COLUMNS = ("size_bytes", "task", "truncated", "kl_mean", "ppl_test", "top1_agreement", "ppl_general")
 OF_ANY_TOKENIZER = ("bits_per_byte",)  # beside these where there are external models
 SPEEDS = ("load_s", "prefill_tokens_per_s", "decode_tokens_per_s")
 MARKS = {"better": "+", "worse": "−", "no difference shown": "="}
@@ -30,6 +30,8 @@ def columns(report: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _cell(metric: str, cell: Mapping[str, Any], *, joint: str = " ") -> str:
+    if cell["value"] is None:
+        return absent_text(cell["reason"])
     text = value_text(metric, cell["value"], cell["ci95"])
     interval = interval_text(metric, cell["value"], cell["ci95"])
     return f"{text}{joint}{interval}" if interval else text
@@ -37,7 +39,7 @@ def _cell(metric: str, cell: Mapping[str, Any], *, joint: str = " ") -> str:
 
 def heading(metric: str, directions: Mapping[str, str]) -> str:
     """`KL ↓`: label and the better direction."""
-    unit = {"top1_agreement": " %", "load_s": " s"}.get(metric, "")
+    unit = {"top1_agreement": " %", "truncated": " %", "load_s": " s"}.get(metric, "")
     unit = " %" if metric == "task" or metric.startswith(TASK) else unit
     unit = " tok/s" if metric.endswith("per_s") else unit
     return f"{METRICS[metric].label}{unit} {'↓' if directions[metric] == 'lower' else '↑'}"
@@ -347,7 +349,9 @@ def _asides(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _rich_cell(metric: str, cell: Mapping[str, Any]) -> Text:
-    text = Text(value_text(metric, cell["value"], cell["ci95"]), style="" if cell["value"] is not None else "dim")
+    if cell["value"] is None:
+        return Text(absent_text(cell["reason"]), style="dim")
+    text = Text(value_text(metric, cell["value"], cell["ci95"]))
     interval = interval_text(metric, cell["value"], cell["ci95"])
     return text.append(f"\n{interval}", style="dim") if interval else text
 

@@ -178,16 +178,17 @@ class RowChecks:
             yield Problem(
                 what=f"{unanswered.count} rows of dev and test have no reference answer.",
                 where=unanswered.lines[0],
-                why=f"Their last turn is thinking and nothing behind it, so no answer can be scored: "
+                why=f"Their last turn is thinking that has no end, or nothing behind it, so no answer can be scored: "
                 f"{', '.join(unanswered.lines)}.",
                 next="Write the answer behind </think>, or remove these rows.",
             )
 
 
 def _answers(row: Row) -> bool:
-    """True where the last turn says or calls something."""
+    """True where the last turn says or calls something; thinking that it never ends is nothing said."""
     turn = row.messages[-1]
-    return bool(turn.get("tool_calls") or str(turn.get("content") or "").rpartition("</think>")[2].strip())
+    said = str(turn.get("content") or "").rpartition("</think>")[2].strip()
+    return bool(turn.get("tool_calls") or (said and not said.startswith("<think>")))
 
 
 def _row_databases(column: str, folder: Path, first: Mapping[str, str]) -> Iterator[Problem]:
