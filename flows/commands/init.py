@@ -310,7 +310,7 @@ def _chosen(detected: Detected) -> Recipe:
             "calibrate": {"rows": _calibration_rows(detected), "seq_len": min(limit, max(512, length))}
             | ({"allow_unusual_size": few_rows(train)} if _calibration_rows(detected) < LEAST_ROWS else {}),
             "quantize": {"schemes": _schemes(headers)},
-            "evaluate": {"on_base": _schemes(headers)[1:2], "max_new_tokens": _up(answer, 16, most=length)},
+            "evaluate": {"on_base": _schemes(headers)[1:2], "max_new_tokens": _up(max(answer, 1), 16, most=length)},
             "measure": {"prompt_tokens": prompt, "new_tokens": min(32, limit - prompt)},
             "serve": {"engine": "vllm"},
         }

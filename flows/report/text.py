@@ -306,11 +306,11 @@ def _print_arms(report: Mapping[str, Any], console: Console) -> None:
     table = Table(title=f"{report['name']}: {data_line(report)}", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("arm", no_wrap=True)
     names = {slug: name_of(slug, report) for slug in report["arms"]}
-    room = console.width - max(map(len, names.values()), default=0) - 6  # margins of the table and of the first column
+    room = console.width - max(map(len, names.values()), default=0) - 4  # margins of the table and of the first column
     shown: list[str] = []
     for name, column in cells.items():
         head = heading(name, report["directions"])
-        room -= 2 + max([len(head), *(len(line) for cell in column for line in cell.plain.splitlines())])
+        room -= 3 + max([len(head), *(len(line) for cell in column for line in cell.plain.splitlines())])
         if room < 0:
             break
         shown.append(name)

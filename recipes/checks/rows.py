@@ -48,7 +48,7 @@ def check_data(loaded: Loaded) -> RowCheck:
     sizes: dict[Side, SplitSize] = {
         side: SplitSize(rows.chats, len(rows.groups)) for side, rows in read.sides.rows.items()
     }
-    warnings = () if not_read else gate_warnings(loaded.recipe, sizes)
+    warnings = [*read.checks.warnings(), *(() if not_read else gate_warnings(loaded.recipe, sizes))]
     return RowCheck([*map(loaded.placed, problems)], summary, tuple(map(loaded.placed, warnings)))
 
 

@@ -127,7 +127,7 @@ def test_leaks_are_refused_above_the_limit(tmp_path: Path) -> None:
 
 def test_a_limit_that_cuts_off_the_datas_own_answers_is_refused_with_one_that_does_not(tmp_path: Path) -> None:
     """Counted as trained: thinking, and the token that ends the turn."""
-    answers = ["red", "it may be\n</think>\n\nblue and " * 2]
+    answers = ["so\n</think>\n\nred", "it may be\n</think>\n\nblue and " * 2]
     tokenizer = write_tokenizer(tmp_path / "tokenizer", THINKING)
     dataset = prepared(tmp_path, answers, tokenizer=tokenizer)
     rows = [row for row in read_rows(dataset, "dev", "test") if "</think>" in row.answer or "blue" in row.answer]
@@ -144,3 +144,13 @@ def test_a_limit_that_cuts_off_the_datas_own_answers_is_refused_with_one_that_do
     assert longest <= enough < longest + 16
     for limit in (longest, enough):
         assert rehearsed(tmp_path, dataset, max_new_tokens=limit)["scorers"]
+
+
+def test_references_that_never_close_what_their_prompt_opens_are_refused(tmp_path: Path) -> None:
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", THINKING)
+    dataset = prepared(tmp_path, ["it may be\n</think>\n\nblue", "red"], tokenizer=tokenizer)
+    with pytest.raises(StageError, match="reference answers of dev and test are thinking that never ends") as refused:
+        rehearsed(tmp_path, dataset)
+    named = set(refused.value.problem.where.removeprefix("rows ").split(", "))
+    assert named == {row.row for row in read_rows(dataset, "dev", "test") if row.answer == "red"}
+    assert "<think>" in refused.value.problem.why and "enable_thinking" in refused.value.problem.next

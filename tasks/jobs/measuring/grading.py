@@ -142,12 +142,14 @@ def refuse_decoded(rows: Sequence[TokenRow], graders: Sequence[Grader], promptin
         return
     reader = prompting.reader()
     answers = {row.row: reader.read(row, Decoded(prompting.reference_tokens(row), ended=True)) for row in rows}
+    unended = [row for row, answer in answers.items() if answer.ending != "finished"]
+    if unended:
+        raise _never_end(unended, reader.thinking, of=len(rows))
     for grader in graders:
         wrong: dict[str, str] = {}
         for row in rows:
-            text, said, ending = answers[row.row]
-            why = NO_ANSWER.get(ending, "") or (_below_1(grader, said, row) if text != row.answer else "")
-            if why:
+            text, said, _ = answers[row.row]
+            if text != row.answer and (why := _below_1(grader, said, row)):
                 wrong[row.row] = f"{why}; the data has {_shown(row.answer)}, its tokens are {_shown(text)}"
         if wrong:
             raise _not_given_back(grader, wrong)
@@ -160,6 +162,18 @@ def _below_1(grader: Grader, said: str, row: TokenRow) -> str:
     except ScorerFailed as error:
         return str(error) or "the scorer failed"
     return "" if verdict.score >= 1 - ROUNDING else verdict.error or f"it scores {verdict.score:g}"
+
+
+def _never_end(rows: Sequence[str], thinking: Thinking, *, of: int) -> StageError:
+    opening, closing, _ = thinking.marks[0]
+    return StageError.of(
+        what=f"{len(rows)} of {of} reference answers of dev and test are thinking that never ends",
+        where=f"rows {', '.join(rows[:SHOWN])}",
+        why=f"prompt or answer opens it with {opening}, and no {closing} follows; a model that learns this gives no "
+        "answer, and scores 0",
+        next=f"write {closing} before these answers (or give the thinking as `reasoning_content`), or let the template "
+        "open none: many take `template_args: {enable_thinking: false}` under `model:`",
+    )
 
 
 def _shown(text: str) -> str:

@@ -22,7 +22,7 @@ SHAPED[ARM] = replace(SHAPES[ARM], task=0.905, kl=5e-4, loss=7e-4)
 
 def reported(home: Path, *, without: str = "", **changes: Any) -> dict[str, Any]:
     """The report of a run; `without`: the arm that an older version scored."""
-    folder = SyntheticRun(home, shapes=SHAPED, test=600, general=20, **changes).write()
+    folder = SyntheticRun(home, shapes=SHAPED, test=1200, general=20, **changes).write()
     for path in home.glob(f"store/evaluate/{without}-????????????/files/scores.parquet") if without else ():
         table = pq.read_table(path)
         pq.write_table(table.filter(pc.not_equal(table["metric"], "truncated")), path)
@@ -31,19 +31,21 @@ def reported(home: Path, *, without: str = "", **changes: Any) -> dict[str, Any]
 
 
 def test_the_candidates_share_stands_in_the_gate(tmp_path: Path) -> None:
-    report = reported(tmp_path, cut={ARM: 9, FLOOR: 3})
+    report = reported(tmp_path, cut={ARM: 9, FLOOR: 6})
     assert report["gate"]["candidate"] == ARM
     cut = report["gate"]["truncated"]
-    assert (cut["answers"], cut["n"], cut["share"]) == (9, 600, 0.015)
+    assert (cut["answers"], cut["n"], cut["share"]) == (9, 1200, 0.0075)
     (said,) = [line for line in report["gate"]["text"] if "no end" in line]
-    assert said.startswith("9 of its 600 answers on test (1.5 %) have no end and score 0") and said in markdown(report)
+    assert said.startswith("9 of its 1,200 answers on test (0.8 %) have no end and score 0") and said in markdown(
+        report
+    )
     assert report["gate"]["text"].index(said) > 0  # the outcome comes first
     shares = {slug: arm["metrics"]["truncated"]["value"] for slug, arm in report["arms"].items()}
-    assert shares == {"base": 0, "nf4-adapter": 0, FLOOR: 0.005, ARM: 0.015}
+    assert shares == {"base": 0, "nf4-adapter": 0, FLOOR: 0.005, ARM: 0.0075}
     low, high = report["arms"][ARM]["metrics"]["truncated"]["ci95"]
-    assert 0 < low < 0.015 < high < 0.04
+    assert 0 < low < 0.0075 < high < 0.03
     column = {row["arm"]: row["cut off"] for row in arm_rows(report)}
-    assert column[ARM].startswith("1.5") and column["base"].startswith("0")
+    assert column[ARM].startswith("0.75 [") and column["base"].startswith("0.00 [0.00, ")
     assert "cut off % ↓" in markdown(report)
 
 
