@@ -25,12 +25,16 @@ from tasks.runtime.process.errors import StageError
 from tests.jobs.build import curve, make_job, notes, write_jsonl
 from tests.jobs.test_merge import plant_adapter
 from tests.jobs.test_prepare import PARAMS as PREPARE
-from tests.tiny import write_base
+from tests.jobs.test_prepare import chat
+from tests.tiny import PLAIN, write_base
 
 EXACT = {"kind": "exact-match", "name": "exact-match"}
 PARAMS = {"kind": "bf16", "scorers": [EXACT], "max_new_tokens": 12, "batch_size": 4, "seed": 0}
 DECODED = ("task", "truncated")
 SCORED = ("nll", "nll_all", "bits", "kl", "agree", *DECODED)
+THINKING = PLAIN.replace("assistant\n' -}}{%- endif", "assistant\n<think>\n' -}}{%- endif").replace(
+    "'\n' + message['content']", "'\n' + ('<think>\n' if message['role'] == 'assistant' else '') + message['content']"
+)
 ANSWERS = ("blue", "the sky is blue", "SELECT name FROM books")  # of different lengths
 
 
@@ -228,6 +232,27 @@ def test_an_answer_that_reaches_the_limit_without_an_end_scores_0(world: Path, t
             assert answer["reference"].startswith(answer["answer"])
         of_test = [sizes[row["row"]] in cut for row in rows.values() if row["split"] == "test"]
         assert means["truncated/test"] == sum(of_test) / len(of_test)
+
+
+def test_thinking_that_is_never_closed_is_no_answer(world: Path, tmp_path: Path) -> None:
+    """The prompt opens it. One model closes it, the other ends its turn instead, with the right words in it."""
+    tokenizer = write_base(tmp_path / "base", chat_template=THINKING)
+    said = [{"messages": chat(f"what is {i} ?", f"so\n</think>\n\n{ANSWERS[i % 2]}")} for i in range(60)]
+    data = write_jsonl(tmp_path / "rows.jsonl", said)
+    prepare.run(make_job("prepare", tmp_path / "dataset", params=PREPARE, data=data, tokenizer=tokenizer))
+    rows, open_ended = held_out(tmp_path), []
+    for row in rows:
+        answer = AutoTokenizer.from_pretrained(tokenizer)(f"{row['answer']}<|im_end|>")["input_ids"]
+        mask = [False] * len(row["prompt_ids"]) + [True] * len(answer)
+        open_ended.append({"input_ids": row["prompt_ids"] + answer, "completion_mask": mask})
+    for name, taught, ending in (("closes", rows, "finished"), ("never", open_ended, "thinking")):
+        model = train_to_answer(tokenizer, tmp_path / f"{name}-model", taught)
+        inputs = {"model": model, "dataset": tmp_path / "dataset"}
+        means = evaluate.run(make_job("evaluate", tmp_path / name, params=PARAMS | {"max_new_tokens": 40}, **inputs))
+        answers = lines(tmp_path / name, "answers")
+        assert {answer["ending"] for answer in answers} == {ending} and len(answers) == len(rows)
+        assert all(answer["answer"].endswith(answer["reference"]) for answer in answers)
+        assert means["task/test"] == (ending == "finished") and means["truncated/test"] == (ending == "thinking")
 
 
 def test_an_answer_ends_with_any_of_the_ids_that_end_one(world: Path, tmp_path: Path) -> None:

@@ -16,12 +16,10 @@ from tasks.jobs import prepare, rehearse
 from tasks.jobs.measuring.teacher_forcing import read_rows
 from tasks.runtime.process.errors import StageError
 from tests.jobs.build import make_job, notes, write_jsonl
+from tests.jobs.test_evaluate import THINKING
 from tests.jobs.test_prepare import PARAMS, chat
 from tests.tiny import PLAIN, write_tokenizer
 
-THINKING = PLAIN.replace("assistant\n' -}}{%- endif", "assistant\n<think>\n' -}}{%- endif").replace(
-    "'\n' + message['content']", "'\n' + ('<think>\n' if message['role'] == 'assistant' else '') + message['content']"
-)
 LOOSE = """
 def score(answer, reference, columns):
     return answer.lower() == reference.lower()

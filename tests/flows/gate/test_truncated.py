@@ -36,9 +36,8 @@ def test_the_candidates_share_stands_in_the_gate(tmp_path: Path) -> None:
     cut = report["gate"]["truncated"]
     assert (cut["answers"], cut["n"], cut["share"]) == (9, 1200, 0.0075)
     (said,) = [line for line in report["gate"]["text"] if "no end" in line]
-    assert said.startswith("9 of its 1,200 answers on test (0.8 %) have no end and score 0") and said in markdown(
-        report
-    )
+    assert said.startswith("9 of its 1,200 answers on test (0.8 %) have no end and score 0")
+    assert said in markdown(report) and said in page(report, {})
     assert report["gate"]["text"].index(said) > 0  # the outcome comes first
     shares = {slug: arm["metrics"]["truncated"]["value"] for slug, arm in report["arms"].items()}
     assert shares == {"base": 0, "nf4-adapter": 0, FLOOR: 0.005, ARM: 0.0075}
