@@ -205,7 +205,7 @@ class Evaluate(Section):
     """External model that KL and top-1 agreement are measured against, in place of nf4-adapter; it has to have the
     base's tokenizer."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 256
-    """Longest answer that is decoded."""
+    """Longest answer that is decoded, in tokens with the one that ends it. One that is cut off there scores 0."""
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Rows per forward pass, equal for all arms: sums in bf16 depend on it a little."""
     reference_gib: Annotated[float, Field(gt=0)] = 4.0

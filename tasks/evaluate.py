@@ -36,7 +36,7 @@ def step(
         stage="evaluate",
         slug=arm,
         entry="tasks.jobs.evaluate:run",
-        version=3,
+        version=4,
         params={
             "kind": kind,
             "kv": kv,

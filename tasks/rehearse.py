@@ -19,9 +19,10 @@ def step(recipe: Recipe, *, dataset: Step, scorers: Mapping[str, External]) -> S
         stage="rehearse",
         slug=recipe.name,
         entry="tasks.jobs.rehearse:run",
-        version=2,
+        version=3,
         params={
             "scorers": [scorer.params() for scorer in recipe.evaluate.scorers],
+            "max_new_tokens": recipe.evaluate.max_new_tokens,
             "max_near_duplicates": recipe.calibrate.max_near_duplicates,
             "group": recipe.data.group_column,
         },

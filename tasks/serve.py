@@ -126,7 +126,7 @@ def step(
         stage="serve",
         slug=arm.slug,
         entry="tasks.jobs.serve:run",
-        version=1,
+        version=2,
         params={
             "engine": {
                 "name": engine,

@@ -117,7 +117,7 @@ calibrate: {{rows: 128, seq_len: 512}}
 quantize: {{schemes: [gptq-w4-g128, rtn-w4-g128]}}
 evaluate:
   scorers: [{{kind: sql-execution, databases: {QUICKSTART / "data" / "databases"}}}]
-  max_new_tokens: 12
+  max_new_tokens: 40
   batch_size: 50
 measure: {{prompt_tokens: 16, new_tokens: 4}}
 """,

@@ -231,6 +231,8 @@ def _pair(
         return f"no such scores {'before' if before is None else 'after'}"
     if reason := _unlike(metric, *runs, arm=new.arm.evaluate):
         return reason
+    if (metric.source or "").startswith("task") and _ends_counted_once(old, new):
+        return "answers without an end score 0 in one of the runs; an older version took them as finished in the other"
     both = np.intersect1d(before.rows, after.rows)
     a, b = (rows.where(np.isin(rows.rows, both)) for rows in (after, before))
     if len(both) == 0:
@@ -245,6 +247,12 @@ def _pair(
     if isinstance(pair, Paired):
         return pair
     return "scores that are not finite" if pair == "not finite" else f"of the shared rows {few_groups(a)}"
+
+
+def _ends_counted_once(old: ArmEvidence, new: ArmEvidence) -> bool:
+    """One of the two counted answers without an end, and there were some."""
+    counted = [arm.scores.get("truncated") for arm in (old, new)]
+    return None in counted and any(rows is not None and rows.total.any() for rows in counted)
 
 
 def _unlike(metric: Metric, before: Run, after: Run, *, arm: str | None) -> str | None:

@@ -19,7 +19,7 @@ from flows.plan.fit import STAGES, enough_tokens, fitting
 from flows.plan.machine import Memory, available, named
 from flows.plan.memory import StepNeeds, predict
 from flows.plan.preflight import judge
-from flows.plan.row_sizes import data_bytes, row_sizes, row_tokens, tokens_per_byte
+from flows.plan.row_sizes import data_bytes, longest_answer, row_sizes, row_tokens, tokens_per_byte
 from recipes.checks.check import load_and_read
 from recipes.checks.rows import few_rows, too_few, with_spare
 from recipes.checks.split import split_rows
@@ -294,7 +294,9 @@ def _chosen(detected: Detected) -> Recipe:
     limit = (headers.max_positions if headers else None) or 1 << 20
     per_byte = tokens_per_byte(headers)
     length = _length([row_tokens(row, per_byte) for row in detected.read.rows], limit=limit)
-    answers = [len(row.messages[-1]["content"].encode()) for row in detected.read.rows]
+    # Twice the estimate, a whole row at most: one that is cut off scores 0, digits may be a token each, and later rows
+    # may have longer answers. Room is cheap: only what does not end is decoded that far.
+    answer = 2 * longest_answer(detected.read.rows, per_byte)
     batch = 16 if train >= 500 else 8
     prompt = min(128, limit // 2)
     return Recipe.model_validate(
@@ -309,7 +311,7 @@ def _chosen(detected: Detected) -> Recipe:
             "calibrate": {"rows": _calibration_rows(detected), "seq_len": min(limit, max(512, length))}
             | ({"allow_unusual_size": few_rows(train)} if _calibration_rows(detected) < LEAST_ROWS else {}),
             "quantize": {"schemes": _schemes(headers)},
-            "evaluate": {"on_base": _schemes(headers)[1:2], "max_new_tokens": _answer(max(answers), per_byte)},
+            "evaluate": {"on_base": _schemes(headers)[1:2], "max_new_tokens": _up(max(answer, 1), 16, most=length)},
             "measure": {"prompt_tokens": prompt, "new_tokens": min(32, limit - prompt)},
             "serve": {"engine": "vllm"},
         }
@@ -321,11 +323,6 @@ def _length(tokens: list[int], *, limit: int) -> int:
     ordered = sorted(tokens)
     usual = ordered[int(0.95 * (len(ordered) - 1))]
     return _up(ordered[-1] if ordered[-1] <= 2 * usual else usual, 64, most=limit)
-
-
-def _answer(longest: int, per_byte: float) -> int:
-    """Twice the estimate for the longest answer, since only an answer that does not end costs more; 512 at most."""
-    return _up(math.ceil(min(1.0, 2 * per_byte) * longest) + 2, 16, most=512)
 
 
 def _up(value: int, unit: int, *, most: int) -> int:

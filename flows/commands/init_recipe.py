@@ -117,6 +117,8 @@ def notes(fitted: Fitted, detected: Detected) -> dict[str, str]:
         "groups": f"{_groups(detected)}; schemes {', '.join(map(str, recipe.quantize.schemes))}",
         "memory": f"training {fitted.needs('train')}, micro-batch {recipe.micro_batch}, "
         f"rows of up to {recipe.data.max_length} tokens",
+        "answers": f"of up to {recipe.evaluate.max_new_tokens} tokens: twice the longest of all rows, estimated; one "
+        "that is cut off scores 0",
     }
 
 
@@ -253,7 +255,8 @@ def _evaluate(fitted: Fitted) -> Iterator[str]:
     yield "  scorers:"
     yield "    - kind: exact-match".ljust(COLUMN - 1) + " # the answer is the reference, but for white space around it"
     yield _line("on_base", evaluate.on_base, "the base quantized, the adapter on top: the alternative to merging")
-    yield _line("max_new_tokens", evaluate.max_new_tokens, "the longest answer in the data, estimated")
+    room = "twice the longest answer of all rows, estimated; one that is cut off scores 0"
+    yield _line("max_new_tokens", evaluate.max_new_tokens, room)
     yield _line("batch_size", evaluate.batch_size, f"evaluation {fitted.needs('evaluate')}")
 
 

@@ -26,6 +26,7 @@ from flows.gate.checks import (
 )
 from flows.gate.looks import Looks, level_text, ordinal
 from flows.gate.served import NOT_AS_MEASURED, of_engine, together
+from flows.gate.truncated import truncated_of
 from flows.results.cells import ArmEvidence
 from flows.results.paired import Draw
 from flows.results.read import Run, RunArm
@@ -55,6 +56,7 @@ def gate_of(
     planned = _planned(arm, evidence, margins, {} if same else record, run) if arm else ()
     checks = judge(list(planned), draws, level=looks.level if looks else LEVEL)
     engine = of_engine(arm, run, served) if arm else None
+    cut = truncated_of(evidence[arm.slug].scores) if arm else None
     compared = any(check.against == CHAMPION for check in checks)
     section = {
         "candidate": arm.slug if arm else None,
@@ -65,6 +67,7 @@ def gate_of(
         "tests": [check.as_dict() for check in checks if check.domain is None],
         "domains": [check.as_dict() for check in checks if check.domain is not None],
         **({"served": engine} if engine else {}),
+        **({"truncated": cut} if cut else {}),
         "champion": champion and {**_shown(champion), "same": same, "compared": compared},
         "best": _shown(record["best"]) if record.get("best") else None,
         "looks": looks and looks.as_dict(),
@@ -139,6 +142,8 @@ def sentences(section: Mapping[str, Any]) -> Iterator[str]:
         yield f"{check['text'][:1].upper()}{check['text'][1:]}."
     if section["outcome"] != NOT_AS_MEASURED:
         yield from engine
+    if "truncated" in section:
+        yield section["truncated"]["text"]
     yield f"It is the candidate: {section['reason']}."
     if looks and not spent_out:
         yield looks["text"]

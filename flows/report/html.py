@@ -41,7 +41,16 @@ from flows.report.text import (
 )
 from flows.results.flips import flips_text
 from flows.results.layers import unmeasured, worst
-from flows.results.metrics import METRICS, SERVED, difference_text, interval_text, significant, size, value_text
+from flows.results.metrics import (
+    METRICS,
+    SERVED,
+    absent_text,
+    difference_text,
+    interval_text,
+    significant,
+    size,
+    value_text,
+)
 from flows.results.power import sentence as power_sentence
 from flows.results.samples import marked
 from flows.results.served import MARKS
@@ -87,6 +96,7 @@ def page(report: Mapping[str, Any], svgs: Mapping[str, str]) -> str:
         hollow=lambda slug: not look(slug).filled,
         heading=lambda name: heading(name, report["directions"]),
         value=value_text,
+        absent=absent_text,
         interval=interval_text,
         difference=difference_text,
         flipped=flips_text,

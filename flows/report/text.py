@@ -23,10 +23,10 @@ from flows.report.served import HEAD as SERVED_HEAD
 from flows.report.served import SPEED_HEAD, below, engines, floor_text, mark_of, speed_rows
 from flows.report.served import rows_of as served_rows
 from flows.results.flips import flips_text
-from flows.results.metrics import METRICS, TASK, difference_text, interval_text, significant, value_text
+from flows.results.metrics import METRICS, TASK, absent_text, difference_text, interval_text, significant, value_text
 from flows.results.power import sentence as power_sentence
 
-COLUMNS = ("size_bytes", "task", "kl_mean", "ppl_test", "top1_agreement", "ppl_general")
+COLUMNS = ("size_bytes", "task", "truncated", "kl_mean", "ppl_test", "top1_agreement", "ppl_general")
 OF_ANY_TOKENIZER = ("bits_per_byte",)  # beside these where there are external models
 SPEEDS = ("load_s", "prefill_tokens_per_s", "decode_tokens_per_s")
 MARKS = {"better": "+", "worse": "−", "no difference shown": "="}
@@ -38,6 +38,8 @@ def columns(report: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _cell(metric: str, cell: Mapping[str, Any], *, joint: str = " ") -> str:
+    if cell["value"] is None:
+        return absent_text(cell["reason"])
     text = value_text(metric, cell["value"], cell["ci95"])
     interval = interval_text(metric, cell["value"], cell["ci95"])
     return f"{text}{joint}{interval}" if interval else text
@@ -45,7 +47,7 @@ def _cell(metric: str, cell: Mapping[str, Any], *, joint: str = " ") -> str:
 
 def heading(metric: str, directions: Mapping[str, str]) -> str:
     """`KL ↓`: label and the better direction."""
-    unit = {"top1_agreement": " %", "load_s": " s"}.get(metric, "")
+    unit = {"top1_agreement": " %", "truncated": " %", "load_s": " s"}.get(metric, "")
     unit = " %" if metric == "task" or metric.startswith(TASK) else unit
     unit = " tok/s" if metric.endswith("per_s") else unit
     return f"{METRICS[metric].label}{unit} {'↓' if directions[metric] == 'lower' else '↑'}"
@@ -355,11 +357,11 @@ def _print_arms(report: Mapping[str, Any], console: Console) -> None:
     table = Table(title=f"{report['name']}: {data_line(report)}", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("arm", no_wrap=True)
     names = {slug: name_of(slug, report) for slug in report["arms"]}
-    room = console.width - max(map(len, names.values()), default=0) - 6  # margins of the table and of the first column
+    room = console.width - max(map(len, names.values()), default=0) - 4  # margins of the table and of the first column
     shown: list[str] = []
     for name, column in cells.items():
         head = heading(name, report["directions"])
-        room -= 2 + max([len(head), *(len(line) for cell in column for line in cell.plain.splitlines())])
+        room -= 3 + max([len(head), *(len(line) for cell in column for line in cell.plain.splitlines())])
         if room < 0:
             break
         shown.append(name)
@@ -403,7 +405,9 @@ def registered_lines(report: Mapping[str, Any]) -> list[str]:
 
 
 def _rich_cell(metric: str, cell: Mapping[str, Any]) -> Text:
-    text = Text(value_text(metric, cell["value"], cell["ci95"]), style="" if cell["value"] is not None else "dim")
+    if cell["value"] is None:
+        return Text(absent_text(cell["reason"]), style="dim")
+    text = Text(value_text(metric, cell["value"], cell["ci95"]))
     interval = interval_text(metric, cell["value"], cell["ci95"])
     return text.append(f"\n{interval}", style="dim") if interval else text
 

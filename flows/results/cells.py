@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from flows.results.metrics import HEADLINE, METRICS, PER_DOMAIN, SPEED, TASK, Metric, further
+from flows.results.metrics import HEADLINE, METRICS, NOT_COUNTED, PER_DOMAIN, SPEED, TASK, Metric, further
 from flows.results.paired import few_groups, too_few_groups
 from flows.results.read import REFERENCE, Run, RunArm
 from flows.results.rows import RowScores, TokenKL, read_kl, read_scores
@@ -183,7 +183,9 @@ def _no_rows(metric: Metric, arm: ArmEvidence, run: Run) -> str:
         return why
     if metric.split == "general" and not (run.recipe.get("data") or {}).get("general"):
         return "the recipe has no data.general"
-    if metric.source == "task" or (metric.source or "").startswith(TASK):
+    if metric.source == "truncated" and "task" in {*arm.scores, *arm.problems}:
+        return NOT_COUNTED
+    if metric.source in ("task", "truncated") or (metric.source or "").startswith(TASK):
         return "no row of test has a prompt to answer"
     return f"the arm's scores have no {metric.source} rows of {metric.split}"
 

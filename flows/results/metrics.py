@@ -82,6 +82,16 @@ METRICS = Known(
             meaning="share of test answers that the recipe's scorer accepts, decoded greedily",
         ),
         Metric(
+            name="truncated",
+            label="cut off",
+            better="lower",
+            source="truncated",
+            split="test",
+            interval="wilson",
+            meaning="share of test answers without an end, which score 0: cut off at evaluate.max_new_tokens, or "
+            "thinking that never ends",
+        ),
+        Metric(
             name="ppl_test",
             label="perplexity",
             better="lower",
@@ -221,12 +231,22 @@ SERVED = {
             interval="wilson",
             meaning="share of test answers that are, letter by letter, those of the arm's own evaluation",
         ),
+        Metric(
+            name="served_truncated",
+            label="served cut off",
+            better="lower",
+            source="served_truncated",
+            split="test",
+            interval="wilson",
+            meaning="share of the engine's test answers without an end, which score 0",
+        ),
     )
 }  # what a real engine gave: only of runs that served something
 HEADLINE = ("task", "ppl_test", "kl_mean", "size_bytes")  # an arm without one of these is not ranked
 SPEED = ("resident_bytes", "load_s", "prefill_tokens_per_s", "decode_tokens_per_s")
 PER_DOMAIN = ("task", "ppl_test", "ppl_all", "bits_per_byte", "kl_mean", "top1_agreement")
-_SHARES = ("task", "top1_agreement", "served_task", "served_answers_equal")
+NOT_COUNTED = "not counted: an older version scored it, which took answers without an end as finished"
+_SHARES = ("task", "truncated", "top1_agreement", "served_task", "served_answers_equal", "served_truncated")
 _MINUS = "−"
 
 
@@ -250,6 +270,8 @@ def _unit(metric: str) -> str:
     """What stands behind a number of this metric."""
     return {
         "task": " %",
+        "truncated": " %",
+        "served_truncated": " %",
         "top1_agreement": " %",
         "served_task": " %",
         "served_answers_equal": " %",
@@ -312,6 +334,11 @@ def value_text(metric: str, value: float | None, ci95: list[float] | None = None
         return significant(value) + (_unit(metric) if unit else "")
     text = _plain(_scaled(metric, value), _places(metric, value, ci95))
     return text + (_unit(metric) if unit else "")
+
+
+def absent_text(reason: str | None) -> str:
+    """What stands in the cell of a metric that an arm has no value of."""
+    return NOT_COUNTED.partition(":")[0] if reason == NOT_COUNTED else value_text("", None)
 
 
 def interval_text(metric: str, value: float | None, ci95: list[float] | None) -> str:

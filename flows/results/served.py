@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from flows.results.cells import ArmEvidence, Cell, Draws, rows_cell
-from flows.results.metrics import SERVED, Metric, difference_text, significant, value_text
+from flows.results.metrics import NOT_COUNTED, SERVED, Metric, difference_text, significant, value_text
 from flows.results.paired import Difference, Paired, differences
 from flows.results.read import Run, RunArm, RunStep
 from flows.results.rows import RowScores, read_scores
@@ -85,7 +85,10 @@ def _engine(step: RunStep) -> dict[str, Any]:
 
 
 def _cells(scores: ServedScores, draws: Draws) -> dict[str, Any]:
-    return {name: _cell(metric, scores.served.get(str(metric.source)), draws) for name, metric in SERVED.items()}
+    cells = {name: _cell(metric, scores.served.get(str(metric.source)), draws) for name, metric in SERVED.items()}
+    if "served_truncated" not in scores.served and "served_equal" in scores.served:
+        cells["served_truncated"]["reason"] = NOT_COUNTED
+    return cells
 
 
 def _cell(metric: Metric, rows: RowScores | None, draws: Draws) -> dict[str, Any]:
@@ -168,6 +171,8 @@ def arm_text(slug: str, arm: Mapping[str, Any]) -> str:
         parts.append(f"loss {significant(loss['value'], 4)} in {arm['engine']}, served − own {told} a token")
     if equal["value"] is not None:
         parts.append(f"{round(equal['value'] * equal['n']):,} of {equal['n']:,} answers equal")
+    if (cut := arm["metrics"]["served_truncated"])["value"]:
+        parts.append(f"{round(cut['value'] * cut['n']):,} have no end and score 0")
     parts += [check["text"] for check in arm["checks"] if check["outcome"] != "pass"]
     return "; ".join(parts) + "."
 

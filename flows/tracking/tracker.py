@@ -50,7 +50,7 @@ P = ParamSpec("P")
 SPLITS = {"train": "training", "dev": "validation", "test": "test"}  # split -> MLflow's word for its use
 LOCAL_UI = "http://127.0.0.1:5000"  # where `quench up` and `mlflow ui` listen unless the port is taken
 SERVED_HEADLINE = ("served_loss", "served_answers_equal")
-HEADLINE = ("task", "ppl_test", "ppl_general", "kl_mean", "top1_agreement", "size_bytes")
+HEADLINE = ("task", "truncated", "ppl_test", "ppl_general", "kl_mean", "top1_agreement", "size_bytes")
 
 
 def on_thread(body: Callable[Concatenate[Tracker, P], None]) -> Callable[Concatenate[Tracker, P], None]:

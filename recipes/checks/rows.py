@@ -57,7 +57,8 @@ def check_data(loaded: Loaded) -> RowCheck:
         problems += [*_leaks(loaded, read), *_empty_sides(loaded, read.sides), *_calibration(loaded, read.sides)]
     summary = _summary(loaded, read) | {"format": _formats(read.sources)} | not_read
     sizes: dict[Side, SideSize] = {} if not_read else {side: _size(rows) for side, rows in read.sides.rows.items()}
-    return RowCheck([*map(loaded.placed, problems)], summary, size_warnings(loaded, sizes), sizes)
+    warnings = (*map(loaded.placed, read.checks.warnings()), *size_warnings(loaded, sizes))
+    return RowCheck([*map(loaded.placed, problems)], summary, warnings, sizes)
 
 
 def size_warnings(loaded: Loaded, sizes: Mapping[Side, SideSize], *, rate: Rate = GUESS) -> tuple[Problem, ...]:

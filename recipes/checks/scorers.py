@@ -16,6 +16,7 @@ from recipes.read.load import Loaded, missing
 from recipes.scorers import JsonSchemaSpec, LmEvalSpec, PythonCallableSpec, SqlExecutionSpec
 
 ARGUMENTS = ("answer", "reference", "columns")
+TOKEN_BYTES = 4  # of English text; most other text has fewer bytes a token
 
 
 def scorer_problems(loaded: Loaded) -> Iterator[Problem]:
@@ -156,6 +157,10 @@ class RowChecks:
         ]
         self._first: dict[str, dict[str, str]] = {column: {} for column, _ in self._databases}
         self._unanswered = Wrong()
+        self._long, self._longest = Wrong(), 0
+        recipe = loaded.recipe
+        limit = recipe.evaluate.max_new_tokens  # rows that are longer as a whole are not kept
+        self._limit = limit if limit < recipe.data.max_length else None
 
     def add(self, row: Row, *, held_out: bool) -> None:
         """The next row.
@@ -168,6 +173,23 @@ class RowChecks:
             first.setdefault(str(row.columns[column]), row.where)
         if held_out and not row.is_text and not _answers(row):
             self._unanswered.add(row.where)
+        tokens = 0 if self._limit is None or not held_out or row.is_text else _answer_bytes(row) // TOKEN_BYTES
+        if self._limit is not None and tokens >= self._limit:
+            self._long.add(row.where)
+            self._longest = max(self._longest, tokens)
+
+    def warnings(self) -> Iterator[Problem]:
+        """What an estimate says of the rows so far; the stage `rehearse` counts it in tokens, and refuses it."""
+        if self._long.count:
+            yield Problem(
+                what=f"{self._long.count} reference answers of dev and test have more than {self._limit} tokens, by an "
+                f"estimate of {TOKEN_BYTES} bytes a token.",
+                where="evaluate.max_new_tokens",
+                why="An answer that is cut off there scores 0, so the run ends before training where one is that long: "
+                f"{', '.join(self._long.lines)}.",
+                next=f"Set evaluate.max_new_tokens to {16 * (self._longest // 16 + 2)} or more; `rehearse` counts, and "
+                "names the number that will do.",
+            )
 
     def problems(self) -> Iterator[Problem]:
         """What is wrong with the rows so far."""
@@ -178,16 +200,24 @@ class RowChecks:
             yield Problem(
                 what=f"{unanswered.count} rows of dev and test have no reference answer.",
                 where=unanswered.lines[0],
-                why=f"Their last turn is thinking and nothing behind it, so no answer can be scored: "
+                why=f"Their last turn is thinking that has no end, or nothing behind it, so no answer can be scored: "
                 f"{', '.join(unanswered.lines)}.",
                 next="Write the answer behind </think>, or remove these rows.",
             )
 
 
 def _answers(row: Row) -> bool:
-    """True where the last turn says or calls something."""
+    """True where the last turn says or calls something; thinking that it never ends is nothing said."""
     turn = row.messages[-1]
-    return bool(turn.get("tool_calls") or str(turn.get("content") or "").rpartition("</think>")[2].strip())
+    said = str(turn.get("content") or "").rpartition("</think>")[2].strip()
+    return bool(turn.get("tool_calls") or (said and not said.startswith("<think>")))
+
+
+def _answer_bytes(row: Row) -> int:
+    """Of the last turn: thinking, text and calls."""
+    turn = row.messages[-1]
+    calls = json.dumps(turn["tool_calls"], ensure_ascii=False) if turn.get("tool_calls") else ""
+    return len(f"{turn.get('reasoning_content') or ''}{turn.get('content') or ''}{calls}".encode())
 
 
 def _row_databases(column: str, folder: Path, first: Mapping[str, str]) -> Iterator[Problem]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tasks.jobs.loading.kernels import kernel_of
 from tasks.jobs.loading.load import load_arm, setup
+from tasks.jobs.measuring.answers import Answer
 from tasks.jobs.measuring.grading import Prompting, grade, open_graders, refuse_references, run_harnesses
 from tasks.jobs.measuring.kv_cache import KVCache, calibrated
 from tasks.jobs.measuring.own_tokenizer import OwnReading, own_reading
@@ -41,7 +42,7 @@ from tasks.runtime.process.job import Job
 TOKENS = pa.schema([(name, pa.string()) for name in ("row", "group", "split")] + [("kl", pa.float32())])
 ANSWERS = pa.schema(
     [(name, pa.string()) for name in ("row", "split", "domain", "prompt", "reference", "answer")]
-    + [("score", pa.float64()), ("error", pa.string()), ("scores", pa.string())]
+    + [("ending", pa.string()), ("score", pa.float64()), ("error", pa.string()), ("scores", pa.string())]
 )
 NO_REFERENCE = "no reference: nothing was trained in this run, and evaluate.reference names no model"
 
@@ -57,10 +58,11 @@ def run(job: Job) -> dict[str, Any]:
         (nats, n all tokens of the row but the first), nll_general (the same of the hold-out), bits (nll in bits, n
         UTF-8 bytes of the completions' text), kl (KL(reference || arm) in nats, n completion tokens), agree (top-1
         agreements, n completion tokens), task (the first scorer's score, n = 1), task.NAME (another one's; documents of
-        lm-eval tasks are rows of their own).
-        kl.parquet: KL per token. answers.parquet: prompt, reference and answer, with `score` and `error` of the
-        first scorer and `scores`, JSON {NAME: {score, error}} of all. Rows without a prompt (plain texts) have no task
-        and no answer. kv_cache.json: how a quantized KV cache was simulated (params.kv).
+        lm-eval tasks are rows of their own), truncated (1 where the answer has no end, and so scores 0; n = 1).
+        kl.parquet: KL per token. answers.parquet: prompt, reference and answer, its `ending` (finished, cut, or
+        thinking that never ends), with `score` and `error` of the first scorer and `scores`, JSON {NAME: {score,
+        error}} of all. Rows without a prompt (plain texts) have no task and no answer. kv_cache.json: how a quantized
+        KV cache was simulated (params.kv).
         Without a reference there is no kl and no agree; a model with another tokenizer has only bits and task scores.
         `absent` of the result says why, by metric.
     Metrics:
@@ -77,17 +79,21 @@ def run(job: Job) -> dict[str, Any]:
     rows, general = read_rows(dataset, "dev", "test"), read_general(dataset)
     prompted = _with_prompt(rows, job)
     graders = open_graders(job)
-    refuse_references(prompted, graders.answers)
+    prompting = Prompting.of(dataset / "tokenizer")
+    refuse_references(prompted, graders.answers, prompting)
     own = _own_reading(rows, job)
+    prompting = Prompting(own.tokenizer, own.ends) if own else prompting
     arm = _load(job, passes=[own.rows, prompted] if own else [rows, prompted, general])
     scores, tokens, absent = _own_scores(arm, own, rows) if own else _forced_scores(arm, rows)
     if not own:
         scores += _general_scores(arm, general)
-    answers = _answers(arm, prompted, own=own)
-    graded = grade(prompted, [line["answer"] for line in answers], graders.answers)
+    answered = _answers(arm, prompted, own=own, prompting=prompting)
+    graded = grade(prompted, [one.answer for one in answered], graders.answers)
     scores += [score_line(row, metric, value, 1) for metric, values in graded.scores.items() for row, value in values]
-    answers = [line | verdicts for line, verdicts in zip(answers, graded.verdicts, strict=True)]
-    prompting = Prompting(own.tokenizer, own.ends) if own else Prompting.of(dataset / "tokenizer")
+    scores += [
+        score_line(row, "truncated", one.answer.truncated, 1) for row, one in zip(prompted, answered, strict=True)
+    ]
+    answers = [one.line | verdicts for one, verdicts in zip(answered, graded.verdicts, strict=True)]
     documents, problems = run_harnesses(arm.model, graders.harnesses, job, prompting=prompting, caches=arm.caches)
     scores += documents
     for name, lines, schema in (("scores", scores, SCORES), ("kl", tokens, TOKENS), ("answers", answers, ANSWERS)):
@@ -311,30 +317,51 @@ def _general_scores(arm: _LoadedArm, rows: list[TokenRow]) -> list[dict[str, Any
     ]
 
 
-def _answers(arm: _LoadedArm, rows: list[TokenRow], *, own: OwnReading | None) -> list[dict[str, Any]]:
+class _Answered(NamedTuple):
+    """An answer, and its line of answers.parquet but for the verdicts."""
+
+    answer: Answer
+    line: dict[str, Any]
+
+
+def _answers(arm: _LoadedArm, rows: list[TokenRow], *, own: OwnReading | None, prompting: Prompting) -> list[_Answered]:
     """Greedy answers, decoded once for all scorers, in the order of `rows`; to the prompts of `own` where it is given.
 
     Rows with answers of similar length share a batch: a batch decodes until its last answer has ended.
     """
-    longest = arm.job.params["max_new_tokens"]
+    if not rows:
+        return []
+    reader, prompts, longest = prompting.reader(), rows, arm.job.params["max_new_tokens"]
     if own:
-        prompts, tokenizer, config = own.prompts, own.tokenizer, own.greedy(max_new_tokens=longest)
+        prompts, longest = own.prompts, _own_longest(own.prompts, prompting, arm.job)
+        config = own.greedy(max_new_tokens=longest)
     else:
-        folder = arm.job.inputs["dataset"].path / "tokenizer"
-        prompts, tokenizer, config = rows, arm.tokenizer, greedy_config(folder, max_new_tokens=longest)
-    lines: dict[str, dict[str, Any]] = {}
+        config = greedy_config(arm.job.inputs["dataset"].path / "tokenizer", max_new_tokens=longest)
+    answered: dict[str, _Answered] = {}
     for batch in arm.batches(prompts, key=lambda row: row.answer_tokens):
-        for row, tokens in zip(batch, greedy_answers(arm.model, batch, config, arm.caches), strict=True):
-            lines[row.row] = {
+        for row, decoded in zip(batch, greedy_answers(arm.model, batch, config, arm.caches), strict=True):
+            answer = reader.read(row, decoded)
+            line = {
                 "row": row.row,
                 "split": row.split,
                 "domain": row.domain,
-                "prompt": tokenizer.decode(row.prompt_ids),
+                "prompt": reader.tokenizer.decode(row.prompt_ids),
                 "reference": row.answer,
-                "answer": tokenizer.decode(tokens, skip_special_tokens=True),
+                "answer": answer.text,
+                "ending": answer.ending,
             }
+            answered[row.row] = _Answered(answer, line)
         arm.progress.step("answers")
-    return [lines[row.row] for row in rows]
+    return [answered[row.row] for row in rows]
+
+
+def _own_longest(prompts: list[TokenRow], prompting: Prompting, job: Job) -> int:
+    """The limit of the recipe, which was made for the base's tokens; in other tokens a reference may need more."""
+    limit = job.params["max_new_tokens"]
+    needed = max(map(prompting.reference_size, prompts))
+    if needed > limit:
+        job.events.note("longest answer", f"{needed} of its own tokens, as the longest reference has, and not {limit}")
+    return max(limit, needed)
 
 
 def _means(scores: list[dict[str, Any]], job: Job) -> dict[str, float]:

@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 from recipes.checks.external import external_headers
 from recipes.problem import RecipeError
 from recipes.schemes.limits import GIB
-from tasks.jobs.measuring.grading import grade, open_graders
+from tasks.jobs.measuring.answers import Answer
+from tasks.jobs.measuring.grading import Prompting, grade, open_graders
 from tasks.jobs.measuring.progress import Progress
 from tasks.jobs.measuring.scores import SCORES, means, score_line
 from tasks.jobs.measuring.teacher_forcing import TokenRow, greedy_config, read_rows
@@ -32,7 +33,7 @@ from tasks.runtime.process.servers import EngineServer, engine_argv
 
 ANSWERS = pa.schema(
     [(name, pa.string()) for name in ("row", "prompt", "reference", "own", "served")]
-    + [("equal", pa.bool_()), ("score", pa.float64())]
+    + [("equal", pa.bool_()), ("ending", pa.string()), ("score", pa.float64())]
 )
 START_LIMIT_S = 1800  # kernels that are compiled at the first start: Marlin took 163 s on an H200
 KERNEL = re.compile(r"Using (\w+Kernel|MatMulNBits)\b")  # what multiplies quantized weights, in the engine's words
@@ -47,8 +48,9 @@ def run(job: Job) -> dict[str, Any]:
         scorer-N: what entry N of the scorers reads.
     Writes:
         scores.parquet, as evaluate's, rows of test: served_nll (nats, n completion tokens), served_task and
-        served_task.NAME (n = 1), served_equal (1 where the answer is the arm's own to the letter, n = 1).
-        answers.parquet: row, prompt, reference, own, served, equal, score.
+        served_task.NAME (n = 1), served_equal (1 where the answer is the arm's own to the letter, n = 1),
+        served_truncated (1 where the answer has no end, and so scores 0; n = 1).
+        answers.parquet: row, prompt, reference, own, served, equal, ending, score.
         served.json: engine, version, device, command, kernel, start_s, resident_gib, kv_cache_dtype, loads.
     Metrics:
         served_loss, served_task, served_answers_equal of test; start_s.
@@ -193,37 +195,39 @@ def _asked(
         score_line(row, "served_nll", loss, row.n)
         for row, loss in client.losses(rows, partial(progress.step, "completions"))
     ]
-    tokenizer = load_tokenizer(dataset / "tokenizer")
-    longest = job.params["max_new_tokens"]
-    config = greedy_config(dataset / "tokenizer", max_new_tokens=longest)
-    texts = {
-        row.row: tokenizer.decode(tokens, skip_special_tokens=True)
-        for row, tokens in client.answers(
-            prompted,
-            config.eos_token_id,
-            max_tokens=longest,
-            context=context,
-            on_batch=partial(progress.step, "answers"),
-        )
-    }
-    graded = grade(prompted, [texts[row.row] for row in prompted], open_graders(job).answers)
+    answered = _answered(job, client, prompted, context=context, progress=progress) if prompted else {}
+    graded = grade(prompted, [answered[row.row] for row in prompted], open_graders(job).answers)
     for metric, values in graded.scores.items():
         scores += [score_line(row, f"served_{metric}", value, 1) for row, value in values]
     own = _own_answers(job.inputs["scores"].path)
+    tokenizer = load_tokenizer(dataset / "tokenizer")
     answers = [
         {
             "row": row.row,
             "prompt": tokenizer.decode(row.prompt_ids),
             "reference": row.answer,
             "own": own[row.row],
-            "served": texts[row.row],
-            "equal": own[row.row] == texts[row.row],
+            "served": answered[row.row].text,
+            "equal": own[row.row] == answered[row.row].text,
+            "ending": answered[row.row].ending,
             "score": verdict["score"],
         }
         for row, verdict in zip(prompted, graded.verdicts, strict=True)
     ]
-    equal = {line["row"]: float(line["equal"]) for line in answers}
-    return [*scores, *(score_line(row, "served_equal", equal[row.row], 1) for row in prompted)], answers
+    for row, line in zip(prompted, answers, strict=True):
+        scores.append(score_line(row, "served_equal", float(line["equal"]), 1))
+        scores.append(score_line(row, "served_truncated", answered[row.row].truncated, 1))
+    return scores, answers
+
+
+def _answered(job: Job, client: Client, rows: list[TokenRow], *, context: int, progress: Progress) -> dict[str, Answer]:
+    """The engine's answer to each row, by its name."""
+    folder, longest = job.inputs["dataset"].path / "tokenizer", job.params["max_new_tokens"]
+    reader = Prompting.of(folder).reader()
+    ends = greedy_config(folder, max_new_tokens=longest).eos_token_id
+    on_batch = partial(progress.step, "answers")
+    decoded = client.answers(rows, ends, max_tokens=longest, context=context, on_batch=on_batch)
+    return {row.row: reader.read(row, answer) for row, answer in decoded}
 
 
 def _own_answers(scores: Path) -> dict[str, str]:

@@ -70,6 +70,7 @@ def write_shape(folder: Path, *, layers: int) -> Path:
         long = draw.choices((range(60, 120), range(400, 900)))[0]  # words; calibration takes rows of up to 512 tokens
         asked, answer = draw.choices(words, k=draw.choice(long)), draw.choices(words, k=40)
         turns = [("user", f"{number}: {' '.join(asked)}"), ("assistant", " ".join(answer))]
+        turns += [("user", "so ?"), ("assistant", "yes")]  # the turn that is answered: random weights never end theirs
         rows.append({"messages": [{"role": role, "content": text} for role, text in turns]})
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     recipe = folder / "recipe.yaml"

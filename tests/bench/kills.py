@@ -51,7 +51,7 @@ train: {rank: 4, learning_rate: 5.0e-3, batch_size: 8, max_steps: 24, checkpoint
 merge: {base: dequantized}
 calibrate: {rows: 128, seq_len: 128}
 quantize: {schemes: [rtn-w4-g128]}
-evaluate: {max_new_tokens: 4, batch_size: 32}
+evaluate: {max_new_tokens: 16, batch_size: 32}
 measure: {enabled: false}
 """
 

@@ -169,7 +169,7 @@ def base(bench: Bench) -> dict[str, Any]:
         },
         "calibrate": {"rows": 32, "allow_unusual_size": "a base of 128 features", "seq_len": 128},
         "quantize": {"schemes": list(SCHEMES.values())},
-        "evaluate": {"max_new_tokens": 4, "batch_size": 8},
+        "evaluate": {"max_new_tokens": 48, "batch_size": 8},
     }
     bench.recipe_file.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     config = json.loads((bench.base / "config.json").read_text(encoding="utf-8"))

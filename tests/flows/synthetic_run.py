@@ -78,6 +78,7 @@ class SyntheticRun:
         unserved: Arm -> why it has no serve step.
         drop_rows: Arms that are scored on one test row less.
         nan_rows: Arms with NaN in one loss.
+        cut: Arm -> how many of its first answers have no end; the others' all have one.
         prompts: Rows have prompts; plain texts have none, so no task score.
         run_id: Of the run's folder.
         salt: Another one puts the artifacts elsewhere in the store, so that two runs share a home.
@@ -102,6 +103,7 @@ class SyntheticRun:
     unserved: dict[str, str] = field(default_factory=dict)
     drop_rows: frozenset[str] = frozenset()
     nan_rows: frozenset[str] = frozenset()
+    cut: dict[str, int] = field(default_factory=dict)
     steps: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -299,6 +301,7 @@ class SyntheticRun:
             nll[3] = np.nan
         agree = rng.binomial(self.tokens, float(np.exp(-0.6 * shape.kl**0.5 * 0.3)))
         right = (self.luck < shape.task) ^ (rng.random(self.test) < min(0.02, shape.kl))
+        right &= np.arange(self.test) >= self.cut.get(slug, 0)
         ones = np.ones(self.test)
         for split in ("dev", "test"):
             add(split, "nll", nll, self.tokens, rows)
@@ -308,6 +311,7 @@ class SyntheticRun:
             add(split, "agree", agree if shape.kl else self.tokens, self.tokens, rows)
             if self.prompts:
                 add(split, "task", right, ones, rows)
+                add(split, "truncated", np.arange(self.test) < self.cut.get(slug, 0), ones, rows)
         if self.general:
             far = 2.55 + (0.6 + shape.loss / 40 if slug != "base" else 0.0)
             count = np.full(self.general, 200)
@@ -344,6 +348,7 @@ class SyntheticRun:
                 served += [
                     {**line, "metric": "served_task", "sum": score},
                     {**line, "metric": "served_equal", "sum": equal},
+                    {**line, "metric": "served_truncated", "sum": 0.0},
                 ]
         pq.write_table(pa.Table.from_pylist(served), files / "scores.parquet")
         dump(files / "served.json", served_json(slug, how, rng))

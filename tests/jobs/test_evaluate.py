@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from tasks.jobs import evaluate, prepare, reference
 from tasks.jobs.evaluate import divergence
@@ -25,11 +25,16 @@ from tasks.runtime.process.errors import StageError
 from tests.jobs.build import curve, make_job, notes, write_jsonl
 from tests.jobs.test_merge import plant_adapter
 from tests.jobs.test_prepare import PARAMS as PREPARE
-from tests.tiny import write_base
+from tests.jobs.test_prepare import chat
+from tests.tiny import PLAIN, write_base
 
 EXACT = {"kind": "exact-match", "name": "exact-match"}
 PARAMS = {"kind": "bf16", "scorers": [EXACT], "max_new_tokens": 12, "batch_size": 4, "seed": 0}
-SCORED = ("nll", "nll_all", "bits", "kl", "agree", "task")
+DECODED = ("task", "truncated")
+SCORED = ("nll", "nll_all", "bits", "kl", "agree", *DECODED)
+THINKING = PLAIN.replace("assistant\n' -}}{%- endif", "assistant\n<think>\n' -}}{%- endif").replace(
+    "'\n' + message['content']", "'\n' + ('<think>\n' if message['role'] == 'assistant' else '') + message['content']"
+)
 ANSWERS = ("blue", "the sky is blue", "SELECT name FROM books")  # of different lengths
 
 
@@ -190,8 +195,77 @@ def test_answers_are_decoded_to_their_end_and_scored(world: Path, tmp_path: Path
     for answer in lines(tmp_path / "out", "answers"):
         assert answer["answer"] == answer["reference"]  # nothing behind the end of the turn
         assert answer["prompt"].endswith("<|im_start|>assistant\n")
-        assert (answer["score"], answer["error"]) == (1, "")
+        assert (answer["score"], answer["error"], answer["ending"]) == (1, "", "finished")
+    assert means["truncated/test"] == means["truncated/dev"] == 0
     assert score(world, tmp_path / "base")["task/test"] == 0
+
+
+def reference_size(row: dict[str, Any]) -> int:
+    """Tokens of the row's answer with the token that ends it."""
+    start = len(row["prompt_ids"])
+    return row["input_ids"].index(2, start) + 1 - start
+
+
+def test_an_answer_that_reaches_the_limit_without_an_end_scores_0(world: Path, tmp_path: Path) -> None:
+    """Rows of a batch end at other steps; the limit is exactly what the middle ones need, end included."""
+    rows = {row["row"]: row for row in held_out(world)}
+    trained = train_to_answer(world / "base", tmp_path / "trained", list(rows.values()))
+    sizes = {name: reference_size(row) for name, row in rows.items()}
+    middle, long = sorted(set(sizes.values()))[-2:]
+    (tmp_path / "own.py").write_text("def score(answer, reference, columns):\n    return 1\n")
+    all_right = {"kind": "python", "name": "python", "function": "score"}
+    for limit, cut in ((middle, {long}), (middle - 1, {middle, long}), (long, set[int]())):
+        out = tmp_path / str(limit)
+        params = PARAMS | {"max_new_tokens": limit, "scorers": [all_right, EXACT]}
+        inputs = {"model": trained, "dataset": world / "dataset", "scorer-0": tmp_path / "own.py"}
+        means = evaluate.run(make_job("evaluate", out, params=params, **inputs))
+        unended = {name for name, size in sizes.items() if size in cut}
+        truncated = {line["row"]: line for line in lines(out) if line["metric"] == "truncated"}
+        assert {name for name, line in truncated.items() if line["sum"] == 1} == unended
+        assert truncated.keys() == rows.keys() and {line["n"] for line in truncated.values()} == {1}
+        for metric in ("task", "task.exact-match"):  # a scorer that says 1 to everything is not asked
+            zeros = {line["row"] for line in lines(out) if line["metric"] == metric and line["sum"] == 0}
+            assert zeros == unended
+        for answer in lines(out, "answers"):
+            assert answer["ending"] == ("cut" if answer["row"] in unended else "finished")
+            assert answer["error"].startswith("cut off") == (answer["row"] in unended)
+            assert answer["reference"].startswith(answer["answer"])
+        of_test = [sizes[row["row"]] in cut for row in rows.values() if row["split"] == "test"]
+        assert means["truncated/test"] == sum(of_test) / len(of_test)
+
+
+def test_thinking_that_is_never_closed_is_no_answer(world: Path, tmp_path: Path) -> None:
+    """The prompt opens it. One model closes it, the other ends its turn instead, with the right words in it."""
+    tokenizer = write_base(tmp_path / "base", chat_template=THINKING)
+    said = [{"messages": chat(f"what is {i} ?", f"so\n</think>\n\n{ANSWERS[i % 2]}")} for i in range(60)]
+    data = write_jsonl(tmp_path / "rows.jsonl", said)
+    prepare.run(make_job("prepare", tmp_path / "dataset", params=PREPARE, data=data, tokenizer=tokenizer))
+    rows, open_ended = held_out(tmp_path), []
+    for row in rows:
+        answer = AutoTokenizer.from_pretrained(tokenizer)(f"{row['answer']}<|im_end|>")["input_ids"]
+        mask = [False] * len(row["prompt_ids"]) + [True] * len(answer)
+        open_ended.append({"input_ids": row["prompt_ids"] + answer, "completion_mask": mask})
+    for name, taught, ending in (("closes", rows, "finished"), ("never", open_ended, "thinking")):
+        model = train_to_answer(tokenizer, tmp_path / f"{name}-model", taught)
+        inputs = {"model": model, "dataset": tmp_path / "dataset"}
+        means = evaluate.run(make_job("evaluate", tmp_path / name, params=PARAMS | {"max_new_tokens": 40}, **inputs))
+        answers = lines(tmp_path / name, "answers")
+        assert {answer["ending"] for answer in answers} == {ending} and len(answers) == len(rows)
+        assert all(answer["answer"].endswith(answer["reference"]) for answer in answers)
+        assert means["task/test"] == (ending == "finished") and means["truncated/test"] == (ending == "thinking")
+
+
+def test_an_answer_ends_with_any_of_the_ids_that_end_one(world: Path, tmp_path: Path) -> None:
+    """As Gemma has two; here the second one is the first token of every third answer."""
+    rows = [row for row in teacher_forcing.read_rows(world / "dataset", "dev", "test") if row.prompt_ids]
+    trained = load_bf16(train_to_answer(world / "base", tmp_path / "trained", held_out(world)), device="cpu")
+    begins = next(row.ids[len(row.prompt_ids)] for row in rows if row.answer == "blue")
+    config = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=[2, begins], pad_token_id=0)
+    batch = [next(row for row in rows if row.answer == answer) for answer in ANSWERS]
+    blue, sky, _ = together = teacher_forcing.greedy_answers(trained, batch, config)
+    assert blue == ([], True)
+    assert not sky.ended and len(sky.tokens) == 3
+    assert together == [teacher_forcing.greedy_answers(trained, [row], config)[0] for row in batch]
 
 
 def test_a_sample_keeps_whole_rows_and_the_same_batches(world: Path, tmp_path: Path) -> None:
@@ -293,7 +367,9 @@ def test_plain_text_has_a_loss_and_no_task(world: Path, tmp_path: Path) -> None:
     job = make_job("evaluate", tmp_path / "out", params=PARAMS, model=world / "base", dataset=tmp_path / "dataset")
     means = score(tmp_path, tmp_path / "out")
     rows = held_out(tmp_path)
-    assert {name for name in means if name != "kernel"} == {f"{a}/{b}" for a in SCORED[:-1] for b in ("dev", "test")}
+    assert {name for name in means if name != "kernel"} == {
+        f"{a}/{b}" for a in SCORED if a not in DECODED for b in ("dev", "test")
+    }
     assert all(
         one["n"] == len(row["input_ids"]) - 1
         for row in rows

@@ -60,7 +60,7 @@ def test_without_a_reference_only_kl_and_agreement_are_missing(world: Path, tmp_
     job = make_job("evaluate", tmp_path / "out", params=PARAMS | {"kind": "external"}, **inputs)
     means = evaluate.run(job)
     assert set(means["absent"]) == {"kl", "agree"} and means["absent"]["kl"].startswith("no reference: ")
-    assert set(scored(tmp_path / "out")) == {"nll", "nll_all", "nll_general", "bits", "task"}
+    assert set(scored(tmp_path / "out")) == {"nll", "nll_all", "nll_general", "bits", "task", "truncated"}
     assert lines(tmp_path / "out", "kl") == []
 
 
@@ -69,7 +69,7 @@ def test_another_tokenizer_has_bits_over_the_same_bytes_and_answers(world: Path,
     means = score(world, tmp_path / "out", model=folder, kind="external")
     score(world, tmp_path / "base")
     theirs, ours = scored(tmp_path / "out"), scored(tmp_path / "base")
-    assert set(theirs) == {"bits", "task"}
+    assert set(theirs) == {"bits", "task", "truncated"}
     assert set(means["absent"]) == {"nll", "nll_all", "nll_general", "kl", "agree"}
     assert all(why.startswith("another tokenizer: ") for why in means["absent"].values())
     same = ("row", "group", "split", "domain", "n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,13 @@ from transformers import PreTrainedTokenizerFast
 
 from recipes.schema import Evaluate
 from tasks.jobs import prepare, rehearse
+from tasks.jobs.measuring.teacher_forcing import read_rows
 from tasks.runtime.process.errors import StageError
 from tests.jobs.build import make_job, notes, write_jsonl
+from tests.jobs.test_evaluate import THINKING
 from tests.jobs.test_prepare import PARAMS, chat
 from tests.tiny import PLAIN, write_tokenizer
 
-THINKING = PLAIN.replace("assistant\n' -}}{%- endif", "assistant\n<think>\n' -}}{%- endif").replace(
-    "'\n' + message['content']", "'\n' + ('<think>\n' if message['role'] == 'assistant' else '') + message['content']"
-)
 LOOSE = """
 def score(answer, reference, columns):
     return answer.lower() == reference.lower()
@@ -43,7 +43,8 @@ def prepared(
 def rehearsed(folder: Path, dataset: Path, *scorers: dict[str, Any], **params: Any) -> dict[str, str]:
     """The notes of a rehearsal with these scorers, exact match by default."""
     every = Evaluate.model_validate({"scorers": list(scorers) or [{"kind": "exact-match"}]}).scorers
-    params = {"scorers": [one.params() for one in every], "max_near_duplicates": 0.01, "group": None} | params
+    given = {"max_new_tokens": 96, "max_near_duplicates": 0.01, "group": None} | params
+    params = {"scorers": [one.params() for one in every]} | given
     files = {"scorer-0": folder / "own.py"} if scorers else {}
     job = make_job("rehearse", folder / "rehearsed", params=params, dataset=dataset, **files)
     rehearse.run(job)
@@ -120,3 +121,34 @@ def test_leaks_are_refused_above_the_limit(tmp_path: Path) -> None:
     summary.pop("leaks", None)
     (dataset / "summary.json").write_text(json.dumps(summary))  # data.near_duplicates: ignore
     assert rehearsed(tmp_path, dataset)["scorers"]
+
+
+def test_a_limit_that_cuts_off_the_datas_own_answers_is_refused_with_one_that_does_not(tmp_path: Path) -> None:
+    """Counted as trained: thinking, and the token that ends the turn."""
+    answers = ["so\n</think>\n\nred", "it may be\n</think>\n\nblue and " * 2]
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", THINKING)
+    dataset = prepared(tmp_path, answers, tokenizer=tokenizer)
+    rows = [row for row in read_rows(dataset, "dev", "test") if "</think>" in row.answer or "blue" in row.answer]
+    longest = max(row.ids.index(2, len(row.prompt_ids)) + 1 - len(row.prompt_ids) for row in rows)
+    assert longest > 20
+    with pytest.raises(StageError) as refused:
+        rehearsed(tmp_path, dataset, max_new_tokens=longest - 1)
+    problem = refused.value.problem
+    of = len([row for row in read_rows(dataset, "dev", "test") if row.prompt_ids])
+    assert problem.what.startswith(f"{len(rows)} of {of} reference answers") and f"{longest - 1}" in problem.what
+    assert str(longest) in problem.why
+    assert set(problem.where.removeprefix("rows ").split(", ")) <= {row.row for row in rows}
+    enough = int(re.findall(r"max_new_tokens: (\d+)", problem.next)[0])
+    assert longest <= enough < longest + 16
+    for limit in (longest, enough):
+        assert rehearsed(tmp_path, dataset, max_new_tokens=limit)["scorers"]
+
+
+def test_references_that_never_close_what_their_prompt_opens_are_refused(tmp_path: Path) -> None:
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", THINKING)
+    dataset = prepared(tmp_path, ["it may be\n</think>\n\nblue", "red"], tokenizer=tokenizer)
+    with pytest.raises(StageError, match="reference answers of dev and test are thinking that never ends") as refused:
+        rehearsed(tmp_path, dataset)
+    named = set(refused.value.problem.where.removeprefix("rows ").split(", "))
+    assert named == {row.row for row in read_rows(dataset, "dev", "test") if row.answer == "red"}
+    assert "<think>" in refused.value.problem.why and "enable_thinking" in refused.value.problem.next

@@ -11,11 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from recipes.problem import Problem
 from recipes.scorers import input_name
-from tasks.jobs.measuring.teacher_forcing import Caches, TokenRow, before_end, greedy_config
+from tasks.jobs.measuring.answers import NO_ANSWER, Answer, AnswerReader
+from tasks.jobs.measuring.teacher_forcing import Caches, Decoded, TokenRow, before_end, greedy_config
 from tasks.jobs.measuring.tiles import Model
-from tasks.jobs.scorers import Scorer, ScorerFailed, make_scorer
+from tasks.jobs.scorers import Scorer, ScorerFailed, Verdict, make_scorer
 from tasks.jobs.text.chat_template import NO_SETTINGS, ChatTemplate, TemplateSettings
-from tasks.jobs.text.conversation import Conversation, RowError, behind_thinking
+from tasks.jobs.text.conversation import Conversation, RowError
+from tasks.jobs.text.thinking import Thinking
 from tasks.jobs.text.tokenizer import load_tokenizer
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 ROUNDING = 1e-9  # of a score of 1 that a function computes
 SHOWN = 20  # rows that are named
 SHOWN_CHARS = 200  # of an answer
+STEP = 16  # tokens: limits that are proposed are multiples of it, so that a row a little longer does not end a retrain
 
 
 class Grader(NamedTuple):
@@ -80,20 +83,48 @@ def _harness(params: Mapping[str, Any], include: Path | None) -> Harness:
     return Harness(params, include)
 
 
-def refuse_references(rows: Sequence[TokenRow], graders: Sequence[Grader]) -> None:
+def refuse_references(rows: Sequence[TokenRow], graders: Sequence[Grader], prompting: Prompting) -> None:
     """Raise StageError where the data's own answer is missing or would score less than 1."""
-    unanswered = [row.row for row in rows if not row.answer.strip()]
+    if not rows:
+        return
+    thinking = prompting.reader().thinking
+    unanswered = [row.row for row in rows if not row.answer.strip() or thinking.begins(row.answer)]
     if unanswered:
         raise StageError.of(
             what=f"{len(unanswered)} row(s) of dev and test have no reference answer",
             where=f"rows {', '.join(unanswered[:SHOWN])}",
-            why="there is nothing to compare a model's answer with",
+            why="their last turn is empty, or thinking that never ends: there is nothing to compare a model's answer "
+            "with",
             next="write their last turn's answer, or remove these rows",
         )
     for grader in graders:
-        wrong = {row.row: why for row in rows if (why := _below_1(grader, row.answer, row))}
+        said = {row.row: thinking.behind_text(row.answer) for row in rows}
+        wrong = {row.row: why for row in rows if (why := _below_1(grader, said[row.row], row))}
         if wrong:
             raise _rejects(grader, wrong)
+
+
+def refuse_long(rows: Sequence[TokenRow], prompting: Prompting, *, max_new_tokens: int) -> int:
+    """Tokens of the longest reference answer, its thinking and its end included; 0 without rows.
+
+    Raises:
+        StageError: A model that says a reference, token by token, would be cut off.
+    """
+    tokens = {row.row: prompting.reference_size(row) for row in rows}
+    longest = max(tokens.values(), default=0)
+    long = [row for row, size in tokens.items() if size > max_new_tokens]
+    if long:
+        enough = STEP * -(-longest // STEP)
+        raise StageError.of(
+            what=f"{len(long)} of {len(rows)} reference answers of dev and test are longer than "
+            f"evaluate.max_new_tokens, {max_new_tokens}",
+            where=f"rows {', '.join(long[:SHOWN])}",
+            why=f"the longest has {longest} tokens with the one that ends it; an arm that answers as the data says "
+            "would be cut off there, and an answer without an end scores 0",
+            next=f"write `max_new_tokens: {enough}` under `evaluate:`, or --set evaluate.max_new_tokens={enough}; or "
+            "remove these rows",
+        )
+    return longest
 
 
 def refuse_decoded(rows: Sequence[TokenRow], graders: Sequence[Grader], prompting: Prompting) -> None:
@@ -107,24 +138,42 @@ def refuse_decoded(rows: Sequence[TokenRow], graders: Sequence[Grader], promptin
         graders: The scorers.
         prompting: The dataset's tokenizer.
     """
-    texts = {row.row: prompting.said(row) for row in rows}
+    if not rows:
+        return
+    reader = prompting.reader()
+    answers = {row.row: reader.read(row, Decoded(prompting.reference_tokens(row), ended=True)) for row in rows}
+    unended = [row for row, answer in answers.items() if answer.ending != "finished"]
+    if unended:
+        raise _never_end(unended, reader.thinking, of=len(rows))
     for grader in graders:
         wrong: dict[str, str] = {}
         for row in rows:
-            text = texts[row.row]
-            if text != row.answer and (why := _below_1(grader, text, row)):
+            text, said, _ = answers[row.row]
+            if text != row.answer and (why := _below_1(grader, said, row)):
                 wrong[row.row] = f"{why}; the data has {_shown(row.answer)}, its tokens are {_shown(text)}"
         if wrong:
             raise _not_given_back(grader, wrong)
 
 
-def _below_1(grader: Grader, text: str, row: TokenRow) -> str:
+def _below_1(grader: Grader, said: str, row: TokenRow) -> str:
     """Why this text is no right answer to the row; empty where it is one."""
     try:
-        verdict = grader.score(behind_thinking(text), row.answer, row.columns)
+        verdict = grader.score(said, row.answer, row.columns)
     except ScorerFailed as error:
         return str(error) or "the scorer failed"
     return "" if verdict.score >= 1 - ROUNDING else verdict.error or f"it scores {verdict.score:g}"
+
+
+def _never_end(rows: Sequence[str], thinking: Thinking, *, of: int) -> StageError:
+    opening, closing, _ = thinking.marks[0]
+    return StageError.of(
+        what=f"{len(rows)} of {of} reference answers of dev and test are thinking that never ends",
+        where=f"rows {', '.join(rows[:SHOWN])}",
+        why=f"prompt or answer opens it with {opening}, and no {closing} follows; a model that learns this gives no "
+        "answer, and scores 0",
+        next=f"write {closing} before these answers (or give the thinking as `reasoning_content`), or let the template "
+        "open none: many take `template_args: {enable_thinking: false}` under `model:`",
+    )
 
 
 def _shown(text: str) -> str:
@@ -153,14 +202,14 @@ def _not_given_back(grader: Grader, wrong: Mapping[str, str]) -> StageError:
     )
 
 
-def grade(rows: Sequence[TokenRow], texts: Sequence[str], graders: Sequence[Grader]) -> Graded:
-    """Score every answer by every scorer.
+def grade(rows: Sequence[TokenRow], answers: Sequence[Answer], graders: Sequence[Grader]) -> Graded:
+    """Score every answer by every scorer. One without an end scores 0; no scorer is asked.
 
     A scorer that fails on one answer has no scores at all: a mean over the others would be of an easier set.
 
     Args:
         rows: The rows that were asked.
-        texts: The answers, in the same order.
+        answers: What was answered, in the same order.
         graders: The scorers; the first one's score is `score` of answers.parquet.
     """
     graded = Graded({}, [{"score": None, "error": None} for _ in rows], {})
@@ -168,11 +217,11 @@ def grade(rows: Sequence[TokenRow], texts: Sequence[str], graders: Sequence[Grad
     for grader in graders:
         failed: list[tuple[TokenRow, str, str]] = []
         scores: list[tuple[TokenRow, float]] = []
-        for row, text, verdicts in zip(rows, texts, by_scorer, strict=True):
+        for row, answer, verdicts in zip(rows, answers, by_scorer, strict=True):
             try:
-                verdict = grader.score(behind_thinking(text), row.answer, row.columns)
+                verdict = _verdict(grader, answer, row)
             except ScorerFailed as error:
-                failed.append((row, text, str(error)))
+                failed.append((row, answer.text, str(error)))
                 verdicts[grader.name] = {"score": None, "error": str(error)}
             else:
                 scores.append((row, verdict.score))
@@ -184,6 +233,12 @@ def grade(rows: Sequence[TokenRow], texts: Sequence[str], graders: Sequence[Grad
     for line, verdicts in zip(graded.verdicts, by_scorer, strict=True):
         line |= {**next(iter(verdicts.values()), {}), "scores": json.dumps(verdicts, ensure_ascii=False)}
     return graded
+
+
+def _verdict(grader: Grader, answer: Answer, row: TokenRow) -> Verdict:
+    if answer.ending != "finished":
+        return Verdict(0.0, NO_ANSWER[answer.ending])
+    return grader.score(answer.said, row.answer, row.columns)
 
 
 def _failed(grader: Grader, failed: Sequence[tuple[TokenRow, str, str]], *, of: int) -> Problem:
@@ -227,12 +282,21 @@ class Prompting(NamedTuple):
         except RowError as error:
             raise ScorerFailed(str(error)) from None
 
-    def said(self, row: TokenRow) -> str:
-        """The text of a model's answer that has the tokens of the row's reference."""
+    def reader(self) -> AnswerReader:
+        """Reads what a model that was asked so has answered; the tokenizer has a template."""
+        template = ChatTemplate.of(self.tokenizer, settings=self.settings)
+        return AnswerReader(tokenizer=self.tokenizer, thinking=Thinking.of(template))
+
+    def reference_tokens(self, row: TokenRow) -> list[int]:
+        """Tokens of a model's answer that is the row's reference, thinking included, without the end."""
         tokenizer: Any = self.tokenizer
         begins = row.ids[: len(row.prompt_ids)] == row.prompt_ids
         tokens = row.ids[len(row.prompt_ids) :] if begins else tokenizer(row.answer, add_special_tokens=False).input_ids
-        return tokenizer.decode(before_end(tokens, self.ends), skip_special_tokens=True)
+        return before_end(tokens, self.ends)
+
+    def reference_size(self, row: TokenRow) -> int:
+        """How many these are, with the one that ends them."""
+        return len(self.reference_tokens(row)) + 1
 
 
 def run_harnesses(

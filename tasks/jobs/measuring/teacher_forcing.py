@@ -250,11 +250,29 @@ def greedy_config(folder: Path, *, max_new_tokens: int) -> GenerationConfig:
     return GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=pad)
 
 
+class Decoded(NamedTuple):
+    """An answer in tokens.
+
+    Attributes:
+        tokens: Without the token that ends it.
+        ended: Such a token came; without one the answer was cut off where no more tokens were decoded.
+    """
+
+    tokens: list[int]
+    ended: bool
+
+    @classmethod
+    def of(cls, tokens: list[int], ends: Sequence[int]) -> Decoded:
+        """Of what was decoded: behind the end there may be padding, which a batch needs until its last answer ends."""
+        kept = before_end(tokens, ends)
+        return cls(kept, len(kept) < len(tokens))
+
+
 @torch.inference_mode()
 def greedy_answers(
     model: Model, rows: Sequence[TokenRow], config: GenerationConfig, caches: Caches | None = None
-) -> list[list[int]]:
-    """Tokens of the greedy answers of one batch from the true history, padded on the left, without the end token."""
+) -> list[Decoded]:
+    """The greedy answers of one batch from the true history, padded on the left."""
     ids, mask = _padded([row.prompt_ids for row in rows], left=True)
     generator: Any = model
     generator.generation_config = config  # generate() takes unset fields from the checkpoint's own
@@ -262,10 +280,10 @@ def greedy_answers(
     generated = generator.generate(
         input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config, **cached
     )
-    return [before_end(line, config.eos_token_id) for line in generated[:, ids.shape[1] :].tolist()]
+    return [Decoded.of(line, config.eos_token_id) for line in generated[:, ids.shape[1] :].tolist()]
 
 
-def before_end(tokens: list[int], ends: list[int]) -> list[int]:
+def before_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
     """The tokens of an answer up to the first that ends it."""
     stop = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
     return tokens[:stop]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from tasks.jobs.measuring.teacher_forcing import TokenRow, before_end
+from tasks.jobs.measuring.teacher_forcing import Decoded, TokenRow
 from tasks.runtime.process.errors import StageError
 
 AT_ONCE = 32  # prompts of one request; the engine batches them as it likes
@@ -80,22 +80,24 @@ class Client:
 
     def answers(
         self, rows: Sequence[TokenRow], ends: list[int], *, max_tokens: int, context: int, on_batch: Callable[[], None]
-    ) -> Iterator[tuple[TokenRow, list[int]]]:
-        """Tokens of the greedy answer to each row's prompt, without the token that ends it.
+    ) -> Iterator[tuple[TokenRow, Decoded]]:
+        """The greedy answer to each row's prompt.
 
         Args:
             rows: Rows with a prompt.
             ends: Token ids that end an answer.
             max_tokens: Longest answer.
             context: Tokens of prompt and answer that the engine takes; answers stop there.
-            on_batch: Called after each request.
+            on_batch: Called after each batch.
         """
         for batch in _batches(rows):
-            prompts = [row.prompt_ids for row in batch]
-            room = min(max_tokens, context - max(map(len, prompts)))
-            choices = self._complete(prompts, max_tokens=room, stop_token_ids=ends, skip_special_tokens=False)
-            for row, choice in zip(batch, choices, strict=True):
-                yield row, before_end(choice["token_ids"], ends)
+            for room, together in _by_room(batch, max_tokens=max_tokens, context=context).items():
+                prompts = [row.prompt_ids for row in together]
+                choices = self._complete(prompts, max_tokens=room, stop_token_ids=ends, skip_special_tokens=False)
+                for row, choice in zip(together, choices, strict=True):
+                    decoded = Decoded.of(choice["token_ids"], ends)
+                    # an engine may leave out the token that it stopped at
+                    yield row, decoded._replace(ended=decoded.ended or choice.get("finish_reason") == "stop")
             on_batch()
 
     def stream(self, prompts: Sequence[list[int]], *, new_tokens: int) -> list[Timed]:
@@ -137,3 +139,11 @@ def _batches(rows: Sequence[TokenRow]) -> Iterator[Sequence[TokenRow]]:
     ordered = sorted(rows, key=lambda row: (-len(row.ids), row.row))
     for start in range(0, len(ordered), AT_ONCE):
         yield ordered[start : start + AT_ONCE]
+
+
+def _by_room(rows: Sequence[TokenRow], *, max_tokens: int, context: int) -> dict[int, list[TokenRow]]:
+    """Rows by the tokens that their answers may have: a long prompt cuts off no answer but its own."""
+    rooms: dict[int, list[TokenRow]] = {}
+    for row in rows:
+        rooms.setdefault(min(max_tokens, context - len(row.prompt_ids)), []).append(row)
+    return rooms

@@ -336,7 +336,9 @@ class Handler(BaseHTTPRequestHandler):
 
 def choice(index: int, asked: Asked) -> dict[str, Any]:
     """A whole answer, in the words of vLLM's API."""
-    answer: dict[str, Any] = {"index": index, "token_ids": list(asked.tokens())}
+    tokens = list(asked.tokens())
+    ended = (bool(tokens) and tokens[-1] in asked.ends) or len(tokens) < asked.new_tokens
+    answer: dict[str, Any] = {"index": index, "token_ids": tokens, "finish_reason": "stop" if ended else "length"}
     if asked.scored:
         pairs = zip(asked.ids[1:], asked.logprobs, strict=True)
         answer["prompt_logprobs"] = [None, *({str(token): {"logprob": value}} for token, value in pairs)]

@@ -59,6 +59,19 @@ def test_planted_damage_is_worse_and_only_there(tmp_path: Path) -> None:
     assert (other.verdict, other.difference) == ("better", pytest.approx(-one.difference))
 
 
+def test_a_run_that_took_answers_without_an_end_as_finished_is_not_compared_by_task(tmp_path: Path) -> None:
+    arm, before, after = "gptq-w4-g128", write(tmp_path), later(tmp_path, cut={"gptq-w4-g128": 4})
+    assert change(compare_runs(before, after, tmp_path), arm, "task").verdict == "no difference shown"
+    for slug in FEW:  # an older version's scores
+        path = next(tmp_path.glob(f"store/evaluate/{slug}-{folder_mark(before)}*/files/scores.parquet"))
+        table = pd.read_parquet(path)
+        table[table.metric != "truncated"].to_parquet(path)
+    found = compare_runs(before, after, tmp_path)
+    (left,) = [one for one in found.left_out if one.metric == "task"]
+    assert left.a == arm and left.reason.startswith("answers without an end score 0 in one of the runs")
+    assert change(found, arm, "ppl_test") and change(found, "base", "task")
+
+
 def test_only_shared_rows_count_and_the_others_are_told(tmp_path: Path) -> None:
     before = write(tmp_path, test=380, part=slice(0, 300))
     after = later(tmp_path, test=380, part=slice(80, 380))  # 80 rows went, 80 others came

@@ -337,3 +337,33 @@ def test_it_enables_prefects_plugin_and_leaves_a_pyproject_alone(tmp_path: Path)
     told = start(tmp_path, force=True).notes["prefect"]
     assert "add [tool.prefect.plugins] enabled = true" in told
     assert path.read_text() == "[project]\nname = 'mine'\n"
+
+
+def test_answers_have_room_for_the_longest_of_all_rows(tmp_path: Path):
+    """Thinking and calls are decoded, too; a token is a byte in a vocabulary of 300."""
+    project(tmp_path)
+    short = written(tmp_path)
+    longest = max(len(chat(number)["messages"][-1]["content"]) for number in range(260))
+    limit = short.recipe.evaluate.max_new_tokens
+    assert longest < limit <= short.recipe.data.max_length
+    long = chat(1000)
+    long["messages"][-1]["content"] = "over " * 40
+    write_rows(tmp_path / "tickets.jsonl", [*map(chat, range(260)), *[long] * 15])
+    assert written(tmp_path, force=True).recipe.evaluate.max_new_tokens > 200
+    long["messages"][-1] |= {"content": "7", "reasoning_content": "over " * 40}
+    write_rows(tmp_path / "tickets.jsonl", [*map(chat, range(260)), *[long] * 15])
+    made = start(tmp_path, force=True)
+    recipe = load(made.path).recipe
+    assert recipe.evaluate.max_new_tokens > 200 and recipe.data.max_length > 200
+    assert f"of up to {recipe.evaluate.max_new_tokens} tokens" in made.notes["answers"]
+    (line,) = [line for line in made.path.read_text().splitlines() if "max_new_tokens" in line]
+    assert "longest answer of all rows" in line and "scores 0" in line
+
+
+def test_a_thousand_tokens_of_answer_are_not_cut_to_512(tmp_path: Path):
+    project(tmp_path, config={"max_position_embeddings": 4096})
+    long = chat(1000)
+    long["messages"][-1]["content"] = "over " * 300
+    write_rows(tmp_path / "tickets.jsonl", [*map(chat, range(260)), *[long | {"n": number} for number in range(60)]])
+    recipe = written(tmp_path, force=True).recipe
+    assert 1500 < recipe.evaluate.max_new_tokens <= recipe.data.max_length

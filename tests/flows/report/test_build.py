@@ -37,6 +37,7 @@ NAMES = {
     "kl_p99",
     "top1_agreement",
     "task",
+    "truncated",
     "size_bytes",
     "resident_bytes",
     "load_s",

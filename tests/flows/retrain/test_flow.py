@@ -43,7 +43,7 @@ data: {path: rows, domain: kind, group: id, max_length: 64, test: 0.2}
 train: {rank: 4, max_steps: 2, batch_size: 8}
 calibrate: {rows: 128, max_near_duplicates: 1.0}
 quantize: {schemes: [rtn-w4-g128]}
-evaluate: {max_new_tokens: 4, batch_size: 64}
+evaluate: {max_new_tokens: 8, batch_size: 64}
 measure: {enabled: false}
 gate: {task: 0.99, domain_task: 0.99, loss: 9.0, domain_loss: 9.0, better_than_base: false}
 """

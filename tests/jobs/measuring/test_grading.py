@@ -83,6 +83,20 @@ def trained(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def mistaken(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that ends each of its answers, and gives every row the answer to another one."""
+    rows = held_out(world)
+    swapped: list[dict[str, Any]] = []
+    for row in rows:
+        other = ANSWERS[(ANSWERS.index(row["answer"]) + 1) % len(ANSWERS)]
+        theirs = next(one for one in rows if one["answer"] == other)
+        own, start = len(row["prompt_ids"]), len(theirs["prompt_ids"])
+        ids = row["prompt_ids"] + theirs["input_ids"][start:]
+        swapped.append({"input_ids": ids, "completion_mask": [False] * own + theirs["completion_mask"][start:]})
+    return train_to_answer(world / "base", tmp_path_factory.mktemp("mistaken") / "model", swapped)
+
+
+@pytest.fixture(scope="module")
 def tasks(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two tasks whose documents are the rows of test, which `trained` knows by heart."""
     folder = tmp_path_factory.mktemp("tasks")
@@ -95,9 +109,9 @@ def tasks(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_all_scorers_score_one_decoding(world: Path, own: Path, tmp_path: Path) -> None:
+def test_all_scorers_score_one_decoding(world: Path, mistaken: Path, own: Path, tmp_path: Path) -> None:
     scorers = [{"kind": "exact-match"}, python("length"), {"kind": "exact-match", "name": "again"}]
-    means = scored(world, tmp_path / "out", scorers, **{"scorer-1": own})
+    means = scored(world, tmp_path / "out", scorers, model=mistaken, **{"scorer-1": own})
     scores = lines(tmp_path / "out")
     rows = {row["row"] for row in held_out(world)}
     for metric in ("task", "task.length", "task.again"):
@@ -116,9 +130,10 @@ def test_all_scorers_score_one_decoding(world: Path, own: Path, tmp_path: Path) 
     ("function", "why"), [("fussy", "fussy raised KeyError"), ("wild", "returned 1.5, which is no")]
 )
 def test_a_scorer_that_fails_leaves_no_mean_and_all_other_scores(
-    world: Path, own: Path, tmp_path: Path, function: str, why: str
+    world: Path, mistaken: Path, own: Path, tmp_path: Path, function: str, why: str
 ) -> None:
-    means = scored(world, tmp_path / "out", [python(function), {"kind": "exact-match"}], **{"scorer-0": own})
+    scorers = [python(function), {"kind": "exact-match"}]
+    means = scored(world, tmp_path / "out", scorers, model=mistaken, **{"scorer-0": own})
     (metric, problem) = next(iter(means["problems"].items()))
     rows = held_out(world)
     assert metric == "task"
@@ -131,14 +146,14 @@ def test_a_scorer_that_fails_leaves_no_mean_and_all_other_scores(
     assert {answer["score"] for answer in lines(tmp_path / "out", "answers")} == {None}
 
 
-def test_one_answer_that_cannot_be_scored_takes_the_mean_of_all(world: Path, own: Path, tmp_path: Path) -> None:
+def test_one_answer_that_cannot_be_scored_takes_the_mean_of_all(world: Path, mistaken: Path, tmp_path: Path) -> None:
     picky = tmp_path / "picky.py"
     picky.write_text(
         "seen = []\n\ndef picky(answer, reference, columns):\n    seen.append(answer)\n"
         f"    assert len(seen) != {len(held_out(world)) + 3}, 'the third answer'\n    return 1\n"
     )
     scorer = {"kind": "python", "callable": "picky.py:picky"}
-    means = scored(world, tmp_path / "out", [{"kind": "exact-match"}, scorer], **{"scorer-1": picky})
+    means = scored(world, tmp_path / "out", [{"kind": "exact-match"}, scorer], model=mistaken, **{"scorer-1": picky})
     assert means["problems"]["task.python"]["what"].startswith("the scorer python failed on 1 of")
     assert "AssertionError: the third answer" in means["problems"]["task.python"]["why"]
     assert "task.python" not in {line["metric"] for line in lines(tmp_path / "out")}
@@ -178,13 +193,16 @@ def test_a_rehearsal_finds_it_before_training(world: Path, tasks: Path, tmp_path
         every = Evaluate.model_validate({"scorers": scorers}).scorers
         inputs = {"dataset": world / "dataset", "scorer-1": tasks}
         params = {"scorers": [scorer.params() for scorer in every], "max_near_duplicates": 1.0, "group": None}
+        params["max_new_tokens"] = PARAMS["max_new_tokens"]
         return rehearse.run(make_job("rehearse", tmp_path / "out", params=params, **inputs))
 
     rows = held_out(world)
     test = sum(row["split"] == "test" for row in rows)
     sky = {"kind": "lm-eval", "name": "sky", "tasks": ["sky-answers", "sky-choices"], "limit": 3}
     result = rehearsed([{"kind": "exact-match"}, sky])
-    assert result == {"references": len(rows), "documents": {"task.sky": {"sky-answers": 3, "sky-choices": 3}}}
+    longest = max(row["input_ids"].index(2, len(row["prompt_ids"])) + 1 - len(row["prompt_ids"]) for row in rows)
+    documents = {"task.sky": {"sky-answers": 3, "sky-choices": 3}}
+    assert result == {"references": len(rows), "longest_tokens": longest, "documents": documents}
     assert rehearsed([{"kind": "exact-match"}, sky | {"limit": 999}])["documents"]["task.sky"]["sky-answers"] == test
     with pytest.raises(StageError, match="the scorer number rejects the reference answers"):
         rehearsed([{"kind": "number"}])

@@ -178,12 +178,12 @@ def test_generate_decodes_what_forcing_predicts(load: Callable[[str], PreTrained
         caches, row = quantized(model, "fp8-calibrated", tmp_path), rows()[0]
         (decoded,) = greedy_answers(model, [row], END, caches)
         ids = list(row.prompt_ids)
-        for token in decoded:
+        for token in decoded.tokens:
             with torch.inference_mode():
                 out = model(input_ids=torch.tensor([ids]), past_key_values=caches(), use_cache=True).logits[0, -1]
             assert out.argmax().item() == token
             ids.append(token)
-        assert len(decoded) > 3
+        assert len(decoded.tokens) > 3
     finally:
         model.bfloat16()
 

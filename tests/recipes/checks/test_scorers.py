@@ -182,11 +182,34 @@ def test_rows_of_dev_and_test_have_an_answer(tmp_path: Path) -> None:
         row["messages"][-1]["content"] = f"<think>hm</think>\n{row['messages'][-1]['content']}"
     write_rows(tmp_path / "rows.jsonl", rows)
     assert check_data(load(path)).problems == []
+    for unanswered in ("<think>hm</think>\n", "<think>\nit may be so, or"):
+        for row in rows:
+            row["messages"][-1]["content"] = unanswered
+        write_rows(tmp_path / "rows.jsonl", rows)
+        summary = check_data(load(path)).summary
+        (problem,) = check_data(load(path)).problems
+        held_out = summary["dev"]["rows"] + summary["test"]["rows"]
+        assert problem.what == f"{held_out} rows of dev and test have no reference answer."
+        assert problem.where.startswith("rows.jsonl:")
+
+
+def test_answers_that_seem_longer_than_the_limit_are_warned_of(tmp_path: Path) -> None:
+    """By bytes: thinking counts; what whole rows may not be is no limit to warn of."""
+    path = write_project(tmp_path, extra="evaluate:\n  max_new_tokens: 20\n")
+
+    def warned() -> list[Problem]:
+        return [one for one in check_data(load(path)).warnings if one.where.endswith("evaluate.max_new_tokens")]
+
+    assert warned() == []
+    rows = [chat(number) for number in range(260)]
     for row in rows:
-        row["messages"][-1]["content"] = "<think>hm</think>\n"
+        row["messages"][-1]["reasoning_content"] = "word " * 30
     write_rows(tmp_path / "rows.jsonl", rows)
-    summary = check_data(load(path)).summary
-    (problem,) = check_data(load(path)).problems
-    held_out = summary["dev"]["rows"] + summary["test"]["rows"]
-    assert problem.what == f"{held_out} rows of dev and test have no reference answer."
-    assert problem.where.startswith("rows.jsonl:")
+    (warning,) = warned()
+    held_out = [check_data(load(path)).summary[side]["rows"] for side in ("dev", "test")]
+    assert warning.what.startswith(f"{sum(held_out)} reference answers of dev and test have more than 20 tokens")
+    enough = int(warning.next.split(" to ")[1].split()[0])
+    assert 20 < (150 + 20) / 4 < enough < 128
+    for limit in (enough, 128):
+        path.write_text(path.read_text().split("evaluate:")[0] + f"evaluate:\n  max_new_tokens: {limit}\n")
+        assert warned() == []
