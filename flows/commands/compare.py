@@ -22,7 +22,7 @@ from flows.commands.terminal import Output
 from flows.results.cells import ArmEvidence, Draws, gather
 from flows.results.comparisons import LeftOut, verdict
 from flows.results.metrics import METRICS, TASK, Metric, difference_text, value_text
-from flows.results.paired import Paired, differences, paired
+from flows.results.paired import OTHER_DEVICE, Paired, differences, paired
 from flows.results.read import Run, read_run
 from flows.results.rows import RowScores
 from flows.results.served import served_of
@@ -214,6 +214,8 @@ def _pair(metric: Metric, old: ArmEvidence, new: ArmEvidence, runs: tuple[Run, R
     pair = paired(a, b, metric.link)
     if isinstance(pair, Paired):
         return pair
+    if pair == "other device":
+        return f"{OTHER_DEVICE}: {before.device} before, {after.device} after"
     return "scores that are not finite" if pair == "not finite" else "one group of shared rows only"
 
 

@@ -87,6 +87,7 @@ class FamilyJson(TypedDict):
 class Differences(TypedDict):
     """What was compared with what."""
 
+    nulls: NotRequired[dict[str, Any]]  # only of runs with null arms; each comparison then has `noise`
     comparisons: list[dict[str, Any]]
     comparisons_left_out: list[dict[str, Any]]
     families: list[FamilyJson]

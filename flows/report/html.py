@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from flows.gate.checks import Check, difference_of, label, margin_text
+from flows.report.null_arms import not_ranked, null_arms, ways
 from flows.report.plots.domains import domains_plot
 from flows.report.plots.fronts import against_size
 from flows.report.plots.layers import errors_plot, weights_plot
@@ -70,7 +71,11 @@ def page(report: Mapping[str, Any], svgs: Mapping[str, str]) -> str:
         power=power_sentence(report["power"]),
         fit=report.get("fit"),
         controls=controls,
-        shipped=[slug for slug in report["arms"] if slug not in controls],
+        shipped=[slug for slug in ways(report) if slug not in controls],
+        ways=ways(report),
+        nulls=report.get("nulls"),
+        null_arms=null_arms(report),
+        not_ranked=not_ranked(report),
         failed=[one for one in report["failures"] if one["status"] != "skipped"],
         family=family_of,
         hollow=lambda slug: not look(slug).filled,

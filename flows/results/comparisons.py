@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from flows.results.metrics import METRICS, TASK
-from flows.results.paired import ONE_GROUP, Draw, Obstacle, Paired, differences, paired
+from flows.results.paired import ONE_GROUP, OTHER_DEVICE, Draw, Obstacle, Paired, differences, paired
 from flows.results.read import REFERENCE, RunArm, SchemeParts
 from flows.results.rows import RowScores
 from flows.results.stats import Interval
@@ -273,6 +273,8 @@ def _reason(
         return f"{' and '.join(missing)}: {next(filter(None, reasons), 'no such scores')}"
     if obstacle == "not finite":
         return f"{' and '.join(slug for slug, rows in named if rows and not rows.finite)}: scores that are not finite"
+    if obstacle == "other device":
+        return f"{OTHER_DEVICE}: {', '.join(f'{slug} on {rows.device}' for slug, rows in named if rows)}"
     if obstacle == "other rows":
         return "the two arms were not scored on the same rows and tokens"
     return ONE_GROUP
