@@ -20,7 +20,7 @@ from flows.results.read import Run, RunArm
 from flows.results.rows import RowScores
 
 SHOWN = ("task", "ppl_test", "kl_mean", "ppl_general", "bits_per_byte", "top1_agreement")
-SETTINGS = {"batch": "batch_size", "threads": "threads", "attention": "attention"}  # kind -> what result.json calls it
+SETTINGS = {"batch": "batch_size", "threads": "threads", "attention": "attention"}  # kind -> its name in the record
 NAMES = {"batch": "the batch size", "threads": "the number of threads", "attention": "the attention kernel"}
 
 
@@ -52,10 +52,15 @@ class NullArm:
 
 @dataclass(frozen=True, kw_only=True)
 class Noise:
-    """All null arms of a run, and the largest difference of each metric of scores.parquet."""
+    """All null arms of a run, and the largest difference of each metric of scores.parquet.
+
+    Attributes:
+        instructions: Of a CPU, `AVX2` -> arms that were scored with them, where there are several; otherwise empty.
+    """
 
     arms: tuple[NullArm, ...]
     largest: Mapping[str, Largest]
+    instructions: Mapping[str, Sequence[str]]
 
 
 def noise_of(run: Run, evidence: Mapping[str, ArmEvidence]) -> Noise | None:
@@ -69,7 +74,15 @@ def noise_of(run: Run, evidence: Mapping[str, ArmEvidence]) -> Noise | None:
             source, size = METRICS[metric].source or "", abs(pair.a.sums.value - pair.b.sums.value)
             if source not in largest or size > largest[source].size:
                 largest[source] = Largest(size, null.arm.slug, str(null.arm.null))
-    return Noise(arms=arms, largest=largest)
+    return Noise(arms=arms, largest=largest, instructions=_instructions(run))
+
+
+def _instructions(run: Run) -> dict[str, list[str]]:
+    by_name: dict[str, list[str]] = {}
+    for arm in run.arms:
+        if name := _computed(arm.slug, run).get("instructions"):
+            by_name.setdefault(name, []).append(arm.slug)
+    return by_name if len(by_name) > 1 else {}
 
 
 def _null_arm(arm: RunArm, run: Run, evidence: Mapping[str, ArmEvidence]) -> NullArm:
@@ -96,7 +109,7 @@ def _pair(metric: str, own: Mapping[str, RowScores], other: Mapping[str, RowScor
 
 def _changed(arm: RunArm, run: Run) -> tuple[str, str | None]:
     """What really was other, in words, as both jobs recorded it; and why it is no null arm, where nothing was."""
-    own, other = (_result(slug, run) for slug in (arm.slug, arm.of or ""))
+    own, other = (_computed(slug, run) for slug in (arm.slug, arm.of or ""))
     setting = SETTINGS[str(arm.null)]
     here, there = own.get(setting), other.get(setting)
     if here == there:
@@ -118,10 +131,10 @@ def _shown(setting: str, value: Any, *, bare: bool = False) -> str:
     return f"{value} attention" if setting == "attention" else f"{value} thread{'' if value == 1 else 's'}"
 
 
-def _result(slug: str, run: Run) -> Mapping[str, Any]:
+def _computed(slug: str, run: Run) -> Mapping[str, Any]:
     arm = run.arm(slug)
     step = run.step(arm.evaluate) if arm else None
-    return (step.manifest or {}).get("result", {}) if step else {}
+    return (step.manifest or {}).get("result", {}).get("computed", {}) if step else {}
 
 
 def _answers_changed(arm: RunArm, run: Run) -> tuple[int, int] | None:
@@ -186,7 +199,7 @@ def section(noise: Noise, below: Sequence[Mapping[str, Any]], compared: int, dra
             metric: {"size": largest.size, "arm": largest.arm, "kind": largest.kind}
             for metric, largest in noise.largest.items()
         },
-        "text": list(_sentences(arms, below, compared)),
+        "text": [*_sentences(arms, below, compared), *_cpus(noise.instructions)],
     }
 
 
@@ -223,6 +236,13 @@ def _sentences(
         return
     pairs = "; ".join(f"{line['a']} / {line['b']} ({METRICS[line['metric']].label})" for line in below)
     yield f"{len(below):,} of {compared:,} differences under Comparisons are no larger than this noise: {pairs}."
+
+
+def _cpus(instructions: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """That arms were scored on CPUs that multiply otherwise: no obstacle, and no null arm shows it."""
+    if instructions:
+        named = "; ".join(f"{name}: {', '.join(slugs)}" for name, slugs in instructions.items())
+        yield f"Arms were scored on CPUs with different instructions, whose last bits differ, too: {named}."
 
 
 def _told(arm: Mapping[str, Any]) -> list[str]:

@@ -117,7 +117,7 @@ def scored_on(files: Path) -> str:
     manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if manifest.get("stage") != "evaluate":
         return ""
-    return manifest["result"].get("device") or manifest.get("execution", {}).get("device", "")
+    return manifest["result"].get("computed", {}).get("device") or manifest.get("execution", {}).get("device", "")
 
 
 def _by_metric(table: pa.Table, wanted: str = "test", *, device: str) -> dict[str, RowScores]:

@@ -61,7 +61,7 @@ def run(job: Job) -> dict[str, Any]:
         lm-eval tasks are rows of their own).
         kl.parquet: KL per token. answers.parquet: prompt, reference and answer, with `score` and `error` of the
         first scorer and `scores`, JSON {NAME: {score, error}} of all. Rows without a prompt (plain texts) have no task
-        and no answer. kv_cache.json: how a quantized KV cache was simulated (params.kv). computed.json: device, kernel,
+        and no answer. kv_cache.json: how a quantized KV cache was simulated (params.kv). computed.json: device,
         attention, threads and batch size; also in the result.
         Without a reference there is no kl and no agree; a model with another tokenizer has only bits and task scores.
         `absent` of the result says why, by metric.
@@ -154,7 +154,7 @@ def _load(job: Job, *, passes: Sequence[Sequence[TokenRow]]) -> _LoadedArm:
         adapter=job.optional("adapter"),
         device=job.execution.device,
         trusted=job.params.get("trust_remote_code", False),
-        attention=job.params["attention"],
+        attention=job.params.get("attention"),
         note=job.events.note,
     )
     job.events.note("kernel", f"{kernel_of(model)} on {job.execution.device}")

@@ -77,7 +77,7 @@ def run(job: Job) -> dict[str, Any]:
     pq.write_table(pa.Table.from_pylist(places, schema=PLACES), job.out / "reference.parquet")
     _check(job.out / "reference.safetensors", _header(shape, example.dtype), shape[0] * example.nbytes)
     sizes = {"rows": len(kept), "of_rows": len(rows), "tokens": shape[0], "vocabulary": shape[1]}
-    return {**sizes, "device": job.execution.kind, "attention": attention_of(model)}
+    return {**sizes, "computed": {"device": job.execution.kind, "attention": attention_of(model)}}
 
 
 def _model(job: Job, rows: list[TokenRow]) -> Model:

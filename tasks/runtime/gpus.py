@@ -80,9 +80,9 @@ def visible_gpus() -> tuple[Visible, ...]:
 def device_kind(device: str, leased: Sequence[int | str] | None = None) -> str:
     """What sums depend on: `cpu`, or the kind of GPU; `A or B` where GPUs of several kinds are visible.
 
-    All CPUs are one kind. Their products differ in the last bits with the instructions that they have, but no more than
-    with the number of threads, which is no part of an identity either; and a home that moves to another CPU machine
-    keeps what it has.
+    All CPUs are one kind. Their products differ in the last bits with the instructions that they have, as they do with
+    the number of threads, which is no part of an identity either; and a home that moves to another CPU machine keeps
+    what it has. The jobs record the instructions, and the report says where they differ.
 
     Args:
         device: `cpu` or `cuda`.

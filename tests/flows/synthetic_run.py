@@ -181,7 +181,7 @@ class SyntheticRun:
         elif shape.merge_base:
             model = f"merge/{shape.merge_base}"
         evaluate, measure = f"evaluate/{slug}", f"measure/{slug}"
-        result = computed(shape.null) | {"device": self.devices.get(slug, "cpu")}
+        result = {"computed": computed(shape.null) | {"device": self.devices.get(slug, "cpu")}}
         if files := self._step(evaluate, {}, seconds=14.0 + index / 3, needs=model, result=result):
             self._scores(files, slug, shape, np.random.default_rng([self.seed, index]))
         if self.measured and of is None and (files := self._step(measure, {}, seconds=8.0, needs=model)):
@@ -380,7 +380,7 @@ def _of(slug: str, shape: Shape) -> str | None:
 def computed(null: str | None) -> dict[str, Any]:
     """What an evaluate job records of its computing; of a null arm one thing is other."""
     other = {"batch": {"batch_size": 8}, "threads": {"threads": 2}, "attention": {"attention": "eager"}}
-    return {"kernel": "Linear", "attention": "sdpa", "threads": 1, "batch_size": 16, **other.get(null or "", {})}
+    return {"attention": "sdpa", "threads": 1, "batch_size": 16, **other.get(null or "", {})}
 
 
 def answer_to(index: int, *, right: bool, slug: str) -> str:

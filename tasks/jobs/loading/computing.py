@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import torch
 from torch import nn
 
 from tasks.jobs.loading.kernels import kernel_of
@@ -23,8 +24,8 @@ def refuse_other_device(job: Job) -> None:
     Raises:
         StageError: This is another kind of device.
     """
-    planned, here = str(job.params["device"]), job.execution.kind
-    if here in planned.split(" or "):
+    planned, here = job.params.get("device"), job.execution.kind
+    if planned is None or here in planned.split(" or "):  # a job that is built by hand names none
         return
     raise StageError.of(
         what=f"this step was planned for {planned}, and here is {here}",
@@ -39,13 +40,13 @@ def computed(model: nn.Module, job: Job) -> dict[str, Any]:
     """What the scores were computed with, for the manifest; also written to computed.json, which `choose` reads."""
     record = {
         "device": job.execution.kind,
-        "kernel": kernel_of(model),
+        "instructions": torch.backends.cpu.get_cpu_capability() if job.execution.device == "cpu" else None,
         "attention": attention_of(model),
         "threads": job.execution.threads,
         "batch_size": job.params["batch_size"],
     }
     (job.out / COMPUTED).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return record
+    return {"kernel": kernel_of(model), "computed": record}
 
 
 def attention_of(model: nn.Module) -> str | None:
