@@ -355,7 +355,7 @@ def _asides(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What stands beside the answers where the run has it."""
     if told := waterfall_sentence(report.get("waterfall")):
         yield "Where does the loss go?", told
-    if nulls := report.get("nulls"):
+    if (nulls := report.get("nulls")) and nulls["largest"]:
         yield "How much is noise of arithmetic?", " ".join(nulls["text"])
     if told := power_sentence(report["power"]):
         yield "Are there enough test rows?", told

@@ -13,7 +13,7 @@ import numpy as np
 from flows.results.metrics import HEADLINE, METRICS, PER_DOMAIN, SPEED, TASK, Metric, further
 from flows.results.paired import OTHER_DEVICE
 from flows.results.read import REFERENCE, Run, RunArm
-from flows.results.rows import RowScores, TokenKL, read_kl, read_scores
+from flows.results.rows import RowScores, TokenKL, read_kl, read_scores, same_device
 from flows.results.sizes import size_bytes
 from flows.results.stats import (
     QUANTILE_RESAMPLES,
@@ -117,13 +117,13 @@ def _device(arm: ArmEvidence) -> str:
 
 def _usual_device(scored: Sequence[ArmEvidence], *, first: ArmEvidence) -> str:
     """The kind of device that most arms were scored on; of several with equally many, that of `first`."""
-    counted = Counter(device for arm in (first, *scored) if (device := _device(arm)))
-    return counted.most_common(1)[0][0] if counted else ""
+    counted = Counter(device for arm in scored if (device := _device(arm)))
+    return max(counted, key=lambda device: (counted[device], device == _device(first)), default="")
 
 
 def _on(arm: ArmEvidence, usual: str) -> ArmEvidence:
     device = _device(arm)
-    if device in ("", usual) or not usual:
+    if same_device(device, usual):
         return arm
     reason = f"{OTHER_DEVICE}: {device}, most arms on {usual}"
     return replace(arm, elsewhere=reason, unlike=arm.unlike or reason)

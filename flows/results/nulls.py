@@ -210,6 +210,7 @@ def _as_dict(null: NullArm, draws: Draw) -> dict[str, Any]:
         "of": null.arm.of,
         "changed": null.changed or None,
         "reason": null.reason,
+        "unmade": null.arm.unavailable is not None,
         "differences": {
             metric: {"difference": difference.estimate, "ci95": list(difference.ci95), "n": pair.a.n}
             for (metric, pair), difference in zip(null.pairs.items(), found, strict=True)
@@ -223,7 +224,7 @@ def _sentences(
 ) -> Iterator[str]:
     for slug, arm in arms.items():
         if arm["reason"] is not None:
-            yield f"{slug}: nothing to say, {arm['reason']}."
+            yield f"{slug} {'was not made' if arm['unmade'] else 'says nothing'}: {arm['reason']}."
             continue
         parts = [_figure(metric, line) for metric, line in arm["differences"].items() if metric in _told(arm)]
         answers = arm["answers"]

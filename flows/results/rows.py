@@ -74,10 +74,7 @@ class RowScores:
 
     def same_device(self, other: RowScores) -> bool:
         """Computed on one kind of device, as far as both say."""
-        if not (self.device and other.device):
-            return True
-        both = {self.device, other.device}
-        return len(both) == 1 or (CUDA in both and CPU not in both)
+        return same_device(self.device, other.device)
 
     def of_domain(self, domain: str) -> RowScores:
         """Only the rows of a domain."""
@@ -94,6 +91,15 @@ class RowScores:
 
 
 CPU, CUDA = "cpu", "cuda"  # CUDA: of an artifact that is older than the kinds of devices
+
+
+def same_device(a: str, b: str) -> bool:
+    """Two kinds of devices are one, as far as both are known."""
+    if not (a and b):
+        return True
+    return a == b or (CUDA in (a, b) and CPU not in (a, b))
+
+
 _SPLIT = {"nll_general": "general"}  # every other metric is published on test
 
 

@@ -70,8 +70,9 @@ def test_each_null_arm_says_what_was_other_and_what_came_of_it(report: dict[str,
         "bits_per_byte",
         "top1_agreement",
     }
-    assert unmade["reason"] == WHY and unmade["differences"] == {} and unmade["answers"] is None
-    assert f"{THREADS}: nothing to say, {WHY}." in report["nulls"]["text"]
+    assert (unmade["reason"], unmade["unmade"], made["unmade"]) == (WHY, True, False)
+    assert unmade["differences"] == {} and unmade["answers"] is None
+    assert f"{THREADS} was not made: {WHY}." in report["nulls"]["text"]
 
 
 def test_answers_are_counted_one_by_one(run: tuple[dict[str, Any], Path], home: Path) -> None:
@@ -217,3 +218,16 @@ def test_devices_that_nobody_names_stop_nothing(tmp_path: Path) -> None:
     raw = json.loads(path.read_text())
     path.write_text(json.dumps({**raw, "execution": {**raw["execution"], "device": "cuda"}}))
     assert "scored on another device" in evaluate(read_run(folder, tmp_path))["not_ranked"]["gptq-w4-g128"]
+
+
+def test_most_arms_say_which_device_is_the_usual_one(tmp_path: Path) -> None:
+    """The reference may be the odd one; where two kinds have equally many arms, it is the usual one."""
+    few = {slug: SHAPES[slug] for slug in ("base", "nf4-adapter", OF, "gptq-w4-g128")}
+    for name, elsewhere, expected in (
+        ("odd", ["nf4-adapter"], {"nf4-adapter"}),
+        ("even", ["nf4-adapter", "base"], {OF, "gptq-w4-g128"}),
+    ):
+        devices = dict.fromkeys(elsewhere, CARD)
+        folder = SyntheticRun(tmp_path / name, test=60, general=0, shapes=few, devices=devices).write()
+        report = evaluate(read_run(folder, tmp_path / name))
+        assert {slug for slug, why in report["not_ranked"].items() if "another device" in why} == expected
