@@ -20,6 +20,7 @@ from flows.report.document import (
     ArmSection,
     Differences,
     Document,
+    Nulls,
     Reading,
     Served,
     ServedJson,
@@ -139,11 +140,13 @@ def evaluate(run: Run) -> Document:
     )
     served = served_of(run, evidence, draws)
     noise = noise_of(run, evidence)
+    differences = _differences(run, evidence, comparisons, left_out, draws, noise=noise)
     return {
         **_about(run),
         **_words(answers(findings)),
         **_matrix(run, evidence, findings, unranked, draws),
-        **_differences(run, evidence, comparisons, left_out, draws, noise=noise),
+        **differences,
+        **_nulls(noise, differences, draws),
         **_reading(run, evidence),
         **_served(served),
         **_shipping(run, evidence, cells, draws, served=served),
@@ -204,9 +207,7 @@ def _differences(
     if noise is not None:
         for line, comparison in zip(lines, comparisons, strict=True):
             line["noise"] = no_more_than_noise(comparison, noise, evidence, reference=run.reference)
-    below = [line for line in lines if line.get("noise")]
     return {
-        **({"nulls": noise_section(noise, below, len(lines), draws)} if noise is not None else {}),
         "comparisons": lines,
         "comparisons_left_out": [asdict(comparison) for comparison in left_out],
         "families": [
@@ -215,6 +216,13 @@ def _differences(
         "waterfall": waterfall(evidence, draws),
         "power": power(evidence),
     }
+
+
+def _nulls(noise: Noise | None, differences: Differences, draws: Draws) -> Nulls:
+    if noise is None:
+        return {}
+    lines = differences["comparisons"]
+    return {"nulls": noise_section(noise, [line for line in lines if line["noise"]], len(lines), draws)}
 
 
 def _reading(run: Run, evidence: Mapping[str, ArmEvidence]) -> Reading:

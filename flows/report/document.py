@@ -87,12 +87,17 @@ class FamilyJson(TypedDict):
 class Differences(TypedDict):
     """What was compared with what."""
 
-    nulls: NotRequired[dict[str, Any]]  # only of runs with null arms; each comparison then has `noise`
     comparisons: list[dict[str, Any]]
     comparisons_left_out: list[dict[str, Any]]
     families: list[FamilyJson]
     waterfall: dict[str, Any] | None
     power: list[dict[str, Any]]
+
+
+class Nulls(TypedDict):
+    """Noise of arithmetic; only of runs with null arms, where each comparison has `noise`, too."""
+
+    nulls: NotRequired[dict[str, Any]]
 
 
 class SplitSize(TypedDict):
@@ -239,5 +244,5 @@ class Making(TypedDict):
     notes: list[dict[str, str]]
 
 
-class Document(About, Words, ArmSection, Differences, Reading, Served, Shipping, Making):
+class Document(About, Words, ArmSection, Differences, Nulls, Reading, Served, Shipping, Making):
     """All of report.json."""

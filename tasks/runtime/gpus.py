@@ -91,7 +91,7 @@ def device_kind(device: str, leased: Sequence[int | str] | None = None) -> str:
     if device == "cpu":
         return device
     shown = visible_gpus()
-    names = set() if leased is None else {str(name) for name in leased}
+    names = {str(name) for name in leased or ()}
     own = [one for one in shown if str(one.device) in names or one.gpu.uuid in names] or list(shown)
     return " or ".join(sorted({one.gpu.kind for one in own})) or device
 

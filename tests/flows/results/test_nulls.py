@@ -161,7 +161,7 @@ def test_what_was_no_other_is_no_null_arm(kind: str, tmp_path: Path) -> None:
     (path,) = tmp_path.glob(f"store/evaluate/{slug}-{'?' * 12}/manifest.json")
     raw = json.loads(path.read_text())
     path.write_text(json.dumps({**raw, "result": {"computed": computed(None)}}))
-    report = evaluate(read_run(folder, tmp_path))
+    report: dict[str, Any] = {**evaluate(read_run(folder, tmp_path))}
     arm = report["nulls"]["arms"][slug]
     assert "was no other: both were computed with" in arm["reason"] and arm["differences"] == {}
     assert report["nulls"]["largest"] == {} and not any(one["noise"] for one in report["comparisons"])
@@ -173,12 +173,13 @@ def test_cpus_with_other_instructions_are_named_and_stop_nothing(tmp_path: Path)
         raw = json.loads(path.read_text())
         raw["result"]["computed"]["instructions"] = "AVX2" if raw["slug"] == "base" else "AVX512"
         path.write_text(json.dumps(raw))
-    report = evaluate(read_run(folder, tmp_path))
+    report: dict[str, Any] = {**evaluate(read_run(folder, tmp_path))}
     (line,) = (line for line in report["nulls"]["text"] if "different instructions" in line)
     assert "AVX2: base; AVX512: nf4-adapter" in line and "base" not in report["not_ranked"]
     for path in tmp_path.glob("store/evaluate/base-*/manifest.json"):
         path.write_text(path.read_text().replace("AVX2", "AVX512"))
-    assert not any("instructions" in line for line in evaluate(read_run(folder, tmp_path))["nulls"]["text"])
+    report = {**evaluate(read_run(folder, tmp_path))}
+    assert not any("instructions" in line for line in report["nulls"]["text"])
 
 
 def test_a_null_arm_that_failed_says_so(tmp_path: Path) -> None:
@@ -212,7 +213,7 @@ def test_arms_of_another_device_are_not_paired(tmp_path: Path) -> None:
 def test_devices_that_nobody_names_stop_nothing(tmp_path: Path) -> None:
     """Older manifests say cpu or cuda, and not which card."""
     folder = SyntheticRun(tmp_path, test=60, general=0, devices={"gptq-w4-g128": ""}).write()
-    report = evaluate(read_run(folder, tmp_path))
+    report: dict[str, Any] = {**evaluate(read_run(folder, tmp_path))}
     assert "gptq-w4-g128" not in report["not_ranked"]
     (path,) = tmp_path.glob(f"store/evaluate/gptq-w4-g128-{'?' * 12}/manifest.json")
     raw = json.loads(path.read_text())
