@@ -18,6 +18,7 @@ from tasks.runtime import gpus
 from tasks.runtime.fingerprint import difference
 from tasks.runtime.gpus import Gpu, device_kind
 from tasks.runtime.step import Limits, Step, resources
+from tasks.serve import _nothing_to_serve
 from tests.recipes.folders import write_project
 
 ALL = "evaluate.null_arms=[batch,threads,attention]"
@@ -77,6 +78,13 @@ def test_a_selection_of_arms_has_the_null_arms_that_it_names(tmp_path: Path) -> 
     keys = [step.key for step in named.steps]
     assert [row.arm.slug for row in named.arms] == [slug] and f"evaluate/{slug}" in keys
     assert f"evaluate/{FLOOR}" not in keys
+
+
+def test_no_engine_serves_them(tmp_path: Path) -> None:
+    write_project(tmp_path)
+    rows = [row for row in composed(tmp_path, ALL, "serve.engine=vllm").arms if row.arm.null]
+    assert len(rows) == 3 and not any(row.serve for row in rows) and all(row.unserved for row in rows)
+    assert {_nothing_to_serve(row.arm) for row in rows} == {f"it has the files of {FLOOR}"}
 
 
 def test_null_arms_change_no_other_step(tmp_path: Path) -> None:
