@@ -64,8 +64,9 @@ def null_arms(recipe: Recipe, *, others: int, machine: Machine) -> Iterator[Null
             continue
         if kind == ("attention" if machine.device == "cpu" else "threads"):
             continue  # the other device's
-        why = impossible or _too_dear(kind, recipe, others=others, left=left)
-        left -= why is None
+        cost = _cost(kind, machine)
+        why = impossible or _too_dear(kind, recipe, others=others, fits=cost <= left)
+        left -= cost if why is None else 0
         yield NullArm(kind=kind, unavailable=why)
 
 
@@ -94,15 +95,16 @@ def _impossible(kind: Null, machine: Machine) -> str | None:
     return None if other_threads(machine) else "this machine has one CPU slot, so there is no other number of threads"
 
 
-def _too_dear(kind: Null, recipe: Recipe, *, others: int, left: int) -> str | None:
-    """Why `auto` leaves it out."""
+def _cost(kind: Null, machine: Machine) -> int:
+    """What it costs, in arms. Two threads in place of one take two slots, and a small model gets hardly faster."""
+    return 2 if kind == "threads" and machine.threads == 1 else 1
+
+
+def _too_dear(kind: Null, recipe: Recipe, *, others: int, fits: bool) -> str | None:
+    """Why `auto` leaves it out; `fits`: it keeps to the share that is left."""
     name = f"`evaluate.null_arms: [{kind}]` makes it"
-    if left < 1:
-        allowed = others // OTHERS_FOR_EACH
-        return (
-            f"it costs about what any arm costs: with {others} arms, {allowed or 'no'} null arm"
-            f"{'' if allowed == 1 else 's'} keep{'s' if allowed == 1 else ''} to an eighth of the evaluation; {name}"
-        )
+    if not fits:
+        return f"beside {others} other arms it would take null arms beyond an eighth of the evaluation; {name}"
     longest = recipe.data.max_length
     if kind == "attention" and score_gib(recipe.evaluate.batch_size, longest) > MOST_SCORE_GIB:
         return (

@@ -206,10 +206,9 @@ class Evaluate(Section):
     base's tokenizer."""
     null_arms: Literal["auto"] | list[Literal["batch", "threads", "attention"]] = "auto"
     """Arms that compute merged-dequantized once more in another way, to show how much of a difference is noise of
-    arithmetic: with half the batch size (`batch`), with another number of CPU threads (`threads`, on a CPU), with eager
-    attention (`attention`). Each costs about what any arm costs. `auto`: as many as keep to an eighth of all evaluated
-    arms, one for every seven others, `batch` first, then `threads` on a CPU and `attention` on a GPU (there where its
-    scores take little memory). `[]`: none."""
+    arithmetic: with half the batch size (`batch`), another number of CPU threads (`threads`), eager attention
+    (`attention`). Each costs about what any arm costs. `auto`: one for every seven others, so that they keep to an eighth
+    of the evaluation; first `batch`, then on a CPU `threads`, on a GPU `attention`. `[]`: none. docs/report.md."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 256
     """Longest answer that is decoded."""
     batch_size: Annotated[int, Field(ge=1)] = 16

@@ -11,7 +11,8 @@ from recipes.arms import FLOOR, Arm, arms
 from recipes.nulls import Machine, other_batch, other_threads
 from recipes.schema import Recipe
 
-SCHEMES = [f"{method}-w{bits}-g{group}" for method in ("rtn", "gptq") for bits in (3, 4) for group in (32, 64, 128)]
+SCHEMES = [f"{method}-w{bits}-g{group}" for method in ("rtn", "gptq") for bits in (2, 3, 4, 8) for group in (32, 64)]
+MANY = len(SCHEMES)
 CPU, GPU = Machine(device="cpu", threads=1, slots=2), Machine(device="cuda", threads=4, slots=16)
 
 
@@ -50,7 +51,9 @@ def test_a_null_arm_has_the_files_of_merged_dequantized_and_is_no_control() -> N
         (1, CPU, []),  # 6 others: one null arm would be a seventh of 7
         (2, CPU, ["batch"]),
         (8, CPU, ["batch"]),
-        (9, CPU, ["batch", "threads"]),
+        (9, CPU, ["batch"]),  # two threads in place of one cost two arms
+        (9, Machine(threads=2, slots=2), ["batch", "threads"]),
+        (MANY, CPU, ["batch", "threads"]),
         (9, GPU, ["batch"]),  # rows of 2,048 tokens: eager attention's scores are too many
         (9, Machine(), ["batch"]),  # one core
     ],
@@ -69,7 +72,7 @@ def test_auto_takes_attention_where_its_scores_are_few() -> None:
 
 def test_what_is_left_out_says_why_and_how_to_have_it() -> None:
     few = nulls(recipe(schemes=1), CPU)
-    assert "with 6 arms, no null arms keep to an eighth" in str(few["batch"])
+    assert "beside 6 other arms" in str(few["batch"]) and "an eighth of the evaluation" in str(few["batch"])
     assert "`evaluate.null_arms: [threads]` makes it" in str(few["threads"])
     assert "2,048 tokens" in str(nulls(recipe(schemes=9), GPU)["attention"])
     assert "one CPU slot" in str(nulls(recipe(schemes=9), Machine())["threads"])
