@@ -208,7 +208,7 @@ class Evaluate(Section):
     """Arms that compute merged-dequantized once more in another way, to show how much of a difference is noise of
     arithmetic: with half the batch size (`batch`), another number of CPU threads (`threads`), eager attention
     (`attention`). Each costs about what any arm costs. `auto`: one for every seven others, so that they keep to an
-    eighth of the evaluation; first `batch`, then on a CPU `threads`, on a GPU `attention`. `[]`: none. docs/report.md."""
+    eighth of the evaluation; first `batch`, then on a CPU `threads`, on a GPU `attention`. docs/report.md."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 256
     """Longest answer that is decoded."""
     batch_size: Annotated[int, Field(ge=1)] = 16
