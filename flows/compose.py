@@ -9,10 +9,12 @@ from flows.pins import Pins
 from recipes.arms import EXTERNAL, TRAINED, Arm, Calibration, arms, controls
 from recipes.models.adapters import read_adapter
 from recipes.models.headers import read_headers
+from recipes.nulls import Machine
 from recipes.schema import Recipe
 from recipes.schemes.ranks import ServedModel
 from recipes.schemes.scheme import Scheme
 from tasks import calibrate, choose, evaluate, measure, merge, prepare, quantize, reference, rehearse, serve, train
+from tasks.runtime.gpus import device_kind
 from tasks.runtime.process.leases import cpu_slots
 from tasks.runtime.step import External, Limits, Step, present, resolve_device
 
@@ -22,7 +24,8 @@ class ArmSteps:
     """An arm and the steps that make it, score it, time it and serve it.
 
     `model` is None for the untouched base and for an external model; `evaluate` for an arm that cannot be; `measure`
-    also where only the KV cache differs, which no kernel of ours stores smaller; `serve` where `unserved` says why.
+    also where only the KV cache differs, which no kernel of ours stores smaller, or only the computing; `serve` where
+    `unserved` says why.
     """
 
     arm: Arm
@@ -56,10 +59,9 @@ class Matrix:
 def limits(recipe: Recipe) -> Limits:
     """The recipe's `run:` section with its defaults filled in for this machine."""
     device = resolve_device(recipe.run.device)
-    threads = recipe.run.threads or (4 if device == "cuda" else 1)
     return Limits(
         device=device,
-        threads=min(threads, cpu_slots()),
+        threads=machine(recipe, device).threads,
         micro_batch=recipe.run.micro_batch,
         processes=recipe.run.processes,
         launcher=recipe.run.launcher,
@@ -68,7 +70,20 @@ def limits(recipe: Recipe) -> Limits:
     )
 
 
-def compose(recipe: Recipe, pins: Pins, do: Callable[[Step], object], *, only: Sequence[str] = ()) -> Matrix:
+def machine(recipe: Recipe, device: str) -> Machine:
+    """What null arms depend on; `device` is `cpu` or `cuda`."""
+    threads, slots = recipe.run.threads or (4 if device == "cuda" else 1), cpu_slots()
+    return Machine(device=device, threads=min(threads, slots), slots=slots)
+
+
+def compose(
+    recipe: Recipe,
+    pins: Pins,
+    do: Callable[[Step], object],
+    *,
+    only: Sequence[str] = (),
+    device: str | None = None,
+) -> Matrix:
     """Spell the pipeline out, step by step; `do` is called once per step, after the steps that it needs.
 
     With `do` = submit Prefect runs it, with `do` = a lookup it is the plan: they cannot drift apart.
@@ -78,10 +93,12 @@ def compose(recipe: Recipe, pins: Pins, do: Callable[[Step], object], *, only: S
         pins: What it reads from outside.
         do: What is done with a step.
         only: Slugs of the arms that are wanted, or `external` for all of those: what they do not need is not done.
+        device: Where arms are scored, for a plan of another machine; None for what the recipe says of this one.
     """
-    every = arms(recipe, adapter=read_adapter(pins.adapter.path).config if pins.adapter else None)
+    here = machine(recipe, device or limits(recipe).device)
+    every = arms(recipe, adapter=read_adapter(pins.adapter.path).config if pins.adapter else None, machine=here)
     wanted = [arm for arm in every if _is_wanted(arm, only)]
-    pipeline = _Pipeline(recipe, pins, reference_slug=_reference_slug(recipe, wanted))
+    pipeline = _Pipeline(recipe, pins, reference_slug=_reference_slug(recipe, wanted), machine=here)
     possible = [arm for arm in every if arm.unavailable is None]
     own_files = [arm for arm in possible if arm.of is None]
     pipeline.calibrate(controls(possible))
@@ -117,9 +134,10 @@ class _Pipeline:
         unserved: Slug of an arm -> why it has none.
     """
 
-    def __init__(self, recipe: Recipe, pins: Pins, *, reference_slug: str | None) -> None:
+    def __init__(self, recipe: Recipe, pins: Pins, *, reference_slug: str | None, machine: Machine) -> None:
         """Data, rehearsal, training, both merges, the reference and the calibration set: what all arms need."""
         self.recipe, self.pins, self.reference_slug = recipe, pins, reference_slug
+        self.machine, self.device = machine, device_kind(machine.device)
         self.steps: list[Step] = []
         self.models: dict[str, Step | None] = {}
         self.scores: dict[str, Step] = {}
@@ -148,9 +166,12 @@ class _Pipeline:
         return step
 
     def _reference_step(self, slug: str) -> Step:
+        dataset, device = self.dataset, self.device
         if slug == TRAINED:
-            return reference.step(self.recipe, dataset=self.dataset, base=self.pins.base, adapter=self.adapter)
-        return reference.external(self.recipe, dataset=self.dataset, model=self.pins.externals[slug])
+            return reference.step(
+                self.recipe, dataset=dataset, base=self.pins.base, adapter=self.adapter, device=device
+            )
+        return reference.external(self.recipe, dataset=dataset, model=self.pins.externals[slug], device=device)
 
     def calibrate(self, kinds: Sequence[Calibration]) -> None:
         """The control sets."""
@@ -184,8 +205,17 @@ class _Pipeline:
         calibset = self.calibsets["domain"] if arm.kv == "fp8-calibrated" else None
         more = present(reference=self._reference, calibset=calibset)
         inputs = {**self._loaded(arm), **more, **self.pins.scorers}
+        computed = evaluate.Computing.of(arm.null, self.recipe, self.machine, device=self.device)
         self.scores[arm.slug] = self._add(
-            evaluate.step(self.recipe, arm.slug, kind=arm.kind, kv=arm.kv, inputs=inputs, after=(self.rehearsed,))
+            evaluate.step(
+                self.recipe,
+                arm.slug,
+                kind=arm.kind,
+                kv=arm.kv,
+                inputs=inputs,
+                computed=computed,
+                after=(self.rehearsed,),
+            )
         )
 
     def measure(self, every: Sequence[Arm]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from recipes.nulls import Machine, Null, null_arms
 from recipes.problem import Problem, RecipeError
 from recipes.schema import Recipe
 from recipes.schemes.schema import LayerRule, SchemeSpec
@@ -22,6 +23,7 @@ EXTERNAL = "external"  # --only external: every external model
 CHAMPION = "champion"  # what is in production, as the gate and its scores name it
 CONTROLS: tuple[Calibration, ...] = ("generic", "mixed", "random")
 KV_CACHES: tuple[KV, ...] = ("fp8", "fp8-calibrated", "int8")
+ONE_CORE = Machine()  # the smallest machine, where nobody says which it is
 NO_DORA = {"gptq": "GPTQLoraLinear", "awq": "AwqLoraLinear"}  # format -> PEFT 0.21.2's layer, which raises
 
 
@@ -40,7 +42,8 @@ class Arm:
         calibration: The calibration set; `domain` is the run's own, the others are controls.
         scales_from_base: AWQ's scales and clipping are those that it finds on the base.
         kv: How its KV cache is stored (simulated); None for bf16.
-        of: Slug of the arm whose files it loads, where it differs from that arm in its KV cache alone.
+        null: What is other about its computing: same files, so its differences are noise of arithmetic.
+        of: Slug of the arm whose files it loads, where it differs from that arm in its KV cache or its computing alone.
         external: A model that this pipeline did not make, loaded as its config.json says.
         unavailable: Why this arm cannot be, known before the run; None where it can.
     """
@@ -54,6 +57,7 @@ class Arm:
     calibration: Calibration = "domain"
     scales_from_base: bool = False
     kv: KV | None = None
+    null: Null | None = None
     of: str | None = None
     external: bool = False
     unavailable: str | None = None
@@ -69,12 +73,13 @@ class Arm:
         return self.calibration != "domain" or self.scales_from_base
 
 
-def arms(recipe: Recipe, *, adapter: Mapping[str, Any] | None = None) -> tuple[Arm, ...]:
+def arms(recipe: Recipe, *, adapter: Mapping[str, Any] | None = None, machine: Machine = ONE_CORE) -> tuple[Arm, ...]:
     """All arms in the order of the report.
 
     Args:
         recipe: The recipe.
         adapter: adapter_config.json of `train.adapter`, where that stands in the place of training.
+        machine: Where they are evaluated; null arms depend on it.
 
     Raises:
         RecipeError: A slug names no scheme; two specs have one name; a control of no scheme of the recipe; a KV cache
@@ -110,7 +115,14 @@ def arms(recipe: Recipe, *, adapter: Mapping[str, Any] | None = None) -> tuple[A
     )
     if problems := list(_not_servable(named, every)):
         raise RecipeError(problems)
-    return every
+    return (*every, *_nulls(recipe, by_slug[FLOOR], every, machine))
+
+
+def _nulls(recipe: Recipe, floor: Arm, every: Sequence[Arm], machine: Machine) -> Iterator[Arm]:
+    others = sum(arm.unavailable is None for arm in every)
+    for null in null_arms(recipe, others=others, machine=machine):
+        slug = f"{floor.slug}.null-{null.kind}"
+        yield replace(floor, slug=slug, null=null.kind, of=floor.slug, unavailable=null.unavailable)
 
 
 def _not_servable(named: Sequence[str], every: Sequence[Arm]) -> Iterator[Problem]:

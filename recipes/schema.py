@@ -204,6 +204,11 @@ class Evaluate(Section):
     reference: Name | None = None
     """External model that KL and top-1 agreement are measured against, in place of nf4-adapter; it has to have the
     base's tokenizer."""
+    null_arms: Literal["auto"] | list[Literal["batch", "threads", "attention"]] = "auto"
+    """Arms that compute merged-dequantized once more in another way, to show how much of a difference is noise of
+    arithmetic: with half the batch size (`batch`), another number of CPU threads (`threads`), eager attention
+    (`attention`). Each costs about what any arm costs. `auto`: one for every seven others, so that they keep to an
+    eighth of the evaluation; first `batch`, then on a CPU `threads`, on a GPU `attention`. docs/report.md."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 256
     """Longest answer that is decoded, in tokens with the one that ends it. One that is cut off there scores 0."""
     batch_size: Annotated[int, Field(ge=1)] = 16

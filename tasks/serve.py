@@ -74,6 +74,8 @@ def _nothing_to_serve(arm: Arm) -> str | None:
         return "an adapter on a base is served from an export, which puts both side by side"
     if arm.merge_base is None:
         return "the untouched base is nothing to ship"
+    if arm.null:
+        return f"it has the files of {arm.of}"
     if arm.kv not in (None, "fp8"):
         return "no server stores its KV cache so from these files"
     return None

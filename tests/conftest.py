@@ -119,6 +119,7 @@ evaluate:
   scorers: [{{kind: sql-execution, databases: {QUICKSTART / "data" / "databases"}}}]
   max_new_tokens: 40
   batch_size: 50
+  null_arms: [batch]
 measure: {{prompt_tokens: 16, new_tokens: 4}}
 """,
         encoding="utf-8",

@@ -19,6 +19,7 @@ from prefect.cache_policies import NO_CACHE
 
 from flows.run.prefect_pages import PrefectPages
 from recipes.problem import Problem, RecipeError
+from tasks.runtime.gpus import all_gpus
 from tasks.runtime.process.child import verify_checkout
 from tasks.runtime.process.environments import environment_problem, installed, locked_versions
 from tasks.runtime.process.errors import StepFailed
@@ -112,6 +113,7 @@ class NodeReport:
         other: Paths that are not there, or have other sizes.
         hears_prefect: Prefect's API answers it.
         clock: Its time, Unix seconds.
+        gpus: Kinds of its GPUs.
         problems: What is wrong with its environments or its way to the bucket.
     """
 
@@ -123,6 +125,7 @@ class NodeReport:
     other: Sequence[str]
     hears_prefect: bool
     clock: float
+    gpus: Sequence[str] = field(default=())
     problems: Sequence[Problem] = field(default=())
 
 
@@ -146,6 +149,7 @@ def describe_node(query: NodeQuery) -> NodeReport:
         other=[path for path, size in query.sizes.items() if size_of(Path(path)) != size],
         hears_prefect=answers(query.api, timeout_s=API_S),
         clock=time.time(),
+        gpus=sorted({gpu.kind for gpu in all_gpus()}),  # all: Ray shows a task that wants none none
         problems=problems,
     )
 

@@ -34,6 +34,7 @@ ANSWER_S = 3.0  # Ray's own connect goes on for more than a minute where nobody 
 NODE_S = 120.0  # a worker's first start on a busy machine, imports included
 MANY = 5
 AUTO = "auto"
+SCORED = ("reference", "evaluate")  # stages whose identity names the kind of device
 
 
 @contextlib.contextmanager
@@ -97,7 +98,9 @@ def check_nodes(validated: Validated, *, home: Path, api: str) -> list[NodeRepor
         )
         reports, problems = _ask(query)
         echoes = [path.name for path in (home / TOKENS).glob(f"{token}-*")]
-    here = Here(code=code_digest(), locked=locked_versions(), installed=mine)
+    scored = [step for step in steps if step.stage in SCORED and resources(step, limits(validated.recipe)).gpus]
+    kinds = {str(step.params["device"]) for step in scored}
+    here = Here(code=code_digest(), locked=locked_versions(), installed=mine, gpus=tuple(kinds))
     problems += [problem for report in reports for problem in differs(report, here, query)]
     if not query.place.bucket:
         unheard = [report for report in reports if not any(report.node.id in name for name in echoes)]
@@ -170,11 +173,16 @@ def _ask(query: NodeQuery) -> NodeReports:
 
 
 class Here(NamedTuple):
-    """What this machine has and every node has to have; see NodeReport."""
+    """What this machine has and every node has to have; see NodeReport.
+
+    Attributes:
+        gpus: Kinds of GPUs that arms are to be scored on; empty where none is scored, or on CPUs.
+    """
 
     code: str
     locked: Mapping[str, str]
     installed: Mapping[str, str]
+    gpus: Sequence[str] = ()
 
 
 def differs(report: NodeReport, here: Here, query: NodeQuery) -> Iterator[Problem]:
@@ -190,6 +198,14 @@ def differs(report: NodeReport, here: Here, query: NodeQuery) -> Iterator[Proble
             where=where,
             why=f"The digest of its code is {report.code[:12]}, here it is {here.code[:12]}.",
             next="Check the same commit out there, without changes, and start Ray from it.",
+        )
+    if here.gpus and (other := set(report.gpus) - set(" or ".join(here.gpus).split(" or "))):
+        yield Problem(
+            what="A node has another kind of GPU than this machine.",
+            where=where,
+            why=f"{', '.join(sorted(other))} there, {' or '.join(here.gpus)} here. Sums in bf16 differ between them: "
+            "arms that were scored on both could not be compared, and such a step would refuse to run.",
+            next="Start the run from a machine with that kind of GPU, and Ray on machines of one kind alone.",
         )
     yield from _cut_off(report, where, query)
 

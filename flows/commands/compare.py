@@ -24,7 +24,7 @@ from flows.results.cells import ArmEvidence, Draws, gather
 from flows.results.comparisons import LeftOut, verdict
 from flows.results.flips import flips_json, flips_text
 from flows.results.metrics import METRICS, TASK, Metric, difference_text, is_task, value_text
-from flows.results.paired import Paired, differences, few_groups, paired
+from flows.results.paired import OTHER_DEVICE, Paired, differences, few_groups, paired
 from flows.results.read import Run, read_run
 from flows.results.rows import RowScores, read_dev
 from flows.results.served import served_of
@@ -246,6 +246,8 @@ def _pair(
     pair = paired(a, b, metric.link)
     if isinstance(pair, Paired):
         return pair
+    if pair == "other device":
+        return f"{OTHER_DEVICE}: {before.device} before, {after.device} after"
     return "scores that are not finite" if pair == "not finite" else f"of the shared rows {few_groups(a)}"
 
 

@@ -140,6 +140,13 @@ def _find(run: Run, slug: str) -> RunArm:
 def _nothing_to_export(run: Run, arm: RunArm) -> Problem | None:
     """Why an arm of the run has no files that could be copied."""
     slug, where = arm.slug, str(run.folder)
+    if arm.null is not None:
+        return Problem(
+            what=f"{slug} has no files of its own.",
+            where=where,
+            why=f"It is {arm.of}, computed in another way to show noise of arithmetic.",
+            next=f"Export {arm.of}.",
+        )
     if arm.of is not None:
         return Problem(
             what=f"{slug} has no files of its own.",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator, Sequence
 
 from flows.commands.terminal import DONE, FAILED, Output, warn
 from flows.plan.card import plan_for, text
+from flows.plan.lookup import Planned
 from flows.plan.machine import Memory, named
 from flows.plan.validate import validate
+from recipes.arms import FLOOR
 from tasks.runtime.store.local import find_home
 
 
@@ -25,8 +28,20 @@ def command(args: argparse.Namespace) -> Output:
     outside = (pins.base, *pins.data, *pins.externals.values())
     commits = [f"pin   {pinned.name:<34} {pinned.source}" for pinned in outside if "@" in pinned.source]
     hits = sum(step.hit for step in steps)
-    told = [f"{hits} of {len(steps)} steps are in the store"] + ([] if args.only else validated.registered["text"])
+    told = [f"{hits} of {len(steps)} steps are in the store", *_null_arms(steps)]
+    told += [] if args.only else validated.registered["text"]
     return Output(json=[vars(step) for step in steps], text="\n".join([*commits, *map(str, steps), *told]))
+
+
+def _null_arms(steps: Sequence[Planned]) -> Iterator[str]:
+    """What the null arms cost, where some are to be made."""
+    scored = [step for step in steps if step.key.startswith("evaluate/")]
+    nulls = [step for step in scored if f"{FLOOR}.null-" in step.key]
+    if any(not step.hit for step in nulls):
+        yield (
+            f"{len(nulls)} of {len(scored)} evaluations compute {FLOOR} in another way, to show noise of arithmetic; "
+            "`evaluate.null_arms: []` leaves them out"
+        )
 
 
 def _elsewhere(args: argparse.Namespace, machine: Memory) -> Output:

@@ -133,6 +133,8 @@ def refused(run: Run, arm: RunArm, machine: Machine, *, named: Sequence[str]) ->
 def _reason(run: Run, arm: RunArm, machine: Machine) -> _Reason | None:
     if arm.adapter is not None:
         return _on_a_base(run, arm)
+    if arm.null is not None:
+        return _Reason(f"{arm.slug} has no files of its own.", f"It is {arm.of}, computed in another way.")
     if arm.kind == "nf4":
         why = "NF4 is made on loading; a server would serve the same model in bf16 under its name."
         return _Reason(f"{arm.slug} is the base in NF4, which has no files.", why)

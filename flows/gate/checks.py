@@ -85,6 +85,7 @@ class PlannedCheck:
             return pair
         return {
             "missing": f"{'candidate' if self.a is None else self.against} has no such scores",
+            "other device": "the two were scored on different devices",
             "other rows": "the two were not scored on the same rows and tokens",
             "not finite": "scores that are not finite",
             "one group": str(few_groups(self.a)),

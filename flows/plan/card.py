@@ -160,7 +160,10 @@ def plan_for(
         RecipeError: Everything that is wrong with recipe and base, whatever the machine; more processes than GPUs.
     """
     loaded = load_and_check(path, sets=sets)
-    problems = [*unknown(only, loaded.recipe), *device_problems(loaded.recipe, device="cuda", gpus=memory.gpus)]
+    problems = [
+        *unknown(only, loaded.recipe, device="cuda"),
+        *device_problems(loaded.recipe, device="cuda", gpus=memory.gpus),
+    ]
     if problems:
         raise RecipeError(loaded.placed(problem) for problem in problems)
     with tempfile.TemporaryDirectory() as folder:
@@ -168,7 +171,7 @@ def plan_for(
         local = fetched(loaded, pins)
         if local is not loaded and (problems := check(local, fetched=True)):
             raise RecipeError(problems)
-        matrix = compose(_anywhere(local.recipe), pins, lambda step: None, only=only)
+        matrix = compose(_anywhere(local.recipe), pins, lambda step: None, only=only, device="cuda")
         headers = read_headers(pins.base.path)
         planned = _planned(local, headers, memory, matrix=matrix, path=path, sets=sets, only=only)
     return planned if home is None else _timed(planned, home, base=str(loaded.base or loaded.recipe.model.base))
@@ -192,7 +195,7 @@ def hub_headers(hub: HubId) -> Headers:
 
 
 def _anywhere(recipe: Recipe) -> Recipe:
-    """The recipe without its device: which steps there are does not depend on it."""
+    """The recipe without its device, which this machine need not have."""
     return recipe.model_copy(update={"run": recipe.run.model_copy(update={"device": "cpu"})})
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from flows.compose import machine
 from flows.plan.mixtures import met_features, met_stacked_features
 from flows.plan.quantizers import RECORD, Quantizer
 from flows.plan.quantizers import needs as quantizer_needs
@@ -17,6 +18,7 @@ from flows.plan.row_sizes import RowSizes
 from flows.plan.sizes import GIB, Sizes
 from recipes.arms import Arm, arms, controls
 from recipes.models.headers import Headers
+from recipes.nulls import other_batch, score_gib
 from recipes.plain import is_mapping
 from recipes.schema import Recipe
 from recipes.schemes.ranks import ServedModel
@@ -108,7 +110,8 @@ def predict(
     steps = [_prepare(sizes), _rehearse(sizes), _train(sizes)]
     steps += [_merge(sizes, onto) for onto in ("dequantized", "original")]
     steps += [_reference(sizes, others.get(recipe.evaluate.reference or "")), _calibrate(sizes)]
-    every = [arm for arm in arms(recipe) if arm.unavailable is None and (not arm.external or arm.slug in others)]
+    matrix = arms(recipe, machine=machine(recipe, device))
+    every = [arm for arm in matrix if arm.unavailable is None and (not arm.external or arm.slug in others)]
     sizes_of = {arm: replace(sizes, headers=others[arm.slug]) if arm.external else sizes for arm in every}
     steps += [_control(sizes, kind) for kind in controls(every)]
     steps += [_quantize(sizes, arm, arm.scheme) for arm in every if arm.scheme and arm.of is None]
@@ -308,8 +311,11 @@ def _weights(sizes: Sizes, arm: Arm) -> dict[str, float]:
 def _evaluate(sizes: Sizes, arm: Arm) -> StepNeeds:
     evaluate, headers = sizes.recipe.evaluate, sizes.headers
     length = sizes.recipe.data.max_length if sizes.recipe.data.general else sizes.length
-    parts = _weights(sizes, arm) | sizes.forward(batch=evaluate.batch_size, tokens=length)
-    parts["kv cache"] = sizes.kv_cache(batch=evaluate.batch_size, tokens=sizes.length + evaluate.max_new_tokens)
+    batch = other_batch(evaluate.batch_size) if arm.null == "batch" else evaluate.batch_size
+    parts = _weights(sizes, arm) | sizes.forward(batch=batch, tokens=length)
+    parts["kv cache"] = sizes.kv_cache(batch=batch, tokens=sizes.length + evaluate.max_new_tokens)
+    if arm.null == "attention":
+        parts["attention"] = GIB * score_gib(batch, length, heads=headers.heads)
     if sizes.on_cpu:
         parts["file of logits"] = _reference_bytes(sizes)
         if arm.scheme and arm.scheme.bits in (2, 3) and arm.scheme.form == "gptq":

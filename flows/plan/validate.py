@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from flows.compose import limits
+from flows.compose import limits, machine
 from flows.pins import Pins, fetchable, pin
 from flows.plan.lookup import Planned, plan
 from flows.plan.preflight import preflight
@@ -117,9 +117,16 @@ def other_packages() -> list[Problem]:
     ]
 
 
-def unknown(only: Sequence[str], recipe: Recipe) -> Iterator[Problem]:
-    """Words of --only that name no arm of the recipe, or external models where there are none."""
-    slugs = [arm.slug for arm in arms(recipe)]
+def unknown(only: Sequence[str], recipe: Recipe, *, device: str | None = None) -> Iterator[Problem]:
+    """Words of --only that name no arm of the recipe, or external models where there are none.
+
+    Args:
+        only: The words.
+        recipe: The recipe.
+        device: Where arms are scored; None for what the recipe says of this machine.
+    """
+    device = resolve_device(recipe.run.device) if device is None else device
+    slugs = [arm.slug for arm in arms(recipe, machine=machine(recipe, device))]
     for name in only:
         if name == EXTERNAL and not recipe.evaluate.external:
             yield Problem(

@@ -13,8 +13,9 @@ from typing import NamedTuple
 from flows.plan.mixtures import routed_share
 from flows.plan.row_sizes import RowSizes
 from flows.plan.sizes import GIB, saved_parameters
-from recipes.arms import Arm, arms
+from recipes.arms import FLOOR, Arm, arms
 from recipes.models.headers import Headers
+from recipes.nulls import KINDS
 from recipes.schema import Recipe
 from recipes.schemes.scheme import Scheme
 
@@ -49,7 +50,8 @@ def work(recipe: Recipe, headers: Headers, rows: RowSizes | None) -> dict[str, W
         by_key[f"evaluate/{arm.slug}"] = evaluated
         if arm.of is None:
             by_key[f"measure/{arm.slug}"] = _measure(recipe, headers, arm)
-    return by_key
+    nulls = {f"evaluate/{FLOOR}.null-{kind}": evaluated for kind in KINDS}  # which there are, depends on the machine
+    return by_key | nulls
 
 
 def active_linear_parameters(headers: Headers) -> float:

@@ -23,6 +23,7 @@ from recipes.problem import Problem
 from recipes.schema import Recipe, recipe_of_run
 from tasks import evaluate
 from tasks.runtime.fingerprint import file_digest
+from tasks.runtime.gpus import device_kind
 from tasks.runtime.pin import Digests
 from tasks.runtime.process.launch import Launcher
 from tasks.runtime.process.leases import Leases
@@ -138,7 +139,8 @@ def evaluated(present: Promotion, run: Run, candidate: RunArm, home: Path) -> Ch
         inputs.pop("reference", None)
     inputs["model"] = External(name="model", path=folder / "files", digest=present.digest, source=present.path)
     kind = "external" if other else present.kind  # which reads the rows in the model's own tokens
-    step = evaluate.step(recipe, CHAMPION, kind=kind, inputs=dict(inputs))
+    computed = evaluate.Computing(device=device_kind(limits(recipe).device))
+    step = evaluate.step(recipe, CHAMPION, kind=kind, inputs=dict(inputs), computed=computed)
     _same_scoring(step.identity, scored.manifest["identity"], run)
     with Launcher() as launcher:
         context = Context(store=store, launcher=launcher, leases=Leases(home), limits=limits(recipe))
@@ -228,7 +230,16 @@ def _template(folder: Path) -> str | None:
 
 
 def _same_scoring(ours: Mapping[str, Any], theirs: Mapping[str, Any], run: Run) -> None:
-    """Raise RecipeError where this code or these packages score otherwise than the run's did."""
+    """Raise RecipeError where this machine, this code or these packages score otherwise than the run's did."""
+    here, there = ours["params"]["device"], theirs["params"].get("device")
+    if there is not None and here != there:
+        raise Problem(
+            what=f"The run was scored on {there}, and the champion would be scored on {here}.",
+            where=str(run.folder),
+            why="Noise of arithmetic differs between kinds of devices: both models have to be scored on one.",
+            next="quench promote on a machine of that kind, or quench run the recipe again here: evaluations are made "
+            "again, models are taken from the store.",
+        ).error()
     shared = ours["tools"].keys() & theirs["tools"].keys()
     plain = [
         {

@@ -207,6 +207,11 @@ def _decided(facts: Findings) -> list[str]:
         return []
     if "rule" not in choice:
         return [f"The schemes quantize merged-{choice['candidate']}: the recipe names it (merge.base)."]
+    if "undecided" in choice:
+        return [
+            f"The schemes quantize merged-{choice['candidate']}. This run could not decide (merge.base: auto): "
+            f"{choice['undecided']}. Rule: {choice['rule']}."
+        ]
     losses, ci95 = choice["loss"], choice["ci95"]
     if ci95 is None:
         figures = "of one group only, so nothing can be told"

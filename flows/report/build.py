@@ -20,6 +20,7 @@ from flows.report.document import (
     ArmSection,
     Differences,
     Document,
+    Nulls,
     Reading,
     Served,
     ServedJson,
@@ -51,6 +52,8 @@ from flows.results.kept import kept
 from flows.results.layers import layers_of
 from flows.results.loading import loading_of
 from flows.results.metrics import METRICS, further
+from flows.results.nulls import Noise, no_more_than_noise, noise_of
+from flows.results.nulls import section as noise_section
 from flows.results.power import power
 from flows.results.read import Run, read_run
 from flows.results.samples import samples_of
@@ -144,12 +147,15 @@ def evaluate(run: Run) -> Document:
         reference=run.reference,
     )
     served = served_of(run, evidence, draws)
+    noise = noise_of(run, evidence)
+    differences = _differences(run, evidence, comparisons, left_out, draws, noise=noise)
     return {
         **_about(run),
         **_words(answers(findings)),
         **_matrix(run, evidence, findings, unranked, draws),
-        **_differences(evidence, comparisons, left_out, draws),
+        **differences,
         "kept": kept(evidence, draws),
+        **_nulls(noise, differences, draws),
         **_reading(run, evidence),
         **_served(served),
         **_shipping(run, evidence, cells, draws, served=served),
@@ -198,11 +204,21 @@ def _matrix(
 
 
 def _differences(
-    evidence: Mapping[str, ArmEvidence], comparisons: Sequence[Comparison], left_out: Sequence[LeftOut], draws: Draws
+    run: Run,
+    evidence: Mapping[str, ArmEvidence],
+    comparisons: Sequence[Comparison],
+    left_out: Sequence[LeftOut],
+    draws: Draws,
+    *,
+    noise: Noise | None,
 ) -> Differences:
     sizes = Counter(comparison.family for comparison in comparisons)
+    lines = [comparison.as_dict() for comparison in comparisons]
+    if noise is not None:
+        for line, comparison in zip(lines, comparisons, strict=True):
+            line["noise"] = no_more_than_noise(comparison, noise, evidence, reference=run.reference)
     return {
-        "comparisons": [comparison.as_dict() for comparison in comparisons],
+        "comparisons": lines,
         "comparisons_left_out": [asdict(comparison) for comparison in left_out],
         "families": [
             {"name": family.name, "question": family.question, "size": sizes[family.name]} for family in FAMILIES
@@ -210,6 +226,13 @@ def _differences(
         "waterfall": waterfall(evidence, draws),
         "power": power(evidence),
     }
+
+
+def _nulls(noise: Noise | None, differences: Differences, draws: Draws) -> Nulls:
+    if noise is None:
+        return {}
+    lines = differences["comparisons"]
+    return {"nulls": noise_section(noise, [line for line in lines if line["noise"]], len(lines), draws)}
 
 
 def _reading(run: Run, evidence: Mapping[str, ArmEvidence]) -> Reading:

@@ -100,6 +100,12 @@ class Gains(TypedDict):
     kept: dict[str, Any] | None
 
 
+class Nulls(TypedDict):
+    """Noise of arithmetic; only of runs with null arms, where each comparison has `noise`, too."""
+
+    nulls: NotRequired[dict[str, Any]]
+
+
 class SplitSize(TypedDict):
     """What the figures of a split rest on."""
 
@@ -251,5 +257,5 @@ class Making(TypedDict):
     notes: list[dict[str, str]]
 
 
-class Document(About, Words, ArmSection, Differences, Gains, Reading, Served, Shipping, Dev, Making):
+class Document(About, Words, ArmSection, Differences, Gains, Nulls, Reading, Served, Shipping, Dev, Making):
     """All of report.json."""

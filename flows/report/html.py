@@ -17,6 +17,7 @@ from flows.report.chain import chain_lines, left_away, margin_of
 from flows.report.kept import lead as kept_lead
 from flows.report.kept import reasons as kept_reasons
 from flows.report.kept import rows as kept_rows
+from flows.report.null_arms import not_ranked, null_arms, ways
 from flows.report.plots.chain import chain_plot
 from flows.report.plots.domains import domains_plot
 from flows.report.plots.fronts import against_size
@@ -90,7 +91,11 @@ def page(report: Mapping[str, Any], svgs: Mapping[str, str]) -> str:
         fit=report.get("fit"),
         kept=_kept(report.get("kept")),
         controls=controls,
-        shipped=[slug for slug in report["arms"] if slug not in controls],
+        shipped=[slug for slug in ways(report) if slug not in controls],
+        ways=ways(report),
+        nulls=report.get("nulls"),
+        null_arms=null_arms(report),
+        not_ranked=not_ranked(report),
         failed=[one for one in report["failures"] if one["status"] != "skipped"],
         family=family_of,
         hollow=lambda slug: not look(slug).filled,

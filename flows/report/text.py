@@ -18,6 +18,7 @@ from flows.report.kept import HEAD as KEPT_HEAD
 from flows.report.kept import reasons as kept_reasons
 from flows.report.kept import rows as kept_rows
 from flows.report.kept import section_lines as kept_lines
+from flows.report.null_arms import not_ranked, null_arms, verdict_text, ways
 from flows.report.plots.waterfall import signed
 from flows.report.served import HEAD as SERVED_HEAD
 from flows.report.served import SPEED_HEAD, below, engines, floor_text, mark_of, speed_rows
@@ -60,7 +61,7 @@ def arm_rows(report: Mapping[str, Any]) -> list[dict[str, str]]:
             "arm": name_of(slug, report),
             **{METRICS[name].label: _cell(name, arm["metrics"][name]) for name in columns(report)},
         }
-        for slug, arm in report["arms"].items()
+        for slug, arm in ways(report).items()
     ]
 
 
@@ -108,6 +109,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     if loss := waterfall_sentence(report["waterfall"]):
         lines += ["", "## Where does the loss go?", "", f"- {loss}"]
     lines += _kept(report)
+    lines += _noise(report)
     lines += ["", *fit_section(report["fit"]), *_comparisons(report), *_served(report), *_speed(report)]
     lines += [*dev_section(report.get("dev"), _table), *_machine(report)]
     return no_tags("\n".join(lines)) + "\n"
@@ -133,19 +135,32 @@ def overview(report: Mapping[str, Any]) -> list[str]:
     lines += [*(f"Why it ran: {one}" for one in report["because"]), ""] if report["because"] else []
     lines += _failures(report)
     lines += ["## Arms", "", "95 % intervals in brackets; arrows point to better.", ""]
-    head = ["arm", *(heading(name, report["directions"]) for name in columns(report))]
-    arms = report["arms"]
-    lines += _table(
-        head,
-        [
-            [name_of(slug, report), *(_cell(name, arm["metrics"][name]) for name in columns(report))]
-            for slug, arm in arms.items()
-        ],
-    )
+    arms = ways(report)
+    lines += _arms_table(report, list(arms))
     lines += _further(report)
     lines += [f"\n{line}" for line in simulated(report)]
     lines += [f"\nNot served: {slug}: {arm['refused']}" for slug, arm in arms.items() if arm["refused"]]
-    return [*lines, *(f"\nNot ranked: {slug}: {why}." for slug, why in report["not_ranked"].items())]
+    return [*lines, *(f"\nNot ranked: {slug}: {why}." for slug, why in not_ranked(report).items())]
+
+
+def _arms_table(report: Mapping[str, Any], slugs: Sequence[str]) -> Iterator[str]:
+    head = ["arm", *(heading(name, report["directions"]) for name in columns(report))]
+    arms = report["arms"]
+    rows = [
+        [name_of(slug, report), *(_cell(name, arms[slug]["metrics"][name]) for name in columns(report))]
+        for slug in slugs
+    ]
+    return _table(head, rows)
+
+
+def _noise(report: Mapping[str, Any]) -> Iterator[str]:
+    """The section of the null arms; nothing where the run has none."""
+    if not (nulls := report.get("nulls")):
+        return
+    yield from ["", "## How much is noise of arithmetic?", "", *(f"- {line}" for line in nulls["text"])]
+    if slugs := null_arms(report):
+        yield ""
+        yield from _arms_table(report, slugs)
 
 
 def _further(report: Mapping[str, Any]) -> list[str]:
@@ -154,7 +169,7 @@ def _further(report: Mapping[str, Any]) -> list[str]:
     if not tasks:
         return []
     head = ["arm", *(heading(name, report["directions"]) for name in tasks)]
-    rows = [[slug, *(_cell(name, arm["metrics"][name]) for name in tasks)] for slug, arm in report["arms"].items()]
+    rows = [[slug, *(_cell(name, arm["metrics"][name]) for name in tasks)] for slug, arm in ways(report).items()]
     return ["", *_table(head, rows)]
 
 
@@ -203,7 +218,7 @@ def _comparisons(report: Mapping[str, Any]) -> Iterator[str]:
         yield told
     for family in report["families"]:
         rows = [
-            [f"{one['a']} / {one['b']}", METRICS[one["metric"]].label, _difference(one), one["verdict"]]
+            [f"{one['a']} / {one['b']}", METRICS[one["metric"]].label, _difference(one), verdict_text(one)]
             for one in report["comparisons"]
             if one["family"] == family["name"]
         ]
@@ -352,12 +367,12 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
 def _print_arms(report: Mapping[str, Any], console: Console) -> None:
     """The table of arms; columns that find no room are named below it."""
     cells = {
-        name: [_rich_cell(name, arm["metrics"][name]) for arm in report["arms"].values()] for name in columns(report)
+        name: [_rich_cell(name, arm["metrics"][name]) for arm in ways(report).values()] for name in columns(report)
     }
     table = Table(title=f"{report['name']}: {data_line(report)}", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("arm", no_wrap=True)
-    names = {slug: name_of(slug, report) for slug in report["arms"]}
-    room = console.width - max(map(len, names.values()), default=0) - 4  # margins of the table and of the first column
+    names = {slug: name_of(slug, report) for slug in ways(report)}
+    room = console.width - max(map(len, names.values()), default=0) - 6  # margins of the table and of the first column
     shown: list[str] = []
     for name, column in cells.items():
         head = heading(name, report["directions"])
@@ -366,7 +381,7 @@ def _print_arms(report: Mapping[str, Any], console: Console) -> None:
             break
         shown.append(name)
         table.add_column(head, justify="right", no_wrap=True)
-    for row, (slug, arm) in enumerate(report["arms"].items()):
+    for row, (slug, arm) in enumerate(ways(report).items()):
         table.add_row(Text(names[slug], style="" if arm["ranked"] else "dim"), *(cells[name][row] for name in shown))
     console.print(table)
     if hidden := [METRICS[name].label for name in cells if name not in shown]:
@@ -382,7 +397,7 @@ def _trouble(report: Mapping[str, Any]) -> Iterator[str]:
     for slug, arm in report["arms"].items():
         if arm["refused"]:
             yield f"not served: {slug}: {arm['refused']}"
-    for slug, why in report["not_ranked"].items():
+    for slug, why in not_ranked(report).items():
         yield f"not ranked: {slug}: {why}"
     for line in (report.get("served") or {"text": []})["text"]:
         if ": served as measured" not in line:
@@ -393,6 +408,8 @@ def _asides(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What stands beside the answers where the run has it."""
     if told := waterfall_sentence(report.get("waterfall")):
         yield "Where does the loss go?", told
+    if (nulls := report.get("nulls")) and nulls["largest"]:
+        yield "How much is noise of arithmetic?", " ".join(nulls["text"])
     if told := power_sentence(report["power"]):
         yield "Are there enough test rows?", told
     if told := "; ".join(fit_sentences(report.get("fit"))):

@@ -127,7 +127,7 @@ def fits(
     model = ServedModel.of(headers)
     every: list[Fit] = []
     for arm in run.arms:
-        if arm.is_control or arm.unavailable or (arm.model is None and arm.adapter is None):
+        if arm.is_control or arm.null or arm.unavailable or (arm.model is None and arm.adapter is None):
             continue
         own, kept = figures[arm.slug], kept_by(arm)
         size = own["size_bytes"]

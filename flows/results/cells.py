@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from flows.results.metrics import HEADLINE, METRICS, NOT_COUNTED, PER_DOMAIN, SPEED, TASK, Metric, further
-from flows.results.paired import few_groups, too_few_groups
+from flows.results.paired import OTHER_DEVICE, few_groups, too_few_groups
 from flows.results.read import REFERENCE, Run, RunArm
-from flows.results.rows import RowScores, TokenKL, read_kl, read_scores
+from flows.results.rows import RowScores, TokenKL, read_kl, read_scores, same_device
 from flows.results.sizes import size_bytes
 from flows.results.stats import (
     FEWEST_GROUPS,
@@ -71,6 +72,7 @@ class ArmEvidence:
         failure: Why its cells are null; None where it was evaluated.
         scores: Metric of scores.parquet -> rows of its published split.
         unlike: Why its rows cannot stand beside the other arms'; None where they are the same.
+        elsewhere: It was scored on another device than most arms, and on which; None where it was not.
         problems: Metric of scores.parquet -> why a scorer could not give it; the run ends with 1 for it.
         absent: Metric of scores.parquet -> why the arm has none, where its job said so.
         is_reference: KL and agreement are measured against it.
@@ -81,6 +83,7 @@ class ArmEvidence:
     scores: Mapping[str, RowScores]
     kl: TokenKL | None
     unlike: str | None = None
+    elsewhere: str | None = None
     problems: Mapping[str, str] = field(default_factory=dict[str, str])
     absent: Mapping[str, str] = field(default_factory=dict)
     is_reference: bool = False
@@ -106,7 +109,26 @@ def gather(run: Run) -> dict[str, ArmEvidence]:
     if not scored:
         return evidence
     reference = min(scored, key=lambda arm: (not arm.is_reference, arm.arm.slug != REFERENCE))
-    return {slug: _against(arm, reference) for slug, arm in evidence.items()}
+    usual = _usual_device(scored, first=reference)
+    return {slug: _on(_against(arm, reference), usual) for slug, arm in evidence.items()}
+
+
+def _device(arm: ArmEvidence) -> str:
+    return next((rows.device for rows in arm.scores.values()), "")
+
+
+def _usual_device(scored: Sequence[ArmEvidence], *, first: ArmEvidence) -> str:
+    """The kind of device that most arms were scored on; of several with equally many, that of `first`."""
+    counted = Counter(device for arm in scored if (device := _device(arm)))
+    return max(counted, key=lambda device: (counted[device], device == _device(first)), default="")
+
+
+def _on(arm: ArmEvidence, usual: str) -> ArmEvidence:
+    device = _device(arm)
+    if same_device(device, usual):
+        return arm
+    reason = f"{OTHER_DEVICE}: {device}, most arms on {usual}"
+    return replace(arm, elsewhere=reason, unlike=arm.unlike or reason)
 
 
 def _failure(arm: RunArm, run: Run) -> str | None:
@@ -148,6 +170,8 @@ def headline(evidence: Iterable[ArmEvidence]) -> list[str]:
 
 def not_ranked(arm: ArmEvidence, cells: Mapping[str, Cell], needed: Sequence[str]) -> str | None:
     """Why an arm is left out of the ranking, or None. `needed` is `headline` of all arms."""
+    if arm.arm.null:
+        return f"it is {arm.arm.of}, computed in another way"
     if arm.failure or arm.unlike:
         return arm.failure or arm.unlike
     empty = [name for name in needed if cells[name].value is None]
@@ -175,7 +199,8 @@ def _quality(metric: Metric, arm: ArmEvidence, run: Run, draws: Draws) -> Cell:
         return Cell(value=value, n=n, split=metric.split, reason="the reference itself: so by definition")
     if rows is None:
         return Cell(value=None, split=metric.split, reason=_no_rows(metric, arm, run))
-    return rows_cell(metric, rows, arm.kl, draws)
+    cell = rows_cell(metric, rows, arm.kl, draws)
+    return replace(cell, reason=cell.reason or arm.elsewhere)
 
 
 def _no_rows(metric: Metric, arm: ArmEvidence, run: Run) -> str:
@@ -254,6 +279,9 @@ def _speed(arm: ArmEvidence, run: Run) -> dict[str, Cell]:
         return {name: Cell(value=None, reason=reason) for name in SPEED}
     measured = speed_record(loaded, run)
     cells = {name: timed_cell(measured.get(name), name) for name in SPEED}
+    if arm.arm.null is not None:
+        same = Cell(value=None, reason=f"the files of {arm.arm.of}, whose speed was measured")
+        return {name: cell if name == "resident_bytes" else same for name, cell in cells.items()}
     if arm.arm.kv is None:
         return cells
     simulated = Cell(value=None, reason=SIMULATED)

@@ -10,7 +10,7 @@ from flows.results.read import Run, RunArm, RunStep
 from recipes.plain import json_object
 from recipes.schemes.serve_file import auto_class, shell
 
-NOT_SHIPPED = ("control", "kv-cache", "external")  # KV arms load the files of the arm that they come from
+NOT_SHIPPED = ("control", "kv-cache", "null", "external")  # KV and null arms load another arm's files
 NEEDS_EXPORT = "an adapter on a base is served from an export, which puts both side by side"
 
 

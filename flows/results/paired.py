@@ -19,7 +19,8 @@ from flows.results.stats import (
 )
 
 Draw = Callable[[tuple[str, ...]], Counts]  # the resamples of some groups; equal groups get equal draws
-Obstacle = Literal["missing", "other rows", "not finite", "one group", "few groups"]
+Obstacle = Literal["missing", "other device", "other rows", "not finite", "one group", "few groups"]
+OTHER_DEVICE = "scored on another device"
 
 
 class Paired(NamedTuple):
@@ -54,6 +55,8 @@ def paired(a: RowScores | None, b: RowScores | None, link: Link = "mean") -> Pai
     """The pair, or why it cannot be compared; each caller has its own words for that."""
     if a is None or b is None:
         return "missing"
+    if not a.same_device(b):
+        return "other device"
     if not a.same_rows(b):
         return "other rows"
     if not (a.finite and b.finite):

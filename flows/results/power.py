@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from flows.results.cells import ArmEvidence
 from flows.results.comparisons import merged_schemes
-from flows.results.paired import Obstacle, Paired, few_groups, paired
+from flows.results.paired import OTHER_DEVICE, Obstacle, Paired, few_groups, paired
 from flows.results.rows import RowScores
 from flows.results.stats import Z_POWER, Estimand, Z, standard_error
 
@@ -99,6 +99,7 @@ def _reason(obstacle: Obstacle, a: str, b: str, scored: Sequence[RowScores | Non
     missing = [slug for slug, rows in zip((a, b), scored, strict=True) if rows is None]
     return {
         "missing": f"{' and '.join(missing)}: no task scores",
+        "other device": OTHER_DEVICE,
         "other rows": "the two arms were not scored on the same rows",
         "not finite": "scores that are not finite",
         "one group": str(few_groups(scored[0])),

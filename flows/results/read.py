@@ -16,7 +16,7 @@ from recipes.schemes.scheme import Scheme
 
 REFERENCE = TRAINED  # where the recipe names no other
 
-Role = Literal["base", "reference", "merged", "scheme", "on-base", "control", "kv-cache", "external"]
+Role = Literal["base", "reference", "merged", "scheme", "on-base", "control", "kv-cache", "null", "external"]
 
 
 class SchemeParts(NamedTuple):
@@ -97,7 +97,8 @@ class RunArm:
         quantization: The scheme's params(): method, bits, group_size (-1: per channel) and so on.
         calibration: `domain`, the run's own set; `generic`, `mixed` and `random` are controls.
         kv: How its KV cache is stored (simulated): `fp8`, `fp8-calibrated`, `int8`; None for bf16.
-        of: Slug of the arm whose files it loads, where it differs from that arm in its KV cache alone.
+        null: What is other about its computing, of a null arm: `batch`, `threads`, `attention`.
+        of: Slug of the arm whose files it loads, where it differs from that arm in its KV cache or its computing alone.
         external: A model that this pipeline did not make.
         unavailable: Why this arm could not be, known before the run; it has no steps then.
         refused: Why the recipe's serve.engine does not read it; None where it does, or the recipe names none.
@@ -116,6 +117,7 @@ class RunArm:
     model: str | None
     adapter: str | None
     kv: str | None = None
+    null: str | None = None
     of: str | None = None
     external: bool = False
     unavailable: str | None = None
@@ -138,6 +140,7 @@ class RunArm:
         """What it is there for: the page draws what can be shipped, and keeps controls to their own section."""
         held: dict[Role, bool] = {
             "external": self.external,
+            "null": self.null is not None,
             "control": self.is_control,
             "kv-cache": self.kv is not None,
             "on-base": self.on_base,
@@ -175,6 +178,8 @@ class RunArm:
             return "it is a control, made to be compared with"
         if self.external:
             return "this run did not make it"
+        if self.null:
+            return f"it is {self.of}, computed in another way to show noise of arithmetic"
         if self.kv:
             return f"its files are those of {self.of}; the KV cache is a setting of the server"
         if self.adapter is not None:

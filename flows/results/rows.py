@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +26,7 @@ class RowScores:
         domain: [rows].
         total: [rows] sum of scores.
         count: [rows] tokens (1 for task).
+        device: Kind of device that they were computed on; empty where nobody says.
     """
 
     rows: NDArray[np.str_]
@@ -31,6 +34,7 @@ class RowScores:
     domain: NDArray[np.str_]
     total: Floats
     count: Floats
+    device: str = ""
 
     @cached_property
     def groups(self) -> tuple[str, ...]:
@@ -68,17 +72,32 @@ class RowScores:
             and np.array_equal(self.count, other.count)
         )
 
+    def same_device(self, other: RowScores) -> bool:
+        """Computed on one kind of device, as far as both say."""
+        return same_device(self.device, other.device)
+
     def of_domain(self, domain: str) -> RowScores:
         """Only the rows of a domain."""
         return self.where(self.domain == domain)
 
     def where(self, keep: NDArray[np.bool_]) -> RowScores:
         """Only some rows. keep: [rows]."""
-        return RowScores(self.rows[keep], self.group[keep], self.domain[keep], self.total[keep], self.count[keep])
+        kept = (self.rows[keep], self.group[keep], self.domain[keep], self.total[keep], self.count[keep])
+        return RowScores(*kept, device=self.device)
 
     def zeros(self) -> RowScores:
         """The same rows with a score of zero: the reference's KL to itself."""
-        return RowScores(self.rows, self.group, self.domain, np.zeros_like(self.total), self.count)
+        return replace(self, total=np.zeros_like(self.total))
+
+
+CPU, CUDA = "cpu", "cuda"  # CUDA: of an artifact that is older than the kinds of devices
+
+
+def same_device(a: str, b: str) -> bool:
+    """Two kinds of devices are one, as far as both are known."""
+    if not (a and b):
+        return True
+    return a == b or (CUDA in (a, b) and CPU not in (a, b))
 
 
 _SPLIT = {"nll_general": "general"}  # every other metric is published on test
@@ -86,22 +105,36 @@ _SPLIT = {"nll_general": "general"}  # every other metric is published on test
 
 def read_scores(files: Path) -> dict[str, RowScores]:
     """Metric -> rows of scores.parquet of the split that is published; dev is for what chooses (read_dev)."""
-    return _by_metric(pq.read_table(files / "scores.parquet").sort_by("row"))
+    return _by_metric(pq.read_table(files / "scores.parquet").sort_by("row"), device=scored_on(files))
 
 
 def read_dev(files: Path) -> dict[str, RowScores]:
     """Metric -> rows of dev, for what chooses and for tuning; rows of test are left out while reading."""
-    return _by_metric(pq.read_table(files / "scores.parquet", filters=[("split", "==", "dev")]).sort_by("row"), "dev")
+    table = pq.read_table(files / "scores.parquet", filters=[("split", "==", "dev")]).sort_by("row")
+    return _by_metric(table, "dev", device=scored_on(files))
 
 
-def _by_metric(table: pa.Table, wanted: str = "test") -> dict[str, RowScores]:
+def scored_on(files: Path) -> str:
+    """Kind of device that an evaluate step's scores were computed on, by its manifest; empty where it does not say.
+
+    An engine that served an arm is compared with the arm's own figures whatever either ran on.
+    """
+    path = files.parent / "manifest.json"
+    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if manifest.get("stage") != "evaluate":
+        return ""
+    return manifest["result"].get("computed", {}).get("device") or manifest.get("execution", {}).get("device", "")
+
+
+def _by_metric(table: pa.Table, wanted: str = "test", *, device: str) -> dict[str, RowScores]:
     row, group, domain, metric, split = (_names(table, name) for name in ("row", "group", "domain", "metric", "split"))
     total, count = _numbers(table, "sum"), _numbers(table, "n")
     scores: dict[str, RowScores] = {}
     for name in np.unique(metric):
         keep = (metric == name) & (split == _SPLIT.get(str(name), wanted))
         if keep.any():
-            scores[str(name)] = RowScores(row[keep], group[keep], domain[keep], total[keep], count[keep])
+            kept = (row[keep], group[keep], domain[keep], total[keep], count[keep])
+            scores[str(name)] = RowScores(*kept, device=device)
     return scores
 
 

@@ -22,7 +22,7 @@ PROMPT_CHARS = 1_200  # the end of a prompt is kept: the question stands there
 ANSWER_CHARS = 1_200
 ALIKE = 0.4  # share of words in common from which differences are worth marking one by one
 COLUMNS = ("row", "domain", "prompt", "reference", "answer", "score", "error")
-LEFT_OUT = ("control",)  # roles whose answers decide nothing
+LEFT_OUT = ("control", "null")  # roles whose answers decide nothing
 
 Kind = Literal["same", "added", "missing"]
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from flows.results.cells import ArmEvidence
 from flows.results.comparisons import REFERENCE, verdict
-from flows.results.paired import Draw, Paired, differences, few_groups
+from flows.results.paired import OTHER_DEVICE, Draw, Paired, differences, few_groups
 from flows.results.read import RunArm
 from flows.results.rows import RowScores
 
@@ -74,6 +74,8 @@ def _obstacle(arm: ArmEvidence, reference: RowScores) -> str | None:
     rows = arm.scores.get("nll")
     if rows is None:
         return arm.failure or "no losses on test"
+    if not rows.same_device(reference):
+        return f"{OTHER_DEVICE} than {REFERENCE}"
     if not rows.same_rows(reference):
         return f"its losses are of other rows or tokens than {REFERENCE}'s"
     if not rows.finite:

@@ -29,6 +29,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.file_utils import local_file_uri_to_path
 
 from flows.mlflow_uri import no_answer, tracking_uri
+from flows.report.null_arms import is_unmade_null
 from flows.report.served import served_figures
 from flows.report.text import no_tags, overview
 from flows.tracking.files import link_tree, parted
@@ -209,7 +210,8 @@ class Tracker:
 
         The parent gets the tables of arms and comparisons and the page's figures, too.
         """
-        for slug, arm in report["arms"].items():
+        shown = {slug: arm for slug, arm in report["arms"].items() if not is_unmade_null(arm)}
+        for slug, arm in shown.items():
             self._arm(slug, arm, served=served_figures(slug, report))
         if choice := report["choice"]:
             self._params(self.parent, {"merge.chosen": choice["candidate"]})
@@ -222,7 +224,7 @@ class Tracker:
                 self._client.log_table(self.parent, columns, f"tables/{name}.json")
         for name, svg in pictures.items():
             self._client.log_text(self.parent, svg, f"figures/{name}.svg")
-        arms = json.dumps([self._nested[f"arm/{slug}"] for slug in report["arms"]], separators=(",", ":"))
+        arms = json.dumps([self._nested[f"arm/{slug}"] for slug in shown], separators=(",", ":"))
         link = f"#/compare-runs?runs={quote(arms)}&experiments={quote(json.dumps([self.experiment]))}"
         self.compare_url = f"{self._pages()}/{link}"
         note = "\n".join([f"[Compare the arms]({link})", "", no_tags("\n".join(overview(report)))])
@@ -353,7 +355,7 @@ def _datasets(folder: Path, manifest: Mapping[str, Any]) -> dict[str, DatasetInp
 
 def _arm_columns(report: Mapping[str, Any]) -> dict[str, list[Any]]:
     """One row per arm: every metric with the ends of its interval."""
-    arms = report["arms"]
+    arms = {slug: arm for slug, arm in report["arms"].items() if not is_unmade_null(arm)}
     columns: dict[str, list[Any]] = {"arm": list(arms)}
     for name in ("role", "status", "ranked"):
         columns[name] = [arm[name] for arm in arms.values()]

@@ -245,7 +245,7 @@ def prefer_problems(recipe: Recipe) -> Iterator[Problem]:
     able = [
         arm.slug
         for arm in matrix
-        if arm.merge_base and not arm.is_control and arm.kv is None and arm.unavailable is None
+        if arm.merge_base and not arm.is_control and arm.of is None and arm.unavailable is None
     ]
     if slug not in able:
         known = any(arm.slug == slug for arm in matrix)

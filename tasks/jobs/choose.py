@@ -16,6 +16,7 @@ from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
 
 SCORES = "_scores"
+COMPUTED = "computed.json"  # tasks/jobs/loading/computing.py writes it; torch is not loaded here
 PREFERRED = "dequantized"  # the weights that a QLoRA adapter was trained on
 OTHER = "original"
 RULE = (
@@ -28,9 +29,11 @@ def run(job: Job) -> dict[str, Any]:
     """Name the only candidate, or the better of the two merges.
 
     Reads:
-        One input per candidate. Where there are two, scores.parquet of NAME_scores for each: its nll rows of dev.
+        One input per candidate. Where there are two, scores.parquet of NAME_scores for each: its nll rows of dev; and
+        computed.json: the device that it was scored on.
     Writes:
-        choice.json {"candidate": name of the input}; where it was decided here, with the figures and the rule.
+        choice.json {"candidate": name of the input}; where it was decided here, with the figures and the rule; with
+        `undecided` and the rule where the two were scored on different devices.
     Metrics:
         None.
 
@@ -41,6 +44,9 @@ def run(job: Job) -> dict[str, Any]:
     choice: dict[str, Any] = {"candidate": candidates[0]}
     if len(candidates) == 1:
         job.events.note("choice", f"{candidates[0]}: named by the recipe (merge.base)")
+    elif (why := _other_devices(job)) is not None:
+        choice = {"candidate": PREFERRED, "rule": RULE, "undecided": why}
+        job.events.note("choice", f"{PREFERRED}: undecided, {why}; rule: {RULE}")
     else:
         choice = _decided(job)
         interval = "[{:+.6f}, {:+.6f}]".format(*choice["ci95"]) if choice["ci95"] else "(one group: no interval)"
@@ -52,6 +58,20 @@ def run(job: Job) -> dict[str, Any]:
         )
     (job.out / "choice.json").write_text(json.dumps(choice) + "\n", encoding="utf-8")
     return choice
+
+
+def _other_devices(job: Job) -> str | None:
+    """Why the two cannot be compared, where they were scored on different kinds of devices: noise would decide."""
+    devices = {name: _device(job.inputs[f"{name}{SCORES}"].path) for name in (PREFERRED, OTHER)}
+    if len({device for device in devices.values() if device is not None}) < 2:
+        return None
+    where = " and ".join(f"merged-{name} on {device}" for name, device in devices.items())
+    return f"scored on different devices, {where}: a difference in loss may be the devices'"
+
+
+def _device(folder: Path) -> str | None:
+    path = folder / COMPUTED
+    return json.loads(path.read_text(encoding="utf-8"))["device"] if path.exists() else None
 
 
 def _decided(job: Job) -> dict[str, Any]:

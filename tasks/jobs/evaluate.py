@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from tasks.jobs.loading.computing import computed, refuse_other_device
 from tasks.jobs.loading.kernels import kernel_of
 from tasks.jobs.loading.load import load_arm, setup
 from tasks.jobs.measuring.answers import Answer
@@ -62,7 +63,8 @@ def run(job: Job) -> dict[str, Any]:
         kl.parquet: KL per token. answers.parquet: prompt, reference and answer, its `ending` (finished, cut, or
         thinking that never ends), with `score` and `error` of the first scorer and `scores`, JSON {NAME: {score,
         error}} of all. Rows without a prompt (plain texts) have no task and no answer. kv_cache.json: how a quantized
-        KV cache was simulated (params.kv).
+        KV cache was simulated (params.kv). computed.json: device, attention, threads and batch size; also in the
+        result.
         Without a reference there is no kl and no agree; a model with another tokenizer has only bits and task scores.
         `absent` of the result says why, by metric.
     Metrics:
@@ -70,8 +72,9 @@ def run(job: Job) -> dict[str, Any]:
 
     Raises:
         StageError: Logits are inf or NaN; a scorer cannot be loaded or rejects a reference answer; the model has no KV
-            cache; an external model cannot read the rows.
+            cache; an external model cannot read the rows; the device is of another kind than planned.
     """
+    refuse_other_device(job)
     setup(job)
     if job.execution.device == "cpu":
         os.environ["GPTQ_TORCH_CACHE_WEIGHTS"] = "1"  # 2- and 3-bit layers dequantize once, not in every forward
@@ -100,7 +103,7 @@ def run(job: Job) -> dict[str, Any]:
         pq.write_table(pa.Table.from_pylist(lines, schema=schema), job.out / f"{name}.parquet")
     problems = {metric: problem.as_dict() for metric, problem in (graded.problems | problems).items()}
     gaps = {name: reasons for name, reasons in (("absent", absent), ("problems", problems)) if reasons}
-    return {"kernel": kernel_of(arm.model), **gaps, **_record_kv_cache(arm), **_means(scores, job)}
+    return {**computed(arm.model, job), **gaps, **_record_kv_cache(arm), **_means(scores, job)}
 
 
 def _with_prompt(rows: list[TokenRow], job: Job) -> list[TokenRow]:
@@ -157,6 +160,7 @@ def _load(job: Job, *, passes: Sequence[Sequence[TokenRow]]) -> _LoadedArm:
         adapter=job.optional("adapter"),
         device=job.execution.device,
         trusted=job.params.get("trust_remote_code", False),
+        attention=job.params.get("attention"),
         note=job.events.note,
     )
     job.events.note("kernel", f"{kernel_of(model)} on {job.execution.device}")

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from tasks.jobs.loading.computing import attention_of, refuse_other_device
 from tasks.jobs.loading.load import load_arm, setup
 from tasks.jobs.measuring.own_tokenizer import another
 from tasks.jobs.measuring.teacher_forcing import Stretch, TokenRow, batches, forced, read_rows
@@ -38,8 +39,10 @@ def run(job: Job) -> dict[str, Any]:
         None.
 
     Raises:
-        StageError: Logits are inf or NaN; no row fits into reference_gib; an external model has another tokenizer.
+        StageError: Logits are inf or NaN; no row fits into reference_gib; an external model has another tokenizer; the
+            device is of another kind than planned.
     """
+    refuse_other_device(job)
     setup(job)
     params = job.params
     rows = read_rows(job.inputs["dataset"].path, "dev", "test")
@@ -73,7 +76,8 @@ def run(job: Job) -> dict[str, Any]:
             job.events.progress(done, len(groups), unit="batch")
     pq.write_table(pa.Table.from_pylist(places, schema=PLACES), job.out / "reference.parquet")
     _check(job.out / "reference.safetensors", _header(shape, example.dtype), shape[0] * example.nbytes)
-    return {"rows": len(kept), "of_rows": len(rows), "tokens": shape[0], "vocabulary": shape[1]}
+    sizes = {"rows": len(kept), "of_rows": len(rows), "tokens": shape[0], "vocabulary": shape[1]}
+    return {**sizes, "computed": {"device": job.execution.kind, "attention": attention_of(model)}}
 
 
 def _model(job: Job, rows: list[TokenRow]) -> Model:

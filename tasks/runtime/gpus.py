@@ -33,6 +33,7 @@ class Gpu:
         free_bytes: Its free memory; None as above.
         mig: An instance of a GPU that is split.
         alias: The instance's name up to driver 450: `MIG-GPU-.../1/0`; None where there is none.
+        capability: CUDA's compute capability, `9.0`; None where the driver does not say.
     """
 
     index: int
@@ -42,6 +43,12 @@ class Gpu:
     free_bytes: int | None
     mig: bool = False
     alias: str | None = None
+    capability: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """What its sums depend on: `NVIDIA H200, compute 9.0`. GPUs of one kind compute the same bits."""
+        return f"{self.name}, compute {self.capability}" if self.capability else self.name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +75,25 @@ def all_gpus() -> tuple[Gpu, ...]:
 def visible_gpus() -> tuple[Visible, ...]:
     """The GPUs that steps may lease: those of CUDA_VISIBLE_DEVICES, or all."""
     return visible(all_gpus(), os.environ.get(VISIBLE))
+
+
+def device_kind(device: str, leased: Sequence[int | str] | None = None) -> str:
+    """What sums depend on: `cpu`, or the kind of GPU; `A or B` where GPUs of several kinds are visible.
+
+    All CPUs are one kind. Their products differ in the last bits with the instructions that they have, as they do with
+    the number of threads, which is no part of an identity either; and a home that moves to another CPU machine keeps
+    what it has. The jobs record the instructions, and the report says where they differ.
+
+    Args:
+        device: `cpu` or `cuda`.
+        leased: Only these of the visible GPUs, as CUDA_VISIBLE_DEVICES names them.
+    """
+    if device == "cpu":
+        return device
+    shown = visible_gpus()
+    names = {str(name) for name in leased or ()}
+    own = [one for one in shown if str(one.device) in names or one.gpu.uuid in names] or list(shown)
+    return " or ".join(sorted({one.gpu.kind for one in own})) or device
 
 
 def visible(gpus: Sequence[Gpu], devices: str | None) -> tuple[Visible, ...]:
@@ -193,7 +219,12 @@ def _gpu(index: int, handle: Any, *, parent: Any = None) -> Gpu:
         free_bytes=memory and int(memory.free),
         mig=parent is not None,
         alias=None if parent is None else _or_none(lambda: _alias(handle, parent)),
+        capability=_or_none(lambda: _capability(handle if parent is None else parent)),
     )
+
+
+def _capability(handle: Any) -> str:
+    return "{}.{}".format(*pynvml.nvmlDeviceGetCudaComputeCapability(handle))
 
 
 def _alias(instance: Any, parent: Any) -> str:

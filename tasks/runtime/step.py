@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from recipes.problem import Problem
 from tasks.runtime.fingerprint import canonical, fingerprint
-from tasks.runtime.gpus import all_gpus, no_gpu, visible_gpus
+from tasks.runtime.gpus import all_gpus, device_kind, no_gpu, visible_gpus
 from tasks.runtime.process.disk import full, has_space, is_full
 from tasks.runtime.process.environments import described, environment_problem, interpreter, versions
 from tasks.runtime.process.errors import StepFailed
@@ -61,6 +61,7 @@ class Step:
             chosen (its digest), not on how.
         after: Steps that have to be made before this one starts, and shape none of its bytes.
         whole_machine: Runs alone (speed is measured, or nothing can run beside it).
+        threads: CPU threads wanted; None for the run's.
         gpus: GPUs wanted where the device is cuda; of each process, where `distributed`.
         distributed: May be made by several processes together (`run.processes`).
         environment: Python environment of the child (`make env-NAME`); None for the main one.
@@ -77,6 +78,7 @@ class Step:
     lineage: Mapping[str, Step | External] | None = None
     after: tuple[Step, ...] = ()
     whole_machine: bool = False
+    threads: int | None = None
     gpus: int = 0
     distributed: bool = False
     environment: str | None = None
@@ -261,6 +263,7 @@ def _make(step: Step, inputs: Mapping[str, Artifact], context: Context, lease: L
         **({"server": described(step.server)} if step.server else {}),
         "execution": {
             "device": execution.device,
+            "kind": execution.kind,
             "threads": execution.threads,
             "micro_batch": execution.micro_batch,
             "processes": execution.processes,
@@ -270,9 +273,10 @@ def _make(step: Step, inputs: Mapping[str, Artifact], context: Context, lease: L
 
 
 def _execution(step: Step, limits: Limits, lease: Lease) -> Execution:
-    processes = _processes(step, limits)
+    processes, device = _processes(step, limits), "cuda" if lease.gpus else "cpu"
     return Execution(
-        device="cuda" if lease.gpus else "cpu",
+        device=device,
+        kind=device_kind(device, lease.gpus),
         threads=limits.threads if step.whole_machine else max(1, len(lease.cpus) // processes),
         micro_batch=limits.micro_batch,
         processes=processes,
@@ -329,7 +333,7 @@ class Resources(NamedTuple):
 def resources(step: Step, limits: Limits) -> Resources:
     """What a step has to lease."""
     processes = _processes(step, limits)
-    cpus = 0 if step.whole_machine else limits.threads * processes
+    cpus = 0 if step.whole_machine else (step.threads or limits.threads) * processes
     return Resources(cpus=cpus, gpus=step.gpus * processes if limits.device == "cuda" else 0)
 
 

@@ -38,6 +38,7 @@ class Shape:
     scales_from_base: bool = False
     kv: str | None = None
     unavailable: str | None = None
+    null: str | None = None
 
 
 SHAPES: dict[str, Shape] = {
@@ -76,6 +77,7 @@ class SyntheticRun:
         refused: Arm -> why the engine does not read it.
         serving: Arm -> what the engine makes of it; the others have no serve step.
         unserved: Arm -> why it has no serve step.
+        devices: Arm -> kind of device that it was scored on; the others were on a CPU.
         drop_rows: Arms that are scored on one test row less.
         nan_rows: Arms with NaN in one loss.
         cut: Arm -> how many of its first answers have no end; the others' all have one.
@@ -101,6 +103,7 @@ class SyntheticRun:
     refused: dict[str, str] = field(default_factory=dict)
     serving: dict[str, Serving] = field(default_factory=dict)
     unserved: dict[str, str] = field(default_factory=dict)
+    devices: dict[str, str] = field(default_factory=dict)
     drop_rows: frozenset[str] = frozenset()
     nan_rows: frozenset[str] = frozenset()
     cut: dict[str, int] = field(default_factory=dict)
@@ -166,12 +169,12 @@ class SyntheticRun:
         self._step("calibrate/quickstart", {"calibset.parquet": 61_000}, seconds=2.2)
 
     def _arm(self, slug: str, shape: Shape, index: int) -> dict[str, Any]:
-        model, of = None, slug.partition(".kv-")[0] if shape.kv else None
+        model, of = None, _of(slug, shape)
         if shape.unavailable:
             return self._record(slug, shape, model=None, evaluate=None, measure=None)
         serve = f"serve/{slug}" if slug in self.serving else None
         if of is not None:
-            model = f"quantize/{of}" if shape.scheme else None
+            model = f"quantize/{of}" if shape.scheme else f"merge/{shape.merge_base}" if shape.merge_base else None
         elif shape.scheme:
             model = f"quantize/{slug}"
             note = [("kernel", "TorchLinear: no AVX512 kernel for 3 bits")] if "w3" in slug else []
@@ -180,7 +183,8 @@ class SyntheticRun:
         elif shape.merge_base:
             model = f"merge/{shape.merge_base}"
         evaluate, measure = f"evaluate/{slug}", f"measure/{slug}"
-        if files := self._step(evaluate, {}, seconds=14.0 + index / 3, needs=model):
+        result = {"computed": computed(shape.null) | {"device": self.devices.get(slug, "cpu")}}
+        if files := self._step(evaluate, {}, seconds=14.0 + index / 3, needs=model, result=result):
             self._scores(files, slug, shape, np.random.default_rng([self.seed, index]))
         if self.measured and of is None and (files := self._step(measure, {}, seconds=8.0, needs=model)):
             dump(files / "speed.json", speed(shape, np.random.default_rng([self.seed, index, 1])))
@@ -213,7 +217,8 @@ class SyntheticRun:
             "scales_from_base": shape.scales_from_base,
             "model": model,
             "kv": shape.kv,
-            "of": slug.partition(".kv-")[0] if shape.kv else None,
+            "null": shape.null,
+            "of": _of(slug, shape),
             "external": False,
             "unavailable": shape.unavailable,
             "adapter": "train/quickstart" if on_top and not shape.unavailable else None,
@@ -231,6 +236,7 @@ class SyntheticRun:
         seconds: float,
         needs: str | None = None,
         notes: list[tuple[str, str]] | None = None,
+        result: dict[str, Any] | None = None,
     ) -> Path | None:
         """Record a step; returns its files/ folder where it was made."""
         stage, slug = key.split("/")
@@ -263,7 +269,7 @@ class SyntheticRun:
                 "files": {name: {"sha256": "0" * 64, "size": size} for name, size in files.items()}
                 | {"events.jsonl": {"sha256": "0" * 64, "size": 99}, "quantize.json": {"sha256": "0" * 64, "size": 7}},
                 "attempts": 1,
-                "result": {},
+                "result": result or {},
                 "seconds": seconds,
                 "peak_rss_gib": 0.7 + seconds / 400,
                 "peak_gpu_gib": None,
@@ -369,6 +375,17 @@ class SyntheticRun:
             for split in ("dev", "test")
             for index in rows
         ]
+
+
+def _of(slug: str, shape: Shape) -> str | None:
+    """The arm whose files are loaded, where it is another one."""
+    return slug.rpartition(".")[0] if shape.kv or shape.null else None
+
+
+def computed(null: str | None) -> dict[str, Any]:
+    """What an evaluate job records of its computing; of a null arm one thing is other."""
+    other = {"batch": {"batch_size": 8}, "threads": {"threads": 2}, "attention": {"attention": "eager"}}
+    return {"attention": "sdpa", "threads": 1, "batch_size": 16, **other.get(null or "", {})}
 
 
 def answer_to(index: int, *, right: bool, slug: str) -> str:

@@ -11,7 +11,17 @@ from tasks.runtime.fingerprint import fingerprint
 from tasks.runtime.store.local import write_json
 from tests.conftest import World
 
-ARMS = ["base", "base-nf4", "nf4-adapter", "merged-dequantized", "merged-original", "gptq-w4-g128", "rtn-w4-g128"]
+NULL = "merged-dequantized.null-batch"
+ARMS = [
+    "base",
+    "base-nf4",
+    "nf4-adapter",
+    "merged-dequantized",
+    "merged-original",
+    "gptq-w4-g128",
+    "rtn-w4-g128",
+    NULL,
+]
 METRICS = [
     "ppl_test",
     "ppl_all",
@@ -48,6 +58,10 @@ def test_report_has_every_arm_with_value_interval_and_n(small: World):
         assert arm["status"] == "ok" and sorted(arm["metrics"]) == sorted(METRICS), slug
         for name, metric in arm["metrics"].items():
             assert set(metric) == {"value", "ci95", "n", "split", "reason"}
+            if slug == NULL and name in METRICS[-3:]:
+                assert metric["value"] is None and "whose speed was measured" in metric["reason"]
+                checked += 1
+                continue
             assert metric["value"] is not None and math.isfinite(metric["value"]), (slug, name, metric["reason"])
             if name == "size_bytes" or (slug == "nf4-adapter" and name in ("kl_mean", "kl_p99", "top1_agreement")):
                 assert metric["ci95"] is None
@@ -69,6 +83,16 @@ def test_paths_of_the_report_load_where_they_say(small: World):
 def test_the_reference_agrees_with_itself(small: World):
     own = small.report()["arms"]["nf4-adapter"]["metrics"]
     assert own["kl_mean"]["value"] == 0 and own["top1_agreement"]["value"] == 1
+
+
+def test_a_change_of_the_batch_size_is_measured(small: World):
+    null = small.report()["nulls"]["arms"][NULL]
+    assert null["changed"] == "batch size 25 instead of 50" and null["reason"] is None
+    assert {"task", "ppl_test", "kl_mean", "ppl_general"} <= set(null["differences"])
+    assert any(line["difference"] for line in null["differences"].values())  # another order of sums
+    assert abs(null["differences"]["kl_mean"]["difference"]) < 1e-3
+    assert null["answers"]["n"] == null["differences"]["task"]["n"]
+    assert all("noise" in line for line in small.report()["comparisons"])
 
 
 def test_run_folder_is_complete(small: World):

@@ -57,6 +57,25 @@ def write_scores(folder: Path, losses: np.ndarray, *, test: np.ndarray | None = 
 # ---- by figures that are known
 
 
+@pytest.mark.parametrize("devices", [("cpu", "NVIDIA L4, compute 8.9"), ("cpu", "cpu"), ("cpu", None)])
+def test_nothing_is_decided_between_scores_of_two_devices(devices: tuple[str, str | None], tmp_path: Path) -> None:
+    """original is better by far; scored elsewhere, that may be the devices' doing, and the default stands."""
+    losses = np.full(40, 1.0) + np.random.default_rng(0).normal(0, 0.01, 40)
+    scores = {
+        "dequantized": write_scores(tmp_path / "d", losses + 0.5),
+        "original": write_scores(tmp_path / "o", losses),
+    }
+    for folder, device in zip(scores.values(), devices, strict=True):
+        if device is not None:
+            (folder / choose.COMPUTED).write_text(json.dumps({"device": device}))
+    made = choice(tmp_path, **scores)
+    if len({*devices} - {None}) == 1:
+        assert made["candidate"] == "original" and "undecided" not in made
+    else:
+        assert made["candidate"] == "dequantized" and set(made) == {"candidate", "rule", "undecided"}
+        assert "merged-original on NVIDIA L4, compute 8.9" in made["undecided"]
+
+
 def test_the_only_candidate_is_named_and_nothing_is_read(tmp_path: Path) -> None:
     job = make_job("choose", tmp_path / "out", params={}, original=tmp_path)
     assert choose.run(job) == {"candidate": "original"}

@@ -142,11 +142,44 @@ def test_rows_in_several_tiles_and_parts_have_the_same_scores(
     own = score(world, tmp_path / "own", **inputs)
     assert own["kl/dev"] == own["kl/test"] == 0 and own["agree/test"] == 1
     in_tiles = score(world, tmp_path / "out", reference=tmp_path / "in-tiles")
-    for metric in (name for name in whole if name != "kernel"):
+    for metric in (name for name in whole if name not in ("kernel", "computed")):
         assert in_tiles[metric] == pytest.approx(whole[metric], rel=0.02), metric  # as above; equal on AVX2
     for name in ("scores", "kl"):
         same = [[{**line, "sum": 0, "kl": 0} for line in lines(tmp_path / arm, name)] for arm in ("whole", "out")]
         assert same[0] == same[1]
+
+
+def test_null_arms_compute_otherwise_what_is_the_same_model(world: Path, tmp_path: Path) -> None:
+    """Another batch size and another attention are on record, and move losses by less than a hundredth."""
+    plain = score(world, tmp_path / "plain")
+    batch = score(world, tmp_path / "batch", batch_size=2)
+    eager = score(world, tmp_path / "eager", attention="eager")
+    record = {"device": "cpu", "attention": "sdpa", "threads": 1, "batch_size": 4}
+    record |= {"instructions": torch.backends.cpu.get_cpu_capability()}
+    assert plain["computed"] == record == json.loads((tmp_path / "plain" / "computed.json").read_text())
+    assert batch["computed"] == record | {"batch_size": 2}
+    assert eager["computed"] == record | {"attention": "eager"}
+
+    def losses(name: str) -> dict[str, float]:
+        return {line["row"]: line["sum"] for line in lines(tmp_path / name) if line["metric"] == "nll"}
+
+    for name in ("batch", "eager"):
+        assert losses(name) == pytest.approx(losses("plain"), rel=0.02)  # as above
+    assert losses("batch") != losses("plain")  # otherwise it would be no null arm
+    assert losses("eager") != losses("plain")
+
+
+def test_another_device_than_planned_is_refused_before_anything_is_loaded(world: Path, tmp_path: Path) -> None:
+    card = "NVIDIA L4, compute 8.9"
+    for planned in ("cpu", f"{card} or cpu"):
+        score(world, tmp_path / "out", device=planned)
+    with pytest.raises(StageError) as caught:
+        score(world, tmp_path / "elsewhere", device=card)
+    assert "planned for NVIDIA L4, compute 8.9, and here is cpu" in caught.value.problem.what
+    with pytest.raises(StageError, match="planned for"):
+        params = {"batch_size": 4, "reference_gib": 4.0, "seed": 0, "device": card}
+        inputs = {name: world / name for name in ("dataset", "base", "adapter")}
+        reference.run(make_job("reference", tmp_path / "reference", params=params, **inputs))
 
 
 def test_all_arms_have_the_same_rows_groups_and_tokens(world: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def recipe(
             "calibrate": {"controls": controls or [], "general": "general.jsonl"},
             "quantize": {"schemes": schemes},
             "train": {"dora": dora},
-            "evaluate": {"on_base": on_base, "kv_cache": kv_cache or []},
+            "evaluate": {"on_base": on_base, "kv_cache": kv_cache or [], "null_arms": []},
         }
     )
 

@@ -72,7 +72,7 @@ def _point(slug: str, arm: Mapping[str, Any], metric: str, scale: float = 1.0) -
     )
 
 
-NOT_DRAWN = ("base", "control", "kv-cache")  # far off; in their own section; in the waterfall
+NOT_DRAWN = ("base", "control", "kv-cache", "null")  # far off; in their own section; in the waterfall; no other model
 
 
 def against_size(arms: Mapping[str, Any], metric: Literal["kl_mean", "task"]) -> str:

@@ -123,6 +123,7 @@ def load_arm(
     device: str,
     adapter: Path | None = None,
     trusted: bool = False,
+    attention: str | None = None,
     note: Note = lambda about, text: print(f"{about}: {text}", flush=True),
 ) -> PreTrainedModel | PeftModel:
     """An arm as it is shipped: bf16, NF4 or quantized checkpoint, with the adapter on top if there is one.
@@ -134,6 +135,7 @@ def load_arm(
         device: `cpu` or `cuda`.
         adapter: PEFT folder or None.
         trusted: Code in the folder of an external model may run.
+        attention: transformers' attn_implementation of a bf16 arm; None leaves the choice to it.
         note: Called where another kernel than the usual one was taken, with the reason.
 
     Raises:
@@ -147,7 +149,8 @@ def load_arm(
     elif kind == "quantized":
         model = _load_quantized(folder, device=device, note=note)
     else:
-        model = _load(folder, device=device)
+        extra = {} if attention is None else {"attn_implementation": attention}
+        model = _load(folder, device=device, **extra)
     if (kind != "bf16") != bool(getattr(model, "is_quantized", False)):
         raise StageError.of(
             what=f"{folder.name} was to be loaded as {kind}",

@@ -34,6 +34,7 @@ class Execution:
 
     Attributes:
         device: `cpu` or `cuda`.
+        kind: `cpu`, or the kind of the leased GPU: what sums depend on.
         threads: Threads the child may use: the size of its lease.
         micro_batch: Rows per forward pass in training; None lets the job take the whole batch.
         processes: Ranks that do the job together, started by `accelerate launch`; this is 1 for all but train.
@@ -44,6 +45,7 @@ class Execution:
     """
 
     device: str = "cpu"
+    kind: str = "cpu"
     threads: int = 1
     micro_batch: int | None = None
     processes: int = 1

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -329,9 +330,17 @@ def test_a_node_that_does_not_reach_prefect_is_refused(tmp_path: Path) -> None:
         hears_prefect=answers(api),
         clock=0.0,
     )
-    (problem,) = differs(report, Here(code="same", locked={}, installed={}), query)
+    same = Here(code="same", locked={}, installed={})
+    (problem,) = differs(report, same, query)
     assert problem.what == "A node does not reach Prefect." and api in problem.why
     assert "far" in problem.where and "quench up --host" in problem.next
+
+    # Arms are scored on L4 or A100 here. What a node has otherwise counts only where arms are scored on GPUs.
+    scored = same._replace(gpus=("A100, compute 8.0 or L4, compute 8.9",))
+    for gpus, refused in (((), False), (("L4, compute 8.9",), False), (("T4, compute 7.5", "L4, compute 8.9"), True)):
+        there = replace(report, gpus=gpus, hears_prefect=True)
+        assert list(differs(there, same, query)) == []
+        assert ["T4, compute 7.5 there" in problem.why for problem in differs(there, scored, query)] == [True] * refused
 
 
 @pytest.mark.parametrize("what", ["nothing", "another server", "a client's address"])
