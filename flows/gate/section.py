@@ -147,7 +147,10 @@ def sentences(section: Mapping[str, Any]) -> Iterator[str]:
     yield f"It is the candidate: {section['reason']}."
     if looks and not spent_out:
         yield looks["text"]
-    yield _champion_text(section["champion"])
+    if looks and section["champion"] is None:
+        yield "There was no champion to compare with."
+    else:
+        yield _champion_text(section["champion"])
     yield from chain_sentences(section)
     if looks is None and section["champion"] is None and "margins" in section:
         yield _first_look(section["margins"]["looks"])
@@ -196,14 +199,9 @@ def chain_sentences(section: Mapping[str, Any]) -> Iterator[str]:
     if best := section.get("best"):
         yield f"Compared with the best version so far, {_named(best)}, too, {_on_rows(best)}"
         yield "What was lost since then counts against the same margins."
-    elif chain["versions"] and chain["best"] == chain["champion"]:
-        count = len(chain["versions"])
-        yield (
-            f"The champion is the best of the {count} versions so far."
-            if count > 1
-            else "It is the only version so far."
-        )
-    elif chain["elsewhere"] and not chain["left_out"]:
+    elif len(chain["versions"]) > 1:
+        yield f"The champion is the best of the {len(chain['versions'])} versions so far."
+    elif chain["elsewhere"] and not chain["versions"] and not chain["left_out"]:
         yield "This test shares no row with any that a promoted version was judged on: a new chain begins."
     if chain["left_out"]:
         named = (f"version {line['version']}: {line['reason']}" for line in chain["left_out"])
