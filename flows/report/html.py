@@ -26,7 +26,6 @@ from flows.report.text import (
     SPEEDS,
     columns,
     data_line,
-    flips_note,
     further_tasks,
     gate_sentence,
     hardware_line,
@@ -35,7 +34,7 @@ from flows.report.text import (
     ran_on,
     ran_where,
 )
-from flows.results.flips import flips_text
+from flows.results.flips import flips_note, flips_text
 from flows.results.layers import unmeasured, worst
 from flows.results.metrics import METRICS, SERVED, difference_text, interval_text, significant, size, value_text
 from flows.results.power import sentence as power_sentence
