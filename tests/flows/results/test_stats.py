@@ -474,7 +474,7 @@ def test_few_and_lopsided_groups_are_covered(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FEW)
 def test_skewed_noise_of_few_and_lopsided_groups(name: str) -> None:
-    """Outside the goal where three of 20 groups hold most: 7.4 % over 8,000, and 7.9 % where all noise is the group's."""
+    """Outside the goal where three of 20 groups hold most: 7.4 % over 8,000, 7.9 % where all noise is the group's."""
     sizes, own, _ = FEW[name]
     assert misses(few_groups(sizes, own, even=False), len(sizes)) <= 8.5
 
