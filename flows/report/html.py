@@ -30,7 +30,6 @@ from flows.report.text import (
     SPEEDS,
     columns,
     data_line,
-    flips_note,
     further_tasks,
     gate_sentence,
     hardware_line,
@@ -40,7 +39,7 @@ from flows.report.text import (
     ran_where,
     registered_lines,
 )
-from flows.results.flips import flips_text
+from flows.results.flips import flips_note, flips_text
 from flows.results.layers import unmeasured, worst
 from flows.results.metrics import (
     METRICS,

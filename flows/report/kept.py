@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flows.results.metrics import difference_text, interval_text, value_text
@@ -57,7 +57,12 @@ def reasons(kept: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def section_lines(kept: Mapping[str, Any] | None) -> Iterator[str]:
-    """The section's paragraphs above its table; nothing where the run has none."""
-    if kept:
-        yield from ["", f"## {TITLE}", "", lead(kept)]
+def kept_section(
+    kept: Mapping[str, Any] | None, table: Callable[[Sequence[str], Sequence[Sequence[str]]], Iterator[str]]
+) -> Iterator[str]:
+    """The section in Markdown, its table made by `table` from a head and rows; nothing where the run has none."""
+    if not kept:
+        return
+    yield from ["", f"## {TITLE}", "", lead(kept)]
+    if lines := rows(kept):
+        yield from ["", *table(HEAD, lines), *(f"\n{line}" for line in reasons(kept))]

@@ -14,16 +14,13 @@ from rich.text import Text
 from flows.report.chain import HEAD as CHAIN_HEAD
 from flows.report.chain import chain_lines, left_away
 from flows.report.dev import dev_section
-from flows.report.kept import HEAD as KEPT_HEAD
-from flows.report.kept import reasons as kept_reasons
-from flows.report.kept import rows as kept_rows
-from flows.report.kept import section_lines as kept_lines
+from flows.report.kept import kept_section
 from flows.report.null_arms import not_ranked, null_arms, verdict_text, ways
 from flows.report.plots.waterfall import signed
 from flows.report.served import HEAD as SERVED_HEAD
 from flows.report.served import SPEED_HEAD, below, engines, floor_text, mark_of, speed_rows
 from flows.report.served import rows_of as served_rows
-from flows.results.flips import flips_text
+from flows.results.flips import flips_note, flips_text
 from flows.results.metrics import METRICS, TASK, absent_text, difference_text, interval_text, significant, value_text
 from flows.results.power import sentence as power_sentence
 
@@ -108,19 +105,11 @@ def markdown(report: Mapping[str, Any]) -> str:
     lines += _chain(report["gate"])
     if loss := waterfall_sentence(report["waterfall"]):
         lines += ["", "## Where does the loss go?", "", f"- {loss}"]
-    lines += _kept(report)
+    lines += kept_section(report.get("kept"), _table)
     lines += _noise(report)
     lines += ["", *fit_section(report["fit"]), *_comparisons(report), *_served(report), *_speed(report)]
     lines += [*dev_section(report.get("dev"), _table), *_machine(report)]
     return no_tags("\n".join(lines)) + "\n"
-
-
-def _kept(report: Mapping[str, Any]) -> Iterator[str]:
-    """What arms keep of the gain; nothing where the run cannot say."""
-    kept = report.get("kept")
-    yield from kept_lines(kept)
-    if kept and (rows := kept_rows(kept)):
-        yield from ["", *_table(KEPT_HEAD, rows), *(f"\n{line}" for line in kept_reasons(kept))]
 
 
 def no_tags(text: str) -> str:
@@ -232,23 +221,6 @@ def _comparisons(report: Mapping[str, Any]) -> Iterator[str]:
     if told := power_sentence(report["power"]):
         yield f"\n{told}"
     yield ""
-
-
-def flips_note(report: Mapping[str, Any]) -> str | None:
-    """What the counts of flipped answers are; None where none were counted."""
-    if not any(flips_text(one.get("flips")) for one in report["comparisons"]):
-        return None
-    size = report["data"].get("test")
-    grouped = f", and these {size['rows']:,} are {size['groups']:,} groups" if size and more_rows(size) else ""
-    return (
-        "Answers lost: b has them right and a has not; gained: the other way round. p is McNemar's exact test, "
-        f"two-sided, of this one comparison. It takes every row for itself{grouped}; the interval is what decides."
-    )
-
-
-def more_rows(size: Mapping[str, int]) -> bool:
-    """Some group has several rows."""
-    return size["rows"] > size["groups"]
 
 
 def left_out(report: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -7,6 +7,7 @@ what decides, as everywhere.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,3 +68,17 @@ def flips_text(line: dict[str, Any] | None) -> str:
         return "no answer flipped"
     p = "p < 0.0001" if line["p"] < 0.0001 else f"p = {line['p']:.2g}"
     return f"{lost:,} answer{'' if lost == 1 else 's'} lost, {gained:,} gained, {p}"
+
+
+def flips_note(report: Mapping[str, Any]) -> str | None:
+    """What the counts of flipped answers are; None where none were counted."""
+    if not any(flips_text(one.get("flips")) for one in report["comparisons"]):
+        return None
+    size = report["data"].get("test")
+    grouped = (
+        f", and these {size['rows']:,} are {size['groups']:,} groups" if size and size["rows"] > size["groups"] else ""
+    )
+    return (
+        "Answers lost: b has them right and a has not; gained: the other way round. p is McNemar's exact test, "
+        f"two-sided, of this one comparison. It takes every row for itself{grouped}; the interval is what decides."
+    )
