@@ -131,6 +131,10 @@ def test_report_of_a_fixed_base_and_of_a_choice_that_was_never_made(tmp_path: Pa
     report = render(folder, tmp_path).json
     assert report["arms"]["gptq-w4-g128"]["merge_base"] == "dequantized"
     assert "quantize merged-dequantized: the recipe names it (merge.base)." in merge_answer(report)
+    why = "scored on different devices, merged-dequantized on cpu and merged-original on NVIDIA L4, compute 8.9"
+    decide(run, folder, {"candidate": "dequantized", "rule": "the lower loss", "undecided": why})
+    said = merge_answer(render(folder, tmp_path).json)
+    assert f"This run could not decide (merge.base: auto): {why}. Rule: the lower loss." in said
 
 
 def test_arms_that_nobody_could_choose_for_name_the_evaluation_that_failed(tmp_path: Path):
