@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,21 @@ def recipe() -> Recipe:
     return load(QUICKSTART / "recipe.yaml").recipe
 
 
-def ended(home: Path, recipe: Recipe, **changes: Any) -> Path:
-    """A run of the recipe with a report; returns its folder."""
-    folder = SyntheticRun(home, **changes).write()
-    resolved = json.loads((folder / "recipe.resolved.json").read_text())
-    resolved["evaluate"]["scorers"] = recipe.model_dump(mode="json")["evaluate"]["scorers"]
-    (folder / "recipe.resolved.json").write_text(json.dumps(resolved))
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of 400 rows with its report."""
+    home = tmp_path_factory.mktemp("home")
+    folder = SyntheticRun(home).write()
     render(folder, home)
+    return folder
+
+
+def ended(home: Path, recipe: Recipe, rendered: Path, *, id: str = "20260101-000000-quickstart-aaaa") -> Path:
+    """A run of the recipe with that report; returns its folder."""
+    folder = home / "runs" / id
+    folder.mkdir(parents=True)
+    shutil.copy(rendered / "report.json", folder)
+    (folder / "recipe.resolved.json").write_text(json.dumps(recipe.model_dump(mode="json")))
     return folder
 
 
@@ -77,10 +86,10 @@ def test_what_cannot_be_told_says_why(recipe: Recipe, rows: dict[Side, SideSize]
     ]
 
 
-def test_the_last_run_of_the_name_tells_by_its_candidate(tmp_path: Path, recipe: Recipe) -> None:
+def test_the_last_run_of_the_name_tells_by_its_candidate(tmp_path: Path, recipe: Recipe, rendered: Path) -> None:
     assert earlier(tmp_path, recipe) is None
-    ended(tmp_path, recipe, run_id="20260101-000000-quickstart-aaaa", seed=1)
-    folder = ended(tmp_path, recipe, run_id="20260201-000000-quickstart-bbbb", salt="2")
+    ended(tmp_path, recipe, rendered)
+    folder = ended(tmp_path, recipe, rendered, id="20260201-000000-quickstart-bbbb")
     (tmp_path / "runs" / "latest").symlink_to(folder.name)
     report = json.loads((folder / "report.json").read_text())
     line = next(line for line in report["power"] if line["arm"] == report["gate"]["candidate"])
@@ -92,11 +101,20 @@ def test_the_last_run_of_the_name_tells_by_its_candidate(tmp_path: Path, recipe:
     assert told["earlier"]["run"] == folder.name and not told["guess"]
 
 
-def test_runs_that_do_not_tell_are_passed_over(tmp_path: Path, recipe: Recipe) -> None:
-    """Another name, another scorer, a report from before this, few rows, a model that is never right."""
-    good = ended(tmp_path, recipe, run_id="20260101-000000-quickstart-aaaa")
-    others = [ended(tmp_path, recipe, run_id=f"2026020{n}-000000-quickstart-bbbb", salt=str(n)) for n in range(1, 7)]
-    named, scored, older, oldest, few, wrong = others
+def test_without_a_candidate_the_scheme_in_the_middle_tells(tmp_path: Path, recipe: Recipe, rendered: Path) -> None:
+    folder = ended(tmp_path, recipe, rendered)
+    report = json.loads((folder / "report.json").read_text())
+    edit(folder / "report.json", gate={"candidate": None})
+    variances = sorted(line["variance"] for line in report["power"])
+    before = earlier(tmp_path, recipe)
+    assert before is not None and variances[0] < before.variance < variances[-1]
+
+
+def test_runs_that_do_not_tell_are_passed_over(tmp_path: Path, recipe: Recipe, rendered: Path) -> None:
+    """Another name, another scorer, a report from before this, few rows, a model that is never right, half a file."""
+    good = ended(tmp_path, recipe, rendered)
+    others = [ended(tmp_path, recipe, rendered, id=f"2026020{n}-000000-quickstart-bbbb") for n in range(1, 8)]
+    named, scored, older, oldest, few, wrong, half = others
     edit(named / "recipe.resolved.json", name="another")
     edit(scored / "recipe.resolved.json", evaluate={"scorers": [{"kind": "exact-match"}]})
     report = json.loads((older / "report.json").read_text())
@@ -106,8 +124,7 @@ def test_runs_that_do_not_tell_are_passed_over(tmp_path: Path, recipe: Recipe) -
     edit(few / "report.json", power=[one | {"rows": 99} for one in report["power"]])
     report["arms"]["merged-dequantized"]["metrics"]["task"]["value"] = 0.0
     edit(wrong / "report.json", arms=report["arms"])
-    (others[0].parent / "20260301-000000-quickstart-half").mkdir()
-    (others[0].parent / "20260301-000000-quickstart-half" / "report.json").write_text("{")
+    (half / "report.json").write_text("{")
     before = earlier(tmp_path, recipe)
     assert before is not None and before.run == good.name
     model = recipe.model_copy(update={"promote": recipe.promote.model_copy(update={"model_name": "another"})})
@@ -115,8 +132,8 @@ def test_runs_that_do_not_tell_are_passed_over(tmp_path: Path, recipe: Recipe) -
     assert renamed is not None and renamed.run == named.name  # one model name, whatever the recipe is called
 
 
-def test_no_change_in_so_many_rows_is_not_never(tmp_path: Path, recipe: Recipe) -> None:
-    folder = ended(tmp_path, recipe)
+def test_no_change_in_so_many_rows_is_not_never(tmp_path: Path, recipe: Recipe, rendered: Path) -> None:
+    folder = ended(tmp_path, recipe, rendered)
     report = json.loads((folder / "report.json").read_text())
     edit(folder / "report.json", power=[one | {"changed": 0.0, "variance": 0.0} for one in report["power"]])
     before = earlier(tmp_path, recipe)

@@ -56,9 +56,7 @@ def test_both_stand_beside_the_verdict(tmp_path: Path) -> None:
 
 def test_it_says_when_scores_were_known_and_whose_registration_it_is(tmp_path: Path) -> None:
     folder = SyntheticRun(tmp_path, test=60).write()
-    told(
-        folder, scored_before=["gptq-w4-g128"], kept_from="20260101-000000-quickstart-aaaa", documents={"task.sky": 90}
-    )
+    told(folder, scored_before=["gptq-w4-g128"], kept_from="20260101-quickstart-aaaa", documents={"task.sky": 90})
     report = render(folder, tmp_path)
     assert report.json["registered"] is not None
     first, *more = report.json["registered"]["text"]
