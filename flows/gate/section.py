@@ -131,9 +131,9 @@ def sentences(section: Mapping[str, Any]) -> Iterator[str]:
     not_passed = [check for check in gating if check["outcome"] != "pass"]
     passed = f"{len(gating) - len(not_passed)} of {len(gating)} checks on test are within their margins"
     looks = section.get("looks")
-    spent_out = bool(looks) and looks["number"] > looks["limit"]
+    spent_out = looks is not None and looks["number"] > looks["limit"]
     yield f"{section['candidate']} {SPENT_OUT if spent_out else OUTCOMES[section['outcome']]} ({passed})."
-    if spent_out:
+    if looks and spent_out:
         yield looks["text"]
     engine = [section["served"]["text"]] if "served" in section else []
     if section["outcome"] == NOT_AS_MEASURED:

@@ -149,7 +149,7 @@ def load_arm(
     elif kind == "quantized":
         model = _load_quantized(folder, device=device, note=note)
     else:
-        extra = {} if attention is None else {"attn_implementation": attention}
+        extra: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
         model = _load(folder, device=device, **extra)
     if (kind != "bf16") != bool(getattr(model, "is_quantized", False)):
         raise StageError.of(
