@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from flows.results.cells import ArmEvidence, Cell, Draws, rows_cell
 from flows.results.comparisons import merged_schemes
 from flows.results.metrics import METRICS, TASK, Metric
-from flows.results.paired import ONE_GROUP, Difference, Obstacle, Paired, differences, paired
+from flows.results.paired import OTHER_DEVICE, Difference, Obstacle, Paired, differences, few_groups, paired
 from flows.results.read import Run, RunArm
 from flows.results.rows import RowScores, read_dev
 
@@ -30,9 +30,9 @@ LOSS = Metric(
 Scores = Mapping[str, RowScores]
 REASONS: dict[Obstacle, str] = {
     "missing": "one of the two has no such scores of dev",
+    "other device": OTHER_DEVICE,
     "other rows": "the two arms were not scored on the same rows and tokens of dev",
     "not finite": "scores that are not finite",
-    "one group": ONE_GROUP,
 }
 
 
@@ -46,6 +46,7 @@ class _Compared(NamedTuple):
 
 def dev_of(run: Run, evidence: Mapping[str, ArmEvidence], draws: Draws) -> dict[str, Any] | None:
     """`dev` of report.json; None where no arm has scores of dev."""
+    evidence = {slug: arm for slug, arm in evidence.items() if arm.arm.null is None}  # nothing is tuned by noise
     scores = {slug: _scores(arm, run) for slug, arm in evidence.items()}
     metrics = _metrics(scores)
     if not metrics:
@@ -120,7 +121,7 @@ def _pairs(
         if isinstance(pair, Paired):
             able[one] = pair
         else:
-            reasons[one] = REASONS.get(pair, pair)
+            reasons[one] = REASONS.get(pair) or str(few_groups(a))
     return able, reasons
 
 
