@@ -130,7 +130,7 @@ def sentences(section: Mapping[str, Any]) -> Iterator[str]:
     looks = section.get("looks")
     spent_out = bool(looks) and looks["number"] > looks["limit"]
     yield f"{section['candidate']} {SPENT_OUT if spent_out else OUTCOMES[section['outcome']]} ({passed})."
-    if spent_out:
+    if looks and spent_out:
         yield looks["text"]
     engine = [section["served"]["text"]] if "served" in section else []
     if section["outcome"] == NOT_AS_MEASURED:
