@@ -18,6 +18,7 @@ from recipes.checks.power import (
     chance_to_pass,
     enough_rows,
     half_width,
+    later_level,
     margin_that_does,
     smallest_loss,
 )
