@@ -5,9 +5,10 @@ The interval's level is 95 % for the first candidate that a set of test rows jud
 (flows/gate/looks.py). Slices by domain stay at 95 %: they are a second net with wider margins, and 200 rows cannot
 resolve 5 points at 99.9 %, so models that are equal would hardly ever pass.
 
-* pass: the whole interval lies within the margin. A candidate passes where every check does, so each is made at that
-  level by itself: a model that is too bad in one respect has to get through that check, and does so in 2.5 % at most,
-  however many others there are (intersection-union, Berger 1982, Technometrics 24:295).
+* pass: the whole interval lies within the margin, of a task also Tango's score interval, which keeps what it promises
+  where few answers changed (flows/results/score_interval.py). A candidate passes where every check does, so each is
+  made at that level by itself: a model that is too bad in one respect has to get through that check, and does so in
+  2.5 % at most, however many others there are (intersection-union, Berger 1982, Technometrics 24:295).
 * worse: the interval that holds together over all checks, at the same level, lies wholly beyond the margin.
 * undecided: anything else, also a check that cannot be made. It blocks like worse.
 """
@@ -22,10 +23,11 @@ from typing import Any, Literal
 import numpy as np
 
 from flows.gate.looks import level_text
-from flows.results.flips import flips_json, flips_text
+from flows.results.flips import flips, flips_json, flips_text
 from flows.results.paired import Difference, Draw, Paired, differences, few_groups, paired
 from flows.results.rows import RowScores
-from flows.results.stats import LEVEL, Z_POWER, Interval, Link, Studentized, critical_of
+from flows.results.score_interval import score_interval
+from flows.results.stats import LEVEL, Z_POWER, Interval, Link, Studentized, critical_of, student
 from recipes.schema import Gate
 
 Outcome = Literal["pass", "worse", "undecided", "none", "not served as measured"]
@@ -228,13 +230,15 @@ def _check(planned: PlannedCheck, difference: Difference | None, level: float) -
     own, together = (difference.ci_level, difference.ci_level_adjusted)
     if planned.domain is not None:
         level, own, together = LEVEL, difference.ci95, difference.ci95_adjusted
+    pair = planned.rows
+    if planned.is_task and isinstance(pair, Paired):
+        own = _with_score_interval(own, pair, difference.boot, level)
     sign = -1.0 if planned.is_task else 1.0  # what is lost, not what is gained
     outcome: Outcome = "undecided"
     if _signed(own, sign).high < planned.margin:
         outcome = "pass"
     elif _signed(together, sign).low > planned.margin:
         outcome = "worse"
-    pair = planned.rows
     room = abs(sign * difference.estimate - planned.margin)
     return replace(
         check,
@@ -248,6 +252,22 @@ def _check(planned: PlannedCheck, difference: Difference | None, level: float) -
         n_needed=_needed(room, difference.boot.at_level(level), n, level) if outcome == "undecided" else None,
         flips=flips_json(pair) if planned.is_task and isinstance(pair, Paired) else None,
     )
+
+
+def _with_score_interval(own: Interval, pair: Paired, boot: Studentized, level: float) -> Interval:
+    """Both intervals together, where all scores are right or wrong; the bootstrap's where they are not.
+
+    Rows of a group change together, so the score interval is as much wider as the groups' standard error is than that
+    of independent rows.
+    """
+    counted = flips(pair)
+    if isinstance(counted, str):
+        return own
+    lost, gained, n = counted.lost, counted.gained, len(pair.a.rows)
+    apart = math.sqrt(lost + gained - (lost - gained) ** 2 / n) / n
+    z = student(pair.a.sums.effective, level)
+    score = score_interval(gained, lost, n, z=z, inflated=max(1.0, boot.se / apart) if apart > 0 else 1.0)
+    return Interval(min(own.low, score.low), max(own.high, score.high))
 
 
 def _signed(interval: Interval, sign: float) -> Interval:

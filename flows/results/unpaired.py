@@ -4,11 +4,11 @@ A paired comparison rests on the questions on which the two differ, m = (right, 
 the difference of these counts, d, and leave m open: at least |d| (the worse one is right nowhere else), and at most as
 many as the wrong answers of both leave room for (Fréchet's bounds). An interval for each end is all that can be said.
 
-The interval is Tango's score interval for paired shares (1998, Statistics in Medicine 17:891) with a correction for
-continuity. It leaves out zero exactly where McNemar's corrected test does: (|d| - 1)^2 > z^2 m. At 95 % that is what
-McNemar's exact test decides: for m up to 2,000 the two differ for 17 of a million pairs of m and d, whose exact p is
-from 0.0488 to 0.05 and which are not called shown. Both need six questions that differ, all one way. So one number
-decides: the most questions that may differ; n less that is how many the two have to agree on.
+The interval is Tango's score interval (score_interval.py). It leaves out zero exactly where McNemar's corrected test
+does: (|d| - 1)^2 > z^2 m. At 95 % that is what McNemar's exact test decides: for m up to 2,000 the two differ for 17 of
+a million pairs of m and d, whose exact p is from 0.0488 to 0.05 and which are not called shown. Both need six questions
+that differ, all one way. So one number decides: the most questions that may differ; n less that is how many the two
+have to agree on.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from fractions import Fraction
 from statistics import NormalDist
 from typing import Literal, NamedTuple
 
+from flows.results.score_interval import score_interval
 from flows.results.stats import LEVEL, Interval, Z
 
 Outcome = Literal["shown", "depends", "cannot"]
-STEPS = 60  # halvings of [-1, 1]: below the last bit of a float
 
 
 class Figure(NamedTuple):
@@ -94,30 +94,7 @@ def discordant(x: int, y: int, n: int) -> tuple[int, int]:
 
 def paired_interval(d: int, m: int, n: int, z: float = Z) -> Interval:
     """Of a difference of d questions where m of n differ; with the correction for continuity."""
-    ahead, behind = (m + d) // 2, (m - d) // 2
-    low, high = _lower_end(ahead, behind, n, z), -_lower_end(behind, ahead, n, z)
-    return Interval(low, high)
-
-
-def _lower_end(ahead: int, behind: int, n: int, z: float) -> float:
-    """The smallest difference that the counts do not speak against, by halving."""
-    low, high = -1.0, (ahead - behind) / n
-    for _ in range(STEPS):
-        middle = (low + high) / 2
-        off = ahead - behind - n * middle - 1
-        if off > z * math.sqrt(max(_variance(ahead, behind, n, middle), 0.0)):
-            low = middle
-        else:
-            high = middle
-    return low
-
-
-def _variance(ahead: int, behind: int, n: int, difference: float) -> float:
-    """Of ahead - behind, where the true difference is this: the other share is the likeliest one."""
-    linear = (2 * n - ahead + behind) * difference - ahead - behind
-    constant = -behind * difference * (1 - difference)
-    share = (math.sqrt(max(linear**2 - 8 * n * constant, 0.0)) - linear) / (4 * n)
-    return n * (2 * share + difference * (1 - difference))
+    return score_interval((m + d) // 2, (m - d) // 2, n, z=z)
 
 
 def judged(d: int, n: int, most: int, z: float = Z) -> Verdict:

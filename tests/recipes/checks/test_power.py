@@ -18,6 +18,7 @@ from recipes.checks.power import (
     chance_to_pass,
     enough_rows,
     half_width,
+    later_level,
     margin_that_does,
     smallest_loss,
 )
@@ -87,8 +88,8 @@ def passed(rows: int, changed: float, *, simulations: int = 400) -> float:
         for _ in range(50):
             right, turn = rng.random(rows) < 0.8, rng.random(rows)
             turned = turn < np.where(right, changed / 2 / 0.8, changed / 2 / 0.2)
-            scores = (np.where(turned, ~right, right).astype(float), right.astype(float))
-            pairs.append(stats.Estimand(*(stats.Sums(score, ones) for score in scores), "share"))
+            a, b = (stats.Sums(score.astype(float), ones) for score in (np.where(turned, ~right, right), right))
+            pairs.append(stats.Estimand(a, b, "share"))
         told = stats.studentized(pairs, stats.draw(rows, seed=start, resamples=600))
         count += sum(-stats.difference_intervals([one])[0].low < MARGIN for one in told)
     return count / simulations
@@ -114,5 +115,6 @@ def test_enough_rows_and_the_margin_that_does_pass_four_times_in_five() -> None:
 
 def test_a_higher_level_is_passed_less_often() -> None:
     """As for the second candidate on the same rows, and later ones."""
-    first, later = (chance_to_pass(Scored.apart(714), GUESSED, MARGIN, level) for level in (0.95, 0.999))
+    first, later = (chance_to_pass(Scored.apart(714), GUESSED, MARGIN, level) for level in (0.95, later_level(52)))
+    assert later_level(52) == pytest.approx(0.999, abs=1e-4) and later_level(1) == 0.95
     assert first > 0.6 and later < 0.25

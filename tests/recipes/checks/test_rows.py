@@ -230,7 +230,7 @@ def test_an_empty_side_is_refused(tmp_path: Path, name: str):
     assert "there are 1 in all for three sides" in problem.why and "finer data.group" in problem.next
     write_rows(tmp_path / "rows.jsonl", (chat(number, thread="two" if number else "one") for number in range(400)))
     assert any("there are 2 in all" in problem.why for problem in problems(recipe, "data.group=thread"))
-    sets = (f"data.{name}=0.001", "data.salt=3")
+    sets = (f"data.{name}=0.001", "data.salt=b")
     write_rows(tmp_path / "rows.jsonl", map(chat, range(200)))
     (problem,) = (problem for problem in problems(recipe, *sets) if problem.what == f"{name} would have no rows.")
     assert f"raise data.{name}" in problem.next
