@@ -23,11 +23,11 @@ from typing import Any, Literal
 import numpy as np
 
 from flows.gate.looks import level_text
-from flows.results.flips import flips, flips_json, flips_text
+from flows.gate.score import Score
+from flows.results.flips import flips_json, flips_text
 from flows.results.paired import Difference, Draw, Paired, differences, few_groups, paired
 from flows.results.rows import RowScores
-from flows.results.score_interval import score_interval
-from flows.results.stats import LEVEL, Z_POWER, Interval, Link, Studentized, critical_of, student
+from flows.results.stats import LEVEL, Z_POWER, Interval, Link, Studentized, critical_of
 from recipes.schema import Gate
 
 Outcome = Literal["pass", "worse", "undecided", "none", "not served as measured"]
@@ -231,8 +231,8 @@ def _check(planned: PlannedCheck, difference: Difference | None, level: float) -
     if planned.domain is not None:
         level, own, together = LEVEL, difference.ci95, difference.ci95_adjusted
     pair = planned.rows
-    if planned.is_task and isinstance(pair, Paired):
-        own = _with_score_interval(own, pair, difference.boot, level)
+    score = Score.of(pair, difference.boot, level) if planned.is_task and isinstance(pair, Paired) else None
+    own = score.with_bootstrap(own) if score else own
     sign = -1.0 if planned.is_task else 1.0  # what is lost, not what is gained
     outcome: Outcome = "undecided"
     if _signed(own, sign).high < planned.margin:
@@ -249,25 +249,11 @@ def _check(planned: PlannedCheck, difference: Difference | None, level: float) -
         level=level,
         ci_level=own,
         ci_level_adjusted=together,
-        n_needed=_needed(room, difference.boot.at_level(level), n, level) if outcome == "undecided" else None,
+        n_needed=_needed(room, difference.boot.at_level(level), n, level, score, planned.margin)
+        if outcome == "undecided"
+        else None,
         flips=flips_json(pair) if planned.is_task and isinstance(pair, Paired) else None,
     )
-
-
-def _with_score_interval(own: Interval, pair: Paired, boot: Studentized, level: float) -> Interval:
-    """Both intervals together, where all scores are right or wrong; the bootstrap's where they are not.
-
-    Rows of a group change together, so the score interval is as much wider as the groups' standard error is than that
-    of independent rows.
-    """
-    counted = flips(pair)
-    if isinstance(counted, str):
-        return own
-    lost, gained, n = counted.lost, counted.gained, len(pair.a.rows)
-    apart = math.sqrt(lost + gained - (lost - gained) ** 2 / n) / n
-    z = student(pair.a.sums.effective, level)
-    score = score_interval(gained, lost, n, z=z, inflated=max(1.0, boot.se / apart) if apart > 0 else 1.0)
-    return Interval(min(own.low, score.low), max(own.high, score.high))
 
 
 def _signed(interval: Interval, sign: float) -> Interval:
@@ -275,12 +261,13 @@ def _signed(interval: Interval, sign: float) -> Interval:
     return Interval(low, high)
 
 
-def _needed(room: float, boot: Studentized, n: int, level: float) -> int | None:
+def _needed(room: float, boot: Studentized, n: int, level: float, score: Score | None, margin: float) -> int | None:
     """Rows at which the distance from estimate to margin is as wide as an interval that decides 4 times in 5."""
     if room <= 0:
         return None
     wide = (critical_of(level) + Z_POWER) * boot.se
     rows = n * max((wide / room) ** 2, boot.least / room)  # least falls by 1 / n, se by its root
+    rows = max(rows, score.needed(margin, room) if score else 0)
     return math.ceil(max(rows, n + 1)) if rows <= MOST_ROWS else None
 
 

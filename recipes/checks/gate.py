@@ -15,9 +15,8 @@ from recipes.checks.power import (
     Scored,
     chance_to_pass,
     enough_rows,
-    half_width,
-    least,
     margin_that_does,
+    reach_at,
 )
 from recipes.data.rows import Side
 from recipes.problem import Problem, RecipeError
@@ -89,7 +88,7 @@ def _few_rows(recipe: Recipe, scored: Scored, rate: Rate) -> Problem | None:
     margin = recipe.gate.task
     if not scored.rows or scored.too_few_groups:
         return None
-    chance, room = chance_to_pass(scored, rate.variance, margin), least(scored)
+    chance, room = chance_to_pass(scored, rate.variance, margin), reach_at(scored, 0.0, margin)
     if room >= margin:
         return Problem(
             what=f"The gate cannot pass: test has {scored.text}.",
@@ -100,12 +99,12 @@ def _few_rows(recipe: Recipe, scored: Scored, rate: Rate) -> Problem | None:
         )
     if chance >= HARDLY:
         return None
-    reach = half_width(scored, rate.variance)
+    reach = reach_at(scored, rate.variance, margin)
     return Problem(
         what=f"The gate can hardly pass: test has {scored.text}.",
         where="gate.task",
         why=f"{rate.text[:1].upper()}{rate.text[1:]}, a candidate that is truly equal passes {percent(chance)} of the "
-        f"time: the interval of the task score reaches {points(reach)} to each side, and the margin is "
+        f"time: the interval of the task score reaches {points(reach)} towards the margin, which is "
         f"{100 * margin:g}. Else `quench promote` says undecided.",
         next=f"{more_rows(recipe, scored, margin, rate, split='test')}"
         f"{_or_margin(margin_that_does(scored, rate.variance))}: it then passes 4 times in 5.",
@@ -115,15 +114,15 @@ def _few_rows(recipe: Recipe, scored: Scored, rate: Rate) -> Problem | None:
 def _no_name(recipe: Recipe, scored: Scored) -> Problem | None:
     """Even where no answer changes, no scheme is shown to be within the margin on dev."""
     margin = recipe.gate.task
-    if not scored.rows or scored.too_few_groups or (room := least(scored)) < margin:
+    if not scored.rows or scored.too_few_groups or (room := reach_at(scored, 0.0, margin)) < margin:
         return None
     return Problem(
         what=f"No scheme can be named for promotion: dev has {scored.text}.",
         where="gate.task",
         why=f"{_even(room, margin)} The scheme that goes through the gate is one that is shown to be within the "
         "margins on dev.",
-        next=f"{more_rows(recipe, scored, margin, Rate(0.0, 0.0, ''), split='dev')}{_or_margin(room)}, or name the arm "
-        "yourself: promote.prefer.",
+        next=f"{more_rows(recipe, scored, margin, Rate(0.0, 0.0, ''), split='dev')}"
+        f"{_or_margin(margin_that_does(scored, 0.0))}, or name the arm yourself: promote.prefer.",
     )
 
 
@@ -133,16 +132,16 @@ def _domains(recipe: Recipe, domains: Mapping[str, Scored]) -> Iterator[Problem]
     margin = recipe.gate.domain_task
     for name, scored in gating.items():
         words = scored.too_few_groups
-        if words is None and least(scored) < margin:
+        if words is None and reach_at(scored, 0.0, margin) < margin:
             continue
-        why = f"{_even(least(scored), margin, field='gate.domain_task')} " if words is None else ""
+        why = f"{_even(reach_at(scored, 0.0, margin), margin, field='gate.domain_task')} " if words is None else ""
         yield Problem(
             what=f"The gate cannot pass in the domain `{name}`: test has {scored.text} of it.",
             where="gate.domain_task",
             why=f"{why}From {DOMAIN_ROWS} rows on, a domain decides with the others"
             f"{f', and this one has {words}' if words else ''}.",
             next="Give rows of more groups of this domain"
-            + ("" if words else _or_margin(least(scored), field="gate.domain_task"))
+            + ("" if words else _or_margin(margin_that_does(scored, 0.0), field="gate.domain_task"))
             + ". data.domain and `domain` of a source say what a domain is.",
         )
 
@@ -171,16 +170,16 @@ def document_problem(metric: str, documents: int, margin: float, *, where: str) 
         where: Its field.
     """
     scored = Scored.apart(documents)
-    if documents >= FEWEST_GROUPS and least(scored) < margin:
+    if documents >= FEWEST_GROUPS and reach_at(scored, 0.0, margin) < margin:
         return None
     words = scored.too_few_groups
-    why = f"It has {words}." if words else _even(least(scored), margin)
+    why = f"It has {words}." if words else _even(reach_at(scored, 0.0, margin), margin)
     return Problem(
         what=f"The gate cannot pass: {metric} has {documents:,} document{'' if documents == 1 else 's'}.",
         where=where,
         why=f"{why} `quench promote` would say undecided.",
         next=f"Let it ask {_groups_that_do(margin)} documents or more (a higher `limit`, or further tasks in one entry)"
-        + ("" if words else _or_margin(least(scored)))
+        + ("" if words else _or_margin(margin_that_does(scored, 0.0)))
         + ", or leave the entry out.",
     )
 

@@ -133,14 +133,30 @@ def smallest_loss(scored: Scored, variance: float) -> float:
     return high
 
 
+def reach_at(scored: Scored, variance: float, margin: float, level: float = LEVEL) -> float:
+    """How far from the margin a candidate has to be to pass it: the wider of the two intervals that the gate takes.
+
+    The second is Tango's score interval with the variance at the margin (flows/results/score_interval.py), here of as
+    many answers lost as gained; it counts half an answer more against the candidate.
+
+    Raises:
+        ValueError: Too few groups have no interval.
+    """
+    linear, constant = 2 * margin - variance, variance / 2 * margin * (1 - margin)
+    other = (math.sqrt(linear**2 + 8 * constant) - linear) / 4  # the likeliest share of answers that change back
+    at_margin = 2 * other + margin * (1 - margin)
+    score = _critical(scored, level) * math.sqrt(at_margin / scored.rows) + 0.5 / scored.rows
+    return max(half_width(scored, variance, level), score)
+
+
 def chance_to_pass(scored: Scored, variance: float, margin: float, level: float = LEVEL) -> float:
     """How likely a candidate that is truly equal has its whole interval within the margin (normal approximation).
 
     Raises:
         ValueError: Too few groups have no interval.
     """
-    error = math.sqrt(variance / scored.rows)
-    return _NORMAL.cdf((margin - half_width(scored, variance, level)) / error)
+    room, error = margin - reach_at(scored, variance, margin, level), math.sqrt(variance / scored.rows)
+    return _NORMAL.cdf(room / error) if error else float(room >= 0)
 
 
 def later_level(looks: int) -> float:
@@ -158,7 +174,11 @@ def margin_that_does(scored: Scored, variance: float) -> float:
     Raises:
         ValueError: Too few groups have no interval.
     """
-    return half_width(scored, variance) + Z_POWER * math.sqrt(variance / scored.rows)
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if chance_to_pass(scored, variance, middle) >= POWER else (middle, high)
+    return high
 
 
 def enough_rows(margin: float, variance: float, *, each: float = 1.0) -> int | None:
@@ -172,7 +192,7 @@ def enough_rows(margin: float, variance: float, *, each: float = 1.0) -> int | N
 
     def do(rows: int) -> bool:
         scored = Scored(rows, rows, max(rows / each, FEWEST_GROUPS))
-        return rows >= FEWEST_GROUPS * each and margin_that_does(scored, variance) <= margin
+        return rows >= FEWEST_GROUPS * each and chance_to_pass(scored, variance, margin) >= POWER
 
     low, high = 0, 1
     while not do(high):

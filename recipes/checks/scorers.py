@@ -159,8 +159,8 @@ class RowChecks:
         self._unanswered = Wrong()
         self._long, self._longest = Wrong(), 0
         recipe = loaded.recipe
-        limit = recipe.evaluate.max_new_tokens  # rows that are longer as a whole are not kept
-        self._limit = limit if limit < recipe.data.max_length else None
+        limit, self._kept = recipe.evaluate.max_new_tokens, recipe.data.max_length  # longer rows are not kept
+        self._limit = limit if limit < self._kept else None
 
     def add(self, row: Row, *, held_out: bool) -> None:
         """The next row.
@@ -174,7 +174,7 @@ class RowChecks:
         if held_out and not row.is_text and not _answers(row):
             self._unanswered.add(row.where)
         tokens = 0 if self._limit is None or not held_out or row.is_text else _answer_bytes(row) // TOKEN_BYTES
-        if self._limit is not None and tokens >= self._limit:
+        if self._limit is not None and self._limit <= tokens < self._kept:
             self._long.add(row.where)
             self._longest = max(self._longest, tokens)
 
@@ -182,8 +182,8 @@ class RowChecks:
         """What an estimate says of the rows so far; the stage `rehearse` counts it in tokens, and refuses it."""
         if self._long.count:
             yield Problem(
-                what=f"{self._long.count} reference answers of dev and test have more than {self._limit} tokens, by an "
-                f"estimate of {TOKEN_BYTES} bytes a token.",
+                what=f"Reference answers of dev and test have more than {self._limit} tokens, by an estimate of "
+                f"{TOKEN_BYTES} bytes a token: {self._long.count}.",
                 where="evaluate.max_new_tokens",
                 why="An answer that is cut off there scores 0, so the run ends before training where one is that long: "
                 f"{', '.join(self._long.lines)}.",

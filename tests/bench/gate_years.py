@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from flows.gate.checks import Outcome
 from flows.gate.looks import Looks
 from flows.promotion.chain import ahead
-from flows.results.score_interval import score_interval
+from flows.results.score_interval import HALF, score_interval
 from flows.results.stats import LEVEL, RESAMPLES, SEED, Sums, draw, student
 from recipes.schema import Gate
 from tasks.runtime.process.environments import locked_versions
@@ -64,7 +64,8 @@ def outcome(worse: int, better: int, rows: int, level: float, margin: float = MA
     if lost + half < margin or lost - half > margin:
         half = max(half, critical(worse, better, rows, level) * se)
     apart = float(np.sqrt(worse + better - rows * lost**2)) / rows
-    most = score_interval(worse, better, rows, z=z, inflated=max(1.0, se / apart) if apart else 1.0).high
+    wider = max(1.0, se / apart) if apart else 1.0
+    most = score_interval(worse, better, rows, z=z, inflated=wider, correction=HALF).high
     if max(lost + half, most if score else lost) < margin:
         return "pass"
     return "worse" if lost - half > margin else "undecided"
@@ -337,8 +338,8 @@ def _edge(years: int) -> Iterator[str]:
     yield ""
     yield "The bootstrap's standard error is estimated from the few rows that changed. A candidate that loses few of"
     yield "them by luck gets a short interval, most of all where nearly every changed answer is a lost one (2 points at"
-    yield "a flip rate of 2 %). So it does not hold its level, least of all 99.9 %. The gate takes Tango's score interval"
-    yield "beside it, whose standard error is that at the margin."
+    yield "a flip rate of 2 %). So it does not hold its level, least of all 99.9 %. The gate takes Tango's score"
+    yield "interval beside it, whose standard error is that at the margin."
 
 
 def _decline(years: int) -> Iterator[str]:

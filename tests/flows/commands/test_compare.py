@@ -63,7 +63,7 @@ def test_a_run_that_took_answers_without_an_end_as_finished_is_not_compared_by_t
     arm, before, after = "gptq-w4-g128", write(tmp_path), later(tmp_path, cut={"gptq-w4-g128": 4})
     assert change(compare_runs(before, after, tmp_path), arm, "task").verdict == "no difference shown"
     for slug in FEW:  # an older version's scores
-        path = next(tmp_path.glob(f"store/evaluate/{slug}-{folder_mark(before)}*/files/scores.parquet"))
+        path = next(tmp_path.glob(f"store/evaluate/{slug}-{folder_mark(before, slug)}*/files/scores.parquet"))
         table = pd.read_parquet(path)
         table[table.metric != "truncated"].to_parquet(path)
     found = compare_runs(before, after, tmp_path)
@@ -89,10 +89,10 @@ def test_only_shared_rows_count_and_the_others_are_told(tmp_path: Path) -> None:
         assert value == pytest.approx(np.exp(table.loc[both, "sum"].sum() / table.loc[both, "n"].sum()))
 
 
-def folder_mark(run: Path) -> str:
-    """How the fingerprint of the run's evaluate step of gptq-w4-g128 begins."""
+def folder_mark(run: Path, slug: str = "gptq-w4-g128") -> str:
+    """How the fingerprint of the run's evaluate step of an arm begins."""
     steps = json.loads((run / "steps.json").read_text())["steps"]
-    return next(one["fingerprint"][:12] for one in steps if one["key"] == "evaluate/gptq-w4-g128")
+    return next(one["fingerprint"][:12] for one in steps if one["key"] == f"evaluate/{slug}")
 
 
 def test_kl_to_another_reference_is_not_compared(tmp_path: Path) -> None:
