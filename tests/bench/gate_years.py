@@ -366,7 +366,8 @@ def _equal(years: int) -> Iterator[str]:
     yield "\n## Equal models\n"
     yield (
         f"{years:,} years. Every candidate is truly as good as the champion. Worse: years in which one is called\n"
-        "worse (goal: at most 5 %). Then how many are promoted. `best on test` would take the version with the highest\n"
+        "worse (goal: at most 5 %). Then how many are promoted. `best on test` would take the version with the "
+        "highest\n"
         "score on test for the best: the luckiest one, which its equals do not reach. So the gate takes the best on\n"
         "dev.\n"
     )
