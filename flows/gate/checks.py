@@ -302,7 +302,7 @@ def difference_of(check: Check) -> str:
         return str(check.reason)
     scale, unit = (100.0, "points") if check.unit == "share" else (1.0, check.unit)
     shown = [scale * value for value in (check.difference, *(check.ci_level or check.ci95))]
-    half = (shown[2] - shown[1]) / 2
+    half = round((shown[2] - shown[1]) / 2, 9)  # 1, not 0.9999999999
     places = min(6, max(1, 1 - math.floor(math.log10(half)))) if half > 0 else 4
     signed = [f"{value:+.{places}f}" for value in shown]
     plain = [text.replace("+", "").replace("-", "") if not float(text) else text.replace("-", "−") for text in signed]
