@@ -129,7 +129,7 @@ def external_run(home: Path, *, reference: str | None = "nf4-adapter", only: tup
         raw["external"][name] = {"path": str(model), "digest": f"{number}e" * 32, "source": f"org/{name}@abc"}
         add_arm(home, raw, name, like="merged-original")
     table = pq.read_table(scores_of(home, raw, "other"))
-    table = table.filter(pc.field("metric").isin(["bits", "task"]))
+    table = table.filter(pc.field("metric").isin(["bits", "task", "truncated"]))
     pq.write_table(table, scores_of(home, raw, "other"))
     say(home, raw, "other", {"absent": dict.fromkeys(("nll", "nll_all", "nll_general", "kl", "agree"), OTHER)})
     raw["reference"] = reference
