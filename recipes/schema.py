@@ -291,8 +291,8 @@ class Gate(Section):
     looks: Annotated[int, Field(ge=1)] = 52
     """Candidates of one model name that the same rows of test may judge: a year of weekly retrains. Whoever tries again
     and again passes in the end by luck. So the first is decided at 95 % and the others at a level (99.9 % for 52) that
-    leaves a candidate that is too bad 5 % in all, by the nominal levels, to pass once. What comes after them is
-    undecided: new rows of test are needed (`data.salt`, or rows that came since)."""
+    leaves a candidate that is too bad 5 % in all to pass once. What comes after them is undecided: new rows of test are
+    needed (`data.salt`, or rows that came since)."""
 
 
 class Promote(Section):

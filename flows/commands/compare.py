@@ -22,11 +22,12 @@ from rich.text import Text
 from flows.commands.terminal import Output
 from flows.results.cells import ArmEvidence, Draws, gather
 from flows.results.comparisons import LeftOut, verdict
+from flows.results.dev import dev_scores
 from flows.results.flips import flips_json, flips_text
 from flows.results.metrics import METRICS, TASK, Metric, difference_text, is_task, value_text
 from flows.results.paired import OTHER_DEVICE, Paired, differences, few_groups, paired
 from flows.results.read import Run, read_run
-from flows.results.rows import RowScores, read_dev
+from flows.results.rows import RowScores
 from flows.results.served import served_of
 from flows.results.stats import Interval
 from flows.results.throughput import OUTPUT, at_most
@@ -187,12 +188,7 @@ def _evidence(run: Run, split: Split) -> dict[str, ArmEvidence]:
     evidence = gather(run)
     if split == "test":
         return evidence
-    steps = {slug: run.step(arm.arm.evaluate) for slug, arm in evidence.items() if arm.failure is None}
-    files = {slug: step.files for slug, step in steps.items() if step}
-    return {
-        slug: replace(arm, scores=read_dev(folder) if (folder := files.get(slug)) else {}, kl=None)
-        for slug, arm in evidence.items()
-    }
+    return {slug: replace(arm, scores=dev_scores(arm, run), kl=None) for slug, arm in evidence.items()}
 
 
 def _served(

@@ -25,16 +25,15 @@ import numpy as np
 from flows.gate.looks import level_text
 from flows.gate.score import Score
 from flows.results.flips import flips_json, flips_text
-from flows.results.paired import Difference, Draw, Paired, differences, few_groups, paired
+from flows.results.paired import Difference, Draw, Obstacle, Paired, differences, paired, why_not
 from flows.results.rows import RowScores
 from flows.results.stats import LEVEL, Z_POWER, Interval, Link, Studentized, critical_of
+from recipes.checks.power import DOMAIN_ROWS, MOST_ROWS
 from recipes.schema import Gate
 
 Outcome = Literal["pass", "worse", "undecided", "none", "not served as measured"]
 Unit = Literal["share", "nats", "bits"]  # a share of the answers, nats per token, bits per byte
 Scores = Mapping[str, RowScores]  # metric of scores.parquet -> rows
-DOMAIN_ROWS = 200  # a slice with fewer is shown and gates nothing
-MOST_ROWS = 10_000_000  # a larger n_needed only says: never
 BASE = "base"
 BEST = "the best version"  # of the chain before the candidate
 INTERVALS = ("ci95", "ci95_adjusted", "ci_level", "ci_level_adjusted")
@@ -85,14 +84,12 @@ class PlannedCheck:
         pair = paired(self.a, self.b, self.link)
         if isinstance(pair, Paired):
             return pair
-        return {
+        own: dict[Obstacle, str] = {
             "missing": f"{'candidate' if self.a is None else self.against} has no such scores",
             "other device": "the two were scored on different devices",
             "other rows": "the two were not scored on the same rows and tokens",
-            "not finite": "scores that are not finite",
-            "one group": str(few_groups(self.a)),
-            "few groups": str(few_groups(self.a)),
-        }[pair]
+        }
+        return why_not(pair, self.a, own)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,8 @@ years of four. So the chance is spent like money: 5 % for all candidates that on
 
 * The first candidate takes half of it, 2.5 %: the 95 % interval. Nothing changes for who decides once.
 * The others, up to `gate.looks`, share the other half evenly: 0.049 % each where there are 52, a 99.9 % interval.
-  (Bonferroni 1936. Equal shares, since nobody knows in which week the bad one comes.) These are nominal figures: the
-  intervals do not hold such levels exactly, and docs/results/gate.md finds 6 to 14 % in all where 5 % is meant.
+  (Bonferroni 1936. Equal shares, since nobody knows in which week the bad one comes.) docs/results/gate.md simulates
+  what the intervals make of it.
 * After them nothing is left: undecided, until there are new rows of test.
 
 A decision counts where it was made on at least half of the present rows (HALF): another `data.salt` leaves the share
@@ -20,8 +20,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-ALPHA_FIRST = 0.025  # one-sided: the 95 % interval
-ALPHA_REST = 0.025  # shared by all later looks; 5 % together
+from recipes.checks.power import LEVEL, later_level
+
+ALPHA = 0.025  # one-sided, of the first look: its 95 % interval; all later ones share as much, 5 % together
 HALF = 0.5
 
 
@@ -63,18 +64,18 @@ class Looks:
     @property
     def alpha(self) -> float:
         """One-sided chance that this decision may take; beyond the limit, what the last one took."""
-        return ALPHA_FIRST if self.number == 1 or self.limit == 1 else ALPHA_REST / (self.limit - 1)
+        return (1 - self.level) / 2
 
     @property
     def spent(self) -> float:
         """Of all looks on these rows up to this one, 0.05 at most."""
         counted = min(self.number, self.limit)
-        return ALPHA_FIRST + (ALPHA_REST * (counted - 1) / (self.limit - 1) if counted > 1 else 0.0)
+        return ALPHA + (ALPHA * (counted - 1) / (self.limit - 1) if counted > 1 else 0.0)
 
     @property
     def level(self) -> float:
         """Of the interval that decides."""
-        return 1 - 2 * self.alpha
+        return LEVEL if self.number == 1 else later_level(self.limit)
 
     def as_dict(self) -> dict[str, Any]:
         """As promotion.json and report.json have it."""

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 from flows.results.flips import flips
 from flows.results.paired import Paired
-from flows.results.score_interval import HALF, score_interval, score_variance
+from flows.results.score_interval import score_interval
 from flows.results.stats import Z_POWER, Interval, Studentized, student
+from recipes.checks.power import HALF, score_variance
 
 
 class Score(NamedTuple):

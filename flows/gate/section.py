@@ -131,7 +131,7 @@ def sentences(section: Mapping[str, Any]) -> Iterator[str]:
     not_passed = [check for check in gating if check["outcome"] != "pass"]
     passed = f"{len(gating) - len(not_passed)} of {len(gating)} checks on test are within their margins"
     looks = section.get("looks")
-    spent_out = looks is not None and looks["number"] > looks["limit"]
+    spent_out = bool(looks) and Looks.of(looks).spent_out
     yield f"{section['candidate']} {SPENT_OUT if spent_out else OUTCOMES[section['outcome']]} ({passed})."
     if looks and spent_out:
         yield looks["text"]

@@ -132,7 +132,7 @@ def foreseen(recipe: Recipe, sizes: Mapping[Side, SideSize], *, before: Earlier 
     rate = before.rate if before else GUESS
     scored, margin = (sizes["test"].task if sizes else Scored(0, 0, 0.0)), recipe.gate.task
     reason = (NO_PROMPT if not scored.rows else scored.too_few_groups) if sizes else NOT_READ
-    known = reason is None
+    known, later = reason is None, later_level(recipe.gate.looks)
     told: dict[str, Any] = {
         "metric": "task",
         "rows": scored.rows,
@@ -146,7 +146,7 @@ def foreseen(recipe: Recipe, sizes: Mapping[Side, SideSize], *, before: Earlier 
         "smallest_loss": smallest_loss(scored, rate.variance) if known else None,
         "margin": margin,
         "chance_to_pass": chance_to_pass(scored, rate.variance, margin) if known else None,
-        "chance_to_pass_later": _later(recipe, scored, rate) if known else None,
+        "chance_to_pass_later": chance_to_pass(scored, rate.variance, margin, later) if known else None,
         "rows_that_do": enough_rows(margin, rate.variance, each=scored.rows / scored.effective) if known else None,
         "reason": reason,
     }
@@ -158,22 +158,14 @@ def _sentences(recipe: Recipe, scored: Scored, rate: Rate, told: Mapping[str, An
         yield f"Of the task score nothing can be told beforehand: {told['reason']}."
         return
     chance, later = told["chance_to_pass"], told["chance_to_pass_later"]
-    again = (
-        "" if later is None else f" as the first candidate that these rows judge, and {percent(later)} as a later one"
-    )
     yield (
         f"Test has {scored.text}: it shows a loss of {points(told['smallest_loss'])} of task score or more 4 times in "
         f"5, {rate.text}. A candidate that is truly equal to its merged model then passes gate.task "
-        f"({100 * recipe.gate.task:g} points) {percent(chance)} of the time{again}."
+        f"({100 * recipe.gate.task:g} points) {percent(chance)} of the time as the first "
+        f"candidate that these rows judge, and {percent(later)} as a later one."
     )
     if HARDLY <= chance < POWER:  # below, a warning says it
         yield f"{more_rows(recipe, scored, recipe.gate.task, rate, split='test')}: then it passes 4 times in 5."
-
-
-def _later(recipe: Recipe, scored: Scored, rate: Rate) -> float | None:
-    """The chance of a candidate behind the first on these rows; None where the gate does not count them."""
-    looks: int | None = getattr(recipe.gate, "looks", None)
-    return looks and chance_to_pass(scored, rate.variance, recipe.gate.task, later_level(looks))
 
 
 def register(

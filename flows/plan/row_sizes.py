@@ -11,7 +11,7 @@ from recipes.data.files import data_files, parquet_rows, text_bytes
 from recipes.data.formats import TEXT
 from recipes.data.origin import Origin
 from recipes.data.rows import Row
-from recipes.data.turns import Message
+from recipes.data.turns import said_bytes
 from recipes.models.headers import Headers
 
 
@@ -61,7 +61,7 @@ def row_sizes(rows: Sequence[Row], *, data_bytes: int, per_byte: float) -> RowSi
     return RowSizes(
         rows=max(len(rows), round(len(rows) * data_bytes / _json_bytes(rows))),
         longest=max(row_tokens(row, per_byte) for row in rows),
-        completion_tokens=sum(per_byte * _said_bytes(turn) + 2 for turn in answers) / len(rows),
+        completion_tokens=sum(per_byte * said_bytes(turn) + 2 for turn in answers) / len(rows),
         data_bytes=data_bytes,
         tokens=sum(row_tokens(row, per_byte) for row in rows) / len(rows),
     )
@@ -76,16 +76,10 @@ def tokens_per_byte(headers: Headers | None) -> float:
 
 def row_tokens(row: Row, per_byte: float) -> int:
     """Tokens of a row, with 16 for the template around each turn."""
-    return sum(math.ceil(per_byte * _said_bytes(turn)) + 16 for turn in row.messages)
+    return sum(math.ceil(per_byte * said_bytes(turn)) + 16 for turn in row.messages)
 
 
 def longest_answer(rows: Sequence[Row], per_byte: float) -> int:
     """Tokens of the longest last turn, with 16 for what the template puts around it; plain texts are no answers."""
     turns = [row.messages[-1] for row in rows]
-    return max((math.ceil(per_byte * _said_bytes(turn)) + 16 for turn in turns if turn["role"] != TEXT), default=0)
-
-
-def _said_bytes(turn: Message) -> int:
-    """Of all that a turn says: thinking, text and calls."""
-    calls = json.dumps(turn["tool_calls"], ensure_ascii=False) if turn.get("tool_calls") else ""
-    return sum(len(text.encode()) for text in (turn.get("reasoning_content") or "", turn.get("content") or "", calls))
+    return max((math.ceil(per_byte * said_bytes(turn)) + 16 for turn in turns if turn["role"] != TEXT), default=0)

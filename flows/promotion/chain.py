@@ -107,10 +107,9 @@ def chain_of(home: Path, lines: Sequence[Promotion], *, digest: str, files: Path
     for version, line in promoted.items():
         if version not in connected:
             continue
-        link = _compared(home, line, rows, scoring=scoring, metric=metric)
         if version in gone:
             left_out[version] = "it was rolled back"
-        elif isinstance(link, str):
+        elif isinstance(link := _compared(home, line, rows, scoring=scoring, metric=metric), str):
             left_out[version] = link
         else:
             links.append(link)

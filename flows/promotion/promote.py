@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -63,8 +63,9 @@ def promote(run_folder: Path, home: Path, *, say: Say) -> Decision:
         journal = Journal(home, model_name(run_folder))
         lines = journal.lines()
         present = champion(lines)
-        drafted = _drafted(run, arm, journal, present)
-        rows = test_rows(_scored(run, arm))
+        drafted = _drafted(run, arm, lines, present, highest=journal.highest())
+        files = _scored(run, arm)
+        rows = test_rows(files)
         looks = looks_of(drafted.digest, rows, judged(home, lines), limit=margins_of(run).looks)
         record: dict[str, Any] = {"champion": None, "looks": looks.as_dict()}
         if present is not None and present.digest == drafted.digest:
@@ -78,7 +79,6 @@ def promote(run_folder: Path, home: Path, *, say: Say) -> Decision:
                 f"evaluating the champion, version {present.version} ({present.arm} of run {present.run}), on this test"
             )
             record["champion"] = _compared(present, evaluated(present, run, arm, home))
-        files = _scored(run, arm)
         chain = chain_of(home, lines, digest=drafted.digest, files=files, scoring=drafted.scoring)
         chain, record["best"] = _best(replace(chain, unread=journal.unread()), present, run, arm, say=say)
         record["chain"] = chain.as_dict(_number(present))
@@ -187,14 +187,16 @@ def _number(present: Promotion | None) -> int | None:
     return present.version if present else None
 
 
-def _drafted(run: Run, arm: RunArm, journal: Journal, present: Promotion | None) -> Promotion:
-    """The decision without its outcome."""
+def _drafted(
+    run: Run, arm: RunArm, lines: Sequence[Promotion], present: Promotion | None, *, highest: int
+) -> Promotion:
+    """The decision without its outcome; `highest` is the highest version on record."""
     step = run.step(arm.model)
     assert step is not None and step.manifest is not None and step.path is not None  # a candidate was made
     return Promotion(
         at=now(),
         model=model_name(run.folder),
-        version=version_of(journal.lines(), step.manifest["digest"], highest=journal.highest()),
+        version=version_of(lines, step.manifest["digest"], highest=highest),
         event="blocked",
         outcome="none",
         run=run.raw["id"],

@@ -10,8 +10,8 @@ from flows.results.cells import Cell
 from flows.results.comparisons import FAMILIES, REFERENCE, Comparison, LeftOut
 from flows.results.flips import swapped_flips
 from flows.results.metrics import decimals, difference_text, interval_text, significant, size, value_text
-from flows.results.paired import TOO_FEW_GROUPS
 from flows.results.read import RunArm
+from recipes.checks.power import TOO_FEW_GROUPS
 
 UNKNOWN = "No difference that this much data can show"
 _NEARER = {  # by verdict on KL

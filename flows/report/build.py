@@ -58,8 +58,9 @@ from flows.results.power import power
 from flows.results.read import Run, read_run
 from flows.results.samples import samples_of
 from flows.results.served import served_of
-from flows.results.stats import FEWEST_GROUPS, QUANTILE_RESAMPLES, RESAMPLES, SEED
+from flows.results.stats import QUANTILE_RESAMPLES, RESAMPLES, SEED
 from flows.results.waterfall import waterfall
+from recipes.checks.power import FEWEST_GROUPS
 
 SCHEMA_VERSION = 1
 NOT_SERVING = "not a serving kernel"
@@ -158,7 +159,7 @@ def evaluate(run: Run) -> Document:
         **_nulls(noise, differences, draws),
         **_reading(run, evidence),
         **_served(served),
-        **_shipping(run, evidence, cells, draws, served=served),
+        **_shipping(run, evidence, cells, draws, served=served, power=differences["power"]),
         "dev": dev_of(run, evidence, draws),
         **making_of(run),
     }
@@ -265,11 +266,12 @@ def _shipping(
     draws: Draws,
     *,
     served: dict[str, Any] | None,
+    power: Sequence[Mapping[str, Any]],
 ) -> Shipping:
     gate = gate_of(run, evidence, draws, served=served)
     return {
         "gate": gate,
-        "registered": registered_of(run.folder, gate=gate, power=power(evidence)),
+        "registered": registered_of(run.folder, gate=gate, power=power),
         "fit": fit_of(run, cells),
         "samples": samples_of(run),
         "loading": loading_of(run),

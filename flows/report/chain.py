@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from flows.gate.checks import BEST, Check, difference_of, margin_text
+from flows.report.tables import markdown_table
 from flows.results.stats import Interval
 from recipes.arms import CHAMPION
 
@@ -47,6 +48,17 @@ def left_away(gate: Mapping[str, Any] | None) -> int:
     chain = gate.get("chain") if gate else None
     shown = sum(bool(line.at) for line in chain_lines(gate))
     return len(chain["versions"]) - shown if chain else 0
+
+
+def chain_section(gate: Mapping[str, Any]) -> Iterator[str]:
+    """In Markdown: the versions before the candidate, and it, as far from the best one."""
+    lines = chain_lines(gate)
+    if len(lines) > 1:
+        yield ""
+        yield from markdown_table(HEAD, [[line.name, line.at or "–", line.arm, line.text] for line in lines])
+        if more := left_away(gate):
+            yield ""
+            yield f"{more} earlier versions are not shown."
 
 
 def check_against_best(gate: Mapping[str, Any]) -> Check | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from flows.report.tables import cell_text, markdown_table
 from flows.results.dev import LOSS
-from flows.results.metrics import METRICS, difference_text, interval_text, value_text
+from flows.results.metrics import METRICS, difference_text
 
 HEADING = "On dev: for tuning; nothing here was promoted by"
 
@@ -71,28 +72,22 @@ def reasons(dev: Mapping[str, Any]) -> dict[str, list[str]]:
     return found
 
 
-def dev_section(
-    dev: Mapping[str, Any] | None, table: Callable[[Sequence[str], Sequence[Sequence[str]]], Iterator[str]]
-) -> Iterator[str]:
-    """The section in Markdown; nothing where no arm has scores of dev. `table` writes one."""
+def dev_section(dev: Mapping[str, Any] | None) -> Iterator[str]:
+    """The section in Markdown; nothing where no arm has scores of dev."""
     if not dev:
         return
     names = metrics(dev)
     yield from [f"## {HEADING}", "", lead(dev), ""]
-    yield from table(["arm", *map(head, names)], [[line.arm, *map(_cell, names, line.cells)] for line in rows_of(dev)])
+    yield from markdown_table(
+        ["arm", *map(head, names)], [[line.arm, *map(cell_text, names, line.cells)] for line in rows_of(dev)]
+    )
     compared = [line for line in rows_of(dev) if line.differences]
     if compared:
         yield ""
-        yield from table(
+        yield from markdown_table(
             ["arm / merged", *(f"{label(name)}, difference" for name in names)],
             [[f"{line.arm} / {line.against}", *map(difference, names, line.differences)] for line in compared],
         )
     for reason, arms in reasons(dev).items():
         yield f"\nNot there: {', '.join(arms)}: {reason}."
     yield ""
-
-
-def _cell(metric: str, one: Mapping[str, Any]) -> str:
-    text = value_text(metric, one["value"], one["ci95"])
-    interval = interval_text(metric, one["value"], one["ci95"])
-    return f"{text} {interval}" if interval else text

@@ -25,6 +25,7 @@ from flows.report.plots.layers import errors_plot, weights_plot
 from flows.report.plots.style import LIGHT, as_picture, family_of, look
 from flows.report.plots.throughput import throughput_plot
 from flows.report.plots.waterfall import waterfall_plot
+from flows.report.registered import registered_lines
 from flows.report.served import apart_lines, below, engines, equal_text, floor_text, mark_of, ordered, seconds
 from flows.report.text import (
     SPEEDS,
@@ -37,7 +38,6 @@ from flows.report.text import (
     left_out,
     ran_on,
     ran_where,
-    registered_lines,
 )
 from flows.results.flips import flips_note, flips_text
 from flows.results.layers import unmeasured, worst

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from flows.report.tables import markdown_table
 from flows.results.metrics import difference_text, interval_text, value_text
 
 HEAD = ("arm", "of the task score", "of the loss")
@@ -57,12 +58,10 @@ def reasons(kept: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def kept_section(
-    kept: Mapping[str, Any] | None, table: Callable[[Sequence[str], Sequence[Sequence[str]]], Iterator[str]]
-) -> Iterator[str]:
-    """The section in Markdown, its table made by `table` from a head and rows; nothing where the run has none."""
+def kept_section(kept: Mapping[str, Any] | None) -> Iterator[str]:
+    """The section in Markdown; nothing where the run has none."""
     if not kept:
         return
     yield from ["", f"## {TITLE}", "", lead(kept)]
     if lines := rows(kept):
-        yield from ["", *table(HEAD, lines), *(f"\n{line}" for line in reasons(kept))]
+        yield from ["", *markdown_table(HEAD, lines), *(f"\n{line}" for line in reasons(kept))]

@@ -27,6 +27,11 @@ def registered_of(
     return {**told, "found": found, "text": [*_registered(told), _found_text(told, found)]}
 
 
+def registered_lines(report: Mapping[str, Any]) -> list[str]:
+    """What was registered before the run and what was found; nothing of a run that is older than that."""
+    return list((report.get("registered") or {"text": []})["text"])
+
+
 def _found(gate: Mapping[str, Any], power: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """The candidate's task score against the merged model that it was made from; None where that was not compared."""
     arm = gate["candidate"]

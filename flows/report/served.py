@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from flows.results.metrics import difference_text, interval_text, significant, value_text
+from flows.report.tables import cell_text
+from flows.results.metrics import difference_text, significant
 from flows.results.served import MARKS, fastest, not_served_text
 from flows.results.throughput import OUTPUT, RATES
 
@@ -36,9 +37,9 @@ def rows_of(served: Mapping[str, Any]) -> list[list[str]]:
         [
             slug,
             f"{MARKS[arm['verdict']]} {arm['verdict']}",
-            _cell("served_loss", arm["metrics"]["served_loss"]),
+            cell_text("served_loss", arm["metrics"]["served_loss"]),
             apart(arm, "served_loss"),
-            _cell("served_task", arm["metrics"]["served_task"]),
+            cell_text("served_task", arm["metrics"]["served_task"]),
             equal_text(arm),
         ]
         for slug, arm in served["arms"].items()
@@ -52,7 +53,7 @@ def speed_rows(served: Mapping[str, Any]) -> list[list[str]]:
             slug,
             "–" if arm["rank"] is None else str(arm["rank"]),
             str(load["requests"]),
-            *(_cell(name, load[name]) for name in RATES),
+            *(cell_text(name, load[name]) for name in RATES),
             *(seconds(load["ttft_s"][name]) for name in ("median", "p95")),
         ]
         for slug, arm in ordered(served).items()
@@ -69,11 +70,6 @@ def ordered(served: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
         return arm["rank"] or len(timed) + 1, -(arm["loads"][-1][OUTPUT]["value"] or 0.0)
 
     return {slug: timed[slug] for slug in sorted(timed, key=place)}
-
-
-def _cell(metric: str, cell: Mapping[str, Any]) -> str:
-    text = value_text(metric, cell["value"], cell["ci95"])
-    return f"{text} {interval_text(metric, cell['value'], cell['ci95'])}".rstrip()
 
 
 def apart(arm: Mapping[str, Any], metric: str) -> str:

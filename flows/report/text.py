@@ -11,15 +11,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flows.report.chain import HEAD as CHAIN_HEAD
-from flows.report.chain import chain_lines, left_away
+from flows.report.chain import chain_section
 from flows.report.dev import dev_section
 from flows.report.kept import kept_section
 from flows.report.null_arms import not_ranked, null_arms, verdict_text, ways
 from flows.report.plots.waterfall import signed
+from flows.report.registered import registered_lines
 from flows.report.served import HEAD as SERVED_HEAD
 from flows.report.served import SPEED_HEAD, below, engines, floor_text, mark_of, speed_rows
 from flows.report.served import rows_of as served_rows
+from flows.report.tables import cell_text, markdown_table
 from flows.results.flips import flips_note, flips_text
 from flows.results.metrics import METRICS, TASK, absent_text, difference_text, interval_text, significant, value_text
 from flows.results.power import sentence as power_sentence
@@ -35,14 +36,6 @@ def columns(report: Mapping[str, Any]) -> tuple[str, ...]:
     return (*COLUMNS, *OF_ANY_TOKENIZER) if any(arm["external"] for arm in report["arms"].values()) else COLUMNS
 
 
-def _cell(metric: str, cell: Mapping[str, Any], *, joint: str = " ") -> str:
-    if cell["value"] is None:
-        return absent_text(cell["reason"])
-    text = value_text(metric, cell["value"], cell["ci95"])
-    interval = interval_text(metric, cell["value"], cell["ci95"])
-    return f"{text}{joint}{interval}" if interval else text
-
-
 def heading(metric: str, directions: Mapping[str, str]) -> str:
     """`KL ↓`: label and the better direction."""
     unit = {"top1_agreement": " %", "truncated": " %", "load_s": " s"}.get(metric, "")
@@ -56,7 +49,7 @@ def arm_rows(report: Mapping[str, Any]) -> list[dict[str, str]]:
     return [
         {
             "arm": name_of(slug, report),
-            **{METRICS[name].label: _cell(name, arm["metrics"][name]) for name in columns(report)},
+            **{METRICS[name].label: cell_text(name, arm["metrics"][name]) for name in columns(report)},
         }
         for slug, arm in ways(report).items()
     ]
@@ -66,24 +59,6 @@ def name_of(slug: str, report: Mapping[str, Any]) -> str:
     """The slug, with what the engine that the recipe names makes of it."""
     mark = mark_of(slug, report)
     return f"{slug} ({mark})" if mark else slug
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """A Markdown table with padded columns, so that it can be read as it is."""
-    rows = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
-    widths = [max(len(row[index]) for row in (head, *rows)) for index in range(len(head))]
-    right = [name.endswith(("↓", "↑")) or name in ("difference", "seconds") for name in head]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [
-            cell.rjust(width) if number else cell.ljust(width)
-            for cell, width, number in zip(cells, widths, right, strict=True)
-        ]
-        return f"| {' | '.join(padded)} |"
-
-    yield line(head)
-    yield line(["-" * (width - 1) + (":" if number else "-") for width, number in zip(widths, right, strict=True)])
-    yield from (line(row) for row in rows)
 
 
 def data_line(report: Mapping[str, Any]) -> str:
@@ -102,13 +77,13 @@ def markdown(report: Mapping[str, Any]) -> str:
         lines += ["", f"## {answer['question']}", "", *(f"- {sentence}" for sentence in answer["text"])]
     lines += ["", "## Can it be promoted?", "", *(f"- {line}" for line in report["gate"]["text"])]
     lines += [f"- {line}" for line in registered_lines(report)]
-    lines += _chain(report["gate"])
+    lines += chain_section(report["gate"])
     if loss := waterfall_sentence(report["waterfall"]):
         lines += ["", "## Where does the loss go?", "", f"- {loss}"]
-    lines += kept_section(report.get("kept"), _table)
+    lines += kept_section(report.get("kept"))
     lines += _noise(report)
     lines += ["", *fit_section(report["fit"]), *_comparisons(report), *_served(report), *_speed(report)]
-    lines += [*dev_section(report.get("dev"), _table), *_machine(report)]
+    lines += [*dev_section(report.get("dev")), *_machine(report)]
     return no_tags("\n".join(lines)) + "\n"
 
 
@@ -136,10 +111,10 @@ def _arms_table(report: Mapping[str, Any], slugs: Sequence[str]) -> Iterator[str
     head = ["arm", *(heading(name, report["directions"]) for name in columns(report))]
     arms = report["arms"]
     rows = [
-        [name_of(slug, report), *(_cell(name, arms[slug]["metrics"][name]) for name in columns(report))]
+        [name_of(slug, report), *(cell_text(name, arms[slug]["metrics"][name]) for name in columns(report))]
         for slug in slugs
     ]
-    return _table(head, rows)
+    return markdown_table(head, rows)
 
 
 def _noise(report: Mapping[str, Any]) -> Iterator[str]:
@@ -158,8 +133,8 @@ def _further(report: Mapping[str, Any]) -> list[str]:
     if not tasks:
         return []
     head = ["arm", *(heading(name, report["directions"]) for name in tasks)]
-    rows = [[slug, *(_cell(name, arm["metrics"][name]) for name in tasks)] for slug, arm in ways(report).items()]
-    return ["", *_table(head, rows)]
+    rows = [[slug, *(cell_text(name, arm["metrics"][name]) for name in tasks)] for slug, arm in ways(report).items()]
+    return ["", *markdown_table(head, rows)]
 
 
 def further_tasks(report: Mapping[str, Any]) -> list[str]:
@@ -188,17 +163,6 @@ def _failures(report: Mapping[str, Any]) -> list[str]:
     return ["## What failed", "", *lines, ""] if lines else []
 
 
-def _chain(gate: Mapping[str, Any]) -> Iterator[str]:
-    """The versions before the candidate, and it, as far from the best one."""
-    lines = chain_lines(gate)
-    if len(lines) > 1:
-        yield ""
-        yield from _table(list(CHAIN_HEAD), [[line.name, line.at or "–", line.arm, line.text] for line in lines])
-        if more := left_away(gate):
-            yield ""
-            yield f"{more} earlier versions are not shown."
-
-
 def _comparisons(report: Mapping[str, Any]) -> Iterator[str]:
     yield "## Comparisons"
     yield ""
@@ -215,7 +179,7 @@ def _comparisons(report: Mapping[str, Any]) -> Iterator[str]:
             yield ""
             yield f"**{family['question']}** ({family['size']} comparisons)"
             yield ""
-            yield from _table(["a / b", "metric", "difference", "verdict"], rows)
+            yield from markdown_table(["a / b", "metric", "difference", "verdict"], rows)
     for reason, pairs in left_out(report).items():
         yield f"\nLeft out, {reason}: {', '.join(pairs)}."
     if told := power_sentence(report["power"]):
@@ -248,10 +212,10 @@ def _served(report: Mapping[str, Any]) -> Iterator[str]:
     yield from ["## Served", ""]
     if told := floor_text(served):
         yield from [f"{engines(served)}, the rows of test. {told}", ""]
-        yield from [*_table(SERVED_HEAD, served_rows(served)), ""]
+        yield from [*markdown_table(SERVED_HEAD, served_rows(served)), ""]
     if rows := speed_rows(served):
         yield from [f"Ranked by output tokens a second on {hardware_line(report['hardware'])}.", ""]
-        yield from [*_table(SPEED_HEAD, rows), ""]
+        yield from [*markdown_table(SPEED_HEAD, rows), ""]
     for line in below(served):
         yield from [line, ""]
 
@@ -267,14 +231,14 @@ def _speed(report: Mapping[str, Any]) -> Iterator[str]:
     rows = [
         [
             slug,
-            *(_cell(name, report["arms"][slug]["metrics"][name]) for name in SPEEDS),
+            *(cell_text(name, report["arms"][slug]["metrics"][name]) for name in SPEEDS),
             ran_on(speed),
             speed["label"] or "",
         ]
         for slug, speed in report["speed"].items()
     ]
     head = ["arm", *(heading(name, report["directions"]) for name in SPEEDS), "kernel", "label"]
-    yield from _table(head, rows)
+    yield from markdown_table(head, rows)
     yield ""
 
 
@@ -286,7 +250,9 @@ def ran_on(speed: Mapping[str, Any]) -> str:
 def _machine(report: Mapping[str, Any]) -> Iterator[str]:
     yield "## Time, machine, versions"
     yield ""
-    yield from _table(["stage", "seconds"], [[stage, f"{spent:.1f}"] for stage, spent in report["seconds"].items()])
+    yield from markdown_table(
+        ["stage", "seconds"], [[stage, f"{spent:.1f}"] for stage, spent in report["seconds"].items()]
+    )
     yield ""
     yield (
         f"{hardware_line(report['hardware'])}. "
@@ -386,11 +352,6 @@ def _asides(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "Are there enough test rows?", told
     if told := "; ".join(fit_sentences(report.get("fit"))):
         yield "What fits?", f"{told}."
-
-
-def registered_lines(report: Mapping[str, Any]) -> list[str]:
-    """What was registered before the run and what was found; nothing of a run that is older than that."""
-    return list((report.get("registered") or {"text": []})["text"])
 
 
 def _rich_cell(metric: str, cell: Mapping[str, Any]) -> Text:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from flows.results.stats import Interval, Z
+from flows.results.stats import Interval, Z, wilson
 from flows.results.unpaired import (
     Counted,
     Figure,
@@ -17,7 +17,6 @@ from flows.results.unpaired import (
     judged,
     paired_interval,
     together_z,
-    wilson,
 )
 
 
@@ -127,8 +126,8 @@ def _shares(claim: Claim, z: float) -> Audited:
         widest=paired_interval(d, most, n),
         verdict=verdict,
         together=judged(near.d, n, near.most, z),
-        score_ci95=wilson(score.nearest, n),
-        base_ci95=wilson(base.nearest, n),
+        score_ci95=wilson(score.nearest / n, n),
+        base_ci95=wilson(base.nearest / n, n),
         count=score,
         base_count=base,
         unrelated=n - (score.nearest * (n - base.nearest) + base.nearest * (n - score.nearest)) / n,

@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 
 from flows.results.metrics import HEADLINE, METRICS, NOT_COUNTED, PER_DOMAIN, SPEED, TASK, Metric, further
-from flows.results.paired import OTHER_DEVICE, few_groups, too_few_groups
+from flows.results.paired import OTHER_DEVICE, few_groups
 from flows.results.read import REFERENCE, Run, RunArm
 from flows.results.rows import RowScores, TokenKL, read_kl, read_scores, same_device
 from flows.results.sizes import size_bytes
 from flows.results.stats import (
-    FEWEST_GROUPS,
     QUANTILE_RESAMPLES,
     Counts,
     Estimand,
@@ -30,6 +29,7 @@ from flows.results.stats import (
     studentized,
     upper_quantile,
 )
+from recipes.checks.power import FEWEST_GROUPS, too_few_groups
 
 MERGED = "evaluate/merged-"
 SIMULATED = "simulated: storage only"  # what the figures of a quantized KV cache are

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from flows.results.flips import flips_json
 from flows.results.metrics import METRICS, TASK, is_task
-from flows.results.paired import OTHER_DEVICE, Draw, Obstacle, Paired, differences, few_groups, paired
+from flows.results.paired import OTHER_DEVICE, Draw, Obstacle, Paired, differences, paired, why_not
 from flows.results.read import REFERENCE, RunArm, SchemeParts
 from flows.results.rows import RowScores
 from flows.results.stats import Interval
@@ -281,9 +281,7 @@ def _reason(
         return f"{' and '.join(slug for slug, rows in named if rows and not rows.finite)}: scores that are not finite"
     if obstacle == "other device":
         return f"{OTHER_DEVICE}: {', '.join(f'{slug} on {rows.device}' for slug, rows in named if rows)}"
-    if obstacle == "other rows":
-        return "the two arms were not scored on the same rows and tokens"
-    return str(few_groups(a))
+    return why_not(obstacle, a, {"other rows": "the two arms were not scored on the same rows and tokens"})
 
 
 def _compared(family: str, able: Sequence[tuple[Pair, Paired]], draws: Draw) -> list[Comparison]:

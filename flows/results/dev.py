@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from flows.results.cells import ArmEvidence, Cell, Draws, rows_cell
 from flows.results.comparisons import merged_schemes
 from flows.results.metrics import METRICS, TASK, Metric
-from flows.results.paired import OTHER_DEVICE, Difference, Obstacle, Paired, differences, few_groups, paired
+from flows.results.paired import Difference, Obstacle, Paired, differences, paired, why_not
 from flows.results.read import Run, RunArm
 from flows.results.rows import RowScores, read_dev
 
@@ -30,9 +30,7 @@ LOSS = Metric(
 Scores = Mapping[str, RowScores]
 REASONS: dict[Obstacle, str] = {
     "missing": "one of the two has no such scores of dev",
-    "other device": OTHER_DEVICE,
     "other rows": "the two arms were not scored on the same rows and tokens of dev",
-    "not finite": "scores that are not finite",
 }
 
 
@@ -47,7 +45,7 @@ class _Compared(NamedTuple):
 def dev_of(run: Run, evidence: Mapping[str, ArmEvidence], draws: Draws) -> dict[str, Any] | None:
     """`dev` of report.json; None where no arm has scores of dev."""
     evidence = {slug: arm for slug, arm in evidence.items() if arm.arm.null is None}  # nothing is tuned by noise
-    scores = {slug: _scores(arm, run) for slug, arm in evidence.items()}
+    scores = {slug: dev_scores(arm, run) for slug, arm in evidence.items()}
     metrics = _metrics(scores)
     if not metrics:
         return None
@@ -89,7 +87,8 @@ def merged_of(arm: RunArm, arms: Sequence[RunArm]) -> str | None:
     return next((slug for slug in wanted if slug in slugs and slug != arm.slug), None)
 
 
-def _scores(arm: ArmEvidence, run: Run) -> Scores:
+def dev_scores(arm: ArmEvidence, run: Run) -> Scores:
+    """An arm's scores of dev by metric; empty where it has none."""
     step = None if arm.failure else run.step(arm.arm.evaluate)
     return read_dev(step.files) if step and step.files else {}
 
@@ -121,7 +120,7 @@ def _pairs(
         if isinstance(pair, Paired):
             able[one] = pair
         else:
-            reasons[one] = REASONS.get(pair) or str(few_groups(a))
+            reasons[one] = why_not(pair, a, REASONS)
     return able, reasons
 
 

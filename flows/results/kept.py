@@ -15,7 +15,7 @@ import numpy as np
 
 from flows.results.cells import ArmEvidence
 from flows.results.comparisons import REFERENCE
-from flows.results.paired import Draw, Paired, few_groups, paired
+from flows.results.paired import Draw, Paired, paired, why_not
 from flows.results.read import RunArm
 from flows.results.rows import RowScores
 from flows.results.stats import (
@@ -122,7 +122,7 @@ def _section(
         return None
     pair = paired(high, low, "share" if metric == "task" else "mean")
     if not isinstance(pair, Paired):
-        return {"gain": None, "ci95": None, "reason": f"{REFERENCE} and {BASE}: {_why(pair, high)}", "arms": {}}
+        return {"gain": None, "ci95": None, "reason": f"{REFERENCE} and {BASE}: {why_not(pair, high)}", "arms": {}}
     gain = Gain.of(pair, draws)
     told = {"gain": gain.boot.estimate, "ci95": list(gain.ci95)}
     if not gain.shown or (gain.boot.at > 0) != (metric == "task"):
@@ -134,18 +134,8 @@ def _section(
 def _share(gain: Gain, rows: RowScores | None, draws: Draw) -> dict[str, Any]:
     pair = paired(rows, gain.high)
     if not isinstance(pair, Paired):
-        return {"share": None, "ci95": None, "reason": _why(pair, rows)}
+        return {"share": None, "ci95": None, "reason": why_not(pair, rows)}
     share = gain.share(pair.a, draws)
     if share is None:
         return {"share": None, "ci95": None, "reason": NOT_SHOWN}
     return {"share": share.value, "ci95": list(share.ci95), "reason": None}
-
-
-def _why(obstacle: str, rows: RowScores | None) -> str:
-    """Why two cannot be paired, in words."""
-    words = {
-        "missing": "no such scores",
-        "other rows": "not scored on the same rows and tokens",
-        "not finite": "scores that are not finite",
-    }
-    return words.get(obstacle) or few_groups(rows) or obstacle

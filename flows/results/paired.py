@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from flows.results.rows import RowScores
 from flows.results.stats import (
-    FEWEST_GROUPS,
     LEVEL,
     Counts,
     Estimand,
@@ -17,10 +16,17 @@ from flows.results.stats import (
     difference_intervals,
     studentized,
 )
+from recipes.checks.power import FEWEST_GROUPS, too_few_groups
 
 Draw = Callable[[tuple[str, ...]], Counts]  # the resamples of some groups; equal groups get equal draws
 Obstacle = Literal["missing", "other device", "other rows", "not finite", "one group", "few groups"]
 OTHER_DEVICE = "scored on another device"
+WORDS: Mapping[Obstacle, str] = {
+    "missing": "no such scores",
+    "other device": OTHER_DEVICE,
+    "other rows": "not scored on the same rows and tokens",
+    "not finite": "scores that are not finite",
+}
 
 
 class Paired(NamedTuple):
@@ -52,7 +58,7 @@ class Difference(NamedTuple):
 
 
 def paired(a: RowScores | None, b: RowScores | None, link: Link = "mean") -> Paired | Obstacle:
-    """The pair, or why it cannot be compared; each caller has its own words for that."""
+    """The pair, or why it cannot be compared: see `why_not`."""
     if a is None or b is None:
         return "missing"
     if not a.same_device(b):
@@ -66,28 +72,22 @@ def paired(a: RowScores | None, b: RowScores | None, link: Link = "mean") -> Pai
     return "few groups" if a.sums.effective < FEWEST_GROUPS else Paired(a, b, link)
 
 
-TOO_FEW_GROUPS = "too few groups"
-ONE_GROUP = f"{TOO_FEW_GROUPS}: one, so nothing can be said about the spread"
-
-
-def too_few_groups(groups: int, effective: float) -> str:
-    """Why so few groups have no interval: `too few groups: 20, which count as 3.8 of equal size; 5 are needed`.
-
-    Args:
-        groups: How many there are.
-        effective: How many of equal size they count as.
-    """
-    if groups < 2:
-        return ONE_GROUP if groups else f"{TOO_FEW_GROUPS}: none"
-    lopsided = f", which count as {effective:.1f} of equal size" if effective < groups - 0.05 else ""
-    return f"{TOO_FEW_GROUPS}: {groups}{lopsided}; {FEWEST_GROUPS} are needed"
-
-
 def few_groups(rows: RowScores | None) -> str | None:
     """Why these rows have no interval; None where they may have one."""
     if rows is None or (len(rows.groups) >= 2 and rows.sums.effective >= FEWEST_GROUPS):
         return None
     return too_few_groups(len(rows.groups), rows.sums.effective)
+
+
+def why_not(obstacle: Obstacle, rows: RowScores | None, words: Mapping[Obstacle, str] = WORDS) -> str:
+    """An obstacle in words.
+
+    Args:
+        obstacle: What kept two arms from being paired.
+        rows: Of the first one.
+        words: The caller's own, where it has better ones than WORDS.
+    """
+    return words.get(obstacle) or WORDS.get(obstacle) or str(few_groups(rows))
 
 
 def differences(family: Sequence[Paired], draws: Draw, *, level: float = LEVEL) -> list[Difference]:

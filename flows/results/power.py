@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from flows.results.cells import ArmEvidence
 from flows.results.comparisons import merged_schemes
-from flows.results.paired import OTHER_DEVICE, Obstacle, Paired, few_groups, paired
+from flows.results.paired import Obstacle, Paired, paired, why_not
 from flows.results.rows import RowScores
 from flows.results.stats import Z_POWER, Estimand, Z, standard_error
 
@@ -97,14 +97,11 @@ def _plan(evidence: Mapping[str, ArmEvidence], a: str, b: str) -> dict[str, Any]
 def _reason(obstacle: Obstacle, a: str, b: str, scored: Sequence[RowScores | None]) -> str:
     """Why there is no plan, in words."""
     missing = [slug for slug, rows in zip((a, b), scored, strict=True) if rows is None]
-    return {
+    own: dict[Obstacle, str] = {
         "missing": f"{' and '.join(missing)}: no task scores",
-        "other device": OTHER_DEVICE,
         "other rows": "the two arms were not scored on the same rows",
-        "not finite": "scores that are not finite",
-        "one group": str(few_groups(scored[0])),
-        "few groups": str(few_groups(scored[0])),
-    }[obstacle]
+    }
+    return why_not(obstacle, scored[0], own)
 
 
 def sentence(plans: list[dict[str, Any]]) -> str | None:

@@ -11,10 +11,8 @@ from __future__ import annotations
 import math
 
 from flows.results.stats import Interval, Z
+from recipes.checks.power import score_variance
 
-# The binomial's usual correction: half a question. Without it 5.3 % of the years of docs/results/gate.md promote one
-# candidate at the margin's edge in the worst of its cells, where 5 % is the goal (400 years); with it 4.8 %.
-HALF = 0.5
 STEPS = 60  # halvings of [-1, 1]: below the last bit of a float
 
 
@@ -47,11 +45,3 @@ def _lower_end(ahead: int, behind: int, n: int, z: float, correction: float) -> 
         else:
             high = middle
     return low
-
-
-def score_variance(ahead: float, behind: float, n: int, difference: float) -> float:
-    """Of ahead - behind, where the true difference is this: the other share is the likeliest one."""
-    linear = (2 * n - ahead + behind) * difference - ahead - behind
-    constant = -behind * difference * (1 - difference)
-    share = (math.sqrt(max(linear**2 - 8 * n * constant, 0.0)) - linear) / (4 * n)
-    return n * (2 * share + difference * (1 - difference))

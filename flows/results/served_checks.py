@@ -39,7 +39,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from flows.results.paired import Difference, Draw, Paired, differences, few_groups, paired
+from flows.results.paired import Difference, Draw, Obstacle, Paired, differences, paired, why_not
 from flows.results.rows import RowScores
 from flows.results.stats import Interval, Link
 
@@ -54,10 +54,9 @@ ALLOWED = 0.0001  # nats a token, beside that
 CHANGED = 0.02  # of the answers: gate.task
 MOST_CHANGED = 0.10  # of the answers
 PAIRS = {"served_nll": "nll", "served_task": "task"}  # what the engine gave -> what the arm's own evaluation gave
-OBSTACLES = {
+OBSTACLES: dict[Obstacle, str] = {
     "missing": "it and the floor do not both have such scores",
     "other rows": "it and the floor have no common rows with the same tokens",
-    "not finite": "scores that are not finite",
 }
 
 
@@ -76,13 +75,12 @@ class ServedScores(NamedTuple):
         if isinstance(pair, Paired):
             return pair
         broken = sum(int((~np.isfinite(rows.total)).sum()) for rows in (a, b) if rows is not None)
-        return {
+        own: dict[Obstacle, str] = {
             "missing": f"no {metric} rows" if a is None else f"its own evaluation has no {PAIRS[metric]} rows",
             "other rows": "the engine and the evaluation have no common rows with the same tokens",
             "not finite": f"{broken} rows have no finite score",
-            "one group": str(few_groups(a)),
-            "few groups": str(few_groups(a)),
-        }[pair]
+        }
+        return why_not(pair, a, own)
 
     @property
     def apart(self) -> RowScores | None:
@@ -185,7 +183,7 @@ def _against(
         a, floor = shared(a, floor)
         floor = replace(floor, total=times * floor.total + more * floor.count)
     pair = paired(a, floor, link)
-    return pair if isinstance(pair, Paired) else OBSTACLES.get(pair) or str(few_groups(a))
+    return pair if isinstance(pair, Paired) else why_not(pair, a, OBSTACLES)
 
 
 def _no_floor(floor: str, pair: Paired | str | None, own: Difference | None) -> str | None:

@@ -39,15 +39,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 
+from recipes.checks.power import LEVEL, t_quantile
+
 RESAMPLES = 10_000
 QUANTILE_RESAMPLES = 1_000
-LEVEL = 0.95
 SEED = 20_260_101
 Z = 1.959964  # 97.5 % quantile of the normal distribution; scipy's is 1.5e-8 less, and figures rest on this one
 Z_POWER = 0.841621  # 80 %: Z + Z_POWER standard errors are called different 4 times in 5
-# Of equal size. Where fewer carry the figures no verdict is given: t with three degrees asks for 3.2 standard errors,
-# and what it promises rests on the shape of the groups' noise, which so few do not show.
-FEWEST_GROUPS = 5
 CHUNK_BYTES = 64 * 2**20  # float64 weights that exist at once; the draws themselves are kept as bytes
 
 Floats = NDArray[np.float64]
@@ -311,9 +309,14 @@ def proportion_interval(sums: Sums) -> Interval:
     variance = standard_error(Estimand(sums)) ** 2 if len(sums.total) > 1 else 0.0
     size = min(rows, p * (1 - p) / variance) if variance > 1e-18 and 0 < p < 1 else sums.effective
     size *= min(1.0, (student(rows) / student(sums.effective)) ** 2)
-    centre = (p + Z**2 / (2 * size)) / (1 + Z**2 / size)
-    half = Z * np.sqrt(max(p * (1 - p), 0.0) / size + Z**2 / (4 * size**2)) / (1 + Z**2 / size)
-    return Interval(float(min(max(centre - half, 0.0), p)), float(max(min(centre + half, 1.0), p)))
+    return wilson(p, size)
+
+
+def wilson(share: float, size: float, z: float = Z) -> Interval:
+    """Wilson's interval of a share of so many independent rows; it holds the share itself."""
+    centre = (share + z**2 / (2 * size)) / (1 + z**2 / size)
+    half = z * float(np.sqrt(max(share * (1 - share), 0.0) / size + z**2 / (4 * size**2))) / (1 + z**2 / size)
+    return Interval(float(min(max(centre - half, 0.0), share)), float(max(min(centre + half, 1.0), share)))
 
 
 def upper_quantile(values: Floats, weights: Floats | None = None, *, level: float = 0.99) -> float:
@@ -381,11 +384,4 @@ def t_critical(df: int) -> float:
 
     scipy.stats has the exact one. With it published intervals would change: 2.7756 would be 2.7764 at five repeats.
     """
-    z = Z
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + sum(term / df ** (power + 1) for power, term in enumerate(terms))
+    return t_quantile(Z, df)

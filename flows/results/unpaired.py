@@ -79,14 +79,6 @@ def counted(figure: Figure, n: int) -> Counted:
     return Counted(low, near, high, whole)
 
 
-def wilson(count: int, n: int, z: float = Z) -> Interval:
-    """Wilson's interval of a share."""
-    p = count / n
-    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
-    return Interval(min(max(centre - half, 0.0), p), max(min(centre + half, 1.0), p))
-
-
 def discordant(x: int, y: int, n: int) -> tuple[int, int]:
     """Fewest and most questions on which models with x and y right answers of n can differ."""
     return abs(x - y), min(x + y, 2 * n - x - y)

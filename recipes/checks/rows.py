@@ -29,15 +29,24 @@ class RowCheck(NamedTuple):
     Attributes:
         problems: What is wrong with them.
         summary: JSON-able.
-        warnings: What they, and the documents of lm-eval tasks, are too few for.
+        answers: Warnings of answers that may be too long.
+        gate: Warnings of rows that are too few for the gate, at the rate of changed answers that is guessed.
+        others: Warnings of general texts, and of documents of lm-eval tasks, that are too few.
         sizes: What the figures of each split will rest on, but for rows that turn out too long; empty where the rows
             were not read.
     """
 
     problems: list[Problem]
     summary: dict[str, Any]
-    warnings: tuple[Problem, ...] = ()
+    answers: tuple[Problem, ...] = ()
+    gate: tuple[Problem, ...] = ()
+    others: tuple[Problem, ...] = ()
     sizes: Mapping[Side, SideSize] = {}
+
+    @property
+    def warnings(self) -> tuple[Problem, ...]:
+        """All of them."""
+        return (*self.answers, *self.gate, *self.others)
 
 
 def check_data(loaded: Loaded) -> RowCheck:
@@ -48,7 +57,7 @@ def check_data(loaded: Loaded) -> RowCheck:
     remote = [source.path for source, path in zip(loaded.recipe.data.parts, loaded.data, strict=True) if path is None]
     not_read = {"data": f"{', '.join(remote)} is not local: its rows are read when it is pinned"} if remote else {}
     if not loaded.origins:
-        return RowCheck([], not_read, size_warnings(loaded, {}))
+        return RowCheck([], not_read, others=_other_warnings(loaded))
     read = read_rows(loaded, list(loaded.origins.values()))
     problems = [problem for source in read.sources for problem in source.later_problems()]
     problems += [*_torn(loaded, read.sides), *_general_rows(loaded), *read.checks.problems()]
@@ -57,26 +66,27 @@ def check_data(loaded: Loaded) -> RowCheck:
         problems += [*_leaks(loaded, read), *_empty_sides(loaded, read.sides), *_calibration(loaded, read.sides)]
     summary = _summary(loaded, read) | {"format": _formats(read.sources)} | not_read
     sizes: dict[Side, SideSize] = {} if not_read else {side: _size(rows) for side, rows in read.sides.rows.items()}
-    warnings = (*map(loaded.placed, read.checks.warnings()), *size_warnings(loaded, sizes))
-    return RowCheck([*map(loaded.placed, problems)], summary, warnings, sizes)
-
-
-def size_warnings(loaded: Loaded, sizes: Mapping[Side, SideSize], *, rate: Rate = GUESS) -> tuple[Problem, ...]:
-    """What keeps a candidate from passing the gate that is no worse at all: too little to tell by.
-
-    Args:
-        loaded: The recipe.
-        sizes: Of the splits; empty where the rows were not read.
-        rate: How many answers change between a quantized model and the merged one.
-    """
-    warnings = [*gate_warnings(loaded.recipe, sizes, rate=rate)] if sizes else []
-    return tuple(map(loaded.placed, [*warnings, *_few_texts(loaded), *document_warnings(loaded)]))
+    return RowCheck(
+        [*map(loaded.placed, problems)],
+        summary,
+        answers=tuple(map(loaded.placed, read.checks.warnings())),
+        gate=_gate_warnings(loaded, sizes, GUESS),
+        others=_other_warnings(loaded),
+        sizes=sizes,
+    )
 
 
 def warnings_at(loaded: Loaded, rows: RowCheck, rate: Rate) -> tuple[Problem, ...]:
     """The warnings of rows that were checked, now that an earlier run tells how many answers change."""
-    guessed = size_warnings(loaded, rows.sizes)
-    return (*(one for one in rows.warnings if one not in guessed), *size_warnings(loaded, rows.sizes, rate=rate))
+    return rows._replace(gate=_gate_warnings(loaded, rows.sizes, rate)).warnings
+
+
+def _gate_warnings(loaded: Loaded, sizes: Mapping[Side, SideSize], rate: Rate) -> tuple[Problem, ...]:
+    return tuple(map(loaded.placed, gate_warnings(loaded.recipe, sizes, rate=rate))) if sizes else ()
+
+
+def _other_warnings(loaded: Loaded) -> tuple[Problem, ...]:
+    return tuple(map(loaded.placed, [*_few_texts(loaded), *document_warnings(loaded)]))
 
 
 def _size(rows: SideRows) -> SideSize:

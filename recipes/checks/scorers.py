@@ -9,6 +9,7 @@ from pathlib import Path
 
 from recipes.checks.lm_eval_tasks import find_tasks
 from recipes.data.rows import SHOWN, Row
+from recipes.data.turns import said_bytes
 from recipes.data.wrong import Wrong
 from recipes.plain import is_mapping
 from recipes.problem import Problem, shown
@@ -173,8 +174,10 @@ class RowChecks:
             first.setdefault(str(row.columns[column]), row.where)
         if held_out and not row.is_text and not _answers(row):
             self._unanswered.add(row.where)
-        tokens = 0 if self._limit is None or not held_out or row.is_text else _answer_bytes(row) // TOKEN_BYTES
-        if self._limit is not None and self._limit <= tokens < self._kept:
+        if self._limit is None or not held_out or row.is_text:
+            return
+        tokens = said_bytes(row.messages[-1]) // TOKEN_BYTES
+        if self._limit <= tokens < self._kept:
             self._long.add(row.where)
             self._longest = max(self._longest, tokens)
 
@@ -211,13 +214,6 @@ def _answers(row: Row) -> bool:
     turn = row.messages[-1]
     said = str(turn.get("content") or "").rpartition("</think>")[2].strip()
     return bool(turn.get("tool_calls") or (said and not said.startswith("<think>")))
-
-
-def _answer_bytes(row: Row) -> int:
-    """Of the last turn: thinking, text and calls."""
-    turn = row.messages[-1]
-    calls = json.dumps(turn["tool_calls"], ensure_ascii=False) if turn.get("tool_calls") else ""
-    return len(f"{turn.get('reasoning_content') or ''}{turn.get('content') or ''}{calls}".encode())
 
 
 def _row_databases(column: str, folder: Path, first: Mapping[str, str]) -> Iterator[Problem]:

@@ -8,6 +8,7 @@ template.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,6 +45,12 @@ FLAGS = ("weight", "train", "loss")
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 TEXT_PARTS = ("text", "input_text", "output_text")
 READ = ("role", "from", "content", "value", "tool_calls", "function_call", *FLAGS, *REASONING, "name", "tool_call_id")
+
+
+def said_bytes(turn: Message) -> int:
+    """UTF-8 bytes of all that a turn says: thinking, text and calls."""
+    calls = json.dumps(turn["tool_calls"], ensure_ascii=False) if turn.get("tool_calls") else ""
+    return sum(len(text.encode()) for text in (turn.get("reasoning_content") or "", turn.get("content") or "", calls))
 
 
 def turns_of(value: Any, tools: Sequence[Mapping[str, Any]] | None = None, *, drop_reasoning: bool) -> list[Message]:

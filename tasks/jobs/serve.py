@@ -21,11 +21,10 @@ from tasks.jobs.measuring.answers import Answer
 from tasks.jobs.measuring.grading import Prompting, grade, open_graders
 from tasks.jobs.measuring.progress import Progress
 from tasks.jobs.measuring.scores import SCORES, means, score_line
-from tasks.jobs.measuring.teacher_forcing import TokenRow, greedy_config, read_rows
+from tasks.jobs.measuring.teacher_forcing import TokenRow, read_rows
 from tasks.jobs.serving import onnx_genai
 from tasks.jobs.serving.client import AT_ONCE, Client
 from tasks.jobs.serving.speed import REQUESTS, loads, resident_gib
-from tasks.jobs.text.tokenizer import load_tokenizer
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
 from tasks.runtime.process.ports import free_port
@@ -195,16 +194,16 @@ def _asked(
         score_line(row, "served_nll", loss, row.n)
         for row, loss in client.losses(rows, partial(progress.step, "completions"))
     ]
-    answered = _answered(job, client, prompted, context=context, progress=progress) if prompted else {}
+    prompting = Prompting.of(dataset / "tokenizer")
+    answered = _answered(job, client, prompted, prompting, context=context, progress=progress) if prompted else {}
     graded = grade(prompted, [answered[row.row] for row in prompted], open_graders(job).answers)
     for metric, values in graded.scores.items():
         scores += [score_line(row, f"served_{metric}", value, 1) for row, value in values]
     own = _own_answers(job.inputs["scores"].path)
-    tokenizer = load_tokenizer(dataset / "tokenizer")
     answers = [
         {
             "row": row.row,
-            "prompt": tokenizer.decode(row.prompt_ids),
+            "prompt": prompting.tokenizer.decode(row.prompt_ids),
             "reference": row.answer,
             "own": own[row.row],
             "served": answered[row.row].text,
@@ -220,13 +219,13 @@ def _asked(
     return scores, answers
 
 
-def _answered(job: Job, client: Client, rows: list[TokenRow], *, context: int, progress: Progress) -> dict[str, Answer]:
+def _answered(
+    job: Job, client: Client, rows: list[TokenRow], prompting: Prompting, *, context: int, progress: Progress
+) -> dict[str, Answer]:
     """The engine's answer to each row, by its name."""
-    folder, longest = job.inputs["dataset"].path / "tokenizer", job.params["max_new_tokens"]
-    reader = Prompting.of(folder).reader()
-    ends = greedy_config(folder, max_new_tokens=longest).eos_token_id
+    reader, longest = prompting.reader(), job.params["max_new_tokens"]
     on_batch = partial(progress.step, "answers")
-    decoded = client.answers(rows, ends, max_tokens=longest, context=context, on_batch=on_batch)
+    decoded = client.answers(rows, prompting.ends, max_tokens=longest, context=context, on_batch=on_batch)
     return {row.row: reader.read(row, answer) for row, answer in decoded}
 
 

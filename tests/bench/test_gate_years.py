@@ -8,7 +8,7 @@ import pytest
 from flows.gate.checks import judge
 from flows.gate.looks import Looks
 from flows.results.cells import Draws
-from tests.bench.gate_years import at_the_edge, called_worse, decline, equal, improved, outcome
+from tests.bench.gate_simulated import at_the_edge, called_worse, decline, equal, improved, outcome
 from tests.flows.gate.test_checks import question
 
 ROWS = 400

@@ -26,6 +26,7 @@ ALL = "evaluate.null_arms=[batch,threads,attention]"
 
 @pytest.fixture(autouse=True)
 def slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two CPU slots, and no card but those that a test plants: what is listed is the driver's, and no GPU is here."""
     monkeypatch.setenv("QUENCH_CPU_SLOTS", "2")
     monkeypatch.setattr(gpus, "all_gpus", tuple)
 

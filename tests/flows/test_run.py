@@ -31,6 +31,7 @@ METRICS = [
     "kl_p99",
     "top1_agreement",
     "task",
+    "truncated",
     "size_bytes",
     "resident_bytes",
     "load_s",

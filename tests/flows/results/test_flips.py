@@ -14,8 +14,8 @@ from flows.results.cells import Draws
 from flows.results.comparisons import compare
 from flows.results.flips import GRADED, SUMMED, Flips, flips, flips_json, flips_text, mcnemar, swapped_flips
 from flows.results.paired import Paired
-from flows.results.read import RunArm
 from flows.results.rows import RowScores
+from tests.flows.paths import arm
 
 
 def answers(right: str, *, count: float = 1.0, group: int = 1) -> RowScores:
@@ -77,21 +77,6 @@ def test_words_say_which_way_and_never_more_than_is_known() -> None:
     many = flips_json(Paired(answers("0" * 40), answers("1" * 40)))
     assert flips_text(many) == "40 answers lost, 0 gained, p < 0.0001"
     assert flips_text(None) == "" and swapped_flips(None) is None
-
-
-def arm(slug: str) -> RunArm:
-    return RunArm(
-        slug=slug,
-        kind="bf16",
-        merge_base=None,
-        scheme=None,
-        quantization=None,
-        on_base=False,
-        model=None,
-        adapter=None,
-        evaluate=None,
-        measure=None,
-    )
 
 
 def test_every_comparison_of_a_task_has_them_and_no_other() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom, binomtest
 
-from flows.results.stats import Z
+from flows.results.stats import Z, wilson
 from flows.results.unpaired import (
     Figure,
     counted,
@@ -19,7 +19,6 @@ from flows.results.unpaired import (
     least_shown,
     paired_interval,
     together_z,
-    wilson,
 )
 
 
@@ -109,9 +108,9 @@ def test_the_interval_holds_the_true_difference(right: float, lost: float, won: 
 
 def test_wilson_by_hand() -> None:
     # 132 of 198: centre (p + z2/2n) / (1 + z2/n), p = 0.6667, z2 = 3.8415.
-    low, high = wilson(132, 198)
+    low, high = wilson(132 / 198, 198)
     assert (low, high) == (pytest.approx(0.5984, abs=1e-4), pytest.approx(0.7286, abs=1e-4))
-    assert wilson(0, 10).low == 0 and wilson(10, 10).high == 1 and wilson(0, 10).high > 0.2
+    assert wilson(0, 10).low == 0 and wilson(1, 10).high == 1 and wilson(0, 10).high > 0.2
 
 
 def test_counts_that_a_figure_can_mean() -> None:

@@ -11,10 +11,11 @@ from flows.gate import checks
 from flows.results import stats
 from flows.results.power import needed
 from flows.results.rows import RowScores
-from flows.results.score_interval import HALF, score_interval
+from flows.results.score_interval import score_interval
 from recipes.checks import power
 from recipes.checks.power import (
     GUESSED,
+    HALF,
     Scored,
     chance_to_pass,
     enough_rows,
