@@ -1,8 +1,9 @@
 """`python -m tests.bench.kills`: runs of a small recipe, each with a SIGKILL at a random moment; resumes.
 
 A home starts empty and its recipe is run again and again, each run killed once (the parent, a heavy child, the process
-that children are forked from, or the Prefect server of the run), until the last one is left alone. What is then in the home is compared with a run that
-nobody disturbed. Writes docs/results/kills.json, one line per kill, and docs/results/operations.md.
+that children are forked from, or the Prefect server of the run), until the last one is left alone. What is then in the
+home is compared with a run that nobody disturbed. Writes docs/results/kills.json, one line per kill, and
+docs/results/operations.md.
 """
 
 from __future__ import annotations
