@@ -7,7 +7,6 @@ with the same metric names. Weights are hard-linked where store and MLflow share
 from __future__ import annotations
 
 import functools
-import getpass
 import json
 import logging
 import os
@@ -35,6 +34,7 @@ from flows.report.text import no_tags, overview
 from flows.tracking.files import link_tree, parted
 from recipes.secrets import hide
 from tasks.runtime.process.events import read_events
+from tasks.runtime.process.user import user_name
 from tasks.runtime.store.local import Store, flocked, read_json
 from tasks.runtime.store.open import open_store
 
@@ -146,7 +146,7 @@ class Tracker:
     @on_thread
     def start(self, recipe: Mapping[str, Any], *, tags: Mapping[str, str]) -> None:
         """Create the parent run with the recipe as parameters."""
-        own = {"quench.run": self.run, "quench.kind": "run", "mlflow.user": getpass.getuser()}
+        own = {"quench.run": self.run, "quench.kind": "run", "mlflow.user": user_name()}
         self.parent = self._client.create_run(self.experiment, run_name=self.run, tags={**own, **tags}).info.run_id
         self._params(self.parent, _flat(recipe))
 
