@@ -48,23 +48,23 @@ CSRF = """
 # basic-auth knows no tokens: a managed service has a function like this one, named in the configuration.
 BEARER = f"""
     from flask import request
-    from mlflow.server.auth import authenticate_request_basic_auth
+    from mlflow.server.auth import authenticate_request_basic_auth, make_basic_auth_response
     from werkzeug.datastructures import Authorization
 
     def authenticate():
-        if request.headers.get("Authorization") == "Bearer {TOKEN}":
-            return Authorization("basic", {{"username": "{USER[0]}"}})
-        return authenticate_request_basic_auth()
+        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+        if scheme != "Bearer":
+            return authenticate_request_basic_auth()
+        known = Authorization("basic", {{"username": "{USER[0]}"}})
+        return known if token == "{TOKEN}" else make_basic_auth_response()
 """
 
 
 @contextmanager
-def auth_server(folder: Path, *, permission: str = "EDIT") -> Iterator[str]:
+def auth_server(folder: Path) -> Iterator[str]:
     """MLflow with the basic-auth app, ADMIN, and USER, whom TOKEN stands for, too.
 
-    Args:
-        folder: Of its databases and artifacts; exists.
-        permission: What USER may do with what others made. With EDIT it makes experiments and deletes none.
+    USER owns what it makes, and reads what others made unless ADMIN grants more.
     """
     modules = {"quench_bearer.py": BEARER}
     if importlib.util.find_spec("flask_wtf") is None:
@@ -74,11 +74,12 @@ def auth_server(folder: Path, *, permission: str = "EDIT") -> Iterator[str]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(dedent(text))
     settings = {
-        "default_permission": permission,
+        "default_permission": "READ",
         "database_uri": f"sqlite:///{folder}/users.db",
         "admin_username": ADMIN[0],
         "authorization_function": "quench_bearer:authenticate",
         "grant_default_workspace_access": "false",
+        "auth_cache_ttl_seconds": "600",  # else each request costs a third of a second for the password's digest
     }
     (folder / "auth.ini").write_text("\n".join(["[mlflow]", *(f"{name} = {text}" for name, text in settings.items())]))
     env = {
@@ -91,3 +92,9 @@ def auth_server(folder: Path, *, permission: str = "EDIT") -> Iterator[str]:
         user = {"username": USER[0], "password": USER[1]}
         httpx.post(f"{url}/api/2.0/mlflow/users/create", json=user, auth=ADMIN, timeout=60).raise_for_status()
         yield url
+
+
+def grant(url: str, kind: str, name: str, permission: str) -> None:
+    """Let USER do something with what ADMIN made: an `experiment` by its number, a `registered_model` by its name."""
+    asked = {"username": USER[0], "resource_type": kind, "resource_id": name, "permission": permission}
+    httpx.post(f"{url}/api/3.0/mlflow/users/permissions/grant", json=asked, auth=ADMIN, timeout=60).raise_for_status()

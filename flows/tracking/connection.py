@@ -13,7 +13,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from flows.mlflow_uri import no_answer, shown, tracking_uri
-from flows.tracking.moved import ARTIFACTS, follow_home
+from flows.tracking.moved import ARTIFACTS, follow_home, left_behind
 from recipes.problem import Problem
 from recipes.secrets import hide
 from tasks.runtime.store.local import flocked
@@ -51,7 +51,7 @@ def open_experiment(mlflow: MlflowClient, home: Path, name: str) -> Opened:
     """The experiment of this name, made or restored where that is needed, with its files below this home.
 
     Raises:
-        RecipeError: The user may not make or restore it; a home that was moved cannot be followed.
+        RecipeError: The user may not restore it; a home that was moved cannot be followed.
         MlflowException: MLflow does not answer, or refuses something else.
     """
     uri = tracking_uri(home)
@@ -69,6 +69,10 @@ def open_experiment(mlflow: MlflowClient, home: Path, name: str) -> Opened:
                 # another home made it in between
         if known.lifecycle_stage == LifecycleStage.DELETED:
             notes += _restored(mlflow, known, uri)
+        if not uri.startswith("http") and left_behind(home, known.artifact_location):
+            raise _gone(known, uri).error()
+        if uri.startswith("http"):  # who may only read is told now, and not after the training
+            mlflow.set_experiment_tag(known.experiment_id, "quench", "writes its runs here")
         return Opened(known.experiment_id, notes)
 
 
@@ -98,6 +102,18 @@ def _restored(mlflow: MlflowClient, known: Experiment, uri: str) -> list[str]:
     nested = [run for run in runs if run.data.tags.get("mlflow.parentRunId") in doubles]
     remove(mlflow, [*nested, *(run for run in parents if run.info.run_id in doubles)])
     return [f"the MLflow experiment {known.name} was deleted: it is restored, with its runs"]
+
+
+def _gone(known: Experiment, uri: str) -> Problem:
+    at = f"MLFLOW_TRACKING_URI={shown(uri)} mlflow experiments"
+    return Problem(
+        what=f"the MLflow experiment {known.name} has its files in a folder that is gone",
+        where=shown(uri),
+        why=f"{known.artifact_location} is below a home that was moved or removed, and this database is not of this "
+        "home, so nobody changes its paths",
+        next="put that folder back; or let the experiment keep what is left under another name and run again: "
+        f"`{at} rename --experiment-id {known.experiment_id} --new-name {known.name}-old`",
+    )
 
 
 def runs_of(mlflow: MlflowClient, experiment: str, run: str) -> list[Run]:

@@ -20,6 +20,7 @@ from recipes.secrets import hide
 
 ARTIFACTS = "mlartifacts"  # below QUENCH_HOME: the files of every experiment
 DATABASE = "mlflow.db"
+WAIT_S = 20  # for another writer of SQLite, as MLflow itself waits
 COLUMNS = (
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
@@ -67,7 +68,8 @@ def follow(home: Path, database: str) -> list[str]:
     if database == own_database(home) and not (home / DATABASE).is_file():
         return []
     now = _Place((home / ARTIFACTS).as_uri(), str(home))
-    engine = create_engine(database)
+    waits = {"timeout": WAIT_S} if database.startswith("sqlite:") else {}
+    engine = create_engine(database, connect_args=waits)
     try:
         with engine.begin() as connection:
             if not inspect(connection).has_table("experiments"):
@@ -85,6 +87,17 @@ def follow(home: Path, database: str) -> list[str]:
     finally:
         engine.dispose()
     return [f"this home was at {place.path}: MLflow's paths are now those below {now.path}" for place in before]
+
+
+def left_behind(home: Path, location: str | None) -> bool:
+    """True where an experiment has its files below a home that is not this one, and is there no more.
+
+    Of a database that is not below QUENCH_HOME: others may use it too, so its paths are theirs to change.
+    """
+    root, _, _ = (location or "").rpartition("/")
+    if not root.startswith("file:") or not root.endswith(f"/{ARTIFACTS}") or root == (home / ARTIFACTS).as_uri():
+        return False
+    return not Path(unquote(urlsplit(root).path)).parent.is_dir()
 
 
 def _places(connection: Connection, now: _Place) -> list[_Place]:

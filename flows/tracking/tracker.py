@@ -121,12 +121,16 @@ class Tracker:
         try:
             runs = runs_of(self._client, self.experiment, self.run)
             if any(WHOLE in run.data.tags for run in runs) and all(map(_has_files, runs)):
-                self.thread.shutdown()
+                self.close()
                 return False
             remove(self._client, runs)
         except MlflowException as error:
             raise refused(self.uri, error).error() from error
         return True
+
+    def close(self) -> None:
+        """End the thread of a tracker that writes nothing."""
+        self.thread.shutdown()
 
     @on_thread
     def start(self, recipe: Mapping[str, Any], *, tags: Mapping[str, str]) -> None:

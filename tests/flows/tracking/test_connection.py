@@ -16,6 +16,7 @@ from flows.promotion import registry
 from flows.promotion.journal import Promotion, now
 from flows.tracking.sync import sync
 from flows.tracking.tracker import Tracker
+from recipes.problem import RecipeError
 from tasks.runtime.store.local import read_json
 from tests.flows.tracking.tracked import ADAPTER, write_run
 
@@ -211,3 +212,24 @@ def test_files_that_are_gone_are_sent_again_to_run_and_registry(home: Path):
     os.environ[TRACKING] = ""
     (trouble,) = registry.sync(home, "quickstart", [line])
     assert trouble.startswith("version 1 has lost its files, and the store has none")
+
+
+def test_a_database_elsewhere_is_not_changed_and_the_run_is_refused_with_what_to_type(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    uri = f"sqlite:///{tmp_path / 'shared.db'}"
+    (home / "mlflow.db").rename(tmp_path / "shared.db")
+    monkeypatch.setenv(TRACKING, uri)
+    Tracker(home, experiment="quickstart", run="a-run").close()
+    new = home.rename(tmp_path / "new")
+    with pytest.raises(RecipeError) as raised:
+        Tracker(new, experiment="quickstart", run="a-run")
+    (problem,) = raised.value.problems
+    mlflow = MlflowClient(uri)
+    known = mlflow.get_experiment_by_name("quickstart")
+    assert f"mlflow experiments rename --experiment-id {known.experiment_id} --new-name" in problem.next
+    assert known.artifact_location == (home / "mlartifacts" / "quickstart").as_uri()
+    mlflow.rename_experiment(known.experiment_id, "quickstart-old")
+    Tracker(new, experiment="quickstart", run="a-run").close()
+    place = mlflow.get_experiment_by_name("quickstart").artifact_location
+    assert place == (new / "mlartifacts" / "quickstart").as_uri()
