@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from flows.mlflow_uri import shown
 from flows.plan.registered import read_registered, registered_tag
 from flows.report.build import render
 from flows.run.folder import is_under_way, run_files
@@ -68,7 +69,7 @@ def sync_run(home: Path, folder: Path, *, say: Callable[[str], None]) -> Tracker
 def _not_taken(tracker: Tracker, folder: Path, why: str) -> Problem:
     return Problem(
         what=f"MLflow does not take run {folder.name}",
-        where=tracker.uri,
+        where=shown(tracker.uri),
         why=why,
         next="fix that and run `quench track sync` again: it writes what is not whole",
     )

@@ -14,11 +14,14 @@ from mlflow.utils.file_utils import local_file_uri_to_path
 
 from flows.promotion import registry
 from flows.promotion.journal import Promotion, now
+from flows.service.postgres import stores
+from flows.tracking.moved import follow
 from flows.tracking.sync import sync
 from flows.tracking.tracker import Tracker
 from recipes.problem import RecipeError
 from tasks.runtime.store.local import read_json
 from tests.flows.tracking.tracked import ADAPTER, write_run
+from tests.postgres_server import postgres_server
 
 TRACKING = "MLFLOW_TRACKING_URI"
 
@@ -233,3 +236,29 @@ def test_a_database_elsewhere_is_not_changed_and_the_run_is_refused_with_what_to
     Tracker(new, experiment="quickstart", run="a-run").close()
     place = mlflow.get_experiment_by_name("quickstart").artifact_location
     assert place == (new / "mlartifacts" / "quickstart").as_uri()
+
+
+@pytest.mark.slow
+@pytest.mark.system
+def test_the_database_of_quench_up_on_postgresql_follows_its_home(tmp_path: Path):
+    old, new = tmp_path / "old home", tmp_path / "new home"
+    with postgres_server(tmp_path.parent / f"{tmp_path.name}-postgres") as url:
+        database = stores(url).mlflow
+        mlflow = MlflowClient(database)
+        # As its server makes it: in the folder of its number. The other one is somebody else's choice.
+        ours = mlflow.create_experiment("quickstart", artifact_location=(old / "mlartifacts" / "1").as_uri())
+        assert ours == "1"
+        elsewhere = (tmp_path / "mine" / "mlartifacts" / "own folder").as_uri()
+        other = mlflow.create_experiment("other", artifact_location=elsewhere)
+        run = mlflow.create_run(ours).info.run_id
+        version = mlflow.create_registered_model("quickstart") and mlflow.create_model_version(
+            "quickstart", (old / "mlartifacts" / "1" / "models" / "m-1").as_uri()
+        )
+        (said,) = follow(new, database)
+        assert said == f"this home was at {old}: MLflow's paths are now those below {new}"
+        assert follow(new, database) == []
+        mlflow = MlflowClient(database)
+        assert mlflow.get_run(run).info.artifact_uri == f"{new.as_uri()}/mlartifacts/1/{run}/artifacts"
+        registered = mlflow.get_model_version_download_uri("quickstart", version.version)
+        assert registered == f"{new.as_uri()}/mlartifacts/1/models/m-1"
+        assert mlflow.get_experiment(other).artifact_location == elsewhere
