@@ -22,6 +22,8 @@ from recipes.checks.python import FLAG, allow
 from recipes.problem import Problem, RecipeError
 from tasks.runtime.process.disk import full, is_full
 from tasks.runtime.process.errors import StepFailed
+from tasks.runtime.process.user import settle_user
+from tasks.runtime.store.home import home_folder
 from tasks.runtime.store.local import find_home
 
 
@@ -34,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.runs_steps:
         signal.signal(signal.SIGTERM, _interrupt)
     try:
+        for line in settle_user(home_folder()):
+            say(f"note: {line}")
         output = getattr(importlib.import_module(args.module), args.function)(args)
         _print(output, as_json=args.json)
         return output.code

@@ -33,11 +33,16 @@ def silent(uri: str) -> Problem | None:
     return None
 
 
+def shown(uri: str) -> str:
+    """An address without user, token and password."""
+    return re.sub(r"//[^/@]*@", "//", uri)
+
+
 def no_answer(uri: str, why: str) -> Problem:
     """MLflow does not answer."""
     return Problem(
         what="MLflow does not answer",
-        where=re.sub(r"//[^/@]*@", "//", uri),  # without a password
+        where=shown(uri),
         why=why,
         next="start that server; or, for SQLite below QUENCH_HOME, unset MLFLOW_TRACKING_URI and remove the up.json "
         "that a killed `quench up` left",

@@ -186,7 +186,7 @@ class Session:
         self.tracker.end(self.record.status)
         if self.tracker.trouble and self.record.status in REPORTED and not silent(self.tracker.uri):
             try:
-                self.tracker = sync_run(self.store.home, self.record.folder) or self.tracker
+                self.tracker = sync_run(self.store.home, self.record.folder, say=self.display.line) or self.tracker
             except RecipeError as error:
                 self.tracker.trouble += [problem.what for problem in error.problems]
         if url := self.tracker.compare_url:
@@ -350,6 +350,9 @@ def _work(session: Session, validated: Validated, *, only: Sequence[str]) -> Non
     source = {"mlflow.source.name": str(validated.loaded.path), **registered_tag(validated.registered)}
     session.tracker.start(validated.recipe.model_dump(mode="json"), tags=source)
     log = get_run_logger()
+    for note in session.tracker.notes:
+        session.display.line(note)
+        log.info("%s", note)
     hits = sum(step.hit for step in validated.plan)
     log.info("run %s: %d of %d steps are in the store", record.id, hits, len(validated.plan))
     record.register(validated.registered)

@@ -26,6 +26,7 @@ from tasks.runtime.process.errors import StepFailed
 from tasks.runtime.process.launch import CHECKOUT, Launcher
 from tasks.runtime.process.leases import GrantedLease
 from tasks.runtime.process.servers import answers
+from tasks.runtime.process.user import settle_user
 from tasks.runtime.step import Context, External, Limits, Step, run_step
 from tasks.runtime.store.local import MANIFEST, Artifact, Store, StoreTrouble
 from tasks.runtime.store.open import open_store
@@ -289,6 +290,8 @@ def make_on_node(key: str, order: Callable[[], Order], before: Sequence[Landed])
         if event["kind"] == "progress":
             pages.progress(key, 100.0 * event["done"] / max(event["total"], 1))
 
+    for line in settle_user(ordered.place.here):
+        log.warning("%s: %s", node, line)
     with Launcher() as launcher:
         context = Context(
             store=ordered.place.open(launcher),

@@ -6,26 +6,27 @@ is on the one that ships, `challenger` on the one that was judged last and did n
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
-from mlflow.tracking import MlflowClient
 from mlflow.utils.file_utils import local_file_uri_to_path
 from sqlalchemy.exc import SQLAlchemyError
 
 from flows.promotion.evidence import record_folder
 from flows.promotion.journal import Promotion, challenger, champion, versions
+from flows.tracking.connection import client, open_experiment
 from flows.tracking.files import link_tree
+from flows.tracking.moved import follow_home
 from flows.tracking.tracker import tracking_uri
+from recipes.problem import RecipeError
+from recipes.secrets import hide
 from tasks.runtime.store.open import open_store
 
 DESCRIPTION_CHARS = 5000  # the column of MLflow's database
-VERSION = "quench.version"
+VERSION, ARTIFACT = "quench.version", "quench.artifact"
 UNWANTED = str.maketrans(dict.fromkeys("/:.%\"'", "-"))  # MLflow refuses them in a logged model's name
 
 
@@ -37,34 +38,36 @@ def sync(home: Path, model: str, lines: Sequence[Promotion]) -> list[str]:
     """
     if not lines:
         return []
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # two lines on every new database
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
     try:
         return _Registry(home, model).sync(lines)
+    except RecipeError as error:
+        return [f"the registry was not written: {problem.what}; {problem.next}" for problem in error.problems]
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        return [f"the registry was not written: {str(error).splitlines()[0]}"]
+        return [f"the registry was not written: {hide(str(error).splitlines()[0])}"]
 
 
 class _Registry:
     def __init__(self, home: Path, model: str) -> None:
         self.home, self.model = home, model
-        self.client = MlflowClient(tracking_uri(home))
+        self.client = client(home)
+        self.trouble: list[str] = []
 
     def sync(self, lines: Sequence[Promotion]) -> list[str]:
+        follow_home(self.home)
         self._model()
-        registered = self._registered()
-        trouble: list[str] = []
+        registered = self._registered(versions(lines))
         for number, line in sorted(versions(lines).items()):
+            stored = (self.home / line.path / "manifest.json").is_file()
             if number in registered:
                 self._tag(registered[number], line)
-            elif (self.home / line.path / "manifest.json").is_file():
+                self._link_again(registered[number], line, stored=stored)
+            elif stored:
                 registered[number] = self._register(line)
             else:
-                trouble.append(f"version {number} is not in the store any more: {line.path}")
+                self.trouble.append(f"version {number} is not in the store any more: {line.path}")
         self._alias("champion", champion(lines), registered)
         self._alias("challenger", challenger(lines), registered)
-        return trouble
+        return self.trouble
 
     def _model(self) -> None:
         try:
@@ -73,13 +76,20 @@ class _Registry:
             if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
                 raise
 
-    def _registered(self) -> dict[int, str]:
-        """Our version -> the registry's; they are the same while nobody else registers under this name."""
+    def _registered(self, known: Mapping[int, Promotion]) -> dict[int, str]:
+        """Our version -> the registry's; they are the same while nobody else registers under this name.
+
+        Another home may: its versions have our numbers, and other artifacts.
+        """
         numbers: dict[int, str] = {}
         token = None
         while True:
             page = self.client.search_model_versions(f"name='{self.model}'", page_token=token)
-            numbers |= {int(entry.tags[VERSION]): entry.version for entry in page if VERSION in entry.tags}
+            for entry in page:
+                number = entry.tags.get(VERSION, "")
+                ours = known.get(int(number)) if number.isdecimal() else None
+                if ours is not None and entry.tags.get(ARTIFACT) == ours.digest:
+                    numbers[ours.version] = entry.version
             token = page.token
             if not token:
                 return numbers
@@ -120,18 +130,25 @@ class _Registry:
         self.client.finalize_logged_model(logged.model_id, "READY")
         return place, logged.model_id
 
+    def _link_again(self, number: str, promotion: Promotion, *, stored: bool) -> None:
+        """Put back the files of a version whose folder on this machine is gone; say where the store lacks them too."""
+        place = self.client.get_model_version(self.model, number).source or ""
+        if not place.startswith("file:") or Path(local_file_uri_to_path(place)).is_dir():
+            return
+        if stored:
+            link_tree(self.home / promotion.path / "files", Path(local_file_uri_to_path(place)))
+        else:
+            self.trouble.append(f"version {promotion.version} has lost its files, and the store has none: {place}")
+
     def _origin(self, promotion: Promotion) -> tuple[str, str | None]:
         """Experiment and MLflow run that the artifact comes from; the run is None where MLflow has lost it."""
-        for experiment in self.client.search_experiments():
-            of_run = f"tags.`quench.run` = '{promotion.run}' and tags.`quench.kind` = 'run'"
-            for run in self.client.search_runs([experiment.experiment_id], of_run, max_results=1):
-                return experiment.experiment_id, run.info.run_id
-        known = self.client.get_experiment_by_name(self.model)
-        if known is not None:
-            return known.experiment_id, None
-        local = tracking_uri(self.home).startswith("sqlite:")
-        place = (self.home / "mlartifacts" / self.model).as_uri() if local else None
-        return self.client.create_experiment(self.model, artifact_location=place), None
+        experiments = [experiment.experiment_id for experiment in self.client.search_experiments()]
+        of_run = f"tags.`quench.run` = '{promotion.run}' and tags.`quench.kind` = 'run'"
+        for run in self.client.search_runs(experiments, of_run, max_results=1):
+            return run.info.experiment_id, run.info.run_id
+        opened = open_experiment(self.client, self.home, self.model)
+        self.trouble += opened.notes
+        return opened.id, None
 
     def _tags(self, promotion: Promotion, run: str | None, experiment: str) -> dict[str, str]:
         report = f"#/experiments/{quote(experiment)}/runs/{run}/artifacts/report.html" if run else ""
@@ -140,7 +157,7 @@ class _Registry:
             "quench.gate": promotion.outcome,
             "quench.run": promotion.run,
             "quench.arm": promotion.arm,
-            "quench.artifact": promotion.digest,
+            ARTIFACT: promotion.digest,
             "quench.recipe": promotion.recipe,
             "quench.dataset": promotion.dataset or "unknown",
             "quench.path": promotion.path,
@@ -155,9 +172,15 @@ class _Registry:
         """Move an alias, or take it away; one call each, and the caller holds the lock."""
         now = self.client.get_registered_model(self.model).aliases.get(alias)
         wanted = registered.get(promotion.version) if promotion else None
+        foreign = now is not None and now not in registered.values()
+        if foreign and wanted is not None:
+            self.trouble.append(
+                f"alias {alias} was on version {now} of {self.model}, which is none of this home's: two homes that "
+                "promote under one name take it from each other; promote.model_name gives another name"
+            )
         if wanted is not None and wanted != now:
             self.client.set_registered_model_alias(self.model, alias, wanted)
-        elif wanted is None and now is not None:
+        elif wanted is None and now is not None and not foreign:
             self.client.delete_registered_model_alias(self.model, alias)
 
 

@@ -11,6 +11,8 @@ import os
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from recipes.secrets import hide
+from tasks.runtime.process.user import settle_user
+from tasks.runtime.store.home import home_folder
 
 # What the parent of all steps may need; each is also looked for in a Secret block, HF_TOKEN in `quench-hf-token`.
 VARIABLES = (
@@ -42,12 +44,17 @@ def block_name(variable: str) -> str:
 
 
 def settle(log: logging.Logger | logging.LoggerAdapter[logging.Logger]) -> None:
-    """Start a flow: hide secrets in its log, and in a deployment take what its Secret blocks hold.
+    """Start a flow: hide secrets in its log, know its user, and in a deployment take what its Secret blocks hold.
 
     A variable that the environment has wins over a block of its name.
+
+    Raises:
+        RecipeError: QUENCH_HOME begins with `~`, and nobody knows a home.
     """
     hide_in_logs()
     take_out_password()
+    for line in settle_user(home_folder()):  # a worker that is not ours may have started this
+        log.warning("%s", line)
     from prefect.runtime import deployment
 
     if deployment.id is None:

@@ -23,6 +23,7 @@ import psutil
 
 from flows.run.server import links, prefect_settings, start_prefect, wait_for
 from flows.service.postgres import Stores, stores
+from flows.tracking.moved import follow, own_database
 from recipes.problem import Problem
 from tasks.runtime.process.launch import CHECKOUT, Child, Launcher, child_env
 from tasks.runtime.process.servers import answers
@@ -122,6 +123,7 @@ class Services:
         self.mlflow_url = f"http://{near}:{options.mlflow_port}"
         self.api = f"{self.prefect_url}/api"
         self.stores: Stores | None = stores(options.postgres) if options.postgres else None
+        self.database = self.stores.mlflow if self.stores else own_database(home)
         self.link = links() / f"up-{os.getpid()}.json"
         self.folder = home / "up"
         self.folder.mkdir(exist_ok=True)
@@ -153,6 +155,8 @@ class Services:
 
     def _start(self) -> None:
         (self.home / "up.json").unlink(missing_ok=True)  # of one that was killed
+        for note in follow(self.home, self.database):
+            self.say(note)
         self.prefect.child = self.prefect.start()
         self.mlflow.child = self.mlflow.start()
         from flows.run.folder import ended, stop_dead
@@ -178,7 +182,7 @@ class Services:
         write_json(self.home / "up.json", record)
         self._link()
         for folder in stopped:
-            sync_run(self.home, folder)
+            sync_run(self.home, folder, say=self.say)
         self.say(f"ready  prefect {self.prefect_url}  mlflow {self.mlflow_url}")
 
     def _wait(self, part: Service, ready: Callable[[], bool], what: str, *, at: str) -> None:
@@ -257,8 +261,7 @@ class Services:
         port = self.mlflow_url.rsplit(":", 1)[1]
         files = ["--no-serve-artifacts", "--default-artifact-root", (self.home / "mlartifacts").as_uri()]
         words = ["server", "--host", self.options.host, "--port", port, "--workers", "1", *files]
-        store = self.stores.mlflow if self.stores else f"sqlite:///{self.home / 'mlflow.db'}"
-        own = {"MLFLOW_BACKEND_STORE_URI": store, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        own = {"MLFLOW_BACKEND_STORE_URI": self.database, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         env = {**child_env(keep=("MLFLOW_", "PG")), **own, **self._modules()}
         return self._guarded("mlflow", words, env=env, log=log)
 

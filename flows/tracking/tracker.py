@@ -7,11 +7,7 @@ with the same metric names. Weights are hard-linked where store and MLflow share
 from __future__ import annotations
 
 import functools
-import getpass
 import json
-import logging
-import os
-import re
 import threading
 import time
 from collections import deque
@@ -24,28 +20,26 @@ from urllib.parse import quote
 import mlflow
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
-from mlflow.store.entities.paged_list import PagedList
-from mlflow.tracking import MlflowClient
 from mlflow.utils.file_utils import local_file_uri_to_path
 
-from flows.mlflow_uri import no_answer, tracking_uri
+from flows.mlflow_uri import shown, tracking_uri
 from flows.report.null_arms import is_unmade_null
 from flows.report.served import served_figures
 from flows.report.text import no_tags, overview
+from flows.tracking.connection import WHOLE, client, open_experiment, refused, remove, runs_of
 from flows.tracking.files import link_tree, parted
+from flows.tracking.values import PARAM_CHARS, TAG_CHARS, cut, flat, names_of, param_text, point
 from recipes.secrets import hide
 from tasks.runtime.process.events import read_events
-from tasks.runtime.store.local import Store, flocked, read_json
+from tasks.runtime.process.user import user_name
+from tasks.runtime.store.local import Store, read_json
 from tasks.runtime.store.open import open_store
 
 LIVE_S = 2.0
 STOP_S = 5.0  # an interrupted run has to be gone within 10
 BATCH = 500  # MLflow's limit for one log_batch is 1,000 metrics
-PARAM_CHARS = 6000
-NAME_CHARS = 250
-NOTE_CHARS = 8000  # a tag's
+PARAMS = 25  # a batch: MLflow takes 100, but also no request above 1 MB, and a value may be 6,000 letters of six bytes
 DIGEST_CHARS = 36  # a dataset's
-WHOLE = "quench.whole"  # tag of a parent: nothing of the run is missing
 STAGES = ("prepare", "train", "merge", "reference", "calibrate", "quantize")
 P = ParamSpec("P")
 SPLITS = {"train": "training", "dev": "validation", "test": "test"}  # split -> MLflow's word for its use
@@ -86,6 +80,7 @@ class Tracker:
         thread: Makes all calls after the connection.
         calls: Those that the thread has not made yet, oldest first; under `lock`.
         trouble: What MLflow refused after the start; the store has everything.
+        notes: What was put right at the start, for the run's log.
         compare_url: Page that compares the arms, once they were reported.
     """
 
@@ -93,13 +88,8 @@ class Tracker:
         """Connect, or refuse before anything is spent.
 
         Raises:
-            RecipeError: The tracking server does not answer.
+            RecipeError: The tracking server does not answer, or refuses this user.
         """
-        # Two lines on every new database, and a page of traceback for what is raised, too, and kept as trouble.
-        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # `--json` has it to itself
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
         self.home, self.run = home, run
         self.uri = tracking_uri(home)
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="quench-mlflow")
@@ -114,48 +104,48 @@ class Tracker:
         self.compare_url: str | None = None
         self._data: dict[str, DatasetInput] = {}
         try:
-            with flocked(home / "mlflow.lock"):  # two runs at once would both make the tables, or the experiment
-                mlflow.set_tracking_uri(self.uri)
-                self._client = MlflowClient(self.uri)
-                known = self._client.get_experiment_by_name(experiment)
-                self.experiment = known.experiment_id if known else self._create(experiment)
+            mlflow.set_tracking_uri(self.uri)
+            self._client = client(home)
+            self.experiment, self.notes = open_experiment(self._client, home, experiment)
         except MlflowException as error:
-            raise no_answer(self.uri, str(error).splitlines()[0]).error() from error
+            raise refused(self.uri, error).error() from error
 
-    def _create(self, experiment: str) -> str:
-        local = self.uri.startswith("sqlite:")
-        place = (self.home / "mlartifacts" / experiment).as_uri() if local else None
-        return self._client.create_experiment(experiment, artifact_location=place)
+    def begin_again(self) -> bool:
+        """Delete what MLflow has of this run, which is written anew; False where MLflow has it whole.
 
-    def is_whole(self) -> bool:
-        """True where MLflow took everything of this run."""
-        return any(WHOLE in run.data.tags for run in self._runs())
+        Whole: it took everything, and still has the files that it was given.
 
-    def forget(self) -> None:
-        """Delete what MLflow has of this run: it is written anew."""
-        for run in self._runs():
-            self._client.delete_run(run.info.run_id)
+        Raises:
+            RecipeError: MLflow does not answer any more, or refuses this user.
+        """
+        try:
+            runs = runs_of(self._client, self.experiment, self.run)
+            if any(WHOLE in run.data.tags for run in runs) and all(map(_has_files, runs)):
+                self.close()
+                return False
+            remove(self._client, runs)
+        except MlflowException as error:
+            raise refused(self.uri, error).error() from error
+        return True
 
     def close(self) -> None:
         """End the thread of a tracker that writes nothing."""
         self.thread.shutdown()
 
-    def _runs(self) -> PagedList[Run]:
-        return self._client.search_runs([self.experiment], f"tags.`quench.run` = '{self.run}'", max_results=1000)
-
     @on_thread
     def start(self, recipe: Mapping[str, Any], *, tags: Mapping[str, str]) -> None:
         """Create the parent run with the recipe as parameters."""
-        own = {"quench.run": self.run, "quench.kind": "run", "mlflow.user": getpass.getuser()}
-        self.parent = self._client.create_run(self.experiment, run_name=self.run, tags={**own, **tags}).info.run_id
-        self._params(self.parent, _flat(recipe))
+        own = {"quench.run": self.run, "quench.kind": "run", "mlflow.user": user_name()}
+        own |= {name: cut(text, TAG_CHARS) for name, text in tags.items()}
+        self.parent = self._client.create_run(self.experiment, run_name=self.run, tags=own).info.run_id
+        self._params(self.parent, flat(recipe))
 
     @on_thread
     def live(self, key: str, event: Mapping[str, Any]) -> None:
         """Pass one event of a live step on; points go out in batches every two seconds."""
         if event["kind"] != "metric" or key.split("/")[0] not in STAGES:
             return
-        self._waiting.setdefault(key, []).append(_point(event))
+        self._waiting.setdefault(key, []).append(point(event))
         if time.monotonic() - self._flushed > LIVE_S:
             self._flush()
 
@@ -180,11 +170,11 @@ class Tracker:
         folder = self.home / record["path"]
         manifest = read_json(folder / "manifest.json")
         events = (event for event, _ in read_events(folder / "files" / "events.jsonl"))
-        points = [_point(event) for event in events if event["kind"] == "metric"]
+        points = [point(event) for event in events if event["kind"] == "metric"]
         self._metrics(run, points[self._sent.get(record["key"], 0) :])
         self._numbers(run, {**manifest["result"], "seconds": manifest["seconds"]})
         self._numbers(run, {name: manifest[name] for name in ("peak_rss_gib", "peak_gpu_gib")})
-        self._params(run, _flat(manifest["identity"]["params"]))
+        self._params(run, flat(manifest["identity"]["params"]))
         self._tag(run, {"quench.digest": manifest["digest"], "quench.path": record["path"]})
         self._files(run, folder, record["stage"])
         self._log_datasets(run, record["stage"], folder, manifest)
@@ -228,7 +218,7 @@ class Tracker:
         link = f"#/compare-runs?runs={quote(arms)}&experiments={quote(json.dumps([self.experiment]))}"
         self.compare_url = f"{self._pages()}/{link}"
         note = "\n".join([f"[Compare the arms]({link})", "", no_tags("\n".join(overview(report)))])
-        self._client.set_tag(self.parent, "mlflow.note.content", note[:NOTE_CHARS])
+        self._client.set_tag(self.parent, "mlflow.note.content", cut(note, TAG_CHARS))
 
     def _arm(self, slug: str, arm: Mapping[str, Any], *, served: Mapping[str, float]) -> None:
         """The nested run of one arm with what an engine made of it, and its headline metrics on the parent."""
@@ -250,7 +240,7 @@ class Tracker:
     def _pages(self) -> str:
         """Address of MLflow's pages: of the server that is written to, else of this home's `quench up`."""
         up = self.home / "up.json"
-        return self.uri if self.uri.startswith("http") else read_json(up)["mlflow"] if up.exists() else LOCAL_UI
+        return shown(self.uri) if self.uri.startswith("http") else read_json(up)["mlflow"] if up.exists() else LOCAL_UI
 
     def end(self, status: str, *, hurry: bool = True) -> None:
         """Close the parent run (completed, failed or stopped) and wait; after a stop, in a hurry, not for long."""
@@ -294,19 +284,23 @@ class Tracker:
     def _numbers(self, run: str, values: Mapping[str, Any]) -> None:
         """Numbers become metrics, nested dicts of numbers too (`a/b`); everything else stays in the manifest."""
         now = int(time.time() * 1000)
+        numbers = flat(values, separator="/")
+        names = names_of(numbers)
         points = [
-            Metric(key=_name(key), value=float(value), timestamp=now, step=0)
-            for key, value in _flat(values, separator="/").items()
+            Metric(key=names[key], value=float(value), timestamp=now, step=0)
+            for key, value in numbers.items()
             if isinstance(value, int | float) and not isinstance(value, bool)
         ]
         self._metrics(run, points)
 
     def _params(self, run: str, values: Mapping[str, Any]) -> None:
-        texts = {_name(key): _text(value)[:PARAM_CHARS] for key, value in values.items()}
-        self._client.log_batch(run, params=[Param(key, text) for key, text in texts.items()])
+        names = names_of(values)
+        params = [Param(names[key], cut(param_text(value), PARAM_CHARS)) for key, value in values.items()]
+        for start in range(0, len(params), PARAMS):
+            self._client.log_batch(run, params=params[start : start + PARAMS])
 
     def _tag(self, run: str, tags: Mapping[str, str]) -> None:
-        self._client.log_batch(run, tags=[RunTag(key, value) for key, value in tags.items()])
+        self._client.log_batch(run, tags=[RunTag(key, cut(value, TAG_CHARS)) for key, value in tags.items()])
 
     def _files(self, run: str, folder: Path, name: str) -> None:
         """The artifact's manifest and files in the MLflow run, as hard links where that is possible."""
@@ -381,28 +375,9 @@ def _comparison_columns(report: Mapping[str, Any]) -> dict[str, list[Any]]:
     return {**columns, **{end: [pair["ci95_adjusted"][at] for pair in pairs] for end, at in (("low", 0), ("high", 1))}}
 
 
-def _point(event: Mapping[str, Any]) -> Metric:
-    return Metric(key=event["name"], value=event["value"], timestamp=int(event["t"] * 1000), step=event["step"])
-
-
-def _text(value: Any) -> str:
-    """Lists as JSON with sorted keys: a recipe that was read back says the same."""
-    return json.dumps(value, sort_keys=True) if isinstance(value, list) else str(value)
-
-
-def _name(text: str) -> str:
-    """MLflow takes 250 letters, digits and `_ - . space : /`, and nothing that leads elsewhere as a path."""
-    plain = "".join(char if char.isalnum() or char in "_-. :/" else "_" for char in text)
-    whole = "/".join(re.sub(r"^\.+", "_", part) or "_" for part in plain.split("/"))
-    return whole[:NAME_CHARS].rstrip("/")
-
-
-def _flat(values: Mapping[str, Any], *, separator: str = ".", before: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{before}{key or 'none'}"
-        if isinstance(value, Mapping):
-            flat |= _flat(value, separator=separator, before=f"{name}{separator}")
-        else:
-            flat[name] = value
-    return flat
+def _has_files(run: Run) -> bool:
+    """False for a step whose folder on this machine is gone: an artifact's files were linked there."""
+    uri = run.info.artifact_uri or ""
+    if "quench.digest" not in run.data.tags or not uri.startswith("file:"):
+        return True
+    return Path(local_file_uri_to_path(uri)).is_dir()

@@ -1,7 +1,8 @@
-"""QUENCH_HOME: can it be written, and is it laid out as this Quench reads it."""
+"""QUENCH_HOME: where it is, can it be written, and is it laid out as this Quench reads it."""
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -11,6 +12,27 @@ from recipes.problem import Problem
 # file is of the time before it: layout 1.
 LAYOUT = 1
 NAME = "layout"
+
+
+def home_folder(start: Path | None = None) -> Path:
+    """QUENCH_HOME, else the nearest `.quench` from the current folder upwards, else `.quench` here; whatever is in it.
+
+    Raises:
+        RecipeError: It begins with `~`, and nobody knows a home.
+    """
+    here = (start or Path.cwd()).resolve()
+    if configured := os.environ.get("QUENCH_HOME"):
+        try:
+            return Path(configured).expanduser().resolve()
+        except RuntimeError as error:
+            raise Problem(
+                what="QUENCH_HOME begins with ~, and there is no home folder",
+                where=f"QUENCH_HOME={configured}",
+                why=f"{error}: HOME is not set, and the password file has no entry for user id {os.getuid()}",
+                next="set QUENCH_HOME to a whole path",
+            ).error() from None
+    homes = (folder / ".quench" for folder in (here, *here.parents))
+    return next((folder for folder in homes if folder.is_dir()), here / ".quench")
 
 
 def open_home(home: Path) -> None:

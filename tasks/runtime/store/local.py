@@ -26,7 +26,7 @@ from typing import Any
 from recipes.problem import RecipeError
 from tasks.runtime.fingerprint import difference, file_digest, fingerprint
 from tasks.runtime.store.attempt import Attempt
-from tasks.runtime.store.home import check_layout
+from tasks.runtime.store.home import check_layout, home_folder
 from tasks.runtime.store.listing import Listing, list_stage
 
 MANIFEST = "manifest.json"
@@ -37,14 +37,9 @@ def find_home(start: Path | None = None) -> Path:
     """QUENCH_HOME, else the nearest `.quench` from the current folder upwards, else `.quench` here.
 
     Raises:
-        RecipeError: It has another layout than this Quench reads.
+        RecipeError: It has another layout than this Quench reads, or begins with `~` where nobody knows a home.
     """
-    here = (start or Path.cwd()).resolve()
-    if configured := os.environ.get("QUENCH_HOME"):
-        home = Path(configured).expanduser().resolve()
-    else:
-        homes = (folder / ".quench" for folder in (here, *here.parents))
-        home = next((folder for folder in homes if folder.is_dir()), here / ".quench")
+    home = home_folder(start)
     check_layout(home)
     return home
 
