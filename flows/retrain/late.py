@@ -64,9 +64,10 @@ def _due(client: SyncPrefectClient, own: FlowRun) -> Iterator[FlowRun]:
 
 
 def _is_same(run: FlowRun, own: FlowRun) -> bool:
-    """Whether nobody asked for it but a schedule or an event, with this run's parameters and folder."""
-    by_itself = run.created_by is not None and run.created_by.type in BY_ITSELF
-    return by_itself and run.parameters == own.parameters and (run.job_variables or {}) == (own.job_variables or {})
+    """Whether a schedule or an event made it, no person, also not by a retry; with this run's parameters and folder."""
+    if run.created_by is None or run.created_by.type not in BY_ITSELF or run.run_count:
+        return False
+    return run.parameters == own.parameters and (run.job_variables or {}) == (own.job_variables or {})
 
 
 def _set(client: SyncPrefectClient, run: FlowRun, state: State[Any]) -> bool:
