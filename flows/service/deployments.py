@@ -122,8 +122,17 @@ def _point(template: dict[str, Any], folder: Path) -> None:
     """Set the template's folder, and its command unless people wrote another one."""
     _property(template, "working_dir")["default"] = str(folder)
     command = _property(template, "command")
-    if (written := command.get("default")) is None or shlex.split(written)[1:] == ENGINE:
+    written = command.get("default")
+    if written is None or _is_ours(written):
         command["default"] = shlex.join([sys.executable, *ENGINE])
+
+
+def _is_ours(command: str) -> bool:
+    """Whether a `quench up` wrote it, of this checkout or another."""
+    try:
+        return shlex.split(command)[1:] == ENGINE
+    except ValueError:  # an open quote
+        return False
 
 
 def _property(template: dict[str, Any], name: str) -> dict[str, Any]:

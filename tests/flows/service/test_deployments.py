@@ -136,6 +136,7 @@ def test_the_command_follows_the_checkout_unless_people_wrote_another(
     for written, wanted in (
         (shlex.join(["/old/.venv/bin/python", *ENGINE]), shlex.join([sys.executable, *ENGINE])),
         (f"nice -n 10 {sys.executable} -P -m prefect.engine", f"nice -n 10 {sys.executable} -P -m prefect.engine"),
+        ("echo 'open", "echo 'open"),
     ):
         template = client.read_work_pool(POOL).base_job_template
         template["variables"]["properties"]["command"]["default"] = written
