@@ -51,7 +51,7 @@ def scheduled(client: SyncPrefectClient, deployment: UUID, *recipes: Path) -> No
         assert time.monotonic() < deadline
         time.sleep(0.5)
     for schedule in client.read_deployment_schedules(deployment):
-        client.delete_deployment_schedule(deployment, schedule.id)  # and with it the runs that are not due yet
+        client.update_deployment_schedule(deployment, schedule.id, active=False)  # this removes what is not due yet
 
 
 def runs(client: SyncPrefectClient, deployment: UUID) -> list[FlowRun]:
