@@ -57,7 +57,19 @@ WARM = ("tasks.jobs.evaluate", "tasks.jobs.quantize", "tasks.jobs.measure", "tas
 
 
 class RunFailed(Exception):
-    """At least one step failed; the report says which and why."""
+    """At least one step failed; the report says which and why.
+
+    Attributes:
+        failed: Keys of the steps, and arms without scores.
+        folder: The run's own: runs/latest may be another one's by the time that somebody looks.
+    """
+
+    def __init__(self, failed: Sequence[str], folder: str) -> None:
+        super().__init__(failed, folder)
+        self.failed, self.folder = failed, folder
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.failed)} failed; see {Path(self.folder) / 'report.md'}"
 
 
 class Session:
@@ -293,7 +305,7 @@ def run_validated(validated: Validated, *, only: Sequence[str], because: Sequenc
     flush_log()
     if record.status == "failed":
         failed = [step.key for step in record.records.values() if step.status == "failed"]
-        raise RunFailed(f"{', '.join([*failed, *session.unscored])} failed; see {record.folder / 'report.md'}")
+        raise RunFailed([*failed, *session.unscored], str(record.folder))
     return str(record.folder)
 
 

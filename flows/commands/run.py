@@ -57,7 +57,7 @@ def command(args: argparse.Namespace) -> Output:
             folder = Path(flow(recipe=str(args.recipe), sets=args.set, only=args.only))
         except RunFailed as error:
             say(f"error: {error}")
-            folder, code = (home / "runs" / "latest").resolve(), FAILED
+            folder, code = Path(error.folder), FAILED
         except httpx.HTTPError as error:
             say(f"error: {_lost(error, server.api, home)}")
             return Output(json=None, text="", code=FAILED)

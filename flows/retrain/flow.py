@@ -25,6 +25,7 @@ from flows.pins import Pins, pin
 from flows.pipeline import WAITING_TASKS, flush_log, refusals_logged, run_validated
 from flows.plan.validate import fetched, validate
 from flows.promotion import promote as promotion
+from flows.retrain.late import skip_late
 from flows.retrain.notify import deliver, notification_block, send
 from flows.retrain.row_changes import Changes, Rows, count, load, rows_of, save
 from flows.run.credentials import settle
@@ -126,7 +127,7 @@ def retrain(
         if notify:
             notification_block(notify)
         with turn(home, options, log.info) as ours:
-            outcome = retrained(options, home, log.info) if ours else RetrainOutcome("skipped", [WAITS])
+            outcome = _in_turn(options, home, log.info) if ours else RetrainOutcome("skipped", [WAITS])
     for line in outcome.sentences:
         log.info("%s", line)
     skipped = outcome.word == "skipped"
@@ -156,6 +157,14 @@ def turn(home: Path, options: RetrainOptions, say: Say) -> Generator[bool]:
                 waits = "waiting: a retrain of this recipe is under way"
                 held.enter_context(flocked(locks / f"{name}.lock", waits=lambda: say(waits)))
         yield ours
+
+
+def _in_turn(options: RetrainOptions, home: Path, say: Say) -> RetrainOutcome:
+    late = skip_late()
+    for line in late:
+        say(line)
+    outcome = retrained(options, home, say)
+    return outcome._replace(sentences=[*outcome.sentences, *late])
 
 
 def retrained(options: RetrainOptions, home: Path, say: Say) -> RetrainOutcome:

@@ -11,9 +11,10 @@ from typing import Any, cast
 
 from prefect import Flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
+from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter, WorkPoolFilter
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import FlowRun, WorkPool
+from prefect.client.schemas.responses import DeploymentResponse
 from prefect.deployments.runner import RunnerDeployment
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed
@@ -23,8 +24,10 @@ from prefect.workers.process import ProcessWorker
 
 from flows.pipeline import evaluate_only, finetune_and_quantize
 from flows.retrain.flow import retrain
+from recipes.problem import Problem
 
 POOL = "quench"
+DESCRIPTION = "processes of quench up"
 NAME = "default"
 WORKER = "quench up"
 FLOWS = (  # those of infra/prefect.yaml; a test compares
@@ -34,65 +37,144 @@ FLOWS = (  # those of infra/prefect.yaml; a test compares
 )
 UNDER_WAY = ("PENDING", "RUNNING", "CANCELLING")
 PAGE = 200
+AT_ONCE = 8  # flow runs of a new pool; each is a process of 0.4 GB that imports for seconds, and most wait for leases
+ENGINE = ["-P", "-m", "prefect.engine"]  # -P: a tasks.py of the current folder is not taken for ours
 NOT_ENDED = TaskRunFilter.model_validate({"state": {"type": {"any_": ["SCHEDULED", *UNDER_WAY]}}})
 
 
 def register(folder: Path) -> list[str]:
-    """Create or update pool and deployments.
+    """Create pool and deployments, or change only what is ours in them: see `_renew_pool` and `_renew`.
 
     Args:
-        folder: Working folder of flow runs unless a run sets its own: relative recipe paths count from there.
+        folder: Working folder of flow runs unless a run or its deployment sets its own: relative recipe paths count
+            from there.
 
     Returns:
         Full names of the deployments.
-    """
-    with get_client(sync_client=True) as client:
-        pool = WorkPoolCreate(
-            name=POOL, type=ProcessWorker.type, base_job_template=job_template(), description="processes of quench up"
-        )
-        client.create_work_pool(pool, overwrite=True)
-    names = []
-    for flow in FLOWS:
-        deployment = RunnerDeployment.from_flow(
-            flow,
-            NAME,
-            work_pool_name=POOL,
-            job_variables={"working_dir": str(folder)},
-            entrypoint_type=EntrypointType.MODULE_PATH,
-        )
-        names.append(f"{flow.name}/{NAME}")
-        _apply(deployment, flow, names[-1])
-    return names
 
-
-def _apply(deployment: RunnerDeployment, flow: Flow[..., str], name: str) -> None:
-    """Create a deployment, or change only what is ours in it.
-
-    Prefect's own `apply` would take away what people set: parameters, pause, limits, tags, and automations that
-    `prefect deploy` made.
+    Raises:
+        RecipeError: The pool is of another type.
     """
     with get_client(sync_client=True) as client:
         try:
-            present = client.read_deployment_by_name(name)
+            pool = client.read_work_pool(POOL)
         except ObjectNotFound:
-            deployment.apply()
-            return
-        ours = DeploymentUpdate(
-            entrypoint=deployment.entrypoint,
-            description=deployment.description,
-            parameter_openapi_schema=parameter_schema(flow).model_dump(exclude_unset=True),
-            work_pool_name=POOL,
-            job_variables={**present.job_variables, **deployment.job_variables},
-        )
-        client.update_deployment(present.id, ours)
+            older = False
+            _create_pool(client, folder)
+        else:
+            older = _renew_pool(client, pool, folder)
+        names = []
+        for flow in FLOWS:
+            names.append(f"{flow.name}/{NAME}")
+            deployment = RunnerDeployment.from_flow(
+                flow, NAME, work_pool_name=POOL, entrypoint_type=EntrypointType.MODULE_PATH
+            )
+            try:
+                present = client.read_deployment_by_name(names[-1])
+            except ObjectNotFound:
+                deployment.apply()
+            else:
+                _renew(client, present, deployment, flow, older=older)
+    return names
 
 
-def job_template() -> dict[str, Any]:
-    """Prefect's own template of a process, with our interpreter and without the current folder on its module path."""
+def _create_pool(client: SyncPrefectClient, folder: Path) -> None:
     template = ProcessWorker.get_default_base_job_template()
-    command = template["variables"]["properties"]["command"]
-    command["default"] = shlex.join([sys.executable, "-P", "-m", "prefect.engine"])
-    return template
+    _point(template, folder)
+    pool = WorkPoolCreate(
+        name=POOL,
+        type=ProcessWorker.type,
+        base_job_template=template,
+        description=DESCRIPTION,
+        concurrency_limit=AT_ONCE,
+    )
+    client.create_work_pool(pool)
+
+
+def _renew_pool(client: SyncPrefectClient, pool: WorkPool, folder: Path) -> bool:
+    """Point its job template at this checkout and this folder; pause, limit and all else are what people set.
+
+    Returns:
+        Whether an older Quench made it: that one set the pool anew at each start, without a limit, and the working
+        folder on each deployment.
+
+    Raises:
+        RecipeError: It is of another type.
+    """
+    if pool.type != ProcessWorker.type:
+        raise Problem(
+            what=f"the work pool {POOL} is of type {pool.type}",
+            where=f"Prefect's work pool {POOL}",
+            why=f"`quench up` starts a worker of type {ProcessWorker.type}, and Prefect does not change a pool's type",
+            next=f"prefect work-pool delete {POOL}, or another database for `quench up`",
+        ).error()
+    template = pool.base_job_template
+    older = pool.description == DESCRIPTION and not _property(template, "working_dir").get("default")
+    _point(template, folder)
+    update = WorkPoolUpdate(base_job_template=template)
+    if older and pool.concurrency_limit is None:
+        update = WorkPoolUpdate(base_job_template=template, concurrency_limit=AT_ONCE)
+    client.update_work_pool(POOL, update)
+    return older
+
+
+def _point(template: dict[str, Any], folder: Path) -> None:
+    """Set the template's folder, and its command unless people wrote another one."""
+    _property(template, "working_dir")["default"] = str(folder)
+    command = _property(template, "command")
+    written = command.get("default")
+    if written is None or _is_ours(written):
+        command["default"] = shlex.join([sys.executable, *ENGINE])
+
+
+def _is_ours(command: str) -> bool:
+    """Whether a `quench up` wrote it, of this checkout or another."""
+    try:
+        return shlex.split(command)[1:] == ENGINE
+    except ValueError:  # an open quote
+        return False
+
+
+def _property(template: dict[str, Any], name: str) -> dict[str, Any]:
+    return template.setdefault("variables", {}).setdefault("properties", {}).setdefault(name, {"type": "string"})
+
+
+def _renew(
+    client: SyncPrefectClient,
+    present: DeploymentResponse,
+    deployment: RunnerDeployment,
+    flow: Flow[..., str],
+    *,
+    older: bool,
+) -> None:
+    """Change only what is ours in a deployment: its entrypoint, and what its parameters may be.
+
+    Prefect's own `apply` would take away what people set: parameters, pause, limits, tags, queue, description, and
+    automations that `prefect deploy` made.
+    """
+    ours: dict[str, Any] = {
+        "entrypoint": deployment.entrypoint,
+        "parameter_openapi_schema": parameter_schema(flow).model_dump(exclude_unset=True),
+    }
+    if present.work_pool_name is None:  # its pool was deleted
+        ours["work_pool_name"] = POOL
+    if older:
+        ours["job_variables"] = {name: value for name, value in present.job_variables.items() if name != "working_dir"}
+    client.update_deployment(present.id, DeploymentUpdate(**ours))
+
+
+def held() -> list[str]:
+    """Sentences about what starts no run, because somebody paused it or limited it to none."""
+    with get_client(sync_client=True) as client:
+        pool, queues = client.read_work_pool(POOL), client.read_work_queues(work_pool_name=POOL)
+    parts = [(f"work pool {POOL}", f"work-pool resume {POOL}", pool)]
+    parts += [(f"work queue {queue.name}", f"work-queue resume {queue.name} --pool {POOL}", queue) for queue in queues]
+    paused = [(name, words) for name, words, part in parts if part.is_paused]
+    empty = [name for name, _, part in parts if part.concurrency_limit == 0]
+    return [
+        *(f"the {name} is paused, so its runs wait; next: prefect {words}" for name, words in paused),
+        *(f"the {name} has a concurrency limit of 0, so its runs wait" for name in empty),
+    ]
 
 
 def heartbeat() -> dt.datetime | None:

@@ -162,6 +162,7 @@ class Services:
         from flows.run.folder import ended, stop_dead
         from flows.service.deployments import (  # 8 s of imports while the servers start
             heartbeat,
+            held,
             mark_crashed,
             register,
         )
@@ -172,6 +173,8 @@ class Services:
         for name in mark_crashed("nobody executes it any more; running it again resumes", dead=ended(self.home)):
             self.say(f"marked as crashed: {name}, which nobody executes any more")
         names = register(Path.cwd())
+        for line in held():
+            self.say(line)
         before = heartbeat()
         self.worker.child = self.worker.start()
         self._wait(self.mlflow, lambda: answers(self.mlflow_url), "the MLflow server", at=self.mlflow_url)

@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from flows.retrain.flow import Before, RetrainOptions, turn, why
 from flows.retrain.row_changes import Changes
 from flows.run.folder import run_files
 from tasks.runtime.process.launch import CHECKOUT
+from tests.flows.retrain.receiver import Receiver, receiver  # noqa: F401  the fixture
 from tests.flows.service.test_up import Project
 from tests.flows.test_resume import wait_gone
 from tests.tiny import write_base
@@ -56,49 +56,6 @@ def rows(numbers: range, kind: str = "colour", shift: int = 0) -> list[str]:
         json.dumps({"prompt": f"what is {one} ?", "completion": COLOURS[(one + shift) % 3], "kind": kind, "id": one})
         for one in numbers
     ]
-
-
-class Receiver(HTTPServer):
-    """Keeps what is posted; refuses the next `refuse` messages."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.messages: list[dict[str, str]] = []
-        self.refuse = 0
-        self.refused = 0
-
-    def of(self, word: str) -> list[str]:
-        """Bodies of the messages whose subject ends so."""
-        return [one["body"] for one in self.messages if one["subject"].endswith(f": {word}")]
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Receiver
-
-    def do_POST(self) -> None:
-        said = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.server.refuse:
-            self.server.refuse -= 1
-            self.server.refused += 1
-            self.send_response(503)
-        else:
-            self.server.messages.append(said)
-            self.send_response(204)
-        self.end_headers()
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def receiver() -> Iterator[Receiver]:
-    server = Receiver()
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
 
 
 @pytest.fixture
@@ -159,7 +116,10 @@ def prefect(project: Project, *words: str) -> str:
 
 
 @pytest.mark.slow
-def test_a_schedule_retrains_on_new_rows_and_skips_without(project: Project, receiver: Receiver) -> None:
+def test_a_schedule_retrains_on_new_rows_and_skips_without(
+    project: Project,
+    receiver: Receiver,  # noqa: F811
+) -> None:
     process = project.up()
     api = json.loads((project.home / "up.json").read_text())["prefect"]
     with temporary_settings({PREFECT_API_URL: api}):
