@@ -218,6 +218,10 @@ def _add_run_commands(commands: Any) -> None:
     text = "Put a run's candidate through the gate and make it champion."
     promote = _add(commands, "promote", "commands.promote", text, runs_steps=True)
     promote.add_argument("--to", type=int, metavar="VERSION", help="make this earlier champion the champion again")
+    text = "Say what runs in production; exit code 1 where there is no champion."
+    champion = _add(commands, "champion", "commands.champion", text)
+    text = "model name, or a recipe that has one; default: list every name"
+    champion.add_argument("name", nargs="?", metavar="NAME", help=text)
     choose = _add(commands, "choose", "commands.choose", "Name the best arm that fits a card, with the Pareto front.")
     for parser in (report, promote, choose):
         parser.add_argument("run", nargs="?", help="run id or its beginning; default: the latest")

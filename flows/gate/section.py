@@ -208,5 +208,4 @@ def chain_sentences(section: Mapping[str, Any]) -> Iterator[str]:
         yield f"Left out of the chain: {len(chain['left_out'])} ({'; '.join(named)})."
     if chain["unread"]:
         lines = "1 line" if chain["unread"] == 1 else f"{chain['unread']} lines"
-        verb = "lacks" if chain["unread"] == 1 else "lack"
-        yield f"Left out: {lines} of promotions.jsonl that {verb} a field, as of another version of Quench."
+        yield f"Left out: {lines} of promotions.jsonl of another version of Quench, which this one cannot read."

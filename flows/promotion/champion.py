@@ -163,9 +163,12 @@ def evaluated(present: Promotion, run: Run, candidate: RunArm, home: Path) -> Ch
 def stale(store: Store, version: Promotion, *, digests: bool = True) -> Problem | None:
     """The artifact of a promotion is not in the store as it was promoted; every byte is read where `digests`."""
     folder = store.home / version.path
-    if not (folder / "manifest.json").is_file():
+    manifest = _manifest(folder)
+    if manifest is None:
         why = "It was removed."
-    elif (manifest := read_json(folder / "manifest.json"))["digest"] != version.digest:
+    elif not {"digest", "files"} <= manifest.keys():
+        why = "Its manifest.json cannot be read."
+    elif manifest["digest"] != version.digest:
         why = f"Another artifact is there: {manifest['digest'][:12]} instead of {version.digest[:12]}."
     elif damage := store.damage(folder, manifest, digests=digests):
         why = f"{damage[0].upper()}{damage[1:]}."
@@ -178,6 +181,17 @@ def stale(store: Store, version: Promotion, *, digests: bool = True) -> Problem 
         next=f"Put its files back (the registry's version has them, too), or quench promote --to another version of "
         f"{version.model}.",
     )
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    """A manifest; None where there is none, and without keys where something has changed or cut the file."""
+    try:
+        manifest = read_json(folder / "manifest.json")
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
 
 
 def _inputs(scored: RunStep, recipe: Recipe, home: Path) -> dict[str, External]:

@@ -23,6 +23,7 @@ from tasks.runtime.store.local import flocked
 Event = Literal["promoted", "blocked", "rolled back"]
 JOURNAL = "promotions.jsonl"  # below QUENCH_HOME
 MOVES = ("promoted", "rolled back")  # events after which the version is champion
+EVENTS = ("blocked", *MOVES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +73,13 @@ class Promotion:
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Promotion | None:
-        """From a line of promotions.jsonl; None where it lacks a field. Fields of a newer Quench are not read."""
+        """From a line of promotions.jsonl; None where it lacks a field, or its event is one that only a newer Quench knows.
+
+        Fields of a newer Quench are not read.
+        """
         known = {field.name: record[field.name] for field in fields(cls) if field.name in record}
         needed = {field.name for field in fields(cls) if field.default is MISSING and field.default_factory is MISSING}
-        return cls(**known) if needed <= known.keys() else None
+        return cls(**known) if needed <= known.keys() and known["event"] in EVENTS else None
 
 
 def now() -> str:
@@ -115,6 +119,12 @@ def _record(line: str, path: Path, number: int) -> dict[str, Any]:
     ).error()
 
 
+def models(home: Path) -> list[str]:
+    """Every model name that something was decided about, sorted."""
+    named = (record.get("model") for record in records(home / JOURNAL))
+    return sorted({name for name in named if isinstance(name, str)})
+
+
 class Journal:
     """The decisions about one model."""
 
@@ -127,7 +137,7 @@ class Journal:
         return [line for line in self._read() if line is not None]
 
     def unread(self) -> int:
-        """Lines about this model that lack a field: of an older layout. They are left out of `lines`."""
+        """Lines about this model that another version of Quench wrote and this one cannot read: not in `lines`."""
         return sum(line is None for line in self._read())
 
     def highest(self) -> int:
