@@ -274,6 +274,8 @@ def _add_store_commands(commands: Any) -> None:
     store = commands.add_parser("store", help="look into the store").add_subparsers(required=True, metavar="COMMAND")
     _add(store, "ls", "commands.store", "List the artifacts.", function="ls")
     _add(store, "verify", "commands.store", "Verify every file's sha256.", function="verify")
+    text = "Say what takes the room, by stage, run and age; what gc would free, and what keeps the rest."
+    _add(store, "du", "commands.store_du", text)
     text = "List what no run and no promotion reaches; with --yes, remove it."
     gc = _add(store, "gc", "commands.store", text, function="gc")
     gc.add_argument("--yes", action="store_true", help="remove it")

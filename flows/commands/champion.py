@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flows.commands.terminal import DONE, FAILED, Output, say, warn
-from flows.promotion.journal import JOURNAL, Journal, Promotion, challenger, champion, models
+from flows.promotion.journal import Journal, Promotion, challenger, champion, models
 from flows.promotion.present import Present, present
+from flows.reach import JOURNAL
 from flows.results.metrics import METRICS, interval_text, value_text
 from recipes.problem import Problem
 from recipes.read.load import load
@@ -128,8 +129,9 @@ def _none(home: Path, model: str | None) -> Problem:
         what=f"{model} has no champion." if model else "No model has a champion.",
         where=str(home / JOURNAL),
         why=why,
-        next=f"quench champion {able[-1]}" if able and model not in every else "quench promote puts a run's candidate "
-        "through the gate. Is it another QUENCH_HOME?",
+        next=f"quench champion {able[-1]}"
+        if able and model not in every
+        else "quench promote puts a run's candidate through the gate. Is it another QUENCH_HOME?",
     )
 
 

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 from flows.commands.arms import named_arm, unmade
 from flows.commands.servable import Machine, folder_of, record_of, refused
 from flows.promotion.champion import stale
-from flows.promotion.journal import JOURNAL, Journal, Promotion, champion, models
+from flows.promotion.journal import Journal, Promotion, champion, models
+from flows.reach import JOURNAL
 from flows.results.read import Run, RunArm, read_run
 from flows.run.folder import find_run
 from recipes.problem import Problem

@@ -17,11 +17,10 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from recipes.problem import Problem
+from flows.reach import JOURNAL, records
 from tasks.runtime.store.local import flocked
 
 Event = Literal["promoted", "blocked", "rolled back"]
-JOURNAL = "promotions.jsonl"  # below QUENCH_HOME
 MOVES = ("promoted", "rolled back")  # events after which the version is champion
 EVENTS = ("blocked", *MOVES)
 
@@ -73,7 +72,7 @@ class Promotion:
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Promotion | None:
-        """From a line of promotions.jsonl; None where it lacks a field, or its event is one that only a newer Quench knows.
+        """From a line of promotions.jsonl; None where it lacks a field or has an event of a newer Quench.
 
         Fields of a newer Quench are not read.
         """
@@ -93,30 +92,6 @@ def locked(home: Path) -> Generator[None]:
     (home / "locks").mkdir(parents=True, exist_ok=True)
     with flocked(home / "locks" / "promotions.lock"):
         yield
-
-
-def records(path: Path) -> list[dict[str, Any]]:
-    """Every line of promotions.jsonl, about any model, oldest first; a half-written last line is skipped.
-
-    Raises:
-        RecipeError: Another line is no JSON object. What it decided is not known, so nobody goes on without it.
-    """
-    if not path.exists():
-        return []
-    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
-    return [_record(line, path, number) for number, line in enumerate(whole.split("\n"), 1) if line]
-
-
-def _record(line: str, path: Path, number: int) -> dict[str, Any]:
-    with contextlib.suppress(json.JSONDecodeError):
-        if isinstance(record := json.loads(line), dict):
-            return record
-    raise Problem(
-        what="The record of promotions is damaged.",
-        where=f"{path}, line {number}",
-        why="It is no JSON object. Quench writes whole lines, so something else has changed the file.",
-        next="Put the line back from a backup, or remove it if nothing of it is needed.",
-    ).error()
 
 
 def models(home: Path) -> list[str]:

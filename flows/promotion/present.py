@@ -1,6 +1,6 @@
 """The present champion of a model name, as other tools ask for it: what it is, its figures, and who decided it when.
 
-All of it comes from promotions.jsonl, from what is kept beside it and from the artifact's manifest: the run may be gone.
+All of it comes from promotions.jsonl, from what is kept beside it, and from the artifact's folder. The run may be gone.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from recipes.problem import Problem
 from tasks.runtime.store.local import read_json
 from tasks.runtime.store.open import open_store
 
+NAMED = ("model", "version", "arm", "kind", "digest", "recipe", "dataset")
 FIGURES = ("task", "ppl_test", "bits_per_byte")  # of what is kept of a version's scores; further scorers are not
 
 
@@ -57,7 +58,7 @@ class Present:
         """For --json."""
         line, judged = self.line, self.judged
         return {
-            **{name: getattr(line, name) for name in ("model", "version", "arm", "kind", "digest", "recipe", "dataset")},
+            **{name: getattr(line, name) for name in NAMED},
             "scheme": self.scheme,
             "path": str(self.files),
             "artifact": line.path,

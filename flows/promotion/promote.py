@@ -12,12 +12,12 @@ from pydantic import ValidationError
 
 from flows.gate.candidate import candidate, margins_of
 from flows.gate.looks import looks_of
-from flows.gate.section import PROMOTION
 from flows.promotion.chain import Chain, chain_of
 from flows.promotion.champion import TRAIN_ROWS, ChampionScores, evaluated, stale, trained_on
 from flows.promotion.evidence import SCORES, judged, keep_rows, keep_scores, record_folder, test_rows
 from flows.promotion.journal import MOVES, Journal, Promotion, champion, locked, now, version_of, versions
 from flows.promotion.registry import sync
+from flows.reach import PROMOTION
 from flows.report.build import Report, render
 from flows.report.model_card import card_of
 from flows.results.cells import Draws

@@ -1,4 +1,4 @@
-"""`quench champion` through the real command, on homes with real decisions: what is there, what is not, and both said."""
+"""`quench champion` through the real command, on a home with real decisions: what is there and what is not."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_where_there_is_none_stdout_is_empty(home: Path, capsys: pytest.CaptureF
     (home / JOURNAL).write_text(json.dumps(lines(home)[2]) + "\n")  # only what was blocked
     for words in ((MODEL,), ()):
         out, err = ask(capsys, *words, "--json", code=1)
-        assert out == "" and "has no champion" in err or "No model has a champion" in err
+        assert (out == "" and "has no champion" in err) or "No model has a champion" in err
     assert "version 3, worse" in ask(capsys, MODEL, code=1)[1]
     (home / JOURNAL).unlink()
     assert "Nothing was promoted" in ask(capsys, MODEL, code=1)[1]
