@@ -229,6 +229,14 @@ def _add_run_commands(commands: Any) -> None:
     choose.add_argument("--context", type=int, required=True, metavar="TOKENS", help="prompt and answer together")
     choose.add_argument("--batch", type=int, default=1, help="sequences at once; default: 1")
     choose.add_argument("--engine", choices=("vllm", "transformers", "exllamav2"), help="default: the recipe's")
+    text = "Print the one line that repeats a step's job with its environment, or run it in this terminal."
+    debug = _add(commands, "debug", "commands.debug", text)
+    text = "stage/slug, a part of it, or the folder of an attempt; default: the step that failed"
+    debug.add_argument("step", nargs="?", metavar="STEP", help=text)
+    debug.add_argument("--run", metavar="RUN", help="run id or its beginning; default: the latest")
+    how = debug.add_mutually_exclusive_group()
+    how.add_argument("--go", action="store_true", help="run it here: breakpoint() works")
+    how.add_argument("--pdb", action="store_true", help="run it here, and open pdb where it raises")
     compare = _add(commands, "compare", "commands.compare", "Compare two runs on the rows that both scored.")
     compare.add_argument("before", help="run id or its beginning, or latest")
     compare.add_argument("after", help="run id or its beginning, or latest")

@@ -24,6 +24,7 @@ from tasks.runtime.process.events import read_events
 from tasks.runtime.process.job import Execution, Input, Job
 from tasks.runtime.process.launch import Child, Launcher, child_env
 from tasks.runtime.process.leases import GrantedLease, Lease, Leases, NoSuchLeaseError, cpu_slots
+from tasks.runtime.process.repeat import keep_start
 from tasks.runtime.store.attempt import Attempt
 from tasks.runtime.store.local import Artifact, Lookup, LostRaceError, Store, StoreTrouble, read_json
 
@@ -237,15 +238,16 @@ def _make(step: Step, inputs: Mapping[str, Artifact], context: Context, lease: L
     execution = _execution(step, context.limits, lease)
     _job(step, inputs, attempt, execution).dump(attempt.own / "job.json")
     started, clock = dt.datetime.now(dt.UTC), time.monotonic()
+    env, python = child_env(threads=execution.threads, gpus=lease.gpus), interpreter(step.environment)
     child = context.launcher.start(
-        ["run", str(attempt.own / "job.json")],
-        env=child_env(threads=execution.threads, gpus=lease.gpus),
-        cwd=attempt.own,
-        log=attempt.own / "log.txt",
-        python=interpreter(step.environment),
+        ["run", str(attempt.own / "job.json")], env=env, cwd=attempt.own, log=attempt.own / "log.txt", python=python
     )
     code = _follow(step, context, child, attempt)
-    answer = _answer(step, context, attempt, code)
+    try:
+        answer = _answer(step, context, attempt, code)
+    except StepFailed:
+        keep_start(attempt.own, python=python, env=env)
+        raise
     manifest = {
         "stage": step.stage,
         "slug": step.slug,

@@ -3,6 +3,7 @@
 `run JOB.json` imports the job's body and runs it; result.json beside job.json is what the parent reads:
 {"ok": true, "result", "peak_rss_gib", "peak_gpu_gib"} or {"ok": false, "problem", "type"}.
 Where several processes do a job together, it becomes `accelerate launch`, which starts it once per rank.
+`debug JOB.json` runs it in a terminal, with pdb where it raises: `quench debug`.
 `exec -- PROGRAM ARGS` becomes a program that is not ours, `guard -- PROGRAM ARGS` starts one that has children.
 All die with the parent, even when SIGKILL ends it (Linux: PR_SET_PDEATHSIG).
 """
@@ -15,6 +16,7 @@ import importlib
 import json
 import logging
 import os
+import pdb
 import re
 import resource
 import signal
@@ -135,6 +137,19 @@ def run_job(path: Path) -> int:
     return 0 if answer["ok"] else 1
 
 
+def debug_job(path: Path) -> int:
+    """Run one job in a terminal, with pdb where it raises; return the exit code. Nothing is written for a parent."""
+    job = Job.load(path)
+    module, _, function = job.entry.partition(":")
+    try:
+        getattr(importlib.import_module(module), function)(job)
+    except Exception as error:  # the child's top, as in run_job
+        traceback.print_exc()
+        pdb.post_mortem(error.__traceback__)
+        return 1
+    return 0
+
+
 def _write_answer(answer: dict[str, Any], path: Path, *, first_wins: bool) -> None:
     """Write it whole or not at all. Of several ranks the first wins: when one fails, others fail after it."""
     draft = path.with_name(f"result.draft-{os.getpid()}.json")
@@ -184,16 +199,21 @@ def main(argv: list[str]) -> int:
     match argv:
         case ["guard", "--", *words]:
             return guard(words)
-        case ["run", path]:
-            die_with_parent()
+        case ["run" | "debug" as how, path]:
+            if how == "run":
+                die_with_parent()
             verify_checkout()
-            return run_job(Path(path))
+            try:
+                return run_job(Path(path)) if how == "run" else debug_job(Path(path))
+            except StageError as error:  # job.json is of another version of Quench
+                print(error, file=sys.stderr)
+                return 1
         case ["exec", "--", program, *rest]:
             die_with_parent()
             os.execvp(program, [program, *rest])
         case _:
             print(
-                "usage: python -P -m tasks.runtime.process.child run JOB.json | {exec,guard} -- PROGRAM ARGS",
+                "usage: python -P -m tasks.runtime.process.child {run,debug} JOB.json | {exec,guard} -- PROGRAM ARGS",
                 file=sys.stderr,
             )
             return 2
