@@ -79,19 +79,19 @@ def _lines(now: Present) -> Iterator[str]:
     """What a person wants to know of a champion."""
     line, judged = now.line, now.judged
     yield f"{line.model}: version {line.version} is champion"
-    yield f"  since     {line.at} ({_how(now)})"
-    yield f"  arm       {line.arm}, scheme {now.scheme}" if now.scheme else f"  arm       {line.arm}, {line.kind}"
-    yield f"  path      {now.files}"
-    yield from [f"  bucket    {now.bucket}"] if now.bucket else []
-    yield f"  decided   {judged.outcome} in run {judged.run}, {judged.at}"
+    yield f"  since      {line.at} ({_how(now)})"
+    yield f"  arm        {line.arm}, scheme {now.scheme}" if now.scheme else f"  arm        {line.arm}, {line.kind}"
+    yield f"  path       {now.files}"
+    yield from [f"  bucket     {now.bucket}"] if now.bucket else []
+    yield f"  decided    {judged.outcome} in run {judged.run}, {judged.at}"
     for name, cell in now.figures.items():
         text = value_text(name, cell.value, cell.ci95 and list(cell.ci95), unit=True)
         ends = interval_text(name, cell.value, cell.ci95 and list(cell.ci95)) or f"no interval: {cell.reason}"
-        yield f"  {METRICS[name].label:<9} {text} {ends}, n {cell.n:,}" if cell.n else f"  {name:<9} {cell.reason}"
-    yield from [f"  figures   none: {now.no_figures}"] if now.no_figures else []
-    yield from (f"  check     {check['text']}" for check in judged.checks if check.get("domain") is None)
+        yield f"  {METRICS[name].label:<10} {text} {ends}, n {cell.n:,}" if cell.n else f"  {name:<10} {cell.reason}"
+    yield from [f"  figures    none: {now.no_figures}"] if now.no_figures else []
+    yield from (f"  check      {check['text']}" for check in judged.checks if check.get("domain") is None)
     if later := now.challenger:
-        yield f"  later     version {later.version} was judged {later.outcome} and not promoted, {later.at}"
+        yield f"  later      version {later.version} was judged {later.outcome} and not promoted, {later.at}"
 
 
 def _how(now: Present) -> str:

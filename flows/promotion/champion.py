@@ -15,12 +15,12 @@ from flows.compose import limits
 from flows.pins import scorer_content
 from flows.promotion.evidence import record_folder
 from flows.promotion.journal import Promotion
-from flows.results.read import Run, RunArm, RunStep
+from flows.results.read import Run, RunArm, RunStep, recipe_of
 from flows.results.rows import read_scores
 from recipes.arms import CHAMPION
 from recipes.data.rows import normalised
 from recipes.problem import Problem
-from recipes.schema import Recipe, recipe_of_run
+from recipes.schema import Recipe
 from tasks import evaluate
 from tasks.runtime.fingerprint import file_digest
 from tasks.runtime.gpus import device_kind
@@ -132,7 +132,7 @@ def evaluated(present: Promotion, run: Run, candidate: RunArm, home: Path) -> Ch
     store, folder = open_store(home), home / present.path
     if problem := stale(store, present):
         raise problem.error()
-    recipe = recipe_of_run(run.recipe)
+    recipe = recipe_of(run.folder)
     inputs = _inputs(scored, recipe, home)
     other = _other_tokens(folder / "files", inputs["dataset"].path / "tokenizer")
     if other:  # then there is nothing that its logits could be compared with

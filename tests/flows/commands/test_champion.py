@@ -10,36 +10,23 @@ from typing import Any
 import pytest
 
 from flows import cli
-from flows.promotion.journal import JOURNAL
-from flows.promotion.promote import promote, roll_back
-from tests.flows.promotion.weeks import ARM, Weeks
+from flows.promotion.promote import roll_back
+from flows.reach import JOURNAL
+from flows.report.build import render
+from tests.flows.homes.thin import opened
 
-MODEL = "quickstart"
-
-
-@pytest.fixture(scope="module")
-def decided(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two versions promoted, a third one blocked, in this order."""
-    home = tmp_path_factory.mktemp("decided")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the registry is a view: it has its own tests
-        patch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-        weeks = Weeks(home, test=1500)
-        outcomes = [
-            promote(weeks.run(week, share), home, say=lambda _: None).event
-            for week, share in ((1, 0.80), (2, 0.85), (3, 0.70))
-        ]
-    assert outcomes == ["promoted", "promoted", "blocked"]
-    return home
+MODEL, ARM, SCHEME = "small", "merged-dequantized", "rtn-w4-g128"
+WRITTEN = Path(__file__).parents[1] / "homes" / "layout-1"
 
 
 @pytest.fixture
-def home(decided: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(decided, tmp_path / "home")
-    monkeypatch.setenv("QUENCH_HOME", str(tmp_path / "home"))
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two versions promoted, a third one blocked, in this order. The registry is a view: it has its own tests."""
+    home = opened(WRITTEN, tmp_path / "home")
+    monkeypatch.setenv("QUENCH_HOME", str(home))
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    return tmp_path / "home"
+    return home
 
 
 def ask(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> tuple[str, str]:
@@ -64,16 +51,18 @@ def test_what_runs_in_production(home: Path, capsys: pytest.CaptureFixture[str])
     assert (told["version"], told["replaced"], told["event"], told["since"]) == (2, 1, "promoted", written[1]["at"])
     assert told["decided"]["run"] == written[1]["run"] and told["decided"]["outcome"] == "pass"
     assert told["decided"]["checks"] == written[1]["checks"] != []
-    assert told["scheme"] == told["arm"] == ARM and told["problem"] is None and told["unread"] == 0
+    assert (told["arm"], told["kind"], told["scheme"]) == (ARM, "bf16", None)
+    assert told["problem"] is None and told["unread"] == 0
     assert (Path(told["path"]) / "config.json").is_file()
-    assert (told["challenger"]["version"], told["challenger"]["outcome"]) == (3, "worse")
-    report = json.loads((home / "runs" / written[1]["run"] / "report.json").read_text())
+    assert (told["challenger"]["version"], told["challenger"]["outcome"]) == (3, "undecided")
+    report = render(home / "runs" / written[1]["run"], home).json
     published = report["arms"][ARM]["metrics"]
-    assert {"task", "ppl_test"} <= told["figures"].keys()
+    assert {"task", "ppl_test", "bits_per_byte"} == told["figures"].keys()
     assert told["figures"] == {name: published[name] for name in told["figures"]}
-    assert told["figures"]["task"]["ci95"][0] < told["figures"]["task"]["value"] < told["figures"]["task"]["ci95"][1]
+    low, high = told["figures"]["ppl_test"]["ci95"]
+    assert low < told["figures"]["ppl_test"]["value"] < high
     text, _ = ask(capsys, MODEL)
-    assert "version 2 is champion" in text and told["path"] in text and "version 3 was judged worse" in text
+    assert "version 2 is champion" in text and told["path"] in text and "version 3 was judged undecided" in text
     assert answer(capsys, f"{MODEL}@champion") == told
 
 
@@ -91,6 +80,7 @@ def test_a_way_back_is_said(home: Path, capsys: pytest.CaptureFixture[str]) -> N
     roll_back(home, MODEL, 1, say=lambda _: None)
     told = answer(capsys, MODEL)
     assert (told["version"], told["event"], told["replaced"], told["withdrawn"]) == (1, "rolled back", 2, [2])
+    assert told["scheme"] == told["arm"] == SCHEME
     assert told["since"] == lines(home)[3]["at"] and told["decided"]["at"] == lines(home)[0]["at"]
     assert "taken away: version 2" in ask(capsys, MODEL)[0]
 
@@ -113,7 +103,7 @@ def test_where_there_is_none_stdout_is_empty(home: Path, capsys: pytest.CaptureF
     for words in ((MODEL,), ()):
         out, err = ask(capsys, *words, "--json", code=1)
         assert (out == "" and "has no champion" in err) or "No model has a champion" in err
-    assert "version 3, worse" in ask(capsys, MODEL, code=1)[1]
+    assert "version 3, undecided" in ask(capsys, MODEL, code=1)[1]
     (home / JOURNAL).unlink()
     assert "Nothing was promoted" in ask(capsys, MODEL, code=1)[1]
 
@@ -129,7 +119,7 @@ def test_every_name_and_the_name_of_a_recipe(home: Path, tmp_path: Path, capsys:
     text, _ = ask(capsys)
     assert "blocked-only" in text and "has no champion" in text
     recipe = tmp_path / "mine.yaml"
-    recipe.write_text("name: other\nmodel: {base: b}\ndata: {path: d.jsonl}\npromote: {model_name: quickstart}\n")
+    recipe.write_text("name: other\nmodel: {base: b}\ndata: {path: d.jsonl}\npromote: {model_name: small}\n")
     assert answer(capsys, str(recipe))["version"] == 2
 
 
@@ -140,7 +130,7 @@ def test_a_damaged_record_is_refused_and_lines_of_a_newer_quench_are_said(
     newer = lines(home)[2] | {"event": "retired", "version": 2}
     (home / JOURNAL).write_text(whole + json.dumps(newer) + "\n")
     out, err = ask(capsys, MODEL)
-    assert "version 2 is champion" in out and "1 line about quickstart cannot be read here" in err
+    assert "version 2 is champion" in out and "1 line about small cannot be read here" in err
     (home / JOURNAL).write_text("no json\n" + whole)
     out, err = ask(capsys, MODEL, code=2)
     assert out == "" and "The record of promotions is damaged" in err and "line 1" in err

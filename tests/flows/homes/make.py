@@ -72,4 +72,5 @@ def make(work: Path) -> Path:
 if __name__ == "__main__":
     work, dest = map(Path, sys.argv[1:])
     work.mkdir(parents=True, exist_ok=True)
-    thin(work / "home" if (work / "home").exists() else make(work.resolve()), dest)
+    home = make(work.resolve())
+    thin(home, dest, without=sorted(path.name for path in (home / "runs").iterdir())[2])
