@@ -16,15 +16,14 @@ from tasks.runtime.process.launch import CHECKOUT
 from tests.flows.homes.thin import opened
 
 PAGE = (CHECKOUT / "docs" / "promotion.md").read_text(encoding="utf-8")
+HOME = CHECKOUT / "tests" / "flows" / "homes" / "layout-1"
 (SCRIPT,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
 
 
 def test_what_it_asks_is_what_the_command_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv(
-        "QUENCH_HOME", str(opened(CHECKOUT / "tests" / "flows" / "homes" / "layout-1", tmp_path / "home"))
-    )
+    monkeypatch.setenv("QUENCH_HOME", str(opened(HOME, tmp_path / "home")))
     assert '"champion", name, "--json"' in SCRIPT and cli.main(["champion", "small", "--json"]) == 0
     said = capsys.readouterr().out
     assert set(re.findall(r"champion\['(\w+)'\]", SCRIPT)) == {"version", "path", "since"}
@@ -33,7 +32,7 @@ def test_what_it_asks_is_what_the_command_answers(
 
 @pytest.mark.slow
 def test_it_runs_as_a_deployment(prefect_api: str, tmp_path: Path) -> None:
-    home = opened(CHECKOUT / "tests" / "flows" / "homes" / "layout-1", tmp_path / "home")
+    home = opened(HOME, tmp_path / "home")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     env = {**os.environ, "QUENCH_HOME": str(home), "PREFECT_API_URL": prefect_api, "PATH": path}
     (tmp_path / "serve_check.py").write_text(SCRIPT.replace("NAME", "small"))
