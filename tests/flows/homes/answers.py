@@ -39,7 +39,7 @@ def answers(home: Path) -> dict[str, Any]:
         "champion": _champion(home),
         "journal": _journal(home),
         "chain": _chain(home, second),
-        "reports": {run.name: _report(run, home) for run in (first, second, failed)},
+        "reports": {run.name: _report(run, home) for run in (second, failed)},
         "compared": _compared(home, first, second),
         "gc": [artifact.name for artifact in unreached(home)],
         "du": _du(home),
@@ -102,7 +102,8 @@ def _chain(home: Path, run: Path) -> dict[str, Any]:
 def _report(run: Path, home: Path) -> dict[str, Any]:
     report = render(run, home).json
     arms = {
-        slug: {name: cell["value"] for name, cell in arm["metrics"].items()} | {"status": arm["status"]}
+        slug: {name: cell["value"] for name, cell in arm["metrics"].items() if cell["value"] is not None}
+        | {"status": arm["status"]}
         for slug, arm in report["arms"].items()
     }
     failures = [(failure["status"], failure["why"]) for failure in report["failures"]]
@@ -111,7 +112,7 @@ def _report(run: Path, home: Path) -> dict[str, Any]:
 
 def _compared(home: Path, first: Path, second: Path) -> dict[str, Any]:
     told = compare_runs(first, second, home).as_dict()
-    return {f"{change['arm']} {change['metric']}": change["difference"] for change in told["changes"]}
+    return {f"{change['arm']} {change['metric']}": change["difference"] for change in told["comparisons"]}
 
 
 def _du(home: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ LARGE = 3_000  # bytes of a file that nobody parses
 DROPPED = ("kl.parquet", "nf4.json")
 GONE = ("evaluate/base-nf4",)  # removed by hand, as it were: a run may name what is not there any more
 WHOLE = ("evaluate/rtn",)  # keep what one of each kind has: answers, the attempt's folder
-FEW = {"rows.parquet": 4, "general.parquet": 4, "calibset.parquet": 4, "rows_seen.parquet": 12}  # rows that are kept
+FEW = {"rows.parquet": 4, "general.parquet": 4, "calibset.parquet": 4, "rows_seen.parquet": 4}  # rows that are kept
 RUN_FILES = ("recipe.yaml", "recipe.resolved.json", "registered.json", "steps.json", "promotion.json", "retrain.json")
 RUN_FILES += ("rows_seen.parquet",)
 UP = {"deployments": [], "folder": HOME, "home": HOME, "mlflow": "http://127.0.0.1:9", "pid": 1}
@@ -41,10 +41,11 @@ def thin(home: Path, dest: Path, *, checkout: Path = CHECKOUT, without: str = ""
     """
     dest.mkdir(parents=True)
     names: dict[str, str] = {}
+    unread = _champion_of(home / "runs" / without) if without else None
     for manifest in sorted(home.glob("store/*/*/manifest.json")):
         place = manifest.parent.relative_to(home / "store")
         if not str(place).startswith(GONE):
-            names |= _artifact(manifest.parent, dest / "store" / place)
+            names |= _artifact(manifest.parent, dest / "store" / place, few=f"store/{place}" == unread)
     _beside(home, dest, without)
     names |= {str(home): HOME, str(home.parent): "/somewhere", str(checkout): PLACE}
     for path in dest.rglob("*"):
@@ -63,8 +64,8 @@ def _beside(home: Path, dest: Path, without: str) -> None:
     for path in dest.glob("promotions/*/*/train_rows.json"):
         told = json.loads(path.read_text(encoding="utf-8"))
         path.write_text(json.dumps({**told, "rows": told["rows"][:20]}), encoding="utf-8")
-    for card in dest.glob("promotions/*/[!1]/card.md"):
-        card.write_text("a card\n", encoding="utf-8")
+    for card in dest.glob("promotions/*/*/card.md"):
+        card.write_text("".join(card.read_text(encoding="utf-8").splitlines(keepends=True)[:20]), encoding="utf-8")
     for run in sorted(path for path in (home / "runs").iterdir() if not path.is_symlink() and path.name != without):
         (dest / "runs" / run.name).mkdir(parents=True)
         files = RUN_FILES + (("preflight.json",) if (run / "retrain.json").exists() else ())
@@ -88,14 +89,24 @@ def opened(name: Path, home: Path) -> Path:
     return home
 
 
-def _artifact(folder: Path, dest: Path) -> dict[str, str]:
-    """Write an artifact with small files; returns its old digest and the new one."""
+def _champion_of(run: Path) -> str | None:
+    """The evaluation of the champion that a run was compared with: without the run nothing reaches it."""
+    record = json.loads((run / "promotion.json").read_text(encoding="utf-8"))
+    return record["champion"] and record["champion"]["evaluate"]
+
+
+def _artifact(folder: Path, dest: Path, *, few: bool) -> dict[str, str]:
+    """Write an artifact with small files, without its tables where these are `few`; returns old and new digest."""
     manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     whole = f"{folder.parent.name}/{folder.name}".startswith(WHOLE)
     (dest / "files").mkdir(parents=True)
     for name in sorted(manifest["files"]):
         path = dest / "files" / name
-        if path.name in DROPPED or (path.name == "answers.parquet" and not whole):
+        if (
+            path.name in DROPPED
+            or (path.name == "answers.parquet" and not whole)
+            or (few and path.suffix == ".parquet")
+        ):
             del manifest["files"][name]
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
