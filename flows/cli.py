@@ -222,6 +222,10 @@ def _add_run_commands(commands: Any) -> None:
     text = "Put a run's candidate through the gate and make it champion."
     promote = _add(commands, "promote", "commands.promote", text, runs_steps=True)
     promote.add_argument("--to", type=int, metavar="VERSION", help="make this earlier champion the champion again")
+    text = "Say what runs in production; exit code 1 where there is no champion."
+    champion = _add(commands, "champion", "commands.champion", text)
+    text = "model name, or a recipe that has one; default: list every name"
+    champion.add_argument("name", nargs="?", metavar="NAME", help=text)
     choose = _add(commands, "choose", "commands.choose", "Name the best arm that fits a card, with the Pareto front.")
     for parser in (report, promote, choose):
         parser.add_argument("run", nargs="?", help="run id or its beginning; default: the latest")
@@ -229,6 +233,14 @@ def _add_run_commands(commands: Any) -> None:
     choose.add_argument("--context", type=int, required=True, metavar="TOKENS", help="prompt and answer together")
     choose.add_argument("--batch", type=int, default=1, help="sequences at once; default: 1")
     choose.add_argument("--engine", choices=("vllm", "transformers", "exllamav2"), help="default: the recipe's")
+    text = "Print the one line that repeats a step's job with its environment, or run it in this terminal."
+    debug = _add(commands, "debug", "commands.debug", text)
+    text = "stage/slug, a part of it, or the folder of an attempt; default: the step that failed"
+    debug.add_argument("step", nargs="?", metavar="STEP", help=text)
+    debug.add_argument("--run", metavar="RUN", help="run id or its beginning; default: the latest")
+    how = debug.add_mutually_exclusive_group()
+    how.add_argument("--go", action="store_true", help="run it here: breakpoint() works")
+    how.add_argument("--pdb", action="store_true", help="run it here, and open pdb where it raises")
     compare = _add(commands, "compare", "commands.compare", "Compare two runs on the rows that both scored.")
     compare.add_argument("before", help="run id or its beginning, or latest")
     compare.add_argument("after", help="run id or its beginning, or latest")
@@ -274,6 +286,8 @@ def _add_store_commands(commands: Any) -> None:
     store = commands.add_parser("store", help="look into the store").add_subparsers(required=True, metavar="COMMAND")
     _add(store, "ls", "commands.store", "List the artifacts.", function="ls")
     _add(store, "verify", "commands.store", "Verify every file's sha256.", function="verify")
+    text = "Say what takes the room, by stage, run and age; what gc would free, and what keeps the rest."
+    _add(store, "du", "commands.store_du", text)
     text = "List what no run and no promotion reaches; with --yes, remove it."
     gc = _add(store, "gc", "commands.store", text, function="gc")
     gc.add_argument("--yes", action="store_true", help="remove it")

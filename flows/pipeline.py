@@ -141,7 +141,9 @@ class Session:
     def failed(self, step: Step, error: StepFailed, *, node: dict[str, str] | None = None) -> None:
         """Record and show a step that failed."""
         self.record.add(step, "failed", problem=error.problem.as_dict(), log=error.log, node=node)
-        self.display.ended(step.key, f"fail  {step.key:<36} {error.problem.what}\n      log: {error.log}", style="red")
+        again = f"\n      again: quench debug {step.key} --run {self.record.id}" if error.log.startswith("/") else ""
+        said = f"fail  {step.key:<36} {error.problem.what}\n      log: {error.log}{again}"
+        self.display.ended(step.key, said, style="red")
 
     def done(self, step: Step, made: Outcome, *, node: dict[str, str] | None = None) -> None:
         """Take a finished step in: record, terminal, MLflow."""

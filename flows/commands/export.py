@@ -18,11 +18,10 @@ from flows.commands.terminal import FAILED, Output, refusal, say
 from flows.report.build import render
 from flows.report.model_card import card, provenance_of
 from flows.results.artifacts import Part, bf16_headers, parts_of, serve_record
-from flows.results.read import Run, RunArm, read_run
+from flows.results.read import Run, RunArm, read_run, recipe_of
 from flows.run.folder import find_run
 from recipes.plain import json_object
 from recipes.problem import Problem, RecipeError
-from recipes.schema import recipe_of_run
 from recipes.schemes import on_disk
 from recipes.schemes.serve_file import write
 from tasks import reload
@@ -258,7 +257,7 @@ def _external(name: str, path: Path) -> External:
 
 def _recipe(run: Run) -> str:
     """The recipe as it was run: what was set in the file or by --set, without defaults."""
-    values = recipe_of_run(run.recipe).model_dump(mode="json", exclude_defaults=True)
+    values = recipe_of(run.folder).model_dump(mode="json", exclude_defaults=True)
     head = f"# Run {run.raw['id']}, overrides included; relative paths counted from the folder of its recipe.\n"
     return head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 

@@ -27,6 +27,7 @@ from flows.gate.checks import (
 from flows.gate.looks import Looks, level_text, ordinal
 from flows.gate.served import NOT_AS_MEASURED, of_engine, together
 from flows.gate.truncated import truncated_of
+from flows.reach import PROMOTION
 from flows.results.cells import ArmEvidence
 from flows.results.paired import Draw
 from flows.results.read import Run, RunArm
@@ -35,7 +36,6 @@ from flows.results.stats import LEVEL
 from recipes.arms import CHAMPION
 from recipes.schema import Gate
 
-PROMOTION = "promotion.json"  # in the run's folder; flows/promotion/promote.py writes it
 OUTCOMES = {
     "pass": "passes the gate",
     "worse": "does not pass the gate: it is worse",
@@ -208,5 +208,4 @@ def chain_sentences(section: Mapping[str, Any]) -> Iterator[str]:
         yield f"Left out of the chain: {len(chain['left_out'])} ({'; '.join(named)})."
     if chain["unread"]:
         lines = "1 line" if chain["unread"] == 1 else f"{chain['unread']} lines"
-        verb = "lacks" if chain["unread"] == 1 else "lack"
-        yield f"Left out: {lines} of promotions.jsonl that {verb} a field, as of another version of Quench."
+        yield f"Left out: {lines} of promotions.jsonl of another version of Quench, which this one cannot read."

@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from flows.plan.machine import Memory
+from tasks.runtime.store.local import StoreTrouble, read_json
 
 ALIKE = 0.05  # of a card's memory: sellers and drivers count it a little differently (79.6 GiB of an "80 GB" card)
 NAMED = ("train", "reference")  # stages whose slug is the recipe's name
@@ -66,8 +67,8 @@ def _alike(predicted: Mapping[str, Any], memory: Memory) -> bool:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """What a file holds; nothing of one that is not there, as in a run that was ended early."""
+    """What a file holds; nothing of one that is not there, as in a run that was ended early, or of a newer Quench."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        return read_json(path)
+    except (FileNotFoundError, json.JSONDecodeError, StoreTrouble):
         return {}

@@ -17,6 +17,7 @@ from flows.plan.memory import FILES, ON_HOST, StepNeeds, predict
 from flows.plan.row_sizes import RowSizes, data_bytes, row_sizes, tokens_per_byte
 from flows.plan.sizes import GIB
 from flows.plan.work import Work, work
+from flows.reach import unreached
 from recipes.checks.external import external_headers
 from recipes.checks.train import device_problems
 from recipes.data.rows import read_origin
@@ -32,8 +33,17 @@ from tasks.runtime.step import Limits
 SAMPLE_ROWS = 2000  # rows of the data that are read to tell how long rows are
 
 
-def disk_problem(predicted: Sequence[StepNeeds], home: Path, *, download_gib: float = 0.0) -> Problem | None:
-    """What these steps leave, and what comes from a bucket, against the free space where the store lies."""
+def disk_problem(
+    predicted: Sequence[StepNeeds], home: Path, *, download_gib: float = 0.0, hits: Sequence[Planned] = ()
+) -> Problem | None:
+    """What these steps leave, and what comes from a bucket, against the free space where the store lies.
+
+    Args:
+        predicted: Steps to make.
+        home: Where the store lies.
+        download_gib: Of hits that are in a bucket and not here.
+        hits: Steps that are in the store: what gc would take of these, a run would make again.
+    """
     parent = next(folder for folder in (home, *home.parents) if folder.exists())
     free = shutil.disk_usage(parent).free / GIB
     needed = download_gib + sum(step.disk_gib for step in predicted)
@@ -47,8 +57,22 @@ def disk_problem(predicted: Sequence[StepNeeds], home: Path, *, download_gib: fl
         what=f"The steps to make would write {needed:.1f} GiB; {free:.1f} GiB are free.",
         where=str(home),
         why=f"The largest: {which}.",
-        next="Free space there, set QUENCH_HOME to a larger disk, or lower evaluate.reference_gib.",
+        next=_room(home, hits, missing=needed - free),
     )
+
+
+def _room(home: Path, hits: Sequence[Planned], *, missing: float) -> str:
+    """What to type where so many GiB are missing."""
+    larger = "set QUENCH_HOME to a larger disk, or lower evaluate.reference_gib"
+    artifacts, wanted = unreached(home), tuple(f"{line.key}-{line.fingerprint[:12]}" for line in hits)
+    again = [artifact for artifact in artifacts if artifact.name.startswith(wanted)]
+    frees = (sum(artifact.free for artifact in artifacts) - sum(artifact.free for artifact in again)) / GIB
+    if not frees:
+        return f"Free space there (quench store du shows what takes it), {larger}."
+    if frees < missing:
+        return f"quench store gc --yes frees {frees:.1f} GiB, which is not enough (quench store du); {larger}."
+    remark = " It takes steps of this recipe, too, that the run makes again." if again else ""
+    return f"Run quench store gc --yes: it frees {frees:.1f} GiB that no run and no promotion reaches.{remark}"
 
 
 # ---- memory
@@ -201,7 +225,8 @@ def preflight(loaded: Loaded, planned: Sequence[Planned], *, home: Path, base: P
     problems += verdict.problems
     few = calibration_problem(recipe, headers, rows) if f"calibrate/{recipe.name}" in make else None
     download_gib = sum(line.download_bytes for line in planned) / GIB
-    full = disk_problem([step for step in steps if step.key in make], home, download_gib=download_gib)
+    hits = [line for line in planned if line.hit]
+    full = disk_problem([step for step in steps if step.key in make], home, download_gib=download_gib, hits=hits)
     if problems or full or few:
         raise RecipeError([*problems, *filter(None, (full, few))])
     worked = work(recipe, headers, rows)

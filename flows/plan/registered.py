@@ -32,6 +32,7 @@ from recipes.data.rows import Side
 from recipes.problem import Problem
 from recipes.schema import Recipe
 from tasks.runtime.fingerprint import fingerprint
+from tasks.runtime.store.local import read_json
 
 REGISTERED = "registered.json"
 FEWEST_ROWS = 100  # of an earlier run: below it a share of 5 % is known to 4 points, which is no better than the guess
@@ -229,6 +230,6 @@ def registered_tag(told: Mapping[str, Any] | None) -> dict[str, str]:
 def _json(path: Path) -> dict[str, Any]:
     """What a file holds; nothing of one that is not there, or half written."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (FileNotFoundError, json.JSONDecodeError):
         return {}

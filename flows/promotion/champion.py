@@ -15,12 +15,12 @@ from flows.compose import limits
 from flows.pins import scorer_content
 from flows.promotion.evidence import record_folder
 from flows.promotion.journal import Promotion
-from flows.results.read import Run, RunArm, RunStep
+from flows.results.read import Run, RunArm, RunStep, recipe_of
 from flows.results.rows import read_scores
 from recipes.arms import CHAMPION
 from recipes.data.rows import normalised
 from recipes.problem import Problem
-from recipes.schema import Recipe, recipe_of_run
+from recipes.schema import Recipe
 from tasks import evaluate
 from tasks.runtime.fingerprint import file_digest
 from tasks.runtime.gpus import device_kind
@@ -132,7 +132,7 @@ def evaluated(present: Promotion, run: Run, candidate: RunArm, home: Path) -> Ch
     store, folder = open_store(home), home / present.path
     if problem := stale(store, present):
         raise problem.error()
-    recipe = recipe_of_run(run.recipe)
+    recipe = recipe_of(run.folder)
     inputs = _inputs(scored, recipe, home)
     other = _other_tokens(folder / "files", inputs["dataset"].path / "tokenizer")
     if other:  # then there is nothing that its logits could be compared with
@@ -163,9 +163,12 @@ def evaluated(present: Promotion, run: Run, candidate: RunArm, home: Path) -> Ch
 def stale(store: Store, version: Promotion, *, digests: bool = True) -> Problem | None:
     """The artifact of a promotion is not in the store as it was promoted; every byte is read where `digests`."""
     folder = store.home / version.path
-    if not (folder / "manifest.json").is_file():
+    manifest = _manifest(folder)
+    if manifest is None:
         why = "It was removed."
-    elif (manifest := read_json(folder / "manifest.json"))["digest"] != version.digest:
+    elif not {"digest", "files"} <= manifest.keys():
+        why = "Its manifest.json cannot be read."
+    elif manifest["digest"] != version.digest:
         why = f"Another artifact is there: {manifest['digest'][:12]} instead of {version.digest[:12]}."
     elif damage := store.damage(folder, manifest, digests=digests):
         why = f"{damage[0].upper()}{damage[1:]}."
@@ -178,6 +181,17 @@ def stale(store: Store, version: Promotion, *, digests: bool = True) -> Problem 
         next=f"Put its files back (the registry's version has them, too), or quench promote --to another version of "
         f"{version.model}.",
     )
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    """A manifest; None where there is none, and without keys where something has changed or cut the file."""
+    try:
+        manifest = read_json(folder / "manifest.json")
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
 
 
 def _inputs(scored: RunStep, recipe: Recipe, home: Path) -> dict[str, External]:

@@ -17,12 +17,12 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from recipes.problem import Problem
+from flows.reach import JOURNAL, records
 from tasks.runtime.store.local import flocked
 
 Event = Literal["promoted", "blocked", "rolled back"]
-JOURNAL = "promotions.jsonl"  # below QUENCH_HOME
 MOVES = ("promoted", "rolled back")  # events after which the version is champion
+EVENTS = ("blocked", *MOVES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +72,13 @@ class Promotion:
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Promotion | None:
-        """From a line of promotions.jsonl; None where it lacks a field. Fields of a newer Quench are not read."""
+        """From a line of promotions.jsonl; None where it lacks a field or has an event of a newer Quench.
+
+        Fields of a newer Quench are not read.
+        """
         known = {field.name: record[field.name] for field in fields(cls) if field.name in record}
         needed = {field.name for field in fields(cls) if field.default is MISSING and field.default_factory is MISSING}
-        return cls(**known) if needed <= known.keys() else None
+        return cls(**known) if needed <= known.keys() and known["event"] in EVENTS else None
 
 
 def now() -> str:
@@ -91,28 +94,10 @@ def locked(home: Path) -> Generator[None]:
         yield
 
 
-def records(path: Path) -> list[dict[str, Any]]:
-    """Every line of promotions.jsonl, about any model, oldest first; a half-written last line is skipped.
-
-    Raises:
-        RecipeError: Another line is no JSON object. What it decided is not known, so nobody goes on without it.
-    """
-    if not path.exists():
-        return []
-    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
-    return [_record(line, path, number) for number, line in enumerate(whole.split("\n"), 1) if line]
-
-
-def _record(line: str, path: Path, number: int) -> dict[str, Any]:
-    with contextlib.suppress(json.JSONDecodeError):
-        if isinstance(record := json.loads(line), dict):
-            return record
-    raise Problem(
-        what="The record of promotions is damaged.",
-        where=f"{path}, line {number}",
-        why="It is no JSON object. Quench writes whole lines, so something else has changed the file.",
-        next="Put the line back from a backup, or remove it if nothing of it is needed.",
-    ).error()
+def models(home: Path) -> list[str]:
+    """Every model name that something was decided about, sorted."""
+    named = (record.get("model") for record in records(home / JOURNAL))
+    return sorted({name for name in named if isinstance(name, str)})
 
 
 class Journal:
@@ -127,7 +112,7 @@ class Journal:
         return [line for line in self._read() if line is not None]
 
     def unread(self) -> int:
-        """Lines about this model that lack a field: of an older layout. They are left out of `lines`."""
+        """Lines about this model that another version of Quench wrote and this one cannot read: not in `lines`."""
         return sum(line is None for line in self._read())
 
     def highest(self) -> int:

@@ -8,25 +8,22 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import ValidationError
-
 from flows.gate.candidate import candidate, margins_of
 from flows.gate.looks import looks_of
-from flows.gate.section import PROMOTION
 from flows.promotion.chain import Chain, chain_of
 from flows.promotion.champion import TRAIN_ROWS, ChampionScores, evaluated, stale, trained_on
 from flows.promotion.evidence import SCORES, judged, keep_rows, keep_scores, record_folder, test_rows
 from flows.promotion.journal import MOVES, Journal, Promotion, champion, locked, now, version_of, versions
 from flows.promotion.registry import sync
+from flows.reach import PROMOTION
 from flows.report.build import Report, render
 from flows.report.model_card import card_of
 from flows.results.cells import Draws
-from flows.results.read import Run, RunArm, read_run
+from flows.results.read import Run, RunArm, read_run, recipe_of
 from recipes.problem import Problem, RecipeError
-from recipes.schema import recipe_of_run
 from tasks.runtime.fingerprint import file_digest, fingerprint
 from tasks.runtime.process.errors import StepFailed
-from tasks.runtime.store.local import Store, read_json, write_json
+from tasks.runtime.store.local import Store, write_json
 
 Say = Callable[[str], None]
 CARD = "card.md"
@@ -155,16 +152,7 @@ def model_name(run_folder: Path) -> str:
     Raises:
         RecipeError: Its recipe is one of another version of Quench.
     """
-    path = run_folder / "recipe.resolved.json"
-    try:
-        return recipe_of_run(read_json(path)).model_name
-    except ValidationError as error:
-        raise Problem(
-            what="The run's recipe is one of another version of Quench.",
-            where=str(path),
-            why=f"{error.error_count()} fields of it are unknown or have other values now.",
-            next="quench run the recipe again; what has not changed is taken from the store.",
-        ).error() from None
+    return recipe_of(run_folder).model_name
 
 
 def _not_back(

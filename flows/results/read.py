@@ -11,8 +11,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from pydantic import ValidationError
+
 from recipes.arms import TRAINED, Arm
+from recipes.problem import Problem
+from recipes.schema import Recipe, recipe_of_run
 from recipes.schemes.scheme import Scheme
+from tasks.runtime.store.local import read_json
 
 REFERENCE = TRAINED  # where the recipe names no other
 
@@ -229,7 +234,7 @@ class Run:
 
 def read_run(folder: Path, home: Path) -> Run:
     """Read a run's folder and the manifests of all its steps."""
-    raw = _json(folder / "steps.json")
+    raw = read_json(folder / "steps.json")
     preflight = folder / "preflight.json"
     recipe = folder / "recipe.resolved.json"
     steps = {record["key"]: _step(record, home) for record in raw["steps"]}
@@ -238,11 +243,29 @@ def read_run(folder: Path, home: Path) -> Run:
         folder=folder,
         home=home,
         raw=raw,
-        recipe=_json(recipe) if recipe.exists() else {},
-        predicted=_json(preflight).get("steps", {}) if preflight.exists() else {},
+        recipe=read_json(recipe) if recipe.exists() else {},
+        predicted=read_json(preflight).get("steps", {}) if preflight.exists() else {},
         steps=steps,
         arms=tuple(_arm(record, chosen) for record in raw["arms"]),
     )
+
+
+def recipe_of(run: Path) -> Recipe:
+    """The recipe of a run.
+
+    Raises:
+        RecipeError: It is one of another version of Quench.
+    """
+    path = run / "recipe.resolved.json"
+    try:
+        return recipe_of_run(read_json(path))
+    except ValidationError as error:
+        raise Problem(
+            what="The run's recipe is one of another version of Quench.",
+            where=str(path),
+            why=f"{error.error_count()} fields of it are unknown or have other values now.",
+            next="quench run the recipe again; what has not changed is taken from the store.",
+        ).error() from None
 
 
 def _choice(steps: Iterable[RunStep]) -> Mapping[str, Any] | None:
@@ -265,16 +288,12 @@ def _step(raw: Mapping[str, Any], home: Path) -> RunStep:
     folder = home / record["path"] if record["path"] else None
     if folder is None or not (folder / "manifest.json").is_file():
         return RunStep(**record, files=None, manifest=None)
-    return RunStep(**record, files=folder / "files", manifest=_json(folder / "manifest.json"))
+    return RunStep(**record, files=folder / "files", manifest=read_json(folder / "manifest.json"))
 
 
 def _folder(origin: Mapping[str, str] | None) -> Path | None:
     path = Path(origin["path"]) if origin else None
     return path if path is not None and path.is_dir() else None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 class Note(NamedTuple):

@@ -24,6 +24,7 @@ from tasks.runtime.process.events import read_events
 from tasks.runtime.process.job import Execution, Input, Job
 from tasks.runtime.process.launch import Child, Launcher, child_env
 from tasks.runtime.process.leases import GrantedLease, Lease, Leases, NoSuchLeaseError, cpu_slots
+from tasks.runtime.process.repeat import keep_start
 from tasks.runtime.store.attempt import Attempt
 from tasks.runtime.store.local import Artifact, Lookup, LostRaceError, Store, StoreTrouble, read_json
 
@@ -269,19 +270,23 @@ def _make(step: Step, inputs: Mapping[str, Artifact], context: Context, lease: L
 def _attempt(
     step: Step, inputs: Mapping[str, Artifact], context: Context, lease: Lease, execution: Execution
 ) -> tuple[Attempt, Child, int]:
-    """Run the step's child to its end, in a new attempt; returns its exit code."""
+    """Run the step's child to its end, in a new attempt; returns its exit code. One that failed keeps its start."""
     attempt = context.store.begin(step.stage, step.slug, step.fingerprint, inputs=_digests(inputs))
     _job(step, inputs, attempt, execution).dump(attempt.own / "job.json")
+    env, python = child_env(threads=execution.threads, gpus=lease.gpus), interpreter(step.environment)
     child = context.launcher.start(
         ["run", str(attempt.own / "job.json")],
-        env=child_env(threads=execution.threads, gpus=lease.gpus),
+        env=env,
         cwd=attempt.own,
         log=attempt.own / "log.txt",
-        python=interpreter(step.environment),
+        python=python,
         # A fork loses threads, so what is imported may have none: no pool of more than one, no CUDA.
         warm=step.environment is None and execution.device == "cpu" and execution.processes * execution.threads == 1,
     )
-    return attempt, child, _follow(step, context, child, attempt)
+    code = _follow(step, context, child, attempt)
+    if code != 0:
+        keep_start(attempt.own, python=python, env=env)
+    return attempt, child, code
 
 
 def _execution(step: Step, limits: Limits, lease: Lease) -> Execution:

@@ -118,7 +118,7 @@ def commands(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
 
 def test_every_command_has_its_body():
     found = commands(_parser())
-    assert len(found) == 21
+    assert len(found) == 24
     for command in found:
         module = importlib.import_module(command.get_default("module"))
         assert callable(getattr(module, command.get_default("function")))

@@ -10,7 +10,8 @@ import psycopg2
 import pytest
 from mlflow.tracking import MlflowClient
 
-from flows.commands.store import collect, unreached
+from flows.commands.store import collect
+from flows.reach import unreached
 from tasks.runtime.fingerprint import file_digest
 from tasks.runtime.process.ports import free_port
 from tasks.runtime.store.open import open_store

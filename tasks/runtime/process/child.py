@@ -4,6 +4,7 @@
 {"ok": true, "result", "peak_rss_gib", "peak_gpu_gib"} or {"ok": false, "problem", "type"}.
 Where several processes do a job together, it becomes `accelerate launch`, which starts it once per rank.
 `warm MODULE ...` imports the modules and forks a child for each job that it is asked for (forks.py).
+`debug JOB.json` runs it in a terminal, with pdb where it raises: `quench debug`.
 `exec -- PROGRAM ARGS` becomes a program that is not ours, `guard -- PROGRAM ARGS` starts one that has children.
 All die with the parent, even when SIGKILL ends it (Linux: PR_SET_PDEATHSIG).
 """
@@ -16,6 +17,7 @@ import importlib
 import json
 import logging
 import os
+import pdb
 import re
 import resource
 import signal
@@ -153,6 +155,19 @@ def _warm(modules: Sequence[str]) -> int:
     return serve(modules, forked)
 
 
+def debug_job(path: Path) -> int:
+    """Run one job in a terminal, with pdb where it raises; return the exit code. Nothing is written for a parent."""
+    job = Job.load(path)
+    module, _, function = job.entry.partition(":")
+    try:
+        getattr(importlib.import_module(module), function)(job)
+    except Exception as error:  # the child's top, as in run_job
+        traceback.print_exc()
+        pdb.post_mortem(error.__traceback__)
+        return 1
+    return 0
+
+
 def _write_answer(answer: dict[str, Any], path: Path, *, first_wins: bool) -> None:
     """Write it whole or not at all. Of several ranks the first wins: when one fails, others fail after it."""
     draft = path.with_name(f"result.draft-{os.getpid()}.json")
@@ -202,10 +217,15 @@ def main(argv: list[str]) -> int:
     match argv:
         case ["guard", "--", *words]:
             return guard(words)
-        case ["run", path]:
-            die_with_parent()
+        case ["run" | "debug" as how, path]:
+            if how == "run":
+                die_with_parent()
             verify_checkout()
-            return run_job(Path(path))
+            try:
+                return run_job(Path(path)) if how == "run" else debug_job(Path(path))
+            except StageError as error:  # job.json is of another version of Quench
+                print(error, file=sys.stderr)
+                return 1
         case ["warm", *modules]:
             die_with_parent()
             verify_checkout()
@@ -215,7 +235,7 @@ def main(argv: list[str]) -> int:
             os.execvp(program, [program, *rest])
         case _:
             print(
-                "usage: python -P -m tasks.runtime.process.child run JOB.json | warm MODULE ... | "
+                "usage: python -P -m tasks.runtime.process.child {run,debug} JOB.json | warm MODULE ... | "
                 "{exec,guard} -- PROGRAM ARGS",
                 file=sys.stderr,
             )

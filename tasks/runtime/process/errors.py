@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
+
 from recipes.problem import Problem
 
 
@@ -33,7 +36,8 @@ class StepFailed(Exception):
         self.problem = problem
         self.log = log
         self.returncode = returncode
-        super().__init__(f"{step} failed (exit {returncode})\n{problem}\n  log:   {log}")
+        again = f"\n  again: quench debug {shlex.quote(str(Path(log).parent))}" if log.startswith("/") else ""
+        super().__init__(f"{step} failed (exit {returncode})\n{problem}\n  log:   {log}{again}")
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild, (self.step, self.problem, self.log, self.returncode))

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.events import Events
 
 SCHEMA = 1
@@ -93,10 +94,20 @@ class Job:
 
     @classmethod
     def load(cls, path: Path) -> Job:
-        """Read job.json. Raises ValueError when it was written for another schema."""
+        """Read job.json. Fields of `execution` that a newer Quench has are not read.
+
+        Raises:
+            StageError: It was written for another schema.
+        """
         raw = json.loads(path.read_text(encoding="utf-8"))
         if raw["schema"] != SCHEMA:
-            raise ValueError(f"{path}: job schema {raw['schema']}, this checkout reads {SCHEMA}")
+            raise StageError.of(
+                what=f"This job has schema {raw['schema']}; this Quench reads schema {SCHEMA}.",
+                where=str(path),
+                why="Another version of Quench wrote it.",
+                next="Use that version, or quench run the recipe again.",
+            )
+        known = {field.name for field in fields(Execution)}
         inputs = {
             name: Input(path=Path(origin["path"]), digest=origin["digest"], fingerprint=origin["fingerprint"])
             for name, origin in raw["inputs"].items()
@@ -110,5 +121,5 @@ class Job:
             inputs=inputs,
             out=Path(raw["out"]),
             checkpoint=Path(raw["checkpoint"]),
-            execution=Execution(**raw["execution"]),
+            execution=Execution(**{name: value for name, value in raw["execution"].items() if name in known}),
         )

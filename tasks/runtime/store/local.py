@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes.problem import RecipeError
+from recipes.problem import Problem, RecipeError
 from tasks.runtime.fingerprint import difference, file_digest, fingerprint
 from tasks.runtime.store.attempt import Attempt
 from tasks.runtime.store.home import check_layout, home_folder
@@ -31,6 +31,8 @@ from tasks.runtime.store.listing import Listing, list_stage
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
+# Of a home's own files, by name: the highest number that this Quench reads. Keys that it does not know are left alone.
+SCHEMAS = {MANIFEST: SCHEMA, "steps.json": 1, "registered.json": 1, "retrain.json": 1, "child.json": 1}
 
 
 def find_home(start: Path | None = None) -> Path:
@@ -85,7 +87,7 @@ class LostRaceError(Exception):
 
 
 class StoreTrouble(RecipeError):
-    """The bucket behind a home cannot be used, or fails; what is finished here is kept."""
+    """A home, or the bucket behind it, cannot be used, or fails; what is finished here is kept."""
 
 
 class Store:
@@ -322,8 +324,26 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Parse a JSON file.
+
+    Raises:
+        StoreTrouble: It is one of a home's own, and a newer Quench wrote it in a way that this one does not read.
+    """
+    value = json.loads(path.read_text(encoding="utf-8"))
+    known = SCHEMAS.get(path.name)
+    schema = value.get("schema") if known and isinstance(value, dict) else None
+    if known and isinstance(schema, int) and schema > known:
+        raise StoreTrouble([_newer(path, schema, known)])
+    return value
+
+
+def _newer(path: Path, schema: int, known: int) -> Problem:
+    return Problem(
+        what=f"{path.name} has schema {schema}; this Quench reads schema {known}.",
+        where=str(path),
+        why="A newer Quench wrote it, and reading it by other rules could take one thing for another.",
+        next="Use that newer Quench on this home, or set QUENCH_HOME to another folder.",
+    )
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,5 +1,6 @@
 """What no run and no promotion reaches can go, and nothing else goes."""
 
+import datetime as dt
 import hashlib
 import json
 import os
@@ -8,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from flows.commands.store import collect, unreached
+from flows.commands.store import collect
+from flows.commands.store_du import measure
+from flows.reach import unreached
 from tasks.runtime.store.local import Artifact, Store, flocked
 
 
@@ -94,6 +97,47 @@ def test_a_step_under_way_keeps_its_artifact(home: Path):
         told = collect(home, remove=True).json
     assert [one.split("/")[0] for one in told["removed"]] == ["quantize"]
     assert folder.exists()
+
+
+def test_what_takes_the_room_and_what_keeps_it(home: Path):
+    """Links count once; what gc would free is what gc says, before and after a run is removed."""
+    (home / "mlartifacts").mkdir()
+    (linked,) = (home / "store" / "train").glob("two-*/files/*")
+    os.link(linked, home / "mlartifacts" / "linked")
+    (made,) = (home / "store" / "quantize").glob("one-*")
+    line = {"path": f"store/quantize/{made.name}", "model": "m", "version": 1}
+    (home / "promotions.jsonl").write_text(json.dumps(line) + "\n")
+    (home / "runs" / "latest").symlink_to("two")
+    answer = measure(home)
+    told, text = answer.json, str(answer.text)
+    every = {path.stat().st_ino: path.stat().st_size for path in home.rglob("*") if path.is_file()}
+    assert told["bytes"] == sum(every.values()) and told["elsewhere"]["mlartifacts"] == 0
+    assert {name: line["artifacts"] for name, line in told["stages"].items()} == {"train": 3, "quantize": 3}
+    assert {name: line["artifacts"] for name, line in told["kept_by"].items()} == {"both": 2, "runs": 2, "nothing": 2}
+    assert told["promotions"]["m/1"]["artifacts"] == told["runs"]["one"]["artifacts"] == 2
+    assert told["runs"]["one"]["alone"] == 0 < told["runs"]["two"]["gc_frees"] < told["runs"]["two"]["alone"]
+    free = sum(one.free for one in unreached(home))
+    assert told["gc_frees"] == free > 0 and f"rm -r {home}/runs/two" in text and "quench store gc --yes frees" in text
+    shutil.rmtree(home / "runs" / "two")
+    assert sum(one.free for one in unreached(home)) == free + told["runs"]["two"]["gc_frees"]
+    assert measure(home).json["gc_frees"] == free + told["runs"]["two"]["gc_frees"]
+
+
+def test_the_room_by_age(home: Path):
+    now = dt.datetime(2026, 12, 31, tzinfo=dt.UTC)
+    for name, finished in (("one", "2026-12-30T00:00:00+00:00"), ("two", "2025-01-01T00:00:00+00:00")):
+        (path,) = (home / "store" / "train").glob(f"{name}-*/manifest.json")
+        path.write_text(json.dumps({**json.loads(path.read_text()), "finished_at": finished}))
+    for path in (home / "store").glob("*/*/manifest.json"):  # without a time of their own: that of the file
+        os.utime(path, (now.timestamp() - 40 * 86_400,) * 2)
+    ages = measure(home, now=now).json["ages"]
+    assert {age: line["artifacts"] for age, line in ages.items()} == {"up to 7 days": 1, "up to 90 days": 4, "older": 1}
+    assert list(ages) == ["up to 7 days", "up to 90 days", "older"]
+
+
+def test_no_home_and_an_empty_one_are_empty(tmp_path: Path):
+    for home in (tmp_path, tmp_path / "none"):
+        assert measure(home).json["bytes"] == 0 and "empty" in str(measure(home).text)
 
 
 def test_bytes_that_mlflow_links_are_not_called_free(home: Path):

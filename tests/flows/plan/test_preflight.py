@@ -1,5 +1,8 @@
 """Prediction of memory and disk, and what is refused by it."""
 
+import hashlib
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from flows.plan.machine import Memory, available
 from flows.plan.memory import CUDA_IMPORT, ON_HOST, StepNeeds, predict
 from flows.plan.preflight import disk_problem, judge, largest_parts, preflight
 from flows.plan.row_sizes import RowSizes, row_sizes
-from flows.plan.sizes import NF4_BYTES
+from flows.plan.sizes import GIB, NF4_BYTES
 from recipes.data.rows import read_rows
 from recipes.models.headers import Headers, read_headers
 from recipes.problem import Problem, RecipeError
@@ -396,6 +399,37 @@ def test_no_disk_for_the_sum_of_outputs(recipe: Recipe, headers: Headers, tmp_pa
     large = StepNeeds(key="merge/big", host_gib=1, gpu_gib=0, disk_gib=1e9, parts={})
     problem = disk_problem([*steps, large], home)
     assert problem is not None and "merge/big" in problem.why and "QUENCH_HOME" in problem.next
+
+
+def test_where_gc_makes_the_room_its_command_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Three artifacts of half a GiB (holes: no disk is filled) that nobody reaches; the disk lacks one GiB."""
+    store, size = Store(tmp_path), GIB // 2
+    lines: list[Planned] = []
+    for name in ("a", "b", "c"):
+        fingerprint = hashlib.sha256(name.encode()).hexdigest()
+        attempt = store.begin("merge", name, fingerprint, inputs={})
+        with (attempt.files / "weights").open("wb") as file:
+            file.truncate(size)
+        (attempt.own / "manifest.json").write_text("{}")
+        manifest = {"schema": 1, "stage": "merge", "slug": name, "fingerprint": fingerprint, "inputs": {}}
+        manifest |= {"files": {"weights": {"size": size}}, "digest": fingerprint, "finished_at": None}
+        (attempt.folder / "manifest.json").write_text(json.dumps(manifest))
+        (tmp_path / "store" / "merge").mkdir(parents=True, exist_ok=True)
+        attempt.folder.rename(tmp_path / "store" / "merge" / f"{name}-{fingerprint[:12]}")
+        lines.append(Planned(key=f"merge/{name}", fingerprint=fingerprint, hit=True, why="hit"))
+    free = shutil.disk_usage(tmp_path).free / GIB
+
+    def told(missing: float, hits: list[Planned]) -> str:
+        large = StepNeeds(key="merge/big", host_gib=1, gpu_gib=0, disk_gib=free + missing, parts={})
+        problem = disk_problem([large], tmp_path, hits=hits)
+        assert problem is not None
+        return problem.next
+
+    assert told(1.0, []) == "Run quench store gc --yes: it frees 1.5 GiB that no run and no promotion reaches."
+    assert "frees 1.5 GiB, which is not enough" in told(100.0, [])
+    again = told(0.75, lines[:1])  # what this recipe would have to make again is no room that gc makes
+    assert "frees 1.0 GiB" in again and "makes again" in again
+    assert "quench store du" in told(0.75, lines) and "gc --yes" not in told(0.75, lines)
 
 
 def test_this_machines_memory():

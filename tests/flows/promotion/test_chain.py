@@ -141,7 +141,7 @@ def test_lines_of_another_layout_are_counted_and_their_versions_not_given_again(
     weeks = first_two(tmp_path)
     edited(weeks, lambda line: {"model": MODEL, "version": 7, "arm": line["arm"], "verdict": "ok"})
     decision = decide(weeks, 3, 0.895)
-    assert "Left out: 1 line of promotions.jsonl that lacks a field" in told(decision)
+    assert "Left out: 1 line of promotions.jsonl of another version of Quench" in told(decision)
     assert decision.promotion is not None and decision.promotion.version == 8
 
 
