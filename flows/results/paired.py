@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from flows.results.rows import RowScores
 from flows.results.stats import (
     LEVEL,
-    Counts,
+    Drawn,
     Estimand,
     Interval,
     Link,
@@ -18,7 +18,7 @@ from flows.results.stats import (
 )
 from recipes.checks.power import FEWEST_GROUPS, too_few_groups
 
-Draw = Callable[[tuple[str, ...]], Counts]  # the resamples of some groups; equal groups get equal draws
+Draw = Callable[[tuple[str, ...]], Drawn]  # the resamples of some groups; equal groups get equal draws
 Obstacle = Literal["missing", "other device", "other rows", "not finite", "one group", "few groups"]
 OTHER_DEVICE = "scored on another device"
 WORDS: Mapping[Obstacle, str] = {

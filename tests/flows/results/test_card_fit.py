@@ -172,7 +172,7 @@ def test_another_engine_refuses_other_arms(home: Path, monkeypatch: pytest.Monke
 
 def test_where_nothing_fits_the_exit_code_is_1(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     code, out, _ = choose(home, monkeypatch, capsys, "--vram", "0.1", "--context", "512")
-    assert code == 1 and "No arm of this run fits 1 x 512 tokens on 0.1 GiB" in out
+    assert code == 1 and "No arm of this run fits 1 x 512 tokens on a card of 0.1 GiB" in out
 
 
 @pytest.mark.parametrize(
