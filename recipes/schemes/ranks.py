@@ -41,10 +41,11 @@ class ServedModel(NamedTuple):
     def of(cls, headers: Headers) -> ServedModel:
         """The model that these headers describe."""
         heads = number_of(headers.text_config, "num_attention_heads", *SPELLINGS["num_attention_heads"]) or 0
+        entries = number_of(headers.text_config, "vocab_size", *SPELLINGS["vocab_size"]) or 0
         if not heads or number_of(headers.text_config, "kv_lora_rank"):
-            return cls(headers.linears, heads, vocabulary=headers.vocabulary)
+            return cls(headers.linears, heads, vocabulary=entries)
         own = {layer.heads for layer in headers.cache_layers if layer.kind not in STATE_ONLY}
-        return cls(headers.linears, heads, tuple(sorted(own)), headers.vocabulary)
+        return cls(headers.linears, heads, tuple(sorted(own)), entries)
 
     def undivided(self, ranks: int) -> str | None:
         """The heads, or the vocabulary, that do not come apart into so many ranks, in words; None where all do."""
