@@ -10,20 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from flows.results.draws import QUANTILE_RESAMPLES, RESAMPLES, Counts, Drawn, Resamples, draw
 from flows.results.metrics import HEADLINE, METRICS, NOT_COUNTED, PER_DOMAIN, SPEED, TASK, Metric, further
 from flows.results.paired import OTHER_DEVICE, few_groups
 from flows.results.read import REFERENCE, Run, RunArm
 from flows.results.rows import RowScores, TokenKL, read_kl, read_scores, same_device
 from flows.results.sizes import size_bytes
 from flows.results.stats import (
-    QUANTILE_RESAMPLES,
-    RESAMPLES,
-    Counts,
-    Drawn,
     Estimand,
     Interval,
-    Resamples,
-    draw,
     effective_groups,
     mean_interval,
     proportion_interval,

@@ -5,17 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
+from flows.results.draws import Drawn
 from flows.results.rows import RowScores
-from flows.results.stats import (
-    LEVEL,
-    Drawn,
-    Estimand,
-    Interval,
-    Link,
-    Studentized,
-    difference_intervals,
-    studentized,
-)
+from flows.results.stats import LEVEL, Estimand, Interval, Link, Studentized, difference_intervals, studentized
 from recipes.checks.power import FEWEST_GROUPS, too_few_groups
 
 Draw = Callable[[tuple[str, ...]], Drawn]  # the resamples of some groups; equal groups get equal draws

@@ -29,7 +29,7 @@ Which interval, and why (tests/flows/results/test_stats.py measures the coverage
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import NormalDist
@@ -39,18 +39,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 
+from flows.results.draws import CHUNK_BYTES, Counts, Drawn, Floats, counts_of, groups_of, weighted_sums
 from recipes.checks.power import LEVEL, t_quantile
 
-RESAMPLES = 10_000
-QUANTILE_RESAMPLES = 1_000
-SEED = 20_260_101
 Z = 1.959964  # 97.5 % quantile of the normal distribution; scipy's is 1.5e-8 less, and figures rest on this one
 Z_POWER = 0.841621  # 80 %: Z + Z_POWER standard errors are called different 4 times in 5
-CHUNK_BYTES = 64 * 2**20  # float64 weights that exist at once
-DRAWN_BYTES = 8 * 2**20  # of 64-bit integers that are drawn at once; three such arrays exist
 
-Floats = NDArray[np.float64]
-Counts = NDArray[np.uint8]
 Link = Literal["mean", "share", "exp"]
 
 
@@ -171,68 +165,6 @@ class Studentized:
         return at if self.unit is None else float(np.copysign(self.unit * np.expm1(abs(at)), at))
 
 
-@dataclass(frozen=True)
-class Resamples:
-    """How often each group was drawn, made from the seed block by block at every use, and never kept.
-
-    The same for every metric with so many groups; fewer resamples are the first ones of more.
-    """
-
-    groups: int
-    seed: int = SEED
-    resamples: int = RESAMPLES
-
-    def blocks(self) -> Iterator[Counts]:
-        """[resamples of this block, groups], in order."""
-        rng = np.random.default_rng([self.seed, self.groups])
-        for rows in _blocks(self.resamples, self.groups):
-            counts = np.empty((len(rows), self.groups), dtype=np.uint8)
-            step = max(1, DRAWN_BYTES // (8 * self.groups))
-            for start in range(0, len(rows), step):
-                picked = rng.integers(self.groups, size=(min(step, len(rows) - start), self.groups))
-                picked += np.arange(len(picked))[:, None] * self.groups
-                counted = np.bincount(picked.ravel(), minlength=picked.size)
-                counts[start : start + len(picked)] = counted.reshape(picked.shape)
-            yield counts
-
-    def first(self, resamples: int) -> Resamples:
-        """The first so many of them."""
-        return replace(self, resamples=resamples)
-
-
-Drawn = Counts | Resamples  # kept as bytes, or made anew
-
-
-def draw(groups: int, *, seed: int = SEED, resamples: int = RESAMPLES) -> Counts:
-    """[resamples, groups] all of `Resamples`, one byte each."""
-    draws, start = np.empty((resamples, groups), dtype=np.uint8), 0
-    for counts in Resamples(groups, seed, resamples).blocks():
-        draws[start : start + len(counts)] = counts
-        start += len(counts)
-    return draws
-
-
-def _blocks(resamples: int, groups: int) -> Iterator[range]:
-    """Resamples whose float64 weights fit into CHUNK_BYTES."""
-    block = max(1, CHUNK_BYTES // (8 * groups))
-    return (range(start, min(start + block, resamples)) for start in range(0, resamples, block))
-
-
-def _counts(draws: Drawn) -> Iterator[Counts]:
-    if isinstance(draws, Resamples):
-        return draws.blocks()
-    return (draws[rows.start : rows.stop] for rows in _blocks(*draws.shape))
-
-
-def _groups(draws: Drawn) -> int:
-    return draws.groups if isinstance(draws, Resamples) else draws.shape[1]
-
-
-def _weighted_sums(draws: Drawn, columns: Floats) -> Floats:
-    """[resamples, columns] draws @ columns, in blocks of float64."""
-    return np.concatenate([counts.astype(np.float64) @ columns for counts in _counts(draws)])
-
-
 def _columns(estimand: Estimand) -> Floats:
     """[groups, 5] residuals and counts, and the squares and products of what the jackknife makes of them."""
     residual, count, apart = estimand.residual, estimand.a.count, estimand.a.apart
@@ -251,13 +183,13 @@ def studentized(estimands: Sequence[Estimand], draws: Drawn) -> list[Studentized
     Raises:
         ValueError: Fewer than two groups: nothing can be said about the spread.
     """
-    if _groups(draws) < 2:
+    if groups_of(draws) < 2:
         raise ValueError("an interval needs at least two groups")
     if not estimands:
         return []
-    sums = _weighted_sums(draws, np.concatenate([_columns(estimand) for estimand in estimands], axis=1))
+    sums = weighted_sums(draws, np.concatenate([_columns(estimand) for estimand in estimands], axis=1))
     blocks = np.split(sums, len(estimands), axis=1)
-    return [_studentize(estimand, block, _groups(draws)) for estimand, block in zip(estimands, blocks, strict=True)]
+    return [_studentize(estimand, block, groups_of(draws)) for estimand, block in zip(estimands, blocks, strict=True)]
 
 
 def standard_error(estimand: Estimand) -> float:
@@ -379,8 +311,8 @@ def quantile_interval(values: Floats, group: NDArray[np.int64], draws: Drawn, *,
     """
     order = np.argsort(-values, kind="stable")
     ordered, owner = values[order], group[order]
-    size = np.bincount(group, minlength=_groups(draws)).astype(np.float64)
-    quantiles = np.concatenate([_quantiles(ordered, owner, size, counts, level) for counts in _counts(draws)])
+    size = np.bincount(group, minlength=groups_of(draws)).astype(np.float64)
+    quantiles = np.concatenate([_quantiles(ordered, owner, size, counts, level) for counts in counts_of(draws)])
     low, high = np.quantile(quantiles, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(low), float(high))
 

@@ -39,7 +39,7 @@ def child(groups: int) -> dict[str, Any]:
     count = rng.integers(20, 200, groups).astype(float)  # tokens
     arms = [Sums(rng.lognormal(0, 1, groups) * count, count) for _ in range(ARMS)]
     names = tuple(map(str, range(groups)))
-    np.ones((500, 500)) @ np.ones((500, 500))  # what BLAS reserves is no cost of an interval
+    _ = np.ones((500, 500)) @ np.ones((500, 500))  # what BLAS reserves is no cost of an interval
     before, draws, seconds = peak_mib(), Draws(), dict[str, float]()
     for part, estimands in {
         "first": [Estimand(arms[0])],
@@ -75,7 +75,7 @@ def measured(groups: int) -> dict[str, Any]:
 def page(runs: dict[int, list[dict[str, Any]]]) -> str:
     """docs/results/intervals.md."""
     from flows.results.cells import KEPT_BYTES
-    from flows.results.stats import RESAMPLES
+    from flows.results.draws import RESAMPLES
 
     lines: list[str] = []
     for groups, told in runs.items():

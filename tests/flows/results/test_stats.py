@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from flows.results.draws import draw
 from flows.results.stats import (
     FEWEST_GROUPS,
     Estimand,
@@ -15,7 +16,6 @@ from flows.results.stats import (
     Studentized,
     Sums,
     difference_intervals,
-    draw,
     effective_groups,
     mean_interval,
     proportion_interval,
