@@ -229,10 +229,12 @@ def _add_run_commands(commands: Any) -> None:
     choose = _add(commands, "choose", "commands.choose", "Name the best arm that fits a card, with the Pareto front.")
     for parser in (report, promote, choose):
         parser.add_argument("run", nargs="?", help="run id or its beginning; default: the latest")
-    choose.add_argument("--vram", type=float, required=True, metavar="GIB", help="memory of the card")
+    choose.add_argument("--vram", type=float, required=True, metavar="GIB", help="memory of the card, or of each")
     choose.add_argument("--context", type=int, required=True, metavar="TOKENS", help="prompt and answer together")
     choose.add_argument("--batch", type=int, default=1, help="sequences at once; default: 1")
     choose.add_argument("--engine", choices=("vllm", "transformers", "exllamav2"), help="default: the recipe's")
+    split = "cards that vLLM splits each layer over; default: the recipe's serve.tensor_parallel"
+    choose.add_argument("--tensor-parallel", type=int, metavar="CARDS", help=split)
     text = "Print the one line that repeats a step's job with its environment, or run it in this terminal."
     debug = _add(commands, "debug", "commands.debug", text)
     text = "stage/slug, a part of it, or the folder of an attempt; default: the step that failed"

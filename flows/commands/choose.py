@@ -1,10 +1,10 @@
-"""`quench choose`: the arm to serve on a card of so many GiB, and what it is compared with."""
+"""`quench choose`: the arm to serve on a card of so many GiB, or on several, and what it is compared with."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from math import inf
 from typing import Any, NamedTuple
 
 from rich import box
@@ -13,7 +13,7 @@ from rich.table import Table
 
 from flows.commands.terminal import DONE, FAILED, Output
 from flows.plan.sizes import GIB
-from flows.report.text import FIT_RULE
+from flows.report.text import FIT_RULE, card_text
 from flows.results.card_fit import (
     FREE_SHARE,
     Refused,
@@ -21,6 +21,7 @@ from flows.results.card_fit import (
     allowance_bytes,
     best,
     cache_of,
+    cards_of,
     fits,
     front,
     headers_of,
@@ -38,25 +39,40 @@ def command(args: argparse.Namespace) -> Output:
     Raises:
         RecipeError: No such run or no report; numbers that mean nothing; a cache that config.json does not describe.
     """
-    if args.vram <= 0 or args.context < 1 or args.batch < 1:
+    cards, engine = args.tensor_parallel, args.engine
+    if not 0 < args.vram < inf or min(args.context, args.batch, 1 if cards is None else cards) < 1:
         raise Problem(
-            what="--vram, --context and --batch have to be above zero.",
+            what="--vram, --context, --batch and --tensor-parallel have to be above zero.",
             where="quench choose",
-            why="They are GiB, tokens of prompt and answer, and sequences at once.",
+            why="They are GiB of each card, tokens of prompt and answer, sequences at once, and cards.",
             next="Write for example: quench choose --vram 24 --context 8192 --batch 8",
         ).error()
     home = find_home()
-    work = Workload(args.context, args.batch)
-    choice = chosen(find_run(home, args.run), home, vram_gib=args.vram, work=work, engine=args.engine)
+    run = read_run(find_run(home, args.run), home)
+    if cards is not None:
+        engine = engine or (run.recipe.get("serve") or {}).get("engine", "none")  # what the run noted was for its own
+    cards = cards or cards_of(run, engine)
+    if cards > 1 and (engine or "vllm") != "vllm":
+        raise _not_split(cards, engine).error()
+    choice = chosen(run, vram_gib=args.vram, work=Workload(args.context, args.batch, cards), engine=engine)
     return Output(json=choice, text=lambda console: _print(choice, console), code=DONE if choice["best"] else FAILED)
 
 
-def chosen(folder: Path, home: Path, *, vram_gib: float, work: Workload, engine: str | None) -> dict[str, Any]:
+def _not_split(cards: int, engine: str) -> Problem:
+    name = "the recipe names no engine" if engine == "none" else f"the engine is {engine}"
+    return Problem(
+        what=f"Nobody is known to split a model over {cards} cards here.",
+        where="quench choose --tensor-parallel",
+        why=f"Heads, layers and groups are split as vLLM does it, and {name}.",
+        next=f"quench choose --tensor-parallel {cards} --engine vllm, with the rest as it was.",
+    )
+
+
+def chosen(run: Run, *, vram_gib: float, work: Workload, engine: str | None) -> dict[str, Any]:
     """What `--json` prints."""
-    run = read_run(folder, home)
     headers, figures = _known(run, work)
     try:
-        arms, cache = fits(run, figures, work, headers, engine), cache_of(headers)
+        arms, cache = fits(run, figures, work, headers, engine), cache_of(headers, ranks=work.tensor_parallel)
     except Refused as error:
         raise Problem(
             what="The KV cache of this model cannot be computed.",
@@ -73,6 +89,7 @@ def chosen(folder: Path, home: Path, *, vram_gib: float, work: Workload, engine:
         "best": first.arm if first else None,
         "rule": FIT_RULE,
         "free_share": FREE_SHARE,
+        "confirmed_on_gpu": False,  # no row of docs/results has held these sums against a card
         "allowance_bytes": allowance_bytes(headers, work),
         "arms": [
             {
@@ -123,7 +140,9 @@ def _known(run: Run, work: Workload) -> _Known:
 
 
 def _print(choice: Mapping[str, Any], console: Console) -> None:
-    work = f"{choice['batch']} x {choice['context']:,} tokens on {choice['vram_gib']:g} GiB"
+    cards = choice["tensor_parallel"]
+    of_each = "the card" if cards == 1 else f"each of {cards} cards"
+    work = f"{choice['batch']} x {choice['context']:,} tokens on {card_text(choice)}"
     table = Table(title=f"run {choice['run']}: {work}", title_justify="left", box=box.SIMPLE_HEAD)
     for name in ("arm", "weights", "KV cache", "needs", "KL", "task %", ""):
         table.add_column(name, justify="left" if name in ("arm", "") else "right", no_wrap=name != "")
@@ -132,11 +151,15 @@ def _print(choice: Mapping[str, Any], console: Console) -> None:
         table.add_row(*_cells(arm, best=choice["best"]), style=style)
     console.print(table)
     console.print(f"Best: {choice['best']} ({FIT_RULE})." if choice["best"] else f"No arm of this run fits {work}.")
+    weights = "weights as they are in the files, KV cache" if cards == 1 else f"on {of_each} its share of both"
     console.print(
-        f"Needs are GiB: weights as they are in the files, KV cache, {choice['allowance_bytes'] / GIB:.2f} for "
-        f"context, activations and logits; {100 * choice['free_share']:.0f} % of the card stays free. "
+        f"Needs are GiB: {weights}, {choice['allowance_bytes'] / GIB:.2f} for "
+        f"context, activations and logits; {100 * choice['free_share']:.0f} % of {of_each} stays free. "
         "* on the Pareto front of needs and KL."
     )
+    for text in dict.fromkeys(arm["slower"] for arm in choice["arms"] if arm["slower"]):
+        console.print(f"Slower: {text}")
+    console.print(f"Computed, not measured: no GPU has confirmed it{'' if cards == 1 else f' over {cards} cards'}.")
 
 
 def _order(arm: Mapping[str, Any]) -> tuple[bool, float]:

@@ -21,6 +21,7 @@ from recipes.models.headers import Headers
 from recipes.nulls import other_batch, score_gib
 from recipes.plain import is_mapping
 from recipes.schema import Recipe
+from recipes.schemes.rank_bytes import rank_bytes
 from recipes.schemes.ranks import ServedModel
 from recipes.schemes.scheme import Scheme
 from tasks.serve import unserved
@@ -336,7 +337,8 @@ def _serve(sizes: Sizes, arm: Arm) -> StepNeeds:
     """The engine's server, and the job that asks it. On a GPU vLLM takes nine tenths of the card, whatever it needs."""
     serve = sizes.recipe.serve
     length = serve.max_model_len or sizes.headers.max_positions or sizes.length
-    weights = sizes.quantized(arm.scheme) if arm.scheme else sizes.bf16
-    cache = sizes.kv_cache(batch=1, tokens=length)
-    parts = {"weights": weights / serve.tensor_parallel, "kv cache": cache / serve.tensor_parallel}
+    whole, ranks = sizes.quantized(arm.scheme) if arm.scheme else sizes.bf16, serve.tensor_parallel
+    weights = rank_bytes(whole, arm.scheme, sizes.headers, ranks=ranks)
+    few = min(ServedModel.of(sizes.headers).key_value_heads, default=ranks)  # of more cards each keeps one head
+    parts = {"weights": weights, "kv cache": sizes.kv_cache(batch=1, tokens=length) / min(ranks, few)}
     return _step(sizes, f"serve/{arm.slug}", parts, process=SERVER)

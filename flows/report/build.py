@@ -48,6 +48,7 @@ from flows.results.cells import (
 )
 from flows.results.comparisons import FAMILIES, REFERENCE, Comparison, LeftOut, compare
 from flows.results.dev import dev_of
+from flows.results.draws import QUANTILE_RESAMPLES, RESAMPLES, SEED
 from flows.results.kept import kept
 from flows.results.layers import layers_of
 from flows.results.loading import loading_of
@@ -58,7 +59,6 @@ from flows.results.power import power
 from flows.results.read import Run, read_run
 from flows.results.samples import samples_of
 from flows.results.served import served_of
-from flows.results.stats import QUANTILE_RESAMPLES, RESAMPLES, SEED
 from flows.results.waterfall import waterfall
 from recipes.checks.power import FEWEST_GROUPS
 

@@ -1,8 +1,10 @@
-"""Which arm fits a card: weights, KV cache and an allowance, by arithmetic from config.json and the arm's files.
+"""Which arm fits a card, or each of several: weights, KV cache and an allowance, by arithmetic from the arm's files.
 
 What is counted: the bytes of the arm's files (a server keeps quantized weights packed, while plain transformers may
 unpack them, so resident_bytes of a CPU says less here); keys and values of `batch` sequences of `context` tokens; what
-a forward pass of a chunk of prompts holds; a CUDA context. A tenth of the card stays free (vLLM's default).
+a forward pass of a chunk of prompts holds; a CUDA context. A tenth of the card stays free (vLLM's default). Of several
+cards (vLLM's tensor parallelism) each holds its share of the weights (recipes/schemes/rank_bytes.py) and of the
+key-value heads, at least one; what NCCL takes is not counted. No GPU has confirmed these sums.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from flows.results.read import Run, RunArm
 from recipes.models.headers import Headers, read_headers
 from recipes.models.kv_cache import WINDOWS, WITHOUT_CACHE, CacheLayer, layer_kinds
 from recipes.problem import RecipeError
-from recipes.schemes.engines import refusals
+from recipes.schemes.engines import cautions, refusals
+from recipes.schemes.rank_bytes import rank_bytes
 from recipes.schemes.ranks import ServedModel
 from recipes.schemes.reads import NAMES, Engine
 
@@ -60,8 +63,8 @@ def _token_bytes(layer: CacheLayer, kept: Store) -> float:
     return BYTES[kept] * (layer.keys + layer.values) + 2 * SCALE_BYTES[kept] * layer.heads
 
 
-def cache_of(headers: Headers) -> Cache:
-    """Keys and values of every layer: 2 x key-value heads x head size per token.
+def cache_of(headers: Headers, *, ranks: int = 1) -> Cache:
+    """Keys and values of every layer on one of `ranks` cards: 2 x its key-value heads x head size per token.
 
     Raises:
         Refused: Latent attention, state-space or linear layers, whose state is another one.
@@ -75,7 +78,14 @@ def cache_of(headers: Headers) -> Cache:
     layers = headers.cache_layers
     for kind in (kind for kind in WINDOWS if any(layer.kind == kind and layer.window is None for layer in layers)):
         raise Refused(f"config.json has layers of type {kind} and no {WINDOWS[kind]}")
-    return Cache(layers=layers)
+    return Cache(layers=tuple(_on_rank(layer, ranks) for layer in layers))
+
+
+def _on_rank(layer: CacheLayer, ranks: int) -> CacheLayer:
+    """A card's key-value heads: its share, and one where there are fewer than cards."""
+    held = -(-layer.heads // ranks)
+    each = {"keys": layer.keys * held // layer.heads, "values": layer.values * held // layer.heads}
+    return layer._replace(heads=held, **each)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +94,10 @@ class Fit:
 
     Attributes:
         cache: How it keeps keys and values.
-        needed: Bytes of weights, cache and allowance.
+        weights: Bytes of its files; of several cards what each of them holds of these.
+        needed: Bytes of weights, cache and allowance, on each card.
         refused: Why it is out, whatever the card: the engine, no figures, nothing to ship; None where it is in.
+        slower: What the engine pads at every step; None where nothing, or no engine was asked.
     """
 
     arm: str
@@ -95,17 +107,19 @@ class Fit:
     task: float | None
     kl_mean: float | None
     refused: str | None
+    slower: str | None = None
 
     def fits(self, vram_gib: float) -> bool:
-        """It runs on a card of so many GiB."""
+        """It runs on a card, or on cards, of so many GiB each."""
         return self.refused is None and self.needed is not None and self.needed <= (1 - FREE_SHARE) * vram_gib * GIB
 
 
 class Workload(NamedTuple):
-    """Sequences at once and tokens of each, prompt and answer."""
+    """Sequences at once, tokens of each, prompt and answer, and cards that every layer is split over."""
 
     context: int
     batch: int
+    tensor_parallel: int = 1
 
 
 def fits(
@@ -118,19 +132,22 @@ def fits(
         figures: Arm -> size_bytes, task and kl_mean.
         work: What is served.
         headers: Of the base.
-        engine: Who serves; None for the recipe's.
+        engine: Who serves; None for the recipe's, on as many cards as the recipe has.
 
     Raises:
         Refused: The cache cannot be computed from config.json.
     """
-    cache, allowance = cache_of(headers), allowance_bytes(headers, work)
-    model = ServedModel.of(headers)
+    ranks = work.tensor_parallel
+    cache, allowance = cache_of(headers, ranks=ranks), allowance_bytes(headers, work)
+    model, asked = ServedModel.of(headers), engine or (run.recipe.get("serve") or {}).get("engine", "none")
     every: list[Fit] = []
     for arm in run.arms:
         if arm.is_control or arm.null or arm.unavailable or (arm.model is None and arm.adapter is None):
             continue
         own, kept = figures[arm.slug], kept_by(arm)
-        size = own["size_bytes"]
+        refused, size = _refused(arm, own, model, engine, ranks), own["size_bytes"]
+        if size is not None and refused is None:
+            size = rank_bytes(size, arm.quantizer, headers, ranks=ranks)
         keys = cache.size(kept, context=work.context, batch=work.batch)
         every.append(
             Fit(
@@ -140,7 +157,8 @@ def fits(
                 needed=None if size is None else size + keys + allowance,
                 task=own["task"],
                 kl_mean=own["kl_mean"],
-                refused=_refused(arm, own, model, engine),
+                refused=refused,
+                slower=None if refused else _slower(arm, model, asked, ranks),
             )
         )
     return every
@@ -153,25 +171,35 @@ def kept_by(arm: RunArm) -> Store:
 
 def allowance_bytes(headers: Headers, work: Workload) -> float:
     """CUDA's context, activations of one chunk of prompts through the widest layer, logits of the last tokens."""
-    widest = max(layer.in_features + layer.out_features for layer in headers.linears)
+    model, ranks = ServedModel.of(headers), work.tensor_parallel
+    widest = max(model.inputs(layer, ranks) + model.outputs(layer, ranks) for layer in headers.linears)
     tokens = min(work.context * work.batch, CHUNK_TOKENS)
     return CUDA_CONTEXT * GIB + 2 * 2 * widest * tokens + LOGIT_BYTES * headers.vocabulary * work.batch
 
 
-def _refused(arm: RunArm, own: Mapping[str, float | None], model: ServedModel, engine: str | None) -> str | None:
-    served = replace(arm if engine is None else _on(arm, model, engine), kv=None)
+def _refused(
+    arm: RunArm, own: Mapping[str, float | None], model: ServedModel, engine: str | None, ranks: int
+) -> str | None:
+    served = replace(arm if engine is None else _on(arm, model, engine, ranks), kv=None)
     if served.unfit:
         return served.unfit
     missing = [name for name in ("size_bytes", "kl_mean") if own[name] is None]
     return f"it has no {missing[0]}" if missing else None
 
 
-def _on(arm: RunArm, model: ServedModel, engine: str) -> RunArm:
-    """The arm as another engine sees it."""
-    if engine == "none" or arm.quantizer is None:
+def _on(arm: RunArm, model: ServedModel, engine: str, ranks: int) -> RunArm:
+    """The arm as another engine, or another number of cards, sees it."""
+    if engine == "none" or (arm.quantizer is None and arm.kind != "bf16"):
         return replace(arm, refused=None)
-    problems = refusals(arm.quantizer, model, engine=_engine(engine))
+    problems = refusals(arm.quantizer, model, engine=_engine(engine), tensor_parallel=ranks)
     return replace(arm, refused=problems[0].what if problems else None)
+
+
+def _slower(arm: RunArm, model: ServedModel, engine: str, ranks: int) -> str | None:
+    if engine == "none" or arm.quantizer is None:
+        return None
+    problems = cautions(arm.quantizer, model, engine=_engine(engine), tensor_parallel=ranks)
+    return problems[0].what if problems else None
 
 
 def _engine(name: str) -> Engine:
@@ -194,6 +222,12 @@ def best(every: Sequence[Fit], vram_gib: float) -> Fit | None:
     """The lowest KL among those that fit, then the fewest bytes."""
     able = [fit for fit in every if fit.fits(vram_gib)]
     return min(able, key=lambda fit: (fit.kl_mean, fit.needed), default=None)
+
+
+def cards_of(run: Run, engine: str | None) -> int:
+    """Cards that the recipe splits a model over, where vLLM serves; nobody else here is known to split one."""
+    serve = run.recipe.get("serve") or {}
+    return serve.get("tensor_parallel", 1) if (engine or serve.get("engine")) == "vllm" else 1
 
 
 # ---- the report's section
@@ -223,7 +257,7 @@ def fit_of(run: Run, cells: Mapping[str, Mapping[str, Cell]]) -> dict[str, Any]:
     if headers is None:
         return {**empty, "reason": "neither the base nor a merged model is there any more"}
     context = (run.recipe.get("serve") or {}).get("max_model_len") or headers.max_positions or 4096
-    work = Workload(context=context, batch=EXAMPLE_BATCH)
+    work = Workload(context, EXAMPLE_BATCH, cards_of(run, None))
     try:
         every, cache = fits(run, figures_of(cells), work, headers, None), cache_of(headers)
     except Refused as error:

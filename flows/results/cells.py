@@ -10,17 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from flows.results.draws import QUANTILE_RESAMPLES, RESAMPLES, Counts, Drawn, Resamples, draw
 from flows.results.metrics import HEADLINE, METRICS, NOT_COUNTED, PER_DOMAIN, SPEED, TASK, Metric, further
 from flows.results.paired import OTHER_DEVICE, few_groups
 from flows.results.read import REFERENCE, Run, RunArm
 from flows.results.rows import RowScores, TokenKL, read_kl, read_scores, same_device
 from flows.results.sizes import size_bytes
 from flows.results.stats import (
-    QUANTILE_RESAMPLES,
-    Counts,
     Estimand,
     Interval,
-    draw,
     effective_groups,
     mean_interval,
     proportion_interval,
@@ -51,17 +49,28 @@ class Cell:
         return {**vars(self), "ci95": None if self.ci95 is None else list(self.ci95)}
 
 
+KEPT_BYTES = 128 * 2**20  # of draws that are kept at once: made anew, an interval takes some five times as long
+
+
 @dataclass
 class Draws:
-    """Resamples by number of groups: all arms and metrics on the same groups share them, so they are paired."""
+    """Resamples by number of groups: all arms and metrics on the same groups share them, so they are paired.
 
-    known: dict[tuple[str, ...], Counts] = field(default_factory=dict)
+    Those used last are kept, up to KEPT_BYTES (13,421 groups) together; larger ones are made anew at every use.
+    """
 
-    def __call__(self, groups: tuple[str, ...]) -> Counts:
+    known: dict[int, Counts] = field(default_factory=dict)
+
+    def __call__(self, groups: tuple[str, ...]) -> Drawn:
         """[resamples, groups]."""
-        if groups not in self.known:
-            self.known[groups] = draw(len(groups))
-        return self.known[groups]
+        number = len(groups)
+        if number * RESAMPLES > KEPT_BYTES:
+            return Resamples(number)
+        kept = self.known.pop(number) if number in self.known else draw(number)
+        while self.known and (sum(self.known) + number) * RESAMPLES > KEPT_BYTES:
+            del self.known[next(iter(self.known))]
+        self.known[number] = kept
+        return kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +230,7 @@ def rows_cell(metric: Metric, rows: RowScores, kl: TokenKL | None, draws: Draws)
         broken = int((~np.isfinite(rows.total)).sum())
         return Cell(value=None, split=metric.split, reason=f"{broken} of {len(rows.rows)} rows have no finite score")
     if metric.interval == "percentile":
-        return _tail_cell(metric, kl, draws)
+        return _tail_cell(metric, kl)
     value, reason = rows.sums.value, few_groups(rows)
     interval = None if reason else _interval(metric, rows, draws)
     if metric.name.startswith("ppl"):
@@ -238,7 +247,7 @@ def _interval(metric: Metric, rows: RowScores, draws: Draws) -> Interval:
     return Interval(max(low, 0.0), min(high, 1.0 if metric.interval == "wilson" else np.inf))
 
 
-def _tail_cell(metric: Metric, kl: TokenKL | None, draws: Draws) -> Cell:
+def _tail_cell(metric: Metric, kl: TokenKL | None) -> Cell:
     if kl is None:
         return Cell(value=None, split=metric.split, reason="the arm's scores have no kl.parquet rows of test")
     if not np.isfinite(kl.kl).all():
@@ -247,7 +256,7 @@ def _tail_cell(metric: Metric, kl: TokenKL | None, draws: Draws) -> Cell:
     effective = effective_groups(np.bincount(kl.group).astype(np.float64))
     if effective < FEWEST_GROUPS:
         return Cell(value=value, n=n, split=metric.split, reason=too_few_groups(len(kl.groups), effective))
-    low, high = quantile_interval(kl.kl, kl.group, draws(kl.groups)[:QUANTILE_RESAMPLES])
+    low, high = quantile_interval(kl.kl, kl.group, Resamples(len(kl.groups)).first(QUANTILE_RESAMPLES))
     return Cell(value=value, ci95=Interval(min(low, value), max(high, value)), n=n, split=metric.split)
 
 

@@ -5,20 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
+from flows.results.draws import Drawn
 from flows.results.rows import RowScores
-from flows.results.stats import (
-    LEVEL,
-    Counts,
-    Estimand,
-    Interval,
-    Link,
-    Studentized,
-    difference_intervals,
-    studentized,
-)
+from flows.results.stats import LEVEL, Estimand, Interval, Link, Studentized, difference_intervals, studentized
 from recipes.checks.power import FEWEST_GROUPS, too_few_groups
 
-Draw = Callable[[tuple[str, ...]], Counts]  # the resamples of some groups; equal groups get equal draws
+Draw = Callable[[tuple[str, ...]], Drawn]  # the resamples of some groups; equal groups get equal draws
 Obstacle = Literal["missing", "other device", "other rows", "not finite", "one group", "few groups"]
 OTHER_DEVICE = "scored on another device"
 WORDS: Mapping[Obstacle, str] = {

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from flows.results.stats import Floats, Sums
+from flows.results.draws import Floats
+from flows.results.stats import Sums
 
 
 @dataclass(frozen=True, eq=False)

@@ -39,17 +39,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 
+from flows.results.draws import CHUNK_BYTES, Counts, Drawn, Floats, counts_of, groups_of, weighted_sums
 from recipes.checks.power import LEVEL, t_quantile
 
-RESAMPLES = 10_000
-QUANTILE_RESAMPLES = 1_000
-SEED = 20_260_101
 Z = 1.959964  # 97.5 % quantile of the normal distribution; scipy's is 1.5e-8 less, and figures rest on this one
 Z_POWER = 0.841621  # 80 %: Z + Z_POWER standard errors are called different 4 times in 5
-CHUNK_BYTES = 64 * 2**20  # float64 weights that exist at once; the draws themselves are kept as bytes
 
-Floats = NDArray[np.float64]
-Counts = NDArray[np.uint8]
 Link = Literal["mean", "share", "exp"]
 
 
@@ -170,28 +165,6 @@ class Studentized:
         return at if self.unit is None else float(np.copysign(self.unit * np.expm1(abs(at)), at))
 
 
-def draw(groups: int, *, seed: int = SEED, resamples: int = RESAMPLES) -> Counts:
-    """[resamples, groups] how often each group was drawn. The same for every metric with so many groups."""
-    rng = np.random.default_rng([seed, groups])
-    draws = np.empty((resamples, groups), dtype=np.uint8)
-    block = max(1, CHUNK_BYTES // (8 * groups))
-    for start in range(0, resamples, block):
-        rows = min(block, resamples - start)
-        picked = rng.integers(groups, size=(rows, groups)) + np.arange(rows)[:, None] * groups
-        counted = np.bincount(picked.ravel(), minlength=rows * groups)
-        draws[start : start + rows] = counted.reshape(rows, groups)
-    return draws
-
-
-def _weighted_sums(draws: Counts, columns: Floats) -> Floats:
-    """[resamples, columns] draws @ columns, in blocks of float64."""
-    out = np.empty((len(draws), columns.shape[1]))
-    block = max(1, CHUNK_BYTES // (8 * draws.shape[1]))
-    for start in range(0, len(draws), block):
-        out[start : start + block] = draws[start : start + block].astype(np.float64) @ columns
-    return out
-
-
 def _columns(estimand: Estimand) -> Floats:
     """[groups, 5] residuals and counts, and the squares and products of what the jackknife makes of them."""
     residual, count, apart = estimand.residual, estimand.a.count, estimand.a.apart
@@ -200,7 +173,7 @@ def _columns(estimand: Estimand) -> Floats:
     )
 
 
-def studentized(estimands: Sequence[Estimand], draws: Counts) -> list[Studentized]:
+def studentized(estimands: Sequence[Estimand], draws: Drawn) -> list[Studentized]:
     """Bootstrap all estimands with the same draws.
 
     The standard error is that of the jackknife over groups, computed anew in every resample. A resample in which all
@@ -210,13 +183,13 @@ def studentized(estimands: Sequence[Estimand], draws: Counts) -> list[Studentize
     Raises:
         ValueError: Fewer than two groups: nothing can be said about the spread.
     """
-    if draws.shape[1] < 2:
+    if groups_of(draws) < 2:
         raise ValueError("an interval needs at least two groups")
     if not estimands:
         return []
-    sums = _weighted_sums(draws, np.concatenate([_columns(estimand) for estimand in estimands], axis=1))
+    sums = weighted_sums(draws, np.concatenate([_columns(estimand) for estimand in estimands], axis=1))
     blocks = np.split(sums, len(estimands), axis=1)
-    return [_studentize(estimand, block, draws.shape[1]) for estimand, block in zip(estimands, blocks, strict=True)]
+    return [_studentize(estimand, block, groups_of(draws)) for estimand, block in zip(estimands, blocks, strict=True)]
 
 
 def standard_error(estimand: Estimand) -> float:
@@ -327,7 +300,7 @@ def upper_quantile(values: Floats, weights: Floats | None = None, *, level: floa
     return float(values[order][np.searchsorted(reached, level - 1e-12)])
 
 
-def quantile_interval(values: Floats, group: NDArray[np.int64], draws: Counts, *, level: float = 0.99) -> Interval:
+def quantile_interval(values: Floats, group: NDArray[np.int64], draws: Drawn, *, level: float = 0.99) -> Interval:
     """Percentile bootstrap over groups of a token quantile, by weighted counts from the top of the sorted tokens.
 
     Args:
@@ -338,10 +311,17 @@ def quantile_interval(values: Floats, group: NDArray[np.int64], draws: Counts, *
     """
     order = np.argsort(-values, kind="stable")
     ordered, owner = values[order], group[order]
-    size = np.bincount(group, minlength=draws.shape[1]).astype(np.float64)
+    size = np.bincount(group, minlength=groups_of(draws)).astype(np.float64)
+    quantiles = np.concatenate([_quantiles(ordered, owner, size, counts, level) for counts in counts_of(draws)])
+    low, high = np.quantile(quantiles, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(float(low), float(high))
+
+
+def _quantiles(ordered: Floats, owner: NDArray[np.int64], size: Floats, draws: Counts, level: float) -> Floats:
+    """[resamples of a block] the quantile in each; `ordered` descends, `size` is tokens a group."""
     above = (1 - level) * (draws.astype(np.float64) @ size)  # token mass that stays above the quantile
     quantiles = np.full(len(draws), np.nan)
-    block = min(max(256, len(values) // 50), CHUNK_BYTES // (8 * len(draws)))  # the top 2 % nearly always suffice
+    block = min(max(256, len(ordered) // 50), CHUNK_BYTES // (8 * len(draws)))  # the top 2 % nearly always suffice
     mass = np.zeros(len(draws))
     for start in range(0, len(ordered), block):
         open_ = np.flatnonzero(np.isnan(quantiles))
@@ -354,8 +334,7 @@ def quantile_interval(values: Floats, group: NDArray[np.int64], draws: Counts, *
         hit = passed.any(axis=1)
         quantiles[open_[hit]] = ordered[start + passed[hit].argmax(axis=1)]
         mass[open_] = running[:, -1]
-    low, high = np.quantile(quantiles, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(float(low), float(high))
+    return quantiles
 
 
 class Repeats(NamedTuple):

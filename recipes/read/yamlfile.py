@@ -54,7 +54,7 @@ def parse(path: Path, *, wanted_by: str = "") -> RecipeFile:
     except (OSError, UnicodeDecodeError) as error:
         raise _unreadable(path, error=error, wanted_by=wanted_by).error() from None
     name = shown(path)
-    problems = list(secret_problems(text, file=name))
+    problems = list(secret_problems(text, file=name, keys={}))
     try:
         node = cast("yaml.Node | None", yaml.compose(text, Loader))  # pyright: ignore[reportUnknownMemberType]
         values: object = yaml.load(text, Loader)
@@ -67,7 +67,9 @@ def parse(path: Path, *, wanted_by: str = "") -> RecipeFile:
         why = "it is empty" if node is None else "it does not hold `key: value` lines"
         raise RecipeError([*problems, _not_a_recipe(name, why)])
     places: dict[str, str] = {}
-    for field in _fields(node, prefix=""):
+    fields = list(_fields(node, prefix=""))
+    problems = list(secret_problems(text, file=name, keys={field.line: field.name for field in fields}))
+    for field in fields:
         place = f"{name}:{field.line}"
         if field.repeated:
             problems.append(_twice(field.name, first=places[field.name], again=place))

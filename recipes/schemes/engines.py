@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from math import lcm
 from typing import NamedTuple
 
 from recipes.problem import Problem
@@ -62,7 +63,7 @@ def cautions(scheme: Scheme, model: ServedModel, *, engine: Engine, tensor_paral
     """What this engine serves by a slower kernel only."""
     if engine != "vllm" or scheme.form == "bitsandbytes" or _reasons(scheme, model, engine, tensor_parallel):
         return []
-    odd = [part for part in parts(scheme, model.linears, tensor_parallel) if part.bits in (4, 8) and _off_tile(part)]
+    odd = [part for part in parts(scheme, model, tensor_parallel) if part.bits in (4, 8) and _off_tile(part)]
     if not odd:
         return []
     outputs, inputs = TILES[0]
@@ -110,7 +111,7 @@ def cpu_refusals(
 
 def _reasons(scheme: Scheme, model: ServedModel, engine: Engine, tensor_parallel: int) -> list[_Reason]:
     reasons = list(_by_format(scheme, engine))
-    if not reasons and any(part.of_experts for part in parts(scheme, model.linears, 1)):
+    if not reasons and any(part.of_experts for part in parts(scheme, model, 1)):
         reasons += _of_experts(scheme, model, engine)
     if not reasons and engine == "vllm":
         reasons += _vllm_shapes(scheme, model, tensor_parallel)
@@ -140,7 +141,7 @@ def _by_format(scheme: Scheme, engine: Engine) -> Iterator[_Reason]:
 
 
 def _of_experts(scheme: Scheme, model: ServedModel, engine: Engine) -> Iterator[_Reason]:
-    held = [part for part in parts(scheme, model.linears, 1) if part.of_experts]
+    held = [part for part in parts(scheme, model, 1) if part.of_experts]
     for grid in dict.fromkeys(grid for part in held if (grid := scheme.grid_of(part.layer.name)) is not None):
         rows = [row for row in rows_for(engine, scheme.form) if row.takes(grid)]
         if any(row.takes_experts(grid) for row in rows):
@@ -153,10 +154,21 @@ def _of_experts(scheme: Scheme, model: ServedModel, engine: Engine) -> Iterator[
         )
 
 
+def padded(part: Part) -> tuple[int, int]:
+    """Outputs and inputs of a rank's fused layer, padded to the cheaper of Marlin's tiles (marlin_padded_nk)."""
+    group = max(part.group, 1)  # the inputs stay whole groups
+    tiled = [(_up(part.outputs, outputs), _up(part.inputs, lcm(inputs, group))) for outputs, inputs in TILES]
+    return min(tiled, key=lambda size: (size[0] * size[1], sum(size)))
+
+
+def _up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
 def _off_tile(part: Part) -> bool:
     if part.of_experts:
         return _no_expert_tile(part) or part.inputs % TILES[1][1] != 0
-    return all(part.outputs % outputs or part.inputs % inputs for outputs, inputs in TILES)
+    return padded(part) != (part.outputs, part.inputs)
 
 
 def _unsplit(model: ServedModel, ranks: int) -> Iterator[_Reason]:
@@ -185,7 +197,7 @@ def _vllm_shapes(scheme: Scheme, model: ServedModel, ranks: int) -> Iterator[_Re
     if unsplit := list(_unsplit(model, ranks)):
         yield from unsplit
         return
-    held = list(parts(scheme, model.linears, ranks))
+    held = list(parts(scheme, model, ranks))
     if cut := [part for part in held if part.group != PER_CHANNEL and part.inputs % part.group]:
         where = f" over {ranks} ranks" if ranks > 1 else ""
         yield _Reason(
@@ -208,7 +220,7 @@ def _onnx_shapes(scheme: Scheme, model: ServedModel, ranks: int) -> Iterator[_Re
             "It runs in one process, here on the CPU.",
             "Set serve.tensor_parallel to 1.",
         )
-    held = list(parts(scheme, model.linears, 1))
+    held = list(parts(scheme, model, 1))
     if odd := [part for part in held if not _onnx_block(part)]:
         yield _Reason(
             f"ONNX Runtime has no kernel for the groups of {scheme.slug} in {shown(odd)}.",
@@ -249,7 +261,7 @@ def _on_cpu(scheme: Scheme, model: ServedModel, avx512: bool, amx: bool, ranks: 
             "\"no attribute 'cpu_gemm_wna16'\" (tried: 0.32.0).",
             "Serve it on a machine whose /proc/cpuinfo lists avx512f, or serve the merged arm in bf16.",
         )
-    held = list(parts(scheme, model.linears, ranks))
+    held = list(parts(scheme, model, ranks))
     if odd := [part for part in held if not part.of_experts and (part.inputs % CPU_TILE or part.outputs % CPU_TILE)]:
         yield _Reason(
             f"vLLM's kernel for CPUs does not take {shown(odd)}.",

@@ -24,9 +24,10 @@ import pyarrow.parquet as pq
 from flows.compose import compose
 from flows.pins import pin
 from flows.plan.lookup import known_inputs
+from flows.results.draws import draw
 from flows.results.metrics import difference_text, interval_text, value_text
 from flows.results.rows import RowScores, read_scores
-from flows.results.stats import Estimand, difference_intervals, draw, mean_interval, studentized
+from flows.results.stats import Estimand, difference_intervals, mean_interval, studentized
 from recipes.checks.check import load_and_check
 from tasks.runtime.process.environments import locked_versions
 from tasks.runtime.process.launch import CHECKOUT, Launcher

@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 from recipes.models.linear import Linear
 from recipes.schemes.engines import CPU_TILE, TILES, cautions, cpu_refusals
-from recipes.schemes.ranks import ServedModel
+from recipes.schemes.ranks import VOCABULARY, ServedModel
 from recipes.schemes.reads import VLLM, Reads, rows_for
 from recipes.schemes.scheme import GROUP_SIZES, PER_CHANNEL, Form, Grid, Scheme
 from recipes.schemes.slugs import parse_scheme
 from tasks.runtime.process.launch import CHECKOUT
-from tests.bench.engine_source import AVX2, AVX512, QUANTIZATION, Source
+from tests.bench.engine_source import AVX2, AVX512, MARLIN_UTILS, QUANTIZATION, Source
 
 BITS = range(2, 9)
 GROUPS = (PER_CHANNEL, *GROUP_SIZES)
@@ -176,9 +176,14 @@ def _of_heads(source: Source) -> Iterator[Difference]:
             r"self\.num_kv_head_replicas = divide\(tp_size, self\.total_num_kv_heads\)",
             r"self\.num_kv_heads = divide\(self\.total_num_kv_heads, tp_size\)",
         ),
+        "model_executor/layers/vocab_parallel_embedding.py": (
+            rf"DEFAULT_VOCAB_PADDING_SIZE = {VOCABULARY}\n",
+            r"self\.num_embeddings_per_partition = divide\(\s*self\.num_embeddings_padded, self\.tp_size\s*\)",
+        ),
+        MARLIN_UTILS: (r"is_channelwise = group_size == -1\s+return is_channelwise and is_row_parallel",),
     }
     for path, patterns in rules.items():
-        yield from (Difference(f"heads over ranks, {path}", pattern, "") for pattern in source.says(path, *patterns))
+        yield from (Difference(f"shares of ranks, {path}", pattern, "") for pattern in source.says(path, *patterns))
 
 
 def _of_the_rest(source: Source) -> Iterator[Difference]:

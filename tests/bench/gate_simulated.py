@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from flows.gate.checks import Outcome
 from flows.gate.looks import Looks
 from flows.promotion.chain import ahead
+from flows.results.draws import RESAMPLES, SEED, draw
 from flows.results.score_interval import score_interval
-from flows.results.stats import LEVEL, RESAMPLES, SEED, Sums, draw, student
+from flows.results.stats import LEVEL, Sums, student
 from recipes.checks.power import HALF
 from recipes.schema import Gate
 

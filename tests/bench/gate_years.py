@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from flows.results.stats import RESAMPLES, SEED
+from flows.results.draws import RESAMPLES, SEED
 from tasks.runtime.process.environments import locked_versions
 from tasks.runtime.process.launch import CHECKOUT
 from tests.bench.gate_simulated import (

@@ -9,6 +9,7 @@ import pytest
 from tests.bench.engine_source import EXPERTS, KERNELS, MARLIN_UTILS, QUANTIZATION, Source
 from tests.bench.engines import GPTQ, WNA16, differences, installed
 
+VOCABULARY = "model_executor/layers/vocab_parallel_embedding.py"
 pytestmark = pytest.mark.slow  # it needs the environment, not time: 3 s
 
 
@@ -67,7 +68,9 @@ def test_table_and_source_differ_in_no_cell(package: Path):
             "",
             "4 bits with zero points, per channel, GPU 8.0, experts",
         ),
-        ("config/model.py", "% tensor_parallel_size != 0", "% tensor_parallel_size != 1", "heads over ranks"),
+        ("config/model.py", "% tensor_parallel_size != 0", "% tensor_parallel_size != 1", "shares of ranks"),
+        (VOCABULARY, "PADDING_SIZE = 64", "PADDING_SIZE = 128", "shares of ranks"),
+        (MARLIN_UTILS, "is_channelwise and is_row", "is_row", "shares of ranks"),
     ],
 )
 def test_what_changes_in_the_source_is_noticed(package: Path, path: str, before: str, after: str, cell: str):

@@ -30,7 +30,7 @@ from tests.mlflow_server import mlflow_server
 pytestmark = pytest.mark.slow  # a whole small run, and `quench up`
 MARK = "PlantedSecret"
 SECRETS = {
-    "HF_TOKEN": f"hf_{MARK}0000000000000000000hub",
+    "HF_TOKEN": f"hf_{MARK}xQzVwKjPbTgXnRmDcZhub",
     "MLFLOW_TRACKING_TOKEN": f"{MARK}-mlflow-token",
     "AWS_ACCESS_KEY_ID": f"{MARK}-aws-id",
     "AWS_SECRET_ACCESS_KEY": f"{MARK}-aws-secret",
@@ -38,7 +38,7 @@ SECRETS = {
     "DATABASE_URL": f"postgresql://me:{MARK}-database@127.0.0.1/x",
 }
 IN_URL = f"{MARK}-mlflow-password"
-BLOCK = f"hf_{MARK}111111111111111111block"
+BLOCK = f"hf_{MARK}kWxJvQbZtGpYzNcRblock"
 PLAIN = "NotASecretButSeen"  # shows that the search finds what children see and print
 DUMP = """
 import os, sys

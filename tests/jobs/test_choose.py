@@ -16,7 +16,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
-from flows.results.stats import Estimand, Sums, difference_intervals, draw, studentized
+from flows.results.draws import draw
+from flows.results.stats import Estimand, Sums, difference_intervals, studentized
 from tasks.jobs import choose, evaluate, merge, prepare, reference
 from tasks.jobs.choose import Grouped, paired
 from tasks.jobs.loading.load import load_bf16, load_nf4

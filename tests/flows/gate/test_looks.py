@@ -11,7 +11,8 @@ import pytest
 from flows.gate.checks import Check, judge
 from flows.gate.looks import Judged, Looks, level_text, looks_of, ordinal
 from flows.results.cells import Draws
-from flows.results.stats import LEVEL, Estimand, Sums, critical_of, difference_intervals, draw, studentized
+from flows.results.draws import draw
+from flows.results.stats import LEVEL, Estimand, Sums, critical_of, difference_intervals, studentized
 from tests.flows.gate.test_checks import question
 
 ROWS = tuple(f"{number:04d}" for number in range(400))

@@ -172,7 +172,7 @@ def test_another_engine_refuses_other_arms(home: Path, monkeypatch: pytest.Monke
 
 def test_where_nothing_fits_the_exit_code_is_1(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     code, out, _ = choose(home, monkeypatch, capsys, "--vram", "0.1", "--context", "512")
-    assert code == 1 and "No arm of this run fits 1 x 512 tokens on 0.1 GiB" in out
+    assert code == 1 and "No arm of this run fits 1 x 512 tokens on a card of 0.1 GiB" in out
 
 
 @pytest.mark.parametrize(
@@ -187,3 +187,54 @@ def test_numbers_that_mean_nothing_are_refused(
 ) -> None:
     code, _, err = choose(home, monkeypatch, capsys, *words)
     assert code == 2 and why in err
+
+
+# ---- several cards
+
+
+def test_a_card_of_several_keeps_its_key_value_heads_and_at_least_one() -> None:
+    whole = cache_of(described(**LLAMA_8B)).per_token("int8")
+    for ranks, eighths in {1: 8, 2: 4, 4: 2, 8: 1, 16: 1}.items():
+        assert cache_of(described(**LLAMA_8B), ranks=ranks).per_token("int8") == eighths * whole / 8
+
+
+def test_cards_are_counted_and_said(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    words = ("--vram", "24", "--context", "512", "--batch", "8", "--engine", "vllm")
+    told = {}
+    for cards in (1, 2):
+        code, out, _ = choose(home, monkeypatch, capsys, *words, "--tensor-parallel", str(cards), "--json")
+        told[cards] = json.loads(out)
+        assert code == 0 and told[cards]["tensor_parallel"] == cards and told[cards]["confirmed_on_gpu"] is False
+    one, two = ({arm["arm"]: arm for arm in told[cards]["arms"]} for cards in (1, 2))
+    bf16 = "merged-dequantized"
+    assert one[bf16]["weights"] / 2 < two[bf16]["weights"] < 0.52 * one[bf16]["weights"]  # the norms are whole
+    assert two[bf16]["cache_bytes"] * 2 == one[bf16]["cache_bytes"]  # the quickstart has two key-value heads
+    assert told[2]["allowance_bytes"] < told[1]["allowance_bytes"]
+    _, out, _ = choose(home, monkeypatch, capsys, *words, "--tensor-parallel", "2")
+    said = " ".join(out.split())
+    assert "on each of 2 cards of 24 GiB" in said and "no GPU has confirmed it over 2 cards" in said
+    _, out, _ = choose(home, monkeypatch, capsys, *words)
+    assert "on a card of 24 GiB" in " ".join(out.split()) and "no GPU has confirmed it." in " ".join(out.split())
+
+
+def test_heads_and_groups_that_do_not_come_apart_are_refused(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The quickstart has 4 heads of 64, and 768 inputs of down_proj: of 4 cards each gets 1.5 groups of 128."""
+    words = ("--vram", "24", "--context", "512", "--engine", "vllm", "--json", "--tensor-parallel")
+    refused = {}
+    for cards in ("3", "4"):
+        _, out, _ = choose(home, monkeypatch, capsys, *words, cards)
+        refused[cards] = {arm["arm"]: arm["refused"] for arm in json.loads(out)["arms"]}
+    assert "3 ranks do not divide the 4 attention heads" in refused["3"]["merged-dequantized"]
+    assert refused["4"]["merged-dequantized"] is None
+    assert "is cut apart over 4 ranks" in refused["4"]["gptq-w4-g128"]
+
+
+def test_only_vllm_splits(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    words = ("--vram", "24", "--context", "512", "--tensor-parallel")
+    for engine in ((), ("--engine", "exllamav2")):
+        code, _, err = choose(home, monkeypatch, capsys, *words, "2", *engine)
+        assert code == 2 and "--tensor-parallel 2 --engine vllm" in err
+    code, _, err = choose(home, monkeypatch, capsys, *words, "0")
+    assert code == 2 and "have to be above zero" in err

@@ -9,11 +9,12 @@ import pytest
 
 from flows.report.kept import lead, reasons, rows
 from flows.results.cells import ArmEvidence, Draws
+from flows.results.draws import draw
 from flows.results.kept import NOT_SHOWN, Gain, fieller, kept
 from flows.results.paired import Paired
 from flows.results.read import RunArm
 from flows.results.rows import RowScores
-from flows.results.stats import Sums, draw
+from flows.results.stats import Sums
 
 Rng = np.random.Generator
 DRAWS = Draws()

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from flows.results.draws import draw
 from flows.results.power import LOSS, Needed, needed, power, sentence
 from flows.results.rows import RowScores
-from flows.results.stats import Estimand, Sums, difference_intervals, draw, studentized
+from flows.results.stats import Estimand, Sums, difference_intervals, studentized
 from tests.flows.paths import arm, evidence
 
 Rng = np.random.Generator

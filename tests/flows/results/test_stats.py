@@ -8,13 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from flows.results.draws import draw
 from flows.results.stats import (
     Estimand,
     Interval,
     Studentized,
     Sums,
     difference_intervals,
-    draw,
     effective_groups,
     mean_interval,
     proportion_interval,

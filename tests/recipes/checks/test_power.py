@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flows.gate import checks
-from flows.results import stats
+from flows.results import draws, stats
 from flows.results.power import needed
 from flows.results.rows import RowScores
 from flows.results.score_interval import score_interval
@@ -60,7 +60,7 @@ def test_widths_are_those_of_the_intervals(groups: int) -> None:
         max(stats.t_critical(groups - 1) * math.sqrt(0.5 / (10 * groups)), power.least(wide)), rel=1e-3
     )
     pair = stats.Estimand(stats.Sums(same, same), stats.Sums(same, same), "share")
-    (told,) = stats.studentized([pair], stats.draw(groups, resamples=100))
+    (told,) = stats.studentized([pair], draws.draw(groups, resamples=100))
     assert half_width(wide, 0.0) == pytest.approx(told.least)
 
 
@@ -92,7 +92,7 @@ def passed(rows: int, changed: float, *, simulations: int = 400) -> float:
             turned = turn < np.where(right, changed / 2 / 0.8, changed / 2 / 0.2)
             a, b = (stats.Sums(score.astype(float), ones) for score in (np.where(turned, ~right, right), right))
             pairs.append(stats.Estimand(a, b, "share"))
-        told = stats.studentized(pairs, stats.draw(rows, seed=start, resamples=600))
+        told = stats.studentized(pairs, draws.draw(rows, seed=start, resamples=600))
         for one, pair in zip(told, pairs, strict=True):
             assert pair.b is not None
             turned = pair.a.total - pair.b.total
