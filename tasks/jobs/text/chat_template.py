@@ -4,7 +4,7 @@ The text is that of `apply_chat_template`, and so are its generation spans; the 
 because `apply_chat_template` renders once more for each thing that it is asked for, and tokenises each time.
 
 A template comes from a stranger. transformers compiles it in Jinja's sandbox, where it reaches nothing but what it is
-given; here its processor time, its memory and its text are bounded as well, and so is the compiler (it folds constants).
+given; here its processor time, its memory and its text are bounded as well. So is the compiler: it folds constants.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ REFUSALS = (
 
 SECONDS: Final = 10.0  # a row of 1,000 turns and 10 MB takes less than one
 MIB: Final = 512  # the same row takes some 50: its text, in pieces and joined
-FREE_CHARACTERS: Final = 1_000_000  # a text up to here is never too long: a system prompt and tools of the template's own
+FREE_CHARACTERS: Final = 1_000_000  # a text up to here is never too long: a template may have a system prompt
 TIMES: Final = 100  # a longer one may have as many characters as this many copies of the row
 
 

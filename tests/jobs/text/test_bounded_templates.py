@@ -104,5 +104,3 @@ def test_a_refused_row_is_still_a_row(tmp_path: Path) -> None:
     renderer = CHATML._replace(template=template(text)).renderer(tmp_path)
     with pytest.raises(RowError, match="is refused by the chat template"):
         renderer.render(Conversation.of(chat("no", "b"), None))
-
-
