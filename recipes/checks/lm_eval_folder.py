@@ -34,14 +34,23 @@ class Way(NamedTuple):
 def ways_out(folder: Path) -> Iterator[Way]:
     """Every include, function and link of a folder that leads out of it; lm-eval's own tasks may be included."""
     root = folder.resolve()
-    allowed = (root, built_in().resolve())
+    waiting: list[Path] = []
     for path in sorted(folder.rglob("*")):
         if path.is_symlink() and not path.resolve().is_relative_to(root):
             yield Way(path, 0, path.name, path.resolve())
         elif path.suffix in (".yaml", ".yml") and path.is_file():
-            for line, written, target in _named(path):
-                if not any(target.is_relative_to(place) for place in allowed):
-                    yield Way(path, line, written, target)
+            waiting.append(path)
+    read: set[Path] = set()
+    while waiting:
+        path = waiting.pop(0)
+        if path.resolve() in read:
+            continue
+        read.add(path.resolve())
+        for line, written, target in _named(path):
+            if target.is_relative_to(root):
+                waiting += [target] if target.is_file() and target.suffix != ".py" else []  # of any name
+            elif not target.is_relative_to(built_in().resolve()):
+                yield Way(path, line, written, target)
 
 
 class _Named(NamedTuple):

@@ -44,6 +44,7 @@ def bounds(*, seconds: float, mib: int) -> Iterator[None]:
     try:
         if sys.platform == "linux":
             _lower(address_space, _address_space(os.getpid()) + mib * MIB)
+        _Timer.armed = True
         signal.setitimer(signal.ITIMER_PROF, seconds)
         yield
     except _TimeIsUp:
@@ -51,8 +52,13 @@ def bounds(*, seconds: float, mib: int) -> Iterator[None]:
     except MemoryError:
         raise OverBounds(f"more than {mib} MiB of memory") from None
     finally:
+        _Timer.armed = False  # a signal that comes from here on ends nothing
         signal.setitimer(signal.ITIMER_PROF, 0)
         resource.setrlimit(resource.RLIMIT_AS, address_space)
+
+
+class _Timer:
+    armed = False
 
 
 class _TimeIsUp(BaseException):
@@ -66,7 +72,8 @@ def _install() -> None:
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    raise _TimeIsUp
+    if _Timer.armed:
+        raise _TimeIsUp
 
 
 def _lower(now: tuple[int, int], wanted: int) -> None:

@@ -97,6 +97,7 @@ ELSEWHERE = {
     "doc_to_text: !function ...FOLDER.shared.text": "",  # dots become slashes: an absolute path
     "x: {y: [1, include: ../shared.yaml]}": ":2",
     "process_docs: !function link.text": "link.py",
+    "include: inner.txt": "inner.txt",  # which has any name
 }
 
 
@@ -112,6 +113,7 @@ def test_what_lies_outside_of_an_allowed_folder_is_not_reached_from_it(tmp_path:
     allow([str(tmp_path / "quizzes")])
     quiz.write_text("task: quiz\ninclude: base.yaml\ndoc_to_text: !function own.text\nfilter: !function json.loads\n")
     assert not problems(path)
+    (tmp_path / "quizzes" / "inner.txt").write_text("include: ../shared.yaml\n")
     if ELSEWHERE[line] == "link.py":
         (tmp_path / "quizzes" / "link.py").symlink_to(tmp_path / "shared.py")
     folder = str(tmp_path)
