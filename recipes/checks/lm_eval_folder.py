@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -62,10 +62,10 @@ class _Named(NamedTuple):
 def _named(path: Path) -> Iterator[_Named]:
     """Files that a YAML file names by `include:` and `!function`; none where it cannot be read, as lm-eval cannot."""
     try:
-        top = yaml.compose(path.read_bytes(), yaml.SafeLoader)  # pyright: ignore[reportUnknownMemberType]
+        composed: Any = yaml.compose(path.read_bytes(), yaml.SafeLoader)  # pyright: ignore[reportUnknownMemberType]
     except (yaml.YAMLError, RecursionError):
         return
-    for node in _nodes(top):
+    for node in _nodes(composed):
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 if key.value == "include":

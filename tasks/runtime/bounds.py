@@ -12,7 +12,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from functools import cache
 from pathlib import Path
 from types import FrameType
@@ -27,7 +27,7 @@ class OverBounds(Exception):
 
 
 @contextlib.contextmanager
-def bounds(*, seconds: float, mib: int) -> Iterator[None]:
+def bounds(*, seconds: float, mib: int) -> Generator[None]:
     """End what runs inside once it has taken more than this; some 10 us of its own.
 
     For the main thread of a process, which is where signals go; not for bounds within bounds.

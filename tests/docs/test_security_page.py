@@ -9,7 +9,7 @@ PAGE = CHECKOUT / "docs" / "security.md"
 NAMED = re.compile(r"`(tests/[\w/]+\.py)(?:::(\w+))?`")
 
 
-def tests_of(path: Path) -> set[str]:
+def named_tests(path: Path) -> set[str]:
     """Names of the tests of a file."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
@@ -27,7 +27,7 @@ def test_every_line_has_its_test():
         assert named, f"no test: {row}"
         for file, test in named:
             assert (CHECKOUT / file).is_file(), file
-            assert not test or test in tests_of(CHECKOUT / file), f"{file}::{test}"
+            assert not test or test in named_tests(CHECKOUT / file), f"{file}::{test}"
 
 
 def test_the_site_has_the_page():
