@@ -43,6 +43,15 @@ IMPORTS = {  # every import by text, and why its text is ours
     "tasks/jobs/scorers/python_callable.py": "the user's function, see recipes/checks/python.py",
 }
 
+TEMPLATES = {  # every place that renders a template, and what holds it
+    "flows/report/html.py": "our own template, every value escaped",
+    "tasks/jobs/text/chat_template.py": "Jinja's sandbox, within bounds",
+    "tasks/jobs/reload.py": "the same, by transformers",
+    "tasks/jobs/scorers/harness.py": "the same, by lm-eval and transformers",
+    "recipes/quickstart/make_base.py": "our own template",
+}
+RENDERS = {"apply_chat_template", "_compile_jinja_template", "render_jinja_template", "Environment", "from_string"}
+
 
 def dotted(node: ast.expr) -> str:
     match node:
@@ -82,6 +91,8 @@ def wrong_call(node: ast.Call) -> Iterator[str]:
             yield f"{name}({argument}=True)"
     if name == "yaml.load" and dotted(given.get("Loader") or (node.args[1:2] or [ast.Name("none")])[0]) not in LOADERS:
         yield "yaml.load with another loader than ours"
+    if name.rpartition(".")[2] in ("Environment", "Template") and not is_true(given.get("autoescape", node.func)):
+        yield f"{name} without autoescape"
     if name.endswith(".bind") and "0.0.0.0" in ast.dump(node):
         yield "listens at all addresses"
     if name.endswith(".from_pretrained") and "local_files_only" not in given and "PeftModel" not in name:
@@ -107,9 +118,24 @@ def test_no_source_does_what_is_forbidden() -> None:
     assert by_text == set(IMPORTS)
 
 
+def test_templates_are_rendered_where_they_are_held() -> None:
+    """A chat template comes with a model: whatever renders one has to bound it."""
+    calls = {
+        (str(path.relative_to(CHECKOUT)), dotted(node.func).rpartition(".")[2])
+        for path in sources()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+    }
+    assert {name for name, call in calls if call in RENDERS} == set(TEMPLATES)
+    for name in ("tasks/jobs/text/chat_template.py", "tasks/jobs/reload.py", "tasks/jobs/scorers/harness.py"):
+        assert {call for file, call in calls if file == name} & {"bounds", "bounded"}, name
+
+
 @pytest.mark.parametrize(
     "line",
     [
+        "jinja2.Environment(loader=loader)",
+        "Template(text)",
         "import pickle",
         "from joblib import load",
         "torch.load(path)",

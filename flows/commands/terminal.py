@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from flows.report.inert import visible
 from recipes.problem import Problem
 
 if TYPE_CHECKING:  # `quench check` is quick
@@ -36,11 +37,11 @@ class Output:
             if self.json is not None:
                 print(json.dumps(self.json, indent=2, default=str))
         elif callable(self.text):
-            from rich.console import Console
+            from flows.report.console import TextConsole
 
-            self.text(Console())
+            self.text(TextConsole())
         elif self.text:
-            print(self.text)
+            print(visible(self.text))
 
 
 def refusal(problems: Sequence[Problem], **more: Any) -> dict[str, Any]:
@@ -50,7 +51,7 @@ def refusal(problems: Sequence[Problem], **more: Any) -> dict[str, Any]:
 
 def say(text: str) -> None:
     """Print a remark on stderr."""
-    print(text, file=sys.stderr)
+    print(visible(text), file=sys.stderr)
 
 
 def warn(problems: Sequence[Problem]) -> None:

@@ -14,6 +14,7 @@ from markupsafe import Markup, escape
 from flows.gate.checks import Check, difference_of, label, margin_text
 from flows.report import dev
 from flows.report.chain import chain_lines, left_away, margin_of
+from flows.report.inert import on_pages
 from flows.report.kept import lead as kept_lead
 from flows.report.kept import reasons as kept_reasons
 from flows.report.kept import rows as kept_rows
@@ -63,6 +64,7 @@ OPEN_UP_TO = 8  # comparisons of a family that is shown unfolded
 
 def page(report: Mapping[str, Any], svgs: Mapping[str, str]) -> str:
     """The whole page, with the figures that `figures` made."""
+    report = on_pages(report)
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -150,6 +152,7 @@ def page(report: Mapping[str, Any], svgs: Mapping[str, str]) -> str:
 
 def figures(report: Mapping[str, Any]) -> dict[str, str]:
     """Every figure of the page as SVG by its name; those that have nothing to show are left out."""
+    report = on_pages(report)
     layers = drawn_layers(report)
     drawn = {
         "kl-against-size": against_size(report["arms"], "kl_mean"),

@@ -8,8 +8,9 @@ from typing import Any
 
 import yaml
 
+from flows.report.inert import in_lines, inert, one_line
 from flows.report.served import seconds
-from flows.report.text import data_line, hardware_line, no_tags
+from flows.report.text import data_line, hardware_line
 from flows.results.artifacts import parts_of, serve_record
 from flows.results.metrics import METRICS, interval_text, value_text
 from flows.results.read import Run, RunArm, RunStep, notes
@@ -46,15 +47,16 @@ class Provenance:
 
 def card(origin: Provenance, report: Mapping[str, Any], served: Mapping[str, Any]) -> str:
     """The whole README.md."""
+    report, served = in_lines(report), in_lines(served)
     lines = ["---", yaml.safe_dump(_front(origin, report), sort_keys=False, allow_unicode=True).rstrip(), "---", ""]
     lines += [f"# {report['name']}: {origin.arm.slug}", "", _what(origin), ""]
     lines += ["## Figures", "", *_figures(origin, report), ""]
     lines += ["## How it was made", "", *_made(origin, report), ""]
     lines += ["## Serving", "", *_serving(served), *as_served(origin.arm.slug, report), ""]
-    if remarks := [f"* {note.about}: {note.text}" for note in notes(origin.steps)]:
+    if remarks := [f"* {one_line(note.about)}: {one_line(note.text)}" for note in notes(origin.steps)]:
         lines += ["## What the tools did beside the plan", "", *remarks, ""]
     lines += ["Licence and terms of use are those of the base model and of the data.", ""]
-    return no_tags("\n".join(lines))
+    return inert("\n".join(lines))
 
 
 def _front(origin: Provenance, report: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
@@ -15,6 +14,7 @@ from rich.text import Text
 
 from flows.report.chain import chain_section
 from flows.report.dev import dev_section
+from flows.report.inert import in_lines, inert
 from flows.report.kept import kept_section
 from flows.report.null_arms import not_ranked, null_arms, verdict_text, ways
 from flows.report.plots.waterfall import signed
@@ -74,6 +74,7 @@ def data_line(report: Mapping[str, Any]) -> str:
 
 def markdown(report: Mapping[str, Any]) -> str:
     """report.md."""
+    report = in_lines(report)
     lines = overview(report)
     for answer in report["answers"]:
         lines += ["", f"## {answer['question']}", "", *(f"- {sentence}" for sentence in answer["text"])]
@@ -86,12 +87,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     lines += _noise(report)
     lines += ["", *fit_section(report["fit"]), *_comparisons(report), *_served(report), *_speed(report)]
     lines += [*dev_section(report.get("dev")), *_machine(report)]
-    return no_tags("\n".join(lines)) + "\n"
-
-
-def no_tags(text: str) -> str:
-    """Markdown in which nothing of what data, models and exceptions say is taken for HTML."""
-    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)
+    return inert("\n".join(lines)) + "\n"
 
 
 def overview(report: Mapping[str, Any]) -> list[str]:

@@ -25,6 +25,7 @@ from flows.pins import Pins, pin
 from flows.pipeline import WAITING_TASKS, flush_log, refusals_logged, run_validated
 from flows.plan.validate import fetched, validate
 from flows.promotion import promote as promotion
+from flows.report.inert import in_lines, inert
 from flows.retrain.late import skip_late
 from flows.retrain.notify import deliver, notification_block, send
 from flows.retrain.row_changes import Changes, Rows, count, load, rows_of, save
@@ -293,11 +294,12 @@ def _message(outcome: RetrainOutcome) -> str:
 
 
 def _markdown(record: Mapping[str, Any], run: Path) -> str:
+    record = in_lines(record)
     lines = [f"# Retrain: {record['outcome']}", "", *(f"- {line}" for line in (*record["told"], *record["reasons"]))]
     if changes := record["changes"]:
         domains = sorted({domain for counts in changes.values() for domain in counts})
         lines += ["", "| domain | added | removed | edited |", "| --- | ---: | ---: | ---: |"]
         for domain in domains:
             figures = (f"{changes[kind].get(domain, 0):,}" for kind in ("added", "removed", "edited"))
-            lines.append(f"| {domain or '–'} | {' | '.join(figures)} |")
-    return "\n".join([*lines, "", f"Run `{run.name}`, its report: {(run / 'report.html').as_uri()}"]) + "\n"
+            lines.append(f"| {domain.replace('|', chr(92) + '|') or '–'} | {' | '.join(figures)} |")
+    return inert("\n".join([*lines, "", f"Run `{run.name}`, its report: {(run / 'report.html').as_uri()}"])) + "\n"

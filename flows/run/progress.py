@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from flows.report.console import TextConsole
+
 PLAIN_EVERY_S = 10.0
 
 
@@ -17,12 +19,12 @@ class Display:
     """What `quench run` shows while it works."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True)  # stdout is for what was asked for
+        self.console = console or TextConsole(stderr=True)  # stdout is for what was asked for
         self._bars = Progress(
-            TextColumn("  {task.description:<36}"),
+            TextColumn("  {task.description:<36}", markup=False),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             TimeElapsedColumn(),
             console=self.console,
             transient=True,

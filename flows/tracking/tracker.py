@@ -23,9 +23,10 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.file_utils import local_file_uri_to_path
 
 from flows.mlflow_uri import shown, tracking_uri
+from flows.report.inert import in_lines, inert
 from flows.report.null_arms import is_unmade_null
 from flows.report.served import served_figures
-from flows.report.text import no_tags, overview
+from flows.report.text import overview
 from flows.tracking.connection import WHOLE, client, open_experiment, refused, remove, runs_of
 from flows.tracking.files import link_tree, parted
 from flows.tracking.values import PARAM_CHARS, TAG_CHARS, cut, flat, names_of, param_text, point
@@ -217,7 +218,7 @@ class Tracker:
         arms = json.dumps([self._nested[f"arm/{slug}"] for slug in shown], separators=(",", ":"))
         link = f"#/compare-runs?runs={quote(arms)}&experiments={quote(json.dumps([self.experiment]))}"
         self.compare_url = f"{self._pages()}/{link}"
-        note = "\n".join([f"[Compare the arms]({link})", "", no_tags("\n".join(overview(report)))])
+        note = "\n".join([f"[Compare the arms]({link})", "", inert("\n".join(overview(in_lines(report))))])
         self._client.set_tag(self.parent, "mlflow.note.content", cut(note, TAG_CHARS))
 
     def _arm(self, slug: str, arm: Mapping[str, Any], *, served: Mapping[str, float]) -> None:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from recipes.checks.lm_eval_folder import ways_out
 from recipes.checks.lm_eval_tasks import find_tasks
 from recipes.data.rows import SHOWN, Row
 from recipes.data.turns import said_bytes
@@ -132,6 +133,14 @@ def _tasks(scorer: LmEvalSpec, loaded: Loaded, field: str) -> Iterator[Problem]:
     if include is not None and not include.is_dir():
         yield missing(include, field=f"{field}.include", kind="folder")
         return
+    for way in ways_out(include) if include is not None else ():
+        yield Problem(
+            what=f"A folder of lm-eval tasks reaches out of itself: `{way.written}`.",
+            where=f"{shown(way.file)}{f':{way.line}' if way.line else ''}",
+            why=f"It leads to {way.target}. Who allows the folder has read what lies in it, and nothing else of it is "
+            "part of a step's identity.",
+            next="Copy that file into the folder, and name it there.",
+        )
     for name, near in find_tasks(scorer.tasks, include).near.items():
         yield Problem(
             what=f"lm-evaluation-harness has no task `{name}`.",

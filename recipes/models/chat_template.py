@@ -75,19 +75,24 @@ def read_template(folder: Path) -> FolderTemplate:
     said = json_object(folder / SETTINGS_FILE) or {}
     args, day = said.get("template_args"), said.get("template_date")
     return FolderTemplate(
-        texts=tuple(_texts(folder)),
+        texts=tuple(text for _, text in _texts(folder)),
         args=args if is_mapping(args) else {},
         day=day if isinstance(day, str) else None,
     )
 
 
-def _texts(folder: Path) -> Iterator[str]:
+def place_of(template: str, folder: Path) -> str:
+    """The file that a template stands in, for an error; the recipe's field where no file of the folder has it."""
+    return next((str(place) for place, text in _texts(folder) if text == template), "model.chat_template")
+
+
+def _texts(folder: Path) -> Iterator[tuple[Path, str]]:
     for path in (folder / "chat_template.jinja", *sorted(folder.glob("additional_chat_templates/*.jinja"))):
         if path.is_file():
-            yield path.read_text(encoding="utf-8", errors="replace")
-    for name in ("tokenizer_config.json", "chat_template.json"):
-        value = (json_object(folder / name) or {}).get("chat_template")
+            yield path, path.read_text(encoding="utf-8", errors="replace")
+    for path in (folder / "tokenizer_config.json", folder / "chat_template.json"):
+        value = (json_object(path) or {}).get("chat_template")
         if isinstance(value, str):
-            yield value
+            yield path, value
         elif is_list(value):  # of named ones
-            yield from (str(named.get("template")) for named in value if is_mapping(named))
+            yield from ((path, str(named.get("template"))) for named in value if is_mapping(named))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tasks.jobs.loading.kernels import kernel_of
 from tasks.jobs.loading.load import Kind, load_arm, setup
+from tasks.jobs.text.chat_template import bounded
 from tasks.jobs.text.tokenizer import load_tokenizer
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
@@ -66,7 +67,8 @@ def run(job: Job) -> dict[str, Any]:
 def _golden_output(kind: Kind, folder: Path, adapter: Path | None, device: str) -> GoldenOutput:
     own = adapter / "tokenizer" if adapter and (adapter / "tokenizer").is_dir() else folder
     tokenizer = load_tokenizer(own)
-    ids = tokenizer.apply_chat_template(GOLDEN, add_generation_prompt=True, tokenize=True, return_dict=False)
+    with bounded(tokenizer.get_chat_template(), own):
+        ids = tokenizer.apply_chat_template(GOLDEN, add_generation_prompt=True, tokenize=True, return_dict=False)
     model = load_arm(kind, folder, device=device, adapter=adapter)
     logits = model(torch.tensor([ids], device=device)).logits[0].float().cpu()
     output = GoldenOutput(ids, logits, kernel_of(model))

@@ -117,6 +117,7 @@ STYLE: Any = {  # rcParams
     "font.size": 10.0,
     "svg.fonttype": "none",
     "svg.hashsalt": "quench",
+    "text.parse_math": False,  # a name with two dollars is no formula, and need not be one
     "axes.edgecolor": GRID,
     "axes.labelcolor": MUTED,
     "text.color": INK,

@@ -23,9 +23,11 @@ from transformers import Cache, GenerationConfig, PreTrainedTokenizerBase
 
 from recipes.checks.lm_eval_tasks import find_tasks
 from tasks.jobs.scorers import ScorerFailed, is_share
+from tasks.runtime.bounds import OverBounds, bounds
 from tasks.runtime.process.errors import StageError
 
 Caches = Callable[[], Cache]  # an empty KV cache for a batch
+SECONDS, MIB = 10.0, 512  # of the chat template for one document, as for a row (tasks.jobs.text.chat_template)
 FEWSHOT_SEED = 1234  # lm_eval's own default
 # What loading a task raises: no data set and no network, a loading script, a function that its YAML names.
 LOADING = (OSError, RuntimeError, NotImplementedError, ImportError, AttributeError)
@@ -196,7 +198,11 @@ class _Arm(HFLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         if self._prompt is not None and add_generation_prompt:
             return self._prompt(chat_history)
-        return super().apply_chat_template(chat_history, add_generation_prompt)
+        try:
+            with bounds(seconds=SECONDS, mib=MIB):
+                return super().apply_chat_template(chat_history, add_generation_prompt)
+        except OverBounds as error:
+            raise ScorerFailed(f"the chat template takes {error} for one document") from None
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         if self._caches is None:

@@ -1,4 +1,7 @@
-"""The answer is JSON that a JSON schema accepts (jsonschema; the draft that `$schema` names, else the newest)."""
+"""The answer is JSON that a JSON schema accepts (jsonschema; the draft that `$schema` names, else the newest).
+
+A schema that refers to another file or address is refused: jsonschema would fetch it, from wherever it says.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,14 @@ from typing import Any
 
 from jsonschema.exceptions import SchemaError, best_match
 from jsonschema.validators import validator_for
+from jsonschema_specifications import REGISTRY
+from referencing.exceptions import Unresolvable
 
 from tasks.jobs.scorers import Verdict
+from tasks.runtime.bounds import OverBounds, bounds
 from tasks.runtime.process.errors import StageError
+
+SECONDS, MIB = 10.0, 512  # of one answer: patterns of a schema can take for ever, an answer of 4,000 tokens takes 1 ms
 
 
 class JsonSchemaScorer:
@@ -27,22 +35,36 @@ class JsonSchemaScorer:
         Raises:
             StageError: The file holds no JSON schema.
         """
-        schema = json.loads(path.read_text(encoding="utf-8"))
-        kind = validator_for(schema)
         try:
+            schema = json.loads(path.read_text(encoding="utf-8"))
+            kind = validator_for(schema)
             kind.check_schema(schema)
         except SchemaError as error:
-            raise StageError.of(
-                what=f"{path.name} is not a JSON schema",
-                where=f"{path}, at {error.json_path}",
-                why=error.message,
-                next="correct it; `$schema` names the draft that it is read as",
-            ) from None
-        self._validator = kind(schema)
+            raise _no_schema(path, f"{path}, at {error.json_path}", error.message) from None
+        except (ValueError, RecursionError) as error:
+            raise _no_schema(path, str(path), str(error)) from None
+        self._path = path
+        self._validator = kind(schema, registry=REGISTRY)  # of the drafts' own schemas; without it, whatever is named
         self._equal = equal
 
     def __call__(self, answer: str, reference: str, columns: Mapping[str, Any]) -> Verdict:
-        """1 where the answer, and nothing around it, is JSON that the schema accepts."""
+        """1 where the answer, and nothing around it, is JSON that the schema accepts.
+
+        Raises:
+            StageError: The schema refers to what is not in it.
+        """
+        try:
+            with bounds(seconds=SECONDS, mib=MIB):
+                return self._verdict(answer, reference)
+        except OverBounds as error:
+            return Verdict(0.0, f"to check it takes {error}")
+        except RecursionError:
+            return Verdict(0.0, "it is nested too deeply, or the schema refers to itself without end")
+        except Unresolvable as error:
+            why = f"it refers to {error.ref}, which is not in it; no other file or address is read"
+            raise _no_schema(self._path, str(self._path), why) from None
+
+    def _verdict(self, answer: str, reference: str) -> Verdict:
         try:
             value = strict_json(answer)
         except (ValueError, RecursionError) as error:
@@ -56,6 +78,15 @@ class JsonSchemaScorer:
             return Verdict(float(same(value, strict_json(reference))))
         except (ValueError, RecursionError) as error:
             return Verdict(0.0, f"the reference is no JSON: {error}")
+
+
+def _no_schema(path: Path, where: str, why: str) -> StageError:
+    return StageError.of(
+        what=f"{path.name} is not a JSON schema",
+        where=where,
+        why=why,
+        next="correct it; `$schema` names the draft that it is read as",
+    )
 
 
 def strict_json(text: str) -> Any:

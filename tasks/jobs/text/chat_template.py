@@ -2,13 +2,17 @@
 
 The text is that of `apply_chat_template`, and so are its generation spans; the compiled template is called directly
 because `apply_chat_template` renders once more for each thing that it is asked for, and tokenises each time.
+
+A template comes from a stranger. transformers compiles it in Jinja's sandbox, where it reaches nothing but what it is
+given; here its processor time, its memory and its text are bounded as well. So is the compiler: it folds constants.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -17,10 +21,12 @@ from typing import Any, Final, Literal, NamedTuple
 from jinja2 import TemplateError
 from transformers.utils import chat_template_utils
 
-from recipes.models.chat_template import prints_today
+from recipes.models.chat_template import place_of, prints_today
 from tasks.jobs.text.conversation import Conversation, RowError
 from tasks.jobs.text.coverage import check_reasoning, check_turns, in_words, shape_of
 from tasks.jobs.text.forms import Form, forms_of
+from tasks.runtime.bounds import OverBounds, bounds
+from tasks.runtime.process.errors import StageError
 from tasks.runtime.tokenizer_files import TEMPLATE_SETTINGS
 
 GENERATION: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -32,7 +38,14 @@ REFUSALS = (
     AttributeError,
     LookupError,
     ArithmeticError,
+    RecursionError,
+    SyntaxError,  # of the Python that Jinja makes of it: a hundred blocks in one another
 )  # of Python in a template
+
+SECONDS: Final = 10.0  # a row of 1,000 turns and 10 MB takes less than one
+MIB: Final = 512  # the same row takes some 50: its text, in pieces and joined
+FREE_CHARACTERS: Final = 1_000_000  # a text up to here is never too long: a template may have a system prompt
+TIMES: Final = 100  # a longer one may have as many characters as this many copies of the row
 
 
 class Marked(NamedTuple):
@@ -250,6 +263,18 @@ class ChatTemplate:
     def _call(
         self, chat: Conversation, source: str, *, prompted: bool, tracked: bool
     ) -> tuple[str, list[tuple[int, int]]]:
+        with bounded(source, Path(self.tokenizer.name_or_path)):
+            text, spans = self._unbounded(chat, source, prompted=prompted, tracked=tracked)
+        if len(text) > FREE_CHARACTERS:
+            said = len(json.dumps([chat.turns, chat.tools], ensure_ascii=False))
+            if len(text) > TIMES * said:
+                took = f"it makes {len(text):,} characters of a row that has {said:,}"
+                raise _over(took, source, Path(self.tokenizer.name_or_path))
+        return text, spans
+
+    def _unbounded(
+        self, chat: Conversation, source: str, *, prompted: bool, tracked: bool
+    ) -> tuple[str, list[tuple[int, int]]]:
         compiled: Any = chat_template_utils._compile_jinja_template(source)  # pyright: ignore[reportPrivateUsage]
         given = {
             **self.special,
@@ -267,3 +292,30 @@ class ChatTemplate:
             for block in compiled.generate(**given):
                 blocks.append(block)
         return "".join(blocks), spans
+
+
+@contextmanager
+def bounded(source: str, folder: Path) -> Iterator[None]:
+    """Where a chat template is compiled and rendered.
+
+    Args:
+        source: The template.
+        folder: Of its tokenizer.
+
+    Raises:
+        StageError: It takes more processor time or memory than any row needs.
+    """
+    try:
+        with bounds(seconds=SECONDS, mib=MIB):
+            yield
+    except OverBounds as error:
+        raise _over(f"one rendering takes {error}", source, folder) from None
+
+
+def _over(took: str, source: str, folder: Path) -> StageError:
+    return StageError.of(
+        what="the chat template does far more than it takes to write down a row",
+        where=place_of(source, folder),
+        why=f"{took}; a template comes with the model, from whoever published it, and may hold an endless loop",
+        next="read the template; take the model's own from its publisher, or write a shorter one",
+    )

@@ -15,6 +15,9 @@ class StageError(Exception):
         self.problem = problem
         super().__init__(str(problem))
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return (type(self), (self.problem,))  # from a worker of a pool, whole
+
     @classmethod
     def of(cls, *, what: str, where: str, why: str, next: str) -> StageError:
         """The refusal for the problem of these four parts: `raise StageError.of(what=..., ...)`."""

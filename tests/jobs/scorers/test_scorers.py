@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import socket
 import time
 from decimal import Decimal
 from pathlib import Path
@@ -13,7 +15,7 @@ from pydantic import ValidationError
 
 from recipes.schema import Evaluate
 from recipes.scorers import NUMBER
-from tasks.jobs.scorers import Scorer, make_scorer
+from tasks.jobs.scorers import Scorer, make_scorer, sql_execution
 from tasks.jobs.scorers.number import NumberScorer
 from tasks.jobs.scorers.sql_execution import orders
 from tasks.runtime.process.errors import StageError
@@ -23,6 +25,7 @@ CREATE TABLE books (id INTEGER PRIMARY KEY, title TEXT, pages INTEGER, price REA
 INSERT INTO books VALUES (1, 'Winter', 100, 1.5), (2, 'River', 300, 2.25), (3, 'Winter', 200, 4.0);
 """
 LIBRARY = {"schema": "library"}
+ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n)"
 
 
 @pytest.fixture
@@ -66,6 +69,13 @@ def test_rows_decide(score: Scorer, answer: str, reference: str, expected: int) 
         ("SELECT title FROM books\0", "null character"),
         ("WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) FROM n", "interrupted"),
         ("SELECT length(zeroblob(100000000))", "too big"),
+        ("SELECT load_extension('./evil')", "not authorized"),
+        ("SELECT title FROM books WHERE title LIKE '" + "%a" * 600 + "'", "pattern too complex"),
+        ("SELECT " + "(" * 5000 + "1" + ")" * 5000, "stack overflow"),
+        ("SELECT 1 --" + "-" * 100_000, "too large"),
+        (f"{ENDLESS} SELECT group_concat(i) FROM n", "interrupted"),
+        (f"{ENDLESS} SELECT randomblob(900000) AS b FROM n ORDER BY b", "MiB of memory"),
+        ("SELECT count(*) FROM books" + ", books" * 15, "interrupted"),
     ],
 )
 def test_what_does_not_run_scores_0_with_the_reason(score: Scorer, answer: str, error: str) -> None:
@@ -97,6 +107,42 @@ def test_bad_data_is_refused_not_scored(score: Scorer) -> None:
         score("SELECT 1", "SELECT colour FROM books", LIBRARY)
     with pytest.raises(StageError, match=r"no database for `schema` \.\./library"):
         score("SELECT 1", "SELECT 1", {"schema": "../library"})
+
+
+def test_no_more_rows_are_read_than_decide(score: Scorer) -> None:
+    """Half a million rows of a megabyte: the fifth says that it is not the same result."""
+    began = time.process_time()
+    assert score(f"{ENDLESS} SELECT hex(zeroblob(400000)) FROM n", "SELECT title FROM books", LIBRARY) == (0, "")
+    assert time.process_time() - began < 2
+    with pytest.raises(StageError, match="more than 512 MiB of memory"):  # a reference is read whole
+        score("SELECT 1", f"{ENDLESS} SELECT hex(zeroblob(400000)) FROM n", LIBRARY)
+
+
+def test_a_query_of_slow_steps_ends_too(score: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sql_execution, "SECONDS", 0.5)
+    slow = "instr(printf('%.*c', 200000 + i, 'a'), printf('%.*c', 100000, 'a') || 'b')"  # 0.3 s, in one step
+    verdict = score(f"{ENDLESS} SELECT sum({slow}) FROM n", "SELECT 1", LIBRARY)
+    assert verdict.score == 0 and verdict.error
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("ATTACH DATABASE 'FOLDER/other.db' AS other; CREATE TABLE other.t (a);", "not authorized"),
+        ("CREATE TABLE t (a); VACUUM INTO 'FOLDER/other.db';", "authorization denied"),
+        ("SELECT load_extension('FOLDER/other.so');", "not authorized"),
+        (f"CREATE TABLE t (a); INSERT INTO t {ENDLESS} SELECT i FROM n;", "."),  # which bound is first does not matter
+        ("CREATE TABLE t (a); INSERT INTO u VALUES (1);", "no such table"),
+        (".read /etc/passwd", "syntax error"),
+    ],
+)
+def test_a_database_of_a_stranger(tmp_path: Path, script: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sql_execution, "SCRIPT_SECONDS", 0.5)
+    (tmp_path / "library.sql").write_text(script.replace("FOLDER", str(tmp_path)))
+    score = make_scorer({"kind": "sql-execution", "schema_column": "schema"}, tmp_path)
+    with pytest.raises(StageError, match=f"library.sql cannot be made(.|\n)*{re.escape(reason)}"):
+        score("SELECT 1", "SELECT 1", LIBRARY)
+    assert [path.name for path in tmp_path.iterdir()] == ["library.sql"]
 
 
 def test_exact_match_strips_white_space_and_nothing_else() -> None:
@@ -159,6 +205,19 @@ def test_a_pattern_has_one_group() -> None:
         number(pattern="(")
 
 
+@pytest.mark.parametrize("said", ["1e9999999", "-9e999999", "1e-9999999", "9" * 5000])
+def test_a_number_out_of_all_range_is_wrong_and_nothing_else(said: str) -> None:
+    assert number()(said, "42", {}).score == 0
+    assert number(relative=0.1)(said, "42", {}).score == 0
+    assert number()(said, said, {}).score == 1
+
+
+def test_a_pattern_that_takes_for_ever_scores_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.jobs.scorers.number.SECONDS", 0.5)
+    verdict = number(pattern=r"((?:\d+)+)$")("1" * 60 + "x", "1", {})
+    assert verdict == (0, "to find a number with this pattern takes more than 0.5 s of processor time")
+
+
 SCHEMA = {
     "type": "object",
     "required": ["city"],
@@ -209,3 +268,41 @@ def test_true_is_not_1_in_json(tmp_path: Path) -> None:
 def test_a_schema_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StageError, match="is not a JSON schema"):
         json_scorer(tmp_path, "valid", schema={"type": "objekt"})
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:PORT/schema.json", "FOLDER/other.json", "other.json"])
+def test_a_schema_fetches_nothing(tmp_path: Path, address: str) -> None:
+    """jsonschema opens whatever `$ref` names, files and addresses, unless it is told not to."""
+    (tmp_path / "other.json").write_text("{}")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        address = address.replace("PORT", str(server.getsockname()[1])).replace("FOLDER", tmp_path.as_uri())
+        score = json_scorer(tmp_path, "valid", schema={"$ref": address})
+        with pytest.raises(StageError, match="no other file or address is read"):
+            score("{}", "{}", {})
+        with pytest.raises(BlockingIOError):  # nobody has called
+            server.accept()
+
+
+def test_a_schema_may_refer_to_itself_and_to_its_draft(tmp_path: Path) -> None:
+    tree = {"$defs": {"t": {"type": "array", "items": {"$ref": "#/$defs/t"}}}, "$ref": "#/$defs/t"}
+    assert json_scorer(tmp_path, "valid", schema=tree)("[[], [[]]]", "", {}).score == 1
+    draft = json_scorer(tmp_path, "valid", schema={"$ref": "https://json-schema.org/draft/2020-12/schema"})
+    assert [draft(text, "", {}).score for text in ('{"type": "object"}', '{"type": 5}')] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("schema", "answer", "error"),
+    [
+        ({"type": "string", "pattern": "^(a+)+$"}, json.dumps("a" * 60 + "!"), "more than 0.5 s of processor time"),
+        ({"$ref": "#"}, "1", "refers to itself"),
+        ({"items": {"$ref": "#"}}, "[" * 900 + "]" * 900, "nested too deeply"),
+        (True, "9" * 5000, "no JSON"),
+    ],
+)
+def test_an_answer_that_takes_too_much_scores_0(
+    tmp_path: Path, schema: object, answer: str, error: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.jobs.scorers.json_schema.SECONDS", 0.5)
+    verdict = json_scorer(tmp_path, "valid", schema=schema)(answer, "", {})
+    assert verdict.score == 0 and error in verdict.error

@@ -91,6 +91,47 @@ def test_a_folder_of_lm_eval_tasks_counts_as_python(tmp_path: Path) -> None:
     assert not problems(path)
 
 
+ELSEWHERE = {
+    "include: ../shared.yaml": ":2",
+    "include: [base.yaml, /FOLDER/shared.yaml]": ":2",
+    "doc_to_text: !function ...FOLDER.shared.text": "",  # dots become slashes: an absolute path
+    "x: {y: [1, include: ../shared.yaml]}": ":2",
+    "process_docs: !function link.text": "link.py",
+    "include: inner.txt": "inner.txt",  # which has any name
+}
+
+
+@pytest.mark.parametrize("line", ELSEWHERE)
+def test_what_lies_outside_of_an_allowed_folder_is_not_reached_from_it(tmp_path: Path, line: str) -> None:
+    path = project(tmp_path, "{kind: lm-eval, name: quiz, tasks: [quiz], include: quizzes}")
+    (tmp_path / "quizzes").mkdir()
+    (tmp_path / "shared.yaml").write_text("doc_to_text: !function shared.text\n")
+    (tmp_path / "shared.py").write_text("print('run')\n")
+    (tmp_path / "quizzes" / "base.yaml").write_text("doc_to_target: a\n")
+    (tmp_path / "quizzes" / "own.py").write_text("text = str\n")
+    quiz = tmp_path / "quizzes" / "quiz.yaml"
+    allow([str(tmp_path / "quizzes")])
+    quiz.write_text("task: quiz\ninclude: base.yaml\ndoc_to_text: !function own.text\nfilter: !function json.loads\n")
+    assert not problems(path)
+    (tmp_path / "quizzes" / "inner.txt").write_text("include: ../shared.yaml\n")
+    if ELSEWHERE[line] == "link.py":
+        (tmp_path / "quizzes" / "link.py").symlink_to(tmp_path / "shared.py")
+    folder = str(tmp_path)
+    line = line.replace("/FOLDER", folder).replace("..FOLDER", folder.replace("/", "."))
+    quiz.write_text(f"task: quiz\n{line}\n")
+    found = [problem for problem in problems(path) if "reaches out of itself" in problem.what]
+    assert found and all(str(tmp_path / "shared") in problem.why for problem in found)
+
+
+@pytest.mark.parametrize("task", ["FOLDER/evil.yaml", "FOLDER/*", "../evil", "*"])
+def test_a_task_is_a_name_and_no_file(tmp_path: Path, task: str) -> None:
+    """lm-eval itself would load a file that is named, and run its functions; nobody has allowed that."""
+    (tmp_path / "evil.yaml").write_text("task: evil\ndoc_to_text: !function evil.text\n")
+    task = task.replace("FOLDER", str(tmp_path))
+    (problem,) = problems(project(tmp_path, f"{{kind: lm-eval, name: quiz, tasks: ['{task}']}}"))
+    assert "has no task" in problem.what
+
+
 def test_the_flag_reaches_check_and_a_relative_path_counts_from_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
