@@ -18,11 +18,16 @@ def is_list(value: object) -> TypeGuard[list[Any]]:
     return isinstance(value, list)
 
 
+# What reading JSON raises. ValueError: it is not UTF-8 or not JSON, or an integer has more than 4,300 digits, Python's
+# limit. RecursionError: it is nested some 1,000 levels deep.
+NOT_JSON = (ValueError, RecursionError)
+
+
 def json_object(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file; None where there is no file, no JSON or no object."""
     try:
         value: object = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+    except (OSError, *NOT_JSON):
         return None
     return value if is_mapping(value) else None
 

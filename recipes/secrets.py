@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from urllib.parse import unquote
 
 HIDDEN = "***"
@@ -18,7 +19,10 @@ _NAMES = re.compile(
     r"TOKEN(?!IZ)|SECRET|PASSWORD|PASSWD|PASSPHRASE|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIAL|(?:^|_)AUTH(?:_|$)"
 )
 # scheme://user:password@; what stands for a password (PASSWORD, $VAR, ***) is none.
-_URL = re.compile(r"(?P<before>[A-Za-z][\w+.-]*://[^\s/:@'\"]*:)(?P<password>(?!PASSWORD@|[$<{*])[^\s/@'\"]+)(?=@)")
+# The scheme has an end, here and in a signed token: a word of 100,000 letters would be tried from each of them on.
+_URL = re.compile(
+    r"(?P<before>[A-Za-z][\w+.-]{0,30}://[^\s/:@'\"]*:)(?P<password>(?!PASSWORD@|[$<{*])[^\s/@'\"]+)(?=@)"
+)
 _TOKENS = {  # by whose it is
     "a Hugging Face token": r"hf_[A-Za-z0-9]{30,}",
     "a GitHub token": r"gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}",
@@ -28,7 +32,7 @@ _TOKENS = {  # by whose it is
     "a Google API key": r"AIza[\w-]{35}",
     "a Slack token": r"xox[abeprs]-[\w-]{10,}",
     "an API key": r"sk-[\w-]{20,}",
-    "a signed token (JWT)": r"eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]+",
+    "a signed token (JWT)": r"eyJ[\w-]{10,1000}\.eyJ[\w-]{10,}\.[\w-]+",
     "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----[^-]*",
 }
 _TOKEN = re.compile("|".join(rf"(?<![A-Za-z0-9])(?:{pattern})" for pattern in _TOKENS.values()))
@@ -59,7 +63,12 @@ def secrets_in(text: str) -> Iterator[str]:
 
 
 def _values() -> set[str]:
-    return {part for name, value in os.environ.items() if is_secret(name, value) for part in _parts(value)}
+    return _values_of(tuple(os.environ.items()))
+
+
+@lru_cache(maxsize=1)  # asked for each part of each problem
+def _values_of(variables: tuple[tuple[str, str], ...]) -> set[str]:
+    return {part for name, value in variables if is_secret(name, value) for part in _parts(value)}
 
 
 def _parts(value: str) -> Iterator[str]:

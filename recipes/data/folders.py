@@ -14,6 +14,7 @@ import yaml
 from recipes.data.raw.opening import kind
 from recipes.data.raw.row import Unread
 from recipes.plain import is_list, is_mapping, json_object
+from recipes.plain_yaml import Loader
 from recipes.problem import Problem
 
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
@@ -241,7 +242,7 @@ def _configs(card: Path) -> list[dict[str, Any]]:
             if opened.readline().rstrip() != FENCE:
                 return []
             head = list(takewhile(lambda line: line.rstrip() != FENCE, opened))
-        written: object = yaml.safe_load("".join(head))
+        written: object = yaml.load("".join(head), Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return []
     configs = written.get("configs") if is_mapping(written) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from difflib import get_close_matches
+from functools import cache
 from typing import Any, NamedTuple, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -159,6 +160,7 @@ def _unnumbered(field: str) -> str:
     return ".".join(parts[:2] + parts[3:] if parts[:2] == ["evaluate", "external"] else parts)
 
 
+@cache
 def fields() -> dict[str, str]:
     """Every field of a recipe, by dotted name, with its documentation."""
     return dict(_walk(Recipe, prefix=""))
