@@ -14,10 +14,13 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import psutil
+
 from flows.cli import main
 from tasks.runtime.process.launch import CHECKOUT
 
-SECONDS = 10  # a case at most; the largest of them takes a tenth of it on an idle core
+SECONDS = 10  # a case at most
+ASKING_SECONDS = 60  # one that asks transformers in a child, which imports it: 3 s for a config, 10 to 20 with torch
 GROWTH_MIB = 512  # of the process's peak by one case: no file of a case is larger than a few MiB
 ADDRESS_SPACE = 6 << 30  # bytes: what asks for more ends in MemoryError, not in the machine's memory
 CODES = (0, 2)
@@ -34,6 +37,7 @@ class Outcome:
     Attributes:
         code: Exit code; None where it raised.
         seconds: It took.
+        asked: It asked transformers in a child process.
         fault: What is wrong, the same for two cases with the same cause; empty for a good one.
         detail: Traceback or output of a fault.
         problems: Of a refusal, `what` of each.
@@ -41,6 +45,7 @@ class Outcome:
 
     code: int | None
     seconds: float
+    asked: bool = False
     fault: str = ""
     detail: str = ""
     problems: tuple[str, ...] = ()
@@ -66,15 +71,15 @@ def through(argv: Sequence[str], then: Callable[[], None] | None = None) -> Outc
     # stdout is strict and stderr is not, as in a real process
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
     err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace", write_through=True)
-    before, began, code = peak_mib(), time.perf_counter(), None
+    before, before_s, began, code = peak_mib(), _children_s(), time.perf_counter(), None
     fault = detail = ""
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), _within(SECONDS):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), _within_limits():
             code = main(argv)
             if code == 0 and then:
                 then()
     except TooSlow:
-        fault, detail = f"more than {SECONDS} s in {_place(sys.exc_info()[2])}", traceback.format_exc()
+        fault, detail = f"too slow in {_place(sys.exc_info()[2])}", traceback.format_exc()
     except (Exception, SystemExit) as error:  # what a user would see as a traceback: here it is the finding
         fault, detail = f"{type(error).__name__} in {_place(error.__traceback__)}", traceback.format_exc()
     seconds, grown = time.perf_counter() - began, peak_mib() - before
@@ -87,7 +92,8 @@ def through(argv: Sequence[str], then: Callable[[], None] | None = None) -> Outc
     if not fault:
         problems, fault = _answer(code or 0, said, remarks, as_json="--json" in argv)
         detail = said + remarks if fault else ""
-    return Outcome(code=code, seconds=seconds, fault=fault, detail=detail, problems=problems)
+    asked = _children_s() > before_s
+    return Outcome(code=code, seconds=seconds, asked=asked, fault=fault, detail=detail, problems=problems)
 
 
 def by_process(argv: Sequence[str], *, env: dict[str, str]) -> str:
@@ -119,13 +125,22 @@ def _answer(code: int, said: str, remarks: str, *, as_json: bool) -> tuple[tuple
     return tuple(problem["what"] for problem in answer["problems"]), ""
 
 
+def _children_s() -> float:
+    """CPU time of all children that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 @contextlib.contextmanager
-def _within(seconds: float) -> Iterator[None]:
+def _within_limits() -> Iterator[None]:
+    began = time.perf_counter()
+
     def stop(number: int, frame: object) -> None:
-        raise TooSlow
+        if time.perf_counter() - began > ASKING_SECONDS or not psutil.Process().children():
+            raise TooSlow
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS, 1)
     try:
         yield
     finally:

@@ -20,10 +20,20 @@ from typing import Any
 from tasks.runtime.process.environments import locked_versions
 from tasks.runtime.process.launch import CHECKOUT
 from tasks.runtime.step import hardware
-from tests.fuzz.door import ADDRESS_SPACE, GROWTH_MIB, SECONDS, by_process, limit_memory, peak_mib, through
+from tests.fuzz.door import (
+    ADDRESS_SPACE,
+    ASKING_SECONDS,
+    GROWTH_MIB,
+    SECONDS,
+    by_process,
+    limit_memory,
+    peak_mib,
+    through,
+)
 from tests.fuzz.kinds import KINDS, Kind
 
 PAGE = CHECKOUT / "docs" / "results" / "fuzz.md"
+MEASURED = PAGE.with_suffix(".json")  # of each kind, the last time that all its cases ran
 TRIES = 400  # inputs that are tried to make a failing one small
 ONE_IN = 200  # cases are repeated by a process of their own
 
@@ -36,7 +46,9 @@ class Tally:
     passed: int = 0
     refused: int = 0
     processes: int = 0
+    asked: int = 0
     slowest_s: float = 0.0
+    slowest_asking_s: float = 0.0
     wall_s: float = 0.0
     before_mib: float = 0.0
     peak_mib: float = 0.0
@@ -77,7 +89,11 @@ def cases(kind: Kind, numbers: Sequence[int], *, out: Path | None = None, loud: 
             kind.write(folder, number, content)
             outcome = through(kind.argv(folder, number), _then(kind, folder, number))
             tally.cases += 1
-            tally.slowest_s = max(tally.slowest_s, outcome.seconds)
+            if outcome.asked:
+                tally.asked += 1
+                tally.slowest_asking_s = max(tally.slowest_asking_s, outcome.seconds)
+            else:
+                tally.slowest_s = max(tally.slowest_s, outcome.seconds)
             fault, detail = outcome.fault, outcome.detail
             if not fault:
                 tally.passed += outcome.code == 0
@@ -107,7 +123,7 @@ def _keep(kind: Kind, folder: Path, number: int, fault: str, out: Path) -> None:
     """Write the smallest input with the same fault."""
     content, tries = kind.make(number), 0
     again = True
-    while again and tries < TRIES and not fault.startswith(("more than", "peak")):
+    while again and tries < TRIES and not fault.startswith(("too slow", "peak")):
         again = False
         for smaller in kind.smaller(content):
             tries += 1
@@ -154,10 +170,8 @@ def main() -> int:
     for name, tally in tallies.items():
         for fault, numbers in tally.faults.items():
             print(f"{name}: {fault}: {len(numbers)} cases, the first is --only {name} --case {numbers[0]}")
-    whole = not args.only and args.cases is None and args.start == 0
-    if whole:
-        PAGE.write_text("\n".join(page(tallies)) + "\n", encoding="utf-8")
-        print(f"wrote {PAGE.relative_to(CHECKOUT)}")
+    if args.cases is None and args.start == 0:
+        publish(tallies)
     return 1 if any(tally.faults for tally in tallies.values()) else 0
 
 
@@ -173,47 +187,62 @@ def _of_process(name: str, args: argparse.Namespace) -> Tally:
         return Tally(**json.loads(answer.read_text(encoding="utf-8")))
 
 
+def publish(tallies: dict[str, Tally]) -> None:
+    """Keep what was measured; write the page where every kind has been."""
+    kept = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.exists() else {}
+    kept |= {name: {**asdict(one), "hardware": hardware()} for name, one in tallies.items()}
+    MEASURED.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    if kept.keys() == KINDS.keys():
+        PAGE.write_text("\n".join(page(kept)) + "\n", encoding="utf-8")
+        print(f"wrote {PAGE.relative_to(CHECKOUT)}")
+
+
 HEAD = """# Mutated input
 
 <!-- Written by `make fuzz`; edit tests/fuzz/run.py instead. -->
 
 What `quench check` and the memory prediction of `quench plan` do with files that nobody meant to write: no traceback,
-exit code 0 or 2, each refusal with what, where, why and next. A case ends within {seconds} s and adds at most
-{growth} MiB to the peak memory of its process, which can ask for {space} GiB of address space. A case is a function of
-its kind and its number, which is the seed: `python -m tests.fuzz.run --only KIND --case N` makes one again. All of a
+exit code 0 or 2, each refusal with what, where, why and next. A case ends within {seconds} s
+({asking} s where it asks transformers in a child process, for defaults of a model type or names of modules) and adds at
+most {growth} MiB to the peak memory of its process, which can ask for {space} GiB of address space. A case is a
+function of its kind and its number, which is the seed: `python -m tests.fuzz.run --only KIND --case N` makes one again. All of a
 kind run in one process by the command's own function; one in {one_in} is repeated as a process of its own.
 """
 
 
 def table(tallies: dict[str, Tally]) -> Iterator[str]:
     """Markdown."""
-    yield "| input | cases | passed | refused | faults | slowest, s | peak memory, MiB | all, s |"
-    yield "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
+    heads = ("input", "cases", "passed", "refused", "faults", "slowest, s", "with a child", "slowest of these, s")
+    yield f"| {' | '.join((*heads, 'peak memory, MiB', 'all, s'))} |"
+    yield f"| --- |{' ---: |' * (len(heads) + 1)}"
     for name, one in tallies.items():
         faults = sum(map(len, one.faults.values()))
         yield (
             f"| {name} | {one.cases:,} | {one.passed:,} | {one.refused:,} | {faults:,} | {one.slowest_s:.2f} | "
-            f"{one.peak_mib:.0f} | {one.wall_s:.0f} |"
+            f"{one.asked:,} | {one.slowest_asking_s:.1f} | {one.peak_mib:.0f} | {one.wall_s:.0f} |"
         )
 
 
-def page(tallies: dict[str, Tally]) -> Iterator[str]:
+def page(kept: dict[str, Any]) -> Iterator[str]:
     """docs/results/fuzz.md."""
     space = ADDRESS_SPACE >> 30
-    yield HEAD.format(seconds=SECONDS, growth=GROWTH_MIB, space=space, one_in=ONE_IN)
+    yield HEAD.format(seconds=SECONDS, asking=ASKING_SECONDS, growth=GROWTH_MIB, space=space, one_in=ONE_IN)
+    machines = {json.dumps(kept[name]["hardware"]) for name in KINDS}
+    tallies = {name: Tally(**{key: value for key, value in kept[name].items() if key != "hardware"}) for name in KINDS}
     yield from table(tallies)
     repeated = sum(one.processes for one in tallies.values())
     versions = locked_versions()
+    said = ", ".join(f"{name} {one.said:,}" for name, one in tallies.items())
     yield (
-        f"\nPeak memory is the process's, with Python and what the command imports; {repeated} cases were repeated as "
-        "processes. Different first sentences of refusals: "
-        + ", ".join(f"{name} {one.said:,}" for name, one in tallies.items())
-        + "."
+        f"\nPeak memory is the process's, with Python and what the command imports. {repeated} cases were repeated as\n"
+        f"processes. Different first sentences of refusals: {said}."
     )
-    machine = hardware()
+    for name, one in tallies.items():
+        yield from (f"\nFault in {name}, case {numbers[0]}: {fault}." for fault, numbers in one.faults.items())
     yield (
-        f"\n{machine}. Python {sys.version.split()[0]}, pydantic {versions.get('pydantic')}, PyYAML "
-        f"{versions.get('pyyaml')}, pyarrow {versions.get('pyarrow')}, transformers {versions.get('transformers')}."
+        f"\nMachine: {', '.join(sorted(machines))}. Python {sys.version.split()[0]}, pydantic {versions.get('pydantic')}, "
+        f"PyYAML\n{versions.get('pyyaml')}, pyarrow {versions.get('pyarrow')}, safetensors {versions.get('safetensors')}, "
+        f"transformers {versions.get('transformers')}."
     )
 
 
