@@ -54,6 +54,12 @@ class Loader(yaml.SafeLoader):
         _measure(node)
         return node
 
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:  # noqa: N803: PyYAML's name
+        """`[` or `{`: PyYAML's scanner looks at all that are open for each one more."""
+        if self.flow_level >= DEEPEST:
+            raise _too_deep(self.get_mark())
+        super().fetch_flow_collection_start(TokenClass)
+
     def construct_object(self, node: Any, deep: bool = False) -> Any:
         """The value of a node.
 

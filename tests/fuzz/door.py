@@ -117,6 +117,8 @@ def _answer(code: int, said: str, remarks: str, *, as_json: bool) -> tuple[tuple
     if answer["ok"] != (code == 0) or answer["ok"] == bool(answer["problems"]):
         return (), f"exit code {code} with {len(answer['problems'])} problems"
     for problem in (*answer["problems"], *answer.get("warnings", ())):
+        if "input should" in problem["what"].lower():
+            return (), f"a problem in pydantic's words: {problem['what'][-60:]}"
         for part in ("what", "where", "why", "next"):
             if not problem[part].strip(" ."):
                 return (), f"a problem without `{part}`: {problem['what'][:60]}"

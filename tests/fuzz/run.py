@@ -35,6 +35,7 @@ from tests.fuzz.kinds import KINDS, Kind
 PAGE = CHECKOUT / "docs" / "results" / "fuzz.md"
 MEASURED = PAGE.with_suffix(".json")  # of each kind, the last time that all its cases ran
 TRIES = 400  # inputs that are tried to make a failing one small
+PACKAGES = ("pydantic", "pyyaml", "pyarrow", "safetensors", "transformers")
 ONE_IN = 200  # cases are repeated by a process of their own
 
 
@@ -202,11 +203,12 @@ HEAD = """# Mutated input
 <!-- Written by `make fuzz`; edit tests/fuzz/run.py instead. -->
 
 What `quench check` and the memory prediction of `quench plan` do with files that nobody meant to write: no traceback,
-exit code 0 or 2, each refusal with what, where, why and next. A case ends within {seconds} s
-({asking} s where it asks transformers in a child process, for defaults of a model type or names of modules) and adds at
-most {growth} MiB to the peak memory of its process, which can ask for {space} GiB of address space. A case is a
-function of its kind and its number, which is the seed: `python -m tests.fuzz.run --only KIND --case N` makes one again. All of a
-kind run in one process by the command's own function; one in {one_in} is repeated as a process of its own.
+exit code 0 or 2, each refusal with what, where, why and next. A case ends within {seconds} s, or within {asking} s
+where it asks transformers in a child process (for defaults of a model type, or names of modules), and adds at most
+{growth} MiB to the peak memory of its process, which can ask for {space} GiB of address space.
+
+A case is a function of its kind and its number, which is the seed: `python -m tests.fuzz.run --only KIND --case N`
+makes it again. All of a kind run in one process by the command's own function; one in {one_in} is repeated as a process.
 """
 
 
@@ -227,11 +229,10 @@ def page(kept: dict[str, Any]) -> Iterator[str]:
     """docs/results/fuzz.md."""
     space = ADDRESS_SPACE >> 30
     yield HEAD.format(seconds=SECONDS, asking=ASKING_SECONDS, growth=GROWTH_MIB, space=space, one_in=ONE_IN)
-    machines = {json.dumps(kept[name]["hardware"]) for name in KINDS}
+    machines = {"{cpu}, {cores} cores, {memory_gib} GiB".format(**kept[name]["hardware"]) for name in KINDS}
     tallies = {name: Tally(**{key: value for key, value in kept[name].items() if key != "hardware"}) for name in KINDS}
     yield from table(tallies)
     repeated = sum(one.processes for one in tallies.values())
-    versions = locked_versions()
     said = ", ".join(f"{name} {one.said:,}" for name, one in tallies.items())
     yield (
         f"\nPeak memory is the process's, with Python and what the command imports. {repeated} cases were repeated as\n"
@@ -239,11 +240,9 @@ def page(kept: dict[str, Any]) -> Iterator[str]:
     )
     for name, one in tallies.items():
         yield from (f"\nFault in {name}, case {numbers[0]}: {fault}." for fault, numbers in one.faults.items())
-    yield (
-        f"\nMachine: {', '.join(sorted(machines))}. Python {sys.version.split()[0]}, pydantic {versions.get('pydantic')}, "
-        f"PyYAML\n{versions.get('pyyaml')}, pyarrow {versions.get('pyarrow')}, safetensors {versions.get('safetensors')}, "
-        f"transformers {versions.get('transformers')}."
-    )
+    versions = locked_versions()
+    packages = ", ".join(f"{name} {versions.get(name)}" for name in PACKAGES)
+    yield f"\nMachine: {'; '.join(sorted(machines))}.\nPython {sys.version.split()[0]}, {packages}."
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def test_a_case_is_a_function_of_its_number() -> None:
 
 
 def test_a_process_that_raises_is_a_fault(tmp_path: Path) -> None:
-    """The check of the check: a module that cannot be imported ends in a traceback, which is not taken for an answer."""
+    """The check of the check: a module that raises when it is imported is not taken for an answer."""
     (tmp_path / "yaml.py").write_text("raise ValueError('planted')")
     env = environment(tmp_path) | {"PYTHONPATH": str(tmp_path)}
     assert "planted" in by_process(["check", str(tmp_path / "recipe.yaml")], env=env)
