@@ -54,7 +54,7 @@ class Loader(yaml.SafeLoader):
         _measure(node)
         return node
 
-    def fetch_flow_collection_start(self, TokenClass: Any) -> None:  # noqa: N803: PyYAML's name
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:  # noqa: N803
         """`[` or `{`: PyYAML's scanner looks at all that are open for each one more."""
         if self.flow_level >= DEEPEST:
             raise _too_deep(self.get_mark())

@@ -208,7 +208,8 @@ where it asks transformers in a child process (for defaults of a model type, or 
 {growth} MiB to the peak memory of its process, which can ask for {space} GiB of address space.
 
 A case is a function of its kind and its number, which is the seed: `python -m tests.fuzz.run --only KIND --case N`
-makes it again. All of a kind run in one process by the command's own function; one in {one_in} is repeated as a process.
+makes it again. All of a kind run in one process by the command's own function; one in {one_in} is repeated
+as a process.
 """
 
 
