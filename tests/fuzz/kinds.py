@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import safe_open
+
 from flows.plan.machine import Memory
 from flows.plan.preflight import judge, sampled
 from recipes.checks.external import external_headers
@@ -114,6 +116,17 @@ def _plan_of(which: Callable[[int], str]) -> Callable[[Path, int], None]:
 
 
 SMALL = {"cpu": Memory(host_gib=1.0, gpu_gib=None), "cuda": Memory(host_gib=8.0, gpu_gib=1.0, gpus=2)}
+
+
+def _weights_open(folder: Path, number: int) -> None:
+    """What `check` passes opens in the library that every later step reads with."""
+    name = models.weights_name(number)
+    path = folder / name / ("adapter_model.safetensors" if name == "adapter" else "model.safetensors")
+    with safe_open(path, "np") as file:
+        file.keys()
+    _plan_of(models.weights_name)(folder, number)
+
+
 KINDS = {
     kind.name: kind
     for kind in (
@@ -166,7 +179,7 @@ KINDS = {
             make=models.weights,
             write=_weights,
             argv=_check_of(models.weights_name),
-            then=_plan_of(models.weights_name),
+            then=_weights_open,
             smaller=models.fewer_tensors,
         ),
     )

@@ -78,8 +78,10 @@ def pairs() -> tuple[tuple[str, str, dict[str, Any]], ...]:
 
 # ---- formats: one function each, from question, answer and other columns
 
-TOOL = {"type": "function", "function": {"name": "run", "parameters": {"type": "object", "properties": {"a": {}}}}}
-CALL = {"type": "function", "id": "1", "function": {"name": "run", "arguments": {"a": 1}}}
+PROPERTIES = {"a": {"type": "integer", "enum": [1, None], "anyOf": [{"type": "null"}]}}
+PARAMETERS = {"type": "object", "properties": PROPERTIES}
+TOOL = {"type": "function", "function": {"name": "run", "parameters": PARAMETERS}}
+CALL = {"type": "function", "id": "1", "function": {"name": "run", "arguments": {"a": None}}}
 
 Row = dict[str, Any]
 FORMATS: tuple[Callable[[str, str, Row], Row], ...] = (

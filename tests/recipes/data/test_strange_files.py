@@ -8,6 +8,7 @@ import subprocess
 import sys
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from recipes.data import folders
 from recipes.data.files import raw_rows
 from recipes.data.rows import read_rows
+from recipes.data.tools import calls_of, tools_of
 from tasks.runtime.process.launch import CHECKOUT
 
 
@@ -69,3 +71,10 @@ def test_a_card_of_a_stranger_is_no_reason_to_fail(tmp_path: Path, head: str) ->
     (tmp_path / "README.md").write_text(f"---\n{head}\n---\n")
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
     assert [row.values for row in raw_rows(tmp_path)] == [{"text": "a"}]
+
+
+@pytest.mark.parametrize("properties", [{"a": {"enum": 5}}, {"a": {"anyOf": 5, "oneOf": {"b": 1}}}, {"a": 5}, [5], "a"])
+def test_a_schema_of_other_types_means_no_null(properties: Any) -> None:
+    tools = tools_of([{"name": "f", "parameters": {"type": "object", "properties": properties}}])
+    (call,) = calls_of({"name": "f", "arguments": {"a": None}}, tools, what="turn 1")
+    assert call["function"]["arguments"] == {}
