@@ -5,7 +5,6 @@ PEFT itself checks hardly any of them: a text in place of a list is taken letter
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 from recipes.plain import is_list, is_mapping
 from recipes.problem import Problem
 
+LARGEST = 1e18  # of an alpha; an integer of 400 digits is none that a float can hold
 SHOWN = 60  # characters of a value that an error shows
 
 
@@ -33,7 +33,7 @@ def _is_rank(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST  # NaN is not
 
 
 def _is_text(value: object) -> bool:
@@ -58,7 +58,7 @@ RULES = {
     "base_model_name_or_path": Rule("a text", _is_text),
     "init_lora_weights": Rule("true, false or a name", lambda value: isinstance(value, bool | str)),
     "r": Rule("a whole number from 1 on", _is_rank),
-    "lora_alpha": Rule("a number", _is_number),
+    "lora_alpha": Rule("a number up to 1e18", _is_number),
     "target_modules": _TEXTS,
     "exclude_modules": _TEXTS,
     "modules_to_save": Rule("a list of texts", lambda value: _are(value, _is_text)),
@@ -140,5 +140,5 @@ def _short(value: object) -> str:
         return "an object"
     if is_list(value):
         return "a list"
-    text = f"{value!a}" if isinstance(value, str | float | bool) else "a number"
+    text = f"{value!a}" if isinstance(value, str | float | bool) else "a whole number"
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
