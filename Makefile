@@ -120,7 +120,7 @@ served: install env-vllm env-llmcompressor  ## the table of engines against the 
 kills: install   ## 30 runs, each with a SIGKILL at a random moment: docs/results/operations.md, resumes
 	$(BIN)/python -m tests.bench.kills
 
-fuzz: install    ## 14,000 mutated recipes, rows, configs, adapters and headers through check: docs/results/fuzz.md, an hour
+fuzz: install    ## 15,000 mutated recipes, rows and files of models through check: docs/results/fuzz.md, an hour
 	$(BIN)/python -m tests.fuzz.run
 
 overheads: install  ## what the orchestration costs, against one script: docs/results/operations.md, some hours

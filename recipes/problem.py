@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from recipes.secrets import hide
+from recipes.secrets import hide_all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +29,9 @@ class Problem:
     next: str
 
     def __post_init__(self) -> None:
-        for part in fields(self):
-            object.__setattr__(self, part.name, printable(hide(getattr(self, part.name))))  # frozen: no other way
+        names = [part.name for part in fields(self)]
+        for name, text in zip(names, hide_all(getattr(self, name) for name in names), strict=True):
+            object.__setattr__(self, name, printable(text))  # frozen: no other way
 
     def __str__(self) -> str:
         return f"{self.what}\n  where: {self.where}\n  why:   {self.why}\n  next:  {self.next}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from urllib.parse import unquote
 
@@ -45,7 +45,17 @@ def is_secret(name: str, value: str) -> bool:
 
 def hide(text: str) -> str:
     """The text with `***` in place of secret variables' values, of passwords in URLs and of tokens by their form."""
-    for value in sorted(_values(), key=len, reverse=True):
+    return hide_all([text])[0]
+
+
+def hide_all(texts: Iterable[str]) -> list[str]:
+    """The same of several texts; the environment is looked through once."""
+    values = sorted(_values(), key=len, reverse=True)
+    return [_hidden(text, values) for text in texts]
+
+
+def _hidden(text: str, values: Iterable[str]) -> str:
+    for value in values:
         text = text.replace(value, HIDDEN)
     return _TOKEN.sub(HIDDEN, _URL.sub(rf"\g<before>{HIDDEN}", text))
 

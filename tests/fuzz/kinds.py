@@ -81,6 +81,12 @@ def _config(folder: Path, number: int, content: bytes) -> None:
         models.put(folder / name / "config.json", content if name == models.config_name(number) else good.read_bytes())
 
 
+def _tokenizer(folder: Path, number: int, content: bytes) -> None:
+    for name in {*models.TOKENIZERS}:
+        models.put(folder / "base" / name, (models.BASE / name).read_bytes())
+    models.put(folder / "base" / models.tokenizer_name(number), content)
+
+
 def _adapter(folder: Path, number: int, content: bytes) -> None:
     for name in ("config.json", "nf4.json"):
         (folder / "adapter" / name).unlink(missing_ok=True)
@@ -158,6 +164,17 @@ KINDS = {
             write=_config,
             argv=_check_of(models.config_name),
             then=_plan_of(models.config_name),
+            smaller=fewer_values,
+        ),
+        Kind(
+            name="tokenizers",
+            cases=1_000,
+            quick=20,
+            place=models.place,
+            make=models.tokenizer,
+            write=_tokenizer,
+            argv=_check_of(lambda number: "base"),
+            then=_plan_of(lambda number: "base"),
             smaller=fewer_values,
         ),
         Kind(

@@ -135,6 +135,43 @@ def _spoiled(content: bytes, draw: Random) -> bytes:
     )
 
 
+# ---- files of the tokenizer
+
+TOKENIZERS = ("tokenizer_config.json", "tokenizer_config.json", "tokenizer.json", "generation_config.json")
+SETTINGS: dict[str, Any] = {
+    "tokenizer_config.json": {
+        "bos_token": None,
+        "eos_token": {"content": "<|im_end|>", "special": True},
+        "pad_token": "<|endoftext|>",
+        "unk_token": None,
+        "added_tokens_decoder": {"0": {"content": "<|endoftext|>", "special": True}, "4095": {"content": "last"}},
+        "chat_template": [{"name": "default", "template": "{{ messages }}"}],
+        "model_max_length": 1024,
+    },
+    "tokenizer.json": {
+        "added_tokens": [{"id": 0, "content": "<|endoftext|>", "special": True}, {"id": 4096, "content": "more"}],
+        "model": {"type": "BPE", "vocab": {"a": 3, "b": 4}, "merges": []},
+    },
+    "generation_config.json": {"pad_token_id": 0, "eos_token_id": [2], "bos_token_id": None},
+}
+
+
+def tokenizer_name(number: int) -> str:
+    """The file that a case writes."""
+    return target(number, *TOKENIZERS)
+
+
+def tokenizer(number: int) -> bytes:
+    """A file of the tokenizer."""
+    draw = Random(f"tokenizer {number}")
+    tree = SETTINGS[tokenizer_name(number)]
+    if draw.random() < LEGAL_SHARE:
+        return as_json(tree)
+    for _ in range(draw.choice((1, 1, 2, 4))):
+        tree = changed(tree, draw)
+    return _spoiled(as_json(tree), draw)
+
+
 # ---- adapters
 
 
