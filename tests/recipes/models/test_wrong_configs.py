@@ -12,6 +12,7 @@ from recipes.checks.check import load_and_check
 from recipes.models.adapters import read_adapter
 from recipes.models.headers import read_headers
 from recipes.models.installed import configuration, is_known
+from recipes.models.token_ids import token_problems
 from recipes.problem import Problem, RecipeError
 from tests.recipes.checks.test_adapter import write_adapter
 from tests.recipes.folders import write_base, write_project, write_safetensors
@@ -126,3 +127,20 @@ def test_matrices_that_make_no_product(tmp_path: Path, a: list[int], b: list[int
     with pytest.raises(RecipeError) as caught:
         load_and_check(write_project(tmp_path, extra="train:\n  adapter: adapter\n"))
     assert any(words in problem.where for problem in caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"added_tokens_decoder": {"\u00b2": {"content": "x"}, "9" * 5000: {"content": "y"}, "1": 5}},
+        {"eos_token": {"special": True}, "pad_token": ["x"], "bos_token": {"content": 5}},
+        {"added_tokens_decoder": ["x"], "chat_template": [5, {"template": None}, {}]},
+    ],
+)
+def test_a_tokenizer_config_of_other_types_is_read_as_far_as_it_goes(tmp_path: Path, config: dict[str, Any]) -> None:
+    headers = read_headers(write_base(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    added = {"added_tokens": [{"id": 300, "content": "beyond"}, {"id": "x"}, 5], "model": {"vocab": {"a": "b"}}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(added))
+    (problem,) = token_problems(headers)
+    assert "beyond (300)" in problem.what
