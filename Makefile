@@ -20,7 +20,7 @@ MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 ENVIRONMENTS := llmcompressor autoawq autogptq vllm onnx
 
 .PHONY: help install env-llmcompressor env-autoawq env-autogptq env-vllm env-onnx quickstart check audit test test-all test-gpu bench \
-        models served folklore gate-years overheads kills cluster docs site site-serve lock lock-envs clean
+        models served folklore gate-years overheads kills fuzz cluster docs site site-serve lock lock-envs clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -119,6 +119,9 @@ served: install env-vllm env-llmcompressor  ## the table of engines against the 
 
 kills: install   ## 30 runs, each with a SIGKILL at a random moment: docs/results/operations.md, resumes
 	$(BIN)/python -m tests.bench.kills
+
+fuzz: install    ## 15,000 mutated recipes, rows and files of models through check: docs/results/fuzz.md, an hour
+	$(BIN)/python -m tests.fuzz.run
 
 overheads: install  ## what the orchestration costs, against one script: docs/results/operations.md, some hours
 	$(BIN)/python -m tests.bench.overheads

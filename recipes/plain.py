@@ -18,18 +18,23 @@ def is_list(value: object) -> TypeGuard[list[Any]]:
     return isinstance(value, list)
 
 
+LARGEST = 1 << 40  # of what config.json counts: products of such sizes still are numbers that can be printed
+
+# What reading JSON raises. ValueError: it is not UTF-8 or not JSON, or an integer has more than 4,300 digits, Python's
+# limit. RecursionError: it is nested some 1,000 levels deep.
+NOT_JSON = (ValueError, RecursionError)
+
+
 def json_object(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file; None where there is no file, no JSON or no object."""
     try:
         value: object = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+    except (OSError, *NOT_JSON):
         return None
     return value if is_mapping(value) else None
 
 
 def number_of(config: Mapping[str, Any], *names: str) -> int | None:
-    """The first of these keys that holds a whole number above zero."""
+    """The first of these keys that holds a whole number above zero that a model can have."""
     values = (config.get(name) for name in names)
-    return next(
-        (value for value in values if isinstance(value, int) and not isinstance(value, bool) and value > 0), None
-    )
+    return next((value for value in values if type(value) is int and 0 < value < LARGEST), None)

@@ -11,7 +11,10 @@ from recipes.secrets import hide
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One thing that is wrong, in the four parts that let a reader act on it; secrets in them are hidden.
+    """One thing that is wrong, in the four parts that let a reader act on it.
+
+    Secrets in them are hidden. They quote recipes, rows and names of files, which are other people's: what cannot be
+    printed (an escape sequence that a terminal obeys, a no-break space that nobody sees) stands in them as its escape.
 
     Attributes:
         what: What is wrong, one sentence.
@@ -27,7 +30,7 @@ class Problem:
 
     def __post_init__(self) -> None:
         for part in fields(self):
-            object.__setattr__(self, part.name, hide(getattr(self, part.name)))  # frozen: no other way
+            object.__setattr__(self, part.name, printable(hide(getattr(self, part.name))))  # frozen: no other way
 
     def __str__(self) -> str:
         return f"{self.what}\n  where: {self.where}\n  why:   {self.why}\n  next:  {self.next}"
@@ -47,6 +50,13 @@ class RecipeError(Exception):
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(problems)
         super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+def printable(text: str) -> str:
+    """The text with the escape of every character that cannot be printed; line feeds stay."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
 
 
 def shown(path: Path) -> str:

@@ -86,7 +86,7 @@ _SHAPES = (
     _token("a Databricks token", rf"dapi{_HEX}{{32}}(?:-\d)?"),
     _token("an API key", r"sk-(?P<body>[\w-]{22})(?![\w-])", least=LEAST_OF_THIS_LENGTH),  # LiteLLM
     _token("an API key", r"(?:sk-|gsk_|xai-|nvapi-|r8_)(?P<body>[\w-]{20,300})"),
-    _token("a signed token (JWT)", r"eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]+"),
+    _token("a signed token (JWT)", r"eyJ[\w-]{10,1000}\.eyJ[\w-]{10,}\.[\w-]+"),  # bounded: tried from each eyJ on
     _shape("an authorization header", rf"(?i:bearer|authorization\W{{1,5}}basic)\s+{_VALUE}", lower=True),
     _shape(
         "the value of a secret",

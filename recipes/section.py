@@ -10,9 +10,11 @@ PATH_BYTES, PART_BYTES = 4095, 255  # what Linux takes of a path and of a name i
 
 
 class Section(BaseModel):
-    """Closed and frozen: unknown keys are refused, nothing is changed after loading."""
+    """Closed and frozen: unknown keys are refused, nothing is changed after loading; no number is `.inf` or `.nan`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 def can_be_asked_for(path: str) -> bool:

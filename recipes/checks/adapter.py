@@ -22,7 +22,7 @@ from recipes.models.adapters import (
     untrained,
 )
 from recipes.models.headers import Headers
-from recipes.models.weights import Tensor
+from recipes.models.weights import Tensor, shown_shape
 from recipes.problem import Problem, RecipeError
 from recipes.read.load import Loaded
 
@@ -31,6 +31,7 @@ TAILS = (
     *("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "lora_B.bias"),
     *("lora_magnitude_vector", "lora_magnitude_vector.weight", TOKENS),
 )
+PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_B", "lora_embedding_A"))
 EXPERTS = re.compile(r"^(.*\.experts)\.")
 
 
@@ -153,9 +154,9 @@ class _Weights:
             if not (self.has(module) and EXPERTS.match(f"{plain_name(module)}.")):  # those PEFT puts in their place
                 yield module
             return
-        if (mine := _shape(tensors)) is None and any("lora_" in tail for tail in tensors):
-            yield f"{module} (a part of its LoRA is missing)"
-        elif mine is not None and mine != base:
+        if wrong := _unpaired(tensors):
+            yield f"{module} ({wrong})"
+        elif (mine := _shape(tensors)) is not None and mine != base:
             yield f"{module} (adapter {list(mine)}, base {list(base)})"
         yield from _rows(module, tensors, base, config)
 
@@ -176,9 +177,21 @@ def _kind(module: str) -> str:
     return re.sub(r"\d+", "*", plain_name(module))
 
 
+def _unpaired(tensors: Mapping[str, Tensor]) -> str:
+    """Why the tensors of a LoRA make no product, or nothing."""
+    for first, last in PAIRS:
+        if first in tensors and last in tensors:
+            a, b = tensors[first].shape, tensors[last].shape
+            if len(a) != 2 or len(b) != 2:
+                return f"its LoRA is no pair of matrices: {shown_shape(a)} and {shown_shape(b)}"
+            inner = (a[0], b[1]) if first == "lora_A.weight" else (a[1], b[0])
+            return f"the ranks of its LoRA differ: {inner[0]} and {inner[1]}" if inner[0] != inner[1] else ""
+    return "a part of its LoRA is missing" if any("lora_" in tail for tail in tensors) else ""
+
+
 def _shape(tensors: Mapping[str, Tensor]) -> tuple[int, ...] | None:
     """[out, in] of B @ A; of an embedding [entries, dim]. None where one of them is missing."""
-    for first, last in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_B", "lora_embedding_A")):
+    for first, last in PAIRS:
         if first in tensors and last in tensors:
             a, b = tensors[first].shape, tensors[last].shape
             return (b[0], a[1]) if first == "lora_A.weight" else (b[1], a[0])

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from recipes.plain import is_list, is_mapping
+from recipes.plain_yaml import Loader
 
 NAMED = re.compile(rb"^(?:task|group)\s*:\s*[\"']?([\w.\-+/]+)", re.MULTILINE)
 
@@ -32,7 +33,7 @@ class TaskFiles(NamedTuple):
     near: dict[str, str]
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(Loader):
     """Reads `!function module.name` as text."""
 
 

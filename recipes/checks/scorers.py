@@ -12,7 +12,7 @@ from recipes.checks.lm_eval_tasks import find_tasks
 from recipes.data.rows import SHOWN, Row
 from recipes.data.turns import said_bytes
 from recipes.data.wrong import Wrong
-from recipes.plain import is_mapping
+from recipes.plain import NOT_JSON, is_mapping
 from recipes.problem import Problem, shown
 from recipes.read.load import Loaded, missing
 from recipes.scorers import JsonSchemaSpec, LmEvalSpec, PythonCallableSpec, SqlExecutionSpec
@@ -58,7 +58,7 @@ def _schema(path: Path, field: str) -> Iterator[Problem]:
     try:
         schema: object = json.loads(path.read_text(encoding="utf-8"))
         wrong = "" if is_mapping(schema) or isinstance(schema, bool) else "It holds no JSON object."
-    except ValueError as error:  # not UTF-8, or not JSON
+    except NOT_JSON as error:
         wrong = f"It is no JSON: {error}."
     if wrong:
         yield Problem(
@@ -77,7 +77,7 @@ def _function(scorer: PythonCallableSpec, loaded: Loaded, field: str) -> Iterato
         return
     try:
         module = ast.parse(path.read_bytes(), filename=str(path))
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: nested too deep
         yield Problem(
             what=f"{shown(path)} is no Python that can be read.",
             where=field,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,6 +14,7 @@ import yaml
 from recipes.data.raw.opening import kind
 from recipes.data.raw.row import Unread
 from recipes.plain import is_list, is_mapping, json_object
+from recipes.plain_yaml import Loader
 from recipes.problem import Problem
 
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
@@ -28,6 +29,7 @@ SHARD = re.compile(r"[-_.]?\d+(-of-\d+)?$")  # behind the name of a split: train
 NAMED = re.compile(r"^\w[\w.]*-\d{5}-of-\d{5}$")  # a hub's file, whose split can have any name
 DATA = "data"  # a folder, or a file of shards, of this name says nothing
 TRAIN = "train"
+MOST_ENTRIES = 200_000  # what `data.path: /` has in it takes minutes to look at
 SHOWN = 20  # names that are listed; the rest is counted
 FENCE = "---"  # before and behind the YAML of a card
 DEFAULT = "default"  # a hub's name for the configuration that has none
@@ -70,6 +72,17 @@ class FolderChoice(Unread):
         else:
             following = f"Remove `{prefix}{self.field}`{place}."
         return Problem(what=self.what, where=where, why=self.why, next=following)
+
+
+class Unlistable(FolderChoice):
+    """A folder of which not every entry can be looked at."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__("split", (), what="The folder is no folder of rows that can be listed.", why=why)
+
+    def problem(self, where: str, *, written: Literal["data", "source", "nowhere"] = "data") -> Problem:
+        """The refusal, see FolderChoice."""
+        return Problem(what=self.what, where=where, why=self.why, next="Name the file, or the folder, that is meant.")
 
 
 class _File(NamedTuple):
@@ -116,10 +129,20 @@ def data_files(path: Path, *, config: str | None = None, split: str | None = Non
 
 
 def _paths(folder: Path) -> list[Path]:
-    """Every file that can hold rows."""
+    """Every file that can hold rows.
+
+    Raises:
+        FolderChoice: Of another kind: there is too much in the folder, or it changes while it is listed.
+    """
+    try:
+        entries = sorted(islice(folder.rglob("*"), MOST_ENTRIES + 1))
+    except OSError as error:
+        raise Unlistable(f"{error.filename} in it cannot be read: {error.strerror}.") from None
+    if len(entries) > MOST_ENTRIES:
+        raise Unlistable(f"It has more than {MOST_ENTRIES:,} files and folders in it.")
     files = [
         file
-        for file in sorted(folder.rglob("*"))
+        for file in entries
         if kind(file) in (*KINDS, TEXT)
         and file.name not in NOT_ROWS
         and not any(part.startswith(".") for part in file.relative_to(folder).parts)
@@ -241,7 +264,7 @@ def _configs(card: Path) -> list[dict[str, Any]]:
             if opened.readline().rstrip() != FENCE:
                 return []
             head = list(takewhile(lambda line: line.rstrip() != FENCE, opened))
-        written: object = yaml.safe_load("".join(head))
+        written: object = yaml.load("".join(head), Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return []
     configs = written.get("configs") if is_mapping(written) else None

@@ -17,7 +17,7 @@ from recipes.data.files import Unread
 from recipes.data.raw.strict import parse
 from recipes.data.tools import Tool, tools_of
 from recipes.data.turns import MEDIA, Message, check_turns, turns_of
-from recipes.plain import is_list, is_mapping
+from recipes.plain import NOT_JSON, is_list, is_mapping
 from recipes.problem import Problem
 
 Format = Literal["messages", "prompt-completion", "sharegpt", "alpaca", "text"]
@@ -310,7 +310,7 @@ def _holds_turns(text: str) -> bool:
         return False
     try:
         turns: object = json.loads(text)
-    except ValueError:
+    except NOT_JSON:
         return False
     return is_list(turns) and all(is_mapping(turn) and ("role" in turn or "from" in turn) for turn in turns)
 

@@ -95,10 +95,15 @@ def takes_null(schema: Mapping[str, Any]) -> bool:
     kinds = schema.get("type")
     if "null" in (kinds if is_list(kinds) else [kinds]) or schema.get("nullable"):
         return True
-    if None in (schema.get("enum") or []):
+    if None in _listed(schema.get("enum")):
         return True
-    choices: list[Any] = [*(schema.get("anyOf") or []), *(schema.get("oneOf") or [])]
+    choices = [*_listed(schema.get("anyOf")), *_listed(schema.get("oneOf"))]
     return any(is_mapping(choice) and takes_null(choice) for choice in choices)
+
+
+def _listed(value: Any) -> list[Any]:
+    """A list; what is none counts as empty."""
+    return value if is_list(value) else []
 
 
 def _call(raw: Any, tools: Sequence[Mapping[str, Any]] | None, *, what: str) -> dict[str, Any]:
@@ -123,7 +128,8 @@ def _parameters(name: str, tools: Sequence[Mapping[str, Any]] | None) -> Mapping
     for tool in tools or ():
         if tool["function"]["name"] == name:
             parameters = tool["function"].get("parameters")
-            return (parameters.get("properties") or {}) if is_mapping(parameters) else {}
+            properties = parameters.get("properties") if is_mapping(parameters) else None
+            return properties if is_mapping(properties) else {}
     return {}
 
 

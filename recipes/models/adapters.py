@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from recipes.models.adapter_config import config_problems
 from recipes.models.decoder import is_expert
 from recipes.models.weights import Tensor, read_file
-from recipes.plain import is_mapping, json_object
+from recipes.plain import is_list, is_mapping, json_object
 from recipes.problem import Problem, RecipeError
 
 PREFIX = "base_model.model."  # PEFT's, before the base's own module names
@@ -188,7 +189,8 @@ def read_adapter(folder: Path) -> Adapter:
             why="An adapter is read from PEFT's safetensors; a pickle (adapter_model.bin) can run code.",
             next="Name a folder that PEFT's save_pretrained wrote (safetensors is its default).",
         ).error()
-    problems = [*_initialisation(folder, config), *_kind(folder, config), *_tying(folder, config)]
+    problems = config_problems(folder / CONFIG, config)
+    problems = problems or [*_initialisation(folder, config), *_kind(folder, config), *_tying(folder, config)]
     tensors: dict[str, Tensor] = {}
     try:
         tensors = read_file(folder / WEIGHTS)
@@ -276,6 +278,8 @@ def _other_four_bits(quantization: Mapping[str, Any]) -> str:
         return f"{kind}, not NF4"
     if not quantization.get("bnb_4bit_use_double_quant", False):
         return "without double quantization: its scales, and so its weights, are others (bnb_4bit_use_double_quant)"
-    skipped: Iterable[str] = quantization.get("llm_int8_skip_modules") or ()
+    skipped: Any = quantization.get("llm_int8_skip_modules") or []
+    if not is_list(skipped) or not all(isinstance(name, str) for name in skipped):
+        return "what was left in bf16 (llm_int8_skip_modules) is no list of names"
     kept = sorted(name for name in skipped if name.rpartition(".")[2] not in OUTSIDE_LAYERS)
     return f"these were left in bf16 (llm_int8_skip_modules): {', '.join(kept)}" if kept else ""

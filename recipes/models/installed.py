@@ -8,16 +8,21 @@ from functools import lru_cache
 from pathlib import Path
 
 _PAIR = re.compile(r'^\s*\(?"([^"]+)"[,:]\s*"(\w+)"', re.MULTILINE)
+_TYPE = re.compile(r"\w[\w.-]{0,79}")  # it becomes a folder's name: config.json of a stranger is no path
 _MAPPINGS = ("auto_mappings.py", "configuration_auto.py")
 
 
 def is_known(kind: str) -> bool:
     """Transformers has a configuration class for this `model_type`."""
+    if not _TYPE.fullmatch(kind):
+        return False
     return kind in _folders() or any((root / kind.replace("-", "_")).is_dir() for root in _roots())
 
 
 def configuration(kind: str) -> str:
     """Source of the module with the configuration class of this `model_type`; empty where there is none."""
+    if not _TYPE.fullmatch(kind):
+        return ""
     name = _folders().get(kind, kind.replace("-", "_"))
     files = (root / name / f"configuration_{name}.py" for root in _roots())
     return next((file.read_text(encoding="utf-8") for file in files if file.is_file()), "")

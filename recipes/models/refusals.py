@@ -12,6 +12,8 @@ from recipes.problem import Problem
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 DEQUANTIZERS = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}  # of transformers 5.23; they run on a CPU
+SIZES = ("vocab_size", *("hidden_size", "n_embd", "d_model"), *("num_hidden_layers", "n_layer", "n_layers"))
+SIZES += ("num_attention_heads", "n_head", "n_heads", "num_key_value_heads", "head_dim", "intermediate_size")
 _HEAD = re.compile(r"For([A-Z]\w*)$")
 TEXT_HEADS = ("CausalLM", "ConditionalGeneration")  # of LlamaForCausalLM, Gemma3ForConditionalGeneration
 
@@ -22,7 +24,8 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def config_problems(folder: Path, config: Mapping[str, Any]) -> Iterator[Problem]:
-    """Already quantized, or no model of text."""
+    """Values that nothing can be counted with, already quantized, or no model of text."""
+    yield from _wrong_types(folder, config)
     if "quantization_config" in config:
         yield _quantized_already(folder, config)
     head = _HEAD.search(architecture(config) or "")
@@ -35,6 +38,24 @@ def config_problems(folder: Path, config: Mapping[str, Any]) -> Iterator[Problem
         )
     if config.get("is_encoder_decoder"):
         yield encoder_decoder(folder)
+
+
+def _wrong_types(folder: Path, config: Mapping[str, Any]) -> Iterator[Problem]:
+    """Sizes and names of another type than transformers writes: a number in quotes would count as an absent one."""
+    text = config.get("text_config")
+    parts = {"": config} | ({"text_config.": text} if is_mapping(text) else {})
+    for prefix, part in parts.items():
+        for name in (*SIZES, "model_type"):
+            value, words = part.get(name), "a text" if name == "model_type" else "a whole number"
+            fits = isinstance(value, str) if name == "model_type" else isinstance(value, int | list)
+            if value is None or (fits and not isinstance(value, bool)):  # some have a size for each layer
+                continue
+            yield Problem(
+                what=f"{prefix}{name} in config.json is {value!a:.60}; it has to be {words}.",
+                where=f"{folder / 'config.json'} {prefix}{name}",
+                why="Layers, memory and sizes are counted with it, and transformers chooses the model's class by it.",
+                next="Download config.json again, or write it as the release's card says.",
+            )
 
 
 def architecture(config: Mapping[str, Any]) -> str | None:

@@ -5,6 +5,7 @@ Training and decoding end in an index error there, or in a CUDA assertion that n
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from recipes.models.headers import Headers
 from recipes.plain import is_list, is_mapping, json_object
 from recipes.problem import Problem
 
+NUMBER = re.compile("[0-9]{1,18}")
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -48,7 +50,7 @@ def tokens_of(folder: Path) -> dict[str, int]:
     more = config.get("added_tokens_decoder")
     numbered: dict[str, Any] = more if is_mapping(more) else {}
     for number, entry in numbered.items():
-        if number.isdigit() and is_mapping(entry):
+        if NUMBER.fullmatch(number) and is_mapping(entry):
             tokens[str(entry.get("content"))] = int(number)
     return tokens
 
@@ -75,7 +77,8 @@ def _beyond(headers: Headers, rows: int) -> Iterator[Problem]:
 def _written(headers: Headers, beyond: Mapping[str, int]) -> dict[str, int]:
     """Those that every row may hold: special tokens by role, what the chat template writes."""
     config = json_object(headers.folder / "tokenizer_config.json") or {}
-    named = {value["content"] if is_mapping(value) else value for name in SPECIAL if (value := config.get(name))}
+    written = [value.get("content") if is_mapping(value) else value for name in SPECIAL if (value := config.get(name))]
+    named = {value for value in written if isinstance(value, str)}
     source = "\n".join(headers.template.texts)
     return {token: number for token, number in beyond.items() if token in named or (token and token in source)}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from difflib import get_close_matches
+from functools import cache
 from typing import Any, NamedTuple, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -21,8 +22,13 @@ NEEDS = {
     "float_type": "a number",
     "finite_number": "a finite number",
     "string_type": "text",
+    "string_unicode": "text without halves of surrogate pairs",
+    "string_too_short": "text of {min_length} characters or more",
     "bool_type": "true or false",
     "list_type": "a list",
+    "too_short": "a list of {min_length} or more",
+    "dict_type": "names with a value each",
+    "invalid_key": "a section whose keys are text",
     "model_type": "a section with keys of its own",
     "model_attributes_type": "a section with keys of its own",
     "greater_than": "greater than {gt:g}",
@@ -159,6 +165,7 @@ def _unnumbered(field: str) -> str:
     return ".".join(parts[:2] + parts[3:] if parts[:2] == ["evaluate", "external"] else parts)
 
 
+@cache
 def fields() -> dict[str, str]:
     """Every field of a recipe, by dotted name, with its documentation."""
     return dict(_walk(Recipe, prefix=""))

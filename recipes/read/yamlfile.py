@@ -1,33 +1,20 @@
-"""A YAML file as values and the line of every field.
-
-PyYAML, not ruamel.yaml: that one stops at the first repeated key, would need the same walk for dotted names, and reads
-YAML 1.2, in which `017` is 17, not 15: recipes would change their meaning in silence.
-"""
+"""A YAML file as values and the line of every field."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import yaml
 
 from recipes.plain import is_mapping
+from recipes.plain_yaml import Loader
 from recipes.problem import Problem, RecipeError, shown
 from recipes.read.secrets import secret_problems
 
-_EXPONENT = ("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"))
-
-
-class Loader(yaml.SafeLoader):
-    """SafeLoader that reads 2e-4 as the number it is (YAML 1.1 asks for 2.0e-4), and dates as text."""
-
-    yaml_implicit_resolvers: ClassVar = {  # pyright: ignore[reportIncompatibleVariableOverride]
-        first: [*((tag, pattern) for tag, pattern in known if tag != "tag:yaml.org,2002:timestamp"), _EXPONENT]
-        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+MOST_CHARS = 1 << 17  # of a file: PyYAML takes a second and more for 20,000 numbers
 
 
 class RecipeFile(NamedTuple):
@@ -50,14 +37,18 @@ def parse(path: Path, *, wanted_by: str = "") -> RecipeFile:
         RecipeError: It cannot be read, or holds no mapping.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8-sig") as file:  # a byte order mark, as editors of Windows write it
+            text = file.read(MOST_CHARS + 1)  # of a device, or a file of rows, not all
     except (OSError, UnicodeDecodeError) as error:
         raise _unreadable(path, error=error, wanted_by=wanted_by).error() from None
     name = shown(path)
+    if len(text) > MOST_CHARS:
+        raise _not_a_recipe(name, f"it has more than {MOST_CHARS:,} characters, and a recipe some thousand").error()
     problems = list(secret_problems(text, file=name, keys={}))
     try:
-        node = cast("yaml.Node | None", yaml.compose(text, Loader))  # pyright: ignore[reportUnknownMemberType]
-        values: object = yaml.load(text, Loader)
+        loader = Loader(text)
+        node = cast("yaml.Node | None", loader.get_single_node())
+        values: object = loader.construct_document(node) if node else None
     except yaml.MarkedYAMLError as error:
         raise RecipeError([*problems, _syntax(error, file=name)]) from None
     except yaml.YAMLError as error:
@@ -117,11 +108,14 @@ def _syntax(error: yaml.MarkedYAMLError, *, file: str) -> Problem:
     mark = error.problem_mark or error.context_mark
     where = f"{file}:{mark.line + 1}" if mark else file
     column = f", column {mark.column + 1}" if mark else ""
+    is_yaml = isinstance(error, yaml.constructor.ConstructorError)
     return Problem(
-        what="The recipe is not YAML.",
+        what="The recipe holds what no recipe may hold." if is_yaml else "The recipe is not YAML.",
         where=where,
         why=f"{error.problem or error.context}{column}.",
-        next="Look at this line and the one before: indentation by spaces, a space after each colon, closed quotes.",
+        next="Write text, numbers, true or false, lists and sections here, without tags."
+        if is_yaml
+        else "Look at this line and the one before: indentation by spaces, a space after each colon, closed quotes.",
     )
 
 
