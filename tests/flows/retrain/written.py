@@ -43,7 +43,6 @@ measure: {{enabled: false}}
 promote: {{prefer: {ARM}}}
 """
 SPLITS = dict.fromkeys(("train", "dev", "test"), TEST)
-RESULTS = {"prepare": {"rows": SPLITS, "tokens": SPLITS}, "evaluate": {"computed": {"device": "cpu"}}}
 
 
 @dataclass
@@ -115,7 +114,7 @@ class Week:
             "fingerprint": step.fingerprint,
             "identity": step.identity,
             "inputs": {name: origin(artifact, self.weeks.home) for name, artifact in inputs.items()},
-            "result": RESULTS.get(step.stage, {}),
+            "result": result(step),
             "seconds": 1.0,
             "peak_rss_gib": 0.5,
             "peak_gpu_gib": None,
@@ -141,9 +140,17 @@ class Week:
             (files / "config.json").write_text("{}", encoding="utf-8")
             (files / "model.safetensors").write_bytes(f"weights of week {self.number}".encode())
         elif step.stage == "choose":
-            (files / "choice.json").write_text(json.dumps({"candidate": candidates(step)[0]}), encoding="utf-8")
+            (files / "choice.json").write_text(json.dumps(result(step)), encoding="utf-8")
         elif step.stage == "evaluate":
             self.drawn._scores(files, step.slug, shape(step.slug, share), np.random.default_rng([0, len(step.slug)]))
+
+
+def result(step: Step) -> dict[str, Any]:
+    """What a job answers."""
+    if step.stage == "choose":
+        return {"candidate": candidates(step)[0]}
+    told = {"prepare": {"rows": SPLITS, "tokens": SPLITS}, "evaluate": {"computed": {"device": "cpu"}}}
+    return told.get(step.stage, {})
 
 
 def shape(slug: str, share: float) -> Shape:
