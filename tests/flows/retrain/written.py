@@ -150,7 +150,11 @@ def result(step: Step) -> dict[str, Any]:
     """What a job answers."""
     if step.stage == "choose":
         return {"candidate": candidates(step)[0]}
-    told = {"prepare": {"rows": SPLITS, "tokens": SPLITS}, "evaluate": {"computed": {"device": "cpu"}}}
+    told = {
+        "prepare": {"rows": SPLITS, "tokens": SPLITS},
+        "quantize": {"backend": "gptqmodel", "sequences": 3, "tokens": 99},
+        "evaluate": {"computed": {"device": "cpu"}},
+    }
     return told.get(step.stage, {})
 
 
