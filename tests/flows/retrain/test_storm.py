@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sqlite3
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -38,6 +39,14 @@ def project(tmp_path: Path) -> Iterator[Project]:
     made.kill()
 
 
+@pytest.fixture
+def up(project: Project) -> Iterator[subprocess.Popen[bytes]]:
+    """`quench up`, which would start its parts again where a failed test only killed those."""
+    process = project.up()
+    yield process
+    process.kill()
+
+
 def states(project: Project) -> Counter[str]:
     """How many retrains are in which state; those that are not due yet do not count."""
     query = "select state_name from flow_run where expected_start_time <= ? or state_type != 'SCHEDULED'"
@@ -47,8 +56,7 @@ def states(project: Project) -> Counter[str]:
 
 
 @pytest.mark.slow
-def test_after_a_sleep_there_is_one_retrain_and_no_storm(project: Project) -> None:
-    process = project.up()
+def test_after_a_sleep_there_is_one_retrain_and_no_storm(project: Project, up: subprocess.Popen[bytes]) -> None:
     api = json.loads((project.home / "up.json").read_text())["prefect"]
     (worker,) = [
         pid
@@ -81,6 +89,6 @@ def test_after_a_sleep_there_is_one_retrain_and_no_storm(project: Project) -> No
     with contextlib.closing(sqlite3.connect(project.home / "prefect" / "prefect.db")) as database:
         ((never_started,),) = database.execute(query).fetchall()
     assert never_started >= due - 2 * AT_ONCE  # the rest was in the worker's hands before the first one looked
-    process.terminate()
-    assert process.wait(60) == 0
+    up.terminate()
+    assert up.wait(60) == 0
     wait_gone(project.home)

@@ -6,6 +6,7 @@ Everything else is real: the recipe is pinned and composed as a run does it, art
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from tasks.runtime.step import External, Step, hardware, lookup
 from tasks.runtime.store.local import Artifact, Store
 from tests.conftest import QUICKSTART
 from tests.flows.promotion.weeks import ARM, tokens
-from tests.flows.synthetic_run import SHAPES, Shape, SyntheticRun
+from tests.flows.synthetic_run import BASE, SHAPES, Shape, SyntheticRun
 
 ROWS = 700  # of the quickstart's: enough for 128 calibration rows, as in the small run
 TEST = 4000  # rows of test in the scores that are drawn: enough to see one point
@@ -43,7 +44,6 @@ measure: {{enabled: false}}
 promote: {{prefer: {ARM}}}
 """
 SPLITS = dict.fromkeys(("train", "dev", "test"), TEST)
-RESULTS = {"prepare": {"rows": SPLITS, "tokens": SPLITS}, "evaluate": {"computed": {"device": "cpu"}}}
 
 
 @dataclass
@@ -115,7 +115,7 @@ class Week:
             "fingerprint": step.fingerprint,
             "identity": step.identity,
             "inputs": {name: origin(artifact, self.weeks.home) for name, artifact in inputs.items()},
-            "result": RESULTS.get(step.stage, {}),
+            "result": result(step),
             "seconds": 1.0,
             "peak_rss_gib": 0.5,
             "peak_gpu_gib": None,
@@ -138,12 +138,24 @@ class Week:
             pq.write_table(pa.table(table), files / "rows.parquet")
         elif step.stage in ("merge", "quantize"):
             tokens(files)
-            (files / "config.json").write_text("{}", encoding="utf-8")
-            (files / "model.safetensors").write_bytes(f"weights of week {self.number}".encode())
+            for name in ("config.json", "model.safetensors"):  # the model card reads their shapes
+                shutil.copyfile(BASE / name, files / name)
         elif step.stage == "choose":
-            (files / "choice.json").write_text(json.dumps({"candidate": candidates(step)[0]}), encoding="utf-8")
+            (files / "choice.json").write_text(json.dumps(result(step)), encoding="utf-8")
         elif step.stage == "evaluate":
             self.drawn._scores(files, step.slug, shape(step.slug, share), np.random.default_rng([0, len(step.slug)]))
+
+
+def result(step: Step) -> dict[str, Any]:
+    """What a job answers."""
+    if step.stage == "choose":
+        return {"candidate": candidates(step)[0]}
+    told = {
+        "prepare": {"rows": SPLITS, "tokens": SPLITS},
+        "quantize": {"backend": "gptqmodel", "sequences": 3, "tokens": 99},
+        "evaluate": {"computed": {"device": "cpu"}},
+    }
+    return told.get(step.stage, {})
 
 
 def shape(slug: str, share: float) -> Shape:
