@@ -25,7 +25,8 @@ from tests.flows.homes.thin import opened
 
 HOMES = sorted(path for path in Path(__file__).parent.glob("layout-*") if path.is_dir())
 NEWER = {"of_a_newer_quench": {"some": ["thing"]}}
-BY_NAME = ("inputs", "files", "identity", "params", "documents", "parts", "versions")  # keys are names there, so that an unknown one says something
+# Keys are names there, so that an unknown one says something.
+BY_NAME = ("inputs", "files", "identity", "params", "documents", "parts", "versions")
 CLOSED = "recipe.resolved.json"  # an unknown field may change what was meant: refused
 
 
