@@ -337,7 +337,7 @@ def read_json(path: Path) -> Any:
     value: Any = json.loads(path.read_text(encoding="utf-8"))
     if known := SCHEMAS.get(path.name):
         schema = value.get("schema", known)
-        if schema > known:
+        if isinstance(schema, int) and schema > known:
             raise StoreTrouble([_newer(path, schema, known)])
     return value
 
