@@ -127,7 +127,7 @@ def find_attempt(home: Path, word: str | None, run: str | None) -> Attempted:
 
 def _named(word: str | None, steps: Mapping[str, Mapping[str, Any]], run: Path) -> Mapping[str, Any]:
     """A step by its key, by the end or the beginning of it, or the only one that failed."""
-    if word in steps:
+    if word is not None and word in steps:
         return steps[word]
     failed = [key for key, step in steps.items() if step["status"] == "failed"]
     keys = failed if word is None else [key for key in steps if word in key.split("/")]

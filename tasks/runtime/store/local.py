@@ -329,11 +329,11 @@ def read_json(path: Path) -> Any:
     Raises:
         StoreTrouble: It is one of a home's own, and a newer Quench wrote it in a way that this one does not read.
     """
-    value = json.loads(path.read_text(encoding="utf-8"))
-    known = SCHEMAS.get(path.name)
-    schema = value.get("schema") if known and isinstance(value, dict) else None
-    if known and isinstance(schema, int) and schema > known:
-        raise StoreTrouble([_newer(path, schema, known)])
+    value: Any = json.loads(path.read_text(encoding="utf-8"))
+    if known := SCHEMAS.get(path.name):
+        schema = value.get("schema", known)
+        if isinstance(schema, int) and schema > known:
+            raise StoreTrouble([_newer(path, schema, known)])
     return value
 
 

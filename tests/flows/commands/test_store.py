@@ -129,7 +129,7 @@ def test_the_room_by_age(home: Path):
         (path,) = (home / "store" / "train").glob(f"{name}-*/manifest.json")
         path.write_text(json.dumps({**json.loads(path.read_text()), "finished_at": finished}))
     for path in (home / "store").glob("*/*/manifest.json"):  # without a time of their own: that of the file
-        os.utime(path, (now.timestamp() - 40 * 86_400,) * 2)
+        os.utime(path, (now.timestamp() - 40 * 86_400, now.timestamp() - 40 * 86_400))
     ages = measure(home, now=now).json["ages"]
     assert {age: line["artifacts"] for age, line in ages.items()} == {"up to 7 days": 1, "up to 90 days": 4, "older": 1}
     assert list(ages) == ["up to 7 days", "up to 90 days", "older"]
