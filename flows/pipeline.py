@@ -52,6 +52,9 @@ from tasks.runtime.store.open import open_store
 WAITING_TASKS = 32  # a task only waits for its child: leases decide what runs at once
 CANCEL_POLL_S = 2.0
 
+# What most children of a run import: torch, transformers, and our own. bitsandbytes and TRL are needed by few.
+WARM = ("tasks.jobs.evaluate", "tasks.jobs.quantize", "tasks.jobs.measure", "tasks.jobs.reference")
+
 
 class RunFailed(Exception):
     """At least one step failed; the report says which and why."""
@@ -276,7 +279,7 @@ def run_validated(validated: Validated, *, only: Sequence[str], because: Sequenc
     with refusals_logged():
         tracker = Tracker(home, experiment=validated.recipe.name, run=run)
     record = RunRecord(home, validated.loaded, id=run, flow_run=flow_run.id, because=because)
-    with Launcher() as launcher, watched(launcher):
+    with Launcher(warm=WARM) as launcher, watched(launcher):
         session = session_class()(validated, launcher, record, tracker)
         try:
             with session.display:

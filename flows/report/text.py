@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from rich import box
@@ -392,10 +394,14 @@ def card_text(example: Mapping[str, Any]) -> str:
 
 
 def fit_sentences(fit: Mapping[str, Any] | None) -> Iterator[str]:
-    """The best arm for each size of card that was computed; nothing without the part."""
-    for example in (fit or {}).get("examples", []):
-        best = example["best"] or "no arm fits"
-        yield f"{card_text(example)}, {example['batch']} x {example['context']:,} tokens: {best}"
+    """The best arm for each size of card that was computed; sizes with the same one share a line."""
+    examples = (fit or {}).get("examples", [])
+    for (best, batch, context), cards in groupby(examples, itemgetter("best", "batch", "context")):
+        held = list(cards)
+        sizes = ", ".join(f"{card['vram_gib']:g}" for card in held)
+        number = held[0].get("tensor_parallel", 1)
+        each = "" if number == 1 else f" on each of {number} cards"
+        yield f"{sizes} GiB{each}, {batch} x {context:,} tokens: {best or 'no arm fits'}"
 
 
 def gate_sentence(gate: Mapping[str, Any] | None) -> str | None:

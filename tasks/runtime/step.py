@@ -233,18 +233,12 @@ def _digests(inputs: Mapping[str, Artifact]) -> dict[str, str]:
 
 def _make(step: Step, inputs: Mapping[str, Artifact], context: Context, lease: Lease) -> Outcome:
     """Run the step's child in a new attempt and commit what it made."""
-    attempt = context.store.begin(step.stage, step.slug, step.fingerprint, inputs=_digests(inputs))
     execution = _execution(step, context.limits, lease)
-    _job(step, inputs, attempt, execution).dump(attempt.own / "job.json")
     started, clock = dt.datetime.now(dt.UTC), time.monotonic()
-    child = context.launcher.start(
-        ["run", str(attempt.own / "job.json")],
-        env=child_env(threads=execution.threads, gpus=lease.gpus),
-        cwd=attempt.own,
-        log=attempt.own / "log.txt",
-        python=interpreter(step.environment),
-    )
-    code = _follow(step, context, child, attempt)
+    attempt, child, code = _attempt(step, inputs, context, lease, execution)
+    if child.lost and not context.launcher.stop.is_set():
+        context.on_line(step, "the process that jobs are forked from was killed, and this step with it: once more")
+        attempt, child, code = _attempt(step, inputs, context, lease, execution)
     answer = _answer(step, context, attempt, code)
     manifest = {
         "stage": step.stage,
@@ -270,6 +264,24 @@ def _make(step: Step, inputs: Mapping[str, Artifact], context: Context, lease: L
         },
     }
     return _commit(step, inputs, context.store, attempt, manifest)
+
+
+def _attempt(
+    step: Step, inputs: Mapping[str, Artifact], context: Context, lease: Lease, execution: Execution
+) -> tuple[Attempt, Child, int]:
+    """Run the step's child to its end, in a new attempt; returns its exit code."""
+    attempt = context.store.begin(step.stage, step.slug, step.fingerprint, inputs=_digests(inputs))
+    _job(step, inputs, attempt, execution).dump(attempt.own / "job.json")
+    child = context.launcher.start(
+        ["run", str(attempt.own / "job.json")],
+        env=child_env(threads=execution.threads, gpus=lease.gpus),
+        cwd=attempt.own,
+        log=attempt.own / "log.txt",
+        python=interpreter(step.environment),
+        # A fork loses threads, so what is imported may have none: no pool of more than one, no CUDA.
+        warm=step.environment is None and execution.device == "cpu" and execution.processes * execution.threads == 1,
+    )
+    return attempt, child, _follow(step, context, child, attempt)
 
 
 def _execution(step: Step, limits: Limits, lease: Lease) -> Execution:

@@ -1,8 +1,9 @@
 """`python -m tests.bench.kills`: runs of a small recipe, each with a SIGKILL at a random moment; resumes.
 
-A home starts empty and its recipe is run again and again, each run killed once (the parent, a heavy child or the
-Prefect server of the run), until the last one is left alone. What is then in the home is compared with a run that
-nobody disturbed. Writes docs/results/kills.json, one line per kill, and docs/results/operations.md.
+A home starts empty and its recipe is run again and again, each run killed once (the parent, a heavy child, the process
+that children are forked from, or the Prefect server of the run), until the last one is left alone. What is then in the
+home is compared with a run that nobody disturbed. Writes docs/results/kills.json, one line per kill, and
+docs/results/operations.md.
 """
 
 from __future__ import annotations
@@ -36,8 +37,13 @@ from tests.flows.test_run import fingerprints
 
 RESULTS = CHECKOUT / "docs" / "results" / "kills.json"
 ARM = "rtn-w4-g128"  # `quench evaluate --only` makes what it needs: eight steps, from prepare to evaluate
-VICTIMS = ("parent", "child", "server")
-WORDS = {"parent": "flows.cli", "child": "tasks.runtime.process.child run", "server": "prefect server start"}
+WORDS = {
+    "parent": "flows.cli",
+    "child": "tasks.runtime.process.child run",
+    "warm parent": "tasks.runtime.process.child warm",
+    "server": "prefect server start",
+}
+VICTIMS = tuple(WORDS)
 KILLS_A_HOME = 3
 # tests/jobs/test_train.py, test_a_killed_training_goes_on_exactly: the same curve, point by point.
 TOLERANCE = 0.0
@@ -307,7 +313,7 @@ def one_home(
 
 
 def draw(seed: int, number: int, tried: int = 0) -> tuple[int, str, float]:
-    """Victim and moment of a kill: victims in shuffled threes, so that each comes as often."""
+    """Victim and moment of a kill: victims in shuffled rounds, so that each comes as often."""
     block = list(VICTIMS)
     random.Random(f"victims {seed} {number // len(VICTIMS)}").shuffle(block)
     return number, block[number % len(VICTIMS)], random.Random(f"moment {seed} {number} {tried}").random()

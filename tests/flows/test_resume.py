@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter
@@ -119,6 +120,26 @@ def test_child_killed_in_a_stage(world: World, stage: str):
     out, _ = run.communicate(timeout=1200)
     assert run.returncode == 1 and "SIGKILL" in out
     wait_gone(world.home)
+    finish(world, fingerprints(world.home), *words)
+
+
+@pytest.mark.slow
+def test_parent_killed_whose_jobs_are_spawned(world: World, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("QUENCH_COLD", "1")
+    test_parent_killed_in_a_stage(world, "quantize")
+
+
+@pytest.mark.slow
+def test_warm_parent_killed(world: World):
+    """The step under way is lost with it, and made once more; nothing else is."""
+    world.drop("quantize")
+    words = quick("quantize")
+    run = start(world, *words)
+    os.kill(psutil.Process(wait_child(world, "quantize", run)).ppid(), signal.SIGKILL)
+    out, _ = run.communicate(timeout=1200)
+    assert run.returncode == 0 and "once more" in out
+    wait_gone(world.home)
+    assert {one["status"] for one in world.steps().values()} == {"hit", "made"}
     finish(world, fingerprints(world.home), *words)
 
 

@@ -6,6 +6,7 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tasks.runtime.process.environments import locked_versions
@@ -107,6 +108,22 @@ def test_time_limit_and_kill_are_told_apart(context: Context):
     with pytest.raises(StepFailed, match="SIGKILL") as caught:
         run_step(step, {"dequantized": MODEL.artifact}, context)
     assert caught.value.returncode == -signal.SIGKILL
+
+
+def test_a_step_whose_warm_parent_was_killed_is_tried_once_more(tmp_path: Path):
+    pids: list[int] = []
+
+    def kill(step: Step, line: str) -> None:
+        if not line.isdigit():
+            return
+        pids.append(int(line))
+        os.kill(psutil.Process(pids[0]).ppid() if len(pids) == 1 else pids[1], signal.SIGKILL)
+
+    with Launcher(warm=["tests.runtime.process.hang"]) as launcher:
+        context = Context(store=Store(tmp_path), launcher=launcher, leases=Leases(tmp_path), on_line=kill)
+        with pytest.raises(StepFailed, match="SIGKILL") as caught:
+            run_step(choice(entry="tests.runtime.process.hang:run"), {"dequantized": MODEL.artifact}, context)
+    assert len({*pids}) == 2 and "attempt-2" in caught.value.log
 
 
 def test_stop_ends_the_child_and_stores_nothing(tmp_path: Path):

@@ -3,6 +3,7 @@
 `run JOB.json` imports the job's body and runs it; result.json beside job.json is what the parent reads:
 {"ok": true, "result", "peak_rss_gib", "peak_gpu_gib"} or {"ok": false, "problem", "type"}.
 Where several processes do a job together, it becomes `accelerate launch`, which starts it once per rank.
+`warm MODULE ...` imports the modules and forks a child for each job that it is asked for (forks.py).
 `exec -- PROGRAM ARGS` becomes a program that is not ours, `guard -- PROGRAM ARGS` starts one that has children.
 All die with the parent, even when SIGKILL ends it (Linux: PR_SET_PDEATHSIG).
 """
@@ -28,6 +29,7 @@ from typing import Any
 from recipes.problem import Problem
 from tasks.runtime.process.disk import full, has_space, is_full
 from tasks.runtime.process.errors import StageError
+from tasks.runtime.process.forks import serve
 from tasks.runtime.process.job import Job
 from tasks.runtime.process.ports import free_port
 
@@ -117,8 +119,7 @@ def run_job(path: Path) -> int:
         launch_ranks(job, path)
     module, _, function = job.entry.partition(":")
     if job.execution.log_level != "DEBUG":
-        for name in NOISY:
-            logging.getLogger(name).setLevel(logging.ERROR)
+        _quiet()
     try:
         body = getattr(importlib.import_module(module), function)
         answer: dict[str, Any] = {"ok": True, "result": body(job)}
@@ -133,6 +134,23 @@ def run_job(path: Path) -> int:
     if job.rank == 0 or not answer["ok"]:
         _write_answer(answer, path.with_name("result.json"), first_wins=job.execution.processes > 1)
     return 0 if answer["ok"] else 1
+
+
+def _quiet() -> None:
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _warm(modules: Sequence[str]) -> int:
+    from setproctitle import setproctitle  # of the main environment alone; before anything moves its arguments
+
+    def forked(path: Path) -> int:
+        die_with_parent()
+        setproctitle(f"{sys.executable} -P -m tasks.runtime.process.child run {path}")  # as of one that is spawned
+        return run_job(path)
+
+    _quiet()
+    return serve(modules, forked)
 
 
 def _write_answer(answer: dict[str, Any], path: Path, *, first_wins: bool) -> None:
@@ -188,12 +206,17 @@ def main(argv: list[str]) -> int:
             die_with_parent()
             verify_checkout()
             return run_job(Path(path))
+        case ["warm", *modules]:
+            die_with_parent()
+            verify_checkout()
+            return _warm(modules)
         case ["exec", "--", program, *rest]:
             die_with_parent()
             os.execvp(program, [program, *rest])
         case _:
             print(
-                "usage: python -P -m tasks.runtime.process.child run JOB.json | {exec,guard} -- PROGRAM ARGS",
+                "usage: python -P -m tasks.runtime.process.child run JOB.json | warm MODULE ... | "
+                "{exec,guard} -- PROGRAM ARGS",
                 file=sys.stderr,
             )
             return 2

@@ -3,6 +3,9 @@
 PR_SET_PDEATHSIG is tied to the thread that called fork, so children must be spawned by a thread that lives as
 long as the process. Jobs start as `python -P -m tasks.runtime.process.child run job.json`, programs that are not ours
 (a Prefect server) as `... child exec -- program args`.
+
+A launcher that is given modules starts jobs warm where it may: it forks them from a process that has imported these
+modules (warm.py; adr/0020). QUENCH_COLD=1 spawns every job.
 """
 
 from __future__ import annotations
@@ -17,11 +20,12 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 
 from recipes.secrets import is_secret
+from tasks.runtime.process.warm import WarmParent, wait_dead
 
 CHECKOUT = Path(__file__).resolve().parents[3]
 GRACE_S = 3.0
@@ -30,15 +34,16 @@ POLL_S = 0.02
 
 @dataclass(eq=False, kw_only=True)
 class Child:
-    """A live or ended child, leader of its own session and process group."""
+    """A live or ended child, leader of its own session and process group.
 
-    process: subprocess.Popen[bytes]
+    Attributes:
+        pid: Process id, and process group id.
+        lost: It was killed because the process that it was forked from died: nothing speaks against another try.
+    """
+
+    pid: int
     ended: Future[int] = field(default_factory=Future)
-
-    @property
-    def pid(self) -> int:
-        """Process id, and process group id."""
-        return self.process.pid
+    lost: bool = False
 
     def wait(self, timeout: float | None = None) -> int:
         """Exit code (negative: a signal). Raises TimeoutError."""
@@ -57,16 +62,34 @@ class _Request:
     cwd: Path
     log: Path
     python: Path
-    answer: Future[Child]
+    warm: bool
+    answer: Future[Child] = field(default_factory=Future)
+
+
+@dataclass(eq=False, kw_only=True)
+class _Forks:
+    """A warm parent, what it was asked for, and its children by the ids of the requests."""
+
+    parent: WarmParent
+    works: bool = False
+    asked: dict[int, _Request] = field(default_factory=dict)
+    children: dict[int, Child] = field(default_factory=dict)
 
 
 class Launcher:
-    """The set of live children. Use as a context manager in the flow's body: leaving it ends them all."""
+    """The set of live children. Use as a context manager in the flow's body: leaving it ends them all.
 
-    def __init__(self) -> None:
+    Args:
+        warm: Modules that a warm parent imports before it forks jobs; none: every job is spawned.
+    """
+
+    def __init__(self, *, warm: Sequence[str] = ()) -> None:
         self.stop = threading.Event()
+        self._modules = () if os.environ.get("QUENCH_COLD") == "1" else tuple(warm)
         self._requests: queue.Queue[_Request] = queue.Queue()
         self._live: set[Child] = set()
+        self._spawned: dict[Child, subprocess.Popen[bytes]] = {}
+        self._forks: _Forks | None = None
         self._thread = threading.Thread(target=self._loop, name="quench-launcher", daemon=True)
         self._thread.start()
 
@@ -77,9 +100,16 @@ class Launcher:
         self.end_all()
 
     def start(
-        self, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, log: Path, python: Path | None = None
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        cwd: Path,
+        log: Path,
+        python: Path | None = None,
+        warm: bool = False,
     ) -> Child:
-        """Spawn a child in the launcher's thread; stdout and stderr go to `log`.
+        """Start a child in the launcher's thread; stdout and stderr go to `log`.
 
         Args:
             argv: Arguments of tasks.runtime.process.child.
@@ -87,13 +117,15 @@ class Launcher:
             cwd: Its current folder.
             log: Is appended to.
             python: Interpreter; default: this process's own.
+            warm: It may be forked from a warm parent: `run JOB.json` in this interpreter, one thread, no GPU. It is
+                where its environment variables are those of the first one.
 
         Raises:
             InterruptedError: The launcher has been ended.
         """
         if self.stop.is_set():
             raise InterruptedError("the launcher has ended")
-        request = _Request(argv=argv, env=env, cwd=cwd, log=log, python=python or Path(sys.executable), answer=Future())
+        request = _Request(argv=argv, env=env, cwd=cwd, log=log, python=python or Path(sys.executable), warm=warm)
         self._requests.put(request)
         return request.answer.result()
 
@@ -125,32 +157,82 @@ class Launcher:
     def _loop(self) -> None:
         while True:
             with contextlib.suppress(queue.Empty):
-                self._spawn(self._requests.get(timeout=POLL_S))
-            for child in list(self._live):
-                code = child.process.poll()
+                self._take(self._requests.get(timeout=POLL_S))
+            for child, process in list(self._spawned.items()):
+                code = process.poll()
                 if code is not None:
-                    self._live.discard(child)
-                    child.ended.set_result(code)
+                    del self._spawned[child]
+                    self._ended(child, code)
+            if self._forks is not None:
+                self._hear(self._forks)
 
-    def _spawn(self, request: _Request) -> None:
+    def _take(self, request: _Request) -> None:
         if self.stop.is_set():
             request.answer.set_exception(InterruptedError("the launcher has ended"))
             return
         try:
-            with request.log.open("ab") as log:
-                process = subprocess.Popen(
-                    [str(request.python), "-P", "-m", "tasks.runtime.process.child", *request.argv],
-                    env={**request.env, "QUENCH_PARENT": str(os.getpid())},
-                    cwd=request.cwd,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
+            request.log.open("ab").close()
+            if (forks := self._warm(request)) is None:
+                self._spawn(request)
+            else:
+                job = Path(request.argv[1])
+                forks.asked[forks.parent.ask(job, cwd=request.cwd, log=request.log)] = request
         except OSError as error:
             request.answer.set_exception(error)
-            return
-        child = Child(process=process)
+
+    def _warm(self, request: _Request) -> _Forks | None:
+        """The warm parent, started where there is none; None where it cannot be this child's: then it is spawned."""
+        if not (request.warm and self._modules):
+            return None
+        if self._forks is None:
+            parent = WarmParent(self._modules, env=request.env, python=request.python, log=request.log)
+            self._forks = _Forks(parent=parent)
+        return self._forks if self._forks.parent.env == dict(request.env) else None
+
+    def _hear(self, forks: _Forks) -> None:
+        """What a warm parent says: this one is forked, that one has ended, or nothing any more."""
+        answers, alive = forks.parent.answers()
+        for answer in answers:
+            if "pid" in answer:
+                forks.works, request = True, forks.asked.pop(answer["id"])
+                child = forks.children[answer["id"]] = Child(pid=answer["pid"])
+                self._live.add(child)
+                request.answer.set_result(child)
+            else:
+                self._ended(forks.children.pop(answer["id"]), answer["code"])
+        if not alive or (self.stop.is_set() and not forks.children):
+            self._forget(forks)
+
+    def _forget(self, forks: _Forks) -> None:
+        """End a warm parent. Its children are gone with it; what it was asked for is spawned."""
+        self._forks = None
+        forks.parent.end()
+        if not forks.works:  # the log of the first job says why; another one would end likewise
+            self._modules = ()
+        wait_dead([child.pid for child in forks.children.values()])
+        for child in forks.children.values():
+            child.lost = True
+            self._ended(child, -signal.SIGKILL)
+        for request in forks.asked.values():
+            self._take(replace(request, warm=False))
+
+    def _ended(self, child: Child, code: int) -> None:
+        self._live.discard(child)
+        child.ended.set_result(code)
+
+    def _spawn(self, request: _Request) -> None:
+        with request.log.open("ab") as log:
+            process = subprocess.Popen(
+                [str(request.python), "-P", "-m", "tasks.runtime.process.child", *request.argv],
+                env={**request.env, "QUENCH_PARENT": str(os.getpid())},
+                cwd=request.cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        child = Child(pid=process.pid)
+        self._spawned[child] = process
         self._live.add(child)
         request.answer.set_result(child)
 

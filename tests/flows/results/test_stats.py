@@ -10,7 +10,6 @@ import pytest
 
 from flows.results.draws import draw
 from flows.results.stats import (
-    FEWEST_GROUPS,
     Estimand,
     Interval,
     Studentized,
@@ -27,6 +26,7 @@ from flows.results.stats import (
     t_critical,
     upper_quantile,
 )
+from recipes.checks.power import FEWEST_GROUPS
 
 Rng = np.random.Generator
 Arms = Callable[[Rng, int, int], list[Sums]]  # (rng, groups, arms) -> arms with equal true means

@@ -139,7 +139,7 @@ def test_an_earlier_run_takes_the_place_of_the_guess(tmp_path: Path) -> None:
     loaded = load(project(tmp_path, 900), sets=[PREFER])
     rows = check_data(loaded)
     another = Problem(what="Another warning.", where="here", why="so", next="that")
-    rows = rows._replace(warnings=(another, *rows.warnings))
+    rows = rows._replace(answers=(another,))
     assert len(rows.warnings) == 2
     assert warnings_at(loaded, rows, Rate(0.02, 0.02, "as in run r")) == (another,)
     kept, hardly = warnings_at(loaded, rows, Rate(0.1, 0.1, "as in run r"))
