@@ -97,7 +97,7 @@ def test_the_interval_covers(make: object, groups: int, truth: float) -> None:
         if simulation % 50 == 0:
             resamples = draw(groups, seed=simulation, resamples=1000)
         arm, low, high = make(rng, truth)  # type: ignore[operator]
-        known = Draws({arm.groups: resamples})
+        known = Draws({groups: resamples})
         share = Gain.of(Paired(high, low, "share" if make is task else "mean"), known).share(arm, known)
         if share is not None:
             made += 1

@@ -200,11 +200,14 @@ def test_heads_come_from_the_headers(tmp_path: Path):
         config = text | more
         return ServedModel.of(Headers(folder=tmp_path, config=config, text_config=config, tensors={}, linears=()))
 
-    assert described() == ((), 28, (4,))
-    assert described(kv_lora_rank=512) == ((), 28, ())  # latent attention keeps one head for all
-    assert described(layer_types=["linear_attention", "full_attention"], conv_L_cache=3) == ((), 28, (4,))
+    assert described() == ServedModel((), 28, (4,))
+    assert described(vocab_size=151_936).vocabulary == 151_936
+    assert described(kv_lora_rank=512) == ServedModel((), 28, ())  # latent attention keeps one head for all
+    assert described(layer_types=["linear_attention", "full_attention"], conv_L_cache=3) == ServedModel((), 28, (4,))
     mamba = {"hidden_size": 64, "num_hidden_layers": 2}
-    assert ServedModel.of(Headers(folder=tmp_path, config={}, text_config=mamba, tensors={}, linears=())) == ((), 0, ())
+    assert ServedModel.of(
+        Headers(folder=tmp_path, config={}, text_config=mamba, tensors={}, linears=())
+    ) == ServedModel(())
 
 
 @pytest.mark.parametrize(
