@@ -192,13 +192,12 @@ def _of_process(name: str, args: argparse.Namespace) -> Tally:
 
 
 def publish(tallies: dict[str, Tally]) -> None:
-    """Keep what was measured; write the page where every kind has been."""
+    """Keep what was measured, and write the page of all that has been."""
     kept = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.exists() else {}
     kept |= {name: {**asdict(one), "hardware": hardware()} for name, one in tallies.items()}
     MEASURED.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-    if kept.keys() == KINDS.keys():
-        PAGE.write_text("\n".join(page(kept)) + "\n", encoding="utf-8")
-        print(f"wrote {PAGE.relative_to(CHECKOUT)}")
+    PAGE.write_text("\n".join(page(kept)) + "\n", encoding="utf-8")
+    print(f"wrote {PAGE.relative_to(CHECKOUT)}")
 
 
 HEAD = """# Mutated input
@@ -233,8 +232,9 @@ def page(kept: dict[str, Any]) -> Iterator[str]:
     """docs/results/fuzz.md."""
     space = ADDRESS_SPACE >> 30
     yield HEAD.format(seconds=SECONDS, hangs=HANGS_S, growth=GROWTH_MIB, space=space, one_in=ONE_IN)
-    machines = {"{cpu}, {cores} cores, {memory_gib} GiB".format(**kept[name]["hardware"]) for name in KINDS}
-    tallies = {name: Tally(**{key: value for key, value in kept[name].items() if key != "hardware"}) for name in KINDS}
+    measured = [name for name in KINDS if name in kept]
+    machines = {"{cpu}, {cores} cores, {memory_gib} GiB".format(**kept[name].pop("hardware")) for name in measured}
+    tallies = {name: Tally(**kept[name]) for name in measured}
     yield from table(tallies)
     repeated = sum(one.processes for one in tallies.values())
     said = ", ".join(f"{name} {one.said:,}" for name, one in tallies.items())
@@ -242,6 +242,10 @@ def page(kept: dict[str, Any]) -> Iterator[str]:
         f"\nPeak memory is the process's, with Python and what the command imports. {repeated} cases were repeated as\n"
         f"processes. Different first sentences of refusals: {said}."
     )
+    for name, kind in KINDS.items():
+        ran = tallies[name].cases if name in tallies else 0
+        if ran < kind.cases:
+            yield f"\nOf {name}, {ran:,} of {kind.cases:,} cases were run."
     for name, one in tallies.items():
         yield from (f"\nFault in {name}, case {numbers[0]}: {fault}." for fault, numbers in one.faults.items())
     versions = locked_versions()
