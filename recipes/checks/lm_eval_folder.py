@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import yaml
 
@@ -62,10 +62,10 @@ class _Named(NamedTuple):
 def _named(path: Path) -> Iterator[_Named]:
     """Files that a YAML file names by `include:` and `!function`; none where it cannot be read, as lm-eval cannot."""
     try:
-        composed: Any = yaml.compose(path.read_bytes(), yaml.SafeLoader)  # pyright: ignore[reportUnknownMemberType]
+        top = cast("yaml.Node | None", yaml.compose(path.read_bytes(), yaml.SafeLoader))  # pyright: ignore[reportUnknownMemberType]
     except (yaml.YAMLError, RecursionError):
         return
-    for node in _nodes(composed):
+    for node in _nodes(top):
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 if key.value == "include":
