@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from itertools import chain, islice
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import yaml
 
@@ -50,15 +50,22 @@ class Loader(yaml.SafeLoader):
         try:
             node: Any = super().get_single_node()
         except RecursionError:
-            raise _too_deep(self.get_mark()) from None
+            raise _too_deep(self._mark()) from None
         _measure(node)
         return node
 
     def fetch_flow_collection_start(self, TokenClass: Any) -> None:  # noqa: N803
         """`[` or `{`: PyYAML's scanner looks at all that are open for each one more."""
         if self.flow_level >= DEEPEST:
-            raise _too_deep(self.get_mark())
-        super().fetch_flow_collection_start(TokenClass)
+            raise _too_deep(self._mark())
+        super().fetch_flow_collection_start(TokenClass)  # pyright: ignore[reportUnknownMemberType]
+
+    def _mark(self) -> Any:
+        return cast("Any", self.get_mark())  # pyright: ignore[reportUnknownMemberType]
+
+    def document(self, node: Any) -> object:
+        """The value of the document that `get_single_node` gave; None for an empty one."""
+        return cast("Any", self.construct_document(node)) if node else None  # pyright: ignore[reportUnknownMemberType]
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
         """The value of a node.
@@ -67,7 +74,7 @@ class Loader(yaml.SafeLoader):
             yaml.YAMLError: It is not what its tag says, or a whole number that is too large.
         """
         try:
-            value: Any = super().construct_object(node, deep)  # pyright: ignore[reportUnknownMemberType]
+            value = cast("Any", super().construct_object(node, deep))  # pyright: ignore[reportUnknownMemberType]
         except NOT_OF_ITS_TAG:
             value = None
             wrong = f"`{str(node.value)[:40]}` is no {str(node.tag).rpartition(':')[2]}"

@@ -34,6 +34,7 @@ LOADERS = {"Loader": yamlfile.Loader, "_Loader": lm_eval_tasks._Loader}  # of ou
 IMPORTS = {  # every import by text, and why its text is ours
     "flows/cli.py": "a constant: the module that the parser names beside the command",
     "tasks/runtime/process/child.py": "job.json's entry, which the parent wrote from its own code; our own packages",
+    "tasks/runtime/process/forks.py": "a constant of flows/pipeline.py: what jobs import",
     "tasks/jobs/quantize.py": "a backend out of the recipe's closed list",
     "tasks/jobs/backends/autoawq.py": "a constant",
     "tasks/jobs/backends/auto_gptq.py": "a constant",

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from recipes.plain import is_list, is_mapping
 from recipes.problem import Problem
@@ -17,11 +18,12 @@ LARGEST = 1e18  # of an alpha; an integer of 400 digits is none that a float can
 SHOWN = 60  # characters of a value that an error shows
 
 
-class Rule(NamedTuple):
+@dataclass(frozen=True)
+class Rule:
     """What a value has to be, in words, and whether one is."""
 
     words: str
-    fits: Callable[[Any], bool]
+    fits: Callable[[object], bool]
 
 
 def _is_count(value: object) -> bool:

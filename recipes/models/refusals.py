@@ -12,8 +12,10 @@ from recipes.problem import Problem
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 DEQUANTIZERS = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}  # of transformers 5.23; they run on a CPU
-SIZES = ("vocab_size", *("hidden_size", "n_embd", "d_model"), *("num_hidden_layers", "n_layer", "n_layers"))
-SIZES += ("num_attention_heads", "n_head", "n_heads", "num_key_value_heads", "head_dim", "intermediate_size")
+SIZES = (
+    *("vocab_size", "hidden_size", "n_embd", "d_model", "num_hidden_layers", "n_layer", "n_layers"),
+    *("num_attention_heads", "n_head", "n_heads", "num_key_value_heads", "head_dim", "intermediate_size"),
+)
 _HEAD = re.compile(r"For([A-Z]\w*)$")
 TEXT_HEADS = ("CausalLM", "ConditionalGeneration")  # of LlamaForCausalLM, Gemma3ForConditionalGeneration
 

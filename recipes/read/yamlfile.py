@@ -48,7 +48,7 @@ def parse(path: Path, *, wanted_by: str = "") -> RecipeFile:
     try:
         loader = Loader(text)
         node = cast("yaml.Node | None", loader.get_single_node())
-        values: object = loader.construct_document(node) if node else None
+        values = loader.document(node)
     except yaml.MarkedYAMLError as error:
         raise RecipeError([*problems, _syntax(error, file=name)]) from None
     except yaml.YAMLError as error:
