@@ -85,7 +85,8 @@ class Launcher:
 
     def __init__(self, *, warm: Sequence[str] = ()) -> None:
         self.stop = threading.Event()
-        self._modules = () if os.environ.get("QUENCH_COLD") == "1" else tuple(warm)
+        forks = sys.platform == "linux" and os.environ.get("QUENCH_COLD") != "1"  # elsewhere forks are not whole
+        self._modules = tuple(warm) if forks else ()
         self._requests: queue.Queue[_Request] = queue.Queue()
         self._live: set[Child] = set()
         self._spawned: dict[Child, subprocess.Popen[bytes]] = {}
