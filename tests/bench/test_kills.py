@@ -18,8 +18,9 @@ GOOD = Outcome(
 
 
 def test_each_victim_comes_as_often_and_a_seed_gives_the_same_kills() -> None:
-    draws = [draw(0, number) for number in range(30)]
-    assert draws == [draw(0, number) for number in range(30)] != [draw(1, number) for number in range(30)]
+    numbers = range(10 * len(VICTIMS))
+    draws = [draw(0, number) for number in numbers]
+    assert draws == [draw(0, number) for number in numbers] != [draw(1, number) for number in numbers]
     assert {name: sum(one[1] == name for one in draws) for name in VICTIMS} == dict.fromkeys(VICTIMS, 10)
     assert all(0 <= share < 1 for *_, share in draws)
 

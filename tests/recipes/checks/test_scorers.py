@@ -45,9 +45,9 @@ def only(path: Path) -> Problem:
         (["{kind: number, name: exact-match}", "{kind: exact-match}"], "exact-match twice"),
         (["{kind: lm-eval, tasks: [piqa]}"], "begins with lm-eval"),
         (["{kind: python, callable: score.py}"], "module:function"),
-        (["{kind: lm-eval, tasks: []}"], "at least 1 item"),
+        (["{kind: lm-eval, tasks: []}"], "a list of 1 or more"),
         (["{kind: exact-match, name: Exact}"], "40 small letters"),
-        ([], "at least 1 item"),
+        ([], "a list of 1 or more"),
         (["{kind: json-schema}"], "schema_file` is missing"),
     ],
 )
