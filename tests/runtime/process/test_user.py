@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tasks.runtime.process.launch import CHECKOUT, child_env
-from tasks.runtime.process.user import settle_user
+from tasks.runtime.process.user import READ, READ_ONLY_HUB, settle_user
 from tasks.runtime.store.local import find_home
 from tests.flows.tracking.tracked import write_run
 
@@ -47,7 +47,8 @@ def owned() -> Iterator[Path]:
 
 def python(code: str, home: Path, **more: str) -> subprocess.CompletedProcess[str]:
     """Run a line as the id, which has no entry in the password file, with nothing in its environment that names it."""
-    env = {name: text for name, text in os.environ.items() if name not in (*NAMES, "XDG_CACHE_HOME", "HF_HOME")}
+    places = ("XDG_CACHE_HOME", "HF_HOME", *READ, *READ_ONLY_HUB)  # other tests of this process may have set them
+    env = {name: text for name, text in os.environ.items() if name not in (*NAMES, *places)}
     env |= {"QUENCH_HOME": str(home), "PYTHONPATH": str(CHECKOUT), **more}
     return subprocess.run(
         [*AS_UID, sys.executable, "-c", code], env=env, cwd=home, capture_output=True, text=True, timeout=300
@@ -79,7 +80,7 @@ def test_what_a_read_only_home_holds_is_still_read_and_is_said_once(owned: Path)
     (root / ".aws" / "credentials").touch()
     code = (
         "from pathlib import Path; import json, os\n"
-        "from tasks.runtime.process.user import settle_user\n"
+        "from tasks.runtime.process.user import READ, READ_ONLY_HUB, settle_user\n"
         "home = Path(os.environ['QUENCH_HOME'])\n"
         "print(json.dumps([settle_user(home), settle_user(home), dict(os.environ)]))"
     )
