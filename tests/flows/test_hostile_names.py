@@ -29,7 +29,7 @@ from flows.report.text import markdown, overview
 from flows.results.read import Run, read_run
 from flows.run.folder import find_run
 from flows.run.progress import Display
-from flows.tracking.tracker import NAME_CHARS, _name
+from flows.tracking.values import NAME_CHARS, _name
 from recipes.models.headers import read_headers
 from recipes.problem import RecipeError
 from recipes.schemes.serve_file import describe
