@@ -101,7 +101,8 @@ def _measure(top: yaml.Node | None) -> None:
             why = f"it holds more than {MOST_VALUES:,} values, with what its aliases stand for"
             raise yaml.constructor.ConstructorError(None, None, why, level[0].start_mark)
         level = list(islice(chain.from_iterable(map(_inside, level)), left + 1))
-    raise _too_deep(level[0].start_mark)
+    if level:
+        raise _too_deep(level[0].start_mark)
 
 
 def _inside(node: yaml.Node) -> Iterator[yaml.Node]:

@@ -6,8 +6,9 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
-from recipes.plain_yaml import MOST_VALUES
+from recipes.plain_yaml import DEEPEST, MOST_VALUES, Loader
 from recipes.read.load import load
 from recipes.read.yamlfile import MOST_CHARS
 from tests.recipes.read.test_load import MINIMAL, refused, write
@@ -94,3 +95,13 @@ def test_what_a_terminal_would_obey_is_shown_as_its_escape(tmp_path: Path) -> No
     assert problem.what.endswith("it has to be text without halves of surrogate pairs.")
     (problem,) = refused(write(tmp_path, MINIMAL + "train: {r\u00a0ank: 1}\n"))
     assert "`r\\xa0ank`" in problem.what
+
+
+@pytest.mark.parametrize("depth", range(DEEPEST - 2, DEEPEST + 3))
+def test_what_is_nested_as_deep_as_may_be_is_read_and_one_more_is_refused(depth: int) -> None:
+    """The innermost list is empty: it ends at the last level that is looked at."""
+    if depth > DEEPEST:
+        with pytest.raises(yaml.YAMLError, match="nested deeper"):
+            Loader("[" * depth + "]" * depth).get_single_node()
+    else:
+        assert Loader("[" * depth + "]" * depth).get_single_node() is not None
