@@ -100,12 +100,13 @@ def _measure(top: yaml.Node | None) -> None:
         if left < 0:
             why = f"it holds more than {MOST_VALUES:,} values, with what its aliases stand for"
             raise yaml.constructor.ConstructorError(None, None, why, level[0].start_mark)
-        level = list(islice(chain.from_iterable(map(_inside, level)), left + 1))
+        level = list(islice(chain.from_iterable(map(inside, level)), left + 1))
     if level:
         raise _too_deep(level[0].start_mark)
 
 
-def _inside(node: yaml.Node) -> Iterator[yaml.Node]:
+def inside(node: yaml.Node) -> Iterator[yaml.Node]:
+    """The nodes that a node holds, keys and values alike."""
     if isinstance(node, yaml.MappingNode):
         yield from chain.from_iterable(node.value)
     elif isinstance(node, yaml.SequenceNode):

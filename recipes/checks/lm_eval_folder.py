@@ -13,6 +13,7 @@ from typing import NamedTuple, cast
 import yaml
 
 from recipes.checks.lm_eval_tasks import built_in
+from recipes.plain_yaml import inside
 
 
 class Way(NamedTuple):
@@ -83,10 +84,7 @@ def _nodes(top: yaml.Node | None) -> Iterator[yaml.Node]:
             continue
         seen.add(id(node))
         yield node
-        if isinstance(node, yaml.MappingNode):
-            left += [part for pair in node.value for part in pair]
-        elif isinstance(node, yaml.SequenceNode):
-            left += node.value
+        left += inside(node)
 
 
 def _entries(node: yaml.Node) -> list[yaml.Node]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -44,22 +45,22 @@ def parse(path: Path, *, wanted_by: str = "") -> RecipeFile:
     name = shown(path)
     if len(text) > MOST_CHARS:
         raise _not_a_recipe(name, f"it has more than {MOST_CHARS:,} characters, and a recipe some thousand").error()
-    problems = list(secret_problems(text, file=name, keys={}))
+    secrets = partial(secret_problems, text, file=name)
     try:
         loader = Loader(text)
         node = cast("yaml.Node | None", loader.get_single_node())
         values = loader.document(node)
     except yaml.MarkedYAMLError as error:
-        raise RecipeError([*problems, _syntax(error, file=name)]) from None
+        raise RecipeError([*secrets(keys={}), _syntax(error, file=name)]) from None
     except yaml.YAMLError as error:
         why = f"it cannot be read as YAML ({str(error).splitlines()[0]})"
-        raise RecipeError([*problems, _not_a_recipe(name, why)]) from None
+        raise RecipeError([*secrets(keys={}), _not_a_recipe(name, why)]) from None
     if not isinstance(node, yaml.MappingNode) or not is_mapping(values):
         why = "it is empty" if node is None else "it does not hold `key: value` lines"
-        raise RecipeError([*problems, _not_a_recipe(name, why)])
+        raise RecipeError([*secrets(keys={}), _not_a_recipe(name, why)])
     places: dict[str, str] = {}
     fields = list(_fields(node, prefix=""))
-    problems = list(secret_problems(text, file=name, keys={field.line: field.name for field in fields}))
+    problems = list(secrets(keys={field.line: field.name for field in fields}))
     for field in fields:
         place = f"{name}:{field.line}"
         if field.repeated:

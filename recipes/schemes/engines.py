@@ -9,7 +9,7 @@ from math import lcm
 from typing import NamedTuple
 
 from recipes.problem import Problem
-from recipes.schemes.ranks import SIZES, Part, ServedModel, parts, shown
+from recipes.schemes.ranks import SIZES, Part, ServedModel, parts, shown, up_to
 from recipes.schemes.reads import NAMES, READS, VLLM, Engine, rows_for
 from recipes.schemes.scheme import PER_CHANNEL, Grid, Scheme, collapsed, listed, spelled
 from recipes.schemes.slugs import known_schemes
@@ -157,12 +157,8 @@ def _of_experts(scheme: Scheme, model: ServedModel, engine: Engine) -> Iterator[
 def padded(part: Part) -> tuple[int, int]:
     """Outputs and inputs of a rank's fused layer, padded to the cheaper of Marlin's tiles (marlin_padded_nk)."""
     group = max(part.group, 1)  # the inputs stay whole groups
-    tiled = [(_up(part.outputs, outputs), _up(part.inputs, lcm(inputs, group))) for outputs, inputs in TILES]
+    tiled = [(up_to(part.outputs, outputs), up_to(part.inputs, lcm(inputs, group))) for outputs, inputs in TILES]
     return min(tiled, key=lambda size: (size[0] * size[1], sum(size)))
-
-
-def _up(number: int, step: int) -> int:
-    return -(-number // step) * step
 
 
 def _off_tile(part: Part) -> bool:

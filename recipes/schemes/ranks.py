@@ -128,7 +128,12 @@ def parts(scheme: Scheme, model: ServedModel, ranks: int) -> Iterator[Part]:
 
 def padded_vocabulary(entries: int) -> int:
     """Entries of the embeddings as vLLM holds them."""
-    return -(-entries // VOCABULARY) * VOCABULARY
+    return up_to(entries, VOCABULARY)
+
+
+def up_to(number: int, step: int) -> int:
+    """The smallest multiple of a step that is no less than the number."""
+    return -(-number // step) * step
 
 
 def is_row_parallel(layer: Linear) -> bool:

@@ -246,7 +246,7 @@ def _make(step: Step, inputs: Mapping[str, Artifact], context: Context, lease: L
         "slug": step.slug,
         "fingerprint": step.fingerprint,
         "identity": step.identity,
-        "inputs": {name: _origin(artifact, context.store.home) for name, artifact in inputs.items()},
+        "inputs": {name: origin(artifact, context.store.home) for name, artifact in inputs.items()},
         "result": answer["result"],
         "seconds": round(time.monotonic() - clock, 3),
         "peak_rss_gib": answer["peak_rss_gib"],
@@ -320,7 +320,7 @@ def _job(step: Step, inputs: Mapping[str, Artifact], attempt: Attempt, execution
     )
 
 
-def _origin(artifact: Artifact, home: Path) -> dict[str, str]:
+def origin(artifact: Artifact, home: Path) -> dict[str, str]:
     """What a manifest says of an input; its path is relative to QUENCH_HOME inside it, absolute outside."""
     path = artifact.path.relative_to(home) if artifact.path.is_relative_to(home) else artifact.path
     return {"fingerprint": artifact.fingerprint, "digest": artifact.digest, "path": str(path)}

@@ -23,10 +23,7 @@ ALLOWED = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, 
 FILES = {sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH}  # a SCHEMA.sql makes tables in memory; VACUUM INTO attaches, too
 STEPS = 5_000_000  # virtual machine instructions per query, about 0.2 s; time would depend on the machine
 TICK = 100  # steps between two looks: one alone may search a megabyte for half of it, 7 s
-SECONDS, MIB = (
-    10.0,
-    512,
-)  # processor time and memory of a query; STEPS take 0.2 s unless they are slow ones
+SECONDS, MIB = 10.0, 512  # processor time and memory of a query; STEPS take 0.2 s unless they are slow ones
 SCRIPT_SECONDS, SCRIPT_MIB = 300.0, 8192  # of a SCHEMA.sql: a gigabyte of rows takes some 60 s and 1.5 GiB
 BYTES = 1_000_000  # longest string or blob
 QUERY_BYTES = 100_000  # longest query

@@ -32,7 +32,7 @@ from recipes.problem import Problem
 from tasks.runtime.process.disk import full, has_space, is_full
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.forks import serve
-from tasks.runtime.process.job import Job
+from tasks.runtime.process.job import ENTRY, Job
 from tasks.runtime.process.ports import free_port
 
 PR_SET_PDEATHSIG = 1
@@ -148,7 +148,7 @@ def _warm(modules: Sequence[str]) -> int:
 
     def forked(path: Path) -> int:
         die_with_parent()
-        setproctitle(f"{sys.executable} -P -m tasks.runtime.process.child run {path}")  # as of one that is spawned
+        setproctitle(" ".join([sys.executable, *ENTRY, "run", str(path)]))  # as of one that is spawned
         return run_job(path)
 
     _quiet()

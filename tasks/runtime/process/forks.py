@@ -19,6 +19,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+# Of the parent alone: pyarrow's allocator starts a thread of its own otherwise, which a fork would lose.
+NO_THREADS = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
+
 
 def serve(modules: Sequence[str], run: Callable[[Path], int]) -> int:
     """The process's own side: import, then fork a child for each line of standard input, until it is closed.
@@ -93,7 +96,8 @@ def _fork(request: Mapping[str, Any], run: Callable[[Path], int], *, close: Sequ
         os.close(log)
         os.close(null)
         os.chdir(request["cwd"])
-        del os.environ["JE_ARROW_MALLOC_CONF"]
+        for name in NO_THREADS:
+            del os.environ[name]
         if numpy := sys.modules.get("numpy"):  # Python's own generator is seeded anew by a fork, numpy's is not
             numpy.random.seed()
         code = run(Path(request["job"]))

@@ -18,6 +18,7 @@ from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.events import Events
 
 SCHEMA = 1
+ENTRY = ("-P", "-m", "tasks.runtime.process.child")  # behind the interpreter, on the command line of every child
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ from pathlib import Path
 from types import TracebackType
 
 from recipes.secrets import is_secret
+from tasks.runtime.process.job import ENTRY
 from tasks.runtime.process.warm import WarmParent, wait_dead
 
 CHECKOUT = Path(__file__).resolve().parents[3]
@@ -172,10 +173,10 @@ class Launcher:
             request.answer.set_exception(InterruptedError("the launcher has ended"))
             return
         try:
-            request.log.open("ab").close()
             if (forks := self._warm(request)) is None:
                 self._spawn(request)
             else:
+                request.log.open("ab").close()  # one that cannot be written is told here, as of a spawned child
                 job = Path(request.argv[1])
                 forks.asked[forks.parent.ask(job, cwd=request.cwd, log=request.log)] = request
         except OSError as error:
@@ -224,7 +225,7 @@ class Launcher:
     def _spawn(self, request: _Request) -> None:
         with request.log.open("ab") as log:
             process = subprocess.Popen(
-                [str(request.python), "-P", "-m", "tasks.runtime.process.child", *request.argv],
+                [str(request.python), *ENTRY, *request.argv],
                 env={**request.env, "QUENCH_PARENT": str(os.getpid())},
                 cwd=request.cwd,
                 stdin=subprocess.DEVNULL,

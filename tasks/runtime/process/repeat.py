@@ -16,13 +16,12 @@ from pathlib import Path
 
 from recipes.secrets import hide, is_secret
 from tasks.runtime.process.environments import interpreter
-from tasks.runtime.process.job import Job
+from tasks.runtime.process.job import ENTRY, Job
 from tasks.runtime.process.launch import child_env
 from tasks.runtime.store.local import read_json, write_json
 
 STARTED = "child.json"  # beside job.json; only of an attempt that failed
 JOB = "job.json"
-ENTRY = ("-P", "-m", "tasks.runtime.process.child")
 # The terminal's own, where a job is repeated; PYTHONBREAKPOINT names the debugger that breakpoint() opens.
 TERMINAL = ("TERM", "COLORTERM", "COLUMNS", "LINES", "NO_COLOR", "PYTHONBREAKPOINT")
 SHELL = ("_", "SHLVL", "PWD", "OLDPWD", *TERMINAL)  # differ from shell to shell and mean nothing to a job

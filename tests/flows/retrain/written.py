@@ -24,7 +24,7 @@ from recipes.checks.check import load_and_read
 from recipes.schema import Recipe
 from tasks import evaluate
 from tasks.choose import candidates
-from tasks.runtime.step import External, Step, hardware, lookup
+from tasks.runtime.step import External, Step, hardware, lookup, origin
 from tasks.runtime.store.local import Artifact, Store
 from tests.conftest import QUICKSTART
 from tests.flows.promotion.weeks import ARM, tokens
@@ -166,9 +166,3 @@ def shape(slug: str, share: float) -> Shape:
 def external(name: str, artifact: Artifact) -> External:
     """An artifact as an input that is known by its digest."""
     return External(name=name, path=artifact.path, digest=artifact.digest, source=str(artifact.path))
-
-
-def origin(artifact: Artifact, home: Path) -> dict[str, str]:
-    """What a manifest says of an input."""
-    path = artifact.path.relative_to(home) if artifact.path.is_relative_to(home) else artifact.path
-    return {"fingerprint": artifact.fingerprint, "digest": artifact.digest, "path": str(path)}
