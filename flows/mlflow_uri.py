@@ -11,6 +11,7 @@ import httpx
 from recipes.problem import Problem
 from tasks.runtime.store.local import read_json
 
+DATABASE = "mlflow.db"  # below QUENCH_HOME
 ANSWER_S = 10.0  # a refused connection answers at once, a busy server does not
 
 
@@ -18,7 +19,12 @@ def tracking_uri(home: Path) -> str:
     """MLFLOW_TRACKING_URI, else the server of a `quench up --postgres`, else SQLite below QUENCH_HOME."""
     up = home / "up.json"
     known = os.environ.get("MLFLOW_TRACKING_URI") or (read_json(up).get("tracking") if up.exists() else None)
-    return known or f"sqlite:///{home / 'mlflow.db'}"
+    return known or own_database(home)
+
+
+def own_database(home: Path) -> str:
+    """Address of the database below QUENCH_HOME."""
+    return f"sqlite:///{home / DATABASE}"
 
 
 def silent(uri: str) -> Problem | None:

@@ -35,6 +35,7 @@ from flows.plan.registered import counted, document_problems, registered_tag
 from flows.plan.validate import Validated, validate
 from flows.report.build import render
 from flows.report.inert import inert, one_line
+from flows.report.tables import escaped
 from flows.results.read import read_run
 from flows.run.credentials import settle
 from flows.run.folder import RunRecord, new_id
@@ -405,8 +406,7 @@ def drain() -> None:
 
 def _plan_markdown(validated: Validated) -> str:
     rows = [
-        f"| {'hit' if step.hit else 'make'} | `{step.key}` | {one_line(step.why).replace('|', chr(92) + '|')} |"
-        for step in validated.plan
+        f"| {'hit' if step.hit else 'make'} | `{step.key}` | {escaped(one_line(step.why))} |" for step in validated.plan
     ]
     return inert("\n".join(["| | step | why |", "| --- | --- | --- |", *rows]))
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flows.commands.terminal import DONE, FAILED, Output, say, warn
-from flows.promotion.journal import Journal, Promotion, challenger, champion, models
+from flows.promotion.journal import Journal, Promotion, challenger, models, with_champion
 from flows.promotion.present import Present, present
 from flows.reach import JOURNAL
 from flows.results.metrics import METRICS, interval_text, value_text
@@ -116,8 +116,7 @@ def _unread(home: Path, model: str, unread: int) -> Problem:
 
 
 def _none(home: Path, model: str | None) -> Problem:
-    every = models(home)
-    able = [name for name in every if champion(Journal(home, name).lines())]
+    every, able = models(home), with_champion(home)
     if model in every:
         journal = Journal(home, model)
         why = _judged(challenger(journal.lines()), journal.unread())

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from flows.commands.terminal import DONE, FAILED, Output
 from flows.plan.sizes import GIB
-from flows.report.text import FIT_RULE, card_text
+from flows.report.fit import FIT_RULE, card_text
 from flows.results.card_fit import (
     FREE_SHARE,
     Refused,
@@ -22,6 +22,7 @@ from flows.results.card_fit import (
     best,
     cache_of,
     cards_of,
+    engine_of,
     fits,
     front,
     headers_of,
@@ -50,7 +51,7 @@ def command(args: argparse.Namespace) -> Output:
     home = find_home()
     run = read_run(find_run(home, args.run), home)
     if cards is not None:
-        engine = engine or (run.recipe.get("serve") or {}).get("engine", "none")  # what the run noted was for its own
+        engine = engine or engine_of(run)  # what the run noted was for its own
     cards = cards or cards_of(run, engine)
     if cards > 1 and (engine or "vllm") != "vllm":
         raise _not_split(cards, engine).error()
@@ -85,7 +86,7 @@ def chosen(run: Run, *, vram_gib: float, work: Workload, engine: str | None) -> 
         "run": run.raw["id"],
         "vram_gib": vram_gib,
         **work._asdict(),
-        "engine": engine or (run.recipe.get("serve") or {}).get("engine", "none"),
+        "engine": engine or engine_of(run),
         "best": first.arm if first else None,
         "rule": FIT_RULE,
         "free_share": FREE_SHARE,

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from flows.commands.arms import named_arm, unmade
 from flows.commands.servable import Machine, folder_of, record_of, refused
 from flows.promotion.champion import stale
-from flows.promotion.journal import Journal, Promotion, champion, models
+from flows.promotion.journal import Journal, Promotion, champion, with_champion
 from flows.reach import JOURNAL
 from flows.results.read import Run, RunArm, read_run
 from flows.run.folder import find_run
@@ -185,7 +185,7 @@ def _damaged(run: Run, arm: RunArm) -> Problem | None:
 
 
 def _no_champion(home: Path, name: str, alias: str) -> Problem:
-    able = [model for model in models(home) if champion(Journal(home, model).lines())]
+    able = with_champion(home)
     if alias == ALIAS:
         what = f"{name} has no champion."
         why = f"Champions have {', '.join(able)}." if able else "Nothing was promoted on this QUENCH_HOME."

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.commands.terminal import Output
-from flows.reach import artifact_name, measured, reached_by
+from flows.reach import measured, reached_by
 from tasks.runtime.store.local import MANIFEST, Store, find_home, read_json
 
 AGES = (("up to 7 days", 7), ("up to 30 days", 30), ("up to 90 days", 90), ("up to a year", 365), ("older", None))
@@ -31,7 +31,6 @@ class Held:
     """An artifact of the store and who reaches it.
 
     Attributes:
-        name: `<stage>/<folder>`.
         stage: Its stage.
         size: Bytes of its whole folder that no artifact before it has as hard links.
         linked: Bytes of its files that stay when it goes: MLflow or an export has a hard link.
@@ -40,7 +39,6 @@ class Held:
         keepers: `runs/ID` and `promotions/NAME/VERSION`.
     """
 
-    name: str
     stage: str
     size: int
     linked: int
@@ -111,7 +109,6 @@ def _held(home: Path, counted: Links, now: dt.datetime) -> list[Held]:
         gone = measured(folder)
         held.append(
             Held(
-                name=artifact_name(folder),
                 stage=folder.parent.name,
                 size=_size(folder, counted),
                 linked=gone.linked,

@@ -6,7 +6,7 @@ import argparse
 
 from flows.commands.terminal import DONE, FAILED, Output, say
 from flows.promotion import registry
-from flows.promotion.journal import JOURNAL, Journal, locked, records
+from flows.promotion.journal import Journal, locked, models
 from flows.tracking.moved import follow_home
 from flows.tracking.sync import sync
 from tasks.runtime.store.home import open_home
@@ -26,7 +26,7 @@ def command(args: argparse.Namespace) -> Output:
     written = sync(home, say)
     trouble: list[str] = []
     with locked(home):
-        for model in dict.fromkeys(str(record.get("model")) for record in records(home / JOURNAL)):
+        for model in models(home):
             trouble += registry.sync(home, model, Journal(home, model).lines())
     for line in trouble:
         say(f"MLflow is behind promotions.jsonl: {line}")

@@ -100,6 +100,11 @@ def models(home: Path) -> list[str]:
     return sorted({name for name in named if isinstance(name, str)})
 
 
+def with_champion(home: Path) -> list[str]:
+    """Those of `models` that have a champion."""
+    return [model for model in models(home) if champion(Journal(home, model).lines())]
+
+
 class Journal:
     """The decisions about one model."""
 

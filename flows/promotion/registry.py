@@ -18,7 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from flows.promotion.evidence import record_folder
 from flows.promotion.journal import Promotion, challenger, champion, versions
 from flows.tracking.connection import client, open_experiment
-from flows.tracking.files import link_tree
+from flows.tracking.files import link_tree, lost_folder
 from flows.tracking.moved import follow_home
 from flows.tracking.tracker import tracking_uri
 from recipes.problem import RecipeError
@@ -132,13 +132,14 @@ class _Registry:
 
     def _link_again(self, number: str, promotion: Promotion, *, stored: bool) -> None:
         """Put back the files of a version whose folder on this machine is gone; say where the store lacks them too."""
-        place = self.client.get_model_version(self.model, number).source or ""
-        if not place.startswith("file:") or Path(local_file_uri_to_path(place)).is_dir():
+        source = self.client.get_model_version(self.model, number).source
+        lost = lost_folder(source)
+        if lost is None:
             return
         if stored:
-            link_tree(self.home / promotion.path / "files", Path(local_file_uri_to_path(place)))
+            link_tree(self.home / promotion.path / "files", lost)
         else:
-            self.trouble.append(f"version {promotion.version} has lost its files, and the store has none: {place}")
+            self.trouble.append(f"version {promotion.version} has lost its files, and the store has none: {source}")
 
     def _origin(self, promotion: Promotion) -> tuple[str, str | None]:
         """Experiment and MLflow run that the artifact comes from; the run is None where MLflow has lost it."""

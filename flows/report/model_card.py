@@ -10,6 +10,7 @@ import yaml
 
 from flows.report.inert import in_lines, inert, one_line
 from flows.report.served import seconds
+from flows.report.tables import escaped
 from flows.report.text import data_line, hardware_line
 from flows.results.artifacts import parts_of, serve_record
 from flows.results.metrics import METRICS, interval_text, value_text
@@ -108,18 +109,13 @@ def _figures(origin: Provenance, report: Mapping[str, Any]) -> Iterator[str]:
         cell, metric = own[name], METRICS[name]
         beside = _cell(name, other[name]) if name in other else "-"
         count = f"{cell['n']:,}" if cell["n"] else "-"
-        yield f"| {metric.label} | {_cell(name, cell)} | {count} | {beside} | {_escaped(report['meanings'][name])} |"
+        yield f"| {metric.label} | {_cell(name, cell)} | {count} | {beside} | {escaped(report['meanings'][name])} |"
     if why := report["not_ranked"].get(origin.arm.slug):
         yield f"\nNot ranked among the arms of its run: {why}."
     if origin.arm.is_control:
         yield "\nA control: made to be compared with, not to be shipped."
     if refused := report["arms"][origin.arm.slug]["refused"]:
         yield f"\nNot served by the engine that the recipe names: {refused}"
-
-
-def _escaped(text: str) -> str:
-    """A bar would end the cell of a table."""
-    return text.replace("|", "\\|")
 
 
 def _cell(name: str, cell: Mapping[str, Any]) -> str:
@@ -133,7 +129,7 @@ def _made(origin: Provenance, report: Mapping[str, Any]) -> Iterator[str]:
     yield "| | |"
     yield "| --- | --- |"
     for name, text in _rows(origin, report):
-        yield f"| {name} | {_escaped(text)} |"
+        yield f"| {name} | {escaped(text)} |"
     yield ""
     yield "recipe.yaml is the recipe of the run, overrides included: with base and data in place `quench run` makes"
     yield "the same again."

@@ -17,9 +17,14 @@ def cell_text(metric: str, cell: Mapping[str, Any], *, joint: str = " ") -> str:
     return f"{text}{joint}{interval}" if interval else text
 
 
+def escaped(text: str) -> str:
+    """A text in which no bar ends the cell of a Markdown table."""
+    return text.replace("|", "\\|")
+
+
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """A Markdown table with padded columns, so that it can be read as it is."""
-    rows = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
+    rows = [[escaped(" ".join(cell.split())) for cell in row] for row in rows]
     widths = [max(len(row[index]) for row in (head, *rows)) for index in range(len(head))]
     right = [name.endswith(("↓", "↑")) or name in ("difference", "seconds") for name in head]
 

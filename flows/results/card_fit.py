@@ -139,7 +139,7 @@ def fits(
     """
     ranks = work.tensor_parallel
     cache, allowance = cache_of(headers, ranks=ranks), allowance_bytes(headers, work)
-    model, asked = ServedModel.of(headers), engine or (run.recipe.get("serve") or {}).get("engine", "none")
+    model, asked = ServedModel.of(headers), engine or engine_of(run)
     every: list[Fit] = []
     for arm in run.arms:
         if arm.is_control or arm.null or arm.unavailable or (arm.model is None and arm.adapter is None):
@@ -222,6 +222,11 @@ def best(every: Sequence[Fit], vram_gib: float) -> Fit | None:
     """The lowest KL among those that fit, then the fewest bytes."""
     able = [fit for fit in every if fit.fits(vram_gib)]
     return min(able, key=lambda fit: (fit.kl_mean, fit.needed), default=None)
+
+
+def engine_of(run: Run) -> str:
+    """The engine that the recipe names; `none` where it names none."""
+    return (run.recipe.get("serve") or {}).get("engine", "none")
 
 
 def cards_of(run: Run, engine: str | None) -> int:

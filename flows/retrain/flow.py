@@ -26,6 +26,7 @@ from flows.pipeline import WAITING_TASKS, flush_log, refusals_logged, run_valida
 from flows.plan.validate import fetched, validate
 from flows.promotion import promote as promotion
 from flows.report.inert import in_lines, inert
+from flows.report.tables import escaped
 from flows.retrain.late import skip_late
 from flows.retrain.notify import deliver, notification_block, send
 from flows.retrain.row_changes import Changes, Rows, count, load, rows_of, save
@@ -301,5 +302,5 @@ def _markdown(record: Mapping[str, Any], run: Path) -> str:
         lines += ["", "| domain | added | removed | edited |", "| --- | ---: | ---: | ---: |"]
         for domain in domains:
             figures = (f"{changes[kind].get(domain, 0):,}" for kind in ("added", "removed", "edited"))
-            lines.append(f"| {domain.replace('|', chr(92) + '|') or '–'} | {' | '.join(figures)} |")
+            lines.append(f"| {escaped(domain) or '–'} | {' | '.join(figures)} |")
     return inert("\n".join([*lines, "", f"Run `{run.name}`, its report: {(run / 'report.html').as_uri()}"])) + "\n"

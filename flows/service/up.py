@@ -21,9 +21,10 @@ from typing import NoReturn
 
 import psutil
 
+from flows.mlflow_uri import own_database
 from flows.run.server import links, prefect_settings, start_prefect, wait_for
 from flows.service.postgres import Stores, stores
-from flows.tracking.moved import follow, own_database
+from flows.tracking.moved import ARTIFACTS, follow
 from recipes.problem import Problem
 from tasks.runtime.process.launch import CHECKOUT, Child, Launcher, child_env
 from tasks.runtime.process.servers import answers
@@ -262,7 +263,7 @@ class Services:
     def _start_mlflow(self, log: Path) -> Child:
         """MLflow on the SQLite file that runs write to; artifacts are local files, so weights pass no server."""
         port = self.mlflow_url.rsplit(":", 1)[1]
-        files = ["--no-serve-artifacts", "--default-artifact-root", (self.home / "mlartifacts").as_uri()]
+        files = ["--no-serve-artifacts", "--default-artifact-root", (self.home / ARTIFACTS).as_uri()]
         words = ["server", "--host", self.options.host, "--port", port, "--workers", "1", *files]
         own = {"MLFLOW_BACKEND_STORE_URI": self.database, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         env = {**child_env(keep=("MLFLOW_", "PG")), **own, **self._modules()}

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mlflow.utils.file_utils import local_file_uri_to_path
+
 REFERENCE_BYTES = 1 << 20  # a file of the bucket that is at least so large is named, not sent; weights always are
 
 
@@ -22,6 +24,14 @@ def link_tree(source: Path, target: Path, *, names: Iterable[str] | None = None)
                 os.link(path, place)
             except OSError:  # another file system
                 place.write_bytes(path.read_bytes())
+
+
+def lost_folder(uri: str | None) -> Path | None:
+    """The folder that MLflow names for files, where it was on this machine and is gone; else None."""
+    if uri is None or not uri.startswith("file:"):
+        return None
+    folder = Path(local_file_uri_to_path(uri))
+    return None if folder.is_dir() else folder
 
 
 class Parted(NamedTuple):

@@ -14,12 +14,11 @@ from urllib.parse import unquote, urlsplit
 from sqlalchemy import Connection, create_engine, inspect, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from flows.mlflow_uri import tracking_uri
+from flows.mlflow_uri import DATABASE, own_database, tracking_uri
 from recipes.problem import Problem
 from recipes.secrets import hide
 
 ARTIFACTS = "mlartifacts"  # below QUENCH_HOME: the files of every experiment
-DATABASE = "mlflow.db"
 WAIT_S = 20  # for another writer of SQLite, as MLflow itself waits
 COLUMNS = (
     ("experiments", "artifact_location"),
@@ -35,11 +34,6 @@ class _Place(NamedTuple):
 
     uri: str
     path: str
-
-
-def own_database(home: Path) -> str:
-    """Address of the database below QUENCH_HOME."""
-    return f"sqlite:///{home / DATABASE}"
 
 
 def follow_home(home: Path) -> list[str]:

@@ -28,7 +28,7 @@ from flows.report.null_arms import is_unmade_null
 from flows.report.served import served_figures
 from flows.report.text import overview
 from flows.tracking.connection import WHOLE, client, open_experiment, refused, remove, runs_of
-from flows.tracking.files import link_tree, parted
+from flows.tracking.files import link_tree, lost_folder, parted
 from flows.tracking.values import PARAM_CHARS, TAG_CHARS, cut, flat, names_of, param_text, point
 from recipes.secrets import hide
 from tasks.runtime.process.events import read_events
@@ -378,7 +378,4 @@ def _comparison_columns(report: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 def _has_files(run: Run) -> bool:
     """False for a step whose folder on this machine is gone: an artifact's files were linked there."""
-    uri = run.info.artifact_uri or ""
-    if "quench.digest" not in run.data.tags or not uri.startswith("file:"):
-        return True
-    return Path(local_file_uri_to_path(uri)).is_dir()
+    return "quench.digest" not in run.data.tags or lost_folder(run.info.artifact_uri) is None
