@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from tasks.runtime.process.environments import locked_versions
-from tasks.runtime.process.launch import CHECKOUT, child_env
+from tasks.runtime.process.launch import CHECKOUT
 from tasks.runtime.step import hardware
+from tests.bench.apart import apart, peak_kib
 
 RUNS = {1_000: 5, 10_000: 3, 100_000: 1}  # groups -> runs; one of 100,000 takes minutes
 ARMS = 6
@@ -40,7 +38,7 @@ def child(groups: int) -> dict[str, Any]:
     arms = [Sums(rng.lognormal(0, 1, groups) * count, count) for _ in range(ARMS)]
     names = tuple(map(str, range(groups)))
     _ = np.ones((500, 500)) @ np.ones((500, 500))  # what BLAS reserves is no cost of an interval
-    before, draws, seconds = peak_mib(), Draws(), dict[str, float]()
+    before, draws, seconds = peak_kib() / 1024, Draws(), dict[str, float]()
     for part, estimands in {
         "first": [Estimand(arms[0])],
         "again": [Estimand(arms[1])],
@@ -50,26 +48,7 @@ def child(groups: int) -> dict[str, Any]:
         told = studentized(estimands, draws(names))
         _ = difference_intervals(told) if part == "family" else mean_interval(told[0])
         seconds[part] = time.process_time() - began
-    return {"seconds": seconds, "before_mib": before, "peak_mib": peak_mib(), "kept": bool(draws.known)}
-
-
-def peak_mib() -> float:
-    """Of this process until now. Not ru_maxrss: that begins with the peak of the process that forked this one."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
-
-
-def measured(groups: int) -> dict[str, Any]:
-    """One run in a process of its own, on one thread."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.bench.intervals", "--child", str(groups)],
-        env={**child_env(threads=1), "PATH": os.environ["PATH"]},
-        cwd=CHECKOUT,
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+    return {"seconds": seconds, "before_mib": before, "peak_mib": peak_kib() / 1024, "kept": bool(draws.known)}
 
 
 def page(runs: dict[int, list[dict[str, Any]]]) -> str:
@@ -118,7 +97,7 @@ def main() -> None:
         return
     runs: dict[int, list[dict[str, Any]]] = {}
     for groups, number in RUNS.items():
-        runs[groups] = [measured(groups) for _ in range(number)]
+        runs[groups] = [apart("tests.bench.intervals", str(groups)) for _ in range(number)]
         print(groups, runs[groups], flush=True)
     (options.out / "intervals.md").write_text(page(runs), encoding="utf-8")
     print(f"wrote {options.out / 'intervals.md'}")

@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -21,8 +18,9 @@ from typing import Any
 
 from tasks.runtime.process.environments import locked_versions
 from tasks.runtime.process.events import read_events
-from tasks.runtime.process.launch import CHECKOUT, child_env
+from tasks.runtime.process.launch import CHECKOUT
 from tasks.runtime.step import hardware
+from tests.bench.apart import apart, peak_kib
 from tests.jobs.build import make_job
 
 SIZES = (10_000, 100_000, 1_000_000)
@@ -74,7 +72,7 @@ def prepare(folder: Path, out: Path) -> dict[str, Any]:
     params = stage.step(loaded.recipe, data=[sources["data"]], tokenizer=sources["tokenizer"]).params
     job = make_job("prepare", out, params=params, data=folder / "rows.jsonl", tokenizer=BASE)
     Renderer.open(BASE)
-    before, clock, cpu, began = peak_gib(), time.monotonic(), time.process_time(), time.time()
+    before, clock, cpu, began = peak_kib() / (1 << 20), time.monotonic(), time.process_time(), time.time()
     summary = body.run(job)
     figures = {"s": time.monotonic() - clock, "cpu_s": time.process_time() - cpu, "before_gib": before}
     ends = {event["about"]: event["t"] for event, _ in read_events(out / "events.jsonl") if event["kind"] == "note"}
@@ -91,7 +89,7 @@ def check(folder: Path, out: Path) -> dict[str, Any]:
     """`quench check --data`."""
     from recipes.checks.check import load_and_read
 
-    before, clock, cpu = peak_gib(), time.monotonic(), time.process_time()
+    before, clock, cpu = peak_kib() / (1 << 20), time.monotonic(), time.process_time()
     summary = load_and_read(folder / "recipe.yaml", data=True).rows.summary
     out.mkdir()
     kept = {name: summary[name]["rows"] for name in ("train", "dev", "test")}
@@ -99,25 +97,6 @@ def check(folder: Path, out: Path) -> dict[str, Any]:
 
 
 COMMANDS = {"prepare": prepare, "check": check}
-
-
-def peak_gib() -> float:
-    """Of this process until now. Not ru_maxrss: that begins with the peak of the process that forked this one."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / (1 << 20)
-
-
-def timed(command: str, folder: Path) -> dict[str, Any]:
-    """Run a command in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.bench.rows", "--child", command, str(folder)],
-        env={**child_env(threads=1), "PATH": os.environ["PATH"]},
-        cwd=CHECKOUT,
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def measure(count: int) -> dict[str, Any]:
@@ -128,7 +107,7 @@ def measure(count: int) -> dict[str, Any]:
         size = (folder / "rows.jsonl").stat().st_size
         figures: dict[str, Any] = {"rows": count, "mb": size / 1e6}
         for command in COMMANDS:
-            figures[command] = timed(command, folder)
+            figures[command] = apart("tests.bench.rows", command, str(folder))
             print(count, command, figures[command], flush=True)
     assert figures["prepare"]["kept"] == figures["check"]["kept"]  # the check's split is prepare's
     machine = hardware()
@@ -190,7 +169,7 @@ def main() -> None:
     if options.child:
         command, folder = options.child
         figures = COMMANDS[command](Path(folder), Path(folder) / command)
-        print(json.dumps(figures | {"peak_gib": peak_gib()}))
+        print(json.dumps(figures | {"peak_gib": peak_kib() / (1 << 20)}))
         return
     record = options.out / "rows.json"
     done: dict[str, Any] = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}

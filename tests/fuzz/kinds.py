@@ -17,6 +17,8 @@ from recipes.read.load import load
 from tests.fuzz import models, recipes, rows
 from tests.fuzz.odd import fewer_lines, fewer_values
 
+SMALL = {"cpu": Memory(host_gib=1.0, gpu_gib=None), "cuda": Memory(host_gib=8.0, gpu_gib=1.0, gpus=2)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
@@ -49,10 +51,6 @@ def _recipe(folder: Path, number: int, content: bytes) -> None:
     (folder / "recipe.yaml").write_bytes(content)
 
 
-def _check(folder: Path, number: int) -> list[str]:
-    return ["check", str(folder / "recipe.yaml"), *(["--json"] if number % 2 else [])]
-
-
 def _planned(recipe: Path) -> None:
     """The memory prediction of `quench plan`, on a machine where hardly anything fits: it looks for settings."""
     loaded = load(recipe)
@@ -61,10 +59,7 @@ def _planned(recipe: Path) -> None:
     headers = read_headers(base)
     others = {name: external_headers(folder) for name, folder in loaded.externals.items() if folder}
     rows = sampled(loaded, headers)
-    for device, memory in (
-        ("cpu", Memory(host_gib=1.0, gpu_gib=None)),
-        ("cuda", Memory(host_gib=8.0, gpu_gib=1.0, gpus=2)),
-    ):
+    for device, memory in SMALL.items():
         judge(loaded.recipe, headers, memory=memory, device=device, rows=rows, externals=others, slots=2)
 
 
@@ -100,9 +95,12 @@ def _weights(folder: Path, number: int, content: bytes) -> None:
         good.unlink()
         good.symlink_to(models.BASE / "model.safetensors")
     models.write_weights(folder / "adapter" / "adapter_model.safetensors", 0, models.packed(models.adapter_header()))
+    models.write_weights(_weight_file(folder, number), number, content)
+
+
+def _weight_file(folder: Path, number: int) -> Path:
     name = models.weights_name(number)
-    file = "adapter_model.safetensors" if name == "adapter" else "model.safetensors"
-    models.write_weights(folder / name / file, number, content)
+    return folder / name / ("adapter_model.safetensors" if name == "adapter" else "model.safetensors")
 
 
 def _check_of(which: Callable[[int], str]) -> Callable[[Path, int], list[str]]:
@@ -110,6 +108,9 @@ def _check_of(which: Callable[[int], str]) -> Callable[[Path, int], list[str]]:
         *("check", str(folder / f"{which(number)}.yaml")),
         *(["--json"] if number % 2 else []),
     ]
+
+
+_check = _check_of(lambda number: "recipe")
 
 
 def _plan_of(which: Callable[[int], str]) -> Callable[[Path, int], None]:
@@ -121,14 +122,9 @@ def _plan_of(which: Callable[[int], str]) -> Callable[[Path, int], None]:
     return plan
 
 
-SMALL = {"cpu": Memory(host_gib=1.0, gpu_gib=None), "cuda": Memory(host_gib=8.0, gpu_gib=1.0, gpus=2)}
-
-
 def _weights_open(folder: Path, number: int) -> None:
     """What `check` passes opens in the library that every later step reads with."""
-    name = models.weights_name(number)
-    path = folder / name / ("adapter_model.safetensors" if name == "adapter" else "model.safetensors")
-    with safe_open(path, "np") as file:
+    with safe_open(_weight_file(folder, number), "np") as file:
         file.keys()
     _plan_of(models.weights_name)(folder, number)
 
