@@ -18,10 +18,11 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from flows.cluster.node import FailedOnNode, Handle, Landed, Order, Place, make_on_node
-from flows.pipeline import Session, needs
+from flows.pipeline import PrefectSession
 from flows.plan.lookup import known_inputs
 from flows.plan.validate import Validated
 from flows.run.folder import RunRecord
+from flows.session.session import needs
 from flows.tracking.tracker import Tracker
 from recipes.problem import Problem
 from tasks.runtime.process.errors import StepFailed
@@ -34,7 +35,7 @@ LOOK_S = 0.5
 STOP_S = 5.0
 
 
-class ClusterSession(Session):
+class ClusterSession(PrefectSession):
     """Submits steps to Ray, and takes in what lands, in the order of the composition."""
 
     def __init__(self, validated: Validated, launcher: Launcher, record: RunRecord, tracker: Tracker) -> None:

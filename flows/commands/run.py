@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -13,7 +14,7 @@ import httpx
 
 from flows.commands.terminal import DONE, FAILED, Output, say, warn
 from flows.plan.validate import Validated, validate
-from flows.run.server import OwnServer, prefect_settings
+from flows.run.server import OwnServer, prefect_settings, there_is
 from recipes.problem import Problem
 from tasks.runtime.process.disk import full, has_space
 from tasks.runtime.process.launch import Launcher
@@ -36,6 +37,8 @@ def command(args: argparse.Namespace) -> Output:
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     validated = validate(args.recipe, sets=args.set, home=home, only=args.only)  # refuse before a server is started
     warn(validated.warnings)
+    if args.runner != "ray" and all(step.hit for step in validated.plan) and not there_is(home):
+        return _hits(validated, only=args.only, clock=clock)
     with contextlib.ExitStack() as joined_cluster, Launcher() as launcher:
         if args.runner == "ray":
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -45,7 +48,8 @@ def command(args: argparse.Namespace) -> Output:
         server = OwnServer(home, launcher)
         server.start()
         os.environ["PREFECT_API_URL"] = server.api
-        from flows.pipeline import RunFailed, drain, finetune_and_quantize  # 8 s of imports while the server starts
+        from flows.pipeline import drain, finetune_and_quantize  # 8 s of imports while the server starts
+        from flows.session.body import RunFailed
 
         server.wait()
         flow = cast("Flow[..., str]", finetune_and_quantize)
@@ -63,6 +67,22 @@ def command(args: argparse.Namespace) -> Output:
             return Output(json=None, text="", code=FAILED)
         finally:
             drain()
+    return _shown(folder, clock=clock, code=code)
+
+
+def _hits(validated: Validated, *, only: Sequence[str], clock: float) -> Output:
+    """Nothing is to be made: no server is started, and Prefect is not asked."""
+    from flows.session.body import RunFailed, run_hits
+
+    say("Every step is in the store: this run needs no Prefect, and does not show in its pages.")
+    try:
+        return _shown(Path(run_hits(validated, only=only)), clock=clock, code=DONE)
+    except RunFailed as error:
+        say(f"error: {error}")
+        return _shown(Path(error.folder), clock=clock, code=FAILED)
+
+
+def _shown(folder: Path, *, clock: float, code: int) -> Output:
     from flows.commands.report import report_of
 
     what_to_look_at = (

@@ -96,6 +96,14 @@ def wait_for(ready: Callable[[], bool], what: str, *, at: str, child: Child | No
         time.sleep(0.1)
 
 
+def there_is(home: Path) -> str | None:
+    """Address of the server of PREFECT_API_URL or up.json, where one answers."""
+    up = home / "up.json"
+    known = [os.environ.get("PREFECT_API_URL", ""), read_json(up).get("prefect", "") if up.exists() else ""]
+    # A refused connection answers at once, a busy server does not.
+    return next((api for api in filter(None, known) if answers(api, timeout_s=10)), None)
+
+
 class OwnServer:
     """A Prefect server that lives as long as the launcher that started it."""
 
@@ -106,13 +114,10 @@ class OwnServer:
         self.api = ""
 
     def start(self) -> None:
-        """Use the server of up.json or PREFECT_API_URL where one answers; else start one. Does not wait."""
-        up = self._home / "up.json"
-        known = [os.environ.get("PREFECT_API_URL", ""), read_json(up).get("prefect", "") if up.exists() else ""]
-        for api in filter(None, known):
-            if answers(api, timeout_s=10):  # a refused connection answers at once, a busy server does not
-                self.api = api
-                return
+        """Use the server that there is, else start one. Does not wait."""
+        if api := there_is(self._home):
+            self.api = api
+            return
         port = free_port()
         self.api = f"http://127.0.0.1:{port}/api"
         self._child = start_prefect(self._home, self._launcher, port=port, log=self._log)

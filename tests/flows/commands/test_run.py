@@ -1,4 +1,4 @@
-"""Two runs at once in one home: the terminal of each shows its own report, whichever ends last."""
+"""Two runs at once in one home: each shows its own report. A run of hits needs no Prefect."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+from mlflow.tracking import MlflowClient
 
-from flows.pipeline import RunFailed
+from flows.plan.validate import validate
 from flows.run.folder import RunRecord, new_id
+from flows.session.body import RunFailed, run_hits
+from flows.tracking.connection import WHOLE, runs_of
+from recipes.problem import RecipeError
 from recipes.read.load import load
 from tasks.runtime.process.launch import CHECKOUT
 from tests.conftest import World
@@ -74,3 +78,39 @@ def test_only_the_run_folder_knows_of_runs_latest() -> None:
     paths = [path for package in ("flows", "tasks") for path in (CHECKOUT / package).rglob("*.py")]
     readers = [str(path.relative_to(CHECKOUT)) for path in paths if '"latest"' in path.read_text(encoding="utf-8")]
     assert readers == ["flows/run/folder.py"]
+
+
+def test_a_run_of_hits_starts_no_prefect_and_reports_the_same(world: World) -> None:
+    before = world.report()
+    alone = {name: value for name, value in world.env.items() if name != "PREFECT_API_URL"}
+    words = world.argv("run", str(world.recipe), "--json")
+    run = subprocess.run(words, env=alone, cwd=world.home.parent, capture_output=True, text=True, timeout=END_S)
+    assert run.returncode == 0 and "needs no Prefect" in run.stderr, run.stderr
+    assert not (world.home / "prefect").exists()
+    raw = json.loads((world.home / "runs" / "latest" / "steps.json").read_text())
+    assert raw["flow_run"] is None and raw["status"] == "completed"
+    assert {step["status"] for step in raw["steps"]} == {"hit"}
+    after = world.report()
+    assert before["id"] != after["id"]
+    for section in ("arms", "comparisons", "verdict", "answers", "gate", "nulls"):
+        assert before[section] == after[section], section
+    mlflow = MlflowClient(f"sqlite:///{world.home / 'mlflow.db'}")
+    found = runs_of(mlflow, mlflow.get_experiment_by_name("small").experiment_id, raw["id"])
+    assert [WHOLE in run.data.tags for run in found if run.data.tags["quench.kind"] == "run"] == [True]
+    assert [run for run in found if run.data.tags["quench.kind"] == "arm"]
+
+
+def test_a_hit_that_vanishes_after_the_plan_ends_the_run_with_what_to_type(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("QUENCH_HOME", "QUENCH_CPU_SLOTS"):
+        monkeypatch.setenv(name, world.env[name])
+    validated = validate(world.recipe, sets=[], home=world.home)
+    assert all(step.hit for step in validated.plan)
+    world.drop("evaluate", "gptq-w4-g128")
+    with pytest.raises(RecipeError) as error:
+        run_hits(validated, only=[])
+    (problem,) = error.value.problems
+    assert problem.what == "evaluate/gptq-w4-g128 is not in the store any more" and "again" in problem.next
+    stopped = max((world.home / "runs").glob("2*"), key=lambda folder: folder.stat().st_mtime_ns)
+    assert json.loads((stopped / "steps.json").read_text())["status"] == "stopped"
