@@ -37,4 +37,4 @@ def json_object(path: Path) -> dict[str, Any] | None:
 def number_of(config: Mapping[str, Any], *names: str) -> int | None:
     """The first of these keys that holds a whole number above zero that a model can have."""
     values = (config.get(name) for name in names)
-    return next((value for value in values if type(value) is int and 0 < value < LARGEST), None)
+    return next((value for value in values if type(value) is int and 0 < value <= LARGEST), None)

@@ -103,6 +103,7 @@ def check_base(loaded: Loaded, folder: Path) -> list[Problem]:
     strange = [*_own_code(config), *_unknown_type(config)]
     try:
         headers = read_headers(folder)
+        _ = headers.cache_layers  # counted by plan and run: what they cannot count is said here
     except RecipeError as error:  # a model type that transformers does not have explains what could not be read
         return [loaded.placed(problem) for problem in strange] or list(error.problems)
     problems = [*strange, *token_problems(headers), *_chat_template(loaded, headers)]

@@ -184,7 +184,7 @@ class Headers:
         value = number_of(self.text_config, name, *SPELLINGS[name])
         if value is None:
             raise Problem(
-                what=f"config.json does not say {name}.",
+                what=f"config.json says no {name} that can be counted with.",
                 where=str(self.folder / "config.json"),
                 why="Layers, memory and sizes cannot be counted without.",
                 next="Write it into config.json as the release's card says.",

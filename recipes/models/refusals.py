@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from recipes.plain import is_list, is_mapping
+from recipes.plain import LARGEST, is_list, is_mapping
 from recipes.problem import Problem
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -43,14 +43,13 @@ def config_problems(folder: Path, config: Mapping[str, Any]) -> Iterator[Problem
 
 
 def _wrong_types(folder: Path, config: Mapping[str, Any]) -> Iterator[Problem]:
-    """Sizes and names of another type than transformers writes: a number in quotes would count as an absent one."""
+    """Sizes and names of another kind than transformers writes: a number in quotes would count as an absent one."""
     text = config.get("text_config")
     parts = {"": config} | ({"text_config.": text} if is_mapping(text) else {})
     for prefix, part in parts.items():
         for name in (*SIZES, "model_type"):
-            value, words = part.get(name), "a text" if name == "model_type" else "a whole number"
-            fits = isinstance(value, str) if name == "model_type" else isinstance(value, int | list)
-            if value is None or (fits and not isinstance(value, bool)):  # some have a size for each layer
+            value, words = part.get(name), "a text" if name == "model_type" else f"a whole number from 0 to {LARGEST:,}"
+            if value is None or (isinstance(value, str) if name == "model_type" else _is_size(value)):
                 continue
             yield Problem(
                 what=f"{prefix}{name} in config.json is {value!a:.60}; it has to be {words}.",
@@ -58,6 +57,11 @@ def _wrong_types(folder: Path, config: Mapping[str, Any]) -> Iterator[Problem]:
                 why="Layers, memory and sizes are counted with it, and transformers chooses the model's class by it.",
                 next="Download config.json again, or write it as the release's card says.",
             )
+
+
+def _is_size(value: object) -> bool:
+    """A size that a model can have, or one for each layer."""
+    return is_list(value) or (type(value) is int and 0 <= value <= LARGEST)
 
 
 def architecture(config: Mapping[str, Any]) -> str | None:

@@ -144,6 +144,15 @@ def test_schemes_on_the_base_are_checked_as_well(tmp_path: Path):
     assert problem.where.endswith("recipe.yaml:10 evaluate.on_base.0") and "4 bits" in problem.why
 
 
+@pytest.mark.parametrize("heads", [[4, 4], 0, 2**63])
+def test_what_the_plan_cannot_count_is_refused_by_the_check(tmp_path: Path, heads: object):
+    recipe = write_project(tmp_path)
+    path = load(recipe).base / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"num_attention_heads": heads}))
+    assert "num_attention_heads" in only(recipe).what
+
+
 def test_a_scheme_that_stands_twice(tmp_path: Path):
     problem = only(write_project(tmp_path), "quantize.schemes=[rtn-w4-g32, rtn-w4-g32]")
     assert "twice" in problem.what and "quantize.schemes.1" in problem.where

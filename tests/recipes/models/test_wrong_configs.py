@@ -29,10 +29,16 @@ def refused(folder: Path, config: dict[str, Any]) -> Problem:
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("hidden_size", "128", "hidden_size in config.json is '128'; it has to be a whole number."),
+        ("hidden_size", "128", "hidden_size in config.json is '128'; it has to be a whole number from 0 to"),
         ("num_hidden_layers", 2.5, "it has to be a whole number"),
         ("num_key_value_heads", True, "it has to be a whole number"),
         ("vocab_size", {"a": 1}, "it has to be a whole number"),
+        (
+            "num_attention_heads",
+            2**63,
+            "is 9223372036854775808; it has to be a whole number from 0 to",
+        ),
+        ("hidden_size", -128, "it has to be a whole number from 0 to 1,099,511,627,776"),
         ("model_type", ["llama"], "model_type in config.json is ['llama']; it has to be a text."),
         ("model_type", {}, "it has to be a text"),
     ],
