@@ -1,4 +1,4 @@
-"""How long steps took before on such a GPU, by this home's own runs, scaled by tokens; nothing is guessed."""
+"""How long steps took before, by this home's own runs; nothing is guessed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from flows.plan.machine import Memory
+from tasks.runtime.step import hardware
 from tasks.runtime.store.local import StoreTrouble, read_json
 
 ALIKE = 0.05  # of a card's memory: sellers and drivers count it a little differently (79.6 GiB of an "80 GB" card)
@@ -23,8 +24,24 @@ class Seconds(NamedTuple):
     n: int
 
 
+def same_recipe(home: Path, name: str) -> dict[str, float]:
+    """Seconds of the steps that runs of this recipe made here, on a machine like this one, by key; the latest count.
+
+    Args:
+        home: QUENCH_HOME; it need not exist.
+        name: The recipe's.
+    """
+    found: dict[str, float] = {}
+    here = hardware()
+    for folder in sorted((home / "runs").glob("[0-9]*/")):
+        run = _json(folder / "steps.json")
+        if run.get("name") == name and run.get("hardware") == here:
+            found |= {step["key"]: step["seconds"] for step in run["steps"] if step["status"] == "made"}
+    return found
+
+
 def seconds(home: Path, *, base: str, memory: Memory, tokens: Mapping[str, float]) -> dict[str, Seconds]:
-    """Of the steps that were made before from this base on a GPU with as much memory, by key.
+    """Of the steps that were made before from this base on a GPU with as much memory, scaled by tokens, by key.
 
     Args:
         home: QUENCH_HOME; it need not exist.

@@ -28,6 +28,7 @@ from flows.results.power import sentence as power_sentence
 
 COLUMNS = ("size_bytes", "task", "truncated", "kl_mean", "ppl_test", "top1_agreement", "ppl_general")
 OF_ANY_TOKENIZER = ("bits_per_byte",)  # beside these where there are external models
+FIRST = ("size_bytes", "task", "kl_mean")  # of these, what a narrow terminal shows
 SPEEDS = ("load_s", "prefill_tokens_per_s", "decode_tokens_per_s")
 MARKS = {"better": "+", "worse": "−", "no difference shown": "="}
 
@@ -300,7 +301,7 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
 
 
 def _print_arms(report: Mapping[str, Any], console: Console) -> None:
-    """The table of arms; columns that find no room are named below it."""
+    """The table of arms; columns that find no room, FIRST last of all, are named below it."""
     cells = {
         name: [_rich_cell(name, arm["metrics"][name]) for arm in ways(report).values()] for name in columns(report)
     }
@@ -308,16 +309,20 @@ def _print_arms(report: Mapping[str, Any], console: Console) -> None:
     table.add_column("arm", no_wrap=True)
     names = {slug: name_of(slug, report) for slug in ways(report)}
     room = console.width - max(map(len, names.values()), default=0) - 6  # margins of the table and of the first column
-    shown: list[str] = []
-    for name, column in cells.items():
-        head = heading(name, report["directions"])
-        room -= 3 + max([len(head), *(len(line) for cell in column for line in cell.plain.splitlines())])
+    shown: set[str] = set()
+    for name in sorted(cells, key=lambda name: name not in FIRST):  # a stable order
+        heads = [heading(name, report["directions"])]
+        room -= 3 + max(map(len, heads + [line for cell in cells[name] for line in cell.plain.splitlines()]))
         if room < 0:
             break
-        shown.append(name)
-        table.add_column(head, justify="right", no_wrap=True)
+        shown.add(name)
+    columns_shown = [name for name in cells if name in shown]
+    for name in columns_shown:
+        table.add_column(heading(name, report["directions"]), justify="right", no_wrap=True)
     for row, (slug, arm) in enumerate(ways(report).items()):
-        table.add_row(Text(names[slug], style="" if arm["ranked"] else "dim"), *(cells[name][row] for name in shown))
+        table.add_row(
+            Text(names[slug], style="" if arm["ranked"] else "dim"), *(cells[name][row] for name in columns_shown)
+        )
     console.print(table)
     if hidden := [METRICS[name].label for name in cells if name not in shown]:
         console.print(Text(f"no room for {', '.join(hidden)}: a wider terminal or report.html has them", style="dim"))

@@ -9,7 +9,7 @@ from typing import Any
 from flows.compose import limits
 from flows.gate.served import excused
 from flows.mlflow_uri import silent
-from flows.plan.lookup import known_inputs
+from flows.plan.lookup import known_inputs, needs
 from flows.plan.registered import counted, document_problems
 from flows.plan.validate import Validated
 from flows.report.build import Report
@@ -118,7 +118,8 @@ class Session:
         record = self.record.add(step, status, path=path, seconds=0.0 if made.hit else seconds, node=node)
         took = "" if made.hit else f"{seconds:6.1f} s"
         took += f"  on {node['host']} ({node['address']})" if node else ""
-        self.display.ended(step.key, f"{status:<5} {step.key:<36} {took}", style="dim" if made.hit else None)
+        style, spent = ("dim", None) if made.hit else (None, seconds)
+        self.display.ended(step.key, f"{status:<5} {step.key:<36} {took}", style=style, seconds=spent)
         self.tracker.step(vars(record))
         if step.stage == "rehearse" and (documents := made.artifact.manifest["result"].get("documents")):
             self.count_documents(documents)
@@ -202,8 +203,3 @@ class Session:
 
     def show_report(self, report: Report) -> None:
         """Show the report elsewhere than in its folder."""
-
-
-def needs(step: Step) -> list[str]:
-    """Keys of the steps that have to be made before this one."""
-    return [source.key for source in (*step.inputs.values(), *step.after) if isinstance(source, Step)]

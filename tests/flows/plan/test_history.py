@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from flows.plan.history import Seconds, seconds
+from flows.plan.history import Seconds, same_recipe, seconds
 from flows.plan.machine import Memory
+from tasks.runtime.step import hardware
 
 CARD = Memory(64.0, 24.0)
 NOW = {"train/mine": 2000.0, "evaluate/base": 500.0, "evaluate/gptq-w4-g128": 500.0}
@@ -62,3 +63,21 @@ def test_a_run_that_was_ended_early_is_passed_over(tmp_path: Path):
     (tmp_path / "runs" / "cut").mkdir()
     (tmp_path / "runs" / "cut" / "steps.json").write_text("{")
     assert seconds(tmp_path, base="/models/8b", memory=CARD, tokens=NOW)["train/mine"].n == 1
+
+
+def test_earlier_runs_of_the_same_recipe_and_machine_count_the_latest_first(tmp_path: Path) -> None:
+    def write(run: str, seconds: float, status: str = "made", **other: Any) -> None:
+        folder = tmp_path / "runs" / run
+        folder.mkdir(parents=True)
+        step = {"key": "train/a", "status": status, "seconds": seconds}
+        raw = {"schema": 1, "name": "mine", "hardware": hardware(), "steps": [step], **other}
+        (folder / "steps.json").write_text(json.dumps(raw))
+
+    assert same_recipe(tmp_path, "mine") == {}
+    write("20260101-000000-mine-aaaa", 10.0)
+    write("20260102-000000-mine-aaaa", 20.0)
+    write("20260103-000000-mine-aaaa", 0.0, status="hit")
+    write("20260104-000000-yours-aaaa", 30.0, name="yours")
+    write("20260105-000000-mine-aaaa", 40.0, hardware={**hardware(), "cores": 999})
+    write("20260106-000000-mine-aaaa", 50.0, schema=999)
+    assert same_recipe(tmp_path, "mine") == {"train/a": 20.0}

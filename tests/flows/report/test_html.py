@@ -269,6 +269,8 @@ def test_a_terminal_gets_the_same_words(full: dict[str, Any], width: int) -> Non
     assert "failed: quantize/gptq-w4-g32: Scales are NaN (a channel is zero). Next: raise calibrate.rows." in text
     assert "24 GiB, 64 x 131,072 tokens: no arm fits." in text
     assert ("no room for" in text) == (width < 160)
+    heads = next(line for line in lines if line.split()[:1] == ["arm"])
+    assert all(word in heads for word in ("size", "task", "KL"))
 
 
 # ---- in a real browser
