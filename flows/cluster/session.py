@@ -19,10 +19,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from flows.cluster.node import FailedOnNode, Handle, Landed, Order, Place, make_on_node
 from flows.pipeline import PrefectSession
-from flows.plan.lookup import known_inputs
+from flows.plan.lookup import known_inputs, needs
 from flows.plan.validate import Validated
 from flows.run.folder import RunRecord
-from flows.session.session import needs
 from flows.tracking.tracker import Tracker
 from recipes.problem import Problem
 from tasks.runtime.process.errors import StepFailed

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from flows.commands.terminal import DONE, FAILED, Output, warn
 from flows.plan.card import plan_for, text
+from flows.plan.critical import sentence
+from flows.plan.history import same_recipe
 from flows.plan.lookup import Planned
 from flows.plan.machine import Memory, named
 from flows.plan.validate import validate
@@ -22,13 +24,15 @@ def command(args: argparse.Namespace) -> Output:
     """
     if machine := named(args.gpu_gib, gpus=args.gpus, host_gib=args.host_gib):
         return _elsewhere(args, machine)
-    validated = validate(args.recipe, sets=args.set, home=find_home(), only=args.only)
+    home = find_home()
+    validated = validate(args.recipe, sets=args.set, home=home, only=args.only)
     warn(validated.warnings)
     steps, pins = validated.plan, validated.pins
     outside = (pins.base, *pins.data, *pins.externals.values())
     commits = [f"pin   {pinned.name:<34} {pinned.source}" for pinned in outside if "@" in pinned.source]
     hits = sum(step.hit for step in steps)
     told = [f"{hits} of {len(steps)} steps are in the store", *_null_arms(steps)]
+    told += filter(None, [sentence(steps, same_recipe(home, validated.recipe.name))])
     told += [] if args.only else validated.registered["text"]
     return Output(json=[vars(step) for step in steps], text="\n".join([*commits, *map(str, steps), *told]))
 

@@ -21,6 +21,7 @@ class Planned:
         fields: What differs from the nearest artifact of the same step.
         download_bytes: Of a hit that is in the bucket and not here.
         environment: Python environment that makes it; None for the main one.
+        needs: Keys of the steps that have to be made before it.
     """
 
     key: str
@@ -30,6 +31,7 @@ class Planned:
     fields: tuple[str, ...] = ()
     environment: str | None = None
     download_bytes: int = 0
+    needs: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         line = f"{'hit ' if self.hit else 'make'}  {self.key:<34} {self.fingerprint[:12]}"
@@ -47,6 +49,11 @@ def known_inputs(step: Step, artifacts: dict[str, Artifact]) -> dict[str, Artifa
             return None
         inputs[name] = artifact
     return inputs
+
+
+def needs(step: Step) -> list[str]:
+    """Keys of the steps that have to be made before this one."""
+    return [source.key for source in (*step.inputs.values(), *step.after) if isinstance(source, Step)]
 
 
 def plan(recipe: Recipe, pins: Pins, store: Store, *, only: Sequence[str] = ()) -> list[Planned]:
@@ -80,6 +87,7 @@ def plan(recipe: Recipe, pins: Pins, store: Store, *, only: Sequence[str] = ()) 
                 why=why,
                 fields=tuple(store.nearest(step.stage, step.slug, step.identity)),
                 environment=step.environment,
+                needs=tuple(needs(step)),
             )
         )
 
