@@ -40,6 +40,17 @@ def _length(chain: Chain) -> float:
     return chain.seconds or 0.0
 
 
+def behind(planned: Sequence[Planned], took: Mapping[str, float]) -> dict[str, float]:
+    """How long the longest chain is that begins with each step to make: who has the longest goes first."""
+    to_make = [step for step in planned if not step.hit]
+    known = all(step.key in took for step in to_make)
+    lengths: dict[str, float] = {}
+    for step in reversed(to_make):  # what waits for a step stands after it
+        after = max((lengths[later.key] for later in to_make if step.key in later.needs), default=0.0)
+        lengths[step.key] = after + (took[step.key] if known else 1.0)
+    return lengths
+
+
 def sentence(planned: Sequence[Planned], took: Mapping[str, float]) -> str:
     """The path in words; empty where nothing is to be made."""
     keys, seconds = critical_path(planned, took)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flows.compose import compose
-from flows.plan.history import same_recipe
 from flows.plan.registered import registered_tag
 from flows.plan.validate import Validated
 from flows.report.build import render
@@ -105,7 +104,7 @@ def _work(session: Session, *, only: Sequence[str]) -> None:
         log.warning("%s", warning)
     session.show_plan(_plan_markdown(validated))
     to_make = [step.key for step in validated.plan if not step.hit]
-    session.display.expect(to_make, same_recipe(record.home, validated.recipe.name))
+    session.display.expect(to_make, session.took)
     matrix = compose(validated.recipe, validated.pins, session.do, only=only)
     record.composed(matrix)
     session.collect()

@@ -9,6 +9,8 @@ from typing import Any
 from flows.compose import limits
 from flows.gate.served import excused
 from flows.mlflow_uri import silent
+from flows.plan.critical import behind
+from flows.plan.history import same_recipe
 from flows.plan.lookup import known_inputs, needs
 from flows.plan.registered import counted, document_problems
 from flows.plan.validate import Validated
@@ -43,12 +45,15 @@ class Session:
         self.log = log
         self.display = Display()
         self.tracker = tracker
+        self.took = same_recipe(record.home, validated.recipe.name)
+        urgent = behind(validated.plan, self.took)
         self.store = store = open_store(record.home, stop=launcher.stop, say=self.display.line)
         self.context = Context(
             store=store,
             launcher=launcher,
             leases=Leases(store.home),
             limits=limits(validated.recipe),
+            urgency=lambda step: urgent.get(step.key, 0.0),
             on_event=self.on_event,
             on_line=self.on_line,
         )

@@ -159,12 +159,17 @@ def resolve_device(device: str, *, where: str = "run.device") -> str:
 
 @dataclass(kw_only=True)
 class Context:
-    """Everything run_step works with: store, children, leases, limits, and who is called with events and log lines."""
+    """Everything run_step works with: store, children, leases, limits, and who is called with events and log lines.
+
+    Attributes:
+        urgency: Of the steps that wait for a lease the most urgent one is served first.
+    """
 
     store: Store
     launcher: Launcher
     leases: Leases | GrantedLease
     limits: Limits = field(default_factory=Limits)
+    urgency: Callable[[Step], float] = lambda step: 0.0
     on_event: Callable[[Step, dict[str, Any]], None] = lambda step, event: None
     on_line: Callable[[Step, str], None] = lambda step, line: None
 
@@ -218,7 +223,7 @@ def _find_or_make(step: Step, inputs: Mapping[str, Artifact], context: Context) 
         if artifact := store.take_up(step.stage, step.slug, step.fingerprint, inputs=_digests(inputs)):
             return Outcome(artifact=artifact, hit=True)
         needed = resources(step, context.limits)
-        with context.leases.take(needed.cpus, needed.gpus, stop=stop, say=say) as lease:
+        with context.leases.take(needed.cpus, needed.gpus, urgency=context.urgency(step), stop=stop, say=say) as lease:
             try:
                 return _make(step, inputs, context, lease)
             except OSError as error:

@@ -1,7 +1,8 @@
 """Leases: CPU slots and GPUs, each for one heavy step, across flows and processes, by file lock.
 
 A child's thread count is its lease. Everyone passes one gate to take slots, so a step that wants the whole
-machine is not starved by small ones; a step that waits says what it waits for. A dead owner's lease is free.
+machine is not starved by small ones; a step that waits says what it waits for. A dead owner's lease is free. Of the
+steps of one run, the most urgent one stands at the gate.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import IO
 
 from recipes.problem import Problem
 from tasks.runtime.gpus import Visible, no_gpu, visible_gpus
+from tasks.runtime.process.turns import Turns
 from tasks.runtime.store.local import flocked
 
 
@@ -63,6 +65,7 @@ class GrantedLease:
         cpus: int,
         gpus: int = 0,
         *,
+        urgency: float = 0.0,
         stop: threading.Event | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> Generator[Lease]:
@@ -81,6 +84,7 @@ class Leases:
         gpus: Callable[[], Sequence[Visible]] = visible_gpus,
     ) -> None:
         self._gpus = gpus
+        self._turns = Turns()
         self.folder = home / "leases" / (machine or this_machine())
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -90,10 +94,18 @@ class Leases:
         cpus: int,
         gpus: int = 0,
         *,
+        urgency: float = 0.0,
         stop: threading.Event | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> Generator[Lease]:
         """Hold `cpus` slots (0: the whole machine) and `gpus` GPUs while the body runs.
+
+        Args:
+            cpus: Slots.
+            gpus: GPUs.
+            urgency: Of those who wait in this process the most urgent one is served first.
+            stop: Ends the waiting.
+            say: Is told what is waited for.
 
         Raises:
             InterruptedError: `stop` was set while waiting.
@@ -103,8 +115,9 @@ class Leases:
         slots = tuple(map(str, range(cpu_slots())))
         count = len(slots) if cpus == 0 else min(cpus, len(slots))
         with contextlib.ExitStack() as held:
-            first = functools.partial(say, f"waiting behind another step, for {count} cpu and {gpus} gpu")
-            with flocked(self.folder / "gate.lock", stop=stop, waits=first):
+            first = functools.cache(lambda: say(f"waiting behind another step, for {count} cpu and {gpus} gpu"))
+            turn = self._turns.turn(urgency, stop=stop, waits=first)
+            with turn, flocked(self.folder / "gate.lock", stop=stop, waits=first):
                 leased_cpus = self._lock("cpu", slots, count, held=held, stop=stop, say=say)
                 leased_gpus = self._lock("gpu", tuple(by_uuid), gpus, held=held, stop=stop, say=say)
             devices = tuple(by_uuid[uuid].device for uuid in leased_gpus)
