@@ -11,7 +11,7 @@ from typing import Any
 from recipes.models.defaults import complete
 from recipes.models.headers import Headers
 from recipes.models.installed import is_known
-from recipes.models.refusals import has_tokenizer, no_config, no_tokenizer
+from recipes.models.refusals import has_tokenizer, no_config, no_tokenizer, type_problems
 from recipes.models.weights import read_tensors
 from recipes.plain import is_list, is_mapping, json_object
 from recipes.problem import Problem, RecipeError
@@ -43,7 +43,7 @@ def folder_problems(name: str, folder: Path, *, trusted: bool) -> Iterator[Probl
             "`trust_remote_code: true` beside its path.",
         )
     try:
-        external_headers(folder)
+        _ = external_headers(folder).cache_layers  # which plan and run count
     except RecipeError as error:
         yield from (_of_external(problem, name, where=f"{field} {problem.where}") for problem in error.problems)
     if not has_tokenizer(folder):
@@ -73,9 +73,12 @@ def external_headers(folder: Path) -> Headers:
     """Config and tensors of an external model. No linear layers: in a quantized one the headers do not show them.
 
     Raises:
-        RecipeError: Its index and headers have problems, or its config.json leaves out what nothing else tells.
+        RecipeError: Its index and headers have problems, or its config.json has sizes that are none or leaves out what
+            nothing else tells.
     """
     config = json_object(folder / "config.json") or {}
+    if problems := list(type_problems(folder, config)):
+        raise RecipeError(problems)
     text = complete(folder, config)
     if isinstance(text, Problem):
         raise text.error()

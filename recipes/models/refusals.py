@@ -27,7 +27,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 def config_problems(folder: Path, config: Mapping[str, Any]) -> Iterator[Problem]:
     """Values that nothing can be counted with, already quantized, or no model of text."""
-    yield from _wrong_types(folder, config)
+    yield from type_problems(folder, config)
     if "quantization_config" in config:
         yield _quantized_already(folder, config)
     head = _HEAD.search(architecture(config) or "")
@@ -42,8 +42,13 @@ def config_problems(folder: Path, config: Mapping[str, Any]) -> Iterator[Problem
         yield encoder_decoder(folder)
 
 
-def _wrong_types(folder: Path, config: Mapping[str, Any]) -> Iterator[Problem]:
-    """Sizes and names of another kind than transformers writes: a number in quotes would count as an absent one."""
+def type_problems(folder: Path, config: Mapping[str, Any]) -> Iterator[Problem]:
+    """Sizes and names of another kind than transformers writes: a number in quotes would count as an absent one.
+
+    Args:
+        folder: The model's.
+        config: Its config.json.
+    """
     text = config.get("text_config")
     parts = {"": config} | ({"text_config.": text} if is_mapping(text) else {})
     for prefix, part in parts.items():

@@ -69,6 +69,15 @@ def test_folders_that_no_arm_can_be(tmp_path: Path):
     assert wordless.what == "prod has no tokenizer."
 
 
+@pytest.mark.parametrize("layers", [True, "2", 2**63, [2], 0])
+def test_sizes_that_the_plan_cannot_count_are_refused(tmp_path: Path, layers: object):
+    recipe = write_project(tmp_path)
+    config = write_base(tmp_path / "other") / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": layers}))
+    (problem,) = problems(recipe, f"evaluate.external.prod={tmp_path / 'other'}")
+    assert "num_hidden_layers" in problem.what and "evaluate.external.prod" in problem.where
+
+
 def test_code_that_comes_with_a_model_is_refused_and_a_quantized_model_is_not(tmp_path: Path):
     recipe = write_project(tmp_path)
     custom = {"model_type": "strange", "auto_map": {"AutoModelForCausalLM": "modeling.Strange"}}
