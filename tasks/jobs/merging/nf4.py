@@ -1,8 +1,9 @@
 """NF4 as training has it: quantize and dequantize in parts of rows, and records of what was trained.
 
 Blocks of 64 weights share a scale (absmax); the scales are quantized again, to 8 bits in blocks of 256, around their
-mean (double quantization; Dettmers et al. 2023, arXiv:2305.14314, section 3). Both steps are bitsandbytes' own; only
-the 64-blocks are independent, so a tensor goes through in parts and its scales go through at once.
+mean (double quantization; Dettmers et al. 2023, arXiv:2305.14314, section 3). Both steps are bitsandbytes' own, but
+for the codes on a CPU (`nf4_blocks`); only the 64-blocks are independent, so a tensor goes through in parts and its
+scales go through at once.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from torch import Tensor, nn
 
 from recipes.models.adapters import RECORD
 from tasks.jobs.loading.load import linear4bit
+from tasks.jobs.merging.nf4_blocks import BLOCK, quantize_blocks
 from tasks.jobs.merging.streams import raw_bytes
 
-BLOCK = 64  # weights per scale; QLoRA's and bitsandbytes' default
 NESTED = 256  # scales per second scale
 SAMPLES = 64  # values per module in the record
 
@@ -72,9 +73,9 @@ def quantize(parts: Iterable[Tensor]) -> Nf4:
     codes, absmax, columns = [], [], 0
     for part in parts:
         columns = part.shape[1]
-        code, state = functional.quantize_4bit(part.contiguous(), blocksize=BLOCK, quant_type="nf4")
-        codes.append(code.view(-1))
-        absmax.append(state.absmax)
+        code, largest = quantize_blocks(part)
+        codes.append(code)
+        absmax.append(largest)
     scales = torch.cat(absmax)
     offset = scales.mean()
     nested_codes, nested = functional.quantize_blockwise(scales - offset, blocksize=NESTED)
