@@ -13,7 +13,7 @@ from bitsandbytes.functional import QuantState
 from torch import Tensor
 
 from tasks.jobs.loading.load import linear4bit, load_bf16, load_nf4
-from tasks.jobs.merging.nf4 import digests, quantize, row_step
+from tasks.jobs.merging.nf4 import Nf4, digests, quantize, row_step
 from tasks.jobs.merging.nf4_blocks import AT_ONCE, quantize_blocks
 from tests.tiny import write_base
 
@@ -42,7 +42,7 @@ def drawn(shape: tuple[int, int]) -> Tensor:
 def double(weights: Tensor) -> tuple[Tensor, Tensor, QuantState, Tensor]:
     """Codes, 8-bit scales, how to undo those, their mean: by bitsandbytes' double quantization."""
     codes, state = functional.quantize_4bit(weights, blocksize=64, compress_statistics=True, quant_type="nf4")
-    assert state.state2 is not None
+    assert state.state2 is not None and state.offset is not None
     return codes, state.absmax, state.state2, state.offset
 
 
@@ -110,24 +110,45 @@ def spans(shape: tuple[int, int]) -> Iterator[list[tuple[int, int]]]:
         yield [(first, min(first + rows, shape[0])) for first in range(0, shape[0], rows)]
 
 
+def in_parts(weights: Tensor, parts: list[tuple[int, int]], *, trained_on_cpu: bool) -> Nf4:
+    rows = (weights[first:last] for first, last in parts)
+    shape = weights.shape[0], weights.shape[1]
+    return quantize(rows, shape, device="cpu", trained_on_cpu=trained_on_cpu)
+
+
 @pytest.mark.parametrize("shape", [(256, 64), (96, 96), (64, 130), (7, 96), (9, 33), (1, 63)])
 def test_doubly_quantized_in_parts_of_rows(shape: tuple[int, int]) -> None:
     """Blocks that cross rows, a last one that is short; whatever the size of the parts."""
     weights = drawn(shape)
     right = double(weights)
     for parts in spans(shape):
-        made = quantize(weights[first:last] for first, last in parts)
+        made = in_parts(weights, parts, trained_on_cpu=False)
         assert digests(made.codes, made.scales, made.nested, made.offset) == digests(*right)
 
 
-@pytest.mark.parametrize("shape", [(256, 64), (7, 192), (33, 320)])
+SHAPES = [(256, 64), (7, 192), (33, 320), (96, 96), (7, 96), (64, 130), (64, 160), (5, 48)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_doubly_dequantized_in_parts_of_rows(shape: tuple[int, int]) -> None:
+    """On a CPU as bitsandbytes does there, elsewhere by the block that a weight is in: equal where rows are blocks."""
     weights = drawn(shape)
     codes, state = functional.quantize_4bit(weights, blocksize=64, compress_statistics=True, quant_type="nf4")
-    right = functional.dequantize_4bit(codes, state)
+    there = functional.dequantize_4bit(codes, state)
     for parts in spans(shape):
-        made = quantize(weights[first:last] for first, last in parts)
-        assert torch.equal(bits(torch.cat([made.rows(*part) for part in parts])), bits(right))
+        made = in_parts(weights, parts, trained_on_cpu=True)
+        assert torch.equal(bits(torch.cat([made.rows(*part) for part in parts])), bits(there))
+        made = in_parts(weights, parts, trained_on_cpu=False)
+        right = torch.cat([made.rows(*part) for part in parts])
+        assert torch.equal(bits(right), bits(by_hand(made)))
+        assert shape[1] % 64 or torch.equal(bits(right), bits(there))
+
+
+def by_hand(made: Nf4) -> Tensor:
+    """A level times its block's scale, as bitsandbytes' general code and its kernels for GPUs do it; bf16 [out, in]."""
+    indices = torch.stack([made.codes >> 4, made.codes & 15], dim=1).flatten().long()
+    scales = made.absmax.repeat_interleave(64)[: len(indices)]
+    return (functional.get_4bit_type("nf4", device="cpu")[indices] * scales).bfloat16().view(-1, made.columns)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
@@ -137,9 +158,10 @@ def test_whole_models(architecture: Literal["llama", "qwen3"], tmp_path: Path) -
     plain, trained = load_bf16(base, device="cpu"), linear4bit(load_nf4(base, device="cpu"))
     assert len(trained) == 14
     for name, layer in trained.items():
-        weight = plain.get_submodule(name).weight.data
+        module: Any = plain.get_submodule(name)
+        weight: Tensor = module.weight.data
         state: Any = layer.weight.quant_state  # pyright: ignore[reportAttributeAccessIssue]
-        made = quantize([weight])
+        made = in_parts(weight, [(0, len(weight))], trained_on_cpu=True)
         assert digests(made.codes, made.scales, made.nested, made.offset) == digests(
             layer.weight.data, state.absmax, state.state2, state.offset
         )
