@@ -192,15 +192,20 @@ def table(size: Size, runs: dict[str, list[Timed]]) -> str:
 
 
 def main() -> None:
-    """Measure what the disk has room for, write the page."""
+    """Measure what the disk has room for; the page is written after each size."""
     parts = []
     for size in SIZES:
         with tempfile.TemporaryDirectory() as folder:
             free = shutil.disk_usage(folder).free
             if free < 2.5 * size.bytes:
                 parts.append(f"## {size.name}\n\nNot measured: {free / GIB:.0f} GiB were free.")
-                continue
-            parts.append(table(size, measure(size, Path(folder))))
+            else:
+                parts.append(table(size, measure(size, Path(folder))))
+        write_page(parts)
+
+
+def write_page(parts: list[str]) -> None:
+    """What is measured so far."""
     machine = hardware()
     versions = ", ".join(
         f"{name} {locked_versions()[name]}" for name in ("torch", "transformers", "peft", "bitsandbytes")
