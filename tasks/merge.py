@@ -18,7 +18,7 @@ def alone(slug: str, *, base: External, adapter: Step | External, onto: str, acc
         stage="merge",
         slug=slug,
         entry="tasks.jobs.merge:run",
-        version=5,
+        version=6,
         params={"onto": onto, "accept_other_base": accept_other_base},
         inputs={"base": base, "adapter": adapter},
         tools=("torch", "transformers", "peft", "bitsandbytes"),

@@ -1,8 +1,9 @@
 """NF4 as training has it: quantize and dequantize in parts of rows, and records of what was trained.
 
 Blocks of 64 weights share a scale (absmax); the scales are quantized again, to 8 bits in blocks of 256, around their
-mean (double quantization; Dettmers et al. 2023, arXiv:2305.14314, section 3). Both steps are bitsandbytes' own; only
-the 64-blocks are independent, so a tensor goes through in parts and its scales go through at once.
+mean (double quantization; Dettmers et al. 2023, arXiv:2305.14314, section 3). Both steps are bitsandbytes' own, but
+for the codes on a CPU (`nf4_blocks`); only the 64-blocks are independent, so a tensor goes through in parts and its
+scales go through at once.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from torch import Tensor, nn
 
 from recipes.models.adapters import RECORD
 from tasks.jobs.loading.load import linear4bit
+from tasks.jobs.merging.nf4_blocks import BLOCK, quantize_blocks
 from tasks.jobs.merging.streams import raw_bytes
 
-BLOCK = 64  # weights per scale; QLoRA's and bitsandbytes' default
 NESTED = 256  # scales per second scale
 SAMPLES = 64  # values per module in the record
 
@@ -45,6 +46,7 @@ class Nf4(NamedTuple):
         offset: Mean of the scales, fp32.
         absmax: The scales as dequantization sees them, fp32 [numel / 64].
         columns: in.
+        as_on_cpu: All of it, bf16 [out, in], where a CPU may make other values of it than any other device.
     """
 
     codes: Tensor
@@ -53,33 +55,44 @@ class Nf4(NamedTuple):
     offset: Tensor
     absmax: Tensor
     columns: int
+    as_on_cpu: Tensor | None
 
     def rows(self, first: int, last: int) -> Tensor:
         """Rows first to last (exclusive), dequantized to bf16; `first` is a multiple of `row_step`."""
+        if self.as_on_cpu is not None:
+            return self.as_on_cpu[first:last]
         begin, end = first * self.columns, last * self.columns
-        state = QuantState(
-            absmax=self.absmax[begin // BLOCK : -(-end // BLOCK)],
-            shape=torch.Size((last - first, self.columns)),
-            dtype=torch.bfloat16,
-            blocksize=BLOCK,
-            quant_type="nf4",
+        flat = _dequantize(
+            self.codes[begin // 2 : -(-end // 2)], self.absmax[begin // BLOCK : -(-end // BLOCK)], (1, end - begin)
         )
-        return functional.dequantize_4bit(self.codes[begin // 2 : -(-end // 2)].unsqueeze(1), state)
+        return flat.view(-1, self.columns)
 
 
-def quantize(parts: Iterable[Tensor]) -> Nf4:
-    """bf16 rows [n, in] in parts of whole blocks (but for the last) -> what quantizing them at once gives."""
-    codes, absmax, columns = [], [], 0
+def _dequantize(codes: Tensor, absmax: Tensor, shape: tuple[int, int]) -> Tensor:
+    """By bitsandbytes, to bf16 of this shape."""
+    state = QuantState(absmax=absmax, shape=torch.Size(shape), dtype=torch.bfloat16, blocksize=BLOCK, quant_type="nf4")
+    return functional.dequantize_4bit(codes.unsqueeze(1), state)
+
+
+def quantize(parts: Iterable[Tensor], shape: tuple[int, int], *, device: str, trained_on_cpu: bool) -> Nf4:
+    """bf16 rows [n, in] of a matrix, in parts of whole blocks (but for the last) -> what quantizing it at once gives.
+
+    bitsandbytes 0.50.2's kernel for AVX-512 counts in // 64 blocks a row, whatever in % 64 is: it takes other scales
+    where blocks cross rows. As one row a matrix has the right ones; training on a CPU had those of the matrix's shape.
+    """
+    numel = shape[0] * shape[1]
+    codes = torch.empty(-(-numel // 2), dtype=torch.uint8, device=device)
+    scales = torch.empty(-(-numel // BLOCK), device=device)
+    first = 0
     for part in parts:
-        columns = part.shape[1]
-        code, state = functional.quantize_4bit(part.contiguous(), blocksize=BLOCK, quant_type="nf4")
-        codes.append(code.view(-1))
-        absmax.append(state.absmax)
-    scales = torch.cat(absmax)
+        last = first + part.numel()
+        codes[first // 2 : -(-last // 2)], scales[first // BLOCK : -(-last // BLOCK)] = quantize_blocks(part)
+        first = last
     offset = scales.mean()
     nested_codes, nested = functional.quantize_blockwise(scales - offset, blocksize=NESTED)
     restored = functional.dequantize_blockwise(nested_codes, nested) + offset
-    return Nf4(torch.cat(codes), nested_codes, nested, offset, restored, columns)
+    as_on_cpu = _dequantize(codes, restored, shape) if trained_on_cpu and shape[1] % BLOCK else None
+    return Nf4(codes, nested_codes, nested, offset, restored, shape[1], as_on_cpu)
 
 
 def sample_positions(numel: int) -> list[int]:

@@ -29,9 +29,9 @@ class Norms:
             dequantized: [n, in] the same through NF4.
             merged: [n, in] fp32, those with the adapter's change, before they are rounded.
         """
-        plain = dequantized.float()
-        error = torch.linalg.vector_norm(original.float() - plain).item()
-        change = torch.linalg.vector_norm(merged - plain).item()
+        plain = dequantized.to(torch.float32, copy=True)
+        error = torch.linalg.vector_norm(original.to(torch.float32, copy=True).sub_(plain)).item()
+        change = torch.linalg.vector_norm(plain.sub_(merged)).item()
         before = self._squares.get(module, (0.0, 0.0))
         self._squares[module] = (before[0] + error**2, before[1] + change**2)
 

@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tasks.jobs import merge
 from tasks.jobs.loading.load import attach, load_arm, load_nf4
+from tasks.jobs.merging.rows import PART
 from tasks.runtime.process.errors import StageError
 from tasks.runtime.process.job import Job
-from tests.jobs.architectures import save, tokens, train_adapter, write_architecture
+from tests.jobs.architectures import SHAPE, save, tokens, train_adapter, write_architecture
 from tests.jobs.build import make_job, notes
 from tests.jobs.merging.test_architectures import log_probs
 from tests.jobs.quantized import mean_kl
@@ -201,6 +202,30 @@ def test_two_steps_of_bf16_are_another_arithmetic(base: Path, adapter: Path, tmp
         modules[name]["scales"] = "0" * 64
         value = torch.tensor(modules[name]["values"][3], dtype=torch.bfloat16)
         modules[name]["values"][3] = float((value.view(torch.int16) + 2).view(torch.bfloat16))
+
+    with pytest.raises(StageError, match="1 of 14 NF4 modules") as refused:
+        merge.run(job_for(tmp_path / "out", base, edited(adapter, tmp_path / "edited", change)))
+    assert refused.value.problem.where == name
+
+
+def test_widths_that_cut_blocks_merge_as_they_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bitsandbytes' kernel for AVX-512 such a layer has other scales than anywhere else."""
+    for name, size in {"hidden_size": 96, "intermediate_size": 160}.items():
+        monkeypatch.setitem(SHAPE, name, size)
+    monkeypatch.setitem(PART, "cpu", 1 << 12)  # several parts a matrix, as large ones have
+    base = write_architecture(tmp_path / "base", "llama")
+    adapter = train_adapter(base, tmp_path / "adapter")
+    job = job_for(tmp_path / "out", base, adapter)
+    assert merge.run(job)["record"] == "exact"
+    trained = log_probs(load_arm("nf4", base, adapter=adapter, device="cpu"))
+    assert mean_kl(trained, log_probs(AutoModelForCausalLM.from_pretrained(job.out).eval())) < FAITHFUL
+
+
+def test_other_values_of_the_same_codes_and_scales_are_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_proj"
+
+    def change(modules: dict[str, Any]) -> None:
+        modules[name]["values"][3] += 0.01
 
     with pytest.raises(StageError, match="1 of 14 NF4 modules") as refused:
         merge.run(job_for(tmp_path / "out", base, edited(adapter, tmp_path / "edited", change)))

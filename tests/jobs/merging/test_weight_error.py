@@ -18,6 +18,7 @@ def test_by_hand_and_part_by_part() -> None:
     norms = Norms()
     row, other, delta = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 4.0]]), torch.tensor([[0.0, 2.0]])
     norms.add("one", original=row, dequantized=other, merged=other + delta)
+    assert (row.tolist(), other.tolist(), delta.tolist()) == ([[3.0, 0.0]], [[0.0, 4.0]], [[0.0, 2.0]])
     norms.add("none", original=row, dequantized=other, merged=other)
     for _ in range(2):
         norms.add("two", original=row, dequantized=other, merged=other + delta)
