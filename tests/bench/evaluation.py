@@ -73,7 +73,7 @@ class Measured(NamedTuple):
 
 
 def bare(job: Job) -> Spent:
-    """Load, forward over dev, test and general text, decode the prompts of dev and test."""
+    """Load, forward over dev, test and general text, decode the prompts that the arm's evaluation decodes."""
     import pyarrow.parquet as pq
     import torch
     from transformers import AutoTokenizer, GenerationConfig
@@ -84,7 +84,8 @@ def bare(job: Job) -> Spent:
     load = time.perf_counter() - clock
 
     data, size = job.inputs["dataset"].path, job.params["batch_size"]
-    rows = pq.read_table(data / "rows.parquet", filters=[("split", "in", ["dev", "test"])]).to_pylist()
+    splits = ["dev", "test"]
+    rows = pq.read_table(data / "rows.parquet", filters=[("split", "in", splits)]).to_pylist()
     texts = [row["input_ids"] for row in rows], pq.read_table(data / "general.parquet")["input_ids"].to_pylist()
     clock = time.perf_counter()
     with torch.inference_mode():
@@ -103,6 +104,7 @@ def bare(job: Job) -> Spent:
         pad_token_id=stored.pad_token_id,
     )
     model.generation_config = greedy
+    rows = [row for row in rows if row["split"] in job.params.get("decoded", splits)]
     clock = time.perf_counter()
     with torch.inference_mode():
         for batch in _batches(rows, size, longest=lambda row: len(row["input_ids"]) - len(row["prompt_ids"])):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -16,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig
 
+from recipes.arms import NOT_DECODED
 from tasks.jobs import evaluate, prepare, reference
 from tasks.jobs.evaluate import divergence
 from tasks.jobs.loading.load import load_bf16
@@ -231,6 +233,30 @@ def test_answers_are_decoded_to_their_end_and_scored(world: Path, tmp_path: Path
         assert (answer["score"], answer["error"], answer["ending"]) == (1, "", "finished")
     assert means["truncated/test"] == means["truncated/dev"] == 0
     assert score(world, tmp_path / "base")["task/test"] == 0
+
+
+def test_answers_to_dev_are_left_out_where_nothing_chooses_by_them(world: Path, tmp_path: Path) -> None:
+    """Every byte of the rows of test is the same, and every loss and KL of dev; the result says what is not there."""
+    trained = train_to_answer(world / "base", tmp_path / "trained", held_out(world)[::2])  # half of the rows by heart
+    both = score(world, tmp_path / "both", model=trained)
+    test = score(world, tmp_path / "test", model=trained, decoded=["test"])
+    for name in ("scores", "answers"):
+        tables = [pq.read_table(tmp_path / out / f"{name}.parquet") for out in ("both", "test")]
+        of_test = [table.filter(pc.equal(table["split"], "test")) for table in tables]
+        assert of_test[0].equals(of_test[1]) and len(of_test[0])
+        rest = tables[0].filter(pc.equal(tables[0]["split"], "dev"))
+        if name == "scores":
+            rest = rest.filter(pc.invert(pc.is_in(rest["metric"], pa.array(DECODED))))
+        else:
+            rest = rest.slice(0, 0)
+        assert tables[1].filter(pc.equal(tables[1]["split"], "dev")).equals(rest)
+    assert lines(tmp_path / "both", "kl") == lines(tmp_path / "test", "kl")
+    assert 0 < both["task/test"] < 1
+    gone = {"task/dev": both["task/dev"], "truncated/dev": both["truncated/dev"]}
+    assert test.pop("absent") == dict.fromkeys(gone, NOT_DECODED)
+    assert both == test | gone
+    told = notes(make_job("evaluate", tmp_path / "test", params={}))["answers"]
+    assert NOT_DECODED in told and str(len([row for row in held_out(world) if row["split"] == "test"])) in told
 
 
 def reference_size(row: dict[str, Any]) -> int:
