@@ -79,7 +79,7 @@ def step(
         stage="evaluate",
         slug=arm,
         entry="tasks.jobs.evaluate:run",
-        version=4,
+        version=5,
         params={
             "kind": kind,
             "kv": kv,

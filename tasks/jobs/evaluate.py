@@ -20,6 +20,7 @@ from tasks.jobs.loading.computing import computed, refuse_other_device
 from tasks.jobs.loading.kernels import kernel_of
 from tasks.jobs.loading.load import load_arm, setup
 from tasks.jobs.measuring.answers import Answer
+from tasks.jobs.measuring.decoding import Decoder, greedy_config
 from tasks.jobs.measuring.grading import Prompting, grade, open_graders, refuse_references, run_harnesses
 from tasks.jobs.measuring.kv_cache import KVCache, calibrated
 from tasks.jobs.measuring.own_tokenizer import OwnReading, own_reading
@@ -32,8 +33,6 @@ from tasks.jobs.measuring.teacher_forcing import (
     batches,
     completion_bytes,
     forced,
-    greedy_answers,
-    greedy_config,
     read_general,
     read_rows,
 )
@@ -89,7 +88,7 @@ def run(job: Job) -> dict[str, Any]:
     refuse_references(prompted, graders.answers, prompting)
     own = _own_reading(rows, job)
     prompting = Prompting(own.tokenizer, own.ends) if own else prompting
-    arm = _load(job, passes=[own.rows, asked] if own else [rows, asked, general])
+    arm = _load(job, passes=[*([own.rows] if own else [rows, general]), *_by_split(asked)])
     scores, tokens, absent = _own_scores(arm, own, rows) if own else _forced_scores(arm, rows)
     if not own:
         scores += _general_scores(arm, general)
@@ -126,6 +125,11 @@ def _asked(prompted: list[TokenRow], job: Job) -> list[TokenRow]:
     if left := len(prompted) - len(asked):
         job.events.note("answers", f"to {len(asked)} rows of test; to {left} of dev {NOT_DECODED}")
     return asked
+
+
+def _by_split(rows: Sequence[TokenRow]) -> list[list[TokenRow]]:
+    """Rows of dev, rows of test: the batches of either are the same, whether the other one is decoded or not."""
+    return [[row for row in rows if row.split == split] for split in HELD_OUT]
 
 
 def _own_reading(rows: list[TokenRow], job: Job) -> OwnReading | None:
@@ -341,10 +345,7 @@ class _Answered(NamedTuple):
 
 
 def _answers(arm: _LoadedArm, rows: list[TokenRow], *, own: OwnReading | None, prompting: Prompting) -> list[_Answered]:
-    """Greedy answers, decoded once for all scorers, in the order of `rows`; to the prompts of `own` where it is given.
-
-    Rows with answers of similar length share a batch: a batch decodes until its last answer has ended.
-    """
+    """Greedy answers, decoded once for all scorers, in the order of `rows`; to the prompts of `own` where given."""
     if not rows:
         return []
     reader, prompts, longest = prompting.reader(), rows, arm.job.params["max_new_tokens"]
@@ -355,8 +356,10 @@ def _answers(arm: _LoadedArm, rows: list[TokenRow], *, own: OwnReading | None, p
     else:
         config = greedy_config(arm.job.inputs["dataset"].path / "tokenizer", max_new_tokens=longest)
     answered: dict[str, _Answered] = {}
-    for batch in arm.batches(prompts, key=lambda row: row.answer_tokens):
-        for row, decoded in zip(batch, greedy_answers(arm.model, batch, config, arm.caches), strict=True):
+    decoder = Decoder(model=arm.model, config=config, size=arm.job.params["batch_size"], caches=arm.caches)
+    for of_split in _by_split(prompts):
+        note, begun = arm.job.events.note, lambda: arm.progress.step("answers")
+        for row, decoded in decoder.answers(of_split, begun=begun, note=note):
             answer = reader.read(row, decoded)
             line = {
                 "row": row.row,
@@ -368,7 +371,6 @@ def _answers(arm: _LoadedArm, rows: list[TokenRow], *, own: OwnReading | None, p
                 "ending": answer.ending,
             }
             answered[row.row] = _Answered(answer, line)
-        arm.progress.step("answers")
     return [answered[row.row] for row in rows]
 
 

@@ -9,7 +9,6 @@ from flows.compose import ArmSteps, compose
 from flows.pins import pin
 from flows.results.read import RunArm
 from recipes.read.load import load
-from tasks import evaluate
 from tests.recipes.folders import write_project
 
 SETS = (
@@ -45,11 +44,3 @@ def test_what_may_be_promoted_is_what_the_gate_takes(tmp_path: Path) -> None:
     for row in composed(tmp_path):
         gated = RunArm.of_recipe(row.arm, row.keys, refused=None)
         assert row.arm.may_be_promoted == (gated.unfit is None), row.arm.slug
-
-
-def test_a_step_that_nobody_says_it_of_decodes_both(tmp_path: Path) -> None:
-    """As the champion's, which is scored as the candidate was."""
-    write_project(tmp_path)
-    loaded = load(tmp_path / "recipe.yaml", sets=[])
-    inputs: Any = {"model": pin(loaded, tmp_path / "home").base}
-    assert "decoded" not in evaluate.step(loaded.recipe, "champion", kind="bf16", inputs=inputs).identity["params"]

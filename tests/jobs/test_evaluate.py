@@ -22,7 +22,8 @@ from tasks.jobs import evaluate, prepare, reference
 from tasks.jobs.evaluate import divergence
 from tasks.jobs.loading.load import load_bf16
 from tasks.jobs.measuring import teacher_forcing, tiles
-from tasks.jobs.measuring.teacher_forcing import TokenRow, before_end, completion_bytes
+from tasks.jobs.measuring.decoding import before_end, greedy_answers
+from tasks.jobs.measuring.teacher_forcing import TokenRow, completion_bytes
 from tasks.runtime.process.errors import StageError
 from tests.jobs.build import curve, make_job, notes, write_jsonl
 from tests.jobs.test_merge import plant_adapter
@@ -323,10 +324,10 @@ def test_an_answer_ends_with_any_of_the_ids_that_end_one(world: Path, tmp_path: 
     begins = next(row.ids[len(row.prompt_ids)] for row in rows if row.answer == "blue")
     config = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=[2, begins], pad_token_id=0)
     batch = [next(row for row in rows if row.answer == answer) for answer in ANSWERS]
-    blue, sky, _ = together = teacher_forcing.greedy_answers(trained, batch, config)
+    blue, sky, _ = together = greedy_answers(trained, batch, config)
     assert blue == ([], True)
     assert not sky.ended and len(sky.tokens) == 3
-    assert together == [teacher_forcing.greedy_answers(trained, [row], config)[0] for row in batch]
+    assert together == [greedy_answers(trained, [row], config)[0] for row in batch]
 
 
 def test_a_sample_keeps_whole_rows_and_the_same_batches(world: Path, tmp_path: Path) -> None:
