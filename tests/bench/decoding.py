@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from recipes.nulls import other_batch
 from tasks.runtime.process.job import Job
 from tasks.runtime.store.local import find_home
 from tests.bench import evaluation
@@ -47,8 +48,8 @@ class Decoding(NamedTuple):
     answers: dict[str, tuple[list[int], bool]]
 
 
-def decoded(job: Job, model: Any, *, left: float) -> Decoding:
-    """Decode all answers to test once."""
+def decoded(job: Job, model: Any, *, left: float, size: int) -> Decoding:
+    """Decode all answers to test once, in batches of `size`."""
     from tasks.jobs.measuring.decoding import Decoder, greedy_config
     from tasks.jobs.measuring.teacher_forcing import read_rows
 
@@ -60,7 +61,7 @@ def decoded(job: Job, model: Any, *, left: float) -> Decoding:
         lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     clock = time.process_time()
-    decoder = Decoder(model=model, config=config, size=job.params["batch_size"], left=left)
+    decoder = Decoder(model=model, config=config, size=size, left=left)
     answers = {row.row: (answer.tokens, answer.ended) for row, answer in decoder.answers(rows)}
     spent = time.process_time() - clock
     hook.remove()
@@ -80,17 +81,19 @@ def measured(job: Job, *, pairs: int) -> dict[str, Any]:
     os.environ["GPTQ_TORCH_CACHE_WEIGHTS"] = "1"  # as in the evaluate job
     model = load_arm(job.params["kind"], job.inputs["model"].path, adapter=job.optional("adapter"), device="cpu")
     read_in_rows(model)
-    ways = {"whole": 0.0, "aside": LEFT}
-    first = {name: decoded(job, model, left=left) for name, left in ways.items()}  # caches are warm then
+    ways, size = {"whole": 0.0, "aside": LEFT}, job.params["batch_size"]
+    first = {name: decoded(job, model, left=left, size=size) for name, left in ways.items()}  # caches are warm then
+    half = decoded(job, model, left=0.0, size=other_batch(size))
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(pairs):
         for name in list(ways) if number % 2 == 0 else list(reversed(ways)):
-            taken[name].append(decoded(job, model, left=ways[name]).cpu_s)
+            taken[name].append(decoded(job, model, left=ways[name], size=size).cpu_s)
     whole, aside = first["whole"], first["aside"]
     return {
         "rows": len(whole.answers),
         "needed": sum(len(tokens) + ended for tokens, ended in whole.answers.values()),
         "changed": sum(aside.answers[row] != answer for row, answer in whole.answers.items()),
+        "changed_by_half": sum(half.answers[row] != answer for row, answer in whole.answers.items()),
         "cpu_s": taken,
         **{name: {**first[name]._asdict(), "answers": None} for name in ways},
     }
@@ -99,8 +102,9 @@ def measured(job: Job, *, pairs: int) -> dict[str, Any]:
 def section(found: Mapping[str, Any]) -> str:
     """The section of the page."""
     lines = [
-        "| arm | tokens needed | decoded, whole | aside | steps, whole | aside | whole, s | aside / whole | changed |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| arm | tokens needed | decoded, whole | aside | steps, whole | aside | whole, s | aside / whole | changed "
+        "| by size |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for slug, arm in found["arms"].items():
         taken = arm["cpu_s"]
@@ -108,18 +112,20 @@ def section(found: Mapping[str, Any]) -> str:
         shown = [arm["needed"], *(arm[way][what] for what in ("row_steps", "steps") for way in ("whole", "aside"))]
         figures = " | ".join(f"{number:,}" for number in shown)
         seconds = f"{statistics.median(taken['whole']):.2f} | {interval(ratios)}"
-        lines.append(f"| {slug} | {figures} | {seconds} | {arm['changed']} of {arm['rows']} |")
-    table = "\n".join(lines)
+        lines.append(f"| {slug} | {figures} | {seconds} | {arm['changed']} | {arm['changed_by_half']} |")
+    table, rows = "\n".join(lines), max(arm["rows"] for arm in found["arms"].values())
     return f"""{evaluation.ANSWERS}
 A batch decodes until its longest answer has ended; what of it has ended is decoded on, for nothing. So where at most an
 eighth of a batch still runs, these rows are put aside, and go on with what is left of other batches
 (`tasks/jobs/measuring/decoding.py`). Answers to test, batches of {found["batch_size"]}, at most
 {found["max_new_tokens"]} tokens: *whole* batches, and with rows put *aside*. {found["pairs"]} pairs in one process on
-one thread; ratios are medians with 95 % bootstrap intervals. A step is a forward pass, prompts included.
+one thread, in seconds of CPU; ratios are medians with 95 % bootstrap intervals. A step is a forward pass, prompts
+included.
 
 {table}
 
-Answers that change do so by noise of arithmetic, as with another batch size.
+*Changed* are answers of {rows:,} that are other ones with rows put aside; *by size*, with whole batches of half the
+size, as the null arm `null-batch` has them: both by noise of arithmetic.
 
 {evaluation.conditions_text(found["machine"], found["versions"])}
 """

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from tasks.jobs.measuring.teacher_forcing import Caches, TokenRow, batches, padded
@@ -173,7 +172,7 @@ class _FewRun(StoppingCriteria):
     def __init__(self, rows: int, ends: Sequence[int], most: int) -> None:
         self._ends, self._most, self._running = torch.tensor(ends), most, torch.ones(rows, dtype=torch.bool)
 
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
         """[rows], all of them done or none; called behind each token."""
         device = input_ids.device
         self._running = self._running.to(device) & ~torch.isin(input_ids[:, -1], self._ends.to(device))
