@@ -95,6 +95,7 @@ bench: install   ## the quickstart timed in an empty home: docs/results/quicksta
 	$(BIN)/python -m tests.bench.train
 	$(BIN)/python -m tests.bench.quantizers
 	$(BIN)/python -m tests.bench.evaluation
+	$(BIN)/python -m tests.bench.decoding
 	$(BIN)/python -m tests.bench.calibration
 	$(BIN)/python -m tests.bench.interop
 	$(BIN)/python -m tests.bench.scale

@@ -214,6 +214,7 @@ class _Pipeline:
                 kv=arm.kv,
                 inputs=inputs,
                 computed=computed,
+                chosen_by_dev=arm.may_be_promoted,
                 after=(self.rehearsed,),
             )
         )

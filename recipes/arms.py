@@ -23,6 +23,7 @@ EXTERNAL = "external"  # --only external: every external model
 CHAMPION = "champion"  # what is in production, as the gate and its scores name it
 CONTROLS: tuple[Calibration, ...] = ("generic", "mixed", "random")
 KV_CACHES: tuple[KV, ...] = ("fp8", "fp8-calibrated", "int8")
+NOT_DECODED = "not decoded: nothing chooses by it"  # answers to dev of arms that cannot be promoted
 ONE_CORE = Machine()  # the smallest machine, where nobody says which it is
 NO_DORA = {"gptq": "GPTQLoraLinear", "awq": "AwqLoraLinear"}  # format -> PEFT 0.21.2's layer, which raises
 
@@ -71,6 +72,11 @@ class Arm:
     def is_control(self) -> bool:
         """Made to be compared with, not to be shipped."""
         return self.calibration != "domain" or self.scales_from_base
+
+    @property
+    def may_be_promoted(self) -> bool:
+        """One artifact, made by this run to be shipped. What chooses among arms by their answers to dev reads these."""
+        return self.merge_base is not None and self.of is None and not self.is_control
 
 
 def arms(recipe: Recipe, *, adapter: Mapping[str, Any] | None = None, machine: Machine = ONE_CORE) -> tuple[Arm, ...]:

@@ -56,6 +56,7 @@ def step(
     inputs: Mapping[str, Step | External],
     kv: KV | None = None,
     computed: Computing | None = None,
+    chosen_by_dev: bool = True,
     after: tuple[Step, ...] = (),
 ) -> Step:
     """Scores of an arm.
@@ -67,6 +68,7 @@ def step(
         inputs: model, dataset and, where there are, reference, adapter, calibset (KV scales), what scorers read.
         kv: How its KV cache is stored; None for bf16.
         computed: Device, kernel and sizes; None for a CPU and the recipe's.
+        chosen_by_dev: Something chooses by its answers to dev; without it they are not decoded, only those to test.
         after: Steps that have to be made before it starts.
     """
     settings = recipe.evaluate
@@ -77,13 +79,14 @@ def step(
         stage="evaluate",
         slug=arm,
         entry="tasks.jobs.evaluate:run",
-        version=4,
+        version=5,
         params={
             "kind": kind,
             "kv": kv,
             "scorers": [scorer.params() for scorer in settings.scorers],
             **settings.model_dump(include={"max_new_tokens", "batch_size", "seed"}),
             **computing.params(),
+            **({} if chosen_by_dev else {"decoded": ["test"]}),
             **template,
             **trust(recipe, arm),
         },

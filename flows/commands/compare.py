@@ -22,7 +22,7 @@ from rich.text import Text
 from flows.commands.terminal import Output
 from flows.results.cells import ArmEvidence, Draws, gather
 from flows.results.comparisons import LeftOut, verdict
-from flows.results.dev import dev_scores
+from flows.results.dev import dev_scores, undecoded
 from flows.results.flips import flips_json, flips_text
 from flows.results.metrics import METRICS, TASK, Metric, difference_text, is_task, value_text
 from flows.results.paired import OTHER_DEVICE, Paired, differences, few_groups, paired
@@ -32,6 +32,7 @@ from flows.results.served import served_of
 from flows.results.stats import Interval
 from flows.results.throughput import OUTPUT, at_most
 from flows.run.folder import find_run
+from recipes.arms import NOT_DECODED
 from recipes.problem import Problem
 from recipes.scorers import input_name
 from tasks.runtime.store.local import find_home
@@ -188,7 +189,10 @@ def _evidence(run: Run, split: Split) -> dict[str, ArmEvidence]:
     evidence = gather(run)
     if split == "test":
         return evidence
-    return {slug: replace(arm, scores=dev_scores(arm, run), kl=None) for slug, arm in evidence.items()}
+    return {
+        slug: replace(arm, scores=dev_scores(arm, run), kl=None, absent={**arm.absent, **undecoded(arm)})
+        for slug, arm in evidence.items()
+    }
 
 
 def _served(
@@ -209,12 +213,16 @@ def _as_served(slug: str, section: Mapping[str, Any] | None) -> str:
 
 
 def _of_interest(old: ArmEvidence, new: ArmEvidence) -> Iterator[Metric]:
-    """Metrics that one of the two has; the reference's KL to itself is zero in both runs."""
-    further = sorted({name for name in (*old.scores, *new.scores) if name.startswith(TASK)})
+    """Metrics that one of the two has, or of whose answers both say that they were not decoded.
+
+    The reference's KL to itself is zero in both runs.
+    """
+    told = {name for name in old.absent if old.absent[name] == new.absent.get(name) == NOT_DECODED}
+    further = sorted({name for name in (*old.scores, *new.scores, *told) if name.startswith(TASK)})
     for metric in (METRICS[name] for name in (*COMPARED, *further)):
         if metric.source == "kl" and old.is_reference and new.is_reference:
             continue
-        if (metric.source in old.scores) or (metric.source in new.scores):
+        if metric.source in (*old.scores, *new.scores, *told):
             yield metric
 
 
@@ -224,7 +232,7 @@ def _pair(
     """Both arms' scores on shared rows, or why they cannot be compared."""
     before, after = (arm.scores.get(metric.source or "") for arm in (old, new))
     if before is None or after is None:
-        return f"no such scores {'before' if before is None else 'after'}"
+        return _missing(metric.source or "", old, new)
     if reason := _unlike(metric, *runs, arm=new.arm.evaluate):
         return reason
     if (metric.source or "").startswith("task") and _ends_counted_once(old, new):
@@ -245,6 +253,17 @@ def _pair(
     if pair == "other device":
         return f"{OTHER_DEVICE}: {before.device} before, {after.device} after"
     return "scores that are not finite" if pair == "not finite" else f"of the shared rows {few_groups(a)}"
+
+
+def _missing(source: str, old: ArmEvidence, new: ArmEvidence) -> str:
+    """Why one of the two, or both, have no such scores."""
+    lacking = {"before": old, "after": new}
+    lacking = {when: arm for when, arm in lacking.items() if source not in arm.scores}
+    undecoded = [when for when, arm in lacking.items() if arm.absent.get(source) == NOT_DECODED]
+    if not undecoded:
+        return f"no such scores {next(iter(lacking))}"
+    what, _, why = NOT_DECODED.partition(":")
+    return NOT_DECODED if len(undecoded) > 1 else f"{what} {undecoded[0]}:{why}"
 
 
 def _ends_counted_once(old: ArmEvidence, new: ArmEvidence) -> bool:

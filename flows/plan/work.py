@@ -39,7 +39,6 @@ def work(recipe: Recipe, headers: Headers, rows: RowSizes | None) -> dict[str, W
     """
     if rows is None:
         return {}
-    evaluated = _evaluated(recipe, headers, rows)
     every = [arm for arm in arms(recipe) if arm.unavailable is None]
     by_key = {f"reference/{recipe.name}": _reference(recipe, headers, rows)}
     if recipe.train.adapter is None:
@@ -47,9 +46,10 @@ def work(recipe: Recipe, headers: Headers, rows: RowSizes | None) -> dict[str, W
     for arm in every:
         if arm.scheme is not None and arm.of is None:
             by_key[f"quantize/{arm.slug}"] = _quantize(recipe, headers, rows, arm.scheme)
-        by_key[f"evaluate/{arm.slug}"] = evaluated
+        by_key[f"evaluate/{arm.slug}"] = _evaluated(recipe, headers, rows, chosen_by_dev=arm.may_be_promoted)
         if arm.of is None:
             by_key[f"measure/{arm.slug}"] = _measure(recipe, headers, arm)
+    evaluated = _evaluated(recipe, headers, rows, chosen_by_dev=False)
     nulls = {f"evaluate/{FLOOR}.null-{kind}": evaluated for kind in KINDS}  # which there are, depends on the machine
     return by_key | nulls
 
@@ -97,15 +97,16 @@ def _reference(recipe: Recipe, headers: Headers, rows: RowSizes) -> Work:
     return Work(tokens, 2 * active_parameters(headers) * tokens)
 
 
-def _evaluated(recipe: Recipe, headers: Headers, rows: RowSizes) -> Work:
-    """2 N a token: one forward pass over each row of dev and test, and the decoding of one answer to each.
+def _evaluated(recipe: Recipe, headers: Headers, rows: RowSizes, *, chosen_by_dev: bool) -> Work:
+    """2 N a token: one forward pass over each row of dev and test, and one answer to each, or to those of test alone.
 
     Answers count as long as the reference answers. The general hold-out and lm-eval tasks are left out.
     """
     mean = _mean_tokens(recipe, rows)
     answer = min(rows.completion_tokens, recipe.evaluate.max_new_tokens)
     decoded = max(0.0, mean - rows.completion_tokens) + answer
-    tokens = _held_out(recipe, rows) * (mean + decoded)
+    answered = rows.rows * (recipe.data.test + (recipe.data.dev if chosen_by_dev else 0))
+    tokens = _held_out(recipe, rows) * mean + answered * decoded
     return Work(tokens, 2 * active_parameters(headers) * tokens)
 
 

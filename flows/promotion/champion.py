@@ -140,7 +140,7 @@ def evaluated(present: Promotion, run: Run, candidate: RunArm, home: Path) -> Ch
     inputs["model"] = External(name="model", path=folder / "files", digest=present.digest, source=present.path)
     kind = "external" if other else present.kind  # which reads the rows in the model's own tokens
     computed = evaluate.Computing(device=device_kind(limits(recipe).device))
-    step = evaluate.step(recipe, CHAMPION, kind=kind, inputs=dict(inputs), computed=computed)
+    step = evaluate.step(recipe, CHAMPION, kind=kind, inputs=dict(inputs), computed=computed, chosen_by_dev=False)
     _same_scoring(step.identity, scored.manifest["identity"], run)
     with Launcher() as launcher:
         context = Context(store=store, launcher=launcher, leases=Leases(home), limits=limits(recipe))
@@ -259,6 +259,7 @@ def _same_scoring(ours: Mapping[str, Any], theirs: Mapping[str, Any], run: Run) 
         {
             **identity["params"],
             "kind": None,
+            "decoded": None,  # which splits: the batches of test are the same
             "version": identity["version"],
             "tools": {name: identity["tools"][name] for name in shared},
         }

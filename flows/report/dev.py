@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from flows.report.tables import cell_text, markdown_table
 from flows.results.dev import LOSS
-from flows.results.metrics import METRICS, difference_text
+from flows.results.metrics import METRICS, absent_text, difference_text
 
 HEADING = "On dev: for tuning; nothing here was promoted by"
 
@@ -55,21 +55,21 @@ def lead(dev: Mapping[str, Any]) -> str:
 
 
 def difference(metric: str, one: Mapping[str, Any]) -> str:
-    """`+0.3 [−1.0, +1.6] points, no difference shown`; a dash where there is none."""
+    """`+0.3 [−1.0, +1.6] points, no difference shown`; a dash, or `not decoded`, where there is none."""
     if one["difference"] is None:
-        return "–"
+        return absent_text(one["reason"])
     unit = " nats" if metric == LOSS.name else ""
     return f"{difference_text(metric, one['difference'], one['ci95_adjusted'])}{unit}, {one['verdict']}"
 
 
-def reasons(dev: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Why cells and differences are empty -> the arms."""
+def reasons(dev: Mapping[str, Any]) -> list[str]:
+    """Why cells and differences are empty, a sentence for each reason."""
     found: dict[str, list[str]] = {}
     for slug, arm in dev["arms"].items():
         for one in (*arm["metrics"].values(), *arm["differences"].values()):
             if one["reason"] and slug not in found.setdefault(one["reason"], []):
                 found[one["reason"]].append(slug)
-    return found
+    return [f"Not there: {', '.join(arms)}: {reason}." for reason, arms in found.items()]
 
 
 def dev_section(dev: Mapping[str, Any] | None) -> Iterator[str]:
@@ -88,6 +88,6 @@ def dev_section(dev: Mapping[str, Any] | None) -> Iterator[str]:
             ["arm / merged", *(f"{label(name)}, difference" for name in names)],
             [[f"{line.arm} / {line.against}", *map(difference, names, line.differences)] for line in compared],
         )
-    for reason, arms in reasons(dev).items():
-        yield f"\nNot there: {', '.join(arms)}: {reason}."
+    for line in reasons(dev):
+        yield f"\n{line}"
     yield ""

@@ -46,7 +46,7 @@ def dev_of(run: Run, evidence: Mapping[str, ArmEvidence], draws: Draws) -> dict[
     """`dev` of report.json; None where no arm has scores of dev."""
     evidence = {slug: arm for slug, arm in evidence.items() if arm.arm.null is None}  # nothing is tuned by noise
     scores = {slug: dev_scores(arm, run) for slug, arm in evidence.items()}
-    metrics = _metrics(scores)
+    metrics = _metrics(scores, evidence)
     if not metrics:
         return None
     wanted = [
@@ -55,7 +55,7 @@ def dev_of(run: Run, evidence: Mapping[str, ArmEvidence], draws: Draws) -> dict[
         if scores[slug] and (against := merged_of(arm.arm, run.arms))
         for metric in metrics
     ]
-    able, reasons = _pairs(wanted, scores)
+    able, reasons = _pairs(wanted, scores, evidence)
     found = dict(zip(able, differences(list(able.values()), draws), strict=True))
     rows = next((one[LOSS.source or ""] for one in scores.values() if LOSS.source in one), None)
     return {
@@ -93,9 +93,16 @@ def dev_scores(arm: ArmEvidence, run: Run) -> Scores:
     return read_dev(step.files) if step and step.files else {}
 
 
-def _metrics(scores: Mapping[str, Scores]) -> list[Metric]:
-    """Task scores of all scorers and the loss, those that an arm has of dev."""
+def undecoded(arm: ArmEvidence) -> dict[str, str]:
+    """Metric of scores.parquet -> why the arm has none of dev, though it has of test."""
+    own = (name.rpartition("/") for name in arm.absent)
+    return {metric: arm.absent[f"{metric}/{split}"] for metric, _, split in own if split == SPLIT}
+
+
+def _metrics(scores: Mapping[str, Scores], evidence: Mapping[str, ArmEvidence]) -> list[Metric]:
+    """Task scores of all scorers and the loss, those that an arm has of dev or says why it has not."""
     sources = {source for one in scores.values() for source in one}
+    sources |= {source for arm in evidence.values() for source in undecoded(arm)}
     tasks = [name for name in sorted(sources) if name == "task" or name.startswith(TASK)]
     return [*(replace(METRICS[name], split=SPLIT) for name in tasks), *([LOSS] if LOSS.source in sources else [])]
 
@@ -104,23 +111,28 @@ def _cell(metric: Metric, arm: ArmEvidence, scores: Scores, draws: Draws) -> Cel
     source = metric.source or ""
     if source in scores:
         return rows_cell(metric, scores[source], None, draws)
-    reason = arm.failure or arm.problems.get(source) or arm.absent.get(source) or "no such scores of dev"
-    return Cell(value=None, split=SPLIT, reason=reason)
+    return Cell(value=None, split=SPLIT, reason=arm.failure or _missing(arm, source) or "no such scores of dev")
+
+
+def _missing(arm: ArmEvidence, source: str) -> str | None:
+    return arm.problems.get(source) or arm.absent.get(source) or undecoded(arm).get(source)
 
 
 def _pairs(
-    wanted: Sequence[_Compared], scores: Mapping[str, Scores]
+    wanted: Sequence[_Compared], scores: Mapping[str, Scores], evidence: Mapping[str, ArmEvidence]
 ) -> tuple[dict[_Compared, Paired], dict[_Compared, str]]:
     """The pairs that can be compared, and why the others cannot."""
     able: dict[_Compared, Paired] = {}
     reasons: dict[_Compared, str] = {}
     for one in wanted:
-        a, b = (scores[slug].get(one.metric.source or "") for slug in (one.arm, one.against))
+        source, both = one.metric.source or "", (one.arm, one.against)
+        a, b = (scores[slug].get(source) for slug in both)
         pair = paired(a, b, one.metric.link)
         if isinstance(pair, Paired):
             able[one] = pair
         else:
-            reasons[one] = why_not(pair, a, REASONS)
+            told = (_missing(evidence[slug], source) for slug in both if source not in scores[slug])
+            reasons[one] = next(filter(None, told), None) or why_not(pair, a, REASONS)
     return able, reasons
 
 

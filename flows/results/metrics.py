@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from flows.results.stats import Link
+from recipes.arms import NOT_DECODED
 
 Direction = Literal["lower", "higher"]
 Interval95 = Literal["studentized", "wilson", "percentile", "repeats", "counted"]
@@ -338,7 +339,7 @@ def value_text(metric: str, value: float | None, ci95: list[float] | None = None
 
 def absent_text(reason: str | None) -> str:
     """What stands in the cell of a metric that an arm has no value of."""
-    return NOT_COUNTED.partition(":")[0] if reason == NOT_COUNTED else value_text("", None)
+    return reason.partition(":")[0] if reason in (NOT_COUNTED, NOT_DECODED) else value_text("", None)
 
 
 def interval_text(metric: str, value: float | None, ci95: list[float] | None) -> str:

@@ -15,10 +15,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from recipes.arms import NOT_DECODED
 from tasks.jobs.loading.computing import computed, refuse_other_device
 from tasks.jobs.loading.kernels import kernel_of
 from tasks.jobs.loading.load import load_arm, setup
 from tasks.jobs.measuring.answers import Answer
+from tasks.jobs.measuring.decoding import Decoder, greedy_config
 from tasks.jobs.measuring.grading import Prompting, grade, open_graders, refuse_references, run_harnesses
 from tasks.jobs.measuring.kv_cache import KVCache, calibrated
 from tasks.jobs.measuring.own_tokenizer import OwnReading, own_reading
@@ -31,8 +33,6 @@ from tasks.jobs.measuring.teacher_forcing import (
     batches,
     completion_bytes,
     forced,
-    greedy_answers,
-    greedy_config,
     read_general,
     read_rows,
 )
@@ -45,6 +45,7 @@ ANSWERS = pa.schema(
     [(name, pa.string()) for name in ("row", "split", "domain", "prompt", "reference", "answer")]
     + [("ending", pa.string()), ("score", pa.float64()), ("error", pa.string()), ("scores", pa.string())]
 )
+HELD_OUT = ("dev", "test")
 NO_REFERENCE = "no reference: nothing was trained in this run, and evaluate.reference names no model"
 
 
@@ -62,11 +63,11 @@ def run(job: Job) -> dict[str, Any]:
         lm-eval tasks are rows of their own), truncated (1 where the answer has no end, and so scores 0; n = 1).
         kl.parquet: KL per token. answers.parquet: prompt, reference and answer, its `ending` (finished, cut, or
         thinking that never ends), with `score` and `error` of the first scorer and `scores`, JSON {NAME: {score,
-        error}} of all. Rows without a prompt (plain texts) have no task and no answer. kv_cache.json: how a quantized
-        KV cache was simulated (params.kv). computed.json: device, attention, threads and batch size; also in the
-        result.
+        error}} of all. Rows without a prompt (plain texts) have no task and no answer, and neither have rows of a split
+        that params.decoded, where it is given, leaves out. kv_cache.json: how a quantized KV cache was simulated
+        (params.kv). computed.json: device, attention, threads and batch size; also in the result.
         Without a reference there is no kl and no agree; a model with another tokenizer has only bits and task scores.
-        `absent` of the result says why, by metric.
+        `absent` of the result says why, by metric, or METRIC/dev where that split alone has none.
     Metrics:
         The mean of each, by split. `problems` of the result: metric -> why the arm has no score of it.
 
@@ -79,23 +80,25 @@ def run(job: Job) -> dict[str, Any]:
     if job.execution.device == "cpu":
         os.environ["GPTQ_TORCH_CACHE_WEIGHTS"] = "1"  # 2- and 3-bit layers dequantize once, not in every forward
     dataset = job.inputs["dataset"].path
-    rows, general = read_rows(dataset, "dev", "test"), read_general(dataset)
+    rows, general = read_rows(dataset, *HELD_OUT), read_general(dataset)
     prompted = _with_prompt(rows, job)
+    asked = _asked(prompted, job)
     graders = open_graders(job)
     prompting = Prompting.of(dataset / "tokenizer")
     refuse_references(prompted, graders.answers, prompting)
     own = _own_reading(rows, job)
     prompting = Prompting(own.tokenizer, own.ends) if own else prompting
-    arm = _load(job, passes=[own.rows, prompted] if own else [rows, prompted, general])
+    arm = _load(job, passes=[*([own.rows] if own else [rows, general]), *_by_split(asked)])
     scores, tokens, absent = _own_scores(arm, own, rows) if own else _forced_scores(arm, rows)
     if not own:
         scores += _general_scores(arm, general)
-    answered = _answers(arm, prompted, own=own, prompting=prompting)
-    graded = grade(prompted, [one.answer for one in answered], graders.answers)
+    answered = _answers(arm, asked, own=own, prompting=prompting)
+    graded = grade(asked, [one.answer for one in answered], graders.answers)
     scores += [score_line(row, metric, value, 1) for metric, values in graded.scores.items() for row, value in values]
-    scores += [
-        score_line(row, "truncated", one.answer.truncated, 1) for row, one in zip(prompted, answered, strict=True)
-    ]
+    scores += [score_line(row, "truncated", one.answer.truncated, 1) for row, one in zip(asked, answered, strict=True)]
+    undecoded = {row.split for row in prompted} - {row.split for row in asked}
+    of_answers = ("truncated", *(grader.metric for grader in graders.answers))
+    absent |= {f"{metric}/{split}": NOT_DECODED for split in undecoded for metric in of_answers}
     answers = [one.line | verdicts for one, verdicts in zip(answered, graded.verdicts, strict=True)]
     documents, problems = run_harnesses(arm.model, graders.harnesses, job, prompting=prompting, caches=arm.caches)
     scores += documents
@@ -114,6 +117,19 @@ def _with_prompt(rows: list[TokenRow], job: Job) -> list[TokenRow]:
             "task", f"{len(rows) - len(prompted)} of {len(rows)} rows are plain text: no prompt, so no task score"
         )
     return prompted
+
+
+def _asked(prompted: list[TokenRow], job: Job) -> list[TokenRow]:
+    """Those to which answers are decoded: all, or those of test where nothing chooses by this arm's answers to dev."""
+    asked = [row for row in prompted if row.split in job.params.get("decoded", HELD_OUT)]
+    if left := len(prompted) - len(asked):
+        job.events.note("answers", f"to {len(asked)} rows of test; to {left} of dev {NOT_DECODED}")
+    return asked
+
+
+def _by_split(rows: Sequence[TokenRow]) -> list[list[TokenRow]]:
+    """Rows of dev, rows of test: the batches of either are the same, whether the other one is decoded or not."""
+    return [[row for row in rows if row.split == split] for split in HELD_OUT]
 
 
 def _own_reading(rows: list[TokenRow], job: Job) -> OwnReading | None:
@@ -329,21 +345,21 @@ class _Answered(NamedTuple):
 
 
 def _answers(arm: _LoadedArm, rows: list[TokenRow], *, own: OwnReading | None, prompting: Prompting) -> list[_Answered]:
-    """Greedy answers, decoded once for all scorers, in the order of `rows`; to the prompts of `own` where it is given.
-
-    Rows with answers of similar length share a batch: a batch decodes until its last answer has ended.
-    """
+    """Greedy answers, decoded once for all scorers, in the order of `rows`; to the prompts of `own` where given."""
     if not rows:
         return []
     reader, prompts, longest = prompting.reader(), rows, arm.job.params["max_new_tokens"]
     if own:
-        prompts, longest = own.prompts, _own_longest(own.prompts, prompting, arm.job)
+        asked, longest = {row.row for row in rows}, _own_longest(own.prompts, prompting, arm.job)
+        prompts = [row for row in own.prompts if row.row in asked]
         config = own.greedy(max_new_tokens=longest)
     else:
         config = greedy_config(arm.job.inputs["dataset"].path / "tokenizer", max_new_tokens=longest)
     answered: dict[str, _Answered] = {}
-    for batch in arm.batches(prompts, key=lambda row: row.answer_tokens):
-        for row, decoded in zip(batch, greedy_answers(arm.model, batch, config, arm.caches), strict=True):
+    decoder = Decoder(model=arm.model, config=config, size=arm.job.params["batch_size"], caches=arm.caches)
+    for of_split in _by_split(prompts):
+        note, begun = arm.job.events.note, lambda: arm.progress.step("answers")
+        for row, decoded in decoder.answers(of_split, begun=begun, note=note):
             answer = reader.read(row, decoded)
             line = {
                 "row": row.row,
@@ -355,7 +371,6 @@ def _answers(arm: _LoadedArm, rows: list[TokenRow], *, own: OwnReading | None, p
                 "ending": answer.ending,
             }
             answered[row.row] = _Answered(answer, line)
-        arm.progress.step("answers")
     return [answered[row.row] for row in rows]
 
 

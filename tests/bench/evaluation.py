@@ -32,6 +32,7 @@ from tests.bench.quantizers import Took, interval, timed
 
 RESULTS = CHECKOUT / "docs" / "results" / "evaluation.md"
 ARMS = ("base", "nf4-adapter", "merged-dequantized", "gptq-w4-g128", "gptq-w4-g128.on-base")
+ANSWERS = "\n## Answers\n"  # begins the section that tests/bench/decoding.py writes
 PAIRS = 7
 GOAL = 1.15
 OURS, BARE = 0, 1  # of a pair
@@ -73,7 +74,7 @@ class Measured(NamedTuple):
 
 
 def bare(job: Job) -> Spent:
-    """Load, forward over dev, test and general text, decode the prompts of dev and test."""
+    """Load, forward over dev, test and general text, decode the prompts that the arm's evaluation decodes."""
     import pyarrow.parquet as pq
     import torch
     from transformers import AutoTokenizer, GenerationConfig
@@ -84,7 +85,8 @@ def bare(job: Job) -> Spent:
     load = time.perf_counter() - clock
 
     data, size = job.inputs["dataset"].path, job.params["batch_size"]
-    rows = pq.read_table(data / "rows.parquet", filters=[("split", "in", ["dev", "test"])]).to_pylist()
+    splits = ["dev", "test"]
+    rows = pq.read_table(data / "rows.parquet", filters=[("split", "in", splits)]).to_pylist()
     texts = [row["input_ids"] for row in rows], pq.read_table(data / "general.parquet")["input_ids"].to_pylist()
     clock = time.perf_counter()
     with torch.inference_mode():
@@ -103,12 +105,15 @@ def bare(job: Job) -> Spent:
         pad_token_id=stored.pad_token_id,
     )
     model.generation_config = greedy
+    splits = job.params.get("decoded", splits)
     clock = time.perf_counter()
     with torch.inference_mode():
-        for batch in _batches(rows, size, longest=lambda row: len(row["input_ids"]) - len(row["prompt_ids"])):
-            padded, mask = _padded([row["prompt_ids"] for row in batch], left=True)
-            made = model.generate(input_ids=padded, attention_mask=mask, generation_config=greedy)
-            tokenizer.batch_decode(made[:, padded.shape[1] :], skip_special_tokens=True)
+        for split in splits:
+            of_split = [row for row in rows if row["split"] == split]
+            for batch in _batches(of_split, size, longest=lambda row: len(row["input_ids"]) - len(row["prompt_ids"])):
+                padded, mask = _padded([row["prompt_ids"] for row in batch], left=True)
+                made = model.generate(input_ids=padded, attention_mask=mask, generation_config=greedy)
+                tokenizer.batch_decode(made[:, padded.shape[1] :], skip_special_tokens=True)
     return Spent(0.0, 0.0, load, forward, time.perf_counter() - clock)
 
 
@@ -263,9 +268,14 @@ with 95 % bootstrap intervals. Goal: all arms at most {GOAL} times the bare time
 on the clock. Other programs ran on the machine, and they change CPU time least. *Whole* has the start in
 both.
 
-{machine["cpu"]}, {machine["cores"]} cores, {machine["memory_gib"]} GiB;
-{", ".join(f"{name} {version}" for name, version in measured.versions.items())}.
+{conditions_text(machine, measured.versions)}
 """
+
+
+def conditions_text(machine: Mapping[str, Any], versions: Mapping[str, str]) -> str:
+    """The machine, and what ran."""
+    named = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB;\n{named}."
 
 
 def conditions(jobs: Mapping[str, Job]) -> dict[str, Any]:
@@ -291,7 +301,8 @@ def save(out: Path, measured: Measured) -> None:
         "pairs": pairs,
     }
     out.with_suffix(".json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
-    out.write_text(page(measured), encoding="utf-8")
+    _, heading, answers = out.read_text(encoding="utf-8").partition(ANSWERS) if out.is_file() else ("", "", "")
+    out.write_text(page(measured) + heading + answers, encoding="utf-8")
 
 
 def saved(out: Path) -> Measured:

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from recipes.arms import NOT_DECODED
 from recipes.schemes.slugs import parse_scheme
 
 BASE = Path(__file__).parents[2] / "recipes" / "quickstart" / "base"
@@ -81,6 +82,7 @@ class SyntheticRun:
         drop_rows: Arms that are scored on one test row less.
         nan_rows: Arms with NaN in one loss.
         cut: Arm -> how many of its first answers have no end; the others' all have one.
+        undecoded: Arms whose answers to dev were not decoded.
         prompts: Rows have prompts; plain texts have none, so no task score.
         run_id: Of the run's folder.
         salt: Another one puts the artifacts elsewhere in the store, so that two runs share a home.
@@ -107,6 +109,7 @@ class SyntheticRun:
     drop_rows: frozenset[str] = frozenset()
     nan_rows: frozenset[str] = frozenset()
     cut: dict[str, int] = field(default_factory=dict)
+    undecoded: frozenset[str] = frozenset()
     steps: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -184,6 +187,8 @@ class SyntheticRun:
             model = f"merge/{shape.merge_base}"
         evaluate, measure = f"evaluate/{slug}", f"measure/{slug}"
         result = {"computed": computed(shape.null) | {"device": self.devices.get(slug, "cpu")}}
+        if slug in self.undecoded:
+            result["absent"] = {f"{metric}/dev": NOT_DECODED for metric in ("task", "truncated")}
         if files := self._step(evaluate, {}, seconds=14.0 + index / 3, needs=model, result=result):
             self._scores(files, slug, shape, np.random.default_rng([self.seed, index]))
         if self.measured and of is None and (files := self._step(measure, {}, seconds=8.0, needs=model)):
@@ -315,7 +320,7 @@ class SyntheticRun:
             add(split, "bits", nll / np.log(2), 3 * self.tokens, rows)
             add(split, "kl", kl_sum, self.tokens, rows)
             add(split, "agree", agree if shape.kl else self.tokens, self.tokens, rows)
-            if self.prompts:
+            if self.prompts and (split == "test" or slug not in self.undecoded):
                 add(split, "task", right, ones, rows)
                 add(split, "truncated", np.arange(self.test) < self.cut.get(slug, 0), ones, rows)
         if self.general:
@@ -374,6 +379,7 @@ class SyntheticRun:
             }
             for split in ("dev", "test")
             for index in rows
+            if split == "test" or slug not in self.undecoded
         ]
 
 

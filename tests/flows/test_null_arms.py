@@ -50,10 +50,11 @@ def test_one_thing_is_other_and_the_files_are_the_same(tmp_path: Path) -> None:
         kind: difference(plain.identity["params"], steps[f"{FLOOR}.null-{kind}"].identity["params"])
         for kind in ("batch", "threads", "attention")
     }
+    decoded = 'decoded: null -> ["test"]'  # nothing chooses by a null arm's answers to dev
     assert apart == {
-        "batch": ["batch_size: 16 -> 8"],
-        "threads": ["threads: null -> 2"],
-        "attention": ['attention: null -> "eager"'],
+        "batch": ["batch_size: 16 -> 8", decoded],
+        "threads": [decoded, "threads: null -> 2"],
+        "attention": ['attention: null -> "eager"', decoded],
     }
     for kind in apart:
         null = steps[f"{FLOOR}.null-{kind}"]

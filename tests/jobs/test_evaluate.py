@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -16,11 +17,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig
 
+from recipes.arms import NOT_DECODED
 from tasks.jobs import evaluate, prepare, reference
 from tasks.jobs.evaluate import divergence
 from tasks.jobs.loading.load import load_bf16
 from tasks.jobs.measuring import teacher_forcing, tiles
-from tasks.jobs.measuring.teacher_forcing import TokenRow, before_end, completion_bytes
+from tasks.jobs.measuring.decoding import before_end, greedy_answers
+from tasks.jobs.measuring.teacher_forcing import TokenRow, completion_bytes
 from tasks.runtime.process.errors import StageError
 from tests.jobs.build import curve, make_job, notes, write_jsonl
 from tests.jobs.test_merge import plant_adapter
@@ -233,6 +236,30 @@ def test_answers_are_decoded_to_their_end_and_scored(world: Path, tmp_path: Path
     assert score(world, tmp_path / "base")["task/test"] == 0
 
 
+def test_answers_to_dev_are_left_out_where_nothing_chooses_by_them(world: Path, tmp_path: Path) -> None:
+    """Every byte of the rows of test is the same, and every loss and KL of dev; the result says what is not there."""
+    trained = train_to_answer(world / "base", tmp_path / "trained", held_out(world)[::2])  # half of the rows by heart
+    both = score(world, tmp_path / "both", model=trained)
+    test = score(world, tmp_path / "test", model=trained, decoded=["test"])
+    for name in ("scores", "answers"):
+        tables = [pq.read_table(tmp_path / out / f"{name}.parquet") for out in ("both", "test")]
+        of_test = [table.filter(pc.equal(table["split"], "test")) for table in tables]
+        assert of_test[0].equals(of_test[1]) and len(of_test[0])
+        rest = tables[0].filter(pc.equal(tables[0]["split"], "dev"))
+        if name == "scores":
+            rest = rest.filter(pc.invert(pc.is_in(rest["metric"], pa.array(DECODED))))
+        else:
+            rest = rest.slice(0, 0)
+        assert tables[1].filter(pc.equal(tables[1]["split"], "dev")).equals(rest)
+    assert lines(tmp_path / "both", "kl") == lines(tmp_path / "test", "kl")
+    assert 0 < both["task/test"] < 1
+    gone = {"task/dev": both["task/dev"], "truncated/dev": both["truncated/dev"]}
+    assert test.pop("absent") == dict.fromkeys(gone, NOT_DECODED)
+    assert both == test | gone
+    told = notes(make_job("evaluate", tmp_path / "test", params={}))["answers"]
+    assert NOT_DECODED in told and str(len([row for row in held_out(world) if row["split"] == "test"])) in told
+
+
 def reference_size(row: dict[str, Any]) -> int:
     """Tokens of the row's answer with the token that ends it."""
     start = len(row["prompt_ids"])
@@ -297,10 +324,10 @@ def test_an_answer_ends_with_any_of_the_ids_that_end_one(world: Path, tmp_path: 
     begins = next(row.ids[len(row.prompt_ids)] for row in rows if row.answer == "blue")
     config = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=[2, begins], pad_token_id=0)
     batch = [next(row for row in rows if row.answer == answer) for answer in ANSWERS]
-    blue, sky, _ = together = teacher_forcing.greedy_answers(trained, batch, config)
+    blue, sky, _ = together = greedy_answers(trained, batch, config)
     assert blue == ([], True)
     assert not sky.ended and len(sky.tokens) == 3
-    assert together == [teacher_forcing.greedy_answers(trained, [row], config)[0] for row in batch]
+    assert together == [greedy_answers(trained, [row], config)[0] for row in batch]
 
 
 def test_a_sample_keeps_whole_rows_and_the_same_batches(world: Path, tmp_path: Path) -> None:

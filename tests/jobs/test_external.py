@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from recipes.arms import NOT_DECODED
 from recipes.schemes.slugs import parse_scheme
 from tasks.jobs import evaluate, measure, quantize, reference
 from tasks.jobs.loading.load import load_arm, load_bf16
@@ -100,6 +101,11 @@ def test_another_tokenizers_answers_end_with_its_own_turn(world: Path, tmp_path:
     for answer in lines(tmp_path / "out", "answers"):
         assert answer["answer"] == answer["reference"]
         assert answer["prompt"].endswith("<|assistant|>")
+    alone = {"model": trained, "kind": "external", "max_new_tokens": 40, "decoded": ["test"]}
+    told = score(world, tmp_path / "test", **alone)["absent"]
+    assert told["task/dev"] == NOT_DECODED and told["nll"].startswith("another tokenizer: ")
+    of_test = [answer for answer in lines(tmp_path / "out", "answers") if answer["split"] == "test"]
+    assert lines(tmp_path / "test", "answers") == of_test and of_test
 
 
 def test_a_padded_vocabulary_is_compared_over_the_tokens_that_both_have(world: Path, tmp_path: Path):  # noqa: F811

@@ -123,3 +123,24 @@ def test_dora_on_formats_that_peft_refuses_is_no_arm_with_the_reason():
     assert found["awq-w4-g32.on-base"] == "PEFT puts no DoRA on awq layers: AwqLoraLinear does not support DoRA yet"
     elsewhere = arms(plain, adapter={"use_dora": True})  # trained before, by whatever tool
     assert [arm.slug for arm in elsewhere if arm.unavailable] == [f"{slug}.on-base" for slug in slugs[:3]]
+
+
+def test_what_may_be_promoted_is_what_this_run_made_to_be_shipped():
+    asked = recipe(
+        schemes=["awq-w4-g32", "rtn-w3-g128"],
+        on_base=["awq-w4-g32"],
+        merge="auto",
+        controls=["awq-w4-g32"],
+        kv_cache=["awq-w4-g32", "base"],
+    )
+    raw = asked.model_dump()
+    raw["evaluate"] |= {"external": {"production": "models/production"}, "null_arms": ["batch"]}
+    found = arms(Recipe.model_validate(raw))
+    assert {arm.slug for arm in found if arm.may_be_promoted} == {
+        "merged-dequantized",
+        "merged-original",
+        "awq-w4-g32",
+        "rtn-w4-g32",  # added for the controls
+        "rtn-w3-g128",
+    }
+    assert len(found) > 15

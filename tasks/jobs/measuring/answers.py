@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
 
-from tasks.jobs.measuring.teacher_forcing import Decoded, TokenRow
+from tasks.jobs.measuring.decoding import Decoded
+from tasks.jobs.measuring.teacher_forcing import TokenRow
 from tasks.jobs.text.thinking import Thinking
 
 Ending = Literal["finished", "cut", "thinking"]

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from recipes.problem import Problem
 from recipes.scorers import input_name
 from tasks.jobs.measuring.answers import NO_ANSWER, Answer, AnswerReader
-from tasks.jobs.measuring.teacher_forcing import Caches, Decoded, TokenRow, before_end, greedy_config
+from tasks.jobs.measuring.decoding import Decoded, before_end, greedy_config
+from tasks.jobs.measuring.teacher_forcing import Caches, TokenRow
 from tasks.jobs.measuring.tiles import Model
 from tasks.jobs.scorers import Scorer, ScorerFailed, Verdict, make_scorer
 from tasks.jobs.text.chat_template import NO_SETTINGS, ChatTemplate, TemplateSettings

@@ -1,4 +1,4 @@
-"""The same rows, order, batches and tokens for every arm: teacher forcing over completions, greedy answers.
+"""The same rows, order, batches and tokens for every arm: teacher forcing over completions.
 
 Reference and evaluate share this. bf16 sums depend on the shape of a product a little; with equal batches, cut into
 equal tiles, the reference scored against itself gives a KL of exactly 0.
@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
-from transformers import Cache, GenerationConfig
+from transformers import Cache
 
 from tasks.jobs.measuring.tiles import Model, each_tile
 from tasks.runtime.process.errors import StageError
@@ -173,7 +173,7 @@ def forced(
     Raises:
         StageError: Logits are inf or NaN; names the rows.
     """
-    ids, mask = _padded([row.ids for row in rows], left=False)
+    ids, mask = padded([row.ids for row in rows], left=False)
     kept: list[list[Kept]] = [[] for _ in rows]
     broken: dict[str, None] = {}
     waiting = _Waiting(rows)
@@ -238,58 +238,7 @@ def completion_bytes(row: TokenRow, tokenizer: Any) -> int:
     return size
 
 
-def greedy_config(folder: Path, *, max_new_tokens: int) -> GenerationConfig:
-    """Plain greedy decoding that ends with the turn.
-
-    Only end and pad ids come from the dataset's generation_config.json: a base's own need not end at the end of a turn,
-    and its sampling settings and penalties are not what arms are compared by.
-    """
-    stored = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
-    ends = stored.eos_token_id if isinstance(stored.eos_token_id, list) else [stored.eos_token_id]
-    pad = ends[0] if stored.pad_token_id is None else stored.pad_token_id
-    return GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=pad)
-
-
-class Decoded(NamedTuple):
-    """An answer in tokens.
-
-    Attributes:
-        tokens: Without the token that ends it.
-        ended: Such a token came; without one the answer was cut off where no more tokens were decoded.
-    """
-
-    tokens: list[int]
-    ended: bool
-
-    @classmethod
-    def of(cls, tokens: list[int], ends: Sequence[int]) -> Decoded:
-        """Of what was decoded: behind the end there may be padding, which a batch needs until its last answer ends."""
-        kept = before_end(tokens, ends)
-        return cls(kept, len(kept) < len(tokens))
-
-
-@torch.inference_mode()
-def greedy_answers(
-    model: Model, rows: Sequence[TokenRow], config: GenerationConfig, caches: Caches | None = None
-) -> list[Decoded]:
-    """The greedy answers of one batch from the true history, padded on the left."""
-    ids, mask = _padded([row.prompt_ids for row in rows], left=True)
-    generator: Any = model
-    generator.generation_config = config  # generate() takes unset fields from the checkpoint's own
-    cached = {"past_key_values": caches()} if caches else {}
-    generated = generator.generate(
-        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config, **cached
-    )
-    return [Decoded.of(line, config.eos_token_id) for line in generated[:, ids.shape[1] :].tolist()]
-
-
-def before_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
-    """The tokens of an answer up to the first that ends it."""
-    stop = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokens[:stop]
-
-
-def _padded(rows: Sequence[Sequence[int]], *, left: bool) -> tuple[Tensor, Tensor]:
+def padded(rows: Sequence[Sequence[int]], *, left: bool) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, both [rows, longest]; id 0 where the mask is 0."""
     longest = max(map(len, rows))
     ids = torch.zeros(len(rows), longest, dtype=torch.long)

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from tasks.jobs.measuring.teacher_forcing import Decoded, TokenRow
+from tasks.jobs.measuring.decoding import Decoded
+from tasks.jobs.measuring.teacher_forcing import TokenRow
 from tasks.runtime.process.errors import StageError
 
 AT_ONCE = 32  # prompts of one request; the engine batches them as it likes

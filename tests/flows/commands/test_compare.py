@@ -14,6 +14,7 @@ from rich.console import Console
 
 from flows.cli import main
 from flows.commands.compare import COMPARED, Compared, Shared, compare_runs, print_compared
+from recipes.arms import NOT_DECODED
 from recipes.problem import RecipeError
 from tests.flows.synthetic_run import SHAPES, SyntheticRun
 
@@ -247,6 +248,25 @@ def test_dev_rows_of_one_run_only_are_left_out_and_other_sets_refused(tmp_path: 
     )
     with pytest.raises(RecipeError, match="the two dev sets share no row"):
         compare_runs(before, other, tmp_path, split="dev")
+
+
+def test_answers_to_dev_that_were_not_decoded_are_left_out_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = write(tmp_path, undecoded=frozenset({"gptq-w4-g128"}))
+    after = later(tmp_path, undecoded=frozenset({"gptq-w4-g128", "merged-dequantized"}))
+    found = compare_runs(before, after, tmp_path, split="dev")
+    reasons = {(one.a, one.reason) for one in found.left_out if one.metric == "task"}
+    assert reasons == {
+        ("gptq-w4-g128", NOT_DECODED),
+        ("merged-dequantized", "not decoded after: nothing chooses by it"),
+    }
+    told = {(one.arm, one.metric) for one in found.changes}
+    assert ("gptq-w4-g128", "task") not in told and ("gptq-w4-g128", "ppl_dev") in told
+    assert change(compare_runs(before, after, tmp_path), "gptq-w4-g128", "task").rows == 300  # of test
+    monkeypatch.setenv("QUENCH_HOME", str(tmp_path))
+    assert main(["compare", before.name, after.name, "--split", "dev"]) == 0
+    assert f"Not compared, {NOT_DECODED}: gptq-w4-g128 (task)." in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_command_says_which_split(

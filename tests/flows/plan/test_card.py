@@ -245,8 +245,10 @@ def test_work_by_hand(recipe: Recipe, headers: Headers):
     raw["train"] |= {"gradient_checkpointing": True, "max_steps": 10}
     longer = work(Recipe.model_validate(raw), headers, ROWS)["train/card"]
     assert longer.tokens == 10 * 16 * 400 and longer.flops == pytest.approx(6 * active * longer.tokens)
-    base = by_key["evaluate/base"]
-    assert base.tokens == pytest.approx(250 * (400 + 400)) and base.flops == pytest.approx(2 * active * base.tokens)
+    merged, base = by_key["evaluate/merged-dequantized"], by_key["evaluate/base"]
+    assert merged.tokens == pytest.approx(250 * (400 + 400))
+    assert base.tokens == pytest.approx(250 * 400 + 150 * 400)  # its answers to dev are not decoded
+    assert base.flops == pytest.approx(2 * active * base.tokens)
     gptq = by_key["quantize/gptq-w4-g128"]
     hessians = 32 * (6 * 4096**2 + 14336**2)
     assert gptq.tokens == 512 * 400 and gptq.flops == pytest.approx((4 * linear + 2 * hessians) * gptq.tokens)

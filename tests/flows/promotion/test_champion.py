@@ -89,7 +89,9 @@ def test_a_champion_is_followed_blocked_against_and_rolled_back_to(world: World)
     beside = made["gate"]["champion"]
     assert beside["compared"] and beside["removed"] == 0 and beside["rows"] > 50
     own = world.steps(first)["evaluate/gptq-w4-g128"]["path"]
-    assert scores(world, beside["evaluate"]) == scores(world, str(own))
+    of_answers = {("dev", "task"), ("dev", "truncated")}  # nobody reads the champion's answers to dev
+    scored = [one for one in scores(world, str(own)) if (one["split"], one["metric"]) not in of_answers]
+    assert scores(world, beside["evaluate"]) == scored and len(scored) < len(scores(world, str(own)))
     report = json.loads((world.home / "runs" / second / "report.json").read_text())
     assert report["gate"] == made["gate"]
     assert {"task", "loss", "general_loss"} <= {

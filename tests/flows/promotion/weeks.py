@@ -96,7 +96,8 @@ class Weeks:
         own = self._of(self.home / "runs" / written.run_id, f"evaluate/{ARM}")
         for number, model in self.made.items():
             place, slug = own, ARM if number == week else CHAMPION
-            step = evaluate.step(recipe, slug, kind="quantized", inputs={"dataset": data, "model": model})
+            inputs = {"dataset": data, "model": model}
+            step = evaluate.step(recipe, slug, kind="quantized", inputs=inputs, chosen_by_dev=slug != CHAMPION)
             if number != week:
                 place = self.home / "store" / "evaluate" / f"{CHAMPION}-{step.fingerprint[:12]}"
                 shutil.copytree(own, place)

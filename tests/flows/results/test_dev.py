@@ -18,6 +18,7 @@ from flows.report.html import page
 from flows.report.text import markdown
 from flows.results.metrics import value_text
 from flows.results.read import read_run
+from recipes.arms import NOT_DECODED
 from tests.flows.synthetic_run import SHAPES, SyntheticRun
 
 BROKEN = {"what": "Scales are NaN.", "where": "layers.3", "why": "a channel is zero", "next": "raise calibrate.rows"}
@@ -164,3 +165,38 @@ def test_the_section_stands_alone_and_says_what_it_is_for(report: dict[str, Any]
         # No table has both: the section names no metric of test, and dev's loss is in no other section.
         for named in ("perplexity", "general ppl", "top-1"):
             assert named not in section
+
+
+def test_what_was_not_decoded_says_so(tmp_path: Path) -> None:
+    """In words, in every form; a task score is neither made up nor left as an empty cell."""
+    run = SyntheticRun(
+        tmp_path, test=100, general=0, measured=False, shapes=FEW, undecoded=frozenset({"base", "nf4-adapter"})
+    )
+    folder = run.write()
+    report = json.loads(json.dumps(evaluate(read_run(folder, tmp_path))))
+    arms = report["dev"]["arms"]
+    for slug in FEW:
+        cells, differences = arms[slug]["metrics"], arms[slug]["differences"]
+        if slug in run.undecoded:
+            assert (cells["task"]["value"], cells["task"]["reason"]) == (None, NOT_DECODED)
+            assert (differences["task"]["difference"], differences["task"]["reason"]) == (None, NOT_DECODED)
+        else:
+            assert cells["task"]["value"] is not None and differences["task"]["difference"] is not None
+        assert cells["loss"]["value"] is not None and differences["loss"]["difference"] is not None
+        assert report["arms"][slug]["metrics"]["task"]["n"] == 100  # of test
+    lines = [line for line in markdown(report).splitlines() if NOT_DECODED in line]
+    assert lines == [f"Not there: base, nf4-adapter: {NOT_DECODED}."]
+    html = page(report, {})
+    assert lines[0] in re.sub(r"<[^>]+>", "", html)
+    for text in (markdown(report), html):
+        section = next(part for part in re.split(r"\n## |<h2", text) if HEADING in part)
+        assert section.count("not decoded") == 2 * 2 + (1 if text != html else 1 + 2 * 2)  # cells, sentence, titles
+
+
+def test_a_run_in_which_nothing_was_decoded_on_dev_keeps_the_column(tmp_path: Path) -> None:
+    run = SyntheticRun(
+        tmp_path, test=60, general=0, measured=False, shapes={"base": FEW["base"]}, undecoded=frozenset({"base"})
+    )
+    dev = evaluate(read_run(run.write(), tmp_path))["dev"]
+    assert dev is not None and list(dev["arms"]["base"]["metrics"]) == ["task", "loss"]
+    assert dev["arms"]["base"]["metrics"]["task"]["reason"] == NOT_DECODED

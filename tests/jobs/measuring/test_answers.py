@@ -8,8 +8,9 @@ from typing import NamedTuple
 import pytest
 
 from tasks.jobs.measuring.answers import AnswerReader
+from tasks.jobs.measuring.decoding import Decoded
 from tasks.jobs.measuring.grading import Prompting
-from tasks.jobs.measuring.teacher_forcing import Decoded, TokenRow
+from tasks.jobs.measuring.teacher_forcing import TokenRow
 from tasks.jobs.text.chat_template import NO_SETTINGS, ChatTemplate, TemplateSettings
 from tasks.jobs.text.thinking import Thinking
 from tasks.jobs.text.tokenizer import load_tokenizer

@@ -15,8 +15,9 @@ from transformers import DeepseekV3Config, DynamicCache, GenerationConfig, PreTr
 
 from recipes.arms import KV, KV_CACHES
 from tasks.jobs.loading.load import load_arm, load_bf16
+from tasks.jobs.measuring.decoding import greedy_answers
 from tasks.jobs.measuring.kv_cache import KVCache, Scales, StoredCache, calibrated, e4m3, int8
-from tasks.jobs.measuring.teacher_forcing import TokenRow, forced, greedy_answers
+from tasks.jobs.measuring.teacher_forcing import TokenRow, forced
 from tasks.runtime.process.errors import StageError
 from tests.jobs.architectures import write_architecture
 from tests.jobs.build import make_job, notes

@@ -33,7 +33,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from flows.plan import sizes
 from tasks.jobs.loading.load import load_arm
 from tasks.jobs.measuring import teacher_forcing, tiles
-from tasks.jobs.measuring.teacher_forcing import forced, greedy_answers
+from tasks.jobs.measuring.decoding import greedy_answers
+from tasks.jobs.measuring.teacher_forcing import forced
 from tasks.jobs.measuring.tiles import computes_in_tiles, last_only, read_in_rows
 from tests.jobs.architectures import SHAPE, train_adapter, write_architecture
 from tests.jobs.measuring.test_kv_cache import END, rows
@@ -195,7 +196,8 @@ import sys, torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, GenerationConfig
 from tasks.jobs.evaluate import divergence
 from tasks.jobs.loading.bf16 import lacks_bf16, use_fp32_products
-from tasks.jobs.measuring.teacher_forcing import TokenRow, forced, greedy_answers
+from tasks.jobs.measuring.decoding import greedy_answers
+from tasks.jobs.measuring.teacher_forcing import TokenRow, forced
 from tasks.jobs.measuring.tiles import read_in_rows
 
 def kib(name):

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tasks.jobs.measuring.teacher_forcing import Decoded, TokenRow
+from tasks.jobs.measuring.decoding import Decoded
+from tasks.jobs.measuring.teacher_forcing import TokenRow
 from tasks.jobs.serving import onnx_genai
 from tasks.jobs.serving.client import Client
 from tasks.runtime.process.errors import StageError

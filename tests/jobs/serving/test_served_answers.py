@@ -15,7 +15,8 @@ from transformers import GenerationConfig
 
 from tasks.jobs import evaluate, serve
 from tasks.jobs.loading.load import load_bf16
-from tasks.jobs.measuring.teacher_forcing import TokenRow, greedy_answers, read_rows
+from tasks.jobs.measuring.decoding import greedy_answers
+from tasks.jobs.measuring.teacher_forcing import TokenRow, read_rows
 from tasks.jobs.serving.client import Client
 from tasks.runtime.process.errors import StageError
 from tests.jobs.build import make_job
