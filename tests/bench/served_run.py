@@ -1,9 +1,11 @@
-"""`python -m tests.bench.served_run`: what an engine served of a whole run, docs/results/served-run.md.
+"""`python -m tests.bench.served_run`: what an engine served of the latest run, docs/results/served-run-ENGINE.md.
 
 Make the run first, here that of the quickstart, whose other steps are hits where they were made before:
 
     make quickstart env-onnx
     quench run recipes/quickstart/recipe.yaml --set serve.engine=onnxruntime-genai
+
+or some of its arms, with `quench evaluate ... --only ARM ...`.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from tasks.runtime.process.launch import CHECKOUT
 from tasks.runtime.store.local import find_home
 from tests.bench.served_page import LIMIT, WIDTH
 
-PAGE = CHECKOUT / "docs" / "results" / "served-run.md"
+PAGES = CHECKOUT / "docs" / "results"
 HEADING = "## Served"
 
 
@@ -39,10 +41,12 @@ def page(run: Path) -> str:
 
 def _what(report: Mapping[str, Any]) -> Iterator[str]:
     told = next(iter(report["served"]["arms"].values()))
+    only = f"--only {' '.join(report['only'])} " if report["only"] else ""
+    which = "of these arms those" if only else "every merged and every quantized arm"
     yield from _wrapped(
-        f"`quench run recipes/{report['name']}/recipe.yaml --set serve.engine={told['engine']}`: every merged and "
-        f"every quantized arm that the engine reads, served by {told['engine']} {told['version']} over HTTP, and asked "
-        "for the losses and the answers of the same rows of test."
+        f"`quench {'evaluate' if only else 'run'} recipes/{report['name']}/recipe.yaml {only}--set "
+        f"serve.engine={told['engine']}`: {which} that the engine reads, served by {told['engine']} {told['version']} "
+        "over HTTP, and asked for the losses and the answers of the same rows of test."
     )
 
 
@@ -83,5 +87,9 @@ def _wrapped(text: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(find_home() / "runs" / "latest"), encoding="utf-8")
-    print(PAGE)
+    latest = find_home() / "runs" / "latest"
+    written = page(latest)
+    engine = next(iter(json.loads((latest / "report.json").read_text(encoding="utf-8"))["served"]["arms"].values()))
+    path = PAGES / f"served-run-{engine['engine']}.md"
+    path.write_text(written, encoding="utf-8")
+    print(path)
