@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import pickle
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
 
-from flows.plan.validate import validate
 from flows.run.folder import RunRecord, new_id
-from flows.session.body import RunFailed, run_hits
+from flows.session.body import RunFailed
 from flows.tracking.connection import WHOLE, runs_of
-from recipes.problem import RecipeError
 from recipes.read.load import load
 from tasks.runtime.process.launch import CHECKOUT
 from tests.conftest import World
@@ -100,17 +99,29 @@ def test_a_run_of_hits_starts_no_prefect_and_reports_the_same(world: World) -> N
     assert [run for run in found if run.data.tags["quench.kind"] == "arm"]
 
 
-def test_a_hit_that_vanishes_after_the_plan_ends_the_run_with_what_to_type(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("QUENCH_HOME", "QUENCH_CPU_SLOTS"):
-        monkeypatch.setenv(name, world.env[name])
-    validated = validate(world.recipe, sets=[], home=world.home)
-    assert all(step.hit for step in validated.plan)
-    world.drop("evaluate", "gptq-w4-g128")
-    with pytest.raises(RecipeError) as error:
-        run_hits(validated, only=[])
-    (problem,) = error.value.problems
-    assert problem.what == "evaluate/gptq-w4-g128 is not in the store any more" and "again" in problem.next
+VANISHES = """
+import shutil, sys
+from pathlib import Path
+from flows.plan.validate import validate
+from flows.session.body import run_hits
+from recipes.problem import RecipeError
+
+home = Path(sys.argv[2])
+validated = validate(Path(sys.argv[1]), sets=[], home=home)
+assert all(step.hit for step in validated.plan)
+(gone,) = (home / "store" / "evaluate").glob("gptq-w4-g128-*")
+shutil.rmtree(gone)
+try:
+    run_hits(validated, only=[])
+except RecipeError as error:
+    print(error)
+"""
+
+
+def test_a_hit_that_vanishes_after_the_plan_ends_the_run_with_what_to_type(world: World) -> None:
+    words = [sys.executable, "-c", VANISHES, str(world.recipe), str(world.home)]
+    run = subprocess.run(words, env=world.env, cwd=CHECKOUT, capture_output=True, text=True, timeout=END_S)
+    assert run.stdout.startswith("evaluate/gptq-w4-g128 is not in the store any more"), run.stdout + run.stderr
+    assert "next:" in run.stdout and "again" in run.stdout
     stopped = max((world.home / "runs").glob("2*"), key=lambda folder: folder.stat().st_mtime_ns)
     assert json.loads((stopped / "steps.json").read_text())["status"] == "stopped"
