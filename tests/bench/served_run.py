@@ -36,7 +36,7 @@ def page(run: Path) -> str:
     section = (run / "report.md").read_text(encoding="utf-8").split(f"\n{HEADING}\n", 1)[1].split("\n## ", 1)[0]
     paragraphs = [*_what(report), "", *_far(report), "", *_seconds(report), "", *_where(report)]
     written = "<!-- Written by `python -m tests.bench.served_run`. -->"
-    return "\n".join([written, "# A whole run, served", "", *paragraphs, "", "## The report's section", section])
+    return "\n".join([written, "# A run, served", "", *paragraphs, "", "## The report's section", section])
 
 
 def _what(report: Mapping[str, Any]) -> Iterator[str]:
