@@ -11,6 +11,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 
+from tasks.jobs.loading.cpu_nf4 import note_other_scales
 from tasks.jobs.loading.load import load_nf4, setup
 from tasks.jobs.merging.nf4 import write_record
 from tasks.jobs.training.checkpoints import last_checkpoint, restore_best
@@ -91,6 +92,7 @@ def _model(job: Job) -> PeftModel:
         job.inputs["base"].path, device=execution.device, attention=job.params["attention"], sharded=sharded
     )
     check_unquantized(base, job)
+    note_other_scales(base, job.events.note)
     model = add_adapter(base, job.params)
     note_mixture(model, job)
     return model

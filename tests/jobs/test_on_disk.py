@@ -18,6 +18,7 @@ from recipes.schemes.scheme import Grid, Rule, Scheme
 from recipes.schemes.slugs import parse_scheme
 from tasks.jobs import quantize
 from tasks.jobs.backends import LayerRecord, Quantized
+from tasks.jobs.loading.cpu_nf4 import ABOUT
 from tasks.jobs.quantize import _counted
 from tasks.runtime.process.errors import StageError
 from tests.jobs.architectures import write_architecture
@@ -136,7 +137,9 @@ def test_towers_count_for_nothing_whatever_savers_call_the_decoder(name: str, sl
     assert said["packed_layers"] == said["layers"] == len(headers.linears) and said["packed_share"] == 1
     record = json.loads((out / "quantize.json").read_text())
     assert [layer["name"] for layer in record["layers"]] == [layer.name for layer in headers.linears]
-    assert all(0 < layer["weight_error"] < 0.2 for layer in record["layers"])  # 4 bits of random weights: some 0.1
+    # 4 bits of random weights: some 0.1; where bitsandbytes takes other blocks' scales, which it says, up to 0.5.
+    limit = 0.5 if ABOUT in notes(job) else 0.2
+    assert all(0 < layer["weight_error"] < limit for layer in record["layers"])
 
 
 def test_layers_of_another_name_are_found(base: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from recipes.models.headers import read_headers
 from tasks.jobs.backends import LayerRecord, Quantized, Request, note_skipped, relative_error
 from tasks.jobs.loading.classes import empty_model
+from tasks.jobs.loading.cpu_nf4 import note_other_scales
 from tasks.jobs.loading.load import load_int8, load_nf4
 from tasks.jobs.loading.names import modules_of
 from tasks.jobs.merging.streams import Reader
@@ -26,6 +27,7 @@ def quantize(request: Request) -> Quantized:
     """Quantize every linear layer but lm_head, and save."""
     params, events = request.params, request.events
     loaded = (load_nf4 if params["method"] == "nf4" else load_int8)(request.model, device=request.device)
+    note_other_scales(loaded, events.note)
     loaded.save_pretrained(request.out)
     headers = read_headers(request.model)
     packed = {name: module for name, module in loaded.named_modules() if isinstance(module, Linear4bit | Linear8bitLt)}

@@ -25,6 +25,7 @@ from transformers.quantizers.quantizer_awq import AwqQuantizer
 from tasks.jobs.loading.attach import attach
 from tasks.jobs.loading.bf16 import setup_bf16
 from tasks.jobs.loading.classes import empty_model, modules_to_skip, name_backbone, read_class
+from tasks.jobs.loading.cpu_nf4 import note_other_scales
 from tasks.jobs.loading.environment import tame_gptqmodel
 from tasks.jobs.loading.kernels import Note, choose_kernel
 from tasks.jobs.loading.packed import packed_as_stored
@@ -158,6 +159,8 @@ def load_arm(
             why="its quantization_config says otherwise, and its figures would be reported under the wrong name",
             next="name an unquantized model for bf16 and nf4, a quantized one for quantized",
         )
+    if kind != "bf16":
+        note_other_scales(model, note)
     return attach(model, adapter) if adapter else model
 
 
