@@ -33,7 +33,11 @@ def test_the_engine_serves_what_was_measured(world: World, engine: str):
         arm = served["arms"][slug]
         apart = arm["differences"]["served_loss"]
         print(engine, slug, arm["verdict"], apart, arm["metrics"]["served_answers_equal"]["value"])
-        assert not arm["verdict"].startswith("differs"), arm["checks"]
+        # vLLM's 4-bit kernel on a CPU rounds three times as much as bf16 does (docs/results/rounding-vllm.md): its rows
+        # may differ, its loss and its answers may not.
+        rounds = engine == "vllm" and slug != "merged-dequantized"
+        convicted = {check["name"] for check in arm["checks"] if check["outcome"] == "differs"}
+        assert convicted <= ({"rows"} if rounds else set()), arm["checks"]
         # A fortieth of the gate's margin for the loss; or, of so few rows, what the floor's arithmetic may make.
         assert abs(apart["difference"]) < max(0.0005, apart["ci95"][1] - apart["ci95"][0])
         assert [load["requests"] for load in arm["loads"]] == [1, 8, 32]
