@@ -47,7 +47,7 @@ class Size(NamedTuple):
 
 
 SIZES = (
-    Size("1 B", 2048, 5632, 20, 32000, 5, ("cp", "imports", "stream", "bare", "peft")),
+    Size("1 B", 2048, 5632, 20, 32000, 3, ("cp", "imports", "stream", "bare", "peft")),
     Size("7 B", 4096, 11008, 32, 32000, 1, ("cp", "imports", "stream", "bare")),
 )
 
@@ -205,7 +205,8 @@ def main() -> None:
 
 
 def write_page(parts: list[str]) -> None:
-    """What is measured so far."""
+    """What is measured so far, and what is not."""
+    parts = [*parts, *(f"## {size.name}\n\nNot measured yet with this code." for size in SIZES[len(parts) :])]
     machine = hardware()
     versions = ", ".join(
         f"{name} {locked_versions()[name]}" for name in ("torch", "transformers", "peft", "bitsandbytes")
