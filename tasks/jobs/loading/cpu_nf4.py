@@ -12,11 +12,11 @@ import functools
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tasks.jobs.loading.kernels import Note
 
-BLOCK = 64  # weights per scale
+BLOCK = 64  # weights per scale; QLoRA's and bitsandbytes' default
 ABOUT = "nf4 on this cpu"
 
 
@@ -57,12 +57,19 @@ def has_own_scales(width: int) -> bool:
         return True
     weights = torch.linspace(-1, 1, BLOCK * width, dtype=torch.bfloat16).view(BLOCK, width)
     codes, state = functional.quantize_4bit(weights, blocksize=BLOCK, quant_type="nf4")
-    one_row = functional.QuantState(
-        absmax=state.absmax,
-        shape=torch.Size((1, weights.numel())),
-        dtype=weights.dtype,
-        blocksize=BLOCK,
-        quant_type="nf4",
-    )
-    whole = functional.dequantize_4bit(codes, state)
-    return torch.equal(whole.flatten(), functional.dequantize_4bit(codes, one_row).flatten())
+    whole, one_row = (dequantize(codes, state.absmax, shape) for shape in ((BLOCK, width), (1, weights.numel())))
+    return torch.equal(whole.flatten(), one_row.flatten())
+
+
+def dequantize(codes: Tensor, absmax: Tensor, shape: tuple[int, int]) -> Tensor:
+    """By bitsandbytes, to bf16.
+
+    Args:
+        codes: uint8 [numel / 2, 1], two weights each.
+        absmax: fp32, one a block.
+        shape: [out, in].
+    """
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    state = QuantState(absmax=absmax, shape=torch.Size(shape), dtype=torch.bfloat16, blocksize=BLOCK, quant_type="nf4")
+    return dequantize_4bit(codes, state)

@@ -23,8 +23,9 @@ from bitsandbytes.nn.modules import Linear4bit
 from torch import Tensor, nn
 
 from recipes.models.adapters import RECORD
+from tasks.jobs.loading.cpu_nf4 import BLOCK, dequantize
 from tasks.jobs.loading.load import linear4bit
-from tasks.jobs.merging.nf4_blocks import BLOCK, quantize_blocks
+from tasks.jobs.merging.nf4_blocks import quantize_blocks
 from tasks.jobs.merging.streams import raw_bytes
 
 NESTED = 256  # scales per second scale
@@ -62,16 +63,9 @@ class Nf4(NamedTuple):
         if self.as_on_cpu is not None:
             return self.as_on_cpu[first:last]
         begin, end = first * self.columns, last * self.columns
-        flat = _dequantize(
-            self.codes[begin // 2 : -(-end // 2)], self.absmax[begin // BLOCK : -(-end // BLOCK)], (1, end - begin)
-        )
+        codes, absmax = self.codes[begin // 2 : -(-end // 2)], self.absmax[begin // BLOCK : -(-end // BLOCK)]
+        flat = dequantize(codes.unsqueeze(1), absmax, (1, end - begin))
         return flat.view(-1, self.columns)
-
-
-def _dequantize(codes: Tensor, absmax: Tensor, shape: tuple[int, int]) -> Tensor:
-    """By bitsandbytes, to bf16 of this shape."""
-    state = QuantState(absmax=absmax, shape=torch.Size(shape), dtype=torch.bfloat16, blocksize=BLOCK, quant_type="nf4")
-    return functional.dequantize_4bit(codes.unsqueeze(1), state)
 
 
 def quantize(parts: Iterable[Tensor], shape: tuple[int, int], *, device: str, trained_on_cpu: bool) -> Nf4:
@@ -91,7 +85,7 @@ def quantize(parts: Iterable[Tensor], shape: tuple[int, int], *, device: str, tr
     offset = scales.mean()
     nested_codes, nested = functional.quantize_blockwise(scales - offset, blocksize=NESTED)
     restored = functional.dequantize_blockwise(nested_codes, nested) + offset
-    as_on_cpu = _dequantize(codes, restored, shape) if trained_on_cpu and shape[1] % BLOCK else None
+    as_on_cpu = dequantize(codes.unsqueeze(1), restored, shape) if trained_on_cpu and shape[1] % BLOCK else None
     return Nf4(codes, nested_codes, nested, offset, restored, shape[1], as_on_cpu)
 
 

@@ -16,7 +16,8 @@ from bitsandbytes import functional
 from numpy.typing import NDArray
 from torch import Tensor
 
-BLOCK = 64  # weights per scale; QLoRA's and bitsandbytes' default
+from tasks.jobs.loading.cpu_nf4 import BLOCK
+
 LEAST = 1e-38  # what bitsandbytes takes for a largest magnitude that is below it
 AT_ONCE = 1 << 15  # weights that are compared at once: half a MiB with what comes out, which stays in the cache
 
